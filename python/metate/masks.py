@@ -1,0 +1,91 @@
+"""Attention masks as data: intervals, blocks and bits, so that no mask costs a compilation or an N × N tensor of floats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which keys a query may see; what is given is intersected, also with causal and window of the call.
+
+    intervals: (batch or 1, heads or 1, seqlen_q, 2) int32: row i sees the keys in [start, end).
+    blocks: (batch or 1, heads or 1, ⌈seqlen_q / block_size[0]⌉, ⌈seqlen_k / block_size[1]⌉) bool or uint8: visible blocks.
+    bits: (batch or 1, heads or 1, seqlen_q, ⌈seqlen_k / 32⌉) int32: bit j % 32 of word j // 32 shows key j.
+    """
+
+    intervals: Tensor | None = None
+    blocks: Tensor | None = None
+    bits: Tensor | None = None
+    block_size: tuple[int, int] = (1, 1)
+
+    @staticmethod
+    def documents(document_ids: Tensor) -> AttentionMask:
+        """Tokens see their own document only; (batch, seqlen) or (seqlen) ids, equal ids next to each other.
+
+        For the same queries and keys. A row sees from the first to the last token of its run of equal ids.
+        """
+        ids = document_ids if document_ids.dim() == 2 else document_ids[None]
+        if ids.dim() != 2:
+            raise fail("AttentionMask.documents", "document_ids", f"shape {tuple(document_ids.shape)}", "(batch, seqlen) or (seqlen)")
+        position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        last = torch.ones_like(first)
+        last[:, :-1] = first[:, 1:]
+        start = torch.where(first, position, 0).cummax(1).values
+        end = torch.where(last, position + 1, ids.shape[1]).flip(1).cummin(1).values.flip(1)
+        return AttentionMask(intervals=torch.stack([start, end], -1).to(torch.int32)[:, None])
+
+    @staticmethod
+    def lengths(seqlens_k: Tensor, seqlen_q: int, starts: Tensor | None = None) -> AttentionMask:
+        """Padded batches: row b sees the keys in [starts[b], seqlens_k[b]); both (batch), starts default 0."""
+        start = torch.zeros_like(seqlens_k) if starts is None else starts
+        ends = torch.stack([start, seqlens_k], -1).to(torch.int32)
+        return AttentionMask(intervals=ends[:, None, None].expand(-1, 1, seqlen_q, 2))
+
+    @staticmethod
+    def block_sparse(blocks: Tensor, block_size: tuple[int, int] = (128, 128)) -> AttentionMask:
+        """Visible blocks of block_size (rows, columns); blocks as in the class, or without the leading dimensions."""
+        return AttentionMask(blocks=_four_dimensions("block_sparse", blocks).to(torch.uint8), block_size=block_size)
+
+    @staticmethod
+    def dense(visible: Tensor, seqlen_k: int | None = None) -> AttentionMask:
+        """Any bool mask, broadcastable to (batch, heads, seqlen_q, seqlen_k), packed to one bit per pair."""
+        visible = _four_dimensions("dense", visible)
+        if visible.dtype != torch.bool:
+            raise fail("AttentionMask.dense", "visible", visible.dtype, "torch.bool", error=TypeError)
+        if seqlen_k is not None and visible.shape[3] == 1:
+            visible = visible.expand(*visible.shape[:3], seqlen_k)
+        words = torch.nn.functional.pad(visible, (0, -visible.shape[3] % 32)).unflatten(3, (-1, 32)).to(torch.int64)
+        word = (words << torch.arange(32, device=visible.device)).sum(-1)
+        return AttentionMask(bits=torch.where(word >= 2**31, word - 2**32, word).to(torch.int32))
+
+    @staticmethod
+    def tree(parents: Sequence[int], prefix: int = 0) -> AttentionMask:
+        """Speculative decoding: token i of a tree sees `prefix` keys, its ancestors and itself; parents[root] = -1.
+
+        The keys are the prefix followed by the tokens of the tree; a parent comes before its children.
+        """
+        n = len(parents)
+        visible = torch.zeros(n, prefix + n, dtype=torch.bool)
+        visible[:, :prefix] = True
+        for i, parent in enumerate(parents):
+            if not -1 <= parent < i:
+                raise fail("AttentionMask.tree", f"parents[{i}]", parent, f"-1 or an earlier token (0 to {i - 1})")
+            if parent >= 0:
+                visible[i, prefix:] = visible[parent, prefix:]
+            visible[i, prefix + i] = True
+        return AttentionMask.dense(visible)
+
+
+def _four_dimensions(name: str, x: Tensor) -> Tensor:
+    if x.dim() > 4:
+        raise fail(f"AttentionMask.{name}", "mask", f"shape {tuple(x.shape)}", "at most 4 dimensions (batch, heads, rows, columns)")
+    return x[(None,) * (4 - x.dim())]

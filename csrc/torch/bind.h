@@ -1,0 +1,250 @@
+// Torch tensors to the views, runtimes and devices of metate.h; the only header that knows torch.
+//
+// A binding file is compiled once per device: as it stands for the CPU, with METATE_CUDA for the GPU, with
+// METATE_CUDA and METATE_EMULATED for the GPU kernels run on CPU tensors by the emulator. It allocates outputs, fills
+// the family's struct, launches, and registers:
+//
+//     Tensor double_it(const Tensor& x) {
+//         Tensor y = empty(x, {x.size(0)});
+//         METATE_LAUNCH(double_it, x, DoubleIt{view<1>(x), view<1>(y)});
+//         return y;
+//     }
+//     METATE_REGISTER(m) { METATE_IMPL(m, double_it); }
+//
+// Python defines the schemas; arguments are std::optional<Tensor>, int64_t, double, bool and std::optional of those.
+// Only torch's stable ABI is used, so one build serves every later torch.
+#pragma once
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#include "metate.h"
+
+#if defined(METATE_CUDA) && !defined(METATE_EMULATED)
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#endif
+
+#if defined(METATE_EMULATED)
+#define METATE_LIBRARY metate_emulated
+#define METATE_KEY CPU
+#elif defined(METATE_CUDA)
+#define METATE_LIBRARY metate_C
+#define METATE_KEY CUDA
+#else
+#define METATE_LIBRARY metate_C
+#define METATE_KEY CPU
+#endif
+
+#define METATE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(METATE_LIBRARY, METATE_KEY, m)
+#define METATE_IMPL(m, op) m.impl(#op, TORCH_BOX(&op))
+
+// Runs kernel `fn` of this device with the struct that follows, on the device (and current stream) of tensor `like`.
+#define METATE_LAUNCH(fn, like, ...) ::metate::bind::device::fn(__VA_ARGS__, ::metate::bind::Launch(like))
+
+namespace metate::bind {
+
+using torch::stable::Tensor;
+
+#if defined(METATE_CUDA)
+namespace device = ::metate::cuda;
+#else
+namespace device = ::metate::cpu;
+#endif
+
+// Tensors.
+
+struct DTypeName {
+    int32_t torch;
+    DType dtype;
+};
+
+inline const DTypeName* dtype_names() {
+    static const DTypeName names[] = {
+        {aoti_torch_dtype_float32(), DType::f32}, {aoti_torch_dtype_bfloat16(), DType::bf16},
+        {aoti_torch_dtype_float16(), DType::f16}, {aoti_torch_dtype_float64(), DType::f64},
+        {aoti_torch_dtype_int64(), DType::i64},   {aoti_torch_dtype_int32(), DType::i32},
+        {aoti_torch_dtype_uint8(), DType::u8},    {aoti_torch_dtype_bool(), DType::u8},
+    };
+    return names;
+}
+constexpr int dtype_count = 8;
+
+inline DType dtype(const Tensor& tensor) {
+    int32_t wanted;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &wanted));
+    for (int i = 0; i < dtype_count; ++i)
+        if (dtype_names()[i].torch == wanted) return dtype_names()[i].dtype;
+    STD_TORCH_CHECK(false, "metate: no kernel reads tensors of torch dtype number ", wanted);
+}
+
+// The view of a tensor that is there has a pointer even where torch has none because the tensor holds no element.
+template <int N>
+View<N> view(const Tensor& tensor) {
+    alignas(64) static char nothing[64];
+    AtenTensorHandle handle = tensor.get();
+    int64_t dims, *sizes, *strides;
+    void* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
+    STD_TORCH_CHECK(dims == N, "metate: expected a tensor of ", N, " dimensions, got ", dims);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+    View<N> view{data ? data : nothing, dtype(tensor), {}, {}};
+    for (int i = 0; i < N; ++i) {
+        view.size[i] = sizes[i];
+        view.stride[i] = strides[i];
+    }
+    return view;
+}
+
+template <int N>
+View<N> view(const std::optional<Tensor>& tensor) {
+    return tensor ? view<N>(*tensor) : View<N>{};
+}
+
+// An uninitialised contiguous tensor on the device of `like`, and of its dtype unless one is given.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<DType> dtype = {}) {
+    constexpr int most = 8;
+    STD_TORCH_CHECK(sizes.size() <= most, "metate: at most ", most, " dimensions, got ", sizes.size());
+    AtenTensorHandle out;
+    int32_t device_type, device_index, torch_dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &torch_dtype));
+    for (int i = 0; dtype && i < dtype_count; ++i)
+        if (dtype_names()[i].dtype == *dtype) {
+            torch_dtype = dtype_names()[i].torch;
+            break;
+        }
+    int64_t strides[most], next = 1;
+    for (size_t i = sizes.size(); i-- > 0; next *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1) strides[i] = next;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                           torch_dtype, device_type, device_index, &out));
+    return Tensor(out);
+}
+
+#if !defined(METATE_CUDA)
+
+// The CPU: torch's thread pool, and scratch memory that each thread keeps.
+
+// A forked child has inherited torch's thread pool without its threads; a parallel region would wait for them for ever.
+inline bool forked = false;
+inline const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Tests set this, so that a kernel that reads scratch before writing it computes NaN.
+inline bool poison_scratch = false;
+
+inline void run_serial(int workers, void (*body)(int, void*), void* context) {
+    for (int worker = 0; worker < workers; ++worker) body(worker, context);
+}
+
+inline void run_parallel(int workers, void (*body)(int, void*), void* context) {
+    torch::stable::parallel_for(0, workers, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t worker = begin; worker < end; ++worker) body(static_cast<int>(worker), context);
+    });
+}
+
+inline void* scratch(size_t bytes) {
+    struct Block {
+        void* data = nullptr;
+        size_t bytes = 0;
+        ~Block() { free(data); }
+    };
+    static thread_local Block block;
+    if (bytes > block.bytes) {
+        free(block.data);
+        block = {nullptr, 0};
+        size_t rounded = (bytes + 4095) & ~size_t{4095};
+        void* data = rounded >= bytes ? aligned_alloc(64, rounded) : nullptr;
+        if (!data) throw std::bad_alloc();
+        block.data = data;
+        block.bytes = rounded;
+    }
+    if (poison_scratch && block.data) memset(block.data, 0xff, block.bytes);
+    return block.data;
+}
+
+class Launch {
+  public:
+    explicit Launch(const Tensor&) {
+        if (!forked) runtime_ = {static_cast<int>(torch::stable::get_num_threads()), run_parallel, scratch};
+        if (runtime_.threads < 1) runtime_.threads = 1;
+    }
+    operator const cpu::Runtime&() const { return runtime_; }
+
+  private:
+    cpu::Runtime runtime_{1, run_serial, scratch};
+};
+
+#else
+
+// The GPU: the current stream of the tensor's device, and scratch from torch's caching allocator. The allocator orders
+// memory by stream, so the block may be given back as soon as the kernels that use it are launched.
+
+class Launch {
+  public:
+    explicit Launch(const Tensor& like) : like_(like), guard_(like), device_(describe(like)) {
+        device_.scratch = [](size_t bytes, void* self) { return static_cast<Launch*>(self)->scratch(bytes); };
+        device_.context = this;
+    }
+    Launch(const Launch&) = delete;
+    operator const cuda::Device&() const { return device_; }
+
+  private:
+    void* scratch(size_t bytes) {
+        block_ = empty(like_, {static_cast<int64_t>(bytes)}, DType::u8);
+        return block_->data_ptr();
+    }
+
+#if defined(METATE_EMULATED)
+    struct Guard {
+        explicit Guard(const Tensor&) {}
+    };
+    static cuda::Device describe(const Tensor&) { return {nullptr, 80, 4, nullptr, nullptr}; }
+#else
+    struct Guard : torch::stable::accelerator::DeviceGuard {
+        explicit Guard(const Tensor& like) : DeviceGuard(like.get_device_index()) {}
+    };
+
+    static cuda::Device describe(const Tensor& like) {
+        int index = like.get_device_index(), major = 0, minor = 0, processors = 0;
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+        cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
+        STD_TORCH_CHECK(error == cudaSuccess, "metate: cannot query CUDA device ", index, ": ",
+                        cudaGetErrorString(error));
+        return {current_stream(index), major * 10 + minor, processors, nullptr, nullptr};
+    }
+
+    // Looked up at run time: only a CUDA torch exports it, and this module must load beside a CPU torch too.
+    static void* current_stream(int index) {
+        using Accessor = AOTITorchError (*)(int32_t, void**);
+        static const auto accessor =
+            reinterpret_cast<Accessor>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+        STD_TORCH_CHECK(accessor, "metate: this torch has no CUDA; install a torch built for CUDA");
+        void* stream = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(accessor(index, &stream));
+        return stream;
+    }
+#endif
+
+    const Tensor& like_;
+    Guard guard_;
+    cuda::Device device_;
+    std::optional<Tensor> block_;
+};
+
+#endif
+
+}  // namespace metate::bind

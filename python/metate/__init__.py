@@ -1,0 +1,21 @@
+"""metate: kernels for transformers and vector search that run everywhere PyTorch runs."""
+
+from metate import library
+from metate.errors import FormatError
+from metate.masks import AttentionMask
+from metate.op import explain, supports, use
+from metate.ops.attention import attention, attention_varlen, merge_attention_states
+
+library.load()
+
+__version__ = "0.1.0"
+__all__ = [
+    "AttentionMask",
+    "FormatError",
+    "attention",
+    "attention_varlen",
+    "explain",
+    "merge_attention_states",
+    "supports",
+    "use",
+]

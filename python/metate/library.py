@@ -1,0 +1,74 @@
+"""The compiled kernels: loads them, and says which are missing and why. The only reader of METATE_* variables in Python.
+
+`metate._cpu` and `metate._cuda` register their kernels with torch as they are imported; the schemas must be defined
+before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch  # before the modules: they link against the libraries that torch has loaded
+
+TARGET = (2, 10)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled module, or why there is none."""
+
+    module: ModuleType | None
+    missing: str = ""
+
+
+@cache
+def report() -> dict[str, str]:
+    """What the build wrote down: torch, machine, archs, and why there is no CUDA module."""
+    try:
+        text = (Path(__file__).parent / "build.json").read_text()
+    except FileNotFoundError:
+        return {}
+    answer: dict[str, str] = json.loads(text)
+    return answer
+
+
+@cache
+def load() -> dict[str, Module]:
+    """Imports every compiled module there is: backend name -> module or the reason for its absence."""
+    return {backend: _load(backend) for backend in ("cpu", "cuda")}
+
+
+def _load(backend: str) -> Module:
+    name = f"metate._{backend}"
+    if importlib.util.find_spec(name) is None:
+        return Module(None, report().get(backend) or "not built: run `pip install .` in metate's source")
+    if _version(torch.__version__) < TARGET:
+        return Module(None, f"torch {torch.__version__} is older than {TARGET[0]}.{TARGET[1]}: upgrade torch")
+    try:
+        return Module(importlib.import_module(name))
+    except ImportError as error:
+        built = report().get("torch", "an unknown torch")
+        return Module(None, f"built against torch {built}, does not load on {torch.__version__}: {error}; reinstall metate")
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def isa() -> str | None:
+    """The instruction set of the CPU kernels on this machine (METATE_ISA lowers it), or None without CPU kernels."""
+    module = load()["cpu"].module
+    return module.isa() if module else None
+
+
+def backend() -> str | None:
+    """The one backend that METATE_BACKEND allows, or None."""
+    return os.environ.get("METATE_BACKEND") or None

@@ -1,0 +1,423 @@
+"""Op: one declaration of an operator, from which everything else follows.
+
+An op is one torch dispatcher entry, `metate::<name>`. A backend is a callable with the op's positional signature;
+`reference` always exists and defines the schema, the values, the output shapes and, run in float64, the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from random import Random
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from metate import library
+from metate.axes import Axes
+from metate.errors import fail
+
+Case = dict[str, Any]  # axis sizes and flags, as in {"B": 1, "Sq": 63, "causal": True}
+Backend = Callable[..., Any]
+Args = tuple[Any, ...]
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+REGISTRY: dict[str, Op] = {}
+
+_public = torch.library.Library("metate", "DEF")
+_compiled = torch.library.Library("metate_C", "DEF")  # csrc/torch implements these, per device
+_emulated = torch.library.Library("metate_emulated", "DEF")  # the CUDA kernels under the SIMT emulator, in tests
+_PLAIN = (Tensor, Parameter)
+_PLANS = 4096  # remembered decisions per op, then forgotten all at once
+_log = logging.getLogger("metate")
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `use` and `explain` set for the calls of this thread or task."""
+
+    backend: str | None = None
+    capture: bool = False
+
+
+_state: ContextVar[_State | None] = ContextVar("metate", default=None)
+
+
+class _Captured(BaseException):
+    """Carries a call out of a public function to `explain`."""
+
+    def __init__(self, op: Op, args: Args) -> None:
+        self.op, self.call = op, args
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Inputs of an op. `make(case, dtype, generator)` gives its positional arguments on a CPU."""
+
+    make: Callable[[Case, torch.dtype, torch.Generator], Args]
+    cases: Sequence[Case]  # edges, for tests
+    sweep: Sequence[Case]  # real shapes, for benches
+    draw: Callable[[Random], Case]  # one random case, for fuzzing
+
+
+@dataclass(eq=False)
+class Op:
+    """One operator. Positional tensors (or None) come first in `reference`, then scalars."""
+
+    name: str
+    reference: Backend
+    axes: Mapping[str, str]  # tensor argument -> its named axes, see metate.axes
+    dtypes: Mapping[str, Sequence[str | torch.dtype]]  # what each tensor may be; "q": the dtype of argument q
+    outputs: Mapping[str, str | torch.dtype]  # output -> its dtype, or the argument whose dtype it takes
+    domain: Domain
+    flops: Callable[[Case], float]
+    autocast: tuple[str, ...]  # arguments cast to the autocast dtype
+    vmap: Callable[..., Any]  # (info, in_dims, *args) -> (outputs, out_dims); `loop_vmap` where batches cannot fold
+    sharding: Callable[..., Sequence[Any]]  # args -> [({output: dim}, {argument: dim}), …] that need no communication
+    validate: Callable[..., None] = lambda *args: None  # scalars and relations, from shapes alone
+    contents: tuple[str, Callable[..., None]] | None = None  # (argument, check of the values) run where it is given
+    refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # backend -> why not
+    gradient: str | None = None  # why there is none, where there is none
+
+    def __post_init__(self) -> None:
+        schema = torch.library.infer_schema(self.reference, mutates_args=())
+        for library in (_public, _compiled, _emulated):
+            library.define(self.name + schema)
+        for key in ("CPU", "CUDA"):
+            _public.impl(self.name, self._run, key)
+            _public.impl(self.name, self._under_autocast, f"Autocast{key}")
+        qualified = f"metate::{self.name}"
+        torch.library.register_fake(qualified, self._fake, lib=_public)
+        torch.library.register_vmap(qualified, lambda info, in_dims, *args: self.vmap(self, info, in_dims, args), lib=_public)
+        if self.gradient is not None:
+            self.differentiable(self._no_gradient, lambda ctx, inputs, output: None)
+        self.parameters = tuple(inspect.signature(self.reference).parameters)
+        self.arity = len(self.axes)
+        self._axes = Axes(self.name, self.axes)
+        self._optional = {p.name: p.default is None for p in inspect.signature(self.reference).parameters.values()}
+        self._contents = (self.parameters.index(self.contents[0]), self.contents[1]) if self.contents else None
+        self._implementations: dict[str, dict[str, Backend]] = {}
+        self._plans: dict[Any, Backend] = {}
+        self.torch_op = getattr(torch.ops.metate, self.name).default
+        REGISTRY[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        """The whole cost of a call without gradients is here and in `_run`: microseconds count."""
+        if torch.compiler.is_compiling():
+            return self.torch_op(*args)
+        state = _state.get()
+        if state is not None and state.capture:
+            raise _Captured(self, args)
+        if _intercepted():
+            return self._dispatch(args)
+        grad = torch.is_grad_enabled()
+        for tensor in args[: self.arity]:
+            if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
+                return self._dispatch(args)
+        return self._run(*args)
+
+    def _dispatch(self, args: Args) -> Any:
+        for name, arg in zip(self.axes, args, strict=False):
+            if arg is not None and not isinstance(arg, Tensor):
+                raise fail(self.name, name, type(arg).__name__, "a torch.Tensor", error=TypeError)
+        return self.torch_op(*args)
+
+    def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+        """Gradients by `backward(ctx, *grads)`, saved by `setup(ctx, inputs, output)`, on the backend of the forward."""
+
+        def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
+            ctx.metate = _state.get()
+            setup(ctx, inputs, output)
+
+        def run(ctx: Any, *grads: Any) -> Any:
+            token = _state.set(ctx.metate)
+            try:
+                return backward(ctx, *grads)
+            finally:
+                _state.reset(token)
+
+        torch.library.register_autograd(f"metate::{self.name}", run, setup_context=setup_context, lib=_public)
+
+    def _no_gradient(self, ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"metate.{self.name}: no gradient: {self.gradient}")
+
+    # Choosing a backend.
+
+    def implementations(self, device: str) -> dict[str, Backend]:
+        """Backends for tensors of a device type, best first. Found by name, never listed by hand.
+
+        On a CPU, `triton` (its interpreter) and `cuda` (the emulator) stand behind the reference: they run when asked.
+        """
+        if device not in self._implementations:
+            found: dict[str, Backend] = {}
+            if _has_kernel(f"metate_C::{self.name}", device):
+                found[device] = getattr(torch.ops.metate_C, self.name).default
+            kernels = _triton_kernels(self.family)
+            if device == "cuda" and hasattr(kernels, self.name):
+                found["triton"] = getattr(kernels, self.name)
+            found["reference"] = self.fallback
+            if device == "cpu":
+                if _has_kernel(f"metate_emulated::{self.name}", "cpu"):
+                    found["cuda"] = getattr(torch.ops.metate_emulated, self.name).default
+                if hasattr(kernels, self.name) and kernels.triton.knobs.runtime.interpret:
+                    found["triton"] = getattr(kernels, self.name)
+            self._implementations[device] = found
+        return self._implementations[device]
+
+    @property
+    def family(self) -> str:
+        return self.reference.__module__.split(".")[2]  # metate.ops.<family>[.…]
+
+    def refusal(self, backend: str, args: Args) -> str | None:
+        """Why `backend` cannot run this call, or None."""
+        if backend in self.refuses and (reason := self.refuses[backend](*args)):
+            return reason
+        kernels = _triton_kernels(self.family) if backend == "triton" else None
+        rule = getattr(kernels, "REFUSES", {}).get(self.name)
+        return rule(*args) if rule else None
+
+    def plan(self, args: Args) -> tuple[str, Backend]:
+        """Name and callable of the backend for this call. Raises what is wrong with the call, or every refusal."""
+        self.check(args)
+        forced = _forced()
+        device = args[0].device.type
+        available = self.implementations(device) if device in ("cpu", "cuda") else {"reference": self.fallback}
+        reasons = {}
+        for name, backend in available.items():
+            if forced is not None and name != forced:
+                continue
+            reason = self.refusal(name, args)
+            if reason is None:
+                if name == "reference" and device == "cuda" and forced is None:
+                    _log.warning("metate.%s runs on its slow reference: %s", self.name, _join(reasons))
+                return name, backend
+            reasons[name] = reason
+        if forced is not None and forced not in available:
+            reasons[forced] = f"not available for {device} tensors here; `metate info` says why"
+        raise NotImplementedError(f"metate.{self.name}: no backend runs this call ({_join(reasons)})")
+
+    def _run(self, *args: Any) -> Any:
+        arity = self.arity
+        try:
+            key = (
+                *[None if t is None else (t.shape, t.dtype, t.device) for t in args[:arity]],
+                *args[arity:],
+                _state.get(),
+            )
+            backend = self._plans.get(key)
+        except (AttributeError, TypeError):  # not a tensor, or an unhashable scalar
+            self.check(args)
+            raise
+        if backend is None:
+            backend = self.plan(args)[1]
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = backend
+        if self._contents is not None and args[self._contents[0]] is not None:
+            self._contents[1](*args)
+        return backend(*args)
+
+    def _fake(self, *args: Any) -> Any:
+        self.check(args)
+        return self.fallback(*args)
+
+    def _under_autocast(self, *args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(args[0].device.type)
+        cast = [arg.to(dtype) if name in self.autocast and _castable(arg) else arg for name, arg in zip(self.parameters, args, strict=False)]
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return self.torch_op(*cast)
+
+    def check(self, args: Args) -> None:
+        """TypeError or ValueError naming the argument that is wrong: kind, dtype, device, shape, then scalars."""
+        named = dict(zip(self.axes, args, strict=False))
+        first = next(iter(named))
+        for name, tensor in named.items():
+            if tensor is None and self._optional[name]:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise fail(self.name, name, type(tensor).__name__, "a torch.Tensor", error=TypeError)
+            self._check_dtype(name, tensor, named)
+            if tensor.device != named[first].device:
+                raise fail(self.name, name, f"on {tensor.device}", f"{named[first].device} like {first}; move it with .to()")
+        scalars = {name: arg for name, arg in zip(self.parameters, args, strict=False) if not isinstance(arg, (Tensor, float, bool, type(None)))}
+        self._axes.check(named, scalars)
+        self.validate(*args)
+
+    def _check_dtype(self, name: str, tensor: Tensor, named: Mapping[str, Any]) -> None:
+        allowed: list[torch.dtype] = []
+        for rule in self.dtypes[name]:
+            allowed.append(named[rule].dtype if isinstance(rule, str) else rule)
+        if tensor.dtype not in allowed:
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
+            raise fail(self.name, name, str(tensor.dtype).removeprefix("torch."), f"{expected}; convert it with .to()", error=TypeError)
+
+    # The reference at a chosen precision: as truth, as fallback, as error budget.
+
+    def compute(self, dtype: torch.dtype, args: Args) -> tuple[Any, ...]:
+        """The reference with every floating tensor in `dtype`."""
+        out = self.reference(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+        return out if isinstance(out, tuple) else (out,)
+
+    def fallback(self, *args: Any) -> Any:
+        """The reference as a backend: float32 arithmetic (float64 if given), declared output dtypes, contiguous."""
+        named = dict(zip(self.parameters, args, strict=False))
+        wide = torch.float64 if args[0].dtype == torch.float64 else torch.float32
+        dtypes = [named[d].dtype if isinstance(d, str) else torch.promote_types(d, wide) for d in self.outputs.values()]
+        out = tuple(o.to(d).contiguous() for o, d in zip(self.compute(wide, args), dtypes, strict=True))
+        return out if len(out) > 1 else out[0]
+
+    def assert_close(self, got: Any, args: Args) -> None:
+        """`got` is as near the float64 truth as plain torch at the dtype of the first argument is, times two."""
+        dtype = args[0].dtype
+        truth, plain = self.compute(torch.float64, args), self.compute(dtype, args)
+        for name, g, t, p in zip(self.outputs, got if isinstance(got, tuple) else (got,), truth, plain, strict=True):
+            if g.shape != t.shape:
+                raise AssertionError(f"{self.name}: {name} has shape {tuple(g.shape)}, expected {tuple(t.shape)}")
+            if not t.numel():
+                continue
+            if not torch.equal(t.isfinite(), g.isfinite()):
+                raise AssertionError(f"{self.name}: {name} is finite where the truth is not, or the reverse")
+            finite = t.isfinite()
+            error = (g.double() - t).where(finite, 0).abs().max().item()
+            budget = (p.double() - t).where(finite & p.isfinite(), 0).abs().max().item()
+            ulp = torch.finfo(g.dtype).eps * t.where(finite, 0).abs().max().item()
+            if not error <= 2 * budget + ulp:
+                raise AssertionError(f"{self.name}: {name} is off by {error:.2e}; torch in {dtype} by {budget:.2e}, one ulp is {ulp:.2e}")
+
+    def example(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:
+        """Positional arguments of a case."""
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(a.to(device) if isinstance(a, Tensor) else a for a in self.domain.make(case, dtype, generator))
+
+    def bytes(self, args: Args) -> int:
+        """Every input read once, every output written once: the roofline's lower bound."""
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            out = self.fallback(*args)
+        tensors = (*args, *(out if isinstance(out, tuple) else (out,)))
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+
+def _castable(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+
+
+def _intercepted() -> bool:
+    """Whether something stands between the caller and the kernels: a mode, a transform, autocast."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+    )
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    return device in ("cpu", "cuda") and bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()))
+
+
+def _triton_kernels(family: str) -> ModuleType | None:
+    """metate.kernels.<family>, where triton and that file exist."""
+    try:
+        return importlib.import_module(f"metate.kernels.{family}")
+    except ModuleNotFoundError as missing:
+        if missing.name and missing.name.split(".")[0] in ("metate", "triton"):
+            return None
+        raise
+
+
+def _join(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def loop_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
+    """The batching rule of last resort: one call after another, stacked."""
+    rows = [
+        op.torch_op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(rows[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(rows[0])
+    return torch.stack(rows), 0
+
+
+# Talking about backends.
+
+
+def _forced() -> str | None:
+    state = _state.get()
+    return (state.backend if state else None) or library.requested_backend()
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Allow one backend only, in this thread or task: `with metate.use("triton"): ...`"""
+    if backend not in BACKENDS:
+        raise fail("use", "backend", repr(backend), " or ".join(map(repr, BACKENDS)))
+    token = _state.set(_State(backend=backend))
+    try:
+        yield
+    finally:
+        _state.reset(token)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and why the others do not."""
+
+    op: str
+    backend: str | None
+    refusals: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"metate.{self.op}: " + (f"runs on {self.backend}" if self.backend else "no backend runs this call")]
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.refusals.items())])
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend `function(*args, **kwargs)` would run on, without running it; wrong arguments raise as the call would.
+
+    >>> print(metate.explain(metate.attention, q, k, v, causal=True))
+    """
+    state = _state.get() or _State()
+    token = _state.set(_State(backend=state.backend, capture=True))
+    try:
+        function(*args, **kwargs)
+        raise fail("explain", "function", getattr(function, "__name__", function), "a public operator of metate", error=TypeError)
+    except _Captured as captured:
+        op, call = captured.op, captured.call
+    finally:
+        _state.reset(token)
+    op.check(call)
+    forced, refusals, chosen = _forced(), {}, None
+    device = call[0].device.type
+    available = op.implementations(device)
+    for name in BACKENDS:
+        if name not in available:
+            refusals[name] = f"not available for {device} tensors here"
+        elif (reason := op.refusal(name, call)) is not None:
+            refusals[name] = reason
+    for name in available:
+        if name not in refusals and chosen is None and forced in (None, name):
+            chosen = name
+    if forced is not None:
+        refusals.update({name: f"only {forced} is allowed" for name in BACKENDS if name != forced and name not in refusals})
+    return Explanation(op.name, chosen, refusals)
+
+
+def supports(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether `function(*args, **kwargs)` would run; `explain` tells why not. Never raises for wrong arguments."""
+    try:
+        return explain(function, *args, **kwargs).backend is not None
+    except (TypeError, ValueError, NotImplementedError):
+        return False

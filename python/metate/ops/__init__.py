@@ -1,0 +1,1 @@
+"""The operators: one file or folder a family."""

@@ -1,0 +1,206 @@
+"""Exact attention, dense and packed, forward and backward (Dao et al. 2022, 2023: FlashAttention 1 and 2).
+
+`csrc/attention.h` states the semantics that every backend shares; the references here are those semantics in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.masks import AttentionMask
+from metate.op import use
+from metate.ops.attention.declaration import attention_op, column_sums_op, merge_op
+
+__all__ = ["attention", "attention_varlen", "merge_attention_states"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask: AttentionMask | Tensor | None = None,
+    top_left: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+    return_lse: bool = False,
+    return_column_sums: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """softmax(mask(scale · q kᵀ) + bias) v, exact, in memory linear in the sequence lengths.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), float32, bfloat16, float16 (float64 on a CPU), any strides.
+        k: (batch, seqlen_k, kv_heads, head_dim), dtype of q; heads must be a multiple of kv_heads (GQA, MQA).
+        v: (batch, seqlen_k, kv_heads, value_dim). head_dim and value_dim: 1 to 512.
+        causal: query i sees keys up to i + seqlen_k - seqlen_q (bottom-right, as in FlashAttention ≥ 2.1).
+        window: (left, right), how many keys before and after its diagonal a query sees, inclusive; -1: no limit.
+        scale: factor of q kᵀ; default head_dim ** -0.5.
+        softcap: > 0: scores become softcap · tanh(score / softcap), before masks and bias.
+        alibi_slopes: (heads) or (batch, heads), float32; adds -slope · |i + seqlen_k - seqlen_q - j| (Press et al. 2022).
+        bias: broadcastable to (batch, heads, seqlen_q, seqlen_k), float32 or the dtype of q; added to the scores.
+        sinks: (heads), one more logit in each softmax denominator (GPT-OSS).
+        mask: an AttentionMask (document, tree, block-sparse), or a bool tensor broadcastable to
+            (batch, heads, seqlen_q, seqlen_k), True where a query may see a key.
+        top_left: measure causal, window and ALiBi from the diagonal j = i instead of the bottom-right one.
+        dropout_p: probability in [0, 1) of dropping an attention weight; reproducible from (seed, offset) everywhere.
+        seed: 64-bit seed of the dropout; None draws one from torch's default generator.
+        return_lse: also return log Σ exp(score), natural logarithm, sinks included: (batch, heads, seqlen_q), float32.
+        return_column_sums: also return Σ_i probability[i, j] before dropout: (batch, heads, seqlen_k), float32, no gradient.
+        deterministic: the backward too gives the same bits on every run. All present backends always do.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
+
+    Returns:
+        out (batch, seqlen_q, heads, value_dim), then lse and the column sums where asked for. A query without a key
+        gives 0, lse -inf and no gradient. Gradients reach q, k, v, bias, alibi_slopes, sinks, also through lse.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
+    """
+    mask = _mask(mask, q, k)
+    bias, alibi_slopes, sinks = _widen(q, bias, alibi_slopes, sinks)
+    tensors = (q, k, v, bias, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, None, None)
+    flags = _flags(q, causal, window, scale, top_left, softcap, dropout_p, seed, offset, mask.block_size)
+    return _call(tensors, flags, return_lse, return_column_sums, backend)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    mask: AttentionMask | None = None,
+    top_left: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+    return_lse: bool = False,
+    return_column_sums: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`attention` over sequences of different lengths packed one after another, without padding.
+
+    Args:
+        q: (tokens_q, heads, head_dim); k: (tokens_k, kv_heads, head_dim); v: (tokens_k, kv_heads, value_dim).
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32 on the device of q: where each sequence starts, non-decreasing,
+            the last at most the number of tokens. They stay on the device; no length reaches the host.
+        mask: an AttentionMask of intervals (1, heads or 1, tokens_q, 2), key positions counted within the sequence.
+        Others as in `attention`; alibi_slopes (heads) or (sequences, heads).
+
+    Returns:
+        out (tokens_q, heads, value_dim), then lse (heads, tokens_q) and column sums (heads, tokens_k) where asked for.
+        Tokens outside every sequence give 0 and lse -inf.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise fail("attention_varlen", name, type(tensor).__name__, "a torch.Tensor", error=TypeError)
+        if tensor.dim() != 3:
+            raise fail("attention_varlen", name, f"shape {tuple(tensor.shape)}", "3 dimensions (tokens, heads, head_dim)")
+    mask = mask or _NO_MASK
+    _, alibi_slopes, sinks = _widen(q, None, alibi_slopes, sinks)
+    tensors = (
+        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
+        None, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, cu_seqlens_q, cu_seqlens_k,
+    )  # fmt: skip
+    flags = _flags(q, causal, window, scale, top_left, softcap, dropout_p, seed, offset, mask.block_size)
+    results = _call(tensors, flags, return_lse, return_column_sums, backend)
+    return tuple(r.squeeze(0) for r in results) if isinstance(results, tuple) else results.squeeze(0)
+
+
+def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """One attention result from n over disjoint sets of keys: lse = log Σ exp lse_n, out = Σ exp(lse_n - lse) out_n.
+
+    Args:
+        outs: (n, batch, seqlen, heads, value_dim); lses: (n, batch, heads, seqlen), float32, natural logarithm.
+
+    Returns:
+        out (batch, seqlen, heads, value_dim) and lse (batch, heads, seqlen); where every lse is -inf: 0 and -inf.
+        Differentiable in both. Source: FlashInfer (Ye et al. 2025), section 2.2; FlashDecoding (2023).
+    """
+    result: tuple[Tensor, Tensor] = merge_op(outs, lses)
+    return result
+
+
+def _call(tensors: tuple[Any, ...], flags: tuple[Any, ...], lse: bool, sums: bool, backend: str | None) -> Any:
+    if backend is not None:
+        with use(backend):
+            return _call(tensors, flags, lse, sums, None)
+    out, log_sum = attention_op(*tensors, *flags)
+    if not (lse or sums):
+        return out
+    results = [out, log_sum] if lse else [out]
+    if sums:
+        q, k, _, bias, slopes, _, *masks = tensors
+        scale, left, right, top_left, softcap, _, _, _, *block_size = flags
+        results.append(column_sums_op(q, k, log_sum.detach(), bias, slopes, *masks, scale, left, right, top_left, softcap, *block_size))
+    return tuple(results)
+
+
+def _mask(mask: AttentionMask | Tensor | None, q: Tensor, k: Tensor) -> AttentionMask:
+    if mask is None:
+        return _NO_MASK
+    if isinstance(mask, AttentionMask):
+        return mask
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise fail("attention", "mask", got, "a bool tensor or an AttentionMask; give additive masks as bias", error=TypeError)
+    return AttentionMask.dense(mask, k.shape[1])
+
+
+_NO_MASK = AttentionMask()
+
+
+def _widen(q: Tensor, bias: Tensor | None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Bias in a dtype that kernels read, slopes and sinks in that of the softmax."""
+    if bias is None and all(x is None for x in vectors):
+        return (None, *vectors)
+    wide = torch.float64 if isinstance(q, Tensor) and q.dtype == torch.float64 else torch.float32
+    if isinstance(bias, Tensor) and bias.is_floating_point() and bias.dtype not in (q.dtype, torch.float32):
+        bias = bias.to(wide)
+    return (bias, *(x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in vectors))
+
+
+def _flags(
+    q: Tensor, causal: bool, window: tuple[int, int], scale: float | None, top_left: bool, softcap: float,
+    dropout_p: float, seed: int | None, offset: int, block_size: tuple[int, int],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The scalar arguments of the operators, in order."""
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(f"metate.attention: window is {window!r}, expected two integers (left, right); -1 means no limit") from None
+    if causal:
+        right = 0 if right < 0 else min(right, 0)
+    if scale is None:
+        scale = _default_scale(q)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
+    return float(scale), left, right, top_left, float(softcap), float(dropout_p), seed, offset, *block_size
+
+
+def _default_scale(q: Tensor) -> float:
+    if not isinstance(q, Tensor):
+        raise fail("attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
+    return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0

@@ -1,0 +1,230 @@
+"""The semantics of csrc/attention.h in plain torch: schema, truth, error budget and fallback of every backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from metate.philox import keep_mask
+
+def _positions(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, top_left: bool) -> tuple[Tensor, ...]:
+    """Of every query its batch entry and position, of every key its position, the diagonal, and who shares a sequence."""
+    rows, columns = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)
+    if cu_q is None or cu_k is None:
+        batch = torch.arange(q.shape[0], device=q.device)[:, None].expand(q.shape[0], q.shape[1])
+        diagonal = torch.zeros_like(rows) if top_left else (k.shape[1] - q.shape[1]) + torch.zeros_like(rows)
+        together = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        return batch, rows, columns, diagonal[:, None], together
+    cu_q, cu_k = cu_q.long(), cu_k.long()
+    sequence_q = torch.searchsorted(cu_q, rows, right=True) - 1
+    sequence_k = torch.searchsorted(cu_k, columns, right=True) - 1
+    last = cu_q.shape[0] - 2
+    inside_q, inside_k = (sequence_q >= 0) & (sequence_q <= last), (sequence_k >= 0) & (sequence_k <= last)
+    at_q, at_k = sequence_q.clamp(0, max(last, 0)), sequence_k.clamp(0, max(last, 0))
+    if last >= 0:
+        lengths = (cu_k[1:] - cu_k[:-1]) - (cu_q[1:] - cu_q[:-1])
+        diagonal = torch.zeros_like(rows) if top_left else lengths[at_q]
+        rows, columns = rows - cu_q[at_q], columns - cu_k[at_k]
+    else:
+        diagonal = torch.zeros_like(rows)
+    together = inside_q[:, None] & inside_k & (at_q[:, None] == at_k)
+    return at_q[None], rows, columns, diagonal[:, None], together[None, None]
+
+
+class _Scores:
+    """What forward, backward and column sums share: scores, who may see whom, and the dropout factors."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, intervals: Tensor | None,
+        blocks: Tensor | None, bits: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, scale: float, left: int,
+        right: int, top_left: bool, softcap: float, block_m: int, block_n: int,
+    ) -> None:  # fmt: skip
+        self.group = q.shape[2] // max(k.shape[2], 1)
+        self.scale, self.softcap = scale, softcap
+        self.batch, rows, columns, diagonal, allowed = _positions(q, k, cu_q, cu_k, top_left)
+        self.rows, self.columns = rows, columns
+        self.distance = columns - rows[:, None] - diagonal  # of key j from the diagonal of row i
+        if left >= 0:
+            allowed = allowed & (self.distance >= -left)
+        if right >= 0:
+            allowed = allowed & (self.distance <= right)
+        if intervals is not None:
+            allowed = allowed & (columns >= intervals[..., :1]) & (columns < intervals[..., 1:])
+        if blocks is not None:
+            allowed = allowed & (blocks[:, :, rows // block_m][..., columns // block_n] != 0)
+        if bits is not None:
+            allowed = allowed & ((bits[..., columns // 32] >> (columns % 32)) & 1).bool()
+        self.allowed = allowed.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        alive = self.allowed.any(-1)[..., None]  # NaN in padding must not meet a factor of 0
+        self.q = q.transpose(1, 2).where(alive, 0)
+        self.k = self.clean_keys(k)
+        s = (self.q * scale) @ self.k.transpose(-1, -2)
+        self.capped = softcap * torch.tanh(s / softcap) if softcap > 0 else s
+        s = self.capped
+        if bias is not None:
+            s = s + bias
+        if alibi_slopes is not None:
+            s = s - self.slopes(alibi_slopes) * self.distance.abs()
+        self.s = s.masked_fill(~self.allowed, -math.inf)
+
+    def slopes(self, alibi_slopes: Tensor) -> Tensor:
+        """(B, H, Sq or 1, 1): those of the batch entry or of the sequence of a query."""
+        if alibi_slopes.dim() == 1:
+            return alibi_slopes[:, None, None]
+        return alibi_slopes[self.batch].transpose(1, 2)[..., None]
+
+    def slopes_gradient(self, ds: Tensor, alibi_slopes: Tensor) -> Tensor:
+        rows = -(ds * self.distance.abs()).sum(-1)  # (B, H, Sq)
+        if alibi_slopes.dim() == 1:
+            return rows.sum((0, 2))
+        entries = self.batch.expand(rows.shape[0], -1).flatten()
+        return torch.zeros_like(alibi_slopes).index_add(0, entries, rows.transpose(1, 2).flatten(0, 1))
+
+    def clean_keys(self, x: Tensor) -> Tensor:
+        """(B, H, Sk, ·) from (B, Sk, Hkv, ·): repeated for the group, 0 where no query sees the key."""
+        seen = self.allowed.any(-2)[..., None]
+        x = x.transpose(1, 2)[:, :, None].expand(-1, -1, self.group, -1, -1).flatten(1, 2)
+        return x.where(seen, 0)
+
+    def probabilities(self, lse: Tensor) -> Tensor:
+        return torch.exp(self.s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+
+    def dropout(self, p: float, seed: int, offset: int) -> Tensor:
+        """0 or 1 / (1 - p) for every score."""
+        heads = self.s.shape[1]
+        streams = self.batch[:, None] * heads + torch.arange(heads, device=self.s.device)[:, None]  # (B, H, Sq)
+        keep = keep_mask(p, seed, offset, streams[..., None], self.rows[:, None], self.columns)
+        return keep.to(self.s.dtype) / (1 - p)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    intervals: Tensor | None = None,
+    blocks: Tensor | None = None,
+    bits: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float = 1.0,
+    window_left: int = -1,
+    window_right: int = -1,
+    top_left: bool = False,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    block_m: int = 1,
+    block_n: int = 1,
+) -> tuple[Tensor, Tensor]:
+    scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
+                     window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
+    s = scores.s
+    if sinks is not None:
+        extra = sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:3], 1)
+        if cu_seqlens_q is not None:  # tokens outside every sequence have no sink either
+            token = torch.arange(q.shape[1], device=q.device)
+            inside = (token >= cu_seqlens_q[0]) & (token < cu_seqlens_q[-1])
+            extra = extra.masked_fill(~inside[:, None], -math.inf)
+        s = torch.cat([s, extra], -1)
+    lse = torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
+    p = scores.probabilities(lse)
+    if dropout_p > 0:
+        p = p * scores.dropout(dropout_p, seed, offset)
+    out = p @ scores.clean_keys(v)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    intervals: Tensor | None = None,
+    blocks: Tensor | None = None,
+    bits: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float = 1.0,
+    window_left: int = -1,
+    window_right: int = -1,
+    top_left: bool = False,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    block_m: int = 1,
+    block_n: int = 1,
+    need_dbias: bool = False,
+    need_dalibi_slopes: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
+                     window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
+    alive = (lse != -math.inf)[..., None]
+    go = grad_out.transpose(1, 2).where(alive, 0)
+    p = scores.probabilities(lse)
+    dp = go @ scores.clean_keys(v).transpose(-1, -2)
+    kept = p
+    if dropout_p > 0:
+        factor = scores.dropout(dropout_p, seed, offset)
+        kept, dp = p * factor, dp * factor
+    ds = p * (dp - delta.masked_fill(~alive.squeeze(-1), 0.0)[..., None])
+    dv = kept.transpose(-1, -2) @ go
+    dbias = _sum_to(ds, bias.shape) if need_dbias and bias is not None else ds.new_empty(0)
+    dalibi = ds.new_empty(0)
+    if need_dalibi_slopes and alibi_slopes is not None:
+        dalibi = scores.slopes_gradient(ds, alibi_slopes)
+    if softcap > 0:
+        ds = ds * (1 - (scores.capped / softcap) ** 2)
+    dq = (ds @ scores.k) * scale
+    dk = (ds.transpose(-1, -2) @ scores.q) * scale
+
+    def heads_last(x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(1, (heads, scores.group)).sum(2).transpose(1, 2).contiguous()
+
+    return (dq.transpose(1, 2).contiguous(), heads_last(dk, k.shape[2]) if k.shape[2] else torch.zeros_like(k),
+            heads_last(dv, v.shape[2]) if v.shape[2] else torch.zeros_like(v), dbias, dalibi)  # fmt: skip
+
+
+def attention_column_sums(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    intervals: Tensor | None = None,
+    blocks: Tensor | None = None,
+    bits: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float = 1.0,
+    window_left: int = -1,
+    window_right: int = -1,
+    top_left: bool = False,
+    softcap: float = 0.0,
+    block_m: int = 1,
+    block_n: int = 1,
+) -> Tensor:
+    scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
+                     window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
+    return scores.probabilities(lse).sum(-2)
+
+
+def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.logsumexp(lses, 0) if lses.shape[0] else lses.new_full(lses.shape[1:], -math.inf)
+    weights = torch.exp(lses - lse.masked_fill(lse == -math.inf, 0.0)).transpose(-1, -2)[..., None]
+    return (outs.where(weights > 0, 0) * weights).sum(0), lse
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of broadcasting a tensor of `shape` to that of x."""
+    return x.sum_to_size(shape) if x.shape != shape else x

@@ -63,12 +63,18 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def isa() -> str | None:
-    """The instruction set of the CPU kernels on this machine (METATE_ISA lowers it), or None without CPU kernels."""
+def isas() -> list[str]:
+    """Instruction sets of this machine that CPU kernels were compiled for, the one in use (METATE_ISA) first."""
     module = load()["cpu"].module
-    return module.isa() if module else None
+    return list(module.isas()[0]) if module else []
 
 
-def backend() -> str | None:
+def refused_isa() -> str | None:
+    """What METATE_ISA asks for, where this machine does not have it."""
+    module = load()["cpu"].module
+    return os.environ["METATE_ISA"] if module and module.isas()[1] else None
+
+
+def requested_backend() -> str | None:
     """The one backend that METATE_BACKEND allows, or None."""
     return os.environ.get("METATE_BACKEND") or None

@@ -1,0 +1,211 @@
+"""Builds the kernels with CMake, the bindings on top with torch.utils.cpp_extension, and says what came of it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+from setuptools import Extension, find_namespace_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build"
+TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: the module runs on every later torch
+GIGABYTES_PER_JOB = 1.0
+
+NO_COMPILER = """
+metate: no C++ compiler works here ({problem}).
+metate compiles its kernels for this machine; it needs g++ 11 or clang 14, or newer.
+Install one, e.g. `apt-get install g++`, `dnf install gcc-c++` or `conda install gxx_linux-64`, and run this again.
+"""
+
+
+def compiler_problem() -> str | None:
+    """Why no C++20 program can be compiled, or None."""
+    command = [*os.environ.get("CXX", "c++").split(), "-std=c++20", "-xc++", "-fsyntax-only", "-"]
+    try:
+        subprocess.run(command, input=b"#include <source_location>\n", capture_output=True, check=True)
+    except FileNotFoundError:
+        return f"{command[0]} not found"
+    except subprocess.CalledProcessError as error:
+        return f"{command[0]} cannot compile C++20: {error.stderr.decode().strip().splitlines()[0]}"
+    return None
+
+
+def available_gigabytes() -> float:
+    """What this process may still take: free memory, or what its control group leaves."""
+    limits = []
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            limits.append(int(line.split()[1]) * 1024)
+    for folder in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            try:
+                limits.append(int(Path(folder, limit).read_text()) - int(Path(folder, usage).read_text()))
+            except (OSError, ValueError):
+                continue  # no such control group, or no limit
+    return min(limits, default=4 << 30) / 2**30
+
+
+def jobs() -> int:
+    """As many compilers as there are cores and memory for."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    return max(1, min(len(os.sched_getaffinity(0)), int(available_gigabytes() / GIGABYTES_PER_JOB)))
+
+
+def one_at_a_time() -> IO[str]:
+    """Waits for other builds of this tree, until closed: the object files are shared between environments."""
+    BUILD.mkdir(exist_ok=True)
+    lock = open(BUILD / ".lock", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def find_nvcc() -> str | None:
+    wheels = [str(Path(path) / "nvidia" / "cu13" / "bin") for path in sys.path]
+    home = [str(Path(os.environ[name]) / "bin") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    return shutil.which("nvcc", path=os.pathsep.join([*home, os.environ["PATH"], "/usr/local/cuda/bin", *wheels]))
+
+
+def archs() -> str:
+    return os.environ.get("METATE_ARCHS", "80;90a")
+
+
+class Kernels:
+    """The static libraries CMake makes."""
+
+    folder = BUILD / "kernels"
+
+    def configure(self, nvcc: str | None) -> None:
+        ninja = shutil.which("ninja")
+        subprocess.run(
+            ["cmake", "-S", ROOT, "-B", self.folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            + [f"-DMETATE_ARCHS={archs() if nvcc else ''}", f"-DMETATE_NVCC={nvcc or ''}"],
+            check=True,
+        )
+
+    def build(self, target: str) -> str:
+        subprocess.run(["cmake", "--build", self.folder, "--target", target, f"-j{jobs()}"], check=True)
+        return str(self.folder / f"lib{target}.a")
+
+    def cached(self, name: str) -> str:
+        for line in (self.folder / "CMakeCache.txt").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return line.partition("=")[2]
+        raise KeyError(name)
+
+    def cuda(self, nvcc: str | None) -> tuple[str | None, str]:
+        """The CUDA library, and why there is none. An architecture that was asked for by name must compile."""
+        if not archs():
+            return None, "METATE_ARCHS is empty"
+        if not nvcc:
+            return None, "no nvcc: install the CUDA toolkit, or `pip install nvidia-cuda-nvcc`, then reinstall"
+        try:
+            return self.build("metate_cuda"), ""
+        except subprocess.CalledProcessError:
+            if "METATE_ARCHS" in os.environ:
+                raise
+            return None, f"{nvcc} failed, see above; set METATE_ARCHS to make this an error"
+
+
+def binding(name: str, library: str, flags: list[str], link: list[str]) -> Extension:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    return Extension(
+        f"metate.{name}",
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").glob("*.cpp")),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={
+            "cxx": ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", f"-DMETATE_MODULE={name}"]
+            + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-isystem{path}" for path in include_paths()), *flags]
+        },
+        extra_link_args=[library, *link, "-Wl,--exclude-libs,ALL", *(f"-L{path}" for path in library_paths())]
+        # Python loads torch with local symbols: the module finds them only in libraries it names itself.
+        + ["-Wl,--no-as-needed", "-ltorch"],
+        py_limited_api=True,
+    )
+
+
+def build_kernels() -> tuple[list[Extension], dict[str, str]]:
+    """The binding modules to compile against the kernels, and a report of what there is and what not."""
+    import torch
+
+    kernels, nvcc = Kernels(), find_nvcc()
+    kernels.configure(nvcc)
+    extensions = [binding("_cpu", kernels.build("metate_cpu"), [], [])]
+    report = {"torch": torch.__version__, "machine": platform.machine(), "archs": "", "cuda": ""}
+    library, report["cuda"] = kernels.cuda(nvcc)
+    if nvcc and library:
+        include = Path(nvcc).resolve().parent.parent / "include"
+        link = [kernels.cached("METATE_CUDART"), "-ldl", "-lrt"]
+        extensions.append(binding("_cuda", library, ["-DMETATE_CUDA", f"-isystem{include}"], link))
+        report["archs"] = kernels.cached("METATE_ARCHS_BUILT")
+    return extensions, report
+
+
+def build_command(report: dict[str, str]):
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def build_extension(self, ext):
+            # Both modules compile the same sources, each into its own folder, which outlives pip's temporary ones.
+            self.build_temp = str(BUILD / "bindings" / ext.name)
+            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+            super().build_extension(ext)
+
+        def run(self):
+            super().run()
+            package = ROOT / "python" / "metate" if self.inplace else Path(self.build_lib) / "metate"
+            (package / "build.json").write_text(json.dumps(report, indent=1) + "\n")
+            line = f"metate: built CPU kernels ({report['machine']})"
+            line += f", CUDA kernels (sm_{report['archs'].replace(';', ', sm_')})" if report["archs"] else ""
+            line += f"; not CUDA kernels ({report['cuda']})" if report["cuda"] else ""
+            tell(f"{line}; against torch {report['torch']}")
+
+    return Build
+
+
+def tell(line: str) -> None:
+    """To the build log, and past it: pip shows no log of a build that succeeds."""
+    print(line, flush=True)
+    if sys.stdout.isatty():
+        return
+    try:
+        with open("/dev/tty", "w") as terminal:
+            terminal.write(f"\n{line}\n")
+    except OSError:
+        pass  # nobody is watching
+
+
+def main() -> None:
+    commands, extensions = {}, []
+    # Metadata and source archives need no compiler and no torch.
+    if {"build_ext", "bdist_wheel", "editable_wheel"} & set(sys.argv):
+        problem = compiler_problem()
+        if problem:
+            sys.exit(NO_COMPILER.format(problem=problem).strip())
+        lock = one_at_a_time()
+        shutil.rmtree(BUILD / "lib", ignore_errors=True)  # setuptools would ship what an earlier build left there
+        os.environ["MAX_JOBS"] = str(jobs())
+        extensions, report = build_kernels()
+        commands = {"build_ext": build_command(report)}
+    setup(
+        packages=[*find_namespace_packages("python", exclude=["*__pycache__"]), "metate.kernels"],
+        package_dir={"": "python", "metate.kernels": "kernels"},
+        package_data={"metate": ["py.typed"]},
+        ext_modules=extensions,
+        cmdclass=commands,
+        options={"bdist_wheel": {"py_limited_api": "cp310"}, "build": {"build_lib": str(BUILD / "lib")}},
+    )
+    if extensions:
+        lock.close()
+
+
+main()

@@ -1,0 +1,219 @@
+// Register-blocked products of small tiles, and the packing they want.
+//
+// A product adds, for each row r and column c, a(r, k) · b(k, c) over k in ascending order into one accumulator, so a
+// row's result depends neither on the rows beside it nor on the tile's size. Operands are made of 32-bit words: a
+// float, or a Pair of bfloat16 that stand one after the other in k; `steps` counts words.
+#pragma once
+
+#include "../vec.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int tile_rows = width == 16 ? 12 : 6;  // with `panel` columns they fill the registers
+constexpr int panel = 2 * width;                 // columns of a packed panel of b
+
+struct Pair {
+    bf16 first, second;
+};
+template <class Word>
+constexpr int elements_of = __is_same(Word, Pair) ? 2 : 1;
+
+METATE_FN constexpr int64_t round_up(int64_t n, int64_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
+template <class Word>
+METATE_FN constexpr int64_t steps_of(int64_t elements) {
+    return (elements + elements_of<Word> - 1) / elements_of<Word>;
+}
+
+METATE_FN vf add_product(vf sum, vf a, const float* b) {
+    return fma(a, load(b), sum);
+}
+METATE_FN vf spread(const float* a) {
+    return splat(*a);
+}
+#if defined(METATE_HAS_BF16_DOT)
+METATE_FN vf add_product(vf sum, vi a, const Pair* b) {
+    return dot(sum, a, load(reinterpret_cast<const int32_t*>(b)));
+}
+METATE_FN vi spread(const Pair* a) {
+    return splat(bit_cast<int32_t>(*a));
+}
+#endif
+
+// What becomes of the old values of c: lost, added to, or scaled row by row and added to.
+enum class Into { set, add, scaled };
+// How a lies in memory: a(r, k) at r · stride + k, or at k · stride + r.
+enum class Left { rows, columns };
+
+template <class Word>
+struct Product {
+    const Word* a;
+    int64_t stride;  // of a
+    const Word* b;   // panel: word (k, c) at k · panel + c
+    int64_t steps;
+    float* c;  // (r, column) at r · c_stride + column
+    int64_t c_stride;
+    const float* factor;  // of each row, with Into::scaled
+};
+
+template <Left left, Into into, int rows, int vectors, class Word>
+__attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
+    vf sum[rows][vectors];
+    for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < vectors; ++v) {
+            if constexpr (into == Into::set) {
+                sum[r][v] = splat(0.0f);
+            } else {
+                sum[r][v] = load(p.c + r * p.c_stride + v * width);
+                if constexpr (into == Into::scaled) sum[r][v] = sum[r][v] * splat(p.factor[r]);
+            }
+        }
+    }
+    // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
+    constexpr int bases = (rows + 2) / 3;
+    const Word* base[bases];
+    for (int i = 0; i < bases; ++i) base[i] = p.a + (left == Left::rows ? 3 * i * p.stride : 3 * i);
+    const int64_t row_stride = left == Left::rows ? p.stride : 1, step = left == Left::rows ? 1 : p.stride;
+    const Word* b = p.b;
+    const Word* const end = b + p.steps * panel;
+#pragma GCC unroll 2
+    while (b != end) {
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r) {
+            const auto a = spread(base[r / 3] + r % 3 * row_stride);
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + v * width);
+        }
+        for (int i = 0; i < bases; ++i) base[i] += step;
+        b += panel;
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < vectors; ++v) store(p.c + r * p.c_stride + v * width, sum[r][v]);
+    }
+}
+
+// c += a · b for `rows` <= tile_rows rows and `columns` <= panel columns. A tile may run on a few rows and columns more
+// than were asked for, up to tile_rows and panel: they must be readable in a (and factor) and writable in c.
+template <Left left, Into into, class Word>
+METATE_FN void multiply(int rows, int64_t columns, const Product<Word>& p) {
+    if (columns > width) {
+        if (rows > 8) return multiply_tile<left, into, tile_rows, 2>(p);
+        if (rows > 4) return multiply_tile < left, into, tile_rows<8 ? tile_rows : 8, 2>(p);
+        if (rows > 2) return multiply_tile<left, into, 4, 2>(p);
+        if (rows > 1) return multiply_tile<left, into, 2, 2>(p);
+        return multiply_tile<left, into, 1, 2>(p);
+    }
+    if (rows > 4) return multiply_tile<left, into, tile_rows, 1>(p);
+    return multiply_tile<left, into, 4, 1>(p);
+}
+
+// Packing.
+
+constexpr int max_head_dim = 512;
+
+// A row of n elements, contiguous: where it is if its elements stand side by side, else copied to `line`.
+template <class T>
+METATE_FN const T* contiguous(const T* row, int64_t stride, int64_t n, T* line) {
+    if (stride == 1) return row;
+    for (int64_t i = 0; i < n; ++i) line[i] = row[i * stride];
+    return line;
+}
+
+METATE_FN void store_words(float* to, vf x) {
+    store(to, x);
+}
+template <class T>
+METATE_FN vf load_words(const T* from, int64_t n, const float*) {
+    return n >= width ? load(from) : load(from, n);
+}
+#if defined(METATE_HAS_BF16_DOT)
+METATE_FN void store_words(Pair* to, vf x) {
+    store(reinterpret_cast<float*>(to), x);
+}
+METATE_FN vf load_words(const bf16* from, int64_t n, const Pair*) {
+    return as_float(n >= 2 * width ? load_pairs(from) : load_pairs(from, n));
+}
+#endif
+
+// One row of n elements as words, zeros up to `words` (a multiple of width).
+template <class Word, class T>
+inline void pack_row(Word* to, int64_t words, const T* row, int64_t stride, int64_t n) {
+    T line[max_head_dim];
+    row = contiguous(row, stride, n, line);
+    constexpr int unit = width * elements_of<Word>;
+    for (int64_t i = 0; i < words / width; ++i) {
+        const int64_t left = n - i * unit;
+        store_words(to + i * width, left > 0 ? load_words(row + i * unit, left, to) : splat(0.0f));
+    }
+}
+
+// The transpose of `rows` rows of n <= max_head_dim elements, as b of a product over n: panel after panel, word (k, c)
+// of a panel at k · panel + c, steps_of(n) words deep. Rows are filled up with zeros to whole panels.
+template <class Word, class T>
+inline void pack_transposed(Word* to, const T* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t n) {
+    constexpr int unit = width * elements_of<Word>;
+    const int64_t steps = steps_of<Word>(n);
+    T lines[width][max_head_dim];
+    for (int64_t row = 0; row < round_up(rows, panel); row += width) {
+        const T* line[width];
+        for (int i = 0; i < width; ++i) {
+            line[i] = row + i < rows ? contiguous(from + (row + i) * row_stride, stride, n, lines[i]) : nullptr;
+        }
+        Word* const out = to + row / panel * steps * panel + row % panel;
+        for (int64_t k = 0; k < steps; k += width) {
+            vf block[width];
+            const int64_t at = k * elements_of<Word>;
+            for (int i = 0; i < width; ++i) {
+                block[i] = line[i] ? load_words(line[i] + at, n - at < unit ? n - at : unit, to) : splat(0.0f);
+            }
+            transpose(block);
+            const int64_t live = steps - k < width ? steps - k : width;
+            for (int64_t i = 0; i < live; ++i) store_words(out + (k + i) * panel, block[i]);
+        }
+    }
+}
+
+// `rows` rows of n elements as b of a product over the rows: panel after panel of `panel` elements of n, word (k, c) of
+// a panel at k · panel + c, `steps` >= steps_of(rows) words deep, zeros after the rows and columns. Returns whether all
+// elements are finite.
+template <class T>
+inline bool pack_rows(float* to, const T* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t n,
+                      int64_t steps) {
+    T line[max_head_dim];
+    vf poison = splat(0.0f);  // NaN once an element was infinite or NaN
+    for (int64_t k = 0; k < steps; ++k) {
+        const T* row = k < rows ? contiguous(from + k * row_stride, stride, n, line) : nullptr;
+        for (int64_t c = 0; c < round_up(n, panel); c += width) {
+            const int64_t live = row ? n - c : 0;
+            const vf x = live >= width ? load(row + c) : live > 0 ? load(row + c, live) : splat(0.0f);
+            poison = fma(x, splat(0.0f), poison);
+            store(to + c / panel * steps * panel + k * panel + c % panel, x);
+        }
+    }
+    return bits_of(is_nan(poison)) == 0;
+}
+
+#if defined(METATE_HAS_BF16_DOT)
+inline bool pack_rows(Pair* to, const bf16* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t n,
+                      int64_t steps) {
+    bf16 even[max_head_dim], odd[max_head_dim];
+    const bf16 zeros[max_head_dim] = {};
+    bool finite = true;
+    for (int64_t k = 0; k < steps; ++k) {
+        const bf16* a = 2 * k < rows ? contiguous(from + 2 * k * row_stride, stride, n, even) : zeros;
+        const bf16* b = 2 * k + 1 < rows ? contiguous(from + (2 * k + 1) * row_stride, stride, n, odd) : zeros;
+        for (int64_t c = 0; c < round_up(n, panel); c += width) {
+            const int64_t live = n - c;
+            const vi x = live >= width ? zip(a + c, b + c) : live > 0 ? zip(a + c, b + c, live) : splat(0);
+            finite &= !any_not_finite(x);
+            store_words(to + c / panel * steps * panel + k * panel + c % panel, as_float(x));
+        }
+    }
+    return finite;
+}
+#endif
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

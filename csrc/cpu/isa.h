@@ -1,0 +1,63 @@
+// Compiles a kernel file once per instruction set and picks one at run time.
+//
+// The build compiles each file of csrc/cpu but isa.cpp once per instruction set, with that set's flags and
+// -DMETATE_ISA=<name>. A kernel lives in namespace metate::cpu::<name>; METATE_DISPATCH, at the end of its file, emits
+// the chooser in the baseline pass only. Everything but the entry points stands in an unnamed namespace: whatever the
+// linker could merge across passes might run on a machine that lacks the instructions.
+#pragma once
+
+#include "../metate.h"
+
+namespace metate::cpu {
+
+enum class Isa { baseline, avx2, avx512, avx512bf16 };
+constexpr int isa_count = 4;
+
+Isa isa();          // the best of this machine; METATE_ISA in the environment lowers it
+bool has_isa(Isa);  // whether this machine and this build have it
+const char* name_of(Isa);
+bool isa_was_refused();  // METATE_ISA names no instruction set of this machine, and isa() is the best one instead
+
+// Double precision has one implementation, the baseline's.
+inline __attribute__((always_inline)) Isa isa_for(DType dtype) {
+    return dtype == DType::f64 ? Isa::baseline : isa();
+}
+
+}  // namespace metate::cpu
+
+#if !defined(METATE_ISA_BASELINE)
+#define METATE_DISPATCH(fn, Params, dtype)
+#elif defined(__x86_64__)
+// `dtype` names the data type of the call `p`.
+#define METATE_DISPATCH(fn, Params, dtype)             \
+    namespace metate::cpu {                            \
+    namespace avx2 {                                   \
+    void fn(const Params&, const Runtime&);            \
+    }                                                  \
+    namespace avx512 {                                 \
+    void fn(const Params&, const Runtime&);            \
+    }                                                  \
+    namespace avx512bf16 {                             \
+    void fn(const Params&, const Runtime&);            \
+    }                                                  \
+    void fn(const Params& p, const Runtime& runtime) { \
+        switch (isa_for(dtype)) {                      \
+            case Isa::avx512bf16:                      \
+                return avx512bf16::fn(p, runtime);     \
+            case Isa::avx512:                          \
+                return avx512::fn(p, runtime);         \
+            case Isa::avx2:                            \
+                return avx2::fn(p, runtime);           \
+            case Isa::baseline:                        \
+                return baseline::fn(p, runtime);       \
+        }                                              \
+    }                                                  \
+    }
+#else
+#define METATE_DISPATCH(fn, Params, dtype)             \
+    namespace metate::cpu {                            \
+    void fn(const Params& p, const Runtime& runtime) { \
+        baseline::fn(p, runtime);                      \
+    }                                                  \
+    }
+#endif

@@ -1,0 +1,48 @@
+// Pieces of work for whoever is free, and the layout of a kernel's one scratch block.
+#pragma once
+
+#include "isa.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+// Runs body(worker, piece) for every piece. Workers fetch pieces in ascending order: put the heavy ones first. What a
+// piece computes must not depend on the worker or on the pieces that ran before.
+template <class Body>
+void for_pieces(const Runtime& runtime, int64_t pieces, const Body& body) {
+    struct Shared {
+        const Body& body;
+        int64_t pieces, next;
+    } shared{body, pieces, 0};
+    const int workers = static_cast<int>(pieces < runtime.threads ? pieces : runtime.threads);
+    auto work = [](int worker, void* context) {
+        Shared& all = *static_cast<Shared*>(context);
+        for (;;) {
+            const int64_t piece = __atomic_fetch_add(&all.next, 1, __ATOMIC_RELAXED);
+            if (piece >= all.pieces) return;
+            all.body(worker, piece);
+        }
+    };
+    if (workers <= 1) {
+        if (pieces > 0) work(0, &shared);
+        return;
+    }
+    runtime.parallel(workers, work, &shared);
+}
+
+// Hands out consecutive 64-byte aligned arrays. Without a base it only counts, so that one function describes a layout
+// both for the size to ask for and for the arrays themselves.
+struct Arena {
+    char* base = nullptr;
+    size_t used = 0;
+
+    template <class T>
+    T* take(int64_t count) {
+        T* at = reinterpret_cast<T*>(base ? base + used : nullptr);
+        used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+        return at;
+    }
+};
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

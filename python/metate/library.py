@@ -1,4 +1,4 @@
-"""The compiled kernels: loads them, and says which are missing and why. The only reader of METATE_* variables in Python.
+"""The compiled kernels: loads them and says which are missing and why. Nothing else in Python reads METATE_* variables.
 
 `metate._cpu` and `metate._cuda` register their kernels with torch as they are imported; the schemas must be defined
 before.
@@ -55,7 +55,9 @@ def _load(backend: str) -> Module:
         return Module(importlib.import_module(name))
     except ImportError as error:
         built = report().get("torch", "an unknown torch")
-        return Module(None, f"built against torch {built}, does not load on {torch.__version__}: {error}; reinstall metate")
+        return Module(
+            None, f"built against torch {built}, does not load on {torch.__version__}: {error}; reinstall metate"
+        )
 
 
 def _version(text: str) -> tuple[int, int]:

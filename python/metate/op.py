@@ -102,7 +102,7 @@ class Op:
         self.parameters = tuple(inspect.signature(self.reference).parameters)
         self.arity = len(self.axes)
         self._axes = Axes(self.name, self.axes)
-        self._optional = {p.name: p.default is None for p in inspect.signature(self.reference).parameters.values()}
+        self._optional = {name: "None" in str(kind) for name, kind in self.reference.__annotations__.items()}
         self._contents = (self.parameters.index(self.contents[0]), self.contents[1]) if self.contents else None
         self._implementations: dict[str, dict[str, Backend]] = {}
         self._plans: dict[Any, Backend] = {}

@@ -177,7 +177,8 @@ def _double_backward(backward_op: Op, ctx: Any, grads: tuple[Tensor | None, ...]
     inputs = ctx.saved_tensors
     differentiable = [i for i in range(8) if inputs[i] is not None and ctx.needs_input_grad[i]]
     with torch.enable_grad():
-        leaves = [inputs[i] if inputs[i].requires_grad else inputs[i].detach().requires_grad_() for i in differentiable]
+        # New nodes: lse and delta depend on q, k, v in the outer graph, which must not be walked here.
+        leaves = [inputs[i].view_as(inputs[i]) if inputs[i].requires_grad else inputs[i].detach().requires_grad_() for i in differentiable]
         arguments = list(inputs)
         for i, leaf in zip(differentiable, leaves, strict=True):
             arguments[i] = leaf

@@ -84,12 +84,13 @@ class Kernels:
     folder = BUILD / "kernels"
 
     def configure(self, nvcc: str | None) -> None:
-        ninja = shutil.which("ninja")
-        subprocess.run(
-            ["cmake", "-S", ROOT, "-B", self.folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-            + [f"-DMETATE_ARCHS={archs() if nvcc else ''}", f"-DMETATE_NVCC={nvcc or ''}"],
-            check=True,
-        )
+        options = {
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "METATE_ARCHS": archs() if nvcc else "",
+            "METATE_NVCC": nvcc or "",
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", ROOT, "-B", self.folder, "-G", "Ninja", *defines], check=True)
 
     def build(self, target: str) -> str:
         subprocess.run(["cmake", "--build", self.folder, "--target", target, f"-j{jobs()}"], check=True)
@@ -118,17 +119,18 @@ class Kernels:
 def binding(name: str, library: str, flags: list[str], link: list[str]) -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    compile_args = ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", *flags]
+    compile_args += [f"-DMETATE_MODULE={name}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    compile_args += [f"-isystem{path}" for path in include_paths()]
+    link_args = [library, *link, "-Wl,--exclude-libs,ALL", *(f"-L{path}" for path in library_paths())]
+    # Python loads torch with local symbols: the module finds them only in libraries it names itself.
+    link_args += ["-Wl,--no-as-needed", "-ltorch"]
     return Extension(
         f"metate.{name}",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").glob("*.cpp")),
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").rglob("*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={
-            "cxx": ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", f"-DMETATE_MODULE={name}"]
-            + [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *(f"-isystem{path}" for path in include_paths()), *flags]
-        },
-        extra_link_args=[library, *link, "-Wl,--exclude-libs,ALL", *(f"-L{path}" for path in library_paths())]
-        # Python loads torch with local symbols: the module finds them only in libraries it names itself.
-        + ["-Wl,--no-as-needed", "-ltorch"],
+        extra_compile_args={"cxx": compile_args},
+        extra_link_args=link_args,
         py_limited_api=True,
     )
 
@@ -196,8 +198,10 @@ def main() -> None:
         os.environ["MAX_JOBS"] = str(jobs())
         extensions, report = build_kernels()
         commands = {"build_ext": build_command(report)}
+    packages = find_namespace_packages("python", exclude=["*__pycache__"])
+    kernels = [f"metate.kernels.{name}" for name in find_namespace_packages("kernels", exclude=["*__pycache__"])]
     setup(
-        packages=[*find_namespace_packages("python", exclude=["*__pycache__"]), "metate.kernels"],
+        packages=[*packages, "metate.kernels", *kernels],
         package_dir={"": "python", "metate.kernels": "kernels"},
         package_data={"metate": ["py.typed"]},
         ext_modules=extensions,

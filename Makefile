@@ -1,0 +1,121 @@
+# make demo    install, check this machine, a short benchmark, then train a small model through metate's kernels
+# make test    everything CI runs
+# make bench   the full benchmark; results to bench/results/
+# make lint    format and type checks, as the pre-commit hooks run them
+# make native  the C++ tests: kernels without Python
+# make sanitize  the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make gpu     on a GPU machine, network or not: build, device suite, compute-sanitizer, benchmarks
+# make clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
+ISAS := baseline avx2
+NVCC := $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench lint format native sanitize gpu gpu-build gpu-test gpu-sanitize gpu-bench clean install
+.DELETE_ON_ERROR:
+
+# Environments.
+
+$(VENV)/requirements: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@cp requirements.txt $@
+
+# Where nvcc is found the CUDA kernels must compile; elsewhere they are left out.
+$(VENV)/installed: $(VENV)/requirements $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(NVCC),METATE_ARCHS="80;90a") \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+install: $(VENV)/installed
+
+# What a person runs.
+
+demo: install
+	$(BIN)/metate demo
+
+bench: install
+	$(BIN)/metate bench
+
+# Tests. The emulated CUDA kernels run on CPU tensors inside pytest, and natively under the sanitizers.
+
+TORCH := $(BIN)/python -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+comma := ,
+
+build/native/CMakeCache.txt: $(VENV)/requirements
+	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DMETATE_TESTS=ON \
+	  -DMETATE_ARCHS= -DMETATE_TORCH="$$($(TORCH))"
+
+build/sanitize/CMakeCache.txt: $(VENV)/requirements
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DMETATE_TESTS=ON \
+	  -DMETATE_ARCHS= -DMETATE_SANITIZE=address$(comma)undefined
+
+build-%: build/%/CMakeCache.txt
+	$(BIN)/cmake --build build/$* -j$(JOBS)
+
+native: build-native
+	$(BIN)/ctest --test-dir build/native --output-on-failure
+
+sanitize: build-sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+test: install native sanitize
+	for isa in $(ISAS); do METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k parity || exit; done
+	$(BIN)/python -m pytest -q -n 2 tests
+
+lint: $(VENV)/requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/native/*' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/native/*' | xargs $(BIN)/clang-format -i
+
+# A GPU machine, with what is installed there: the first Python whose torch sees the GPU, no virtual environment, no
+# network. Every part runs even when one before it fails; what they print also goes to bench/results/, and to $OUT.
+
+GPU_PYTHON = $(shell for p in $(PYTHON) $(BIN)/python; do \
+  $$p -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && echo $$p && break; done)
+SITE := build/gpu/site
+RESULTS := bench/results
+SANITIZER := $(firstword $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null))
+ON_GPU = PYTHONPATH=$(CURDIR)/$(SITE) $(GPU_PYTHON)
+# log <name>: keeps the exit status of the command before it.
+log = 2>&1 | tee $(RESULTS)/gpu-$(1).log; status=$$?; $(if $(OUT),cp $(RESULTS)/gpu-$(1).log "$(OUT)/";) exit $$status
+
+gpu: SHELL := /bin/bash
+gpu-%: SHELL := /bin/bash
+gpu-%: .SHELLFLAGS := -o pipefail -c
+
+gpu: gpu-build
+	$(MAKE) -k gpu-test gpu-sanitize gpu-bench
+
+gpu-build:
+	@test -n "$(GPU_PYTHON)" || { echo "make gpu: no Python here has a torch that sees a GPU" >&2; exit 1; }
+	@mkdir -p $(RESULTS)
+	rm -rf $(SITE)
+	METATE_ARCHS="80;90a" $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --target $(SITE) . $(call log,build)
+
+gpu-test:
+	$(ON_GPU) -m pytest -q -n 8 tests $(call log,test)
+
+gpu-sanitize:
+	@test -n "$(SANITIZER)" || { echo "make gpu: no compute-sanitizer here" >&2; exit 1; }
+	for tool in memcheck initcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(SITE) $(SANITIZER) --tool $$tool --error-exitcode 99 --padding 4096 \
+	    $(GPU_PYTHON) -m pytest -q -x tests/test_ops.py -k "parity and cuda" || exit; done $(call log,sanitize)
+
+gpu-bench:
+	$(ON_GPU) -m metate.cli bench $(call log,bench)
+
+clean:
+	rm -rf build python/metate/*.so python/metate/build.json

@@ -60,13 +60,17 @@ struct Product {
 
 template <Left left, Into into, int rows, int vectors, class Word>
 __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
+    float* const c = p.c;
+    const int64_t c_stride = p.c_stride;
     vf sum[rows][vectors];
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) {
             if constexpr (into == Into::set) {
                 sum[r][v] = splat(0.0f);
             } else {
-                sum[r][v] = load(p.c + r * p.c_stride + v * width);
+                sum[r][v] = load(c + r * c_stride + v * width);
                 if constexpr (into == Into::scaled) sum[r][v] = sum[r][v] * splat(p.factor[r]);
             }
         }
@@ -74,23 +78,25 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
     // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
     constexpr int bases = (rows + 2) / 3;
     const Word* base[bases];
+#pragma GCC unroll 4
     for (int i = 0; i < bases; ++i) base[i] = p.a + (left == Left::rows ? 3 * i * p.stride : 3 * i);
     const int64_t row_stride = left == Left::rows ? p.stride : 1, step = left == Left::rows ? 1 : p.stride;
     const Word* b = p.b;
-    const Word* const end = b + p.steps * panel;
-#pragma GCC unroll 2
-    while (b != end) {
+    for (int64_t k = p.steps; k > 0; --k) {
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
             const auto a = spread(base[r / 3] + r % 3 * row_stride);
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + v * width);
         }
+#pragma GCC unroll 4
         for (int i = 0; i < bases; ++i) base[i] += step;
         b += panel;
     }
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-        for (int v = 0; v < vectors; ++v) store(p.c + r * p.c_stride + v * width, sum[r][v]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) store(c + r * c_stride + v * width, sum[r][v]);
     }
 }
 

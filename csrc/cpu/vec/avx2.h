@@ -1,0 +1,177 @@
+// The vector layer for AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int width = 8;
+using vf = __m256;
+using vi = __m256i;
+struct vm {
+    __m256i lanes;
+};
+
+METATE_FN vf splat(float x) {
+    return _mm256_set1_ps(x);
+}
+METATE_FN vi splat(int32_t x) {
+    return _mm256_set1_epi32(x);
+}
+METATE_FN vi lanes() {
+    return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+}
+METATE_FN vm mask_of(uint32_t bits) {
+    const vi bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return {_mm256_cmpeq_epi32(_mm256_and_si256(splat(static_cast<int32_t>(bits)), bit), bit)};
+}
+METATE_FN uint32_t bits_of(vm m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m.lanes)));
+}
+METATE_FN vm first(int64_t n) {
+    return {_mm256_cmpgt_epi32(splat(static_cast<int32_t>(n)), lanes())};
+}
+METATE_FN vf load(const float* p) {
+    return _mm256_loadu_ps(p);
+}
+METATE_FN vf load(const float* p, int64_t n) {
+    return _mm256_maskload_ps(p, first(n).lanes);
+}
+METATE_FN void store(float* p, vf x) {
+    _mm256_storeu_ps(p, x);
+}
+METATE_FN void store(float* p, vf x, int64_t n) {
+    _mm256_maskstore_ps(p, first(n).lanes, x);
+}
+METATE_FN vf widen_bf16(__m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+METATE_FN vf load(const bf16* p) {
+    return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+METATE_FN vf load(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+METATE_FN vf fma(vf a, vf b, vf c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+METATE_FN vf max(vf a, vf b) {
+    return _mm256_max_ps(a, b);
+}  // b where either is NaN
+METATE_FN vf min(vf a, vf b) {
+    return _mm256_min_ps(a, b);
+}
+METATE_FN vf abs(vf a) {
+    return _mm256_andnot_ps(splat(-0.0f), a);
+}
+METATE_FN vf round(vf a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+METATE_FN vm less(vf a, vf b) {
+    return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ))};
+}
+METATE_FN vm not_less(vf a, vf b) {
+    return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_NLT_UQ))};
+}
+METATE_FN vm equal(vf a, vf b) {
+    return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))};
+}
+METATE_FN vm is_nan(vf a) {
+    return {_mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q))};
+}
+METATE_FN vf select(vm m, vf a, vf b) {
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m.lanes));
+}
+METATE_FN vi select(vm m, vi a, vi b) {
+    return _mm256_blendv_epi8(b, a, m.lanes);
+}
+METATE_FN float sum(vf a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+METATE_FN float largest(vf a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+METATE_FN vi load(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+METATE_FN vi add(vi a, vi b) {
+    return _mm256_add_epi32(a, b);
+}
+METATE_FN vi sub(vi a, vi b) {
+    return _mm256_sub_epi32(a, b);
+}
+METATE_FN vi exor(vi a, vi b) {
+    return _mm256_xor_si256(a, b);
+}
+METATE_FN vi abs(vi a) {
+    return _mm256_abs_epi32(a);
+}
+METATE_FN vm below_unsigned(vi a, vi b) {
+    const vi top = splat(INT32_MIN);
+    return {_mm256_cmpgt_epi32(exor(b, top), exor(a, top))};
+}
+METATE_FN vf to_float(vi a) {
+    return _mm256_cvtepi32_ps(a);
+}
+METATE_FN vf as_float(vi a) {
+    return _mm256_castsi256_ps(a);
+}
+METATE_FN vi as_int(vf a) {
+    return _mm256_castps_si256(a);
+}
+// The 64-bit products of unsigned lanes.
+METATE_FN void multiply(vi a, vi b, vi& high, vi& low) {
+    const vi even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+// p · 2^n for whole n, 0 where m is false; a NaN in p stays, for n is then NaN and converts to a multiple of 2^9.
+METATE_FN vf scale_by_power(vf p, vf n, vm m) {
+    const vi shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_and_ps(_mm256_castsi256_ps(m.lanes), as_float(add(as_int(p), shifted)));
+}
+
+METATE_FN __m128i narrow_bf16(vf x) {
+    const vi bits = as_int(x), high = _mm256_srli_epi32(bits, 16), odd = _mm256_and_si256(high, splat(1));
+    const vi rounded = _mm256_srli_epi32(add(bits, add(odd, splat(0x7fff))), 16);
+    const vi chosen = select(is_nan(x), _mm256_or_si256(high, splat(0x40)), rounded);
+    return _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
+}
+METATE_FN void store(bf16* p, vf x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x));
+}
+METATE_FN void store(f16* p, vf x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+METATE_FN void transpose(vf (&r)[width]) {
+    vf t[width];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            const __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + j + 2]);
+            r[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            r[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const vf low = r[i], high = r[i + 4];
+        r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -1,0 +1,240 @@
+// The vector layer for AVX-512 F, BW, DQ and VL, and pairs of bfloat16 where their dot product exists.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int width = 16;
+using vf = __m512;
+using vi = __m512i;
+using vm = __mmask16;
+
+METATE_FN vm mask_of(uint32_t bits) {
+    return static_cast<vm>(bits);
+}  // lane i: bit i
+METATE_FN uint32_t bits_of(vm m) {
+    return m;
+}
+METATE_FN vm first(int64_t n) {
+    return static_cast<vm>((1u << n) - 1);
+}  // n <= width
+
+METATE_FN vf splat(float x) {
+    return _mm512_set1_ps(x);
+}
+METATE_FN vi splat(int32_t x) {
+    return _mm512_set1_epi32(x);
+}
+METATE_FN vi lanes() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+METATE_FN vf load(const float* p) {
+    return _mm512_loadu_ps(p);
+}
+METATE_FN vf load(const float* p, int64_t n) {
+    return _mm512_maskz_loadu_ps(first(n), p);
+}
+METATE_FN void store(float* p, vf x) {
+    _mm512_storeu_ps(p, x);
+}
+METATE_FN void store(float* p, vf x, int64_t n) {
+    _mm512_mask_storeu_ps(p, first(n), x);
+}
+METATE_FN vf widen_bf16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+METATE_FN vf load(const bf16* p) {
+    return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+METATE_FN vf load(const bf16* p, int64_t n) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+}
+METATE_FN vf load(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+METATE_FN vf load(const f16* p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+}
+
+METATE_FN vf fma(vf a, vf b, vf c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+METATE_FN vf max(vf a, vf b) {
+    return _mm512_max_ps(a, b);
+}  // b where either is NaN
+METATE_FN vf min(vf a, vf b) {
+    return _mm512_min_ps(a, b);
+}
+METATE_FN vf abs(vf a) {
+    return _mm512_abs_ps(a);
+}
+METATE_FN vf round(vf a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+METATE_FN vm less(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
+}
+METATE_FN vm not_less(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ);
+}
+METATE_FN vm equal(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+}
+METATE_FN vm is_nan(vf a) {
+    return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+}
+METATE_FN vf select(vm m, vf a, vf b) {
+    return _mm512_mask_blend_ps(m, b, a);
+}
+METATE_FN vi select(vm m, vi a, vi b) {
+    return _mm512_mask_blend_epi32(m, b, a);
+}
+METATE_FN float sum(vf a) {
+    return _mm512_reduce_add_ps(a);
+}
+METATE_FN float largest(vf a) {
+    return _mm512_reduce_max_ps(a);
+}
+
+METATE_FN vi load(const int32_t* p) {
+    return _mm512_loadu_si512(p);
+}
+METATE_FN vi add(vi a, vi b) {
+    return _mm512_add_epi32(a, b);
+}
+METATE_FN vi sub(vi a, vi b) {
+    return _mm512_sub_epi32(a, b);
+}
+METATE_FN vi exor(vi a, vi b) {
+    return _mm512_xor_si512(a, b);
+}
+METATE_FN vi abs(vi a) {
+    return _mm512_abs_epi32(a);
+}
+METATE_FN vm below_unsigned(vi a, vi b) {
+    return _mm512_cmplt_epu32_mask(a, b);
+}
+METATE_FN vf to_float(vi a) {
+    return _mm512_cvtepi32_ps(a);
+}
+METATE_FN vf as_float(vi a) {
+    return _mm512_castsi512_ps(a);
+}
+METATE_FN vi as_int(vf a) {
+    return _mm512_castps_si512(a);
+}
+// The 64-bit products of unsigned lanes.
+METATE_FN void multiply(vi a, vi b, vi& high, vi& low) {
+    const vi even = _mm512_mul_epu32(a, b), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+    low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+    high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+}
+// p · 2^n for whole n, 0 where m is false; a NaN in p stays.
+METATE_FN vf scale_by_power(vf p, vf n, vm m) {
+    return _mm512_maskz_scalef_ps(m, p, n);
+}
+
+METATE_FN __m256i narrow_bf16(vf x) {
+    const vi bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), splat(1));
+    const vi rounded = _mm512_srli_epi32(add(bits, add(odd, splat(0x7fff))), 16);
+    const vi quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), splat(0x40));
+    return _mm512_cvtepi32_epi16(select(is_nan(x), quiet, rounded));
+}
+METATE_FN __m256i narrow_f16(vf x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+METATE_FN void store(bf16* p, vf x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x));
+}
+METATE_FN void store(bf16* p, vf x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(x));
+}
+METATE_FN void store(f16* p, vf x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x));
+}
+METATE_FN void store(f16* p, vf x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow_f16(x));
+}
+
+METATE_FN void transpose(vf (&r)[width]) {
+    vf t[width];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+            r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+#if defined(METATE_HAS_BF16_DOT)
+// Pairs of bfloat16: the earlier element in the low half of a lane.
+METATE_FN vi load_pairs(const bf16* p) {
+    return _mm512_loadu_si512(p);
+}
+METATE_FN vi load_pairs(const bf16* p, int64_t n) {  // n < 2·width elements, zeros after them
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << n) - 1), p);
+}
+// Lane c is the pair (a[c], b[c]).
+METATE_FN vi join_pairs(__m256i a, __m256i b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+METATE_FN vi zip(const bf16* a, const bf16* b) {
+    return join_pairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+}
+METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
+    return join_pairs(_mm256_maskz_loadu_epi16(first(n), a), _mm256_maskz_loadu_epi16(first(n), b));
+}
+// Whether any of the 2·width elements is infinite or NaN.
+METATE_FN bool any_not_finite(vi pairs) {
+    const vi exponent = _mm512_set1_epi16(0x7f80);
+    return _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent) != 0;
+}
+
+#if defined(METATE_EMULATE_BF16)
+// Subnormal numbers count as zeros of their sign.
+METATE_FN vf flush(vf x) {
+    const vm tiny = _mm512_cmp_ps_mask(_mm512_abs_ps(x), splat(0x1p-126f), _CMP_LT_OQ);
+    return _mm512_mask_and_ps(x, tiny, x, splat(-0.0f));
+}
+METATE_FN vf dot(vf sum, vi a, vi b) {
+    const vi high = splat(static_cast<int32_t>(0xffff0000u));
+    const vf a1 = flush(as_float(_mm512_and_si512(a, high))), b1 = flush(as_float(_mm512_and_si512(b, high)));
+    const vf a0 = flush(as_float(_mm512_slli_epi32(a, 16))), b0 = flush(as_float(_mm512_slli_epi32(b, 16)));
+    return flush(fma(a0, b0, flush(fma(a1, b1, flush(sum)))));
+}
+// The floats of low, then those of high, as 2·width bfloat16.
+METATE_FN vi narrow_pairs(vf low, vf high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(flush(low))), narrow_bf16(flush(high)), 1);
+}
+#else
+METATE_FN vf dot(vf sum, vi a, vi b) {
+    return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+METATE_FN vi narrow_pairs(vf low, vf high) {
+    return bit_cast<vi>(_mm512_cvtne2ps_pbh(high, low));
+}
+#endif
+#endif
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -1,0 +1,164 @@
+// The vector layer for any machine, in the compiler's own vector types.
+#pragma once
+
+#include "scalar.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int width = 4;
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef uint32_t vu __attribute__((vector_size(16)));
+typedef uint64_t vl __attribute__((vector_size(16)));
+struct vm {
+    vi lanes;
+};
+
+METATE_FN vf splat(float x) {
+    return vf{x, x, x, x};
+}
+METATE_FN vi splat(int32_t x) {
+    return vi{x, x, x, x};
+}
+METATE_FN vi lanes() {
+    return vi{0, 1, 2, 3};
+}
+METATE_FN vm mask_of(uint32_t bits) {
+    return {(splat(static_cast<int32_t>(bits)) & vi{1, 2, 4, 8}) != 0};
+}
+METATE_FN uint32_t bits_of(vm m) {
+    const vi bit = m.lanes & vi{1, 2, 4, 8};
+    return static_cast<uint32_t>(bit[0] | bit[1] | bit[2] | bit[3]);
+}
+METATE_FN vm first(int64_t n) {
+    return {lanes() < splat(static_cast<int32_t>(n))};
+}
+METATE_FN vf load(const float* p) {
+    vf x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
+METATE_FN void store(float* p, vf x) {
+    __builtin_memcpy(p, &x, sizeof x);
+}
+METATE_FN vf load(const float* p, int64_t n) {
+    vf x = {};
+    for (int64_t i = 0; i < n; ++i) x[i] = p[i];
+    return x;
+}
+METATE_FN void store(float* p, vf x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = x[i];
+}
+METATE_FN vf load(const bf16* p) {
+    return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+METATE_FN vf load(const f16* p) {
+    return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+
+METATE_FN vf fma(vf a, vf b, vf c) {
+    return a * b + c;
+}
+METATE_FN vf max(vf a, vf b) {
+    return a > b ? a : b;
+}  // b where either is NaN
+METATE_FN vf min(vf a, vf b) {
+    return a < b ? a : b;
+}
+METATE_FN vf abs(vf a) {
+    return (vf)((vi)a & INT32_MAX);
+}
+// Magnitudes below 2^22. Opaque, or the compiler would fold the two additions.
+METATE_FN vf round(vf a) {
+    vf shifted = a + 0x1.8p23f;
+    __asm__("" : "+m"(shifted));
+    return shifted - 0x1.8p23f;
+}
+METATE_FN vm less(vf a, vf b) {
+    return {a < b};
+}
+METATE_FN vm not_less(vf a, vf b) {
+    return {~(a < b)};
+}
+METATE_FN vm equal(vf a, vf b) {
+    return {a == b};
+}
+METATE_FN vm is_nan(vf a) {
+    return {a != a};
+}
+METATE_FN vf select(vm m, vf a, vf b) {
+    return (vf)(((vi)a & m.lanes) | ((vi)b & ~m.lanes));
+}
+METATE_FN vi select(vm m, vi a, vi b) {
+    return (a & m.lanes) | (b & ~m.lanes);
+}
+METATE_FN float sum(vf a) {
+    return (a[0] + a[2]) + (a[1] + a[3]);
+}
+METATE_FN float largest(vf a) {
+    const float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
+    return x > y ? x : y;
+}
+
+METATE_FN vi load(const int32_t* p) {
+    vi x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
+METATE_FN vi add(vi a, vi b) {
+    return (vi)((vu)a + (vu)b);
+}
+METATE_FN vi sub(vi a, vi b) {
+    return (vi)((vu)a - (vu)b);
+}
+METATE_FN vi exor(vi a, vi b) {
+    return a ^ b;
+}
+METATE_FN vi abs(vi a) {
+    return a < 0 ? sub(splat(0), a) : a;
+}
+METATE_FN vm below_unsigned(vi a, vi b) {
+    return {(vu)a < (vu)b};
+}
+METATE_FN vf to_float(vi a) {
+    return __builtin_convertvector(a, vf);
+}
+METATE_FN vf as_float(vi a) {
+    return (vf)a;
+}
+METATE_FN vi as_int(vf a) {
+    return (vi)a;
+}
+// The 64-bit products of unsigned lanes.
+METATE_FN void multiply(vi a, vi b, vi& high, vi& low) {
+    const vl low_half = {0xffffffffu, 0xffffffffu};
+    const vl even = ((vl)a & low_half) * ((vl)b & low_half), odd = ((vl)a >> 32) * ((vl)b >> 32);
+    low = (vi)((even & low_half) | odd << 32);
+    high = (vi)(even >> 32 | (odd & ~low_half));
+}
+// p · 2^n for whole n, 0 where m is false; a NaN in p stays.
+METATE_FN vf scale_by_power(vf p, vf n, vm m) {
+    const vi power = __builtin_convertvector(select({m.lanes & (n == n)}, n, splat(0.0f)), vi);
+    return (vf)(add((vi)p, power << 23) & m.lanes);
+}
+
+template <class T>
+METATE_FN void store_16_bit(T* p, vf x) {
+    for (int i = 0; i < width; ++i) p[i] = from_float<T>(x[i]);
+}
+METATE_FN void store(bf16* p, vf x) {
+    store_16_bit(p, x);
+}
+METATE_FN void store(f16* p, vf x) {
+    store_16_bit(p, x);
+}
+
+METATE_FN void transpose(vf (&r)[width]) {
+    vf t[width];
+    for (int i = 0; i < 4; ++i) t[i] = vf{r[0][i], r[1][i], r[2][i], r[3][i]};
+    for (int i = 0; i < 4; ++i) r[i] = t[i];
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

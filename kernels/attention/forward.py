@@ -1,0 +1,109 @@
+"""FlashAttention-2 forward: each program owns a block of queries and walks over the keys it can see, keeping a running
+maximum and sum of the softmax; column sums of the probabilities from the same tiles."""
+
+import triton
+import triton.language as tl
+
+from .configs import RUNTIME, tuned
+from .ranges import edge_tile, edge_tiles, keys_of, queries_of
+from .tiles import (
+    LN2,
+    LOG2E,
+    allowed_pairs,
+    bend,
+    block_is_live,
+    edge_is_live,
+    finite,
+    head_of,
+    kept,
+    load_rows,
+    locate,
+    make_span,
+    product,
+    row_offset,
+    slots,
+    store_rows,
+)
+
+
+@triton.jit
+def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window, terms, noise, allowed,
+                 CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Takes one tile of keys into the running softmax. `allowed` is None where nothing is masked."""
+    tail: tl.constexpr = allowed is not None
+    keys = load_rows(k, k_strides, n0, span[6], BLOCK_N, DIM, BLOCK_D, tail)
+    s = product(q, tl.trans(keys))
+    s, _ = bend(s, m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, False)
+    if allowed is not None:
+        s = tl.where(allowed, s, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 1))
+    safe_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    p = tl.exp2(s - safe_peak[:, None])
+    shrink = tl.exp2(peak - safe_peak)
+    total = total * shrink + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(kept(m0, n0, span, noise, BLOCK_M, BLOCK_N, False), p, 0.0)
+    values = load_rows(v, v_strides, n0, span[6], BLOCK_N, VALUE_DIM, BLOCK_V, tail)
+    if allowed is not None:
+        # 0 · NaN would reach rows that must not see this key; the rows that do see it become NaN through p.
+        good = finite(values)
+        spoilt = tl.max((~good).to(tl.int32), 1) > 0
+        values = tl.where(good, values, 0.0)
+        p = tl.where(allowed & spoilt[None, :], float("nan"), p)
+    acc = product(p.to(values.dtype), values, acc * shrink[:, None])
+    return acc, total, new_peak
+
+
+@tuned("forward")
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slopes, sinks, intervals, blocks, bits,
+                   cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right,
+                   block_m, block_n, inner, outer, seed_lo, seed_hi, offset, threshold, dropout_scale,
+                   CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
+    head = tl.program_id(0) // per_head
+    # Backwards: under a causal mask the last queries have the most work, and short programs should finish last.
+    sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
+    span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
+    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    if (m0 < 0) | (m0 >= size_q):
+        return
+    window = ((size_k - size_q) * bottom_right, left, right)
+    masks = (intervals, blocks, bits, block_m, block_n)
+    terms = (bias, slopes, inner, outer)
+    noise = (seed_lo, seed_hi, offset, threshold)
+    q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, BLOCK_M, DIM, BLOCK_D, True)
+    k = head_of(k, k_strides, batch, first_k, head // group)
+    v = head_of(v, v_strides, batch, first_k, head // group)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        peak = tl.zeros((BLOCK_M,), tl.float32) + sink
+        total = tl.where(peak == -float("inf"), 0.0, 1.0)
+    else:
+        peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+
+    start, whole_start, whole_stop, stop = keys_of(m0, span, window, masks, BLOCK_M, BLOCK_N)
+    for n0 in range(whole_start, whole_stop, BLOCK_N):
+        if block_is_live(m0, n0, span, masks):
+            acc, total, peak = forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window,
+                                            terms, noise, None, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+                                            BLOCK_M, BLOCK_N)  # fmt: skip
+    for t in range(0, edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)):
+        n0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_N)
+        allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, False)
+        if edge_is_live(allowed, masks):
+            acc, total, peak = forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window,
+                                            terms, noise, allowed, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+                                            BLOCK_M, BLOCK_N)  # fmt: skip
+
+    acc = acc * (tl.where(total == 0.0, 0.0, dropout_scale / total))[:, None]
+    result = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN2)
+    i = m0 + tl.arange(0, BLOCK_M)
+    tl.store(lse + row_offset(span) + i, result, mask=i < size_q)
+    store_rows(out, acc, batch, first_q, head, heads, tokens_q, m0, size_q, BLOCK_M, VALUE_DIM, BLOCK_V)

@@ -144,10 +144,11 @@ def build_kernels() -> tuple[list[Extension], dict[str, str]]:
     extensions = [binding("_cpu", kernels.build("metate_cpu"), [], [])]
     report = {"torch": torch.__version__, "machine": platform.machine(), "archs": "", "cuda": ""}
     library, report["cuda"] = kernels.cuda(nvcc)
-    if nvcc and library:
-        include = Path(nvcc).resolve().parent.parent / "include"
-        link = [kernels.cached("METATE_CUDART"), "-ldl", "-lrt"]
-        extensions.append(binding("_cuda", library, ["-DMETATE_CUDA", f"-isystem{include}"], link))
+    if library:
+        root = Path(kernels.cached("METATE_CUDA_ROOT"))
+        include = [root / "include", root / "targets" / f"{platform.machine()}-linux" / "include"]
+        flags = ["-DMETATE_CUDA", *(f"-isystem{path}" for path in include if path.exists())]
+        extensions.append(binding("_cuda", library, flags, [kernels.cached("METATE_CUDART"), "-ldl", "-lrt"]))
         report["archs"] = kernels.cached("METATE_ARCHS_BUILT")
     return extensions, report
 
@@ -165,6 +166,9 @@ def build_command(report: dict[str, str]):
         def run(self):
             super().run()
             package = ROOT / "python" / "metate" if self.inplace else Path(self.build_lib) / "metate"
+            built = {Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
+            for stale in set(package.glob("_c*.so")) - {package / name for name in built}:
+                stale.unlink()  # of an earlier build in place
             (package / "build.json").write_text(json.dumps(report, indent=1) + "\n")
             line = f"metate: built CPU kernels ({report['machine']})"
             line += f", CUDA kernels (sm_{report['archs'].replace(';', ', sm_')})" if report["archs"] else ""

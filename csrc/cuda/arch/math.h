@@ -84,6 +84,15 @@ METATE_DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
+// The number of the lowest set bit of a word that has one.
+METATE_DEVICE int lowest_bit(uint32_t word) {
+#if defined(__CUDACC__)
+    return __ffs(static_cast<int>(word)) - 1;
+#else
+    return __builtin_ctz(word);
+#endif
+}
+
 #if defined(__CUDACC__)
 #define METATE_UNARY(instruction, name)                 \
     METATE_DEVICE float name(float x) {                 \

@@ -181,12 +181,12 @@ inline void pack_transposed(Word* to, const T* from, int64_t row_stride, int64_t
     }
 }
 
-// `rows` rows of n elements as b of a product over the rows: panel after panel of `panel` elements of n, word (k, c) of
-// a panel at k · panel + c, `steps` >= steps_of(rows) words deep, zeros after the rows and columns. Returns whether all
-// elements are finite.
+// `rows` rows of n elements as b of a product over the rows: every `panel_stride` words a panel of `panel` elements of
+// n, word (k, c) of a panel at k · panel + c, `steps` >= steps_of(rows) words deep, zeros after the rows and columns.
+// Returns whether all elements are finite.
 template <class T>
 inline bool pack_rows(float* to, const T* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t n,
-                      int64_t steps) {
+                      int64_t steps, int64_t panel_stride) {
     T line[max_head_dim];
     vf poison = splat(0.0f);  // NaN once an element was infinite or NaN
     for (int64_t k = 0; k < steps; ++k) {
@@ -195,7 +195,7 @@ inline bool pack_rows(float* to, const T* from, int64_t row_stride, int64_t stri
             const int64_t live = row ? n - c : 0;
             const vf x = live >= width ? load(row + c) : live > 0 ? load(row + c, live) : splat(0.0f);
             poison = fma(x, splat(0.0f), poison);
-            store(to + c / panel * steps * panel + k * panel + c % panel, x);
+            store(to + c / panel * panel_stride + k * panel + c % panel, x);
         }
     }
     return bits_of(is_nan(poison)) == 0;
@@ -203,7 +203,7 @@ inline bool pack_rows(float* to, const T* from, int64_t row_stride, int64_t stri
 
 #if defined(METATE_HAS_BF16_DOT)
 inline bool pack_rows(Pair* to, const bf16* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t n,
-                      int64_t steps) {
+                      int64_t steps, int64_t panel_stride) {
     bf16 even[max_head_dim], odd[max_head_dim];
     const bf16 zeros[max_head_dim] = {};
     bool finite = true;
@@ -214,7 +214,7 @@ inline bool pack_rows(Pair* to, const bf16* from, int64_t row_stride, int64_t st
             const int64_t live = n - c;
             const vi x = live >= width ? zip(a + c, b + c) : live > 0 ? zip(a + c, b + c, live) : splat(0);
             finite &= !any_not_finite(x);
-            store_words(to + c / panel * steps * panel + k * panel + c % panel, as_float(x));
+            store_words(to + c / panel * panel_stride + k * panel + c % panel, as_float(x));
         }
     }
     return finite;

@@ -130,14 +130,16 @@ inline uint32_t mask_word(const Attention& a, const Row& row, int64_t key) {
 }
 
 struct TileMask {
-    uint32_t any;  // bit c: some row sees a key of chunk c; the other chunks need no work
-    uint32_t all;  // bit c: every row sees all keys of chunk c, and words[...][c] is not set
+    int64_t begin, end;  // every key that some row sees, counted from the start of the block, lies within
+    uint32_t any;        // bit c: some row sees a key of chunk c; the other chunks need no work
+    uint32_t all;        // bit c: every row sees all keys of chunk c, and words[...][c] is not set
     uint32_t words[tile_rows][max_chunks];
 };
 
 // What `rows` rows may see of the chunks of a block that starts at `key`.
 inline void mask_tile(const Attention& a, const Row* row, int rows, int64_t key, int chunks, TileMask& mask) {
-    int64_t inner_begin = INT64_MIN, inner_end = INT64_MAX, begin = INT64_MAX, end = INT64_MIN;
+    constexpr int64_t far = INT64_MAX / 2;
+    int64_t inner_begin = -far, inner_end = far, begin = far, end = -far;
     for (int r = 0; r < rows; ++r) {
         if (row[r].begin > inner_begin) inner_begin = row[r].begin;
         if (row[r].end < inner_end) inner_end = row[r].end;
@@ -146,6 +148,8 @@ inline void mask_tile(const Attention& a, const Row* row, int rows, int64_t key,
             if (row[r].end > end) end = row[r].end;
         }
     }
+    mask.begin = clamp(begin - key, 0, chunks * chunk);
+    mask.end = clamp(end - key, 0, chunks * chunk);
     const bool by_range = !a.bits && !a.blocks;
     mask.any = mask.all = 0;
     for (int c = 0; c < chunks; ++c) {
@@ -264,16 +268,14 @@ inline uint64_t kept_keys(const Attention& a, int64_t number, int64_t query, int
     return kept;
 }
 
-// Zeroes the dropped elements of a row's chunks of a block.
-inline void drop(const Attention& a, const Sequence& s, const Row& row, int64_t key, uint32_t chunks, float* x) {
+// kept[c], for the given chunks of a block: the keys of chunk c that dropout keeps for a row.
+inline void kept_words(const Attention& a, const Sequence& s, const Row& row, int64_t key, uint32_t chunks,
+                       uint32_t* kept) {
     for (int c = 0; chunks >> c; c += 2) {
         if (!(chunks >> c & 3)) continue;
-        const uint64_t kept = kept_keys(a, s.number, row.query, row.head, (key + c * chunk) / 64);
-        for (int j = 0; j < 64; j += width) {
-            if (!(chunks >> (c + j / chunk) & 1)) continue;
-            float* at = x + c * chunk + j;
-            store(at, select(mask_of(static_cast<uint32_t>(kept >> j)), load(at), splat(0.0f)));
-        }
+        const uint64_t both = kept_keys(a, s.number, row.query, row.head, (key + c * chunk) / 64);
+        kept[c] = static_cast<uint32_t>(both);
+        kept[c + 1] = static_cast<uint32_t>(both >> 32);
     }
 }
 

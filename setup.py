@@ -205,8 +205,8 @@ def main() -> None:
     packages = find_namespace_packages("python", exclude=["*__pycache__"])
     kernels = [f"metate.kernels.{name}" for name in find_namespace_packages("kernels", exclude=["*__pycache__"])]
     setup(
-        packages=[*packages, "metate.kernels", *kernels],
-        package_dir={"": "python", "metate.kernels": "kernels"},
+        packages=[*packages, "metate.kernels", *kernels, "metate.bench"],
+        package_dir={"": "python", "metate.kernels": "kernels", "metate.bench": "bench"},
         package_data={"metate": ["py.typed"]},
         ext_modules=extensions,
         cmdclass=commands,

@@ -14,7 +14,7 @@ LAYERS = [
     {"ops"},
     {"nn", "quant", "search"},
     {"models", "generate", "parallel"},
-    {"compat", "verify", "bench", "cli", "__init__", "__main__"},
+    {"compat", "verify", "bench", "demo", "cli", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 SHOUTED = re.compile(r"METATE_(?!ISA\b|BACKEND\b|CACHE\b|ARCHS\b)[A-Z_]+")

@@ -85,7 +85,7 @@ void prepare(Fiber& fiber, const Stack& stack, void (*entry)()) {
 #if defined(__x86_64__)
     // What metate_emulator_switch_stack pops: six registers, then the address of entry, above which the ABI wants the
     // stack to look as after a call.
-    void** top = reinterpret_cast<void**>(stack.memory + stack.bytes) - 2;
+    void** top = reinterpret_cast<void**>(stack.memory + stack.bytes) - 1;
     top[0] = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;

@@ -85,14 +85,14 @@ bool SharedMemory::contains(const void* address) const {
 
 size_t SharedMemory::offset(const void* address, size_t size, const char* what, const Site& where) const {
     const auto offset = reinterpret_cast<intptr_t>(address) - reinterpret_cast<intptr_t>(memory);
+    if (reinterpret_cast<uintptr_t>(address) % size) {
+        fail(what, where,
+             "byte " + std::to_string(offset) + " of shared memory is not a multiple of " + std::to_string(size));
+    }
     if (offset < 0 || static_cast<size_t>(offset) + size > bytes) {
         fail(what, where,
              "bytes " + std::to_string(offset) + " to " + std::to_string(offset + static_cast<intptr_t>(size)) +
                  " of the block's " + std::to_string(bytes) + " bytes of shared memory");
-    }
-    if (static_cast<size_t>(offset) % size) {
-        fail(what, where,
-             "byte " + std::to_string(offset) + " of shared memory is not a multiple of " + std::to_string(size));
     }
     return static_cast<size_t>(offset);
 }
@@ -105,8 +105,7 @@ bool SharedMemory::seen(Actor by, int warp, uint32_t tick) const {
 void SharedMemory::check_writer(Actor by, const Granule& granule, const char* what, const Site& where) const {
     if (granule.in_flight) {
         fail(what, where,
-             "touches the destination of the asynchronous copy of " + describe(granule.writer) +
-                 ", which has not been waited for");
+             "race: the asynchronous copy of " + describe(granule.writer) + " to this place has not been waited for");
     }
     if (!granule.tick || (granule.warp == by.warp && granule.lane == by.lane)) return;
     if (!seen(by, granule.warp, granule.tick)) {

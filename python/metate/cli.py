@@ -1,0 +1,208 @@
+"""The `metate` command: info, verify, bench, demo."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from metate import hardware, library
+from metate import verify as engine
+from metate.op import BACKENDS, REGISTRY, Op
+
+app = typer.Typer(
+    name="metate",
+    help="Kernels for transformers and vector search: what runs here, whether it is right, how fast it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+# info
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False) -> None:
+    """The machine, the instruction sets, the backends and what is missing, the build, the versions."""
+    if as_json:
+        print(json.dumps(_facts(), indent=1))
+    else:
+        show_info()
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "machine": hardware.machine(),
+        "backends": {name: reason or "available" for name, reason in hardware.backends().items()},
+        "operators": {name: {d: [*op.implementations(d)] for d in engine.devices()} for name, op in REGISTRY.items()},
+        "build": library.report(),
+        "versions": hardware.versions(),
+        "warnings": hardware.warnings(),
+    }
+
+
+def show_info() -> None:
+    facts = _facts()
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold cyan")
+    grid.add_column()
+    for name, text in _lines(facts):
+        grid.add_row(name, text)
+    console.print(grid)
+    for warning in facts["warnings"]:
+        console.print(f"[yellow]![/] {escape(warning)}")
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    machine, build = facts["machine"], facts["build"]
+    quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
+    caches = " · ".join(f"{name} {size >> 10} KiB" for name, size in machine["caches"].items())
+    isa = [f"[green]{machine['isa'][0]}[/]", *machine["isa"][1:]] if machine["isa"] else ["no compiled kernels"]
+    lines = [
+        ("processor", f"{escape(machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads used{quota}"),
+        ("memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB; {caches}"),
+        ("ISA", ", ".join(isa)),
+    ]
+    for gpu in machine["gpus"]:
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        lines.append(("GPU", f"{gpu['name']} ({gpu['capability']}), {gpu['processors']} multiprocessors, {memory}"))
+    for name, reason in facts["backends"].items():
+        available = reason == "available"
+        served = sum(name in found for op in facts["operators"].values() for found in op.values())
+        state = f"[green]✓[/] {served} operators" if available else f"[yellow]–[/] {escape(reason)}"
+        lines.append((name, state))
+    if build:
+        archs = build.get("archs")
+        cuda = f"CUDA kernels sm_{archs.replace(';', ', sm_')}" if archs else "no CUDA kernels"
+        lines.append(("build", f"{build['machine']}, against torch {build['torch']}; {cuda}"))
+    lines.append(("versions", escape(" · ".join(f"{name} {version}" for name, version in facts["versions"].items()))))
+    return lines
+
+
+# verify
+
+
+@app.command()
+def verify(
+    op: Annotated[str | None, typer.Option(help="one operator; default: all")] = None,
+    backend: Annotated[str | None, typer.Option(help=" | ".join(BACKENDS))] = None,
+    device: Annotated[str | None, typer.Option(help="cpu | cuda; default: every one that is here")] = None,
+    dtype: Annotated[str | None, typer.Option(help=" | ".join(DTYPES))] = None,
+    case: Annotated[int | None, typer.Option(help="one declared case, by number")] = None,
+    fuzz: Annotated[int, typer.Option(help="configurations to draw for every operator", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="first seed of --fuzz; alone: draw this one")] = None,
+) -> None:
+    """Compare every operator with its float64 reference on this machine; exit code 1 where one is wrong."""
+    ops = [_known("--op", op, REGISTRY)] if op else list(REGISTRY.values())
+    dtypes = [_known("--dtype", dtype, DTYPES)] if dtype else list(DTYPES.values())
+    where = _where(ops, backend, device)
+    if fuzz or seed is not None:
+        first = random.SystemRandom().randrange(2**31) if seed is None else seed
+        console.print(f"seeds {first} to {first + max(fuzz, 1) - 1}", highlight=False)
+        checks = list(engine.fuzz(ops, dtypes, where, max(fuzz, 1), first))
+    else:
+        checks = [check for check in engine.parity(ops, dtypes, where) if case in (None, check.number)]
+    if not checks:
+        raise typer.BadParameter("no operator has such a case on this machine")
+    if not show_checks(checks):
+        raise typer.Exit(1)
+
+
+def _known(option: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(table)}", param_hint=option)
+    return table[name]
+
+
+def _where(ops: list[Op], backend: str | None, device: str | None) -> list[tuple[str, str]]:
+    """The (device, backend) pairs to check: those that this machine has, or the one asked for."""
+    found = {
+        (place, name)
+        for op in ops
+        for place in engine.devices()
+        for name in op.implementations(place)
+        if device in (None, place) and backend in (None, name)
+    }
+    if not found:
+        reason = hardware.backends().get(backend or "", "") or f"nothing runs on {device or 'this machine'}"
+        raise typer.BadParameter(reason, param_hint="--backend" if backend else "--device")
+    return sorted(found, key=lambda pair: (pair[0], BACKENDS.index(pair[1])))
+
+
+def show_checks(checks: list[engine.Check]) -> bool:
+    """Runs the checks under a progress bar, then tells: a table, and for each failure the command that repeats it."""
+    results = []
+    with progress() as bar:
+        task = bar.add_task("verify", total=len(checks))
+        for check in checks:
+            bar.update(task, description=f"{check.op.name} [dim]{check.backend} {_name(check.dtype)}[/]")
+            results.append(engine.run(check))
+            bar.advance(task)
+    console.print(_verify_table(results))
+    failures = [result for result in results if result.status == "failed"]
+    for result in failures:
+        console.print(f"[red]✗[/] {escape(result.detail)}", highlight=False)
+        console.print(f"  [dim]{escape(str(result.check.case()))}[/]", highlight=False, soft_wrap=True)
+        console.print(f"  {result.check.reproduction}", highlight=False, soft_wrap=True)
+    ran = sum(result.status == "passed" for result in results)
+    verdict = f"[red]{len(failures)} wrong[/], {ran} right" if failures else f"[green]{ran} right[/], none wrong"
+    refused = Counter(result.detail for result in results if result.status == "refused")
+    console.print(verdict + (f", {sum(refused.values())} refused:" if refused else ""))
+    for reason, count in refused.most_common(5):
+        console.print(f"  [dim]{count} × {escape(reason)}[/]", highlight=False)
+    return not failures
+
+
+def _verify_table(results: list[engine.Result]) -> Table:
+    dtypes = [dtype for dtype in DTYPES.values() if any(result.check.dtype == dtype for result in results)]
+    table = Table(Column("operator", no_wrap=True), "backend", *map(_name, dtypes), "seconds", box=box.SIMPLE_HEAD)
+    places: dict[tuple[str, str, str], list[engine.Result]] = {}
+    for result in results:
+        places.setdefault((result.check.op.name, result.check.device, result.check.backend), []).append(result)
+    for (name, device, backend), found in places.items():
+        cells = [_cell([r for r in found if r.check.dtype == dtype]) for dtype in dtypes]
+        place = backend if device in (backend, "cpu") else f"{backend} on {device}"
+        table.add_row(name, place, *cells, f"{sum(r.seconds for r in found):.1f}")
+    return table
+
+
+def _cell(results: list[engine.Result]) -> str:
+    counts = Counter(result.status for result in results)
+    if counts["failed"]:
+        return f"[red]✗ {counts['failed']} of {counts['failed'] + counts['passed']}[/]"
+    if counts["passed"]:
+        refused = f" [dim]({counts['refused']} refused)[/]" if counts["refused"] else ""
+        return f"[green]✓ {counts['passed']}[/]{refused}"
+    return "[dim]refused[/]" if counts["refused"] else "[dim]–[/]"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    app()

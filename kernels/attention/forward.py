@@ -13,7 +13,6 @@ from .tiles import (
     bend,
     block_is_live,
     edge_is_live,
-    finite,
     head_of,
     kept,
     load_rows,
@@ -22,6 +21,7 @@ from .tiles import (
     product,
     row_offset,
     slots,
+    sound_rows,
     store_rows,
 )
 
@@ -31,11 +31,11 @@ def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, 
                  CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Takes one tile of keys into the running softmax. `allowed` is None where nothing is masked."""
-    tail: tl.constexpr = allowed is not None
-    keys = load_rows(k, k_strides, n0, span[6], BLOCK_N, DIM, BLOCK_D, tail)
-    s = product(q, tl.trans(keys))
-    s, _ = bend(s, m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, False)
-    if allowed is not None:
+    edge: tl.constexpr = allowed is not None
+    sound = sound_rows(v, v_strides, n0, span[6], BLOCK_N, VALUE_DIM, BLOCK_V) if edge else None
+    keys = load_rows(k, k_strides, n0, span[6], None, BLOCK_N, DIM, BLOCK_D, edge)
+    s, _ = bend(product(q, tl.trans(keys)), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, False)
+    if edge:
         s = tl.where(allowed, s, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1))
     safe_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -44,13 +44,9 @@ def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, 
     total = total * shrink + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(m0, n0, span, noise, BLOCK_M, BLOCK_N, False), p, 0.0)
-    values = load_rows(v, v_strides, n0, span[6], BLOCK_N, VALUE_DIM, BLOCK_V, tail)
-    if allowed is not None:
-        # 0 · NaN would reach rows that must not see this key; the rows that do see it become NaN through p.
-        good = finite(values)
-        spoilt = tl.max((~good).to(tl.int32), 1) > 0
-        values = tl.where(good, values, 0.0)
-        p = tl.where(allowed & spoilt[None, :], float("nan"), p)
+    if edge:
+        p = tl.where(allowed & ~sound[None, :], float("nan"), p)
+    values = load_rows(v, v_strides, n0, span[6], sound, BLOCK_N, VALUE_DIM, BLOCK_V, edge)
     acc = product(p.to(values.dtype), values, acc * shrink[:, None])
     return acc, total, new_peak
 
@@ -75,7 +71,7 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
     masks = (intervals, blocks, bits, block_m, block_n)
     terms = (bias, slopes, inner, outer)
     noise = (seed_lo, seed_hi, offset, threshold)
-    q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, BLOCK_M, DIM, BLOCK_D, True)
+    q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
     k = head_of(k, k_strides, batch, first_k, head // group)
     v = head_of(v, v_strides, batch, first_k, head // group)
 

@@ -79,14 +79,19 @@ def head_of(tensor, strides, batch, first, head):
 
 
 @triton.jit
-def load_rows(base, strides, first, size, ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr):
-    """Rows first … first+ROWS-1 of one head, zeros beyond `size` (looked at where TAIL) and beyond DIM."""
+def load_rows(base, strides, first, size, sound, ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr,
+              TAIL: tl.constexpr):  # fmt: skip
+    """Rows first … first+ROWS-1 of one head; zeros beyond DIM, beyond `size` (looked at where TAIL) and where `sound`,
+    if there is one, is false."""
     row = tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     pointers = base + tl.cast(first, tl.int64) * strides[1]
     pointers += (row.to(tl.int64) * strides[1])[:, None] + (col.to(tl.int64) * strides[3])[None, :]
     if TAIL:
-        inside = (first + row < size)[:, None]
+        inside = first + row < size
+        if sound is not None:
+            inside &= sound
+        inside = inside[:, None]
         if COLS != DIM:
             inside &= (col < DIM)[None, :]
         return tl.load(pointers, mask=inside, other=0.0)
@@ -94,6 +99,18 @@ def load_rows(base, strides, first, size, ROWS: tl.constexpr, DIM: tl.constexpr,
         return tl.load(pointers, mask=(col < DIM)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def sound_rows(base, strides, first, size, ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
+    """Rows that hold numbers only (inf - inf and nan - nan are not 0).
+
+    A tile product multiplies masked rows by 0, and 0 · NaN would still spoil everything. Tiles with masked elements
+    therefore leave unsound rows out, and put NaN into exactly those probabilities that use one. The rows are read once
+    more for that, which is cheaper than holding a whole operand in registers.
+    """
+    x = load_rows(base, strides, first, size, None, ROWS, DIM, COLS, True).to(tl.float32)
+    return tl.min((x - x == 0).to(tl.int32), 1) > 0
 
 
 @triton.jit
@@ -130,12 +147,6 @@ def product(a, b, acc=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def finite(x):
-    """True where x is a number: inf - inf and nan - nan are not 0."""
-    return x - x == 0
 
 
 @triton.jit

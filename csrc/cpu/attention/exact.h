@@ -25,7 +25,7 @@ inline double logit_exact(const Attention& a, const Sequence& s, const Row& row,
     double x = product * a.scale;
     if (derivative) *derivative = 1;
     if (a.softcap > 0) {
-        const double t = tanh(x / a.softcap);
+        const double t = ::tanh(x / a.softcap);
         x = t * a.softcap;
         if (derivative) *derivative = 1 - t * t;
     }
@@ -37,8 +37,7 @@ inline double logit_exact(const Attention& a, const Sequence& s, const Row& row,
     if (a.alibi_slopes) {
         const auto& view = a.alibi_slopes;
         const int64_t batch = s.number < view.size[0] ? s.number : 0;
-        const double slope =
-            static_cast<const double*>(view.data)[batch * view.stride[0] + row.head * view.stride[1]];
+        const double slope = static_cast<const double*>(view.data)[batch * view.stride[0] + row.head * view.stride[1]];
         x -= slope * static_cast<double>(llabs(row.query + s.diagonal - key));
     }
     return x;

@@ -34,6 +34,17 @@ inline Sequence sequence_of(const Attention& a, const Piece& piece) {
     return n < count ? sequence_of(a, n) : outside_of(a, n > count);
 }
 
+// The sequence of a token of the views, or what lies outside.
+inline Sequence sequence_at(const Attention& a, int64_t batch, int64_t token) {
+    if (!a.cu_seqlens_q) return sequence_of(a, batch);
+    const int64_t count = sequences_of(a);
+    if (token < offset_in(a.cu_seqlens_q, 0)) return outside_of(a, false);
+    for (int64_t n = 0; n < count; ++n) {
+        if (token < offset_in(a.cu_seqlens_q, n + 1)) return sequence_of(a, n);
+    }
+    return outside_of(a, true);
+}
+
 METATE_FN int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }

@@ -204,6 +204,10 @@ METATE_FN vi zip(const bf16* a, const bf16* b) {
 METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
     return join_pairs(_mm256_maskz_loadu_epi16(first(n), a), _mm256_maskz_loadu_epi16(first(n), b));
 }
+// Zeros where the first or second elements of pairs are not to count.
+METATE_FN vi keep_elements(vi pairs, bool first, bool second) {
+    return _mm512_and_si512(pairs, splat(static_cast<int32_t>((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0))));
+}
 // Whether any of the 2·width elements is infinite or NaN.
 METATE_FN bool any_not_finite(vi pairs) {
     const vi exponent = _mm512_set1_epi16(0x7f80);

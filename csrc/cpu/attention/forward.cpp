@@ -1,0 +1,502 @@
+// Attention forward by online softmax over packed blocks of keys.
+//
+// A piece of work is a range of queries of one group of heads. For each block of keys it packs the keys (transposed)
+// and values once, then takes its rows a register tile at a time: logits, softmax, and the product with the values,
+// all of which stay in the first two cache levels.
+#include <math.h>
+#include <string.h>
+
+#include "exact.h"
+#include "pieces.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+// What the whole call shares. Sizes named `words` count 32-bit words of operands.
+struct Shape {
+    const AttentionForward& call;
+    const Attention& a;
+    Scoring scoring;
+    int64_t group;  // query heads of a key head
+    int64_t d, dv;
+    int64_t block;                 // keys packed at a time
+    int64_t d_words, q_stride;     // words of a row of q: what products read, and from row to row
+    int64_t dv_columns, o_stride;  // floats of a row of o: whole panels, and from row to row
+    int64_t s_stride, p_stride;    // floats of a row of logits, words of a row of probabilities
+    int64_t max_rows;              // of a piece
+};
+
+// A result over some of the keys: out = o / l, maximum m of exponent · logit.
+struct State {
+    float *o, *m, *l;
+};
+
+template <class Word>
+struct Scratch {
+    Row* row;
+    Word *q, *k, *v, *p;
+    float* s;  // where Word is float, p takes the place of the logits it comes from
+    State state;
+};
+
+// Keys of a block whose k and v fill about half of the second cache level.
+template <class Word>
+int64_t keys_of_block(const Attention& a) {
+    constexpr int64_t budget = 65536;
+    const int64_t words = steps_of<Word>(a.q.size[3]) + steps_of<Word>(round_up(a.v.size[3], panel)) + 1;
+    return clamp(budget / words / 64 * 64, 64, max_chunks * chunk);
+}
+
+template <class Word>
+Shape shape_of(const AttentionForward& call) {
+    const Attention& a = call.problem;
+    Shape s{call, a, scoring_of(a), 1, a.q.size[3], a.v.size[3], keys_of_block<Word>(a), 0, 0, 0, 0, 0, 0, 0};
+    if (a.k.size[2]) s.group = a.q.size[2] / a.k.size[2];
+    constexpr int64_t line = 16;  // one more cache line, so that rows do not meet in one set of the cache
+    s.d_words = steps_of<Word>(s.d);
+    s.q_stride = round_up(s.d_words, 16) + line;
+    s.dv_columns = round_up(s.dv, panel);
+    s.o_stride = round_up(s.dv_columns, 16) + line;
+    s.s_stride = s.block + line;
+    s.p_stride = steps_of<Word>(s.block) + line;
+    return s;
+}
+
+State take_state(const Shape& s, Arena& arena) {
+    return {arena.take<float>(s.max_rows * s.o_stride), arena.take<float>(s.max_rows + width),
+            arena.take<float>(s.max_rows + width)};
+}
+
+template <class Word>
+Scratch<Word> take_scratch(const Shape& s, Arena& arena) {
+    Scratch<Word> my;
+    my.row = arena.take<Row>(s.max_rows);
+    my.q = arena.take<Word>(s.max_rows * s.q_stride);
+    my.k = arena.take<Word>(s.block * s.d_words);
+    my.v = arena.take<Word>(steps_of<Word>(s.block) * s.dv_columns);
+    my.s = arena.take<float>(tile_rows * s.s_stride);
+    my.p = elements_of<Word> == 1 ? reinterpret_cast<Word*>(my.s) : arena.take<Word>(tile_rows * s.p_stride);
+    my.state = take_state(s, arena);
+    return my;
+}
+
+// A block of keys as packed: chunks `begin` … `end`-1 of it.
+struct Block {
+    int64_t key;
+    int begin, end;
+    bool finite;  // the values are
+};
+
+template <class T, class Word>
+void pack_block(const Shape& s, const Sequence& seq, int64_t kv_head, Block& block, const Scratch<Word>& my) {
+    const Attention& a = s.a;
+    const int64_t from = block.begin * chunk, until = block.end * chunk, first = block.key + from;
+    const int64_t keys = (until < seq.keys - block.key ? until : seq.keys - block.key) - from;
+    pack_transposed(my.k + from * s.d_words, row_at<T>(a.k, seq.batch, seq.k0 + first, kv_head), a.k.stride[1],
+                    a.k.stride[3], keys, s.d);
+    block.finite = pack_rows(my.v + from / elements_of<Word> * panel,
+                             row_at<T>(a.v, seq.batch, seq.k0 + first, kv_head), a.v.stride[1], a.v.stride[3], keys,
+                             s.dv, steps_of<Word>(until - from), steps_of<Word>(s.block) * panel);
+}
+
+// Softmax of one tile.
+
+METATE_FN void store_probabilities(float* to, const vf (&p)[chunk / width]) {
+    for (int v = 0; v < chunk / width; ++v) store(to + v * width, p[v]);
+}
+#if defined(METATE_HAS_BF16_DOT)
+METATE_FN void store_probabilities(Pair* to, const vf (&p)[chunk / width]) {
+    store_words(to, as_float(narrow_pairs(p[0], p[1])));
+}
+#endif
+
+// The largest of a row's logits; masked ones become -inf in x.
+METATE_FN float mask_and_find_largest(const TileMask& mask, int r, float* x) {
+    vf top[chunk / width];
+    for (vf& t : top) t = splat(-INFINITY);
+    for (uint32_t left = mask.any; left; left &= left - 1) {
+        const int c = __builtin_ctz(left);
+        float* at = x + c * chunk;
+        for (int v = 0; v < chunk / width; ++v) {
+            vf y = load(at + v * width);
+            if (!(mask.all >> c & 1)) {
+                y = keep(mask.words[r][c], v, y, splat(-INFINITY));
+                store(at + v * width, y);
+            }
+            top[v] = max(y, top[v]);
+        }
+    }
+    for (int v = 1; v < chunk / width; ++v) top[0] = max(top[0], top[v]);
+    return largest(top[0]);
+}
+
+// p = 2^(exponent · x - m) of the given chunks, 0 where dropout keeps them not; returns the sum before dropout.
+template <class Word>
+METATE_FN float exponentials(uint32_t chunks, float exponent, float m, const float* x, const uint32_t* kept, Word* p) {
+    vf total[chunk / width];
+    for (vf& t : total) t = splat(0.0f);
+    for (; chunks; chunks &= chunks - 1) {
+        const int c = __builtin_ctz(chunks);
+        vf y[chunk / width];
+        for (int v = 0; v < chunk / width; ++v) {
+            y[v] = exp2(fma(load(x + c * chunk + v * width), splat(exponent), splat(-m)));
+            total[v] = total[v] + y[v];
+            if (kept) y[v] = keep(kept[c], v, y[v], splat(0.0f));
+        }
+        store_probabilities(p + c * chunk / elements_of<Word>, y);
+    }
+    for (int v = 1; v < chunk / width; ++v) total[0] = total[0] + total[v];
+    return sum(total[0]);
+}
+
+// words[c] = the keys of chunk c whose logit is not -inf.
+METATE_FN void live_words(uint32_t chunks, const float* x, uint32_t* words) {
+    for (; chunks; chunks &= chunks - 1) {
+        const int c = __builtin_ctz(chunks);
+        uint32_t dead = 0;
+        for (int v = 0; v < chunk / width; ++v) {
+            dead |= bits_of(equal(load(x + c * chunk + v * width), splat(-INFINITY))) << v * width;
+        }
+        words[c] = ~dead;
+    }
+}
+
+// Turns the products of a tile into probabilities relative to the new row maxima, and tells by which `factor` the
+// results so far shrink. Where the values are not finite, mask.words comes back with the keys that take part.
+template <class Word>
+void softmax_tile(const Shape& s, const Sequence& seq, const Row* row, int rows, const Block& block, TileMask& mask,
+                  const Scratch<Word>& my, float* m, float* l, float* factor) {
+    float total[tile_rows + width] = {}, reference[tile_rows + width] = {};
+    uint32_t kept[max_chunks];
+    for (int r = 0; r < rows; ++r) {
+        float* x = my.s + r * s.s_stride;
+        if (!s.scoring.plain) to_logits(s.a, s.scoring, seq, row[r], block.key, mask.any, x);
+        const float top = s.scoring.exponent * mask_and_find_largest(mask, r, x);
+        factor[r] = m[r];
+        if (top > m[r]) m[r] = top;
+        reference[r] = m[r] == -INFINITY ? 0.0f : m[r];
+        if (!block.finite) live_words(mask.any, x, mask.words[r]);
+        if (s.a.dropout_threshold) kept_words(s.a, seq, row[r], block.key, mask.any, kept);
+        total[r] = exponentials(mask.any, s.scoring.exponent, reference[r], x, s.a.dropout_threshold ? kept : nullptr,
+                                my.p + r * s.p_stride);
+    }
+    for (int r = 0; r < rows; r += width) {
+        const vf shrink = exp2(load(factor + r) - load(reference + r));
+        store(factor + r, shrink);
+        store(l + r, fma(load(l + r), shrink, load(total + r)), rows - r < width ? rows - r : width);
+    }
+}
+
+// The two products of one tile.
+
+template <class Word>
+void multiply_keys(const Shape& s, int rows, uint32_t chunks, const Word* q, const Scratch<Word>& my) {
+    for (; chunks; chunks &= chunks - 1) {
+        const int64_t from = __builtin_ctz(chunks) * chunk;
+        for (int64_t key = from; key < from + chunk; key += panel) {
+            multiply<Left::rows, Into::set, Word>(
+                rows, panel, {q, s.q_stride, my.k + key * s.d_words, s.d_words, my.s + key, s.s_stride, nullptr});
+        }
+    }
+}
+
+// Runs body(from, until) over the runs of neighbouring live chunks, cut to the keys that some row sees.
+template <class Word, class Body>
+METATE_FN void for_runs(const TileMask& mask, const Body& body) {
+    constexpr int64_t unit = elements_of<Word>;
+    for (uint32_t left = mask.any; left;) {
+        const int first = __builtin_ctz(left), last = first + __builtin_ctz(~(left >> first));
+        left &= static_cast<uint32_t>(~((uint64_t{1} << last) - 1));
+        const int64_t from = first * chunk, until = last * chunk;
+        body((mask.begin > from ? mask.begin : from) / unit, steps_of<Word>(mask.end < until ? mask.end : until));
+    }
+}
+
+template <class Word>
+void multiply_values(const Shape& s, int rows, const TileMask& mask, const Scratch<Word>& my, float* o,
+                     const float* factor) {
+    const int64_t panel_stride = steps_of<Word>(s.block) * panel;
+    for (int64_t column = 0; column < s.dv; column += panel) {
+        const Word* v = my.v + column / panel * panel_stride;
+        bool scaled = false;
+        for_runs<Word>(mask, [&](int64_t from, int64_t until) {
+            const Product<Word> p{my.p + from, s.p_stride, v + from * panel, until - from, o + column,
+                                  s.o_stride,  factor};
+            if (scaled) return multiply<Left::rows, Into::add>(rows, s.dv - column, p);
+            multiply<Left::rows, Into::scaled>(rows, s.dv - column, p);
+            scaled = true;
+        });
+    }
+}
+
+// Word k of a row of b, zero where the key takes no part.
+METATE_FN vf live_product(vf sum, const float* p, const float* v, const uint32_t* words, int64_t k) {
+    return fma(splat(*p), words[k / chunk] >> k % chunk & 1 ? load(v) : splat(0.0f), sum);
+}
+#if defined(METATE_HAS_BF16_DOT)
+METATE_FN vf live_product(vf sum, const Pair* p, const Pair* v, const uint32_t* words, int64_t k) {
+    const uint32_t live = words[2 * k / chunk] >> 2 * k % chunk;
+    return dot(sum, spread(p), keep_elements(load(reinterpret_cast<const int32_t*>(v)), live & 1, live & 2));
+}
+#endif
+
+// multiply_values where values are infinite or NaN: they must not reach a row that masks them. The same sums in the
+// same order, without register tiles.
+template <class Word>
+void multiply_live_values(const Shape& s, int rows, const TileMask& mask, const Scratch<Word>& my, float* o,
+                          const float* factor) {
+    const int64_t panel_stride = steps_of<Word>(s.block) * panel;
+    for (int r = 0; r < rows; ++r) {
+        for (int64_t column = 0; column < s.dv; column += width) {
+            const Word* v = my.v + column / panel * panel_stride + column % panel;
+            float* to = o + r * s.o_stride + column;
+            vf sum = load(to) * splat(factor[r]);
+            for_runs<Word>(mask, [&](int64_t from, int64_t until) {
+                for (int64_t k = from; k < until; ++k) {
+                    sum = live_product(sum, my.p + r * s.p_stride + k, v + k * panel, mask.words[r], k);
+                }
+            });
+            store(to, sum);
+        }
+    }
+}
+
+// Pieces.
+
+// Rows of a piece, with the queries packed and nothing seen yet. Tiles are filled up with rows of zeros.
+template <class T, class Word>
+int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch<Word>& my) {
+    const int64_t rows = piece.queries * s.group, filled = round_up(rows, tile_rows);
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t query = piece.first_query + r / s.group, head = piece.kv_head * s.group + r % s.group;
+        Row& row = my.row[r] = row_of(s.a, seq, query, head);
+        if (row.begin < piece.key_begin) row.begin = piece.key_begin;
+        if (row.end > piece.key_end) row.end = piece.key_end;
+        pack_row(my.q + r * s.q_stride, round_up(s.d_words, width), row_at<T>(s.a.q, seq.batch, seq.q0 + query, head),
+                 s.a.q.stride[3], s.d);
+    }
+    memset(my.q + rows * s.q_stride, 0, static_cast<size_t>((filled - rows) * s.q_stride) * sizeof(Word));
+    memset(my.state.o, 0, static_cast<size_t>(filled * s.o_stride) * sizeof(float));
+    for (int64_t r = 0; r < filled; ++r) {
+        my.state.m[r] = -INFINITY;
+        my.state.l[r] = 0.0f;
+    }
+    return rows;
+}
+
+template <class Word>
+void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask& mask, int64_t r, int rows,
+              const Scratch<Word>& my) {
+    float factor[tile_rows + width] = {};
+    float* o = my.state.o + r * s.o_stride;
+    multiply_keys(s, rows, mask.any, my.q + r * s.q_stride, my);
+    softmax_tile(s, seq, my.row + r, rows, block, mask, my, my.state.m + r, my.state.l + r, factor);
+    if (block.finite) return multiply_values(s, rows, mask, my, o, factor);
+    multiply_live_values(s, rows, mask, my, o, factor);
+}
+
+template <class T, class Word>
+void add_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t rows, Block block,
+               const Scratch<Word>& my) {
+    bool packed = false;
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+        const int live = static_cast<int>(rows - r < tile_rows ? rows - r : tile_rows);
+        TileMask mask;
+        mask_tile(s.a, my.row + r, live, block.key, block.end, mask);
+        if (!mask.any) continue;
+        if (!packed) pack_block<T>(s, seq, kv_head, block, my);
+        packed = true;
+        add_tile(s, seq, block, mask, r, live, my);
+    }
+}
+
+// Results.
+
+// Row r of a state as the output and lse of its query.
+template <class T>
+void write_row(const Shape& s, const Sequence& seq, const Row& row, const State& state, int64_t r) {
+    float m = state.m[r], l = state.l[r], weight = 1.0f;
+    if (s.a.sinks && seq.number >= 0) {
+        const float sink = static_cast<const float*>(s.a.sinks.data)[row.head * s.a.sinks.stride[0]] * log2_e;
+        const float highest = sink > m ? sink : m;
+        if (highest > -INFINITY) {
+            weight = exp2f(m - highest);
+            l = l * weight + exp2f(sink - highest);
+            m = highest;
+        }
+    }
+    const AttentionForward& call = s.call;
+    *value_at<float>(call.lse, seq.batch, row.head, seq.q0 + row.query) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
+    if (s.a.dropout_threshold) weight *= static_cast<float>(s.a.dropout_scale);
+    const vf scale = splat(weight), divisor = splat(l == 0.0f ? 1.0f : l);
+    T* out = row_at<T>(call.out, seq.batch, seq.q0 + row.query, row.head);
+    T line[max_head_dim];
+    T* to = call.out.stride[3] == 1 ? out : line;
+    for (int64_t c = 0; c < s.dv; c += width) {
+        const vf x = load(state.o + r * s.o_stride + c) * scale / divisor;
+        if (s.dv - c >= width)
+            store(to + c, x);
+        else
+            store(to + c, x, s.dv - c);
+    }
+    if (to == out) return;
+    for (int64_t c = 0; c < s.dv; ++c) out[c * call.out.stride[3]] = line[c];
+}
+
+// Adds what `part` found to `state`, row by row.
+void add_state(const Shape& s, int64_t rows, const State& part, const State& state) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const float highest = part.m[r] > state.m[r] ? part.m[r] : state.m[r];
+        if (highest == -INFINITY) continue;
+        const float ours = exp2f(state.m[r] - highest), theirs = exp2f(part.m[r] - highest);
+        float* o = state.o + r * s.o_stride;
+        const float* more = part.o + r * s.o_stride;
+        for (int64_t c = 0; c < s.dv_columns; c += width) {
+            store(o + c, fma(load(more + c), splat(theirs), load(o + c) * splat(ours)));
+        }
+        state.l[r] = state.l[r] * ours + part.l[r] * theirs;
+        state.m[r] = highest;
+    }
+}
+
+// States of split pieces, and how many parts of each piece are still to come (at its first state).
+struct Parts {
+    State* state;
+    int32_t* missing;
+};
+
+template <class T, class Word>
+void run_piece(const Shape& s, const Piece& piece, Scratch<Word> my, const Parts& parts) {
+    const Sequence seq = sequence_of(s.a, piece);
+    if (piece.parts > 1) my.state = parts.state[piece.state];
+    const int64_t rows = begin_piece<T>(s, seq, piece, my);
+    int64_t begin = piece.key_end, end = piece.key_begin;
+    for (int64_t r = 0; r < rows; ++r) {
+        if (my.row[r].begin >= my.row[r].end) continue;
+        if (my.row[r].begin < begin) begin = my.row[r].begin;
+        if (my.row[r].end > end) end = my.row[r].end;
+    }
+    for (int64_t key = begin / s.block * s.block; key < end; key += s.block) {
+        const int64_t from = clamp(begin - key, 0, s.block), until = clamp(end - key, 0, s.block);
+        const Block block{key, static_cast<int>(from / chunk), static_cast<int>(ceil_div(until, chunk)), true};
+        add_block<T>(s, seq, piece.kv_head, rows, block, my);
+    }
+    State result = my.state;
+    if (piece.parts > 1) {
+        const int64_t first = piece.state - piece.part;
+        if (__atomic_sub_fetch(&parts.missing[first], 1, __ATOMIC_ACQ_REL) > 0) return;
+        result = parts.state[first];
+        for (int64_t part = 1; part < piece.parts; ++part) add_state(s, rows, parts.state[first + part], result);
+    }
+    for (int64_t r = 0; r < rows; ++r) write_row<T>(s, seq, my.row[r], result, r);
+}
+
+template <class T, class Word>
+void run(const AttentionForward& call, const Runtime& runtime) {
+    Shape s = shape_of<Word>(call);
+    const Cut cut = cut_queries(s.a, s.block, nullptr);
+    if (cut.pieces == 0) return;
+    s.max_rows = cut.max_rows;
+    const int workers = static_cast<int>(cut.pieces < runtime.threads ? cut.pieces : runtime.threads);
+    Piece* pieces = nullptr;
+    Parts parts{};
+    char* of_workers = nullptr;
+    Arena one;
+    take_scratch<Word>(s, one);
+    const auto lay_out = [&](Arena arena) {
+        pieces = arena.take<Piece>(cut.pieces);
+        parts.state = arena.take<State>(cut.states);
+        parts.missing = arena.take<int32_t>(cut.states);
+        for (int64_t i = 0; i < cut.states; ++i) {
+            const State state = take_state(s, arena);
+            if (arena.base) parts.state[i] = state;
+        }
+        of_workers = arena.take<char>(static_cast<int64_t>(one.used) * workers);
+        return arena.used;
+    };
+    const size_t bytes = lay_out({});
+    lay_out({static_cast<char*>(runtime.scratch(bytes))});
+    cut_queries(s.a, s.block, pieces);
+    for (int64_t i = 0; i < cut.pieces; ++i) {
+        if (pieces[i].parts > 1 && pieces[i].part == 0) {
+            parts.missing[pieces[i].state] = static_cast<int32_t>(pieces[i].parts);
+        }
+    }
+    sort_by_cost(pieces, cut.pieces);
+    for_pieces(runtime, cut.pieces, [&](int worker, int64_t i) {
+        Arena arena{of_workers + static_cast<size_t>(worker) * one.used};
+        run_piece<T, Word>(s, pieces[i], take_scratch<Word>(s, arena), parts);
+    });
+}
+
+#if defined(METATE_ISA_BASELINE)
+// Double precision, a row at a time.
+void run_row_exact(const AttentionForward& call, const Sequence& seq, int64_t query, int64_t head) {
+    const Attention& a = call.problem;
+    const Row row = row_of(a, seq, query, head);
+    const int64_t kv_head = head / (a.q.size[2] / a.k.size[2]), dv = a.v.size[3];
+    const double* q = row_at<double>(a.q, seq.batch, seq.q0 + query, head);
+    double m = -INFINITY, l = 0, o[max_head_dim] = {};
+    const auto shrink_to = [&](double highest) {
+        const double shrink = exp(m - highest);
+        for (int64_t c = 0; c < dv; ++c) o[c] *= shrink;
+        l *= shrink;
+        m = highest;
+    };
+    for (int64_t j = row.begin; j < row.end; ++j) {
+        if (!sees(a, row, j)) continue;
+        const double* k = row_at<double>(a.k, seq.batch, seq.k0 + j, kv_head);
+        const double x = logit_exact(a, seq, row, j, dot_exact(q, a.q.stride[3], k, a.k.stride[3], a.q.size[3]));
+        if (x == -INFINITY) continue;
+        if (x > m) shrink_to(x);
+        const double p = exp(x - m), *v = row_at<double>(a.v, seq.batch, seq.k0 + j, kv_head);
+        l += p;
+        const double kept = keeps(a, seq, row, j) ? p : 0;
+        for (int64_t c = 0; c < dv; ++c) o[c] += kept * v[c * a.v.stride[3]];
+    }
+    if (a.sinks && seq.number >= 0) {
+        const double sink = static_cast<const double*>(a.sinks.data)[head * a.sinks.stride[0]];
+        if (sink > m) shrink_to(sink);
+        if (sink > -INFINITY) l += exp(sink - m);
+    }
+    *value_at<double>(call.lse, seq.batch, head, seq.q0 + query) = l == 0 ? -INFINITY : m + log(l);
+    double* out = row_at<double>(call.out, seq.batch, seq.q0 + query, head);
+    const double scale = (a.dropout_threshold ? a.dropout_scale : 1) / (l == 0 ? 1 : l);
+    for (int64_t c = 0; c < dv; ++c) out[c * call.out.stride[3]] = o[c] * scale;
+}
+
+void run_exact(const AttentionForward& call, const Runtime& runtime) {
+    const Attention& a = call.problem;
+    const int64_t tokens = a.q.size[1];
+    for_pieces(runtime, a.q.size[0] * tokens, [&](int, int64_t i) {
+        const Sequence seq = sequence_at(a, i / tokens, i % tokens);
+        for (int64_t head = 0; head < a.q.size[2]; ++head) run_row_exact(call, seq, i % tokens - seq.q0, head);
+    });
+}
+#endif
+
+}  // namespace
+
+void attention(const AttentionForward& call, const Runtime& runtime) {
+    switch (call.problem.q.dtype) {
+#if defined(METATE_ISA_BASELINE)
+        case DType::f64:
+            return run_exact(call, runtime);
+#endif
+#if defined(METATE_HAS_BF16_DOT)
+        case DType::bf16:
+            return run<bf16, Pair>(call, runtime);
+#else
+        case DType::bf16:
+            return run<bf16, float>(call, runtime);
+#endif
+        case DType::f16:
+            return run<f16, float>(call, runtime);
+        default:
+            return run<float, float>(call, runtime);
+    }
+}
+
+}  // namespace metate::cpu::METATE_ISA
+
+METATE_DISPATCH(attention, AttentionForward, p.problem.q.dtype)

@@ -1,0 +1,305 @@
+"""Llama-style decoders: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023).
+
+Reads Hugging Face checkpoints: config.json beside model.safetensors, or beside shards and their index.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metate import FormatError
+from metate import attention as metate_attention
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The names are those of config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, float] = field(default_factory=dict)  # of Llama 3.1, or empty
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < 2**31:
+                raise FormatError(f"metate.LlamaConfig: {name} is {value!r}, expected a positive integer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise FormatError(
+                f"metate.LlamaConfig: num_key_value_heads is {self.num_key_value_heads}, expected a divisor of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise FormatError(
+                f"metate.LlamaConfig: head_dim is {self.head_dim}, expected an even number (rotary positions)"
+            )
+
+    @staticmethod
+    def read(path: str | Path) -> LlamaConfig:
+        """config.json of a Hugging Face Llama; FormatError names what this model does not have."""
+        raw = json.loads(Path(path).read_text())
+        if not isinstance(raw, dict) or raw.get("model_type") != "llama":
+            got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+            raise FormatError(f"metate.LlamaConfig: model_type is {got!r}, expected 'llama'")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise FormatError(f"metate.LlamaConfig: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
+        try:
+            heads = raw["num_attention_heads"]
+            given = {name: raw[name] for name in LlamaConfig.__dataclass_fields__ if raw.get(name) is not None}
+            given.setdefault("num_key_value_heads", heads)
+            given.setdefault("head_dim", raw["hidden_size"] // heads)
+            given["rope_theta"], given["rope_scaling"] = _rope(raw)
+            return LlamaConfig(**given)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise FormatError(f"metate.LlamaConfig: {path} lacks or garbles {error}") from error
+
+
+def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    """Base and scaling of the rotary positions, from either spelling of config.json."""
+    rope = {
+        "rope_theta": raw.get("rope_theta", 10000.0),
+        **(raw.get("rope_parameters") or raw.get("rope_scaling") or {}),
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise FormatError(f"metate.LlamaConfig: rope_type is {kind!r}, expected 'default' or 'llama3'")
+    return float(rope["rope_theta"]), {name: float(rope[name]) for name in _LLAMA3} if kind == "llama3" else {}
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, for every layer, with room for `length` of them."""
+
+    def __init__(self, config: LlamaConfig, batch: int, length: int, like: Tensor) -> None:
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.used = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, the new ones last; `used` moves on after the last layer."""
+        end = self.used + k.shape[1]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"metate.Cache: {end} tokens, expected at most {self.keys.shape[2]}; make a longer cache")
+        self.keys[layer, :, self.used : end], self.values[layer, :, self.used : end] = k, v
+        if layer == len(self.keys) - 1:
+            self.used = end
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int, attention: str) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.attend = ATTENTION[attention]
+        width, bias = config.hidden_size, config.attention_bias
+        inner, inner_kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(width, inner, bias=bias)
+        self.k_proj = nn.Linear(width, inner_kv, bias=bias)
+        self.v_proj = nn.Linear(width, inner_kv, bias=bias)
+        self.o_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.config.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out: Tensor = self.o_proj(self.attend(q, k, v).flatten(-2))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int, attention: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Llama(nn.Module):
+    """A decoder. `attention`: "metate", or "naive" for plain torch with the whole score matrix in memory.
+
+    >>> model = Llama.from_pretrained("path/to/checkpoint")
+    >>> logits = model(tokens)  # (batch, seqlen) integers -> (batch, seqlen, vocab_size)
+    """
+
+    def __init__(self, config: LlamaConfig, attention: str = "metate") -> None:
+        super().__init__()
+        if attention not in ATTENTION:
+            raise ValueError(f"metate.Llama: attention is {attention!r}, expected {' or '.join(map(repr, ATTENTION))}")
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i, attention) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def initialize(self, generator: torch.Generator) -> Llama:
+        """Weights for training: normal with deviation 0.02, less where layers add to the residual stream."""
+        residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() == 2:
+                    deviation = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                    parameter.normal_(0, deviation, generator=generator)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of every token; with a cache the tokens follow those it holds."""
+        x = self.embed_tokens(tokens)
+        begin = cache.used if cache is not None else 0
+        rotation = self._rotation(torch.arange(begin, begin + tokens.shape[1], device=tokens.device), x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotation, cache)
+        logits: Tensor = self.lm_head(self.norm(x))
+        return logits
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None].float() * frequencies(self.config).to(positions.device)
+        angles = torch.cat((angles, angles), -1)[:, None]  # (seqlen, 1, head_dim): the same for every head
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @torch.inference_mode()
+    def complete(self, tokens: Tensor, count: int, temperature: float, generator: torch.Generator) -> Tensor:
+        """`count` more tokens after (batch, seqlen) ones, drawn at a temperature; 0 takes the most likely."""
+        cache = Cache(self.config, len(tokens), tokens.shape[1] + count, self.embed_tokens.weight)
+        found = [tokens]
+        for _ in range(count):
+            logits = self(found[-1], cache)[:, -1].float()
+            if temperature:
+                weights = torch.softmax(logits / temperature, -1)
+                found.append(torch.multinomial(weights, 1, generator=generator))
+            else:
+                found.append(logits.argmax(-1, keepdim=True))
+        return torch.cat(found[1:], 1) if count else tokens[:, :0]
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path, attention: str = "metate", dtype: torch.dtype | None = None
+    ) -> Llama:  # fmt: skip
+        """A Hugging Face Llama checkpoint; dtype: that of the file unless given."""
+        folder = Path(folder)
+        with torch.device("meta"):
+            model = Llama(LlamaConfig.read(folder / "config.json"), attention)
+        weights = {name.removeprefix("model."): w for name, w in _weights(folder).items()}
+        if model.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights.get("embed_tokens.weight", torch.empty(0))
+        expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+        got = {name: w.shape for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+        if expected != got:
+            wrong = sorted({name for name, _ in set(expected.items()) ^ set(got.items())})
+            raise FormatError(
+                f"metate.Llama: {folder} lacks, or has in another shape, or has too much: {', '.join(wrong[:5])}"
+            )
+        model.load_state_dict({name: weights[name].to(dtype or weights[name].dtype) for name in expected}, assign=True)
+        model._tie()
+        return model.eval()
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return safetensors.torch.load_file(folder / "model.safetensors")
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"metate.Llama: {index} has no weight_map") from error
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FormatError(f"metate.Llama: {index} names the shard {name!r}, expected a file beside it")
+        weights.update(safetensors.torch.load_file(folder / name))
+    return weights
+
+
+def frequencies(config: LlamaConfig) -> Tensor:
+    """Radians a position of every pair of dimensions; Llama 3.1 slows those of long wavelength."""
+    plain = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if not config.rope_scaling:
+        return plain
+    factor, low, high, context = (config.rope_scaling[name] for name in _LLAMA3)
+    turns = context * plain / (2 * math.pi)  # within the first context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain * (keep + (1 - keep) / factor)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021), dimension i paired with i + head_dim / 2."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def _metate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = metate_attention(q, k, v, causal=True)
+    return out
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    group = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), *(x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(k.shape[2] - q.shape[2] + 1)
+    probabilities = scores.masked_fill(later, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+    out: Tensor = (probabilities @ v).transpose(1, 2)
+    return out
+
+
+ATTENTION = {"metate": _metate, "naive": _naive}

@@ -232,9 +232,7 @@ class Llama(nn.Module):
         return torch.cat(found[1:], 1) if count else tokens[:, :0]
 
     @staticmethod
-    def from_pretrained(
-        folder: str | Path, attention: str = "metate", dtype: torch.dtype | None = None
-    ) -> Llama:  # fmt: skip
+    def from_pretrained(folder: str | Path, attention: str = "metate", dtype: torch.dtype | None = None) -> Llama:
         """A Hugging Face Llama checkpoint; dtype: that of the file unless given."""
         folder = Path(folder)
         with torch.device("meta"):

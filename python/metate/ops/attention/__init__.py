@@ -192,12 +192,12 @@ def _flags(
     except (TypeError, ValueError):
         raise TypeError(f"metate.attention: window is {window!r}, expected two integers (left, right); -1 means no limit") from None
     if causal:
-        right = 0 if right < 0 else min(right, 0)
+        right = 0 if right == -1 else min(right, 0)
     if scale is None:
         scale = _default_scale(q)
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
-    return float(scale), left, right, top_left, float(softcap), float(dropout_p), seed, offset, *block_size
+    return scale, left, right, top_left, softcap, dropout_p, seed, offset, *block_size
 
 
 def _default_scale(q: Tensor) -> float:

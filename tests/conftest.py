@@ -1,0 +1,67 @@
+"""What every test shares: names of operators and backends, and inputs in awkward memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from metate.op import REGISTRY, Op
+from torch import Tensor
+
+import metate
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPS = [pytest.param(op, id=op.name) for op in REGISTRY.values()]
+BACKENDS = [
+    pytest.param(op, device, backend, id=f"{op.name}-{device}-{backend}")
+    for op in REGISTRY.values() for device in DEVICES for backend in op.implementations(device)
+]  # fmt: skip
+COMPILED = [
+    pytest.param(op, device, backend, id=f"{op.name}-{device}-{backend}")
+    for op in REGISTRY.values() for device in DEVICES for backend in op.implementations(device)
+    if backend == device
+]  # fmt: skip
+SIMULATED = {("cpu", "triton"), ("cpu", "cuda")}  # an interpreter or an emulator: slow
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return all(
+        x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)) for x, y in zip(outputs(a), outputs(b), strict=True)
+    )
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def examples(op: Op, backend: str, device: str, dtypes: list[torch.dtype]) -> Iterator[tuple[Any, ...]]:
+    """(case, arguments) of every case and dtype the backend accepts."""
+    for case in op.domain.cases:
+        for dtype in dtypes:
+            args = op.example(case, dtype, device)
+            if op.refusal(backend, args) is None:
+                yield case, args
+
+
+def run(op: Op, backend: str, args: tuple[Any, ...]) -> Any:
+    with metate.use(backend):
+        return op(*args)
+
+
+@pytest.fixture(scope="session")
+def gloo():
+    """A device mesh of one process."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = torch.distributed.HashStore()
+    init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    destroy_process_group()

@@ -1,0 +1,203 @@
+"""Every op, every backend, every case: values and what torch asks of an operator, all from the declarations."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKENDS, DEVICES, DTYPES, OPS, SIMULATED, examples, outputs, run, same_bits
+from metate.op import REGISTRY, Op
+from torch import Tensor
+
+import metate
+
+FUZZ = int(os.environ.get("METATE_TEST_FUZZ", "40"))  # configurations an op and backend; more in the long target
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("op,device,backend", BACKENDS)
+def test_parity(op, device, backend, dtype):
+    ran = 0
+    for _, args in examples(op, backend, device, [dtype]):
+        op.assert_close(run(op, backend, args), args)
+        ran += 1
+    if not ran:
+        assert op.refusal(backend, op.example(op.domain.cases[0], dtype, device)), "no case reaches this backend"
+        pytest.skip(f"{backend} refuses {dtype}")
+
+
+@pytest.mark.parametrize("op,device,backend", BACKENDS)
+def test_fuzz(op, device, backend):
+    rng = Random(20)
+    for seed in range(FUZZ // 8 if (device, backend) in SIMULATED else FUZZ):
+        case, dtype = op.domain.draw(rng), rng.choice(DTYPES[:3])
+        args = op.example(case, dtype, device, seed)
+        if op.refusal(backend, args) is None:
+            try:
+                op.assert_close(run(op, backend, args), args)
+            except Exception as error:
+                raise AssertionError(f"{op.name} on {backend}, {dtype}, seed {seed}, {case}") from error
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_declaration_is_complete(op):
+    """What the dataclass cannot demand: rules registered with torch, and cases that reach the edges."""
+    name = f"metate::{op.name}"
+    for key in ("CPU", "CUDA", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched", "Autograd", "Meta"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{op.name} has no {key} rule"
+    cases = op.domain.cases
+    assert any(0 in case.values() for case in cases), "no case of size zero"
+    assert any(isinstance(v, int) and v > 1 and v % 2 for case in cases for v in case.values()), "no odd size"
+    assert op.domain.sweep and all(op.flops(case) > 0 for case in op.domain.sweep), "no cost"
+    assert op.sharding(op, op.example(cases[1], torch.float32)), "no sharding rule"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    for case in op.domain.cases[1:9]:
+        args = op.example(case, torch.float32)
+        torch.library.opcheck(op.torch_op, args if op.gradient else differentiable(args))
+    for case in op.domain.cases[9:]:
+        torch.library.opcheck(
+            op.torch_op, op.example(case, torch.float32), test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def differentiable(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def finite(op: Op, args: tuple[Any, ...]) -> Any:
+    """The finite entries of every output: -inf of an empty row has no finite difference."""
+    results = tuple(r for r in outputs(op.torch_op(*args)) if r.numel())
+    return tuple(torch.where(r.isfinite(), r, 0).clone(memory_format=torch.contiguous_format) for r in results)
+
+
+GRADIENTS = [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.gradient is None]
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_gradcheck(op):
+    for case in op.domain.cases:
+        args = differentiable(op.example(case, torch.float64))
+        if any(a.numel() for a in args if isinstance(a, Tensor)):
+            tensors = args[: op.arity]
+            with metate.use("reference"):
+                torch.autograd.gradcheck(
+                    lambda *a, rest=args[op.arity :]: finite(op, (*a, *rest)), tensors, fast_mode=True
+                )
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_gradgradcheck(op):
+    for case in op.domain.cases[1:10]:
+        args = differentiable(op.example(case, torch.float64))
+        with metate.use("reference"):
+            torch.autograd.gradgradcheck(
+                lambda *a, rest=args[op.arity :]: finite(op, (*a, *rest)), args[: op.arity], fast_mode=True, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.gradient])
+def test_refused_gradient_raises(op):
+    result = outputs(op.torch_op(*differentiable(op.example(op.domain.cases[1], torch.float32))))[0]
+    with pytest.raises(NotImplementedError, match=f"metate.{op.name}: no gradient"):
+        result.sum().backward()
+
+
+def resized(op: Op, case: dict[str, Any], by: int) -> dict[str, Any]:
+    return {name: value + by if name in op.domain.dynamic else value for name, value in case.items()}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_to_one_graph_for_all_sizes(op):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *args: op(*args), backend=counter, fullgraph=True, dynamic=True)
+    for by in range(10):
+        args = op.example(resized(op, op.domain.cases[1], 3 + by), torch.float32, seed=by)
+        assert same_bits(compiled(*args), op(*args))
+    assert counter.frame_count == 1, f"{counter.frame_count} graphs for 10 sizes"
+
+
+FIRST = [p for p in GRADIENTS if not p.id.endswith("_backward")]  # second derivatives do not compile in torch
+
+
+@pytest.mark.parametrize("op", FIRST)
+def test_compiled_gradients_equal_eager(op):
+    torch._dynamo.reset()
+
+    def loss(*args: Any) -> Tensor:
+        return sum((r.float() * r.float().detach().cos()).sum() for r in outputs(op(*args)))  # type: ignore[return-value]
+
+    gradients = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        args = op.example(op.domain.cases[1], torch.float32)
+        leaves = tuple(
+            a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        )
+        function(*leaves).backward()
+        gradients.append(tuple(a.grad for a in leaves if isinstance(a, Tensor) and a.grad is not None))
+    assert gradients[0] and same_bits(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_is_a_cast_of_the_activations(op, dtype):
+    args = op.example(op.domain.cases[1], torch.float32)
+    cast = tuple(
+        a.to(dtype) if name in op.autocast and isinstance(a, Tensor) else a
+        for name, a in zip(op.parameters, args, strict=True)
+    )
+    with torch.autocast("cpu", dtype):
+        got = op(*args)
+    assert same_bits(got, op(*cast))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_equals_a_loop(op):
+    for case in op.domain.cases[1:12]:
+        calls = [op.example(case, torch.float64, seed=seed) for seed in range(3)]
+        mapped = [isinstance(a, Tensor) and a.is_floating_point() for a in calls[0]]
+        stacked = [torch.stack([c[i] for c in calls]) if m else calls[0][i] for i, m in enumerate(mapped)]
+        calls = [tuple(c[i] if m else calls[0][i] for i, m in enumerate(mapped)) for c in calls]
+        got = torch.vmap(op.torch_op, in_dims=tuple(0 if m else None for m in mapped), randomness="different")(*stacked)
+        for g, *rows in zip(outputs(got), *(outputs(op(*c)) for c in calls), strict=True):
+            torch.testing.assert_close(g, torch.stack(rows), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shards_without_communication(op, gloo):
+    """DTensor splits the op as its rule says and gets what one process gets."""
+    from metate.parallel import distribute
+
+    args = op.example(op.domain.cases[1], torch.float32)
+    for _, inputs in op.sharding(op, args):
+        got = op.torch_op(*distribute(op, args, inputs, gloo))
+        for g, expected in zip(outputs(got), outputs(op(*args)), strict=True):
+            torch.testing.assert_close(g.full_tensor(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPS)
+def test_public_errors_name_the_argument(op, device):
+    args = list(op.example(op.domain.cases[1], torch.float32, device))
+    first = op.parameters[0]
+    for wrong, error in ((3, TypeError), (args[0].to(torch.int8), TypeError), (args[0][0], ValueError)):
+        with pytest.raises(error, match=rf"metate.{op.name}: {first} is .*expected"):
+            op(wrong, *args[1:])
+
+
+def test_explain_says_why():
+    q = torch.randn(1, 4, 2, 8)
+    assert metate.supports(metate.attention, q, q, q)
+    assert not metate.supports(metate.attention, q, q, q[..., :0])
+    explanation = metate.explain(metate.attention, q, q, q)
+    assert explanation.backend and set(explanation.refusals) < {"cpu", "cuda", "triton", "reference"}
+    with metate.use("reference"):
+        assert metate.explain(metate.attention, q, q, q).backend == "reference"
+    with pytest.raises(ValueError, match="metate.use: backend is 'gpu', expected 'cpu'"), metate.use("gpu"):
+        pass

@@ -1,0 +1,266 @@
+"""What must hold for every compiled op whatever values it computes: bits, memory, threads, processes, malformed calls."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from conftest import COMPILED, OPS, examples, outputs, run, same_bits
+from metate.op import REGISTRY, Op
+from torch import Tensor
+
+from metate import library
+
+RERUNS = int(os.environ.get("METATE_TEST_RERUNS", "100"))
+MALFORMED = int(os.environ.get("METATE_TEST_MALFORMED", "2000"))  # a million in the long target
+
+
+@contextmanager
+def threads(n: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op,device,backend", COMPILED)
+def test_bits_do_not_depend_on_threads_or_reruns(op, device, backend):
+    for _, args in examples(op, backend, device, [torch.float32, torch.bfloat16]):
+        first = run(op, backend, args)
+        for n in (1, 2, 4):
+            with threads(n):
+                for _ in range(RERUNS // 30 + 1):
+                    assert same_bits(run(op, backend, args), first)
+    args = op.example(op.domain.cases[1], torch.float32, device)
+    first = run(op, backend, args)
+    assert all(same_bits(run(op, backend, args), first) for _ in range(RERUNS))
+
+
+@pytest.mark.parametrize("op,device,backend", COMPILED)
+def test_bits_do_not_depend_on_batch_neighbours(op, device, backend):
+    axis = op.domain.batch
+    dims = {name: text.split(" or ")[0].split() for name, text in op.axes.items()}
+    for case, args in examples(op, backend, device, [torch.float32, torch.bfloat16]):
+        if (
+            case[axis] < 2
+            or case.get("dropout_p")
+            or case.get("alibi") == 2
+            or any(name.startswith("need") for name in op.parameters)
+        ):
+            continue
+        whole = outputs(run(op, backend, args))
+        for entry in range(case[axis]):
+            alone = [
+                a.narrow(d, entry, 1)
+                if isinstance(a, Tensor) and (d := batch_dim(dims.get(name, []), axis, a)) is not None
+                else a
+                for name, a in zip(op.parameters, args, strict=True)
+            ]
+            for w, g in zip(whole, outputs(run(op, backend, tuple(alone))), strict=True):
+                d = w.shape.index(case[axis]) if w.shape[0] != case[axis] else 0
+                assert same_bits(w.narrow(d, entry, 1), g), case
+
+
+def batch_dim(dims: list[str], axis: str, tensor: Tensor) -> int | None:
+    for d, name in enumerate(dims):
+        if name.rstrip("?") == axis and tensor.shape[d] != 1:
+            return d
+    return None
+
+
+def layouts(x: Tensor) -> list[Tensor]:
+    """The same values in awkward memory."""
+    transposed = x.movedim(-1, 0).contiguous().movedim(0, -1)
+    padded = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 77, dtype=x.dtype, device=x.device)
+    padded[..., 1::2] = x
+    shifted = torch.full((x.numel() + 3,), 77, dtype=x.dtype, device=x.device)[3:].view(x.shape)
+    shifted.copy_(x)
+    return [transposed, padded[..., 1::2], shifted]
+
+
+@pytest.mark.parametrize("op,device,backend", COMPILED)
+def test_bits_do_not_depend_on_strides(op, device, backend):
+    for _, args in examples(op, backend, device, [torch.float32, torch.bfloat16]):
+        expected = run(op, backend, args)
+        for layout in range(3):
+            awkward = tuple(layouts(a)[layout] if isinstance(a, Tensor) and a.dim() else a for a in args)
+            assert same_bits(run(op, backend, awkward), expected)
+    args = op.example(op.domain.cases[1], torch.float32, device)
+    repeated = tuple(a[:1].expand(a.shape) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    copied = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in repeated)
+    assert same_bits(run(op, backend, repeated), run(op, backend, copied))
+
+
+@pytest.mark.parametrize("op,device,backend", COMPILED)
+def test_poisoned_outputs_and_scratch_change_nothing(op, device, backend):
+    module = library.load()["cpu"].module
+    for _, args in examples(op, backend, device, [torch.float32, torch.bfloat16]):
+        expected = run(op, backend, args)
+        torch.use_deterministic_algorithms(True)  # fills what torch allocates with NaN
+        module.poison_scratch(True)
+        try:
+            assert same_bits(run(op, backend, args), expected)
+        finally:
+            module.poison_scratch(False)
+            torch.use_deterministic_algorithms(False)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(x: Tensor, left: bool) -> Tensor:
+    """A copy flush against a page that faults, behind it or before it."""
+    x = x.contiguous()
+    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
+    inner = -(-max(size, 1) // page) * page
+    memory = mmap.mmap(-1, inner + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for edge in (address, address + page + inner):
+        assert _libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
+    if not size:
+        return x
+    offset = page if left else page + inner - size
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset).view(x.shape)
+    return copy.copy_(x)
+
+
+def run_guarded() -> None:
+    """Every op and case between guard pages; the last line printed names the case that dies."""
+    for op in REGISTRY.values():
+        if "cpu" not in op.implementations("cpu"):
+            continue
+        for case, args in examples(op, "cpu", "cpu", [torch.float32, torch.bfloat16, torch.float64]):
+            for left in (False, True):
+                print(op.name, args[0].dtype, "left" if left else "right", case, flush=True)
+                run(op, "cpu", tuple(guarded(a, left) if isinstance(a, Tensor) else a for a in args))
+
+
+def run_forked() -> None:
+    """After parallel work in the parent, a forked child still computes every op, and the same bits."""
+    calls = [(op, op.example(op.domain.cases[1], torch.float32)) for op in REGISTRY.values()]
+    expected = [run(op, "cpu", args) for op, args in calls]
+    child = os.fork()
+    if child == 0:
+        os._exit(
+            0 if all(same_bits(run(op, "cpu", args), e) for (op, args), e in zip(calls, expected, strict=True)) else 1
+        )
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def in_process(function: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_runtime; test_runtime.{function}()"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+
+
+needs_compiled = pytest.mark.skipif(not any(p.values[1] == "cpu" for p in COMPILED), reason="no compiled CPU kernels")
+
+
+@needs_compiled
+def test_no_byte_outside_the_tensors_is_read():
+    done = in_process("run_guarded", 600)
+    assert done.returncode == 0, f"died at: {done.stdout.splitlines()[-1:]} {done.stderr[-500:]}"
+
+
+@needs_compiled
+def test_runs_after_fork():
+    done = in_process("run_forked", 60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("op,device,backend", COMPILED)
+def test_sixteen_threads_at_once(op, device, backend):
+    args = op.example(op.domain.cases[1], torch.float32, device)
+    expected, wrong = run(op, backend, args), []
+
+    def work() -> None:
+        for _ in range(20):
+            if not same_bits(run(op, backend, args), expected):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(16)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not wrong and not any(worker.is_alive() for worker in workers)
+
+
+def malform(rng: Random, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One to three arguments replaced by something a careless caller might pass."""
+    args = list(args)
+    for _ in range(rng.randint(1, 3)):
+        i = rng.randrange(len(args))
+        old = args[i]
+        if isinstance(old, Tensor):
+            choices = [
+                None, 3, "text", old.to(torch.int8), old.to(torch.complex64), old[None], old.flatten(), old[..., :-1],
+                old[:0], old.new_empty(0), old.to("meta"), old.to_sparse() if old.dim() and old.device.type == "cpu" else old, torch.cat([old, old]),
+                old.double(), torch.full_like(old, -7), torch.full_like(old, 99), old.flip(0), old.mT if old.dim() > 1 else old,
+            ]  # fmt: skip
+        else:
+            choices = [
+                None,
+                -1,
+                -2,
+                0,
+                2**62,
+                -(2**63),
+                1.5,
+                float("nan"),
+                float("inf"),
+                True,
+                "text",
+                torch.ones(2),
+                [],
+                10**30,
+            ]
+        args[i] = rng.choice(choices)
+    return tuple(args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_malformed_calls_end_in_an_exception_or_a_right_answer(op):
+    rng = Random(5)
+    small = [case for case in op.domain.cases if all(v <= 130 for v in case.values() if isinstance(v, int))]
+    for attempt in range(MALFORMED // len(REGISTRY)):
+        args = malform(
+            rng, op, op.example(rng.choice(small), rng.choice([torch.float32, torch.bfloat16]), seed=attempt)
+        )
+        try:
+            result = op(*args)
+        except (TypeError, ValueError, NotImplementedError):
+            continue
+        except RuntimeError as error:  # torch's own words for what is no argument of any operator
+            assert "metate" not in str(error) or "expected" in str(error), (args, error)
+            continue
+        if isinstance(args[0], Tensor) and args[0].device.type == "cpu" and attempt % 5 == 0:
+            op.assert_close(result, args)
+
+
+@pytest.mark.parametrize("op,device,backend", COMPILED)
+def test_memory_is_given_back(op, device, backend):
+    args = op.example(op.domain.cases[1], torch.float32, device)
+
+    def resident() -> int:
+        gc.collect()
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * mmap.PAGESIZE
+
+    for _ in range(200):
+        run(op, backend, args)
+    before = resident()
+    for _ in range(3000):
+        run(op, backend, args)
+    assert resident() - before < 2 << 20

@@ -15,7 +15,7 @@ ISAS := baseline avx2
 NVCC := $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint format native sanitize gpu gpu-build gpu-test gpu-sanitize gpu-bench clean install
+.PHONY: demo test bench lint format native sanitize gpu gpu-build gpu-record gpu-test gpu-sanitize gpu-bench clean install
 .DELETE_ON_ERROR:
 
 # Environments.
@@ -97,7 +97,7 @@ gpu-%: SHELL := /bin/bash
 gpu-%: .SHELLFLAGS := -o pipefail -c
 
 gpu: gpu-build
-	$(MAKE) -k gpu-test gpu-sanitize gpu-bench
+	$(MAKE) -k gpu-record gpu-test gpu-sanitize gpu-bench
 
 gpu-build:
 	@test -n "$(GPU_PYTHON)" || { echo "make gpu: no Python here has a torch that sees a GPU" >&2; exit 1; }
@@ -107,6 +107,13 @@ gpu-build:
 
 gpu-test:
 	$(ON_GPU) -m pytest -q -n 8 tests $(call log,test)
+
+# What the GPU makes of every instruction, for the emulator to repeat ever after.
+gpu-record:
+	for source in tests/native/*.cu; do name=$$(basename $$source .cu); \
+	  nvcc -std=c++20 -O3 -Icsrc -arch=native $$source -o build/gpu/$$name && build/gpu/$$name $(RESULTS)/$$name.bin || exit; \
+	done $(call log,record)
+	$(if $(OUT),cp $(RESULTS)/*.bin "$(OUT)/")
 
 gpu-sanitize:
 	@test -n "$(SANITIZER)" || { echo "make gpu: no compute-sanitizer here" >&2; exit 1; }

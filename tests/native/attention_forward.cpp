@@ -576,6 +576,52 @@ void check_masked_poison(const Pass& pass, const Drawn& c, uint64_t seed) {
     if (!same) fail(pass, c, "masked keys leak");
 }
 
+// Partial results with every lse from -inf up, merged; parts without keys hold NaN, which must not come through.
+void check_merge(const Pass& pass, DType dtype, uint64_t seed) {
+    Random random(seed);
+    Drawn c;
+    c.name = "merge, seed " + std::to_string(seed);
+    c.dtype = dtype;
+    const int64_t n = pick(random, {0, 1, 2, 3, 9}), batch = pick(random, {0, 1, 2}), heads = pick(random, {1, 3});
+    c.batch = batch, c.heads = heads, c.queries = pick(random, {0, 1, 7, 70}),
+    c.dv = pick(random, {1, 5, 16, 33, 64, 700});
+    const DType wide = dtype == DType::f64 ? DType::f64 : DType::f32;
+    auto outs = make<5>(dtype, {n, batch, c.queries, heads, c.dv}, layout(random));
+    auto lses = make<4>(wide, {n, batch, heads, c.queries}, layout(random));
+    lses.each([&](const int64_t (&at)[4]) { lses.set(at, chance(random, 30) ? -INFINITY : 20 * normal(random)); });
+    outs.each([&](const int64_t (&at)[5]) {
+        outs.set(at, lses.get({at[0], at[1], at[3], at[2]}) == -INFINITY ? NAN : normal(random));
+    });
+    std::vector<double> lse, out;
+    auto merged_lse = make<3>(wide, {batch, heads, c.queries}, layout(random));
+    auto merged = make<4>(dtype, {batch, c.queries, heads, c.dv}, layout(random));
+    merged_lse.each([&](const int64_t (&at)[3]) {
+        double top = -INFINITY, total = 0;
+        for (int64_t i = 0; i < n; ++i) top = std::max(top, lses.get({i, at[0], at[1], at[2]}));
+        for (int64_t i = 0; i < n && top > -INFINITY; ++i) total += exp(lses.get({i, at[0], at[1], at[2]}) - top);
+        lse.push_back(top + log(total));
+    });
+    merged.each([&](const int64_t (&at)[4]) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const double part = lses.get({i, at[0], at[2], at[1]});
+            if (part == -INFINITY) continue;
+            const double all = lse[static_cast<size_t>((at[0] * heads + at[2]) * c.queries + at[1])];
+            sum += exp(part - all) * outs.get({i, at[0], at[1], at[2], at[3]});
+        }
+        out.push_back(sum);
+    });
+    pass.merge({outs.view, lses.view, merged.view, merged_lse.view}, workers(1));
+    check_near(pass, c, "merged lse", merged_lse, lse, dtype == DType::f64 ? 1e-14 : 5e-7);
+    const double error = dtype == DType::f64 ? 1e-14 : dtype == DType::f32 ? 2e-6 : dtype == DType::f16 ? 6e-4 : 4e-3;
+    check_near(pass, c, "merged out", merged, out, error);
+    if (!gaps_untouched(merged)) fail(pass, c, "wrote between the elements of an output");
+    auto again = make<4>(dtype, {batch, c.queries, heads, c.dv}, {});
+    auto again_lse = make<3>(wide, {batch, heads, c.queries}, {});
+    pass.merge({outs.view, lses.view, again.view, again_lse.view}, workers(3));
+    if (!same_bits(merged, again) || !same_bits(merged_lse, again_lse)) fail(pass, c, "bits of merged states differ");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -589,6 +635,7 @@ int main(int argc, char** argv) {
                 check_case(pass, c);
                 check_layout_and_neighbours(pass, c);
                 check_masked_poison(pass, c, seed);
+                check_merge(pass, dtype, seed);
             }
         }
     }

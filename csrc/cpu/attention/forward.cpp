@@ -189,17 +189,6 @@ void softmax_tile(const Shape& s, const Sequence& seq, const Row* row, int rows,
 
 // The two products of one tile.
 
-template <class Word>
-void multiply_keys(const Shape& s, int rows, uint32_t chunks, const Word* q, const Scratch<Word>& my) {
-    for (; chunks; chunks &= chunks - 1) {
-        const int64_t from = __builtin_ctz(chunks) * chunk;
-        for (int64_t key = from; key < from + chunk; key += panel) {
-            multiply<Left::rows, Into::set, Word>(
-                rows, panel, {q, s.q_stride, my.k + key * s.d_words, s.d_words, my.s + key, s.s_stride, nullptr});
-        }
-    }
-}
-
 // Runs body(from, until) over the runs of neighbouring live chunks, cut to the keys that some row sees.
 template <class Word, class Body>
 METATE_FN void for_runs(const TileMask& mask, const Body& body) {
@@ -289,7 +278,8 @@ void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask&
               const Scratch<Word>& my) {
     float factor[tile_rows + width] = {};
     float* o = my.state.o + r * s.o_stride;
-    multiply_keys(s, rows, mask.any, my.q + r * s.q_stride, my);
+    multiply_keys(rows, mask.any,
+                  Product<Word>{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
     softmax_tile(s, seq, my.row + r, rows, block, mask, my, my.state.m + r, my.state.l + r, factor);
     if (block.finite) return multiply_values(s, rows, mask, my, o, factor);
     multiply_live_values(s, rows, mask, my, o, factor);

@@ -19,6 +19,9 @@ struct Pair {
 template <class Word>
 constexpr int elements_of = __is_same(Word, Pair) ? 2 : 1;
 
+METATE_FN constexpr int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 METATE_FN constexpr int64_t round_up(int64_t n, int64_t unit) {
     return (n + unit - 1) / unit * unit;
 }

@@ -45,10 +45,6 @@ inline Sequence sequence_at(const Attention& a, int64_t batch, int64_t token) {
     return outside_of(a, true);
 }
 
-METATE_FN int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
 // Queries in a piece: enough rows to pay for packing the keys, few enough for all workers to find work.
 inline int64_t queries_of_piece(const Attention& a) {
     constexpr int64_t least = 192, most = 1536, wanted_pieces = 48;

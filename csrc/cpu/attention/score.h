@@ -171,6 +171,21 @@ inline void mask_tile(const Attention& a, const Row* row, int rows, int64_t key,
     }
 }
 
+// The products of a tile with the given chunks of a block of packed keys: `p` names the block's first key and column.
+template <class Word>
+inline void multiply_keys(int rows, uint32_t chunks, Product<Word> p) {
+    const Word* const keys = p.b;
+    float* const s = p.c;
+    for (; chunks; chunks &= chunks - 1) {
+        const int64_t from = __builtin_ctz(chunks) * chunk;
+        for (int64_t key = from; key < from + chunk; key += panel) {
+            p.b = keys + key * p.steps;
+            p.c = s + key;
+            multiply<Left::rows, Into::set>(rows, panel, p);
+        }
+    }
+}
+
 // x where the word allows the keys of vector v of its chunk, else `other`.
 METATE_FN vf keep(uint32_t word, int v, vf x, vf other) {
     return select(mask_of(word >> v * width), x, other);

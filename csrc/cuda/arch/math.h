@@ -84,6 +84,15 @@ METATE_DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
+// The same value, of which the compiler no longer knows where it comes from: what is computed from it inside a loop
+// stays there, instead of holding registers across the loop.
+METATE_DEVICE int opaque(int value) {
+#if defined(__CUDACC__)
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
 // The number of the lowest set bit of a word that has one.
 METATE_DEVICE int lowest_bit(uint32_t word) {
 #if defined(__CUDACC__)

@@ -24,8 +24,9 @@ METATE_DEVICE T load_shared(const void* address METATE_SITE) {
         return *static_cast<const T*>(address);
     }
 #else
+    emulator::check_shared_load(address, sizeof(T), where);
     T value;
-    emulator::load_shared(&value, address, sizeof(T), where);
+    __builtin_memcpy(&value, address, sizeof(T));
     return value;
 #endif
 }
@@ -40,7 +41,8 @@ METATE_DEVICE void store_shared(void* address, const T& value METATE_SITE) {
         *static_cast<T*>(address) = value;
     }
 #else
-    emulator::store_shared(address, &value, sizeof(T), where);
+    emulator::check_shared_store(address, sizeof(T), where);
+    __builtin_memcpy(address, &value, sizeof(T));
 #endif
 }
 
@@ -55,8 +57,9 @@ METATE_DEVICE T load_global(const void* address METATE_SITE) {
         return *static_cast<const T*>(address);
     }
 #else
+    emulator::check_global(address, sizeof(T), "load_global", where);
     T value;
-    emulator::load_global(&value, address, sizeof(T), where);
+    __builtin_memcpy(&value, address, sizeof(T));
     return value;
 #endif
 }
@@ -71,7 +74,8 @@ METATE_DEVICE void store_global(void* address, const T& value METATE_SITE) {
         *static_cast<T*>(address) = value;
     }
 #else
-    emulator::store_global(address, &value, sizeof(T), where);
+    emulator::check_global(address, sizeof(T), "store_global", where);
+    __builtin_memcpy(address, &value, sizeof(T));
 #endif
 }
 

@@ -68,10 +68,10 @@ T shuffle(Shuffle kind, T value, int operand, uint32_t mask, const Site& where) 
     return __builtin_bit_cast(T, shuffle_word(kind, __builtin_bit_cast(uint32_t, value), operand, mask, where));
 }
 
-void load_shared(void* value, const void* address, size_t bytes, const Site&);
-void store_shared(void* address, const void* value, size_t bytes, const Site&);
-void load_global(void* value, const void* address, size_t bytes, const Site&);
-void store_global(void* address, const void* value, size_t bytes, const Site&);
+// The checks before an access of `bytes` bytes, a power of two.
+void check_shared_load(const void* address, size_t bytes, const Site&);
+void check_shared_store(const void* address, size_t bytes, const Site&);
+void check_global(const void* address, size_t bytes, const char* what, const Site&);
 void atomic_add(float* global, const float* values, int count, const Site&);
 
 void cp_async_16(void* shared, const void* global, int valid_bytes, const Site&);

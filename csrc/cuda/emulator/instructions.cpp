@@ -101,8 +101,12 @@ struct Multiply {
 
 template <bool is_bf16>
 float element(uint32_t packed, int half) {
-    const auto bits = static_cast<uint16_t>(packed >> 16 * half);
-    return is_bf16 ? __builtin_bit_cast(float, uint32_t{bits} << 16) : widen(false, bits);
+    const uint32_t bits = packed >> 16 * half & 0xffff;
+    if (is_bf16) return __builtin_bit_cast(float, bits << 16);
+    const uint32_t magnitude = bits & 0x7fff;
+    if (magnitude - 0x400 >= 0x7800)
+        return widen(false, static_cast<uint16_t>(bits));  // zero, subnormal, infinite, NaN
+    return __builtin_bit_cast(float, (bits & 0x8000) << 16 | ((magnitude << 13) + (112u << 23)));
 }
 
 // The products are exact in float; they are added one k after another, rounding each time.

@@ -42,7 +42,9 @@ std::string ranges(const std::vector<int>& sorted) {
     for (size_t i = 0; i < sorted.size();) {
         size_t j = i;
         while (j + 1 < sorted.size() && sorted[j + 1] == sorted[j] + 1) ++j;
-        text += (i ? ", " : "") + std::to_string(sorted[i]) + (j > i ? "-" + std::to_string(sorted[j]) : "");
+        if (i) text += ", ";
+        text += std::to_string(sorted[i]);
+        if (j > i) text += "-", text += std::to_string(sorted[j]);
         i = j + 1;
     }
     return text;
@@ -62,7 +64,8 @@ uint32_t draw() {
 }
 
 bool same_place(const Site& a, const Site& b) {
-    return a.line() == b.line() && a.column() == b.column() && !strcmp(a.file_name(), b.file_name());
+    return a.line() == b.line() && a.column() == b.column() &&
+           (a.file_name() == b.file_name() || !strcmp(a.file_name(), b.file_name()));
 }
 
 std::string describe(const Site& where) {
@@ -131,21 +134,24 @@ void Block::run(const int (&at)[3]) {
 // A ready thread by the schedule, nullptr when there is none. A warp keeps going most of the time: the other orders
 // differ only between barriers, and the caches of the host like it.
 Thread* Block::next() {
+    const uint32_t random = draw();
     int chosen = -1;
-    if (warp[last_warp].ready && (draw() & 15)) {
+    if (warp[last_warp].ready && random >> 28) {
         chosen = last_warp;
     } else {
         const int start = by_priority ? 0 : static_cast<int>(draw() % static_cast<uint32_t>(warps));
         for (int i = 0; i < warps && chosen < 0; ++i) {
-            const int w = priority[(start + i) % warps];
+            const int turn = start + i;
+            const int w = priority[turn < warps ? turn : turn - warps];
             if (warp[w].ready) chosen = w;
         }
     }
     if (chosen < 0) return nullptr;
     last_warp = chosen;
-    const int turn = static_cast<int>(draw() % lanes);
-    const int lane = (std::countr_zero(std::rotr(warp[chosen].ready, turn)) + turn) % lanes;
-    return &threads[static_cast<size_t>(chosen * lanes + lane)];
+    const uint32_t turn = random % lanes;
+    const uint32_t lane =
+        (static_cast<uint32_t>(std::countr_zero(std::rotr(warp[chosen].ready, static_cast<int>(turn)))) + turn) % lanes;
+    return &threads[static_cast<size_t>(chosen) * lanes + lane];
 }
 
 void Block::sleep(const char* what, const Site& where) {

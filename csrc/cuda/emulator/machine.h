@@ -71,12 +71,12 @@ struct Actor {
     uint8_t lane;
 };
 
-// Who touched two bytes of shared memory last. A tick of 0: nobody.
-struct Granule {
+// Who wrote two bytes of shared memory last. A tick of 0: nobody.
+struct Writer {
     uint32_t tick;
     uint8_t warp, lane;
     bool in_flight;  // the destination of a copy that has not landed
-    Site writer, reader;
+    bool operator==(const Writer&) const = default;
 };
 
 class SharedMemory {
@@ -99,13 +99,14 @@ class SharedMemory {
 
   private:
     bool seen(Actor by, int warp, uint32_t tick) const;
-    void check_writer(Actor, const Granule&, const char* what, const Site&) const;
+    void check_writer(Actor, size_t granule, const char* what, const Site&) const;
 
-    size_t bytes;
+    size_t bytes, count;  // of granules, two bytes each
     int warps;
     char* memory;
-    std::vector<Granule> granules;
-    std::vector<uint32_t> readers;  // per granule and warp: tick << 6 | lane, whole_warp or several_lanes
+    std::vector<Writer> writers;
+    std::vector<uint32_t> readers;  // per warp and granule: tick << 6 | lane, whole_warp or several_lanes
+    std::vector<Site> writer_sites, reader_sites;
 };
 
 struct Block {

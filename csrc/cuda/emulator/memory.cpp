@@ -25,14 +25,6 @@ std::string hex(const void* address) {
     return text;
 }
 
-void check_global(const void* address, size_t bytes, const char* what, const Site& where) {
-    if (!address) fail(what, where, "null pointer");
-    if (running->shared.contains(address)) fail(what, where, hex(address) + " lies in shared memory, not in global");
-    if (reinterpret_cast<uintptr_t>(address) % bytes) {
-        fail(what, where, hex(address) + " is not a multiple of " + std::to_string(bytes));
-    }
-}
-
 Actor self() {
     return {running->current->warp(), static_cast<uint8_t>(running->current->lane())};
 }
@@ -41,9 +33,12 @@ Actor self() {
 
 SharedMemory::SharedMemory(size_t bytes, int warps)
     : bytes(bytes),
+      count((bytes + granule_bytes - 1) / granule_bytes),
       warps(warps),
-      granules((bytes + granule_bytes - 1) / granule_bytes),
-      readers(granules.size() * static_cast<size_t>(warps)) {
+      writers(count),
+      readers(count * static_cast<size_t>(warps)),
+      writer_sites(count),
+      reader_sites(count) {
     const size_t total = (bytes + 3 * margin - 1) / margin * margin;
     char* whole = static_cast<char*>(aligned_alloc(margin, total));
     if (!whole) throw std::bad_alloc();
@@ -64,7 +59,7 @@ SharedMemory::~SharedMemory() {
 
 void SharedMemory::poison() {
     memset(memory, poison_byte, bytes);
-    std::fill(granules.begin(), granules.end(), Granule{});
+    std::fill(writers.begin(), writers.end(), Writer{});
     std::fill(readers.begin(), readers.end(), 0u);
 }
 
@@ -85,7 +80,7 @@ bool SharedMemory::contains(const void* address) const {
 
 size_t SharedMemory::offset(const void* address, size_t size, const char* what, const Site& where) const {
     const auto offset = reinterpret_cast<intptr_t>(address) - reinterpret_cast<intptr_t>(memory);
-    if (reinterpret_cast<uintptr_t>(address) % size) {
+    if (reinterpret_cast<uintptr_t>(address) & (size - 1)) {
         fail(what, where,
              "byte " + std::to_string(offset) + " of shared memory is not a multiple of " + std::to_string(size));
     }
@@ -102,91 +97,96 @@ bool SharedMemory::seen(Actor by, int warp, uint32_t tick) const {
     return warp == by.warp ? tick < known : tick <= known;
 }
 
-void SharedMemory::check_writer(Actor by, const Granule& granule, const char* what, const Site& where) const {
-    if (granule.in_flight) {
+void SharedMemory::check_writer(Actor by, size_t granule, const char* what, const Site& where) const {
+    const Writer& writer = writers[granule];
+    if (writer.in_flight) {
         fail(what, where,
-             "race: the asynchronous copy of " + describe(granule.writer) + " to this place has not been waited for");
+             "race: the asynchronous copy of " + describe(writer_sites[granule]) +
+                 " to this place has not been waited for");
     }
-    if (!granule.tick || (granule.warp == by.warp && granule.lane == by.lane)) return;
-    if (!seen(by, granule.warp, granule.tick)) {
+    if (!writer.tick || (writer.warp == by.warp && writer.lane == by.lane)) return;
+    if (!seen(by, writer.warp, writer.tick)) {
         fail(what, where,
-             "race: no barrier since warp " + std::to_string(granule.warp) + ", lane " + std::to_string(granule.lane) +
-                 " wrote here at " + describe(granule.writer));
+             "race: no barrier since warp " + std::to_string(writer.warp) + ", lane " + std::to_string(writer.lane) +
+                 " wrote here at " + describe(writer_sites[granule]));
     }
 }
 
 void SharedMemory::read(Actor by, size_t offset, size_t size, const char* what, const Site& where) {
-    for (size_t g = offset / granule_bytes; g < (offset + size + 1) / granule_bytes; ++g) {
-        Granule& granule = granules[g];
-        check_writer(by, granule, what, where);
-        granule.reader = where;
-        uint32_t& reader = readers[g * static_cast<size_t>(warps) + static_cast<size_t>(by.warp)];
-        const uint32_t now = running->warp[by.warp].clock.ticks[by.warp];
-        const uint32_t lane = reader >> 6 == now ? reader & 63 : uint32_t{whole_warp};
-        reader = now << 6 | (lane == by.lane || lane == whole_warp ? by.lane
-                             : by.lane == whole_warp               ? lane
-                                                                   : uint32_t{several_lanes});
+    const size_t first = offset / granule_bytes, end = (offset + size + 1) / granule_bytes;
+    uint32_t* const own = readers.data() + static_cast<size_t>(by.warp) * count;
+    const uint32_t now = running->warp[by.warp].clock.ticks[by.warp];
+    for (size_t g = first; g < end; ++g) {
+        if (g == first || !(writers[g] == writers[g - 1])) check_writer(by, g, what, where);
+        const uint32_t other = own[g] >> 6 == now ? own[g] & 63 : uint32_t{by.lane};
+        const bool alone = other == by.lane || other == whole_warp;
+        own[g] = now << 6 | (alone ? by.lane : by.lane == whole_warp ? other : uint32_t{several_lanes});
+        reader_sites[g] = where;
     }
 }
 
 void SharedMemory::write(Actor by, size_t offset, size_t size, const char* what, const Site& where) {
-    for (size_t g = offset / granule_bytes; g < (offset + size + 1) / granule_bytes; ++g) {
-        Granule& granule = granules[g];
-        check_writer(by, granule, what, where);
-        for (int w = 0; w < warps; ++w) {
-            uint32_t& reader = readers[g * static_cast<size_t>(warps) + static_cast<size_t>(w)];
+    const size_t first = offset / granule_bytes, end = (offset + size + 1) / granule_bytes;
+    for (int w = 0; w < warps; ++w) {
+        uint32_t* const theirs = readers.data() + static_cast<size_t>(w) * count;
+        uint32_t last = 0;
+        for (size_t g = first; g < end; ++g) {
+            const uint32_t reader = theirs[g];
+            theirs[g] = 0;
+            if (reader == last) continue;
+            last = reader;
             // ldmatrix has read when it returns, so what its own warp writes next comes after it.
             const bool own = w == by.warp && ((reader & 63) == by.lane || (reader & 63) == whole_warp);
             if (reader && !own && !seen(by, w, reader >> 6)) {
                 fail(what, where,
-                     "race: no barrier since warp " + std::to_string(w) + " read here at " + describe(granule.reader));
+                     "race: no barrier since warp " + std::to_string(w) + " read here at " + describe(reader_sites[g]));
             }
-            reader = 0;
         }
-        granule.tick = running->warp[by.warp].clock.ticks[by.warp];
-        granule.warp = static_cast<uint8_t>(by.warp);
-        granule.lane = by.lane;
-        granule.writer = where;
+    }
+    for (size_t g = first; g < end; ++g) {
+        if (g == first || !(writers[g] == writers[g - 1])) check_writer(by, g, what, where);
+    }
+    const Writer self{running->warp[by.warp].clock.ticks[by.warp], static_cast<uint8_t>(by.warp), by.lane, false};
+    for (size_t g = first; g < end; ++g) {
+        writers[g] = self;
+        writer_sites[g] = where;
     }
 }
 
 void SharedMemory::take_off(size_t offset) {
     memset(memory + offset, poison_byte, 16);
-    for (size_t i = 0; i < 16 / granule_bytes; ++i) granules[offset / granule_bytes + i].in_flight = true;
+    for (size_t i = 0; i < 16 / granule_bytes; ++i) writers[offset / granule_bytes + i].in_flight = true;
 }
 
 void SharedMemory::land(Actor by, size_t offset) {
+    const uint32_t now = running->warp[by.warp].clock.ticks[by.warp];
     for (size_t i = 0; i < 16 / granule_bytes; ++i) {
-        Granule& granule = granules[offset / granule_bytes + i];
-        granule.in_flight = false;
-        granule.tick = running->warp[by.warp].clock.ticks[by.warp];
+        Writer& writer = writers[offset / granule_bytes + i];
+        writer.in_flight = false;
+        writer.tick = now;
     }
 }
 
-void load_shared(void* value, const void* address, size_t bytes, const Site& where) {
+void check_global(const void* address, size_t bytes, const char* what, const Site& where) {
+    if (!address) fail(what, where, "null pointer");
+    if (running->shared.contains(address)) fail(what, where, hex(address) + " lies in shared memory, not in global");
+    if (reinterpret_cast<uintptr_t>(address) & (bytes - 1)) {
+        fail(what, where, hex(address) + " is not a multiple of " + std::to_string(bytes));
+    }
+}
+
+void check_shared_load(const void* address, size_t bytes, const Site& where) {
     SharedMemory& shared = running->shared;
     const size_t offset = shared.offset(address, bytes, "load_shared", where);
     shared.read(self(), offset, bytes, "load_shared", where);
     record("load_shared", *running->current, offset, bytes, where);
-    memcpy(value, address, bytes);
 }
 
-void store_shared(void* address, const void* value, size_t bytes, const Site& where) {
+void check_shared_store(const void* address, size_t bytes, const Site& where) {
     SharedMemory& shared = running->shared;
     const size_t offset = shared.offset(address, bytes, "store_shared", where);
     shared.write(self(), offset, bytes, "store_shared", where);
     record("store_shared", *running->current, offset, bytes, where);
-    memcpy(address, value, bytes);
-}
-
-void load_global(void* value, const void* address, size_t bytes, const Site& where) {
-    check_global(address, bytes, "load_global", where);
-    memcpy(value, address, bytes);
-}
-
-void store_global(void* address, const void* value, size_t bytes, const Site& where) {
-    check_global(address, bytes, "store_global", where);
-    memcpy(address, value, bytes);
 }
 
 // Blocks run one after another and threads change only at meetings, so a plain addition is atomic.

@@ -9,7 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .backward import keys_kernel, queries_kernel
 from .forward import forward_kernel
+from .merge import merge_kernel
+from .sums import bias_kernel, columns_kernel, slopes_kernel
 
 # The tuner and the interpreter keep the state of a launch in globals.
 _launching = threading.Lock()
@@ -111,6 +114,7 @@ def _problem(
         "block_n": max(block_n, 1),
         "inner": scale / softcap if softcap > 0 else scale * math.log2(math.e),
         "outer": softcap * math.log2(math.e),
+        "scale": scale,
         "seed_lo": _signed(seed),
         "seed_hi": _signed(seed >> 32),
         "offset": _signed(offset),
@@ -170,3 +174,147 @@ def attention(
     if lse.numel():
         _launch(forward_kernel, "M", heads, {**problem, **_value(v, dropout_p), "out": out, "lse": lse})
     return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    intervals: Tensor | None,
+    blocks: Tensor | None,
+    bits: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+    softcap: float,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+    block_m: int,
+    block_n: int,
+    need_dbias: bool,
+    need_dalibi: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = _problem(
+        *(q, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale),
+        *(window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n),
+    )
+    problem |= _value(v, dropout_p)
+    problem |= {"grad_out": grad_out, "grad_strides": grad_out.stride()}
+    problem |= {"lse": lse.contiguous(), "delta": delta.contiguous()}
+    empty = q.new_zeros if cu_seqlens_q is not None else q.new_empty  # tokens of no sequence have gradient 0
+    dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
+    rows = lse.new_empty(lse.shape) if need_dalibi else None
+    if dk.numel() or dv.numel():
+        _launch(keys_kernel, "N", k.shape[2], {**problem, "dk": dk, "dv": dv})
+    if dq.numel():
+        _launch(queries_kernel, "M", q.shape[2], {**problem, "dq": dq, "dslope_rows": rows})
+    dbias, dalibi = lse.new_empty(0), lse.new_empty(0)
+    if bias is not None and need_dbias:
+        dbias = _bias_gradient(bias, problem)
+    if rows is not None and alibi_slopes is not None:
+        dalibi = _slopes_gradient(alibi_slopes, rows, problem)
+    return dq, dk, dv, dbias, dalibi
+
+
+def _bias_gradient(bias: Tensor, problem: dict[str, Any]) -> Tensor:
+    dbias = bias.new_empty(bias.shape, dtype=torch.float32)
+    batches, heads, rows, columns = bias.shape
+
+    def grid(chosen: dict[str, Any]) -> tuple[int]:
+        return (batches * heads * triton.cdiv(rows, chosen["BLOCK_M"]) * triton.cdiv(columns, chosen["BLOCK_N"]),)
+
+    if dbias.numel():
+        shape = {"bias_batches": batches, "bias_heads": heads, "ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
+        _run(bias_kernel, grid, {**problem, **shape, "dbias": dbias})
+    return dbias
+
+
+def _slopes_gradient(alibi_slopes: Tensor, rows: Tensor, problem: dict[str, Any]) -> Tensor:
+    heads, sequences = problem["heads"], problem["sequences"]
+    dslopes = rows.new_empty(sequences, heads)
+    if dslopes.numel():
+        _run(slopes_kernel, (sequences * heads,), {**problem, "dslope_rows": rows, "dslopes": dslopes, "BLOCK_M": 1024})
+    if alibi_slopes.dim() == 1:
+        return dslopes.sum(0)
+    return dslopes if alibi_slopes.shape[0] == sequences else dslopes.sum(0, keepdim=True)
+
+
+def attention_column_sums(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    intervals: Tensor | None,
+    blocks: Tensor | None,
+    bits: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+    softcap: float,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+    block_m: int,
+    block_n: int,
+) -> Tensor:
+    problem = _problem(
+        *(q, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale),
+        *(window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n),
+    )
+    shape = (q.shape[0], q.shape[2], k.shape[1])
+    sums = lse.new_empty(shape) if cu_seqlens_k is None else lse.new_zeros(shape)
+    if sums.numel():
+        _launch(columns_kernel, "N", q.shape[2], {**problem, "lse": lse.contiguous(), "sums": sums})
+    return sums
+
+
+def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    parts, batch, tokens, heads, dim = outs.shape
+    out = outs.new_empty(batch, tokens, heads, dim)
+    lse = lses.new_empty(batch, heads, tokens)
+    rows = batch * tokens * heads
+    if rows:
+        width = max(16, triton.next_power_of_2(dim))
+        block = max(1, 4096 // width)
+        arguments = {"q": outs, "outs": outs, "lses": lses, "out": out, "lse": lse, "parts": parts, "rows": rows}
+        arguments |= {"outs_strides": outs.stride(), "lses_strides": lses.stride(), "tokens": tokens, "heads": heads}
+        arguments |= {"VALUE_DIM": dim, "BLOCK_V": width, "BLOCK_M": block}
+        _run(merge_kernel, (triton.cdiv(rows, block),), arguments)
+    return out, lse
+
+
+def _refusal(*arguments: Any) -> str | None:
+    """What no kernel here does, whichever operator asks."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    first = tensors[0]
+    if first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {str(first.dtype).removeprefix('torch.')}: float32, bfloat16 or float16"
+    if first.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
+        return "a GPU older than compute capability 8.0"
+    width = max(tensor.shape[-1] for tensor in tensors if tensor.dtype == first.dtype and tensor.dim() >= 4)
+    if width > 512 and tensors[0].dim() != 5:
+        return f"head_dim {width}: up to 512"
+    return None
+
+
+REFUSES = {
+    "attention": _refusal,
+    "attention_backward": _refusal,
+    "attention_column_sums": _refusal,
+    "merge_attention_states": _refusal,
+}

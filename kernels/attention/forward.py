@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .configs import RUNTIME, tuned
-from .ranges import edge_tile, edge_tiles, keys_of, queries_of
+from .ranges import edge_tile, edge_tiles, keys_of
 from .tiles import (
     LN2,
     LOG2E,
@@ -29,7 +29,8 @@ from .tiles import (
 @triton.jit
 def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window, terms, noise, allowed,
                  CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr):  # fmt: skip
     """Takes one tile of keys into the running softmax. `allowed` is None where nothing is masked."""
     edge: tl.constexpr = allowed is not None
     sound = sound_rows(v, v_strides, n0, span[6], BLOCK_N, VALUE_DIM, BLOCK_V) if edge else None
@@ -90,7 +91,7 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
             acc, total, peak = forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window,
                                             terms, noise, None, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
                                             BLOCK_M, BLOCK_N)  # fmt: skip
-    for t in range(0, edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)):
+    for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)):
         n0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_N)
         allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, False)
         if edge_is_live(allowed, masks):

@@ -46,10 +46,7 @@ def locate(slot, cu_seqlens, sequences, tokens, BLOCK: tl.constexpr):
 @triton.jit
 def slots(cu_seqlens, sequences, tokens, BLOCK: tl.constexpr):
     """How many values of `slot` the grid holds for each head."""
-    if cu_seqlens is None:
-        return sequences * tl.cdiv(tokens, BLOCK)
-    else:
-        return tokens // BLOCK + sequences
+    return sequences * tl.cdiv(tokens, BLOCK) if cu_seqlens is None else tokens // BLOCK + sequences
 
 
 @triton.jit
@@ -94,11 +91,12 @@ def load_rows(base, strides, first, size, sound, ROWS: tl.constexpr, DIM: tl.con
         inside = inside[:, None]
         if COLS != DIM:
             inside &= (col < DIM)[None, :]
-        return tl.load(pointers, mask=inside, other=0.0)
+        x = tl.load(pointers, mask=inside, other=0.0)
     elif COLS != DIM:
-        return tl.load(pointers, mask=(col < DIM)[None, :], other=0.0)
+        x = tl.load(pointers, mask=(col < DIM)[None, :], other=0.0)
     else:
-        return tl.load(pointers)
+        x = tl.load(pointers)
+    return x
 
 
 @triton.jit
@@ -114,7 +112,8 @@ def sound_rows(base, strides, first, size, ROWS: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
-def store_rows(tensor, x, batch, first, head, heads, tokens, m0, size, ROWS: tl.constexpr, DIM: tl.constexpr, COLS: tl.constexpr):
+def store_rows(tensor, x, batch, first, head, heads, tokens, m0, size, ROWS: tl.constexpr, DIM: tl.constexpr,
+               COLS: tl.constexpr):  # fmt: skip
     """Rows m0 … of a sequence of a contiguous (batch, token, head, dim) tensor."""
     row = m0 + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
@@ -135,9 +134,12 @@ def pair(m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.co
     i = m0 + tl.arange(0, BLOCK_M)
     j = n0 + tl.arange(0, BLOCK_N)
     if TRANSPOSED:
-        return i[None, :], j[:, None]
+        i = i[None, :]
+        j = j[:, None]
     else:
-        return i[:, None], j[None, :]
+        i = i[:, None]
+        j = j[None, :]
+    return i, j
 
 
 @triton.jit
@@ -240,19 +242,19 @@ def block_is_whole(masks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def block_is_live(m0, n0, span, masks):
     """False where the block mask rules out a tile that it covers with one byte."""
+    live = True
     if masks[1] is not None:
-        return block_words(m0, n0, span, masks) != 0
-    else:
-        return True
+        live = block_words(m0, n0, span, masks) != 0
+    return live
 
 
 @triton.jit
 def edge_is_live(allowed, masks):
     """False where data masks leave nothing of a tile. Ranges alone never give such a tile."""
-    if masks[0] is None and masks[1] is None and masks[2] is None:
-        return True
-    else:
-        return tl.max(tl.max(allowed.to(tl.int32), 1), 0) > 0
+    live = True
+    if masks[0] is not None or masks[1] is not None or masks[2] is not None:
+        live = tl.max(tl.max(allowed.to(tl.int32), 1), 0) > 0
+    return live
 
 
 @triton.jit
@@ -274,14 +276,16 @@ def kept(m0, n0, span, noise, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRAN
     i = (zero + i).to(tl.uint32, bitcast=True)
     offset = (zero + offset).to(tl.uint32, bitcast=True)
     a, b, c, d = tl.philox_impl(counter, i, row, offset, key_lo, key_hi, 10)
+    keep_0, keep_1, keep_2, keep_3 = a >= limit, b >= limit, c >= limit, d >= limit
     if BLOCK_N % 64 == 0:
-        a, b, c, d = (a >= limit).to(tl.int8), (b >= limit).to(tl.int8), (c >= limit).to(tl.int8), (d >= limit).to(tl.int8)
-        words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK_M, BLOCK_N // 64, 16, 2, 2))
+        low = tl.join(keep_0.to(tl.int8), keep_1.to(tl.int8))
+        high = tl.join(keep_2.to(tl.int8), keep_3.to(tl.int8))
+        words = tl.reshape(tl.join(low, high), (BLOCK_M, BLOCK_N // 64, 16, 2, 2))
         if TRANSPOSED:
-            keep = tl.reshape(tl.permute(words, (1, 4, 3, 2, 0)), (BLOCK_N, BLOCK_M))
+            keep = tl.reshape(tl.permute(words, (1, 4, 3, 2, 0)), (BLOCK_N, BLOCK_M)) != 0
         else:
-            keep = tl.reshape(tl.permute(words, (0, 1, 4, 3, 2)), (BLOCK_M, BLOCK_N))
-        return keep != 0
+            keep = tl.reshape(tl.permute(words, (0, 1, 4, 3, 2)), (BLOCK_M, BLOCK_N)) != 0
     else:
         word = (j >> 4) & 3
-        return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d)) >= limit
+        keep = tl.where(word < 2, tl.where(word == 0, keep_0, keep_1), tl.where(word == 2, keep_2, keep_3))
+    return keep

@@ -1,0 +1,219 @@
+"""Gradients of attention, recomputed tile by tile from the saved lse: one kernel owns blocks of keys (dk, dv), one
+blocks of queries (dq and the rows of the slopes' gradient). No atomics: every sum has one owner and one order."""
+
+import triton
+import triton.language as tl
+
+from .configs import RUNTIME, tuned
+from .ranges import edge_tile, edge_tiles, keys_of, queries_of
+from .tiles import (
+    LOG2E,
+    allowed_pairs,
+    bend,
+    block_is_live,
+    distance,
+    edge_is_live,
+    head_of,
+    kept,
+    load_rows,
+    locate,
+    make_span,
+    pair,
+    product,
+    row_offset,
+    slots,
+    sound_rows,
+    store_rows,
+)
+
+
+@triton.jit
+def load_lse(lse, m0, span, BLOCK_M: tl.constexpr):
+    """lse in log2; +inf, which makes every probability 0, for rows without a key and rows past the end."""
+    i = m0 + tl.arange(0, BLOCK_M)
+    row = tl.load(lse + row_offset(span) + i, mask=i < span[4], other=float("inf"))
+    return tl.where(row == -float("inf"), float("inf"), row * LOG2E)
+
+
+@triton.jit
+def load_delta(delta, m0, span, BLOCK_M: tl.constexpr):
+    i = m0 + tl.arange(0, BLOCK_M)
+    return tl.load(delta + row_offset(span) + i, mask=i < span[4], other=0.0)
+
+
+@triton.jit
+def score_gradient(s, dp, lse, delta, m0, n0, span, window, terms, noise, dropout_scale, allowed, sound,
+                   CAP: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   TRANSPOSED: tl.constexpr):  # fmt: skip
+    """From raw products q·k and grad_out·v: the probabilities that met v, the gradient of the scores, and that of the
+    raw products up to `scale`. `lse`, `delta` and `sound` broadcast against the tile; `allowed` is None where nothing
+    is masked, `sound` where no masked product follows."""
+    s, bent = bend(s, m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, TRANSPOSED)
+    p = tl.exp2(s - lse)
+    if sound is not None:
+        p = tl.where(sound, p, float("nan"))
+    used = p
+    if DROPOUT:
+        keep = kept(m0, n0, span, noise, BLOCK_M, BLOCK_N, TRANSPOSED)
+        used = tl.where(keep, p * dropout_scale, 0.0)
+        dp = tl.where(keep, dp * dropout_scale, 0.0)
+    ds = p * (dp - delta)
+    raw = ds
+    if CAP:
+        raw = ds * (1.0 - bent * bent)
+    if allowed is not None:
+        used = tl.where(allowed, used, 0.0)
+        ds = tl.where(allowed, ds, 0.0)
+        raw = tl.where(allowed, raw, 0.0)
+    return used, ds, raw
+
+
+@triton.jit
+def keys_tile(dk, dv, q, grad_out, keys, values, lse, delta, q_strides, grad_strides, m0, n0, span, window, terms,
+              noise, dropout_scale, allowed, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
+              VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
+    """Adds what one tile of queries contributes to dk (without `scale`) and dv."""
+    edge: tl.constexpr = allowed is not None
+    sound = None
+    across = None
+    if edge:
+        sound = sound_rows(q, q_strides, m0, span[4], BLOCK_M, DIM, BLOCK_D)
+        sound &= sound_rows(grad_out, grad_strides, m0, span[4], BLOCK_M, VALUE_DIM, BLOCK_V)
+        across = sound[None, :]
+    rows = load_rows(q, q_strides, m0, span[4], sound, BLOCK_M, DIM, BLOCK_D, edge)
+    grads = load_rows(grad_out, grad_strides, m0, span[4], sound, BLOCK_M, VALUE_DIM, BLOCK_V, edge)
+    used, _, raw = score_gradient(
+        product(keys, tl.trans(rows)), product(values, tl.trans(grads)), load_lse(lse, m0, span, BLOCK_M)[None, :],
+        load_delta(delta, m0, span, BLOCK_M)[None, :], m0, n0, span, window, terms, noise, dropout_scale, allowed,
+        across, CAP, DROPOUT, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    dv = product(used.to(grads.dtype), grads, dv)
+    dk = product(raw.to(rows.dtype), rows, dk)
+    return dk, dv
+
+
+@tuned("keys")
+@triton.jit(do_not_specialize=RUNTIME)
+def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_strides, grad_strides, bias, slopes,
+                intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left,
+                right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo, seed_hi, offset, threshold,
+                dropout_scale, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK_N)
+    kv_head = tl.program_id(0) // per_head
+    sequence, n0 = locate(tl.program_id(0) % per_head, cu_seqlens_k, sequences, tokens_k, BLOCK_N)
+    span = make_span(sequence, kv_head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
+    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    if (n0 < 0) | (n0 >= size_k):
+        return
+    window = ((size_k - size_q) * bottom_right, left, right)
+    masks = (intervals, blocks, bits, block_m, block_n)
+    terms = (bias, slopes, inner, outer)
+    noise = (seed_lo, seed_hi, offset, threshold)
+    k = head_of(k, k_strides, batch, first_k, kv_head)
+    v = head_of(v, v_strides, batch, first_k, kv_head)
+    keys = load_rows(k, k_strides, n0, size_k, None, BLOCK_N, DIM, BLOCK_D, True)
+    values = load_rows(v, v_strides, n0, size_k, None, BLOCK_N, VALUE_DIM, BLOCK_V, True)
+
+    dk_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_sum = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for member in range(group):
+        head = kv_head * group + member
+        span = (sequence, batch, head, first_q, size_q, first_k, size_k, tokens_q, tokens_k, heads)
+        q_head = head_of(q, q_strides, batch, first_q, head)
+        grad_head = head_of(grad_out, grad_strides, batch, first_q, head)
+        start, whole_start, whole_stop, stop = queries_of(n0, span, window, masks, BLOCK_M, BLOCK_N)
+        for m0 in range(whole_start, whole_stop, BLOCK_M):
+            if block_is_live(m0, n0, span, masks):
+                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, lse, delta, q_strides,
+                                           grad_strides, m0, n0, span, window, terms, noise, dropout_scale, None, CAP,
+                                           DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N)  # fmt: skip
+        for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_M)):
+            m0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_M)
+            allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, True)
+            if edge_is_live(allowed, masks):
+                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, lse, delta, q_strides,
+                                           grad_strides, m0, n0, span, window, terms, noise, dropout_scale, allowed,
+                                           CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                                           BLOCK_N)  # fmt: skip
+
+    kv_heads = heads // group
+    store_rows(dk, dk_sum * scale, batch, first_k, kv_head, kv_heads, tokens_k, n0, size_k, BLOCK_N, DIM, BLOCK_D)
+    store_rows(dv, dv_sum, batch, first_k, kv_head, kv_heads, tokens_k, n0, size_k, BLOCK_N, VALUE_DIM, BLOCK_V)
+
+
+@triton.jit
+def queries_tile(dq, slope_rows, q, grads, k, v, lse, delta, k_strides, v_strides, m0, n0, span, window, terms, noise,
+                 dropout_scale, allowed, SLOPES: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
+                 DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Adds what one tile of keys contributes to dq (without `scale`) and to the slopes' gradient."""
+    edge: tl.constexpr = allowed is not None
+    sound = None
+    across = None
+    if edge:
+        sound = sound_rows(k, k_strides, n0, span[6], BLOCK_N, DIM, BLOCK_D)
+        across = sound[None, :]
+    keys = load_rows(k, k_strides, n0, span[6], sound, BLOCK_N, DIM, BLOCK_D, edge)
+    values = load_rows(v, v_strides, n0, span[6], None, BLOCK_N, VALUE_DIM, BLOCK_V, edge)
+    _, ds, raw = score_gradient(
+        product(q, tl.trans(keys)), product(grads, tl.trans(values)), lse[:, None], delta[:, None], m0, n0, span,
+        window, terms, noise, dropout_scale, allowed, across, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    dq = product(raw.to(keys.dtype), keys, dq)
+    if SLOPES:
+        i, j = pair(m0, n0, BLOCK_M, BLOCK_N, False)
+        slope_rows += tl.sum(ds * distance(i, j, window), 1)
+    return dq, slope_rows
+
+
+@tuned("queries")
+@triton.jit(do_not_specialize=RUNTIME)
+def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_strides, v_strides, grad_strides, bias,
+                   slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads,
+                   group, left, right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo, seed_hi, offset,
+                   threshold, dropout_scale, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
+                   VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
+    head = tl.program_id(0) // per_head
+    sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
+    span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
+    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    if (m0 < 0) | (m0 >= size_q):
+        return
+    window = ((size_k - size_q) * bottom_right, left, right)
+    masks = (intervals, blocks, bits, block_m, block_n)
+    terms = (bias, slopes, inner, outer)
+    noise = (seed_lo, seed_hi, offset, threshold)
+    q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
+    grads = load_rows(head_of(grad_out, grad_strides, batch, first_q, head), grad_strides, m0, size_q, None, BLOCK_M,
+                      VALUE_DIM, BLOCK_V, True)  # fmt: skip
+    k = head_of(k, k_strides, batch, first_k, head // group)
+    v = head_of(v, v_strides, batch, first_k, head // group)
+    row_lse = load_lse(lse, m0, span, BLOCK_M)
+    row_delta = load_delta(delta, m0, span, BLOCK_M)
+
+    SLOPES: tl.constexpr = dslope_rows is not None
+    dq_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    slope_rows = tl.zeros((BLOCK_M,), tl.float32)
+    start, whole_start, whole_stop, stop = keys_of(m0, span, window, masks, BLOCK_M, BLOCK_N)
+    for n0 in range(whole_start, whole_stop, BLOCK_N):
+        if block_is_live(m0, n0, span, masks):
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, q, grads, k, v, row_lse, row_delta, k_strides,
+                                              v_strides, m0, n0, span, window, terms, noise, dropout_scale, None,
+                                              SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                                              BLOCK_N)  # fmt: skip
+    for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)):
+        n0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_N)
+        allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, False)
+        if edge_is_live(allowed, masks):
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, q, grads, k, v, row_lse, row_delta, k_strides,
+                                              v_strides, m0, n0, span, window, terms, noise, dropout_scale, allowed,
+                                              SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                                              BLOCK_N)  # fmt: skip
+
+    store_rows(dq, dq_sum * scale, batch, first_q, head, heads, tokens_q, m0, size_q, BLOCK_M, DIM, BLOCK_D)
+    if SLOPES:
+        i = m0 + tl.arange(0, BLOCK_M)
+        tl.store(dslope_rows + row_offset(span) + i, -slope_rows, mask=i < size_q)

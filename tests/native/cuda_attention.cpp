@@ -1,0 +1,434 @@
+// The CUDA kernels of attention, run by the emulator, against loops in double precision: random cases over every
+// feature, head dimensions from 1 to 256, packed sequences, strides, NaN where nothing may look, poisoned outputs, and
+// another order of the threads every time. `cuda_attention [cases [seed]]`
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "emulated.h"
+
+using namespace metate;
+
+namespace {
+
+using Random = std::mt19937;
+
+int draw(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+bool chance(Random& random, int percent) { return draw(random, 0, 99) < percent; }
+double normal(Random& random) { return std::normal_distribution<double>()(random); }
+
+const double infinity = INFINITY;
+
+// A tensor with gaps of NaN between its elements. Layouts: 0 contiguous, 1 rows apart by a multiple of 16 bytes,
+// 2 dimensions in another order and nothing aligned.
+template <int N>
+struct Tensor {
+    View<N> view{};
+    std::vector<uint8_t> memory;
+
+    Tensor() = default;
+    Tensor(DType dtype, std::vector<int64_t> size, int layout, Random& random) {
+        view.dtype = dtype;
+        std::vector<int> order(N);
+        for (int i = 0; i < N; ++i) order[i] = N - 1 - i;
+        if (layout == 2) std::shuffle(order.begin(), order.end(), random);
+        int64_t stride = layout == 2 ? draw(random, 1, 2) : 1;
+        for (int i = 0; i < N; ++i) {
+            view.size[order[i]] = size[order[i]];
+            view.stride[order[i]] = stride;
+            stride *= std::max<int64_t>(size[order[i]], 1);
+            if (layout == 1 && i == 0) stride = (stride + 7) / 8 * 8 + 8;
+            if (layout == 2) stride += draw(random, 0, 3);
+        }
+        const int64_t bytes = bytes_of(dtype);
+        memory.assign((stride + 8) * bytes + 16, 0xff);
+        auto start = (reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16;
+        view.data = reinterpret_cast<void*>(start + (layout == 2 ? bytes : 0));
+    }
+    Tensor(Tensor&&) = default;
+    Tensor& operator=(Tensor&&) = default;
+    Tensor(const Tensor&) = delete;
+
+    int64_t offset(const int64_t (&at)[N]) const {
+        int64_t sum = 0;
+        for (int i = 0; i < N; ++i) sum += at[i] * view.stride[i];
+        return sum;
+    }
+    double get(const int64_t (&at)[N]) const {
+        const int64_t o = offset(at);
+        switch (view.dtype) {
+            case DType::bf16: return to_float(static_cast<const bf16*>(view.data)[o]);
+            case DType::f16: return to_float(static_cast<const f16*>(view.data)[o]);
+            case DType::f32: return static_cast<const float*>(view.data)[o];
+            case DType::i32: return static_cast<const int32_t*>(view.data)[o];
+            default: return static_cast<const uint8_t*>(view.data)[o];
+        }
+    }
+    void set(const int64_t (&at)[N], double x) {
+        const int64_t o = offset(at);
+        switch (view.dtype) {
+            case DType::bf16: static_cast<bf16*>(view.data)[o] = from_float<bf16>(static_cast<float>(x)); break;
+            case DType::f16: static_cast<f16*>(view.data)[o] = from_float<f16>(static_cast<float>(x)); break;
+            case DType::f32: static_cast<float*>(view.data)[o] = static_cast<float>(x); break;
+            case DType::i32:
+                static_cast<uint32_t*>(view.data)[o] = static_cast<uint32_t>(static_cast<int64_t>(x));
+                break;
+            default: static_cast<uint8_t*>(view.data)[o] = static_cast<uint8_t>(x);
+        }
+    }
+    // visit(index) for every element.
+    template <typename Visit>
+    void each(const Visit& visit) const {
+        int64_t at[N] = {};
+        for (int i = 0; i < N; ++i) {
+            if (view.size[i] == 0) return;
+        }
+        for (;;) {
+            visit(at);
+            int i = N - 1;
+            while (i >= 0 && ++at[i] == view.size[i]) at[i--] = 0;
+            if (i < 0) return;
+        }
+    }
+    template <typename Value>
+    Tensor&& fill(const Value& value) && {
+        each([&](const int64_t(&at)[N]) { set(at, value()); });
+        return std::move(*this);
+    }
+    // Repeats dimension i.
+    void broadcast(int i) { view.stride[i] = 0; }
+};
+
+struct Case {
+    std::string text;
+    Attention a{};
+    Tensor<4> q, k, v, bias, intervals, blocks, bits, grad_out;
+    Tensor<2> alibi;
+    Tensor<1> sinks, ends_q, ends_k;
+    std::vector<uint8_t> seen;  // of the dense case, per (b, h, i, j): what the masks say, filled by the reference
+    Tensor<3> grad_lse;
+};
+
+struct Span {
+    int64_t batch, row, q0, k0, queries, keys;  // row: the batch coordinate in the tensors
+};
+
+std::vector<Span> spans(const Case& c) {
+    std::vector<Span> all;
+    if (!c.a.cu_seqlens_q) {
+        for (int64_t b = 0; b < c.a.q.size[0]; ++b) all.push_back({b, b, 0, 0, c.a.q.size[1], c.a.k.size[1]});
+        return all;
+    }
+    for (int64_t b = 0; b + 1 < c.a.cu_seqlens_q.size[0]; ++b) {
+        const auto at = [&](const Tensor<1>& t, int64_t i) { return static_cast<int64_t>(t.get({i})); };
+        all.push_back({b, 0, at(c.ends_q, b), at(c.ends_k, b), at(c.ends_q, b + 1) - at(c.ends_q, b),
+                       at(c.ends_k, b + 1) - at(c.ends_k, b)});
+    }
+    return all;
+}
+
+bool sees(const Case& c, const Span& s, int64_t h, int64_t i, int64_t j) {
+    const Attention& a = c.a;
+    const int64_t diagonal = a.top_left ? 0 : s.keys - s.queries;
+    if (a.window_left >= 0 && j < i + diagonal - a.window_left) return false;
+    if (a.window_right >= 0 && j > i + diagonal + a.window_right) return false;
+    if (a.intervals) {
+        if (j < c.intervals.get({s.row, h, s.q0 + i, 0}) || j >= c.intervals.get({s.row, h, s.q0 + i, 1})) return false;
+    }
+    if (a.blocks && c.blocks.get({s.row, h, i / a.block_m, j / a.block_n}) == 0) return false;
+    if (a.bits) {
+        const auto word = static_cast<uint32_t>(static_cast<int64_t>(c.bits.get({s.row, h, i, j / 32})));
+        if ((word >> (j % 32) & 1) == 0) return false;
+    }
+    return true;
+}
+
+bool dropped(const Attention& a, int64_t bh, int64_t i, int64_t j) {
+    if (a.dropout_threshold == 0) return false;
+    uint32_t x[4] = {static_cast<uint32_t>((j >> 6) * 16 + (j & 15)), static_cast<uint32_t>(i), static_cast<uint32_t>(bh),
+                     a.offset};
+    uint32_t k0 = static_cast<uint32_t>(a.seed), k1 = static_cast<uint32_t>(a.seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t p = uint64_t{0xD2511F53} * x[0], r = uint64_t{0xCD9E8D57} * x[2];
+        const uint32_t y[4] = {static_cast<uint32_t>(r >> 32) ^ x[1] ^ k0, static_cast<uint32_t>(r),
+                               static_cast<uint32_t>(p >> 32) ^ x[3] ^ k1, static_cast<uint32_t>(p)};
+        memcpy(x, y, sizeof x);
+        k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+    }
+    return x[j >> 4 & 3] < a.dropout_threshold;
+}
+
+// Results in double precision, dense in the order of the contract's sizes.
+template <int N>
+struct Truth {
+    int64_t size[N];
+    std::vector<double> value;
+
+    explicit Truth(const View<N>& view, double start = 0) {
+        int64_t count = 1;
+        for (int i = 0; i < N; ++i) count *= size[i] = view.size[i];
+        value.assign(count, start);
+    }
+    double& operator()(const int64_t (&at)[N]) {
+        int64_t o = 0;
+        for (int i = 0; i < N; ++i) o = o * size[i] + at[i];
+        return value[o];
+    }
+};
+
+struct Row {
+    std::vector<int64_t> key;
+    std::vector<double> logit, slope, probability;
+    double lse = -infinity;
+};
+
+Row row_of(const Case& c, const Span& s, int64_t h, int64_t i) {
+    const Attention& a = c.a;
+    const int64_t hk = h / (a.q.size[2] / a.k.size[2]), diagonal = a.top_left ? 0 : s.keys - s.queries;
+    Row row;
+    for (int64_t j = 0; j < s.keys; ++j) {
+        if (!sees(c, s, h, i, j)) continue;
+        double x = 0, slope = 1;
+        for (int64_t d = 0; d < a.q.size[3]; ++d) x += c.q.get({s.row, s.q0 + i, h, d}) * c.k.get({s.row, s.k0 + j, hk, d});
+        x *= a.scale;
+        if (a.softcap > 0) {
+            const double t = tanh(x / a.softcap);
+            x = a.softcap * t, slope = 1 - t * t;
+        }
+        if (a.bias) x += c.bias.get({s.row, h, i, j});
+        if (a.alibi_slopes) x -= c.alibi.get({s.batch, h}) * fabs(static_cast<double>(i + diagonal - j));
+        row.key.push_back(j), row.logit.push_back(x), row.slope.push_back(slope);
+    }
+    double top = a.sinks ? c.sinks.get({h}) : -infinity, total = 0;
+    for (double x : row.logit) top = std::max(top, x);
+    if (top == -infinity) return row.key.clear(), row;
+    if (a.sinks) total += exp(c.sinks.get({h}) - top);
+    for (double x : row.logit) total += exp(x - top);
+    row.lse = top + log(total);
+    for (double x : row.logit) row.probability.push_back(exp(x - row.lse));
+    return row;
+}
+
+// The largest error over a tensor, relative to `budget` times the rounding unit of the results at their largest.
+template <int N>
+void compare(const Case& c, const char* name, const Tensor<N>& got, Truth<N>& truth, double budget, DType rounding) {
+    double largest = 0;
+    for (double x : truth.value) {
+        if (isfinite(x)) largest = std::max(largest, fabs(x));
+    }
+    const double unit = rounding == DType::bf16 ? 0x1p-8 : rounding == DType::f16 ? 0x1p-11 : 0x1p-18;
+    const double allowed = budget * unit * std::max(largest, 1e-3);
+    got.each([&](const int64_t(&at)[N]) {
+        const double x = got.get(at), y = truth(at);
+        if (x == y || (isnan(x) && isnan(y)) || fabs(x - y) <= allowed) return;
+        std::string where;
+        for (int i = 0; i < N; ++i) where += (i ? "," : "") + std::to_string(at[i]);
+        require(false, std::string(name) + "[" + where + "] is " + std::to_string(x) + ", should be " +
+                           std::to_string(y) + " within " + std::to_string(allowed) + " in: " + c.text);
+    });
+}
+
+// ---- Cases ----------------------------------------------------------------------------------------------------------
+
+struct Shape {
+    int64_t b, sq, sk, hq, hk, d, dv;
+};
+
+Case make_case(Random& random, DType dtype, const Shape& s, bool packed, const std::string& features, int layout) {
+    const auto has = [&](const char* what) { return features.find(what) != std::string::npos; };
+    const auto plain = [&] { return normal(random); };
+    Case c;
+    Attention& a = c.a;
+    c.text = std::string(dtype == DType::bf16 ? "bf16" : "f16") + " B" + std::to_string(s.b) + " Sq" + std::to_string(s.sq) +
+             " Sk" + std::to_string(s.sk) + " Hq" + std::to_string(s.hq) + " Hkv" + std::to_string(s.hk) + " D" +
+             std::to_string(s.d) + " Dv" + std::to_string(s.dv) + (packed ? " packed" : "") + " layout " +
+             std::to_string(layout) + features;
+    const int64_t batch = packed ? 1 : s.b;
+    c.q = Tensor<4>(dtype, {batch, s.sq, s.hq, s.d}, layout, random).fill(plain);
+    c.k = Tensor<4>(dtype, {batch, s.sk, s.hk, s.d}, layout, random).fill(plain);
+    c.v = Tensor<4>(dtype, {batch, s.sk, s.hk, s.dv}, layout, random).fill(plain);
+    c.grad_out = Tensor<4>(dtype, {batch, s.sq, s.hq, s.dv}, layout, random).fill(plain);
+    c.grad_lse = Tensor<3>(DType::f32, {batch, s.hq, s.sq}, layout, random).fill(plain);
+    a.window_left = a.window_right = -1;
+    a.scale = 1 / sqrt(static_cast<double>(s.d));
+    if (has("causal")) a.window_right = 0;
+    if (has("window")) a.window_left = draw(random, 0, 70), a.window_right = draw(random, 0, 40);
+    if (has("left")) a.window_left = draw(random, 0, 100);
+    if (has("minus")) a.scale = -a.scale;
+    a.top_left = has("corner");
+    if (has("softcap")) a.softcap = 1.5;
+    if (has("dropout")) a.dropout_threshold = 1u << 30, a.dropout_scale = 4. / 3, a.seed = 0x123456789abcull + draw(random, 0, 99), a.offset = 7;
+    if (has("alibi")) {
+        c.alibi = Tensor<2>(DType::f32, {s.b, s.hq}, layout, random).fill([&] { return 0.02 * draw(random, 1, 10); });
+        a.alibi_slopes = c.alibi.view;
+    }
+    if (has("sinks")) {
+        c.sinks = Tensor<1>(DType::f32, {s.hq}, layout, random).fill(plain);
+        a.sinks = c.sinks.view;
+    }
+    if (has("bias")) {
+        const DType kind = has("bias32") ? DType::f32 : dtype;
+        c.bias = Tensor<4>(kind, {s.b, s.hq, s.sq, s.sk}, layout, random).fill(plain);
+        for (int i = 0; i < 4; ++i) {
+            if (c.text.find("spread" + std::to_string(i)) != std::string::npos) c.bias.broadcast(i);
+        }
+        c.bias.each([&](const int64_t(&at)[4]) { c.bias.set(at, chance(random, 5) ? -infinity : normal(random)); });
+        a.bias = c.bias.view;
+    }
+    if (has("intervals")) {
+        c.intervals = Tensor<4>(DType::i32, {batch, s.hq, s.sq, 2}, layout, random);
+        if (chance(random, 50)) c.intervals.broadcast(1);
+        const int documents = draw(random, 1, 4), kind = draw(random, 0, 2);
+        c.intervals.each([&](const int64_t(&at)[4]) {
+            const int64_t piece = s.sk / documents + 1, low = at[2] * s.sk / std::max<int64_t>(s.sq, 1) / piece * piece;
+            const int64_t value = kind == 0   ? low + at[3] * piece
+                                  : kind == 1 ? draw(random, -5, static_cast<int>(s.sk) + 5)
+                                              : (at[3] ? 2147483647 : at[2] % 3 ? -2147483648ll : s.sk / 2);
+            c.intervals.set(at, static_cast<double>(value));
+        });
+        a.intervals = c.intervals.view;
+    }
+    if (has("blocks")) {
+        a.block_m = draw(random, 1, 3) * draw(random, 5, 64), a.block_n = draw(random, 1, 3) * draw(random, 5, 64);
+        c.blocks = Tensor<4>(DType::u8, {s.b, s.hq, (s.sq + a.block_m - 1) / a.block_m, (s.sk + a.block_n - 1) / a.block_n},
+                             layout, random).fill([&] { return chance(random, 40) ? draw(random, 1, 255) : 0; });
+        a.blocks = c.blocks.view;
+    }
+    if (has("bits")) {
+        c.bits = Tensor<4>(DType::i32, {s.b, s.hq, s.sq, (s.sk + 31) / 32}, layout, random).fill([&] {
+            return static_cast<double>(static_cast<int32_t>(random()));
+        });
+        a.bits = c.bits.view;
+    }
+    a.q = c.q.view, a.k = c.k.view, a.v = c.v.view;
+    if (packed) {
+        const auto ends = [&](int64_t tokens) {
+            std::vector<int> at;
+            for (int i = 0; i <= s.b; ++i) at.push_back(draw(random, 0, static_cast<int>(tokens)));
+            std::sort(at.begin(), at.end());
+            size_t next = 0;
+            return Tensor<1>(DType::i32, {s.b + 1}, layout, random).fill([&] { return at[next++]; });
+        };
+        c.ends_q = ends(s.sq), c.ends_k = ends(s.sk);
+        a.cu_seqlens_q = c.ends_q.view, a.cu_seqlens_k = c.ends_k.view;
+    }
+    if (has("nan")) {  // keys that nobody sees, and queries that see none, hold anything
+        const std::vector<Span> all = spans(c);
+        for (int64_t row = 0; row < batch; ++row) {
+            for (int64_t t = 0; t < s.sk; ++t) {
+                for (int64_t h = 0; h < s.hk; ++h) {
+                    bool used = false;
+                    for (const Span& x : all) {
+                        if (x.row != row || t < x.k0 || t >= x.k0 + x.keys) continue;
+                        for (int64_t g = h * s.hq / s.hk; g < (h + 1) * s.hq / s.hk; ++g) {
+                            for (int64_t i = 0; i < x.queries; ++i) used |= sees(c, x, g, i, t - x.k0);
+                        }
+                    }
+                    for (int64_t d = 0; d < s.d && !used; ++d) c.k.set({row, t, h, d}, NAN);
+                    for (int64_t d = 0; d < s.dv && !used; ++d) c.v.set({row, t, h, d}, d % 2 ? NAN : -infinity);
+                }
+            }
+        }
+        for (const Span& x : all) {
+            for (int64_t h = 0; h < s.hq; ++h) {
+                for (int64_t i = 0; i < x.queries; ++i) {
+                    bool used = false;
+                    for (int64_t j = 0; j < x.keys; ++j) used |= sees(c, x, h, i, j);
+                    for (int64_t d = 0; d < s.d && !used; ++d) c.q.set({x.row, x.q0 + i, h, d}, NAN);
+                    for (int64_t d = 0; d < s.dv && !used; ++d) c.grad_out.set({x.row, x.q0 + i, h, d}, NAN);
+                }
+            }
+        }
+    }
+    return c;
+}
+
+std::string random_features(Random& random, bool packed) {
+    static const char* const all[] = {"causal", "window", "left", "corner", "softcap", "dropout", "alibi", "sinks", "nan",
+                                      "intervals", "minus", "bias", "bias32", "blocks", "bits", "spread0", "spread1",
+                                      "spread2", "spread3"};
+    std::string features;
+    const int percent = draw(random, 0, 2) * 15;
+    for (size_t i = 0; i < std::size(all) - (packed ? 8 : 0); ++i) {
+        if (chance(random, percent)) features += std::string(" ") + all[i];
+    }
+    return features;
+}
+
+int64_t random_length(Random& random) {
+    static const int special[] = {0, 1, 31, 63, 64, 65, 127, 128, 129};
+    return chance(random, 50) ? special[draw(random, 0, 8)] : draw(random, 1, 200);
+}
+
+Case random_case(Random& random) {
+    static const int dims[] = {1, 7, 32, 64, 72, 80, 96, 111, 128, 160, 192, 255, 256};
+    const bool packed = chance(random, 30);
+    Shape s{};
+    s.b = draw(random, 1, packed ? 4 : 2), s.hk = draw(random, 1, 2), s.hq = s.hk * draw(random, 1, 2);
+    s.sq = random_length(random), s.sk = random_length(random);
+    s.d = dims[draw(random, 0, 12)];
+    s.dv = chance(random, 70) ? s.d : dims[draw(random, 0, 12)];
+    const DType dtype = chance(random, 50) ? DType::bf16 : DType::f16;
+    return make_case(random, dtype, s, packed, random_features(random, packed), draw(random, 0, 2));
+}
+
+// ---- Tests ----------------------------------------------------------------------------------------------------------
+
+void check_forward(Case& c, Random& random) {
+    const Attention& a = c.a;
+    const int layout = draw(random, 0, 2);
+    Tensor<4> out(a.q.dtype, {a.q.size[0], a.q.size[1], a.q.size[2], a.v.size[3]}, layout, random);
+    Tensor<3> lse(DType::f32, {a.q.size[0], a.q.size[2], a.q.size[1]}, layout, random);
+    cuda::attention({a, out.view, lse.view}, emulator::device());
+
+    Truth<4> true_out(out.view);
+    Truth<3> true_lse(lse.view, -infinity);
+    const int64_t group = a.q.size[2] / a.k.size[2];
+    for (const Span& s : spans(c)) {
+        for (int64_t h = 0; h < a.q.size[2]; ++h) {
+            for (int64_t i = 0; i < s.queries; ++i) {
+                const Row row = row_of(c, s, h, i);
+                true_lse({s.row, h, s.q0 + i}) = row.lse;
+                for (size_t n = 0; n < row.key.size(); ++n) {
+                    const int64_t j = row.key[n];
+                    if (dropped(a, s.batch * a.q.size[2] + h, i, j)) continue;
+                    const double p = row.probability[n] * (a.dropout_threshold ? a.dropout_scale : 1);
+                    for (int64_t d = 0; d < a.v.size[3]; ++d) {
+                        true_out({s.row, s.q0 + i, h, d}) += p * c.v.get({s.row, s.k0 + j, h / group, d});
+                    }
+                }
+            }
+        }
+    }
+    compare(c, "out", out, true_out, 1.5, a.q.dtype);
+    compare(c, "lse", lse, true_lse, 1, DType::f32);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int cases = argc > 1 ? atoi(argv[1]) : 60, seed = argc > 2 ? atoi(argv[2]) : 1;
+    int failed = 0;
+    for (int n = 0; n < cases; ++n) {
+        Random random(seed + n);
+        emulator::set_seed(seed + n);
+        try {
+            Case c = random_case(random);
+            check_forward(c, random);
+        } catch (const std::exception& error) {
+            printf("cuda_attention 1 %d: %s\n", seed + n, error.what());
+            fflush(stdout);
+            ++failed;
+        }
+    }
+    printf("%d of %d cases failed\n", failed, cases);
+    return failed != 0;
+}

@@ -95,6 +95,7 @@ def test_triton_kernels_stand_alone(path):
         "functools",
         "collections",
         "math",
+        "threading",
     }
     for name in imports(path):
         module = "metate.kernels" if name.startswith("metate.kernels") else name.split(".")[0]

@@ -1,6 +1,5 @@
 """Attention in Triton: launchers with the parameters of the declared operators."""
 
-import contextlib
 import math
 import threading
 from typing import Any
@@ -33,8 +32,7 @@ def _launch(kernel: Any, rows: str, heads: int, arguments: dict[str, Any]) -> No
 
 
 def _run(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
-    q: Tensor = arguments["q"]
-    with _launching, torch.cuda.device_of(q) if q.is_cuda else contextlib.nullcontext():
+    with _launching, torch.cuda.device_of(arguments["q"]):
         kernel[grid](**{name: arguments[name] for name in kernel.arg_names if name in arguments})
 
 

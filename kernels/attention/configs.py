@@ -72,9 +72,12 @@ def tuned(kind: str) -> Callable[[Any], Any]:
         width = max(64, named["BLOCK_D"], named.get("BLOCK_V", 0))
         return classes[f"{'float' if named['q'].element_size() == 4 else 'half'} {width}"]
 
-    return triton.autotune(  # type: ignore[no-any-return]
-        [config for group in classes.values() for config in group],
-        key=["DIM", "VALUE_DIM", "SHORT"],
-        prune_configs_by={"early_config_prune": fitting},
-        cache_results=True,
-    )
+    def decorate(kernel: Any) -> Any:
+        return triton.autotune(
+            [config for group in classes.values() for config in group],
+            key=[name for name in ("DIM", "VALUE_DIM", "SHORT") if name in kernel.arg_names],
+            prune_configs_by={"early_config_prune": fitting},
+            cache_results=True,
+        )(kernel)
+
+    return decorate

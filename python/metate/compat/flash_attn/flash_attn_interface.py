@@ -1,0 +1,348 @@
+"""The attention functions of flash-attn 2 over `metate.attention`: its argument order, defaults and results.
+
+What differs from metate's own functions: softmax_lse is +inf where a query sees no key, and with return_attn_probs and
+dropout comes S_dmask, which shows what was dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.masks import AttentionMask
+from metate.ops.attention import attention, attention_varlen
+from metate.philox import keep_mask
+
+__all__ = [
+    "USE_TRITON_ROCM",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+USE_TRITON_ROCM = False
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of q (batch, seqlen_q, heads, head_dim) over k, v (batch, seqlen_k, kv_heads, head_dim).
+
+    Args:
+        dropout_p: probability of dropping an attention weight.
+        softmax_scale: factor of q kᵀ; default head_dim ** -0.5.
+        causal: query i sees keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right), keys before and after the diagonal, inclusive; -1: no limit.
+        softcap: > 0: scores become softcap · tanh(score / softcap).
+        alibi_slopes: (heads) or (batch, heads); adds -slope · |i + seqlen_k - seqlen_q - j|.
+        deterministic: the backward gives the same bits every time.
+        return_attn_probs: also return softmax_lse (batch, heads, seqlen_q) and S_dmask (batch, heads, seqlen_q,
+            seqlen_k): exp(score - the row's largest score), negative where dropped; empty without dropout.
+    """
+    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if not return_attn_probs:
+        return attention(q, k, v, **options)
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    if not dropout_p:
+        return out, _flash_lse(lse), q.new_empty(0)
+    rows = [_dmask(b, q[b], k[b], options) for b in range(q.shape[0])]
+    return out, _flash_lse(lse), torch.stack(rows) if rows else q.new_empty(0, q.shape[2], q.shape[1], k.shape[1])
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` with k and v in one tensor (batch, seqlen_k, 2, kv_heads, head_dim)."""
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` with q, k and v in one tensor (batch, seqlen, 3, heads, head_dim)."""
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Any:
+    """`flash_attn_func` over packed sequences: q (tokens_q, heads, head_dim), k and v (tokens_k, kv_heads, head_dim).
+
+    cu_seqlens_q and cu_seqlens_k (batch + 1) int32 say where sequences start. max_seqlen_q and max_seqlen_k are the
+    last sizes of S_dmask (batch, heads, max_seqlen_q, max_seqlen_k); softmax_lse is (heads, tokens_q).
+    """
+    if block_table is not None:
+        raise _no_pages("flash_attn_varlen_func")
+    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    if not return_attn_probs:
+        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+    out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, **options)
+    if not dropout_p:
+        return out, _flash_lse(lse), q.new_empty(0)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    padded = q.new_zeros(len(starts_q) - 1, q.shape[1], int(max_seqlen_q), int(max_seqlen_k))
+    for b in range(padded.shape[0]):
+        q_b, k_b = q[starts_q[b] : starts_q[b + 1]], k[starts_k[b] : starts_k[b + 1]]
+        padded[b, :, : q_b.shape[0], : k_b.shape[0]] = _dmask(b, q_b, k_b, options)
+    return out, _flash_lse(lse), padded
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` with k and v in one tensor (tokens_k, 2, kv_heads, head_dim)."""
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` with q, k and v in one tensor (tokens, 3, heads, head_dim)."""
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention over a contiguous cache, after new keys and values are written into it; no gradient.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim).
+        k_cache, v_cache: (cache entries, seqlen_cache, kv_heads, head_dim).
+        k, v: (batch, seqlen_new, kv_heads, head_dim), written in place from position cache_seqlens on.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2); turn k, and q with it, before the attention.
+        cache_seqlens: keys in the cache before this call, one number or (batch).
+        cache_batch_idx: (batch), the cache entry of each query; default one after another.
+        cache_leftpad: (batch), the first valid key of each entry.
+        num_splits: accepted; metate cuts the work by itself.
+        Others as in `flash_attn_func`; causal, windows and ALiBi count from the last valid key.
+    """
+    if block_table is not None:
+        raise _no_pages("flash_attn_with_kvcache")
+    with torch.no_grad():
+        batch, seqlen_q = q.shape[:2]
+        entries = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
+        used = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
+        lengths = torch.as_tensor(used, device=q.device).expand(batch).long()
+        if rotary_cos is not None and rotary_sin is not None:
+            local = causal or any(int(side) >= 0 for side in window_size)
+            q, k = _rotate_new(q, k, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
+        if k is not None and v is not None:
+            lengths = _append(k_cache, v_cache, k, v, lengths, entries)
+        k, v = (cache if cache_batch_idx is None else cache[entries] for cache in (k_cache, v_cache))
+        intervals = _cache_intervals(seqlen_q, lengths, cache_leftpad, causal, window_size)
+        bias = None
+        if alibi_slopes is not None:
+            diagonal = torch.arange(seqlen_q, device=q.device)[:, None] + (lengths - seqlen_q)[:, None, None, None]
+            distance = (diagonal - torch.arange(k.shape[1], device=q.device)).abs()
+            bias = -alibi_slopes.reshape(-1, q.shape[2], 1, 1) * distance
+        out, lse = attention(
+            q, k[:batch], v[:batch], scale=softmax_scale, softcap=softcap, bias=bias,
+            mask=AttentionMask(intervals=intervals), return_lse=True,
+        )  # fmt: skip
+    return (out, _flash_lse(lse)) if return_softmax_lse else out
+
+
+def _options(
+    q: Tensor, dropout_p: float, scale: float | None, causal: bool, window: Any, softcap: float,
+    alibi_slopes: Tensor | None, deterministic: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Keyword arguments of metate.attention. The seed is drawn here, so that S_dmask can tell what it dropped."""
+    return {
+        "dropout_p": dropout_p,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "causal": causal,
+        "window": (int(window[0]), int(window[1])),
+        "softcap": max(softcap, 0.0),
+        "alibi_slopes": alibi_slopes,
+        "deterministic": deterministic,
+        "seed": int(torch.randint(2**62, ()).item()) if dropout_p else 0,
+    }
+
+
+def _flash_lse(lse: Tensor) -> Tensor:
+    """flash-attn marks a query without a key by +inf."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
+    """How many columns of S_dmask share a running maximum: whole rows."""
+    return 2**30
+
+
+def _dmask(entry: int, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
+    """(heads, seqlen_q, seqlen_k) of one batch entry: exp(score - maximum of the row), negative where dropped."""
+    (seqlen_q, heads, _), seqlen_k = q.shape, k.shape[0]
+    with torch.no_grad():
+        keys = k.transpose(0, 1).float().repeat_interleave(heads // k.shape[1], 0)
+        s = (q.transpose(0, 1).float() * options["scale"]) @ keys.transpose(1, 2)
+        if cap := options["softcap"]:
+            s = cap * torch.tanh(s / cap)
+        rows, columns = torch.arange(seqlen_q, device=q.device)[:, None], torch.arange(seqlen_k, device=q.device)
+        distance = columns - rows - (seqlen_k - seqlen_q)
+        if (slopes := options["alibi_slopes"]) is not None:
+            s = s - (slopes if slopes.dim() == 1 else slopes[entry])[:, None, None] * distance.abs()
+        left, right = options["window"]
+        right = 0 if options["causal"] else right
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if left >= 0:
+            hidden |= distance < -left
+        if right >= 0:
+            hidden |= distance > right
+        s = s.masked_fill(hidden, -torch.inf)
+        top = s.amax(-1, keepdim=True) if seqlen_k else s.new_zeros(heads, seqlen_q, 1)
+        s = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
+        stream = torch.arange(heads, device=q.device)[:, None, None] + entry * heads
+        kept = keep_mask(options["dropout_p"], options["seed"], 0, stream, rows, columns)
+        return torch.where(kept, s, -s).to(q.dtype)
+
+
+def _rotate_new(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, lengths: Tensor, local: bool, interleaved: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Rotates k from its first new position on; q alike, or at that position alone where all queries see the same."""
+    from metate.compat.flash_attn.layers.rotary import apply_rotary_emb
+
+    if k is None:
+        raise ValueError("flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin")
+    k = apply_rotary_emb(k, cos, sin, interleaved, seqlen_offsets=lengths)
+    if local:
+        return apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=lengths), k
+    flat = apply_rotary_emb(q.flatten(1, 2)[:, None], cos, sin, interleaved, seqlen_offsets=lengths)
+    return flat[:, 0].unflatten(1, q.shape[1:3]), k
+
+
+def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, entries: Tensor) -> Tensor:
+    """Writes k and v behind what the cache holds; the new lengths."""
+    positions = lengths[:, None] + torch.arange(k.shape[1], device=k.device)
+    if positions.numel() and int(positions.max()) >= k_cache.shape[1]:
+        raise ValueError(
+            f"flash_attn_with_kvcache: cache_seqlens + {k.shape[1]} new keys reach {int(positions.max()) + 1}, "
+            f"expected at most the {k_cache.shape[1]} positions of k_cache"
+        )
+    k_cache[entries[:, None], positions], v_cache[entries[:, None], positions] = k, v
+    return lengths + k.shape[1]
+
+
+def _cache_intervals(seqlen_q: int, lengths: Tensor, leftpad: Tensor | None, causal: bool, window: Any) -> Tensor:
+    """(batch, 1, seqlen_q, 2): the keys that each query sees, when entry b holds lengths[b] of them."""
+    left, right = int(window[0]), int(window[1])
+    right = 0 if causal else right
+    rows = torch.arange(seqlen_q, device=lengths.device) + (lengths - seqlen_q)[:, None]
+    start = torch.zeros_like(rows) if leftpad is None else leftpad.long()[:, None].expand_as(rows)
+    end = lengths[:, None].expand_as(rows)
+    if left >= 0:
+        start = torch.maximum(start, rows - left)
+    if right >= 0:
+        end = torch.minimum(end, rows + right + 1)
+    return torch.stack([start, end], -1)[:, None].to(torch.int32)
+
+
+def _no_pages(function: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{function}: block_table is given, but paged key-value caches are not supported yet; "
+        "pass a contiguous cache, or packed keys and cu_seqlens_k"
+    )

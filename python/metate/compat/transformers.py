@@ -1,0 +1,229 @@
+"""metate as an attention implementation of Hugging Face transformers: `attn_implementation="metate"`.
+
+Two functions are registered, the attention and the mask. The mask function lowers what transformers describes by closures
+(causal, sliding window, chunks, packed sequences) and the 2-D padding mask to one interval of keys per query, which costs
+memory linear in the length; a pattern that it cannot read stays a bool mask. Intervals travel through the model as an
+int32 tensor (batch, 1, seqlen_q, 2), followed in the last dimension by one bit per key where padding has holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from metate.masks import AttentionMask
+from metate.ops.attention import attention
+
+__all__ = ["disable", "enable"]
+
+_NAME = "metate"
+_FAR = 2**30  # beyond any position
+_UNSERVED = ("indices", "block_indices", "sinks", "cache")  # arguments of some models that change the result
+
+Runs = tuple[Tensor, Tensor]  # of every query the first visible key and the one behind the last, (batch or 1, seqlen_q)
+
+
+def enable() -> None:
+    """Makes `attn_implementation="metate"` known to transformers; it changes no model that does not ask for it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, _mask)
+
+
+def disable() -> None:
+    """Takes the registration back; models that were told to use it raise from then on."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(_NAME, None)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query (batch, heads, seqlen_q, head_dim) over un-repeated key and value; (batch, seqlen_q, heads, ·).
+
+    A sliding window is in the mask already, as for eager attention.
+    """
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            'metate: output_attentions is True, but the probabilities are never formed; use attn_implementation="eager"'
+        )
+    for name in _UNSERVED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f'metate: {name} is given to attention, use attn_implementation="eager"')
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask, bias = _lower(attention_mask, position_bias, key.shape[2])
+    if query.shape[0] != key.shape[0]:  # learned queries of batch 1
+        query = query.expand(key.shape[0], *query.shape[1:])
+    out = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        top_left=True,
+        scale=scaling,
+        softcap=softcap or 0.0,
+        bias=bias,
+        sinks=s_aux,
+        mask=mask,
+        dropout_p=dropout,
+    )
+    return out, None
+
+
+def _lower(
+    attention_mask: Tensor | None, position_bias: Tensor | None, seqlen_k: int
+) -> tuple[AttentionMask | Tensor | None, Tensor | None]:
+    """What may be seen, and what is added to the scores."""
+    if attention_mask is None:
+        return None, position_bias
+    if attention_mask.dim() == 4:
+        if attention_mask.dtype == torch.bool:
+            return attention_mask, position_bias
+        if attention_mask.is_floating_point():
+            return None, attention_mask if position_bias is None else position_bias + attention_mask
+        if attention_mask.dtype == torch.int32 and attention_mask.shape[3] in (2, 2 + -(-seqlen_k // 32)):
+            bits = attention_mask[..., 2:] if attention_mask.shape[3] > 2 else None
+            return AttentionMask(intervals=attention_mask[..., :2], bits=bits), position_bias
+    raise ValueError(
+        f"metate: attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}, expected a bool or "
+        "floating-point mask (batch, heads, seqlen_q, seqlen_k)"
+    )
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a forward pass, in its cheapest form; None leaves it to is_causal of the layers."""
+    from transformers import masking_utils
+
+    function = mask_function or masking_utils.causal_mask_function
+    runs = None
+    # Without leave to skip the mask, its caller may go on computing with a bool one; packed sequences never may skip.
+    lowers = allow_is_causal_skip or allow_is_bidirectional_skip or _is_packed(function)
+    if lowers and not use_vmap and not torch.compiler.is_compiling():
+        queries = torch.arange(q_length, device=device)[None] + q_offset
+        runs = _runs(function, queries)
+    if runs is None:
+        dense: Tensor | None = masking_utils.sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=function, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip, use_vmap=use_vmap, device=device, **kwargs,
+        )  # fmt: skip
+        return dense
+    valid = _padding(attention_mask, kv_length, kv_offset)
+    if valid is None:
+        if function is masking_utils.causal_mask_function and allow_is_causal_skip and q_length in (1, kv_length):
+            return None
+        if function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip:
+            return None
+    return _intervals(runs, valid, batch_size, q_length, kv_length, kv_offset)
+
+
+def _intervals(
+    runs: Runs, valid: Tensor | None, batch: int, q_length: int, kv_length: int, kv_offset: int
+) -> Tensor:
+    """The int32 mask from runs of absolute positions and the valid keys (batch, kv_length)."""
+    start, end = ((x - kv_offset).clamp(0, kv_length).expand(batch, q_length) for x in runs)
+    bits = None
+    if valid is not None:
+        first = valid.to(torch.uint8).argmax(1, keepdim=True)
+        count = valid.sum(1, keepdim=True)
+        last = torch.where(count > 0, kv_length - valid.flip(1).to(torch.uint8).argmax(1, keepdim=True), first)
+        start, end = torch.maximum(start, first), torch.minimum(end, last)
+        if not bool((last - first == count).all()):
+            bits = AttentionMask.dense(valid[:, None, None]).bits
+    intervals = torch.stack([start, end], -1)[:, None].to(torch.int32)
+    return intervals if bits is None else torch.cat([intervals, bits.expand(-1, 1, q_length, -1)], -1)
+
+
+def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """Which keys are no padding (batch, kv_length), keys beyond the mask being padding; None where all are valid."""
+    if attention_mask is None:
+        return None
+    valid = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    valid = pad(valid, (0, kv_length - valid.shape[1]))
+    return None if bool(valid.all()) else valid
+
+
+def _is_packed(function: Callable[..., Any]) -> bool:
+    return _pattern(function) == "and_masks" and any(
+        _pattern(part) == "packed_sequence_mask_function" for part in _enclosed(function)["mask_functions"]
+    )
+
+
+def _runs(function: Callable[..., Any], q: Tensor) -> Runs | None:
+    """The run of keys that each query position q (batch or 1, seqlen_q) sees under a mask function of transformers.
+
+    None where the function is not one whose meaning is known here.
+    """
+    whole = torch.zeros_like(q), torch.full_like(q, _FAR)
+    pattern, enclosed = _pattern(function), _enclosed(function)
+    if pattern == "bidirectional_mask_function":
+        return whole
+    if pattern == "causal_mask_function":
+        return whole[0], q + 1
+    if pattern == "sliding_window_overlay":
+        return q - enclosed["sliding_window"] + 1, whole[1]
+    if pattern == "sliding_window_bidirectional_overlay":
+        return q - enclosed["sliding_window"], q + enclosed["sliding_window"] + 1
+    if pattern == "chunked_overlay":
+        padding, size = enclosed["left_padding"][:, None], enclosed["chunk_size"]
+        start = torch.div(q - padding, size, rounding_mode="floor") * size + padding
+        return start, start + size
+    if pattern == "packed_sequence_mask_function":
+        start, end = AttentionMask.documents(enclosed["packed_sequence_mask"]).intervals[:, 0].long().unbind(-1)  # type: ignore[index]
+        return start, end
+    if pattern == "remap_positions_for_packed_sequence":
+        positions = enclosed["position_ids"]  # within the sequence: runs come back as positions there
+        runs = _runs(enclosed["mask_function"], positions)
+        return None if runs is None else (runs[0] + q - positions, runs[1] + q - positions)
+    if pattern == "and_masks":
+        for part in enclosed["mask_functions"]:
+            runs = _runs(part, q)
+            if runs is None:
+                return None
+            whole = torch.maximum(whole[0], runs[0]), torch.minimum(whole[1], runs[1])
+        return whole
+    return None
+
+
+def _pattern(function: Callable[..., Any]) -> str | None:
+    """Which function of transformers.masking_utils this is, or made it."""
+    if getattr(function, "__module__", None) != "transformers.masking_utils":
+        return None
+    return str(getattr(function, "__qualname__", "")).split(".")[0]
+
+
+def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
+    """Its closure by name."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    return {} if code is None else {n: c.cell_contents for n, c in zip(code.co_freevars, cells or (), strict=True)}

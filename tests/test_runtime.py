@@ -200,8 +200,7 @@ def test_sixteen_threads_at_once(op, device, backend):
 def malform(rng: Random, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """One to three arguments replaced by something a careless caller might pass."""
     args = list(args)
-    for _ in range(rng.randint(1, 3)):
-        i = rng.randrange(len(args))
+    for i in rng.sample(range(len(args)), rng.randint(1, min(3, len(args)))):
         old = args[i]
         if isinstance(old, Tensor):
             choices = [

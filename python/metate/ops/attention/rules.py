@@ -132,6 +132,12 @@ def _check_cu_seqlens(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | 
 
 # Gradients.
 
+
+def backward_shapes(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: Any) -> tuple[Any, ...]:
+    bias, slopes, *_, need_dbias, need_dslopes = rest
+    dbias = bias.shape if need_dbias and bias is not None else (0,)
+    return q.shape, k.shape, v.shape, dbias, slopes.shape if need_dslopes and slopes is not None else (0,)
+
 _ACC = {torch.float64: torch.float64}  # accumulation dtype, else float32
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: this machine's measured ceilings, every operator beside its rivals, and a report of both."""

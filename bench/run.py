@@ -1,0 +1,434 @@
+"""Times operators beside their rivals: the same fresh inputs, in alternating rounds, and never without the error.
+
+A family's file (attention.py) lists its workloads. Every contender of a case is built first; then each is timed in
+turn, several rounds, so that a drift of the machine touches all alike. On a CPU a repetition counts only if our threads
+hardly waited for a core meanwhile; where that cannot be had, the row says how disturbed it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import math
+import os
+import pkgutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metate
+import metate.bench
+from metate import hardware, library
+from metate.bench import machine
+from metate.op import Args, Case, Op
+
+Run = Callable[[int], Any]  # the i-th call, which takes the i-th set of inputs in rotation and returns the outputs
+
+ROUNDS = 3
+WARM_UP = 0.05  # seconds before each block: caches, clocks, and other libraries' spinning threads
+REPETITION = 4e-3  # seconds at least; several calls where one is shorter
+QUIET = 0.02  # share of a repetition that our threads may wait for a core
+PATIENCE = 4  # how many times its length a block may take to find quiet repetitions
+LARGE = 4e9  # operations: above, correctness looks at the first and the last part that the sharding rules give
+RIVAL_SLACK = 10  # how much more error a rival may have than ours before its speed is not shown
+
+
+class Skip(Exception):
+    """A contender cannot do this case; the text says why."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One case as every contender gets it: several sets of inputs, so that no cache serves the next call."""
+
+    op: Op
+    case: Case
+    dtype: torch.dtype
+    device: str
+    sets: Sequence[Args]
+
+    @cached_property
+    def named(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.op.parameters, args, strict=True)) for args in self.sets]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An operator's cases, what a call costs, and who else can do it."""
+
+    name: str
+    op: Op  # its arguments are the inputs, its reference the truth
+    cases: Sequence[Case]
+    rivals: Mapping[str, Callable[[Setup], Run]]
+    ours: Callable[[Setup, str], Run]  # of a backend
+    flops: Callable[[Case], float]
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+    label: Callable[[Case], str] = str
+    checked: int | None = None  # how many outputs are compared; None: all
+
+
+@dataclass
+class Contender:
+    """Who runs a case, and what came of it."""
+
+    name: str
+    ours: bool
+    run: Run | None = None
+    status: str = "ok"  # ok, wrong, skipped or failed
+    detail: str = ""
+    error: float | None = None
+    budget: float | None = None
+    estimate: float = 0.0
+    calls: int = 0
+    times: list[float] = field(default_factory=list)
+    disturbed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time a benchmark takes."""
+
+    seconds: float = 2.0  # of timed calls, for a contender and case, about
+    repetitions: int = 9
+    largest: float = math.inf  # operations of the largest case
+    compile: bool = True  # rivals that torch.compile has to build first
+
+
+QUICK = Effort(seconds=0.6, repetitions=9, largest=1.2e10, compile=False)
+
+
+def families() -> dict[str, Any]:
+    """The modules beside this one that list workloads, by name."""
+    names = [module.name for module in pkgutil.iter_modules(metate.bench.__path__)]
+    modules = {name: importlib.import_module(f"metate.bench.{name}") for name in names if name != "run"}
+    return {name: module for name, module in modules.items() if hasattr(module, "workloads")}
+
+
+def cases(family: str, effort: Effort) -> list[tuple[Workload, Case, torch.dtype, str]]:
+    """What there is to measure on this machine: on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        (workload, case, dtype, device)
+        for workload in families()[family].workloads(effort.compile)
+        for case in workload.cases
+        for dtype in workload.dtypes
+        if workload.flops(case) <= effort.largest
+    ]
+
+
+def measure(
+    workload: Workload, case: Case, dtype: torch.dtype, device: str, effort: Effort, ceilings: machine.Ceilings
+) -> list[dict[str, Any]]:
+    """The rows of one case: ours on every compiled backend, then the rivals."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    count = 2 if workload.flops(case) < 5e11 else 1
+    sets = [workload.op.example(case, dtype, device, seed + i) for i in range(count)]
+    setup = Setup(workload.op, case, dtype, device, sets)
+    contenders = [*_ours(workload, setup), *_rivals(workload, setup)]
+    truths = _truth(workload, setup)
+    for contender in contenders:
+        _first_calls(contender, workload, setup, truths)
+    live = [contender for contender in contenders if contender.run is not None]
+    for contender in live:
+        if contender.estimate > effort.seconds:  # too slow to be called again
+            contender.times.append(contender.estimate)
+    live = [contender for contender in live if not contender.times]
+    for _ in range(ROUNDS):
+        for contender in live:
+            _block(contender, device, effort)
+    rows = [_row(contender, workload, setup, ceilings) for contender in contenders]
+    speeds = [row["p50"] for row in rows if row["status"] == "ok" and not row["ours"]]
+    for row in rows:
+        row["seed"] = seed
+        if row["status"] == "ok" and speeds:
+            row["times_best_rival"] = min(speeds) / row["p50"]
+    live.clear()
+    gc.collect()
+    return rows
+
+
+# Contenders.
+
+
+def _ours(workload: Workload, setup: Setup) -> Iterator[Contender]:
+    """Every compiled backend that does not refuse. The reference is a test's truth, not a contender."""
+    found = [name for name in workload.op.implementations(setup.device) if name not in ("reference",)]
+    if setup.device == "cpu":
+        found = [name for name in found if name == "cpu"]  # the others are simulated there
+    for backend in found:
+        contender = Contender(f"metate {backend}", ours=True)
+        reason = workload.op.refusal(backend, setup.sets[0])
+        yield _build(contender, lambda b=backend: workload.ours(setup, b), reason)
+    if not found:
+        yield Contender("metate", True, status="skipped", detail=hardware.backends()[setup.device])
+
+
+def _rivals(workload: Workload, setup: Setup) -> Iterator[Contender]:
+    for name, prepare in workload.rivals.items():
+        yield _build(Contender(name, ours=False), lambda p=prepare: p(setup), None)
+
+
+def _build(contender: Contender, prepare: Callable[[], Run], refusal: str | None) -> Contender:
+    try:
+        if refusal:
+            raise Skip(refusal)
+        contender.run = prepare()
+    except Skip as reason:
+        contender.status, contender.detail = "skipped", str(reason)
+    except Exception as error:
+        _failed(contender, error)
+    return contender
+
+
+def _failed(contender: Contender, error: Exception) -> None:
+    lines = str(error).strip().splitlines()
+    contender.run, contender.status = None, "failed"
+    contender.detail = f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def call_op(setup: Setup, backend: str) -> Run:
+    """The operator itself, on one backend."""
+
+    def run(i: int) -> Any:
+        with metate.use(backend):
+            return setup.op(*setup.sets[i % len(setup.sets)])
+
+    return run
+
+
+# Correctness.
+
+Truth = tuple[Callable[[Tensor, str], Tensor], tuple[Any, ...], tuple[Any, ...]]
+
+
+def _truth(workload: Workload, setup: Setup) -> list[Truth]:
+    """Of each part looked at: how to cut it from an output, the float64 truth, and plain torch at the dtype."""
+    op, args = setup.op, setup.sets[0]
+    whole: list[tuple[Callable[[Tensor, str], Tensor], Args]] = [(lambda x, name: x, args)]
+    parts = whole if workload.flops(setup.case) <= LARGE else _parts(op, args)
+    return [(cut, op.compute(torch.float64, part), op.compute(setup.dtype, part)) for cut, part in parts]
+
+
+def _parts(op: Op, args: Args) -> list[tuple[Callable[[Tensor, str], Tensor], Args]]:
+    """The first and the last of the equal parts that need no communication, along the dimension with most of them."""
+    named = dict(zip(op.parameters, args, strict=True))
+
+    def count(rule: Any) -> int:
+        return math.gcd(*(named[name].shape[dim] for name, dim in rule[1].items()))
+
+    outputs, inputs = max(op.sharding(op, args), key=count)
+    number = count((outputs, inputs))
+
+    def piece(x: Tensor, dim: int, at: int) -> Tensor:
+        size = x.shape[dim] // number
+        return x.narrow(dim, at * size, size)
+
+    found = []
+    for at in sorted({0, number - 1}):
+        part = tuple(piece(x, inputs[name], at) if name in inputs else x for name, x in named.items())
+
+        def cut(x: Tensor, name: str, at: int = at) -> Tensor:
+            return piece(x, outputs[name], at) if name in outputs else x
+
+        found.append((cut, part))
+    return found
+
+
+def _judge(contender: Contender, workload: Workload, got: Any, truths: list[Truth]) -> None:
+    """Error relative to the largest true value, against twice that of plain torch and one unit in the last place."""
+    results = got if isinstance(got, tuple) else (got,)
+    results = results[: workload.checked]
+    contender.error = contender.budget = 0.0
+    for cut, truth, plain in truths:
+        for name, whole, t, p in zip(workload.op.outputs, results, truth, plain, strict=False):
+            g = cut(whole, name).double()
+            if g.shape != t.shape:
+                raise ValueError(f"{name} has shape {tuple(g.shape)}, expected {tuple(t.shape)}")
+            if not t.numel():
+                continue
+            scale = float(t.abs().max()) or 1.0
+            error, budget = (float((x - t).abs().max()) / scale for x in (g, p.double()))
+            allowed = 2 * budget + torch.finfo(whole.dtype).eps
+            if not error / allowed <= contender.error / (contender.budget or 1):
+                contender.error, contender.budget = error, allowed
+    slack = 1 if contender.ours else RIVAL_SLACK
+    if not contender.error <= slack * contender.budget:
+        contender.status = "wrong"
+        contender.detail = f"error {contender.error:.1e}, allowed {slack * contender.budget:.1e}"
+
+
+# Time.
+
+
+def _first_calls(contender: Contender, workload: Workload, setup: Setup, truths: list[Truth]) -> None:
+    """The result of the first call, and how long a later one takes."""
+    if contender.run is None:
+        return
+    try:
+        _judge(contender, workload, contender.run(0), truths)
+        _synchronize(setup.device)
+        began = time.perf_counter()
+        contender.run(1)
+        _synchronize(setup.device)
+        contender.estimate, contender.calls = time.perf_counter() - began, 2
+    except Exception as error:
+        _failed(contender, error)
+    if contender.status == "wrong":
+        contender.run = None
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _block(contender: Contender, device: str, effort: Effort) -> None:
+    """One contender's repetitions of one round."""
+    assert contender.run is not None
+    one = max(contender.estimate, 1e-7)
+    wanted = max(1, min(math.ceil(effort.repetitions / ROUNDS), int(effort.seconds / ROUNDS / one)))
+    inner = max(1, math.ceil(REPETITION / one)) if device == "cpu" else 1
+    time.sleep(0.02)
+    until = time.perf_counter() + WARM_UP
+    while True:
+        _call(contender, 1)
+        if time.perf_counter() > until:
+            break
+    repeat = _repetition_cuda if device == "cuda" else _repetition_cpu
+    found: list[tuple[float, float]] = []  # (disturbance, seconds a call)
+    give_up = time.perf_counter() + PATIENCE * max(wanted * inner * one, 0.05)
+    while sum(share <= QUIET for share, _ in found) < wanted:
+        found.append(repeat(contender, inner))
+        if len(found) >= wanted and time.perf_counter() > give_up:
+            break
+    best = sorted(found, key=lambda pair: max(pair[0], QUIET))[:wanted]
+    contender.times += [seconds for _, seconds in best]
+    contender.disturbed = max(contender.disturbed, *(share for share, _ in best))
+    contender.estimate = min(contender.estimate, *(seconds for _, seconds in best))
+
+
+def _call(contender: Contender, count: int) -> None:
+    assert contender.run is not None
+    for _ in range(count):
+        contender.run(contender.calls)
+        contender.calls += 1
+
+
+def _repetition_cpu(contender: Contender, inner: int) -> tuple[float, float]:
+    waited, began = _waited(), time.perf_counter()
+    _call(contender, inner)
+    seconds = time.perf_counter() - began
+    return (_waited() - waited) / seconds, seconds / inner
+
+
+def _waited() -> float:
+    """Seconds that threads of this process were runnable and got no core, so far."""
+    total = 0
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            with open(f"/proc/self/task/{thread}/schedstat") as file:
+                total += int(file.read().split()[1])
+        except (OSError, IndexError):
+            continue  # the thread has ended, or the kernel keeps no such record
+    return total * 1e-9
+
+
+def _repetition_cuda(contender: Contender, inner: int) -> tuple[float, float]:
+    """One call between events, the second-level cache emptied before."""
+    torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    _call(contender, inner)
+    end.record()
+    end.synchronize()
+    return 0.0, start.elapsed_time(end) / 1000 / inner
+
+
+# Records.
+
+
+def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machine.Ceilings) -> dict[str, Any]:
+    dtype = str(setup.dtype).removeprefix("torch.")
+    row: dict[str, Any] = {
+        "workload": workload.name,
+        "op": setup.op.name,
+        "case": setup.case,
+        "label": workload.label(setup.case),
+        "dtype": dtype,
+        "device": setup.device,
+        "contender": contender.name,
+        "ours": contender.ours,
+        "status": contender.status,
+        "detail": contender.detail,
+        "error": contender.error,
+        "allowed": contender.budget,
+    }
+    if not contender.times:
+        return row
+    fifths = statistics.quantiles(contender.times, n=5, method="inclusive") if len(contender.times) > 1 else None
+    median = statistics.median(contender.times)
+    flops, size = workload.flops(setup.case), setup.op.bytes(setup.sets[0])
+    ceiling = ceilings["all"]
+    bounds = {dtype: flops / machine.peak(ceiling, dtype), "memory": size / ceiling["memory"]}
+    bound = max(bounds, key=lambda name: bounds[name])
+    row.update(
+        p20=fifths[0] if fifths else median,
+        p50=median,
+        p80=fifths[3] if fifths else median,
+        n=len(contender.times),
+        flops=flops,
+        bytes=size,
+        flops_per_second=flops / median,
+        bytes_per_second=size / median,
+        bound=bound,
+        of_limit=bounds[bound] / median,
+        disturbed=round(contender.disturbed, 3) if contender.disturbed > QUIET else 0,
+    )
+    return row
+
+
+def record(ceilings: machine.Ceilings, rows: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
+    """Everything a number needs to be a result."""
+    return {
+        "schema": 1,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": _git(),
+        "machine": hardware.machine(),
+        "build": library.report(),
+        "versions": hardware.versions(),
+        "protocol": {
+            "rounds": ROUNDS, "quiet": QUIET, "rival_slack": RIVAL_SLACK, "freed_memory": "kept by the process",
+            "inputs": "fresh, normal", "time": "CUDA events, cold L2" if torch.cuda.is_available() else "wall clock",
+        },
+        "conditions": {"before": before, "after": machine.conditions()},
+        "ceilings": ceilings,
+        "rows": rows,
+    }  # fmt: skip
+
+
+def _git() -> dict[str, Any]:
+    root = os.path.dirname(metate.bench.__path__[0])
+    try:
+        sha = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"sha": sha.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
+
+
+def keep_freed_memory() -> None:
+    """Page faults on outputs that a library allocates anew would cost more than its kernels; this spares all alike."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 0x7FFFFFFF)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # not glibc

@@ -75,10 +75,11 @@ inline void cut_sequence(const Attention& a, const Sequence& s, int64_t n, int64
         const int64_t keys = end > begin ? end - begin : 0, parts = parts_of(a, s, keys);
         const int64_t part_keys = round_up(ceil_div(keys, parts), block);
         begin = begin / block * block;
+        if (end < begin) end = begin;
         for (int64_t h = 0; h < a.k.size[2]; ++h) {
             for (int64_t part = 0; part < parts; ++part) {
-                const int64_t from = begin + part * part_keys;
-                const int64_t until = part + 1 == parts || from + part_keys > end ? end : from + part_keys;
+                const int64_t from = clamp(begin + part * part_keys, begin, end);
+                const int64_t until = part + 1 == parts ? end : clamp(from + part_keys, begin, end);
                 const int64_t cost = queries * (until - from);
                 if (to) to[cut.pieces] = {n, h, first, queries, from, until, part, parts, cut.states, cost};
                 ++cut.pieces;

@@ -16,7 +16,7 @@ static_assert(chunk % panel == 0);
 
 // One entry of the batch, or one packed sequence.
 struct Sequence {
-    int64_t number;  // within the sequence batch
+    int64_t number;  // within the sequence batch; -1: tokens outside every sequence
     int64_t batch;   // first index into the views
     int64_t q0, k0;  // where its queries and keys start in the views
     int64_t queries, keys;
@@ -98,7 +98,7 @@ inline Row row_of(const Attention& a, const Sequence& s, int64_t i, int64_t h) {
         row.bias = static_cast<const char*>(a.bias.data) +
                    bytes_of(a.bias.dtype) * (s.batch * a.bias.stride[0] + h * a.bias.stride[1] + i * a.bias.stride[2]);
     }
-    if (a.alibi_slopes) {
+    if (a.alibi_slopes && s.number >= 0) {
         const auto& view = a.alibi_slopes;
         const int64_t batch = s.number < view.size[0] ? s.number : 0;
         row.slope = static_cast<const float*>(view.data)[batch * view.stride[0] + h * view.stride[1]];

@@ -6,6 +6,7 @@ and by copies. Samples are short and the best one counts: a ceiling is what the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -38,7 +39,8 @@ def ceilings(device: str, tell: Callable[[str], None] = lambda text: None) -> Ce
         tell(f"peaks of {count} thread{'s' if count > 1 else ''}")
         found[str(count)] = _cpu(count)
     torch.set_num_threads(threads)
-    return {**found, "all": found[str(threads)]}
+    every, one = found[str(threads)], found["1"]
+    return {**found, "all": {name: max(speed, one[name]) for name, speed in every.items()}}
 
 
 def peak(ceiling: Ceilings, dtype: str) -> float:
@@ -47,28 +49,30 @@ def peak(ceiling: Ceilings, dtype: str) -> float:
 
 
 def _cpu(threads: int) -> Ceilings:
-    found: Ceilings = {name: speed for name, kind in KINDS.items() if (speed := _best(torch.ones(1), kind))}
+    found: Ceilings = {name: speed for name, kind in KINDS.items() if (speed := _best(kind, torch.ones(1)))}
     caches = hardware.caches()
     buffer = torch.ones(max(BEYOND_CACHE, 3 * max(caches.values(), default=0)) // 4)
     for level, size in caches.items():
         private = threads if level != "L3" else 1
-        found[level] = _best(buffer[: size * private // 2 // 4], READ)
-    found["memory"] = _best(buffer, READ)
+        found[level] = _best(READ, buffer[: size * private // 2 // 4])
+    found["memory"] = _best(READ, *buffer.chunk(16))  # each has left the caches when its turn comes again
     target = torch.empty_like(buffer)
     seconds = min(_seconds(lambda: target.copy_(buffer)) for _ in range(5))
     found["copy"] = 2 * buffer.numel() * 4 / seconds
     return found
 
 
-def _best(buffer: torch.Tensor, kind: int) -> float:
-    """Work a second in the best of many samples; 0 where the instruction set lacks the kind."""
-    repeats, seconds = 1, 0.0
-    call = lambda: torch.ops.metate_C.peak(buffer, kind, repeats)  # noqa: E731
-    if not (work := float(call().sum())):
-        return 0.0
-    while (seconds := min(_seconds(call) for _ in range(5))) < SAMPLE / 2:
+def _best(kind: int, *buffers: torch.Tensor) -> float:
+    """Work a second in the best of many samples, on each buffer in turn; 0 where the instruction set lacks the kind."""
+    threads, repeats, turn = torch.get_num_threads(), 1, itertools.cycle(buffers)
+    call = lambda: torch.ops.metate_C.peak(next(turn), kind, repeats)  # noqa: E731
+    torch.set_num_threads(1)  # a lone thread measures how much work a sample takes more reliably
+    while call().any() and (seconds := min(_seconds(call) for _ in range(5))) < SAMPLE / 2:
         repeats *= 2 if seconds > SAMPLE / 20 else 10
-    return work * repeats / min(_seconds(call) for _ in range(SAMPLES if seconds < 10 * SAMPLE else 5))
+    torch.set_num_threads(threads)
+    if kind == READ:
+        repeats *= threads  # each reads its part
+    return float(call().sum()) / min(_seconds(call) for _ in range(SAMPLES))
 
 
 def _seconds(call: Callable[[], Any]) -> float:

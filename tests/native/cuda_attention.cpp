@@ -412,6 +412,136 @@ void check_forward(Case& c, Random& random) {
     compare(c, "lse", lse, true_lse, 1, DType::f32);
 }
 
+void check_column_sums(Case& c, Random& random) {
+    const Attention& a = c.a;
+    const int layout = draw(random, 0, 2);
+    Tensor<3> lse(DType::f32, {a.q.size[0], a.q.size[2], a.q.size[1]}, layout, random);
+    Tensor<3> sums(DType::f32, {a.q.size[0], a.q.size[2], a.k.size[1]}, layout, random);
+    Truth<3> truth(sums.view);
+    lse.each([&](const int64_t(&at)[3]) { lse.set(at, -infinity); });
+    for (const Span& s : spans(c)) {
+        for (int64_t h = 0; h < a.q.size[2]; ++h) {
+            for (int64_t i = 0; i < s.queries; ++i) {
+                const Row row = row_of(c, s, h, i);
+                lse.set({s.row, h, s.q0 + i}, row.lse);
+                for (size_t n = 0; n < row.key.size(); ++n) truth({s.row, h, s.k0 + row.key[n]}) += row.probability[n];
+            }
+        }
+    }
+    Attention without_v = a;
+    without_v.v = {};
+    cuda::attention_column_sums({without_v, lse.view, sums.view}, emulator::device());
+    compare(c, "column sums", sums, truth, 4, DType::f32);
+}
+
+void check_backward(Case& c, Random& random) {
+    const Attention& a = c.a;
+    const int64_t heads = a.q.size[2], group = heads / a.k.size[2];
+    const auto size = [](const View<4>& v) { return std::vector<int64_t>(v.size, v.size + 4); };
+    const int layout = draw(random, 0, 2);
+    Tensor<4> dq(a.q.dtype, size(a.q), layout, random), dk(a.q.dtype, size(a.k), layout, random);
+    Tensor<4> dv(a.q.dtype, size(a.v), layout, random), dbias;
+    Tensor<2> dalibi;
+    Tensor<3> lse(DType::f32, {a.q.size[0], heads, a.q.size[1]}, layout, random);
+    Tensor<3> delta(DType::f32, {a.q.size[0], heads, a.q.size[1]}, layout, random);
+    AttentionBackward b{a, c.grad_out.view, lse.view, delta.view, dq.view, dk.view, dv.view, {}, {}};
+    Truth<4> true_dq(dq.view), true_dk(dk.view), true_dv(dv.view), true_dbias(a.q);
+    Truth<2> true_dalibi(View<2>{});
+    if (a.bias) {
+        dbias = Tensor<4>(DType::f32, size(a.bias), layout, random);
+        for (int i = 0; i < 4; ++i) {
+            if (a.bias.stride[i] == 0) dbias.broadcast(i);
+        }
+        b.dbias = dbias.view;
+        true_dbias = Truth<4>(dbias.view);
+    }
+    if (a.alibi_slopes) {
+        dalibi = Tensor<2>(DType::f32, {a.alibi_slopes.size[0], heads}, layout, random);
+        b.dalibi_slopes = dalibi.view;
+        true_dalibi = Truth<2>(dalibi.view);
+    }
+    lse.each([&](const int64_t(&at)[3]) { lse.set(at, -infinity), delta.set(at, NAN); });
+
+    for (const Span& s : spans(c)) {
+        for (int64_t h = 0; h < heads; ++h) {
+            for (int64_t i = 0; i < s.queries; ++i) {
+                const Row row = row_of(c, s, h, i);
+                lse.set({s.row, h, s.q0 + i}, row.lse);
+                const int64_t diagonal = a.top_left ? 0 : s.keys - s.queries;
+                std::vector<double> dp(row.key.size());
+                double sum = row.key.empty() ? 0 : -c.grad_lse.get({s.row, h, s.q0 + i});
+                for (size_t n = 0; n < dp.size(); ++n) {
+                    const int64_t j = row.key[n];
+                    const double keep = dropped(a, s.batch * heads + h, i, j) ? 0 : a.dropout_threshold ? a.dropout_scale : 1;
+                    for (int64_t d = 0; d < a.v.size[3]; ++d) {
+                        const double g = c.grad_out.get({s.row, s.q0 + i, h, d});
+                        dp[n] += keep * g * c.v.get({s.row, s.k0 + j, h / group, d});
+                        true_dv({s.row, s.k0 + j, h / group, d}) += keep * row.probability[n] * g;
+                    }
+                    sum += row.probability[n] * dp[n];
+                }
+                delta.set({s.row, h, s.q0 + i}, row.key.empty() ? NAN : sum);
+                for (size_t n = 0; n < dp.size(); ++n) {
+                    const int64_t j = row.key[n];
+                    const double logit = row.probability[n] * (dp[n] - sum), dot = logit * row.slope[n] * a.scale;
+                    for (int64_t d = 0; d < a.q.size[3]; ++d) {
+                        true_dq({s.row, s.q0 + i, h, d}) += dot * c.k.get({s.row, s.k0 + j, h / group, d});
+                        true_dk({s.row, s.k0 + j, h / group, d}) += dot * c.q.get({s.row, s.q0 + i, h, d});
+                    }
+                    if (a.bias) true_dbias({s.row, h, i, j}) += logit;
+                    if (a.alibi_slopes) true_dalibi({s.batch, h}) -= logit * fabs(static_cast<double>(i + diagonal - j));
+                }
+            }
+        }
+    }
+    cuda::attention_backward(b, emulator::device());
+    compare(c, "dq", dq, true_dq, 3, a.q.dtype);
+    compare(c, "dk", dk, true_dk, 3, a.q.dtype);
+    compare(c, "dv", dv, true_dv, 3, a.q.dtype);
+    if (a.alibi_slopes) compare(c, "dalibi", dalibi, true_dalibi, 16, DType::f32);
+    if (!a.bias) return;
+    Truth<4> summed(dbias.view);  // over the dimensions along which the bias is broadcast
+    const auto collapsed = [&](const int64_t(&at)[4], int64_t(&to)[4]) {
+        for (int i = 0; i < 4; ++i) to[i] = a.bias.stride[i] == 0 ? 0 : at[i];
+    };
+    int64_t to[4];
+    dbias.each([&](const int64_t(&at)[4]) { collapsed(at, to), summed(to) += true_dbias(at); });
+    dbias.each([&](const int64_t(&at)[4]) { collapsed(at, to), true_dbias(at) = summed(to); });
+    compare(c, "dbias", dbias, true_dbias, 16, DType::f32);
+}
+
+void check_merge(Random& random) {
+    const DType dtype = draw(random, 0, 2) == 0 ? DType::f32 : chance(random, 50) ? DType::bf16 : DType::f16;
+    const int64_t n = draw(random, 1, 4), b = draw(random, 1, 2), s = draw(random, 0, 9), h = draw(random, 1, 3);
+    const int64_t d = draw(random, 0, 70);
+    const int layout = draw(random, 0, 2);
+    auto outs = Tensor<5>(dtype, {n, b, s, h, d}, layout, random).fill([&] { return normal(random); });
+    auto lses = Tensor<4>(DType::f32, {n, b, h, s}, layout, random).fill([&] {
+        return chance(random, 30) ? -infinity : 3 * normal(random);
+    });
+    Tensor<4> out(dtype, {b, s, h, d}, layout, random);
+    Tensor<3> lse(DType::f32, {b, h, s}, layout, random);
+    Truth<4> true_out(out.view);
+    Truth<3> true_lse(lse.view, -infinity);
+    lse.each([&](const int64_t(&at)[3]) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += exp(lses.get({i, at[0], at[1], at[2]}));
+        if (sum > 0) true_lse(at) = log(sum);
+        for (int64_t i = 0; i < n; ++i) {
+            const double weight = sum > 0 ? exp(lses.get({i, at[0], at[1], at[2]})) / sum : 0;
+            for (int64_t e = 0; e < d; ++e) {
+                if (lses.get({i, at[0], at[1], at[2]}) == -infinity) outs.set({i, at[0], at[2], at[1], e}, NAN);
+                if (weight > 0) true_out({at[0], at[2], at[1], e}) += weight * outs.get({i, at[0], at[2], at[1], e});
+            }
+        }
+    });
+    cuda::merge_attention_states({outs.view, lses.view, out.view, lse.view}, emulator::device());
+    Case c;
+    c.text = "merge " + std::to_string(n) + " " + std::to_string(s) + " " + std::to_string(d);
+    compare(c, "merged out", out, true_out, 1, dtype);
+    compare(c, "merged lse", lse, true_lse, 1, DType::f32);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -423,6 +553,9 @@ int main(int argc, char** argv) {
         try {
             Case c = random_case(random);
             check_forward(c, random);
+            check_column_sums(c, random);
+            check_backward(c, random);
+            check_merge(random);
         } catch (const std::exception& error) {
             printf("cuda_attention 1 %d: %s\n", seed + n, error.what());
             fflush(stdout);

@@ -85,10 +85,14 @@ void for_head(int head, bool general, Body body) {
     }
 }
 
+inline int head_of(const Attention& a) { return head_tile(a.q.size[3] > a.v.size[3] ? a.q.size[3] : a.v.size[3]); }
+
+inline bool takes_general(const Attention& a) { return head_of(a) > 128 || is_general(a); }
+
 template <typename Body>
 void for_kernel(const Attention& a, Body body) {
-    const int head = head_tile(a.q.size[3] > a.v.size[3] ? a.q.size[3] : a.v.size[3]);
-    const bool general = head > 128 || is_general(a);
+    const int head = head_of(a);
+    const bool general = takes_general(a);
     if (a.q.dtype == DType::bf16) {
         for_head<arch::bf16>(head, general, body);
     } else {

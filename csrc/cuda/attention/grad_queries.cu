@@ -1,0 +1,121 @@
+// The gradient of the queries: a block keeps a tile of queries and walks over the keys they see, as the forward does,
+// two tiles of keys and values in flight. It makes the probabilities again, and nobody else adds to its rows: the result
+// does not depend on the order in which blocks run.
+#include "gradient.h"
+
+namespace metate::cuda::flash {
+namespace {
+
+template <typename T, int head, bool general>
+METATE_KERNEL(choose(Pass::grad_queries, head).threads(), 1)
+grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
+    METATE_SHARED(unsigned char, shared);
+    constexpr Config c = choose(Pass::grad_queries, head);
+    constexpr int m = c.fragments, rows = c.rows(), step = c.step, pitch = c.head * 2;
+    unsigned char *const q_tile = shared, *const grad_tile = q_tile + rows * pitch, *const steps = grad_tile + rows * pitch;
+    const Problem& p = b.problem;
+    const int heads = static_cast<int>(p.a.q.size[2]), group = heads / static_cast<int>(p.a.k.size[2]);
+
+    // Which queries, and which tiles of keys they see.
+    const Place place = locate(p, false, rows, b.tiles, heads, p.right >= 0);
+    if (place.first >= place.sequence.queries) return;
+    const Scorer<general> scorer(p, place.sequence, place.head);
+    const Bounds bounds = scorer.bounds(place.first, rows, place.slot);
+    const auto kind_of = [&](int n) {
+        return scorer.kind(bounds, place.first, place.first + rows, n * step, (n + 1) * step);
+    };
+    const int end = bounds.any.high > bounds.any.low ? (bounds.any.high + step - 1) / step : 0;
+    TileKind kind = skipped;
+    int tile = next_tile<general>(bounds.any.low / step, end, kind, kind_of);
+
+    // The first copies, and what the forward left of each row.
+    const Matrix k = keys_of(p, p.a.k, b.vector_k, place.sequence, place.head / group);
+    const Matrix v = keys_of(p, p.a.v, b.vector_v, place.sequence, place.head / group);
+    const auto load_step = [&](int n, int stage) {
+        load_tile<step, c.head, c.threads()>(steps + stage * 2 * step * pitch, k, n * step);
+        load_tile<step, c.head, c.threads()>(steps + (stage * 2 + 1) * step * pitch, v, n * step);
+    };
+    if (tile < end) {
+        load_tile<rows, c.head, c.threads()>(
+            q_tile, queries_of(p, p.a.q, b.vector_q, place.sequence, place.head), place.first);
+        load_tile<rows, c.head, c.threads()>(
+            grad_tile, queries_of(p, b.grad_out, b.vector_grad_out, place.sequence, place.head), place.first);
+        load_step(tile, 0);
+    }
+    cp_async_commit();
+    RowState state[2 * m];
+    const Lines<false, m, 2> own(place.first, 0, warp());
+    const float* const lse = row_values(p, b.lse, place.sequence, place.head);
+    const float* const delta = row_values(p, b.delta, place.sequence, place.head);
+    METATE_UNROLL
+    for (int r = 0; r < 2 * m; ++r) {
+        const int i = least(own.query(r), place.sequence.queries - 1);
+        state[r] = row_state(load_global<float>(lse + i * b.lse.stride[2]),
+                             load_global<float>(delta + i * b.delta.stride[2]));
+    }
+    const float alibi = general ? scorer.alibi_slope() : 0.f;
+    float dq[m][c.head / 8][4];
+    clear(dq);
+
+    int stage = 0;
+    METATE_NO_UNROLL
+    while (tile < end) {
+        // This step is there, and everybody is done with the one before: fetch the next into its place. A masked key
+        // that is NaN must not reach a query through its weight of 0.
+        unsigned char* const k_tile = steps + stage * 2 * step * pitch;
+        unsigned char* const v_tile = k_tile + step * pitch;
+        const int first_key = tile * step;
+        const TileKind now = kind;
+        cp_async_wait<0>();
+        sync_threads();
+        tile = next_tile<general>(tile + 1, end, kind, kind_of);
+        stage ^= 1;
+        if (tile < end) load_step(tile, stage);
+        cp_async_commit();
+
+        // Dot products, probabilities, gradients of the dot products.
+        float s[m][step / 8][4], error[m][step / 8][4];
+        clear(s);
+        clear(error);
+        multiply_transposed<T, c.head>(s, q_tile, k_tile, warp());
+        multiply_transposed<T, c.head>(error, grad_tile, v_tile, warp());
+        const Lines<false, m, step / 8> lines(place.first, first_key, warp());
+        differentiate<T, true>(s, error, scorer, lines, now, alibi, [&](int line) { return state[line]; });
+
+        // Their product with the keys.
+        uint32_t left[m][step / 16][4];
+        pack_left<T>(left, error);
+        bool poisoned = false;
+        if (now == partial) {
+            sync_threads();
+            poisoned = sync_threads_or(clear_nonfinite<T, step, c.head, c.threads()>(k_tile));
+        }
+        multiply<T, c.head, 1>(dq, left, k_tile, 0);
+        if (poisoned) add_nonfinite<T, 1>(dq, left, k, first_key, 0);
+    }
+
+    // The gradient, through the place of the queries.
+    float factor[2 * m];
+    METATE_UNROLL
+    for (int r = 0; r < 2 * m; ++r) factor[r] = p.scale;
+    cp_async_wait<0>();
+    sync_threads();
+    put_tile<T, c.head, 1>(q_tile, dq, factor, warp(), 0);
+    sync_threads();
+    store_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, b.dq, b.vector_dq, place.sequence, place.head),
+                                          place.first);
+}
+
+}  // namespace
+
+void grad_queries(Backward b, void* scratch, const Device& device) {
+    for_kernel(b.problem.a, [&]<typename T, int head, bool general>() {
+        constexpr Config c = choose(Pass::grad_queries, head);
+        summarise(b.problem, c.rows(), scratch, device);
+        b.tiles = slots_of(b.problem, false, c.rows());
+        launch(grad_queries_kernel<T, head, general>, {grid_of(b.problem, b.tiles, b.problem.a.q.size[2])}, c.threads(),
+               shared_bytes(Pass::grad_queries, c), device.stream, b);
+    });
+}
+
+}  // namespace metate::cuda::flash

@@ -116,19 +116,24 @@ class Op:
         REGISTRY[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        """The whole cost of a call without gradients is here and in `_run`: microseconds count."""
+        """The whole cost of a call without gradients is here and in the kernel: microseconds count."""
         if torch.compiler.is_compiling():
             return self.torch_op(*args)
         state = _state.get()
         if state is not None and state.capture:
             raise _Captured(self, args)
-        if _intercepted():
+        if _modes() or _transform() is not None or _autocast():
             return self._dispatch(args)
-        grad = torch.is_grad_enabled()
+        grad = _grad_enabled()
+        key = [state, *args[self.arity :]]
         for tensor in args[: self.arity]:
-            if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
+            if tensor is None:
+                key.append(None)
+            elif type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
                 return self._dispatch(args)
-        return self._run(*args)
+            else:
+                key += (tensor.shape, tensor.dtype, tensor.device)
+        return self._backend(tuple(key), args)(*args)
 
     def _dispatch(self, args: Args) -> Any:
         for name, arg in zip(self.axes, args, strict=False):
@@ -210,15 +215,17 @@ class Op:
         raise NotImplementedError(f"metate.{self.name}: no backend runs this call ({_join(reasons)})")
 
     def _run(self, *args: Any) -> Any:
-        arity = self.arity
+        """The kernel behind the dispatcher entry."""
+        key: list[Any] = [_state.get(), *args[self.arity :]]
+        for tensor in args[: self.arity]:
+            key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+        return self._backend(tuple(key), args)(*args)
+
+    def _backend(self, key: Args, args: Args) -> Backend:
+        """The backend of a call, remembered by all that the choice depends on; raises what is wrong with the call."""
         try:
-            key = (
-                *[None if t is None else (t.shape, t.dtype, t.device) for t in args[:arity]],
-                *args[arity:],
-                _state.get(),
-            )
             backend = self._plans.get(key)
-        except (AttributeError, TypeError):  # not a tensor, or an unhashable scalar
+        except TypeError:  # an unhashable scalar
             self.check(args)
             raise
         if backend is None:
@@ -228,7 +235,7 @@ class Op:
             self._plans[key] = backend
         if self._contents is not None and args[self._contents[0]] is not None:
             self._contents[1](*args)
-        return backend(*args)
+        return backend
 
     def _fake(self, *args: Any) -> Any:
         """Shapes without values, for compilers. The reference on fake tensors says the same 30 times slower."""
@@ -348,14 +355,11 @@ def _castable(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
 
 
-def _intercepted() -> bool:
-    """Whether something stands between the caller and the kernels: a mode, a transform, autocast."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    )
+# What may stand between the caller and the kernels: a dispatch mode, a functorch transform, autocast.
+_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_autocast = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
 
 
 def _has_kernel(name: str, device: str) -> bool:

@@ -70,8 +70,9 @@ def attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    mask = _mask(mask, q, k)
-    bias, alibi_slopes, sinks = _widen(q, bias, alibi_slopes, sinks)
+    mask = _NO_MASK if mask is None else _mask(mask, k)
+    if bias is not None or alibi_slopes is not None or sinks is not None:
+        bias, alibi_slopes, sinks = _widen(q, bias, alibi_slopes, sinks)
     tensors = (q, k, v, bias, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, None, None)
     flags = _flags(q, causal, window, scale, top_left, softcap, dropout_p, seed, offset, mask.block_size)
     return _call(tensors, flags, return_lse, return_column_sums, backend)
@@ -119,7 +120,8 @@ def attention_varlen(
         if tensor.dim() != 3:
             raise fail("attention_varlen", name, f"shape {tuple(tensor.shape)}", "3 dimensions (tokens, heads, head_dim)")
     mask = mask or _NO_MASK
-    _, alibi_slopes, sinks = _widen(q, None, alibi_slopes, sinks)
+    if alibi_slopes is not None or sinks is not None:
+        _, alibi_slopes, sinks = _widen(q, None, alibi_slopes, sinks)
     tensors = (
         q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
         None, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, cu_seqlens_q, cu_seqlens_k,
@@ -158,9 +160,7 @@ def _call(tensors: tuple[Any, ...], flags: tuple[Any, ...], lse: bool, sums: boo
     return tuple(results)
 
 
-def _mask(mask: AttentionMask | Tensor | None, q: Tensor, k: Tensor) -> AttentionMask:
-    if mask is None:
-        return _NO_MASK
+def _mask(mask: AttentionMask | Tensor, k: Tensor) -> AttentionMask:
     if isinstance(mask, AttentionMask):
         return mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -174,8 +174,6 @@ _NO_MASK = AttentionMask()
 
 def _widen(q: Tensor, bias: Tensor | None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Bias in a dtype that kernels read, slopes and sinks in that of the softmax."""
-    if bias is None and all(x is None for x in vectors):
-        return (None, *vectors)
     wide = torch.float64 if isinstance(q, Tensor) and q.dtype == torch.float64 else torch.float32
     if isinstance(bias, Tensor) and bias.is_floating_point() and bias.dtype not in (q.dtype, torch.float32):
         bias = bias.to(wide)
@@ -194,13 +192,9 @@ def _flags(
     if causal:
         right = 0 if right == -1 else min(right, 0)
     if scale is None:
-        scale = _default_scale(q)
+        if not isinstance(q, Tensor):
+            raise fail("attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
+        scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
     return scale, left, right, top_left, softcap, dropout_p, seed, offset, *block_size
-
-
-def _default_scale(q: Tensor) -> float:
-    if not isinstance(q, Tensor):
-        raise fail("attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
-    return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0

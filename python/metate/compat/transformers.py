@@ -1,9 +1,10 @@
 """metate as an attention implementation of Hugging Face transformers: `attn_implementation="metate"`.
 
-Two functions are registered, the attention and the mask. The mask function lowers what transformers describes by closures
-(causal, sliding window, chunks, packed sequences) and the 2-D padding mask to one interval of keys per query, which costs
-memory linear in the length; a pattern that it cannot read stays a bool mask. Intervals travel through the model as an
-int32 tensor (batch, 1, seqlen_q, 2), followed in the last dimension by one bit per key where padding has holes.
+Two functions are registered, the attention and the mask. The mask function lowers what transformers describes by
+closures (causal, sliding window, chunks, packed sequences) and the 2-D padding mask to one interval of keys per query,
+which costs memory linear in the length; a pattern that it cannot read stays a bool mask. Intervals travel through the
+model as an int32 tensor (batch, 1, seqlen_q, 2), followed in the last dimension by one bit per key where padding has
+holes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query (batch, heads, seqlen_q, head_dim) over un-repeated key and value; (batch, seqlen_q, heads, ·).
+    """Attention of query (batch, heads, seqlen_q, head_dim) over key and value that are not repeated for the group.
 
     A sliding window is in the mask already, as for eager attention.
     """
@@ -112,7 +113,7 @@ def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,  # a tensor with static caches
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
@@ -148,9 +149,7 @@ def _mask(
     return _intervals(runs, valid, batch_size, q_length, kv_length, kv_offset)
 
 
-def _intervals(
-    runs: Runs, valid: Tensor | None, batch: int, q_length: int, kv_length: int, kv_offset: int
-) -> Tensor:
+def _intervals(runs: Runs, valid: Tensor | None, batch: int, q_length: int, kv_length: int, kv_offset: int) -> Tensor:
     """The int32 mask from runs of absolute positions and the valid keys (batch, kv_length)."""
     start, end = ((x - kv_offset).clamp(0, kv_length).expand(batch, q_length) for x in runs)
     bits = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ def apply_rotary_emb(
         seqlen_offsets: position of the first token, one for all or (batch).
         cu_seqlens: (batch + 1), where packed sequences start.
     """
-    out: Tensor = _Rotary.apply(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens)
-    return out
+    return _rotate(x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens)
 
 
 apply_rotary_emb_func = apply_rotary_emb  # its older name
@@ -79,16 +79,14 @@ def apply_rotary_emb_qkv_(
     else:
         parts = [(0, 1), (1, 1)]
     angles = [(cos, sin), (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)]
-    out: Tensor = _RotaryParts.apply(qkv, parts, angles, interleaved, seqlen_offsets)
-    return out
+    return _rotate_parts(qkv, parts, angles, interleaved, seqlen_offsets)
 
 
 def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
 ) -> Tensor:
     """Turns k of kv (batch, seqlen, 2, heads, head_dim) in place."""
-    out: Tensor = _RotaryParts.apply(kv, [(0, 1)], [(cos, sin)], interleaved, seqlen_offsets)
-    return out
+    return _rotate_parts(kv, [(0, 1)], [(cos, sin)], interleaved, seqlen_offsets)
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -204,6 +202,10 @@ class _RotaryParts(torch.autograd.Function):
         grad = grads[0].clone()
         _turn_parts(grad, ctx.parts, ctx.saved_tensors, ctx.interleaved, -1)
         return grad, None, None, None, None
+
+
+_rotate: Callable[..., Tensor] = _Rotary.apply
+_rotate_parts: Callable[..., Tensor] = _RotaryParts.apply
 
 
 def _angles_at(x: Tensor, cos: Tensor, sin: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:

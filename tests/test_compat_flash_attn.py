@@ -1,0 +1,399 @@
+"""flash-attn's functions over metate: signatures, semantics, and the names that code imports from there."""
+
+import importlib
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from metate import compat
+from metate.compat import flash_attn as fa
+from metate.compat.flash_attn import bert_padding
+from metate.compat.flash_attn.flash_attn_interface import _get_block_size_n
+from metate.compat.flash_attn.layers import rotary
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def truth(q, k, v, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, softmax_scale=None):
+    """flash-attn's documented formula in float64: output and lse."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    s = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    i, j = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1], torch.arange(k.shape[1])
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.double().expand(q.shape[0], -1)[..., None, None] * (i - j).abs()
+    left, right = window_size
+    right = 0 if causal else right
+    hidden = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
+    hidden |= (j < i - left) if left >= 0 else False
+    hidden |= (j > i + right) if right >= 0 else False
+    s = s.masked_fill(hidden, -torch.inf)
+    lse = s.logsumexp(-1)
+    lse = lse.masked_fill(hidden.all(-1), torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", torch.exp(s - lse[..., None]), v), lse
+
+
+CASES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (5, 2)},
+    "window, causal": {"window_size": (5, 9), "causal": True, "softmax_scale": 0.2},
+    "softcap": {"softcap": 3.0},
+    "alibi": {"alibi_slopes": torch.tensor([0.1, 0.3, 0.2, 0.7]), "causal": True},
+    "alibi per batch": {"alibi_slopes": torch.tensor([[0.1, 0.3, 0.2, 0.7], [0.5, 0.1, 0.2, 0.9]])},
+}
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["more keys", "more queries"])
+@pytest.mark.parametrize("name", CASES)
+def test_dense(name, swap):
+    rows, columns = (29, 13) if swap else (13, 29)
+    q, k, v = draw(2, rows, 4, 24), draw(2, columns, 2, 24), draw(2, columns, 2, 24)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse, dmask = fa.flash_attn_func(*leaves, **CASES[name], return_attn_probs=True)
+    want, want_lse = truth(*exact, **CASES[name])
+    assert torch.allclose(out.double(), want, atol=3e-6)
+    assert torch.allclose(lse.double(), want_lse, atol=1e-5), "natural logarithm, +inf without a key"
+    assert dmask.numel() == 0
+    weights = draw(*out.shape)
+    got = torch.autograd.grad(out, leaves, weights)
+    for g, w in zip(got, torch.autograd.grad(want.nan_to_num(), exact, weights.double()), strict=True):
+        assert torch.allclose(g.double(), w.nan_to_num(), atol=2e-5)
+
+
+def test_packed_arguments():
+    qkv, kv, q = draw(2, 9, 3, 4, 8), draw(2, 11, 2, 2, 8), draw(2, 9, 4, 8)
+    options = (0.0, 0.3, True, (4, 0), 2.0)
+    assert torch.equal(fa.flash_attn_qkvpacked_func(qkv, *options), fa.flash_attn_func(*qkv.unbind(2), *options))
+    assert torch.equal(fa.flash_attn_kvpacked_func(q, kv, *options), fa.flash_attn_func(q, *kv.unbind(2), *options))
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    want = fa.flash_attn_varlen_func(*qkv[0].unbind(1), cu, cu, 5, 5, *options)
+    assert torch.equal(fa.flash_attn_varlen_qkvpacked_func(qkv[0], cu, 5, *options), want)
+    cu_k = torch.tensor([0, 8, 11], dtype=torch.int32)
+    want = fa.flash_attn_varlen_func(q[0], *kv[0].unbind(1), cu, cu_k, 5, 8, *options)
+    assert torch.equal(fa.flash_attn_varlen_kvpacked_func(q[0], kv[0], cu, cu_k, 5, 8, *options), want)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_varlen(name):
+    cu_q, cu_k = torch.tensor([0, 7, 12], dtype=torch.int32), torch.tensor([0, 5, 14], dtype=torch.int32)
+    q, k, v = draw(12, 4, 24), draw(14, 2, 24), draw(14, 2, 24)
+    out, lse, _ = fa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 7, 9, **CASES[name], return_attn_probs=True)
+    for b in range(2):
+        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        options = dict(CASES[name])
+        if "alibi_slopes" in options:
+            options["alibi_slopes"] = options["alibi_slopes"].expand(2, 4)[b : b + 1]
+        want, want_lse = truth(q[None, rows], k[None, keys], v[None, keys], **options)
+        assert torch.allclose(out[rows].double(), want[0], atol=3e-6)
+        assert torch.allclose(lse[:, rows].double(), want_lse[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "varlen"])
+def test_dropout_is_what_s_dmask_shows(packed):
+    cu_q, cu_k = torch.tensor([0, 40, 73], dtype=torch.int32), torch.tensor([0, 61, 90], dtype=torch.int32)
+    options = {"dropout_p": 0.3, "causal": True, "alibi_slopes": draw(2, 4).abs(), "return_attn_probs": True}
+    torch.manual_seed(5)
+    if packed:
+        q, k, v = draw(73, 4, 16), draw(90, 2, 16), draw(90, 2, 16)
+        out, _, dmask = fa.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 40, 61, **options)
+        parts = [
+            (q[cu_q[b] : cu_q[b + 1]], v[cu_k[b] : cu_k[b + 1]], out[cu_q[b] : cu_q[b + 1]], dmask[b]) for b in range(2)
+        ]
+    else:
+        q, k, v = draw(2, 40, 4, 16), draw(2, 61, 2, 16), draw(2, 61, 2, 16)
+        out, _, dmask = fa.flash_attn_func(q, k, v, **options)
+        parts = list(zip(q, v, out, dmask, strict=True))
+    assert dmask.shape == (2, 4, 40, 61)
+    for q_b, v_b, out_b, shown in parts:
+        shown = shown[:, : q_b.shape[0], : v_b.shape[0]]
+        top = shown.abs().amax(-1)
+        assert torch.allclose(top[top > 0], torch.ones(())), "scaled by the largest score of its row"
+        p = shown / shown.abs().sum(-1, keepdim=True).clamp(min=1e-30)
+        want = torch.einsum("hij,jhd->ihd", p.clamp(min=0) / 0.7, v_b.repeat_interleave(2, 1))
+        assert torch.allclose(out_b, want, atol=1e-5)
+        seen = shown != 0
+        assert abs((shown < 0).sum() / seen.sum() - 0.3) < 0.03
+
+
+def test_dropout_follows_the_seed():
+    q = draw(1, 30, 2, 8)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(fa.flash_attn_func(q, q, q, 0.5))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_window_may_be_a_tensor_and_softcap_negative():
+    q = draw(1, 30, 2, 8)
+    want = fa.flash_attn_func(q, q, q, window_size=(3, 1))
+    assert torch.equal(fa.flash_attn_func(q, q, q, window_size=torch.tensor([3, 1]), softcap=-1.0), want)
+
+
+def test_signatures():
+    """The parameters of flash-attn 2, in its order, for calls by position."""
+    after = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
+    lengths = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+    expected = {
+        "flash_attn_func": f"q k v {after}",
+        "flash_attn_kvpacked_func": f"q kv {after}",
+        "flash_attn_qkvpacked_func": f"qkv {after}",
+        "flash_attn_varlen_func": f"q k v {lengths} {after} block_table",
+        "flash_attn_varlen_kvpacked_func": f"q kv {lengths} {after}",
+        "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {after}",
+        "flash_attn_with_kvcache": "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
+        "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
+        "return_softmax_lse",
+    }
+    assert set(expected) == set(fa.__all__)
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(fa, name)).parameters) == parameters.split()
+    assert _get_block_size_n("cpu", 64, True, False) >= 2**20
+
+
+# The cache.
+
+
+@pytest.mark.parametrize("batch_idx", [None, torch.tensor([2, 0], dtype=torch.int32)], ids=["in order", "indexed"])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("name", ["plain", "window, causal", "softcap", "alibi", "alibi per batch"])
+def test_kvcache(name, rotate, batch_idx):
+    options = CASES[name]
+    q, k, v = draw(2, 5, 4, 16), draw(2, 5, 2, 16), draw(2, 5, 2, 16)
+    caches = draw(3, 40, 2, 16), draw(3, 40, 2, 16) + 1
+    before = [c.clone() for c in caches]
+    lengths, pad = torch.tensor([17, 30], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    angles = draw(64, 4)
+    turn = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": False} if rotate else {}
+    out, lse = fa.flash_attn_with_kvcache(
+        q, *caches, k, v, cache_seqlens=lengths, cache_batch_idx=batch_idx, cache_leftpad=pad, **turn, **options,
+        return_softmax_lse=True,
+    )  # fmt: skip
+    for b, entry in enumerate([0, 1] if batch_idx is None else batch_idx.tolist()):
+        used, first = int(lengths[b]), int(pad[b])
+        new_k, new_q = k[b : b + 1], q[b : b + 1]
+        if rotate:
+            new_k = rotary.apply_rotary_emb(new_k, angles.cos(), angles.sin(), seqlen_offsets=used)
+            moves = options.get("causal") or "window_size" in options
+            steps = torch.arange(5) + used if moves else torch.full((5,), used)
+            new_q = rotary.apply_rotary_emb_torch(new_q, angles[steps].cos(), angles[steps].sin())
+        keys = torch.cat([before[0][entry, first:used], new_k[0]])[None]
+        values = torch.cat([before[1][entry, first:used], v[b]])[None]
+        b_options = dict(options)
+        if "alibi_slopes" in options:
+            b_options["alibi_slopes"] = options["alibi_slopes"].expand(2, 4)[b : b + 1]
+        want, want_lse = truth(new_q, keys, values, **b_options)
+        assert torch.allclose(out[b].double(), want[0], atol=5e-6)
+        assert torch.allclose(lse[b].double(), want_lse[0], atol=1e-5)
+        assert torch.equal(caches[0][entry, used : used + 5], new_k[0]), "new keys are written in place"
+        assert torch.equal(caches[1][entry, used : used + 5], v[b])
+        assert torch.equal(caches[0][entry, used + 5 :], before[0][entry, used + 5 :])
+
+
+def test_kvcache_reads_only():
+    q, cache = draw(2, 1, 4, 16), draw(2, 40, 4, 16)
+    out = fa.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=9)
+    assert torch.allclose(out, fa.flash_attn_func(q, cache[:, :9], cache[:, :9]), atol=1e-6)
+    assert torch.allclose(fa.flash_attn_with_kvcache(q, cache, cache), fa.flash_attn_func(q, cache, cache), atol=1e-6)
+
+
+def test_refusals():
+    q, cache = draw(2, 1, 4, 16), draw(2, 40, 4, 16)
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="block_table"):
+        fa.flash_attn_with_kvcache(q, cache, cache, block_table=table)
+    cu = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="block_table"):
+        fa.flash_attn_varlen_func(q[0], cache, cache, cu, cu, 1, 1, block_table=table)
+    with pytest.raises(ValueError, match="k_cache"):
+        fa.flash_attn_with_kvcache(q, cache, cache, q, q, cache_seqlens=40)
+    with pytest.raises(ValueError, match="new keys"):
+        fa.flash_attn_with_kvcache(q, cache, cache, rotary_cos=draw(64, 4), rotary_sin=draw(64, 4), cache_seqlens=9)
+    with pytest.raises(ValueError, match="dropout_p"):
+        fa.flash_attn_func(q, q, q, 1.5)
+
+
+# Padding.
+
+
+def test_unpad_and_pad():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    unused = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]])
+    x = draw(3, 4, 2, 5).requires_grad_()
+    tokens, indices, cu, longest, used = bert_padding.unpad_input(x, mask)
+    assert torch.equal(tokens, x[mask.bool()])
+    assert (cu.tolist(), cu.dtype, longest, used.tolist()) == ([0, 3, 4, 4], torch.int32, 3, [3, 1, 0])
+    back = bert_padding.pad_input(tokens, indices, 3, 4)
+    assert torch.equal(back, x * mask[..., None, None])
+    (gradient,) = torch.autograd.grad(back.sum(), x)
+    assert torch.equal(gradient, mask[..., None, None].expand_as(x).float())
+    _, _, cu, longest, used = bert_padding.unpad_input(x, mask, unused)
+    assert (cu.tolist(), longest, used.tolist()) == ([0, 4, 6, 6], 4, [3, 1, 0])
+
+
+def test_unpad_concatenated_sequences():
+    lengths = torch.tensor([[2, 3, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]])
+    x = draw(2, 6, 5)
+    tokens, indices, cu, longest = bert_padding.unpad_input_for_concatenated_sequences(x, lengths)
+    assert torch.equal(tokens, torch.cat([x[0, :5], x[1]]))
+    assert (indices.tolist(), cu.tolist(), longest) == ([*range(5), *range(6, 12)], [0, 2, 5, 11], 6)
+
+
+def test_index_first_axis():
+    x, indices = draw(5, 2, 3).requires_grad_(), torch.tensor([4, 0, 4])
+    assert torch.equal(bert_padding.index_first_axis(x, indices), x[indices])
+    rows, residual = bert_padding.index_first_axis_residual(x, indices)
+    (gradient,) = torch.autograd.grad(rows.sum() + residual.sum(), x)
+    assert gradient[:, 0, 0].tolist() == [2, 1, 1, 1, 3]
+
+
+# Rotary embeddings.
+
+
+def turned(x, angles, interleaved):
+    """Rotation as a product of complex numbers, in float64."""
+    half = angles.shape[-1]
+    x = x.double()
+    pair = x[..., : 2 * half].unflatten(-1, (half, 2) if interleaved else (2, half))
+    pair = pair if interleaved else pair.transpose(-1, -2)
+    z = torch.view_as_complex(pair.contiguous()) * torch.polar(torch.ones(()).double(), angles.double())[..., None, :]
+    pair = torch.view_as_real(z)
+    pair = pair.flatten(-2) if interleaved else pair.transpose(-1, -2).flatten(-2)
+    return torch.cat([pair, x[..., 2 * half :]], -1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offsets", [0, 3, torch.tensor([5, 0])], ids=["none", "one", "each"])
+def test_rotary(offsets, interleaved, inplace):
+    angles = draw(20, 4)
+    x = draw(2, 7, 3, 10).requires_grad_()
+    steps = torch.arange(7) + (offsets[:, None] if isinstance(offsets, torch.Tensor) else offsets)
+    exact = x.detach().double().requires_grad_()
+    want = turned(exact, angles[steps], interleaved)
+    out = rotary.apply_rotary_emb(x, angles.cos(), angles.sin(), interleaved, inplace, offsets)
+    assert torch.allclose(out.double(), want, atol=1e-6)
+    assert (out.data_ptr() == x.data_ptr()) == inplace
+    weights = draw(*out.shape)
+    (got,) = torch.autograd.grad(out, x, weights)
+    (want_gradient,) = torch.autograd.grad(want, exact, weights.double())
+    assert torch.allclose(got.double(), want_gradient, atol=1e-6)
+    plain = rotary.apply_rotary_emb_torch(
+        exact, angles[steps].cos().double(), angles[steps].sin().double(), interleaved
+    )
+    assert torch.allclose(plain, want, atol=1e-6)
+
+
+def test_rotary_of_packed_sequences():
+    angles, x, cu = draw(20, 4), draw(9, 3, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+    offsets = torch.tensor([2, 7])
+    steps = torch.tensor([2, 3, 4, 5, 7, 8, 9, 10, 11])
+    out = rotary.apply_rotary_emb(x, angles.cos(), angles.sin(), seqlen_offsets=offsets, cu_seqlens=cu, max_seqlen=5)
+    assert torch.allclose(out.double(), turned(x, angles[steps], False), atol=1e-6)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rotary_of_qkv(grouped):
+    angles, angles_k = draw(20, 4), draw(20, 4) * 2
+    shape, heads = ((2, 7, 8, 8), (4, 2)) if grouped else ((2, 7, 3, 4, 8), (4, 4))
+    leaf = draw(*shape).requires_grad_()
+    out = rotary.apply_rotary_emb_qkv_(
+        leaf.clone(), angles.cos(), angles.sin(), angles_k.cos(), angles_k.sin(), True,
+        num_heads_q=4 if grouped else None,
+    )  # fmt: skip
+    q, k, v = leaf.split([heads[0], heads[1], heads[1]], 2) if grouped else leaf.unbind(2)
+    parts = [turned(q, angles[:7], True), turned(k, angles_k[:7], True), v.double()]
+    want = torch.cat(parts, 2) if grouped else torch.stack(parts, 2)
+    assert torch.allclose(out.double(), want, atol=1e-6)
+    weights = draw(*shape)
+    (got,) = torch.autograd.grad(out, leaf, weights)
+    (want_gradient,) = torch.autograd.grad(want, leaf, weights.double())
+    assert torch.allclose(got, want_gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_base", [None, 512])
+def test_rotary_embedding(scale_base):
+    module = rotary.RotaryEmbedding(8, scale_base=scale_base)
+    angles = torch.arange(12.0)[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    q, kv = draw(2, 9, 3, 8), draw(2, 9, 2, 3, 8)
+    turned_q, turned_kv = module(q.clone(), kv.clone(), seqlen_offset=3)
+    growth = 1.0
+    if scale_base:
+        power = (torch.arange(12.0) - 6)[3:, None] / scale_base
+        growth = (((torch.arange(0, 8, 2) + 3.2) / 11.2) ** power).repeat(1, 2)[:, None]
+    assert torch.allclose(turned_q.double(), turned(q, angles[3:], False) * growth, atol=2e-6)
+    assert torch.allclose(turned_kv[:, :, 0].double(), turned(kv[:, :, 0], angles[3:], False) / growth, atol=2e-6)
+    assert torch.equal(turned_kv[:, :, 1], kv[:, :, 1])
+    both = module(torch.stack([q, *kv.unbind(2)], 2), seqlen_offset=3)
+    assert torch.allclose(both, torch.stack([turned_q, *turned_kv.unbind(2)], 2))
+
+
+# Under the name flash_attn.
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """No flash_attn before and after."""
+    assert importlib.util.find_spec("flash_attn") is None
+    yield
+    if "flash_attn" in compat._installed:
+        compat.uninstall("flash_attn")
+    assert importlib.util.find_spec("flash_attn") is None
+
+
+def test_install(absent):
+    assert compat.install("flash_attn") is fa
+    assert compat.install("flash_attn") is fa
+    for name in ("flash_attn_interface", "bert_padding", "layers", "layers.rotary"):
+        assert importlib.import_module(f"flash_attn.{name}") is sys.modules[f"metate.compat.flash_attn.{name}"]
+    scope = {}
+    exec("from flash_attn.layers.rotary import apply_rotary_emb\nimport flash_attn.bert_padding as b", scope)
+    assert scope["apply_rotary_emb"] is rotary.apply_rotary_emb
+    assert scope["b"].pad_input is bert_padding.pad_input
+    for name in ("flash_attn", "flash-attn"):
+        assert importlib.metadata.version(name) == fa.__version__
+    assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("flash_attn.losses")
+    compat.uninstall("flash_attn")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("flash_attn")
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("flash-attn")
+
+
+def test_install_shadows_only_by_force(absent, monkeypatch):
+    real = types.ModuleType("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", real)
+    with pytest.raises(ImportError, match="force=True"):
+        compat.install("flash_attn")
+    assert compat.install("flash_attn", force=True) is fa
+    compat.uninstall("flash_attn")
+    assert sys.modules["flash_attn"] is real
+    monkeypatch.undo()
+
+
+def test_install_knows_its_names():
+    with pytest.raises(ValueError, match="flash_attn"):
+        compat.install("flash_attention")
+    with pytest.raises(ValueError, match="not installed"):
+        compat.uninstall("flash_attn")
+
+
+def test_metate_imports_none_of_this():
+    code = "import sys, metate; print([m for m in sys.modules if 'compat' in m or m in ('transformers', 'flash_attn')])"
+    code += "; import metate.compat.sdpa, metate.compat.transformers, metate.compat.flash_attn"
+    code += "; print([m for m in sys.modules if m in ('transformers', 'flash_attn')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "[]"]

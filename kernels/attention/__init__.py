@@ -62,7 +62,6 @@ def _problem(
     k: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
     intervals: Tensor | None,
     blocks: Tensor | None,
     bits: Tensor | None,
@@ -73,16 +72,15 @@ def _problem(
     window_right: int,
     top_left: bool,
     softcap: float,
-    dropout_p: float,
-    seed: int,
-    offset: int,
     block_m: int,
     block_n: int,
 ) -> dict[str, Any]:
-    """The arguments that every kernel takes."""
+    """The arguments that make scores, which every kernel takes."""
     batch, tokens_q, heads, dim = q.shape
     tokens_k = k.shape[1]
     unlimited = tokens_q + tokens_k
+    natural = q.dtype == torch.float32
+    unit = 1.0 if natural else math.log2(math.e)
     sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     slopes = None
     if alibi_slopes is not None:
@@ -94,7 +92,6 @@ def _problem(
         "k_strides": k.stride(),
         "bias": _strided(bias),
         "slopes": slopes,
-        "sinks": None if sinks is None else sinks.contiguous(),
         "intervals": _mask(intervals),
         "blocks": _mask(blocks),
         "bits": _mask(bits),
@@ -110,29 +107,30 @@ def _problem(
         "bottom_right": int(not top_left),
         "block_m": max(block_m, 1),
         "block_n": max(block_n, 1),
-        "inner": scale / softcap if softcap > 0 else scale * math.log2(math.e),
-        "outer": softcap * math.log2(math.e),
+        "inner": scale / softcap if softcap > 0 else scale * unit,
+        "outer": softcap * unit,
         "scale": scale,
-        "seed_lo": _signed(seed),
-        "seed_hi": _signed(seed >> 32),
-        "offset": _signed(offset),
-        "threshold": _signed(min(round(dropout_p * 2**32), 2**32 - 1)),
         "CAP": softcap > 0,
-        "DROPOUT": dropout_p > 0,
+        "NATURAL": natural,
         "DIM": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "SHORT": tokens_q <= 16 * max(sequences if cu_seqlens_q is not None else 1, 1),
     }
 
 
-def _value(v: Tensor, dropout_p: float) -> dict[str, Any]:
-    """The arguments of the kernels that look at v."""
+def _value(v: Tensor, dropout_p: float, seed: int, offset: int) -> dict[str, Any]:
+    """The arguments of the kernels that look at v, through what dropout leaves."""
     return {
         "v": v,
         "v_strides": v.stride(),
-        "dropout_scale": 1.0 / (1.0 - dropout_p),
         "VALUE_DIM": v.shape[3],
         "BLOCK_V": max(16, triton.next_power_of_2(v.shape[3])),
+        "seed_lo": _signed(seed),
+        "seed_hi": _signed(seed >> 32),
+        "offset": _signed(offset),
+        "threshold": _signed(min(round(dropout_p * 2**32), 2**32 - 1)),
+        "dropout_scale": 1.0 / (1.0 - dropout_p),
+        "DROPOUT": dropout_p > 0,
     }
 
 
@@ -160,8 +158,8 @@ def attention(
     block_n: int,
 ) -> tuple[Tensor, Tensor]:
     problem = _problem(
-        *(q, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale),
-        *(window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n),
+        *(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k),
+        *(scale, window_left, window_right, top_left, softcap, block_m, block_n),
     )
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(batch, tokens, heads, v.shape[3])
@@ -170,7 +168,9 @@ def attention(
         out.zero_()
         lse.fill_(-math.inf)
     if lse.numel():
-        _launch(forward_kernel, "M", heads, {**problem, **_value(v, dropout_p), "out": out, "lse": lse})
+        problem |= _value(v, dropout_p, seed, offset)
+        problem |= {"sinks": None if sinks is None else sinks.contiguous(), "out": out, "lse": lse}
+        _launch(forward_kernel, "M", heads, problem)
     return out, lse
 
 
@@ -183,7 +183,6 @@ def attention_backward(
     delta: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
     intervals: Tensor | None,
     blocks: Tensor | None,
     bits: Tensor | None,
@@ -200,23 +199,23 @@ def attention_backward(
     block_m: int,
     block_n: int,
     need_dbias: bool,
-    need_dalibi: bool,
+    need_dalibi_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(
-        *(q, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale),
-        *(window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n),
+        *(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k),
+        *(scale, window_left, window_right, top_left, softcap, block_m, block_n),
     )
-    problem |= _value(v, dropout_p)
+    problem |= _value(v, dropout_p, seed, offset)
     problem |= {"grad_out": grad_out, "grad_strides": grad_out.stride()}
     problem |= {"lse": lse.contiguous(), "delta": delta.contiguous()}
     empty = q.new_zeros if cu_seqlens_q is not None else q.new_empty  # tokens of no sequence have gradient 0
     dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
-    rows = lse.new_empty(lse.shape) if need_dalibi else None
+    rows = lse.new_empty(lse.shape, dtype=torch.float32) if need_dalibi_slopes else None
     if dk.numel() or dv.numel():
         _launch(keys_kernel, "N", k.shape[2], {**problem, "dk": dk, "dv": dv})
     if dq.numel():
         _launch(queries_kernel, "M", q.shape[2], {**problem, "dq": dq, "dslope_rows": rows})
-    dbias, dalibi = lse.new_empty(0), lse.new_empty(0)
+    dbias, dalibi = (lse.new_empty(0, dtype=torch.float32) for _ in range(2))
     if bias is not None and need_dbias:
         dbias = _bias_gradient(bias, problem)
     if rows is not None and alibi_slopes is not None:
@@ -253,7 +252,6 @@ def attention_column_sums(
     lse: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
     intervals: Tensor | None,
     blocks: Tensor | None,
     bits: Tensor | None,
@@ -264,18 +262,16 @@ def attention_column_sums(
     window_right: int,
     top_left: bool,
     softcap: float,
-    dropout_p: float,
-    seed: int,
-    offset: int,
     block_m: int,
     block_n: int,
 ) -> Tensor:
     problem = _problem(
-        *(q, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale),
-        *(window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n),
+        *(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k),
+        *(scale, window_left, window_right, top_left, softcap, block_m, block_n),
     )
     shape = (q.shape[0], q.shape[2], k.shape[1])
-    sums = lse.new_empty(shape) if cu_seqlens_k is None else lse.new_zeros(shape)
+    empty = torch.empty if cu_seqlens_k is None else torch.zeros
+    sums = empty(shape, dtype=torch.float32, device=q.device)
     if sums.numel():
         _launch(columns_kernel, "N", q.shape[2], {**problem, "lse": lse.contiguous(), "sums": sums})
     return sums
@@ -284,7 +280,7 @@ def attention_column_sums(
 def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     parts, batch, tokens, heads, dim = outs.shape
     out = outs.new_empty(batch, tokens, heads, dim)
-    lse = lses.new_empty(batch, heads, tokens)
+    lse = lses.new_empty(batch, heads, tokens, dtype=torch.float32)
     rows = batch * tokens * heads
     if rows:
         width = max(16, triton.next_power_of_2(dim))
@@ -296,23 +292,23 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _refusal(*arguments: Any) -> str | None:
-    """What no kernel here does, whichever operator asks."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+def _refusal(*tensors: Tensor) -> str | None:
+    """What the kernels do not do, from the tensors with a head dimension."""
     first = tensors[0]
     if first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {str(first.dtype).removeprefix('torch.')}: float32, bfloat16 or float16"
     if first.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
-        return "a GPU older than compute capability 8.0"
-    width = max(tensor.shape[-1] for tensor in tensors if tensor.dtype == first.dtype and tensor.dim() >= 4)
-    if width > 512 and tensors[0].dim() != 5:
+        return "a GPU of compute capability below 8.0"
+    width = max(tensor.shape[-1] for tensor in tensors)
+    if width > 512:
         return f"head_dim {width}: up to 512"
-    return None
+    tokens = sum(tensor.shape[1] for tensor in tensors)
+    return f"{tokens} tokens: fewer than 2**30, positions are int32" if tokens >= 2**30 else None
 
 
 REFUSES = {
-    "attention": _refusal,
-    "attention_backward": _refusal,
-    "attention_column_sums": _refusal,
-    "merge_attention_states": _refusal,
+    "attention": lambda q, k, v, *rest: _refusal(q, v),
+    "attention_backward": lambda grad_out, q, k, v, *rest: _refusal(q, v),
+    "attention_column_sums": lambda q, k, *rest: _refusal(q, k),
+    "merge_attention_states": lambda outs, lses: _refusal(outs),
 }

@@ -7,12 +7,12 @@ import triton.language as tl
 from .configs import RUNTIME, tuned
 from .ranges import edge_tile, edge_tiles, keys_of, queries_of
 from .tiles import (
-    LOG2E,
     allowed_pairs,
     bend,
     block_is_live,
     distance,
     edge_is_live,
+    exponential,
     head_of,
     kept,
     load_rows,
@@ -24,21 +24,22 @@ from .tiles import (
     slots,
     sound_rows,
     store_rows,
+    unit_of,
 )
 
 
 @triton.jit
-def load_lse(lse, m0, span, BLOCK_M: tl.constexpr):
-    """lse in log2; +inf, which makes every probability 0, for rows without a key and rows past the end."""
-    i = m0 + tl.arange(0, BLOCK_M)
-    row = tl.load(lse + row_offset(span) + i, mask=i < span[4], other=float("inf"))
-    return tl.where(row == -float("inf"), float("inf"), row * LOG2E)
+def load_lse(lse, m0, span, terms, BLOCK_M: tl.constexpr):
+    """lse in the scores' unit; +inf, which makes every probability 0, for rows without a key and rows past the end."""
+    i = tl.arange(0, BLOCK_M)
+    row = tl.load(lse + row_offset(span) + m0 + i, mask=i < span[4] - m0, other=float("inf")).to(tl.float32)
+    return tl.where(row == -float("inf"), float("inf"), row * terms[4])
 
 
 @triton.jit
 def load_delta(delta, m0, span, BLOCK_M: tl.constexpr):
-    i = m0 + tl.arange(0, BLOCK_M)
-    return tl.load(delta + row_offset(span) + i, mask=i < span[4], other=0.0)
+    i = tl.arange(0, BLOCK_M)
+    return tl.load(delta + row_offset(span) + m0 + i, mask=i < span[4] - m0, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def score_gradient(s, dp, lse, delta, m0, n0, span, window, terms, noise, dropou
     raw products up to `scale`. `lse`, `delta` and `sound` broadcast against the tile; `allowed` is None where nothing
     is masked, `sound` where no masked product follows."""
     s, bent = bend(s, m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, TRANSPOSED)
-    p = tl.exp2(s - lse)
+    p = exponential(s - lse, terms)
     if sound is not None:
         p = tl.where(sound, p, float("nan"))
     used = p
@@ -84,9 +85,9 @@ def keys_tile(dk, dv, q, grad_out, keys, values, lse, delta, q_strides, grad_str
     rows = load_rows(q, q_strides, m0, span[4], sound, BLOCK_M, DIM, BLOCK_D, edge)
     grads = load_rows(grad_out, grad_strides, m0, span[4], sound, BLOCK_M, VALUE_DIM, BLOCK_V, edge)
     used, _, raw = score_gradient(
-        product(keys, tl.trans(rows)), product(values, tl.trans(grads)), load_lse(lse, m0, span, BLOCK_M)[None, :],
-        load_delta(delta, m0, span, BLOCK_M)[None, :], m0, n0, span, window, terms, noise, dropout_scale, allowed,
-        across, CAP, DROPOUT, BLOCK_M, BLOCK_N, True)  # fmt: skip
+        product(keys, tl.trans(rows)), product(values, tl.trans(grads)),
+        load_lse(lse, m0, span, terms, BLOCK_M)[None, :], load_delta(delta, m0, span, BLOCK_M)[None, :], m0, n0, span,
+        window, terms, noise, dropout_scale, allowed, across, CAP, DROPOUT, BLOCK_M, BLOCK_N, True)  # fmt: skip
     dv = product(used.to(grads.dtype), grads, dv)
     dk = product(raw.to(rows.dtype), rows, dk)
     return dk, dv
@@ -97,8 +98,8 @@ def keys_tile(dk, dv, q, grad_out, keys, values, lse, delta, q_strides, grad_str
 def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_strides, grad_strides, bias, slopes,
                 intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left,
                 right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo, seed_hi, offset, threshold,
-                dropout_scale, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-                BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
+                dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
+                VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK_N)
     kv_head = tl.program_id(0) // per_head
@@ -109,7 +110,7 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
         return
     window = ((size_k - size_q) * bottom_right, left, right)
     masks = (intervals, blocks, bits, block_m, block_n)
-    terms = (bias, slopes, inner, outer)
+    terms = (bias, slopes, inner, outer, unit_of(NATURAL))
     noise = (seed_lo, seed_hi, offset, threshold)
     k = head_of(k, k_strides, batch, first_k, kv_head)
     v = head_of(v, v_strides, batch, first_k, kv_head)
@@ -172,9 +173,9 @@ def queries_tile(dq, slope_rows, q, grads, k, v, lse, delta, k_strides, v_stride
 def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_strides, v_strides, grad_strides, bias,
                    slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads,
                    group, left, right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo, seed_hi, offset,
-                   threshold, dropout_scale, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
-                   VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                   threshold, dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+                   DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                   SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
     head = tl.program_id(0) // per_head
     sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
@@ -184,14 +185,14 @@ def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_
         return
     window = ((size_k - size_q) * bottom_right, left, right)
     masks = (intervals, blocks, bits, block_m, block_n)
-    terms = (bias, slopes, inner, outer)
+    terms = (bias, slopes, inner, outer, unit_of(NATURAL))
     noise = (seed_lo, seed_hi, offset, threshold)
     q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
     grads = load_rows(head_of(grad_out, grad_strides, batch, first_q, head), grad_strides, m0, size_q, None, BLOCK_M,
                       VALUE_DIM, BLOCK_V, True)  # fmt: skip
     k = head_of(k, k_strides, batch, first_k, head // group)
     v = head_of(v, v_strides, batch, first_k, head // group)
-    row_lse = load_lse(lse, m0, span, BLOCK_M)
+    row_lse = load_lse(lse, m0, span, terms, BLOCK_M)
     row_delta = load_delta(delta, m0, span, BLOCK_M)
 
     SLOPES: tl.constexpr = dslope_rows is not None

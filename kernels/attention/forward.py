@@ -8,11 +8,11 @@ from .configs import RUNTIME, tuned
 from .ranges import edge_tile, edge_tiles, keys_of
 from .tiles import (
     LN2,
-    LOG2E,
     allowed_pairs,
     bend,
     block_is_live,
     edge_is_live,
+    exponential,
     head_of,
     kept,
     load_rows,
@@ -23,6 +23,7 @@ from .tiles import (
     slots,
     sound_rows,
     store_rows,
+    unit_of,
 )
 
 
@@ -40,8 +41,8 @@ def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, 
         s = tl.where(allowed, s, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1))
     safe_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    p = tl.exp2(s - safe_peak[:, None])
-    shrink = tl.exp2(peak - safe_peak)
+    p = exponential(s - safe_peak[:, None], terms)
+    shrink = exponential(peak - safe_peak, terms)
     total = total * shrink + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(m0, n0, span, noise, BLOCK_M, BLOCK_N, False), p, 0.0)
@@ -57,8 +58,8 @@ def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, 
 def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slopes, sinks, intervals, blocks, bits,
                    cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right,
                    block_m, block_n, inner, outer, seed_lo, seed_hi, offset, threshold, dropout_scale,
-                   CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
+                   CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
+                   VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
     head = tl.program_id(0) // per_head
@@ -70,7 +71,8 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
         return
     window = ((size_k - size_q) * bottom_right, left, right)
     masks = (intervals, blocks, bits, block_m, block_n)
-    terms = (bias, slopes, inner, outer)
+    unit = unit_of(NATURAL)
+    terms = (bias, slopes, inner, outer, unit)
     noise = (seed_lo, seed_hi, offset, threshold)
     q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
     k = head_of(k, k_strides, batch, first_k, head // group)
@@ -78,7 +80,7 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
 
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + head).to(tl.float32) * unit
         peak = tl.zeros((BLOCK_M,), tl.float32) + sink
         total = tl.where(peak == -float("inf"), 0.0, 1.0)
     else:
@@ -100,7 +102,7 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
                                             BLOCK_M, BLOCK_N)  # fmt: skip
 
     acc = acc * (tl.where(total == 0.0, 0.0, dropout_scale / total))[:, None]
-    result = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN2)
+    result = tl.where(total == 0.0, -float("inf"), peak / unit + tl.log2(total) * LN2)
     i = m0 + tl.arange(0, BLOCK_M)
     tl.store(lse + row_offset(span) + i, result, mask=i < size_q)
     store_rows(out, acc, batch, first_q, head, heads, tokens_q, m0, size_q, BLOCK_M, VALUE_DIM, BLOCK_V)

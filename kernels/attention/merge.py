@@ -25,7 +25,7 @@ def merge_kernel(outs, lses, out, lse, outs_strides, lses_strides, parts, rows, 
     merged = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for part in range(parts):
         step = tl.cast(part, tl.int64)
-        logit = tl.load(lses + step * lses_strides[0], mask=inside, other=-float("inf")) * LOG2E
+        logit = tl.load(lses + step * lses_strides[0], mask=inside, other=-float("inf")).to(tl.float32) * LOG2E
         new_peak = tl.maximum(peak, logit)
         safe_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         shrink = tl.exp2(peak - safe_peak)

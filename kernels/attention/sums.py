@@ -12,12 +12,14 @@ from .tiles import (
     bend,
     block_is_live,
     edge_is_live,
+    exponential,
     head_of,
     load_rows,
     locate,
     make_span,
     product,
     slots,
+    unit_of,
 )
 
 
@@ -26,7 +28,7 @@ def columns_tile(total, q, keys, lse, q_strides, m0, n0, span, window, terms, al
                  DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     rows = load_rows(q, q_strides, m0, span[4], None, BLOCK_M, DIM, BLOCK_D, allowed is not None)
     s, _ = bend(product(keys, tl.trans(rows)), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, True)
-    p = tl.exp2(s - load_lse(lse, m0, span, BLOCK_M)[None, :])
+    p = exponential(s - load_lse(lse, m0, span, terms, BLOCK_M)[None, :], terms)
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)
     return total + tl.sum(p, 1)
@@ -36,8 +38,9 @@ def columns_tile(total, q, keys, lse, q_strides, m0, n0, span, window, terms, al
 @triton.jit(do_not_specialize=RUNTIME)
 def columns_kernel(q, k, lse, sums, q_strides, k_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q,
                    cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right, block_m,
-                   block_n, inner, outer, CAP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                   SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                   block_n, inner, outer, CAP: tl.constexpr, NATURAL: tl.constexpr, DIM: tl.constexpr,
+                   BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):  # fmt: skip
     """sums[b, h, j] = Σ_i exp(s_ij - lse_i): each program owns a block of keys."""
     per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK_N)
     head = tl.program_id(0) // per_head
@@ -48,7 +51,7 @@ def columns_kernel(q, k, lse, sums, q_strides, k_strides, bias, slopes, interval
         return
     window = ((size_k - size_q) * bottom_right, left, right)
     masks = (intervals, blocks, bits, block_m, block_n)
-    terms = (bias, slopes, inner, outer)
+    terms = (bias, slopes, inner, outer, unit_of(NATURAL))
     q = head_of(q, q_strides, batch, first_q, head)
     k = head_of(k, k_strides, batch, first_k, head // group)
     keys = load_rows(k, k_strides, n0, size_k, None, BLOCK_N, DIM, BLOCK_D, True)
@@ -76,9 +79,9 @@ def columns_kernel(q, k, lse, sums, q_strides, k_strides, bias, slopes, interval
 def bias_kernel(q, k, v, grad_out, lse, delta, dbias, q_strides, k_strides, v_strides, grad_strides, bias, slopes,
                 intervals, blocks, bits, sequences, tokens_q, tokens_k, heads, group, bias_batches, bias_heads, left,
                 right, bottom_right, block_m, block_n, inner, outer, seed_lo, seed_hi, offset, threshold, dropout_scale,
-                CAP: tl.constexpr, DROPOUT: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
-                DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, ONE_ROW: tl.constexpr,
+                ONE_COLUMN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_V: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Each program owns one tile of dbias, of the bias' own shape, and walks over all tiles of scores that share it."""
     blocks_m = tl.cdiv(tokens_q, BLOCK_M)
     blocks_n = tl.cdiv(tokens_k, BLOCK_N)
@@ -93,7 +96,7 @@ def bias_kernel(q, k, v, grad_out, lse, delta, dbias, q_strides, k_strides, v_st
     plane = tile // (own_n * own_m)
     window = ((tokens_k - tokens_q) * bottom_right, left, right)
     masks = (intervals, blocks, bits, block_m, block_n)
-    terms = (bias, slopes, inner, outer)
+    terms = (bias, slopes, inner, outer, unit_of(NATURAL))
     noise = (seed_lo, seed_hi, offset, threshold)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -116,7 +119,7 @@ def bias_kernel(q, k, v, grad_out, lse, delta, dbias, q_strides, k_strides, v_st
             values = load_rows(head_of(v, v_strides, batch, first, head // group), v_strides, n0, tokens_k, None,
                                BLOCK_N, VALUE_DIM, BLOCK_V, True)  # fmt: skip
             _, ds, _ = score_gradient(
-                s, product(grads, tl.trans(values)), load_lse(lse, m0, span, BLOCK_M)[:, None],
+                s, product(grads, tl.trans(values)), load_lse(lse, m0, span, terms, BLOCK_M)[:, None],
                 load_delta(delta, m0, span, BLOCK_M)[:, None], m0, n0, span, window, terms, noise, dropout_scale,
                 allowed, None, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
             total += ds

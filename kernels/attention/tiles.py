@@ -1,14 +1,16 @@
 """What every attention kernel does to one tile: find its place, load it, bend its scores, mask it, drop from it.
 
 A tile pairs the queries m0 … m0+BLOCK_M-1 of one sequence with its keys n0 … n0+BLOCK_N-1. Queries run along axis 0,
-or along axis 1 where TRANSPOSED says so. Scores are kept in units of log2, so that a softmax is made of exp2.
+or along axis 1 where TRANSPOSED says so. Scores are kept in `unit`s of exp: log2(e) saves a multiplication an element,
+1 saves float32 its last bits.
 
 Tuples keep the parameter lists readable:
   span   = (sequence, batch, head, first_q, size_q, first_k, size_k, tokens_q, tokens_k, heads)
            batch indexes tensors (0 when packed); first_* are token offsets within a batch
   window = (diagonal, left, right): keys i + diagonal - left … i + diagonal + right
   masks  = (intervals, blocks, bits, block_m, block_n), each tensor None or (pointer, step_batch, step_head)
-  terms  = (bias, alibi_slopes, inner, outer), bias None or (pointer, four strides), slopes None or (pointer, step)
+  terms  = (bias, alibi_slopes, inner, outer, unit), bias None or (pointer, four strides), slopes None or
+           (pointer, step_batch)
   noise  = (seed_lo, seed_hi, offset, threshold)
 """
 
@@ -165,9 +167,9 @@ def tanh(x):
 @triton.jit
 def bend(s, m0, n0, span, window, terms, CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
          TRANSPOSED: tl.constexpr):  # fmt: skip
-    """Raw products to scores, in log2; and the tanh of the soft cap, for its derivative."""
+    """Raw products to scores; and the tanh of the soft cap, for its derivative."""
     sequence, batch, head, _, size_q, _, size_k, _, _, _ = span
-    bias, slopes, inner, outer = terms
+    bias, slopes, inner, outer, unit = terms
     i, j = pair(m0, n0, BLOCK_M, BLOCK_N, TRANSPOSED)
     bent = s * inner
     if CAP:
@@ -178,11 +180,21 @@ def bend(s, m0, n0, span, window, terms, CAP: tl.constexpr, BLOCK_M: tl.constexp
     if bias is not None:
         pointers = bias[0] + batch.to(tl.int64) * bias[1] + head.to(tl.int64) * bias[2]
         pointers += i.to(tl.int64) * bias[3] + j.to(tl.int64) * bias[4]
-        s += tl.load(pointers, mask=(i < size_q) & (j < size_k), other=0.0).to(tl.float32) * LOG2E
+        s += tl.load(pointers, mask=(i < size_q) & (j < size_k), other=0.0).to(tl.float32) * unit
     if slopes is not None:
-        slope = tl.load(slopes[0] + sequence.to(tl.int64) * slopes[1] + head).to(tl.float32) * LOG2E
+        slope = tl.load(slopes[0] + sequence.to(tl.int64) * slopes[1] + head).to(tl.float32) * unit
         s -= slope * distance(i, j, window)
     return s, bent
+
+
+@triton.jit
+def unit_of(NATURAL: tl.constexpr):
+    return 1.0 if NATURAL else LOG2E
+
+
+@triton.jit
+def exponential(x, terms):
+    return tl.exp2(x * (LOG2E / terms[4]))
 
 
 @triton.jit

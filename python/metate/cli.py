@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -202,6 +203,137 @@ def _cell(results: list[engine.Result]) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# bench
+
+
+@app.command()
+def bench(
+    family: Annotated[str | None, typer.Argument(help="one family of operators, as in attention; default: all")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="where the record goes; the HTML and PNG beside it")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="small shapes, few repetitions, nothing that compiles first")] = False,
+) -> None:
+    """Measure this machine's ceilings, then every operator beside its rivals; write JSON, an HTML report and a PNG."""
+    from metate.bench import run
+
+    names = [_known("FAMILY", family, run.families()) and family] if family else list(run.families())
+    run_bench([name for name in names if name], run.QUICK if quick else run.Effort(), json_path or _results())
+
+
+def _results() -> Path:
+    """In a checkout its bench/results/latest, else a folder here."""
+    folder = Path("bench/results/latest") if Path("bench/run.py").exists() else Path("metate-bench")
+    return folder / "bench.json"
+
+
+def run_bench(families: list[str], effort: Any, path: Path) -> bool:
+    """Measures, shows and writes; whether every result of ours was right."""
+    from metate.bench import machine, report, run
+
+    run.keep_freed_memory()
+    before, rows = machine.conditions(), []
+    jobs = [job for family in families for job in run.cases(family, effort)]
+    with progress() as bar:
+        task = bar.add_task("ceilings", total=len(jobs))
+        ceilings = machine.ceilings(jobs[0][3], lambda text: bar.update(task, description=text))
+        for workload, case, dtype, device in jobs:
+            bar.update(task, description=f"{workload.label(case)} [dim]{_name(dtype)}[/]")
+            found = run.measure(workload, case, dtype, device, effort, ceilings)
+            bar.console.print(_bench_table(found))
+            rows += found
+            bar.advance(task)
+    for written in report.write(run.record(ceilings, rows, before), path):
+        console.print(f"wrote {escape(str(written))}", highlight=False, soft_wrap=True)
+    return not any(row["ours"] and row["status"] in ("wrong", "failed") for row in rows)
+
+
+def _bench_table(rows: list[dict[str, Any]]) -> Table:
+    """The contenders of one case: time, speed, share of the limit, correctness."""
+    first = rows[0]
+    table = Table(
+        Column(f"{first['workload']} [dim]{first['label']} {first['dtype']}[/]", min_width=46, no_wrap=True),
+        *(Column(name, justify="right", no_wrap=True) for name in ("ms", "GFLOP/s", "limit", "× best")),
+        box=box.SIMPLE_HEAD,
+    )
+    for row in rows:
+        name = f"[bold]{escape(row['contender'])}[/]" if row["ours"] else escape(row["contender"])
+        if row["status"] != "ok":
+            color = "red" if row["status"] in ("wrong", "failed") else "dim"
+            table.add_row(f"{name} [{color}]{row['status']}: {escape(row['detail'])}[/]")
+            continue
+        ratio = f"{row['times_best_rival']:.2f}" if "times_best_rival" in row and row["ours"] else ""
+        color = "green" if ratio and row["times_best_rival"] >= 1 else "yellow"
+        noise = " [dim]disturbed[/]" if row["disturbed"] else ""
+        speed, limit = f"{row['flops_per_second'] / 1e9:.1f}", f"{row['of_limit']:.0%}"
+        table.add_row(name + noise, f"{row['p50'] * 1e3:.3g}", speed, limit, f"[{color}]{ratio}[/]")
+    return table
+
+
+# demo and documentation
+
+
+@app.command()
+def demo() -> None:
+    """The machine, a check, a short benchmark; then a decoder learns to write Python from the standard library."""
+    from metate.bench import run
+    from metate.demo import play
+
+    console.rule("machine", align="left")
+    show_info()
+    console.rule("verify", align="left")
+    ops, dtypes = list(REGISTRY.values()), [torch.float32, torch.bfloat16]
+    right = show_checks([check for check in engine.parity(ops, dtypes, _where(ops, None, None)) if check.number < 8])
+    console.rule("bench", align="left")
+    right &= run_bench(list(run.families()), run.QUICK, _results())
+    console.rule("train", align="left")
+    if not (play(console) and right):
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def docs(path: Annotated[Path, typer.Argument(help="where to write")] = Path("docs/ops.md")) -> None:
+    """Write the page of operators from their declarations."""
+    path.write_text(operators_page())
+
+
+def operators_page() -> str:
+    """Every operator: arguments, dtypes, outputs, backends and what they refuse, gradient, autocast."""
+    lines = ["# Operators", "", "Written by `metate docs` from the declarations; do not edit.", ""]
+    for op in REGISTRY.values():
+        lines += [f"## {op.name}", "", *_operator_lines(op), ""]
+    return "\n".join(lines)
+
+
+def _operator_lines(op: Op) -> list[str]:
+    lines = ["| argument | axes | dtypes |", "|---|---|---|"]
+    for name, axes in op.axes.items():
+        dtypes = ", ".join(f"that of `{d}`" if isinstance(d, str) else _name(d) for d in op.dtypes[name])
+        lines.append(f"| `{name}` | `{axes}` | {dtypes} |")
+    scalars = ", ".join(f"`{name}`" for name in op.parameters[op.arity :])
+    outputs = [f"`{name}` ({f'that of `{d}`' if isinstance(d, str) else _name(d)})" for name, d in op.outputs.items()]
+    return [
+        *lines,
+        "",
+        f"- Scalars: {scalars or 'none'}.",
+        f"- Outputs: {', '.join(outputs)}.",
+        f"- Gradient: {'none: ' + op.gradient if op.gradient else 'yes'}.",
+        f"- Autocast: {', '.join(f'`{name}`' for name in op.autocast) or 'leaves the inputs as they are'}.",
+        f"- Declared cases: {len(op.domain.cases)}, beside drawn ones; shapes measured: {len(op.domain.sweep)}.",
+        "",
+        f"| backend | {' | '.join(DTYPES)} |",
+        "|---|" + "---|" * len(DTYPES),
+        *(f"| {name} | {' | '.join(_support(op, name, dtype) for dtype in DTYPES.values())} |" for name in BACKENDS),
+    ]
+
+
+def _support(op: Op, backend: str, dtype: torch.dtype) -> str:
+    """Whether a backend takes the declared cases at a dtype, or its refusals."""
+    examples = [op.example(case, dtype) for case in op.domain.cases]
+    refusals = dict.fromkeys(reason for args in examples if (reason := op.refusal(backend, args)))
+    return "; ".join(refusals) or "✓"
 
 
 if __name__ == "__main__":

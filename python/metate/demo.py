@@ -1,0 +1,182 @@
+"""The main job on real input: a Llama-style decoder learns to write Python from the standard library's source.
+
+Bytes are the tokens, every tenth file is held out, order and first weights are fixed. The first steps are taken twice,
+with metate's attention and with naive attention, in turn: the losses must agree within rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
+
+from metate.models import Llama, LlamaConfig
+
+ROUNDING = {"cpu": 1e-4, "cuda": 5e-2}  # of the loss; bfloat16 on a GPU
+FOLDERS = ("asyncio", "collections", "email", "http", "importlib", "json", "logging", "unittest")  # beside the top
+PROMPT = "def __init__(self"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained and for how long."""
+
+    config: LlamaConfig
+    batch: int = 1
+    length: int = 1024
+    compared: int = 12  # steps taken with both attentions
+    seconds: float = 60  # of training with metate's, the compared steps included
+    written: int = 320  # bytes of the completion
+    rate: float = 2e-3
+
+
+PLAN = Plan(
+    LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+)
+
+
+class Text:
+    """The standard library's source as bytes: windows to train on, in a fixed random order, and held-out ones."""
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        self.plan, self.device = plan, device
+        library = Path(sysconfig.get_path("stdlib"))
+        files = [path for folder in (".", *FOLDERS) for path in sorted(Path(library, folder).glob("*.py"))]
+        self.train = _join(path for i, path in enumerate(files) if i % 10)
+        self.held_out = _join(files[::10])
+        self.generator = torch.Generator().manual_seed(0)
+
+    def windows(self) -> Iterator[Tensor]:
+        """Batches of (batch, length + 1) tokens, without end."""
+        while True:
+            starts = torch.randint(len(self.train) - self.plan.length - 1, (self.plan.batch,), generator=self.generator)
+            yield torch.stack([self.train[i : i + self.plan.length + 1] for i in starts.tolist()]).to(self.device)
+
+    def tests(self) -> Iterator[Tensor]:
+        """Four windows, evenly spread over the held-out files."""
+        step = (len(self.held_out) - self.plan.length - 1) // 4
+        for start in range(0, 4 * step, step):
+            yield self.held_out[start : start + self.plan.length + 1][None].to(self.device)
+
+
+def _join(paths: Iterator[Path] | list[Path]) -> Tensor:
+    text = bytearray().join(path.read_bytes() for path in paths)
+    return torch.frombuffer(text, dtype=torch.uint8).long()
+
+
+class Trainer:
+    """One model and its optimizer, with the time its steps took."""
+
+    def __init__(self, plan: Plan, attention: str, device: str) -> None:
+        self.plan, self.device, self.steps = plan, device, 0
+        self.model = Llama(plan.config, attention).initialize(torch.Generator().manual_seed(0)).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), plan.rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self.times: list[float] = []
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            logits = self.model(tokens[:, :-1])
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+    def step(self, tokens: Tensor) -> float:
+        began = time.perf_counter()
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate * min(1.0, self.steps / 20)
+        self.optimizer.zero_grad()
+        loss = self.loss(tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        value = loss.item()
+        self.times.append(time.perf_counter() - began)
+        return value
+
+    def tokens_per_second(self) -> float:
+        """By the median step, the first two left out: they warm up."""
+        return self.plan.batch * self.plan.length / statistics.median(self.times[2:] or self.times)
+
+    @torch.no_grad()
+    def held_out(self, text: Text) -> float:
+        return statistics.fmean(float(self.loss(tokens)) for tokens in text.tests())
+
+
+def play(console: Console, plan: Plan = PLAN) -> bool:
+    """Trains, compares, completes a prompt; whether the two losses agreed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    text = Text(plan, device)
+    ours, naive = Trainer(plan, "metate", device), Trainer(plan, "naive", device)
+    parameters = sum(p.numel() for p in ours.model.parameters())
+    console.print(
+        f"{len(text.train) / 1e6:.1f} MB of Python source; a decoder of {parameters / 1e6:.1f} M parameters, "
+        f"{plan.config.num_hidden_layers} layers, {plan.batch} × {plan.length} bytes a step"
+    )
+    before, windows = ours.held_out(text), text.windows()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, console=console) as bar:
+        apart = _compare(bar, plan, windows, ours, naive)
+        loss = _train(bar, plan, windows, ours)
+    agree = apart <= ROUNDING[device]
+    console.print(
+        f"[{'green' if agree else 'red'}]{plan.compared} losses of metate and naive attention differ by at most "
+        f"{apart:.1e}[/] (rounding: {ROUNDING[device]:g})",
+        highlight=False,
+    )
+    speeds = [trainer.tokens_per_second() for trainer in (ours, naive)]
+    console.print(f"tokens/s: metate [bold]{speeds[0]:.0f}[/], naive {speeds[1]:.0f}: {speeds[0] / speeds[1]:.2f} ×")
+    after = ours.held_out(text)
+    console.print(f"{ours.steps} steps, loss {loss:.3f}; held-out {before:.3f} → [bold]{after:.3f}[/] nats a byte")
+    console.print(Panel(escape(_complete(ours, plan)), title="what it writes", title_align="left"))
+    return agree
+
+
+def _compare(bar: Progress, plan: Plan, windows: Iterator[Tensor], ours: Trainer, naive: Trainer) -> float:
+    """The same steps with both attentions, taken in turn; the largest difference of their losses."""
+    task, apart = bar.add_task("metate beside naive", total=plan.compared, state=""), 0.0
+    for i in range(plan.compared):
+        tokens = next(windows)
+        losses = {trainer: trainer.step(tokens) for trainer in ((ours, naive) if i % 2 else (naive, ours))}
+        apart = max(apart, abs(losses[ours] - losses[naive]))
+        speeds = f"{ours.tokens_per_second():.0f} and {naive.tokens_per_second():.0f} tokens/s"
+        bar.update(task, advance=1, state=f"loss {losses[ours]:.4f} and {losses[naive]:.4f}, {speeds}")
+    return apart
+
+
+def _train(bar: Progress, plan: Plan, windows: Iterator[Tensor], ours: Trainer) -> float:
+    """Metate's alone for the rest of the time; the last losses' mean."""
+    task = bar.add_task("metate", total=plan.seconds, state="")
+    losses: list[float] = []
+    while not losses or math.fsum(ours.times) < plan.seconds:
+        losses.append(ours.step(next(windows)))
+        mean = statistics.fmean(losses[-20:])
+        state = f"step {ours.steps}, loss {mean:.3f}, {ours.tokens_per_second():.0f} tokens/s"
+        bar.update(task, completed=min(math.fsum(ours.times), plan.seconds), state=state)
+    return statistics.fmean(losses[-20:])
+
+
+def _complete(trainer: Trainer, plan: Plan) -> str:
+    prompt = torch.tensor([list(PROMPT.encode())], device=trainer.device)
+    generator = torch.Generator(trainer.device).manual_seed(0)
+    written = trainer.model.complete(prompt, plan.written, 0.6, generator)
+    return PROMPT + bytes(written[0].tolist()).decode(errors="replace")

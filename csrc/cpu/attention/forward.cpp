@@ -384,7 +384,7 @@ void run_piece(const Shape& s, const Piece& piece, Scratch<Word> my, const Parts
 template <class T, class Word>
 void run(const AttentionForward& call, const Runtime& runtime) {
     Shape s = shape_of<Word>(call);
-    const Cut cut = cut_queries(s.a, s.block, nullptr);
+    const Cut cut = cut_queries(s.a, runtime.threads, s.block, nullptr);
     if (cut.pieces == 0) return;
     s.max_rows = cut.max_rows;
     const int workers = static_cast<int>(cut.pieces < runtime.threads ? cut.pieces : runtime.threads);
@@ -406,7 +406,7 @@ void run(const AttentionForward& call, const Runtime& runtime) {
     };
     const size_t bytes = lay_out({});
     lay_out({static_cast<char*>(runtime.scratch(bytes))});
-    cut_queries(s.a, s.block, pieces);
+    cut_queries(s.a, runtime.threads, s.block, pieces);
     for (int64_t i = 0; i < cut.pieces; ++i) {
         if (pieces[i].parts > 1 && pieces[i].part == 0) {
             parts.missing[pieces[i].state] = static_cast<int32_t>(pieces[i].parts);

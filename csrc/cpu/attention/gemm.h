@@ -47,8 +47,9 @@ METATE_FN vi spread(const Pair* a) {
 
 // What becomes of the old values of c: lost, added to, or scaled row by row and added to.
 enum class Into { set, add, scaled };
-// How a lies in memory: a(r, k) at r · stride + k, or at k · stride + r.
-enum class Left { rows, columns };
+// How a lies in memory: a(r, k) at r · stride + k, at k · stride + r, or panel after panel as pack_rows leaves floats,
+// at k / panel · stride + r · panel + k % panel.
+enum class Left { rows, columns, panels };
 
 template <class Word>
 struct Product {
@@ -81,20 +82,26 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
     // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
     constexpr int bases = (rows + 2) / 3;
     const Word* base[bases];
+    const int64_t row_stride = left == Left::rows ? p.stride : left == Left::panels ? panel : 1;
+    const int64_t step = left == Left::columns ? p.stride : 1;
 #pragma GCC unroll 4
-    for (int i = 0; i < bases; ++i) base[i] = p.a + (left == Left::rows ? 3 * i * p.stride : 3 * i);
-    const int64_t row_stride = left == Left::rows ? p.stride : 1, step = left == Left::rows ? 1 : p.stride;
+    for (int i = 0; i < bases; ++i) base[i] = p.a + 3 * i * row_stride;
     const Word* b = p.b;
-    for (int64_t k = p.steps; k > 0; --k) {
+    for (int64_t left_steps = p.steps; left_steps > 0; left_steps -= panel) {
+        for (int64_t k = left == Left::panels && left_steps > panel ? panel : left_steps; k > 0; --k) {
 #pragma GCC unroll 12
-        for (int r = 0; r < rows; ++r) {
-            const auto a = spread(base[r / 3] + r % 3 * row_stride);
+            for (int r = 0; r < rows; ++r) {
+                const auto a = spread(base[r / 3] + r % 3 * row_stride);
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + v * width);
-        }
+                for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + v * width);
+            }
 #pragma GCC unroll 4
-        for (int i = 0; i < bases; ++i) base[i] += step;
-        b += panel;
+            for (int i = 0; i < bases; ++i) base[i] += step;
+            b += panel;
+        }
+        if constexpr (left != Left::panels) break;
+#pragma GCC unroll 4
+        for (int i = 0; i < bases; ++i) base[i] += p.stride - panel;
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -146,16 +153,43 @@ METATE_FN vf load_words(const bf16* from, int64_t n, const Pair*) {
 }
 #endif
 
-// One row of n elements as words, zeros up to `words` (a multiple of width).
+// One row of n <= max_head_dim elements as words, zeros up to `words` (a multiple of width).
 template <class Word, class T>
 inline void pack_row(Word* to, int64_t words, const T* row, int64_t stride, int64_t n) {
     T line[max_head_dim];
     row = contiguous(row, stride, n, line);
     constexpr int unit = width * elements_of<Word>;
-    for (int64_t i = 0; i < words / width; ++i) {
-        const int64_t left = n - i * unit;
-        store_words(to + i * width, left > 0 ? load_words(row + i * unit, left, to) : splat(0.0f));
+    int64_t at = 0;
+    for (; at + unit <= n; at += unit, to += width) store_words(to, load_words(row + at, unit, to));
+    for (words -= steps_of<Word>(at); words > 0; words -= width, at += unit, to += width) {
+        store_words(to, at < n ? load_words(row + at, n - at, to) : splat(0.0f));
     }
+}
+
+// One square of a transpose: `width` rows from `from` on, `width` words each.
+template <class Word, class T>
+METATE_FN void transpose_square(Word* to, const T* from, int64_t row_stride) {
+    vf square[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) square[i] = load_words(from + i * row_stride, width * elements_of<Word>, to);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) store_words(to + i * panel, square[i]);
+}
+
+// The same where rows or words are missing: zeros stand for the rows.
+template <class Word, class T>
+inline void transpose_rest(Word* to, const T* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t n) {
+    constexpr int64_t unit = width * elements_of<Word>;
+    vf square[width];
+    for (int i = 0; i < width; ++i) {
+        T line[unit];
+        square[i] = i < rows ? load_words(contiguous(from + i * row_stride, stride, n < unit ? n : unit, line), n, to)
+                             : splat(0.0f);
+    }
+    transpose(square);
+    const int64_t words = n < unit ? steps_of<Word>(n) : width;
+    for (int64_t i = 0; i < words; ++i) store_words(to + i * panel, square[i]);
 }
 
 // The transpose of `rows` rows of n <= max_head_dim elements, as b of a product over n: panel after panel, word (k, c)
@@ -164,25 +198,23 @@ template <class Word, class T>
 inline void pack_transposed(Word* to, const T* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t n) {
     constexpr int unit = width * elements_of<Word>;
     const int64_t steps = steps_of<Word>(n);
-    T lines[width][max_head_dim];
     for (int64_t row = 0; row < round_up(rows, panel); row += width) {
-        const T* line[width];
-        for (int i = 0; i < width; ++i) {
-            line[i] = row + i < rows ? contiguous(from + (row + i) * row_stride, stride, n, lines[i]) : nullptr;
-        }
+        const T* line = from + row * row_stride;
         Word* const out = to + row / panel * steps * panel + row % panel;
-        for (int64_t k = 0; k < steps; k += width) {
-            vf block[width];
-            const int64_t at = k * elements_of<Word>;
-            for (int i = 0; i < width; ++i) {
-                block[i] = line[i] ? load_words(line[i] + at, n - at < unit ? n - at : unit, to) : splat(0.0f);
+        const bool has_next = row + 2 * width <= rows;  // whole rows far apart are more than the machine foresees
+        for (int64_t at = 0; at < n; at += unit, line += unit * stride) {
+            Word* const square = out + at / elements_of<Word> * panel;
+            for (int i = 0; i < width && has_next; ++i) __builtin_prefetch(line + (width + i) * row_stride, 0, 2);
+            if (stride == 1 && n - at >= unit && rows - row >= width) {
+                transpose_square(square, line, row_stride);
+            } else {
+                transpose_rest(square, line, row_stride, stride, rows - row, n - at);
             }
-            transpose(block);
-            const int64_t live = steps - k < width ? steps - k : width;
-            for (int64_t i = 0; i < live; ++i) store_words(out + (k + i) * panel, block[i]);
         }
     }
 }
+
+constexpr int64_t rows_ahead = 16;  // how far ahead rows are fetched into the cache
 
 // `rows` rows of n elements as b of a product over the rows: every `panel_stride` words a panel of `panel` elements of
 // n, word (k, c) of a panel at k · panel + c, `steps` >= steps_of(rows) words deep, zeros after the rows and columns.
@@ -192,14 +224,26 @@ inline bool pack_rows(float* to, const T* from, int64_t row_stride, int64_t stri
                       int64_t steps, int64_t panel_stride) {
     T line[max_head_dim];
     vf poison = splat(0.0f);  // NaN once an element was infinite or NaN
-    for (int64_t k = 0; k < steps; ++k) {
-        const T* row = k < rows ? contiguous(from + k * row_stride, stride, n, line) : nullptr;
-        for (int64_t c = 0; c < round_up(n, panel); c += width) {
-            const int64_t live = row ? n - c : 0;
-            const vf x = live >= width ? load(row + c) : live > 0 ? load(row + c, live) : splat(0.0f);
-            poison = fma(x, splat(0.0f), poison);
-            store(to + c / panel * panel_stride + k * panel + c % panel, x);
+    const auto put = [&](float* at, vf x) {
+        poison = fma(x, splat(0.0f), poison);
+        store(at, x);
+    };
+    for (int64_t k = 0; k < rows; ++k, from += row_stride, to += panel) {
+        const T* row = contiguous(from, stride, n, line);
+        float* out = to;
+        int64_t c = 0;
+        for (; c + panel <= n; c += panel, out += panel_stride) {
+            if (k + rows_ahead < rows) __builtin_prefetch(from + rows_ahead * row_stride + c * stride, 0, 2);
+            put(out, load(row + c));
+            put(out + width, load(row + c + width));
         }
+        if (c == n) continue;
+        put(out, n - c >= width ? load(row + c) : load(row + c, n - c));
+        put(out + width, n - c > width ? load(row + c + width, n - c - width) : splat(0.0f));
+    }
+    for (int64_t k = rows; k < steps; ++k, to += panel) {
+        for (int64_t c = 0; c < panel * ceil_div(n, panel); c += width)
+            store(to + c / panel * panel_stride + c % panel, splat(0.0f));
     }
     return bits_of(is_nan(poison)) == 0;
 }
@@ -209,18 +253,30 @@ inline bool pack_rows(Pair* to, const bf16* from, int64_t row_stride, int64_t st
                       int64_t steps, int64_t panel_stride) {
     bf16 even[max_head_dim], odd[max_head_dim];
     const bf16 zeros[max_head_dim] = {};
-    bool finite = true;
-    for (int64_t k = 0; k < steps; ++k) {
-        const bf16* a = 2 * k < rows ? contiguous(from + 2 * k * row_stride, stride, n, even) : zeros;
-        const bf16* b = 2 * k + 1 < rows ? contiguous(from + (2 * k + 1) * row_stride, stride, n, odd) : zeros;
-        for (int64_t c = 0; c < round_up(n, panel); c += width) {
-            const int64_t live = n - c;
-            const vi x = live >= width ? zip(a + c, b + c) : live > 0 ? zip(a + c, b + c, live) : splat(0);
-            finite &= !any_not_finite(x);
-            store_words(to + c / panel * panel_stride + k * panel + c % panel, as_float(x));
+    vm bad = 0;
+    for (int64_t k = 0; k < steps; ++k, to += panel) {
+        const bf16 *first = from + 2 * k * row_stride, *second = first + row_stride;
+        const bf16* a = 2 * k < rows ? contiguous(first, stride, n, even) : zeros;
+        const bf16* b = 2 * k + 1 < rows ? contiguous(second, stride, n, odd) : zeros;
+        Pair* out = to;
+        const auto put = [&](Pair* at, vi x) {
+            bad |= not_finite(x);
+            store_words(at, as_float(x));
+        };
+        int64_t c = 0;
+        for (; c + panel <= n; c += panel, out += panel_stride) {
+            if (2 * k + 2 * rows_ahead < rows) {
+                __builtin_prefetch(first + 2 * rows_ahead * row_stride + c * stride, 0, 2);
+                __builtin_prefetch(second + 2 * rows_ahead * row_stride + c * stride, 0, 2);
+            }
+            put(out, zip(a + c, b + c));
+            put(out + width, zip(a + c + width, b + c + width));
         }
+        if (c == n) continue;
+        put(out, n - c >= width ? zip(a + c, b + c) : zip(a + c, b + c, n - c));
+        put(out + width, n - c > width ? zip(a + c + width, b + c + width, n - c - width) : splat(0));
     }
-    return finite;
+    return bad == 0;
 }
 #endif
 

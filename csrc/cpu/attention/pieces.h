@@ -45,15 +45,16 @@ inline Sequence sequence_at(const Attention& a, int64_t batch, int64_t token) {
     return outside_of(a, true);
 }
 
-// Queries in a piece: enough rows to pay for packing the keys, few enough for all workers to find work.
-inline int64_t queries_of_piece(const Attention& a) {
-    constexpr int64_t least = 192, most = 1536, wanted_pieces = 48;
-    const int64_t group = a.k.size[2] ? a.q.size[2] / a.k.size[2] : 1;
-    const int64_t rows = clamp(a.q.size[0] * a.q.size[1] * a.q.size[2] / wanted_pieces, least, most);
+// Queries in a piece: enough rows to pay for packing the keys, few enough for all workers to find work. This alone may
+// follow the number of workers, for no row's result depends on the rows beside it.
+inline int64_t queries_of_piece(const Attention& a, int threads) {
+    constexpr int64_t least = 192, most = 4096, pieces_of_worker = 4;
+    const int64_t group = a.q.size[2] / a.k.size[2];
+    const int64_t rows = clamp(a.q.size[0] * a.q.size[1] * a.q.size[2] / (pieces_of_worker * threads), least, most);
     int64_t unit = 1;  // queries that fill whole tiles
-    while (unit * group % tile_rows && unit < tile_rows) ++unit;
-    const int64_t queries = rows / group / unit * unit;
-    return queries > 0 ? queries : unit * group <= most ? unit : 1;
+    while (unit * group % tile_rows) ++unit;
+    const int64_t queries = ceil_div(rows / group, unit) * unit;
+    return queries * group <= 2 * most ? queries : 1;
 }
 
 // Into how many parts the `keys` of a query range are split so that a sequence of few rows keeps many workers busy.
@@ -91,10 +92,10 @@ inline void cut_sequence(const Attention& a, const Sequence& s, int64_t n, int64
     }
 }
 
-inline Cut cut_queries(const Attention& a, int64_t block, Piece* to) {
+inline Cut cut_queries(const Attention& a, int threads, int64_t block, Piece* to) {
     Cut cut{};
     if (a.k.size[2] == 0) return cut;
-    const int64_t step = queries_of_piece(a), count = sequences_of(a);
+    const int64_t step = queries_of_piece(a, threads), count = sequences_of(a);
     for (int64_t n = 0; n < count; ++n) cut_sequence(a, sequence_of(a, n), n, step, block, to, cut);
     if (a.cu_seqlens_q) {
         for (int behind = 0; behind < 2; ++behind) {

@@ -155,17 +155,21 @@ METATE_FN void store(f16* p, vf x) {
 
 METATE_FN void transpose(vf (&r)[width]) {
     vf t[width];
+#pragma GCC unroll 16
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 16
         for (int j = 0; j < 2; ++j) {
             const __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + j + 2]);
             r[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
             r[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
         }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 4; ++i) {
         const vf low = r[i], high = r[i + 4];
         r[i] = _mm256_permute2f128_ps(low, high, 0x20);

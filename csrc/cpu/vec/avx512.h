@@ -162,23 +162,28 @@ METATE_FN void store(f16* p, vf x, int64_t n) {
 
 METATE_FN void transpose(vf (&r)[width]) {
     vf t[width];
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 16
         for (int j = 0; j < 2; ++j) {
             const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
             r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
             r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
         }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 4; ++i) {
         t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
         t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
         t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
         t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < 8; ++i) {
         r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
@@ -208,10 +213,12 @@ METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
 METATE_FN vi keep_elements(vi pairs, bool first, bool second) {
     return _mm512_and_si512(pairs, splat(static_cast<int32_t>((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0))));
 }
-// Whether any of the 2·width elements is infinite or NaN.
-METATE_FN bool any_not_finite(vi pairs) {
-    const vi exponent = _mm512_set1_epi16(0x7f80);
-    return _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent) != 0;
+// The lanes where an element is infinite or NaN.
+METATE_FN vm not_finite(vi pairs) {
+    const vi exponents = splat(0x7f807f80), low = _mm512_and_si512(pairs, exponents);
+    const vi first = _mm512_and_si512(low, splat(0xffff)), second = _mm512_srli_epi32(low, 16);
+    return static_cast<vm>(_mm512_cmpeq_epi32_mask(first, splat(0x7f80)) |
+                           _mm512_cmpeq_epi32_mask(second, splat(0x7f80)));
 }
 
 #if defined(METATE_EMULATE_BF16)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from metate.op import REGISTRY, Op
 from torch import Tensor
 
-import metate
+# Without a GPU its kernels still run: Triton's in its interpreter, which must be asked for before triton is imported,
+# CUDA's in the emulator that `make native` builds.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from metate.op import REGISTRY, Op  # noqa: E402
+
+import metate  # noqa: E402
+
+if not torch.cuda.is_available():
+    for emulated in (Path(__file__).parent.parent / "build" / "native").glob("emulated*.so"):
+        torch.ops.load_library(emulated)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

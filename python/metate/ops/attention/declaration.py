@@ -193,6 +193,7 @@ attention_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shardings,
     validate=rules.validate_forward,
+    refuses={"cuda": lambda q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_forward),
 )
 
@@ -209,6 +210,7 @@ backward_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shardings,
     validate=rules.validate_backward,
+    refuses={"cuda": lambda grad_out, q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_backward),
 )
 
@@ -225,6 +227,7 @@ column_sums_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shardings,
     validate=rules.validate_column_sums,
+    refuses={"cuda": lambda q, k, *_: rules.refused_by_cuda(q, k, k)},
     contents=("cu_seqlens_q", rules.check_column_sums),
     gradient="column sums are a statistic for cache eviction; detach them, or sum explicit probabilities",
 )
@@ -266,5 +269,6 @@ merge_op = Op(
     vmap=rules.merge_vmap,
     sharding=lambda op, args: [({"out": b, "lse": c}, {"outs": b + 1, "lses": c + 1}) for b, c in ((0, 0), (2, 1), (1, 2))],
     validate=rules.validate_merge,
+    refuses={"cuda": lambda outs, lses: "float64: up to float32" if outs.dtype == torch.float64 else None},
 )
 merge_op.differentiable(rules.backward_merge, rules.save_merge)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metate.philox import keep_mask
 
+
 def _positions(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, top_left: bool) -> tuple[Tensor, ...]:
     """Of every query its batch entry and position, of every key its position, the diagonal, and who shares a sequence."""
     rows, columns = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)

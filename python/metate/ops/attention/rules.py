@@ -37,6 +37,16 @@ def validate_column_sums(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> None:
     _validate_wide("attention_column_sums", q, alibi_slopes=slopes, lse=lse)
 
 
+def refused_by_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(q.dtype).removeprefix('torch.')}: bfloat16 or float16 (tensor cores)"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"head_dim {q.shape[3]}, value_dim {v.shape[3]}: up to 256"
+    if q.shape[1] + k.shape[1] >= 2**30:
+        return f"{q.shape[1]} queries and {k.shape[1]} keys: fewer than 2**30 together"
+    return None
+
+
 def validate_merge(outs: Tensor, lses: Tensor) -> None:
     _validate_wide("merge_attention_states", outs, lses=lses)
 

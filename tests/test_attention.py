@@ -1,0 +1,215 @@
+"""Attention: what the declaration of the operators cannot say."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BACKENDS, same_bits
+from torch import Tensor
+
+import metate
+from metate import AttentionMask
+
+ATTENTION = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "attention"]
+everywhere = pytest.mark.parametrize("device,backend", ATTENTION, ids=lambda value: value)
+
+
+def random(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 2e-2) -> None:
+    torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=tolerance)
+
+
+@everywhere
+def test_packed_equals_one_by_one(device, backend):
+    lengths_q, lengths_k = [5, 0, 64, 33], [9, 4, 64, 70]
+    q, k, v = random(102, 4, 32, device=device), random(147, 2, 32, device=device), random(147, 2, 32, device=device, seed=2)
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (lengths_q, lengths_k))
+    with metate.use(backend):
+        out, lse = metate.attention_varlen(q, k, v, cu_q, cu_k, causal=True, return_lse=True)
+        parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+        expected = [metate.attention(a[None], b[None], c[None], causal=True, return_lse=True) for a, b, c in parts]
+    close(out, torch.cat([o[0] for o, _ in expected]))
+    close(lse, torch.cat([s[0] for _, s in expected], -1))
+
+
+@everywhere
+def test_padding_may_hold_nan(device, backend):
+    """Keys that a mask hides and tokens outside every sequence change no bit, whatever they hold."""
+    q, k, v = random(2, 40, 2, 64, device=device), random(2, 70, 2, 64, device=device), random(2, 70, 2, 64, device=device, seed=1)
+    lengths = torch.tensor([51, 33], device=device)
+    mask = AttentionMask.lengths(lengths, 40)
+    hidden = (torch.arange(70, device=device) >= lengths[:, None])[..., None, None]
+    with metate.use(backend):
+        clean = metate.attention(q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), mask=mask, return_lse=True)
+        dirty = metate.attention(q, k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.nan), mask=mask, return_lse=True)
+        assert same_bits(clean, dirty)
+        cu = torch.tensor([3, 20, 60], dtype=torch.int32, device=device)
+        outside = (torch.arange(70, device=device) < 3) | (torch.arange(70, device=device) >= 60)
+        packed = [x[0, :, :, :].masked_fill(outside[:, None, None], math.nan) for x in (k, v)]
+        out, lse = metate.attention_varlen(packed[0], *packed, cu, cu, causal=True, return_lse=True)
+    assert out.isfinite().all() and (out[outside] == 0).all() and (lse[:, outside] == -math.inf).all()
+
+
+@pytest.mark.parametrize("backend", [backend for device, backend in ATTENTION if device == "cpu" and backend == "cpu"])
+def test_nan_in_a_later_token_does_not_reach_earlier_ones(backend):
+    """Inside a tile too: a causal mask hides the last keys from the first rows of the same tile."""
+    q, k, v = (random(1, 32, 2, 32, dtype=torch.float32, seed=seed).requires_grad_() for seed in range(3))
+    out = metate.attention(q, k, v, causal=True)
+    poisoned = v.detach().clone()
+    poisoned[:, 20] = math.nan
+    dirty = metate.attention(q, k, poisoned, causal=True)
+    assert same_bits(dirty[:, :20], out[:, :20]) and dirty[:, 20:].isnan().all()
+
+
+@everywhere
+def test_rows_without_a_key_are_zero_and_silent(device, backend):
+    q, k, v = (random(1, n, 2, 16, device=device, seed=n).requires_grad_() for n in (40, 20, 20))
+    with metate.use(backend):
+        out, lse = metate.attention(q, k, v, causal=True, return_lse=True)  # rows 0 to 19 see nothing
+        out.float().sum().backward()
+    assert (out[:, :20] == 0).all() and (lse[..., :20] == -math.inf).all() and lse[..., 20:].isfinite().all()
+    assert (q.grad[:, :20] == 0).all() and all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_masks_agree_with_dense_ones():
+    q, k, v = (random(1, 64, 2, 16, dtype=torch.float32, seed=seed) for seed in range(3))
+    ids = torch.tensor([0] * 20 + [1] * 30 + [2] * 14)
+    i = torch.arange(64)
+    pairs = [
+        (AttentionMask.documents(ids), ids[:, None] == ids),
+        (AttentionMask.block_sparse(torch.eye(4, dtype=torch.bool), (16, 16)), i[:, None] // 16 == i // 16),
+        (AttentionMask.lengths(torch.tensor([40]), 64, torch.tensor([5])), ((i >= 5) & (i < 40)).expand(64, 64)),
+    ]
+    for mask, visible in pairs:
+        close(metate.attention(q, k, v, mask=mask), metate.attention(q, k, v, mask=visible), 1e-6)
+        assert torch.equal(metate.attention(q, k, v, mask=mask, causal=True), metate.attention(q, k, v, mask=mask, window=(-1, 0)))
+
+
+def test_tree_mask_is_a_set_of_paths():
+    """Every node of a draft tree computes what it would as the end of its own path."""
+    parents, prefix = [-1, 0, 0, 1, 2, 2], 7
+    q, k, v = (random(1, n, 2, 16, dtype=torch.float32, seed=n) for n in (6, 13, 14))
+    v = v[:, :13]
+    out = metate.attention(q, k, v, mask=AttentionMask.tree(parents, prefix))
+    for node, _ in enumerate(parents):
+        path, at = [], node
+        while at >= 0:
+            path.append(prefix + at)
+            at = parents[at]
+        keys = [*range(prefix), *reversed(path)]
+        close(out[:, node : node + 1], metate.attention(q[:, node : node + 1], k[:, keys], v[:, keys]), 1e-6)
+    with pytest.raises(ValueError, match=r"metate.AttentionMask.tree: parents\[1\] is 5"):
+        AttentionMask.tree([-1, 5])
+
+
+@everywhere
+def test_parts_merge_to_the_whole(device, backend):
+    q, k, v = (random(2, 64, 4, 32, device=device, seed=seed) for seed in range(3))
+    with metate.use(backend):
+        whole = metate.attention(q, k, v, return_lse=True)
+        parts = [metate.attention(q, k[:, s], v[:, s], return_lse=True) for s in (slice(0, 17), slice(17, 64))]
+        merged = metate.merge_attention_states(*(torch.stack(x) for x in zip(*parts, strict=True)))
+    for got, expected in zip(merged, whole, strict=True):
+        close(got, expected)
+
+
+@everywhere
+def test_column_sums_add_up_to_the_number_of_queries(device, backend):
+    q, k = random(2, 40, 4, 32, device=device), random(2, 70, 2, 32, device=device)
+    with metate.use(backend):
+        out, lse, sums = metate.attention(q, k, k, causal=True, return_lse=True, return_column_sums=True)
+    assert sums.shape == (2, 4, 70)
+    close(sums.sum(-1), torch.full((2, 4), 40.0, device=device), 1e-2)
+
+
+@everywhere
+def test_dropout_keeps_the_expected_share(device, backend):
+    v = torch.ones(1, 256, 2, 16, device=device, dtype=torch.bfloat16)
+    q = torch.zeros_like(v)
+    with metate.use(backend):
+        out = metate.attention(q, q, v, dropout_p=0.25, seed=1)
+        assert same_bits(out, metate.attention(q, q, v, dropout_p=0.25, seed=1))
+        assert not torch.equal(out, metate.attention(q, q, v, dropout_p=0.25, seed=2))
+        assert not torch.equal(out, metate.attention(q, q, v, dropout_p=0.25, seed=1, offset=1))
+    assert abs(out.float().mean().item() - 1) < 0.02
+
+
+def test_memory_is_linear_in_the_sequence_length():
+    """Forward and backward at 8192 tokens: the score matrix alone would take 256 MiB a head."""
+    code = """
+import resource, torch, metate
+q, k, v = (torch.randn(1, 8192, 1, 64, requires_grad=True) for _ in range(3))
+metate.attention(q[:, :64], k[:, :64], v[:, :64]).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+metate.attention(q, k, v, causal=True).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    if metate.explain(metate.attention, *[torch.zeros(1, 1, 1, 1)] * 3).backend != "cpu":
+        pytest.skip("no compiled CPU kernels")
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 64 << 10, f"{int(grown) >> 10} MiB"
+
+
+def test_compiles_with_cu_seqlens_on_the_device():
+    compiled = torch.compile(metate.attention_varlen, backend="aot_eager", fullgraph=True)
+    q, cu = random(10, 2, 8, dtype=torch.float32), torch.tensor([0, 4, 10], dtype=torch.int32)
+    assert same_bits(compiled(q, q, q, cu, cu, causal=True), metate.attention_varlen(q, q, q, cu, cu, causal=True))
+
+
+Q = torch.zeros(2, 5, 4, 8)
+K = torch.zeros(2, 7, 2, 8)
+CU = torch.tensor([0, 5], dtype=torch.int32)
+WRONG = [
+    (TypeError, "q is list, expected a torch.Tensor", dict(q=[1])),
+    (TypeError, "q is int32, expected float32 or bfloat16 or float16 or float64", dict(q=Q.int())),
+    (TypeError, "k is bfloat16, expected float32", dict(k=K.bfloat16())),
+    (ValueError, r"q is of shape \(5, 4, 8\), expected axes \(B Sq Hq D\)", dict(q=Q[0])),
+    (ValueError, "k is on meta, expected cpu", dict(k=K.to("meta"))),
+    (ValueError, r"k is of shape \(2, 7, 2, 9\).* D = 8", dict(k=torch.zeros(2, 7, 2, 9))),
+    (ValueError, r"v is of shape \(2, 6, 2, 8\).* Sk = 7", dict(v=K[:, :6])),
+    (ValueError, r"v is of shape \(1, 7, 2, 8\).* B = 2", dict(v=K[:1])),
+    (ValueError, "k has 3 heads, q has 4; q heads must be a multiple of k heads", dict(k=torch.zeros(2, 7, 3, 8), v=torch.zeros(2, 7, 3, 8))),
+    (ValueError, "head_dim is 0, expected 1 to 512", dict(q=Q[..., :0], k=K[..., :0])),
+    (ValueError, "head_dim is 513, expected 1 to 512", dict(q=torch.zeros(1, 1, 1, 513), k=torch.zeros(1, 1, 1, 513), v=torch.zeros(1, 1, 1, 8))),
+    (ValueError, "scale is nan, expected a finite number", dict(scale=math.nan)),
+    (TypeError, "scale is '1', expected a number", dict(scale="1")),
+    (ValueError, r"window\[0\] is -3, expected -1", dict(window=(-3, 0))),
+    (TypeError, "window is 5, expected two integers", dict(window=5)),
+    (ValueError, "softcap is -1.0, expected 0", dict(softcap=-1.0)),
+    (ValueError, r"dropout_p is 1.0, expected a probability in \[0, 1\)", dict(dropout_p=1.0, seed=0)),
+    (ValueError, "dropout_p is nan", dict(dropout_p=math.nan, seed=0)),
+    (ValueError, r"sinks is of shape \(3,\).* Hq = 4", dict(sinks=torch.zeros(3))),
+    (ValueError, "bias is of shape .* Sk = 7", dict(bias=torch.zeros(1, 1, 1, 6))),
+    (ValueError, "alibi_slopes is of shape", dict(alibi_slopes=torch.zeros(3, 4))),
+    (TypeError, "mask is torch.float32, expected a bool tensor", dict(mask=torch.zeros(5, 7))),
+    (ValueError, r"block_size\[0\] is 0", dict(mask=AttentionMask.block_sparse(torch.ones(5, 1), (0, 8)))),
+    (ValueError, "backend is 'gpu', expected 'cpu'", dict(backend="gpu")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error,message,wrong", WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else None)
+def test_wrong_arguments_are_named(error, message, wrong):
+    with pytest.raises(error, match=message):
+        metate.attention(**{**dict(q=Q, k=K, v=K), **wrong})
+
+
+@pytest.mark.parametrize(
+    "message,cu_q,cu_k",
+    [
+        (r"cu_seqlens_q is \[0, 4, 3\], expected non-decreasing", [0, 4, 3], [0, 1, 2]),
+        ("cu_seqlens_k is 0 to 9, expected offsets within 0 to 7 tokens", [0, 1, 2], [0, 1, 9]),
+        ("cu_seqlens_q is -1 to 5", [-1, 5], [0, 7]),
+        (r"cu_seqlens_k is of shape \(3,\)", [0, 5], [0, 1, 7]),
+    ],
+)
+def test_wrong_cu_seqlens_are_named(message, cu_q, cu_k):
+    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k))
+    with pytest.raises(ValueError, match=message):
+        metate.attention_varlen(Q[0], K[0], K[0], cu_q, cu_k)

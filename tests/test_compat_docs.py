@@ -1,0 +1,27 @@
+"""The examples of docs/compat.md run as they stand there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from metate import compat
+from metate.compat import sdpa
+from metate.compat import transformers as route
+
+TEXT = (Path(__file__).resolve().parent.parent / "docs/compat.md").read_text()
+EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", TEXT, re.S | re.M))
+
+
+@pytest.mark.parametrize("title", ["flash-attn", "F.scaled_dot_product_attention", "transformers"])
+def test_example(title):
+    if title == "transformers":
+        pytest.importorskip("transformers")
+    try:
+        exec(EXAMPLES[title], {})
+    finally:
+        if title == "flash-attn":
+            compat.uninstall("flash_attn")
+        if title == "transformers":
+            route.disable()
+    assert not sdpa.active()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from metate import hardware, library
+from metate import hardware
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}  # as in csrc/cpu/peak.h
 READ = 3
@@ -30,8 +30,6 @@ def ceilings(device: str, tell: Callable[[str], None] = lambda text: None) -> Ce
     if device == "cuda":
         tell("peaks of the GPU")
         return {"all": _gpu()}
-    if library.load()["cpu"].module is None:
-        raise RuntimeError(f"metate bench: ceilings need the compiled CPU kernels; {hardware.backends()['cpu']}")
     threads = torch.get_num_threads()
     found = {}
     for count in sorted({1, threads}):

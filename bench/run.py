@@ -254,8 +254,7 @@ def _judge(contender: Contender, workload: Workload, got: Any, truths: list[Trut
                 raise ValueError(f"{name} has shape {tuple(g.shape)}, expected {tuple(t.shape)}")
             if not t.numel():
                 continue
-            scale = float(t.abs().max()) or 1.0
-            error, budget = (float((x - t).abs().max()) / scale for x in (g, p.double()))
+            error, budget = _distance(g, t), _distance(p.double(), t)
             allowed = 2 * budget + torch.finfo(whole.dtype).eps
             if not error / allowed <= contender.error / (contender.budget or 1):
                 contender.error, contender.budget = error, allowed
@@ -263,6 +262,14 @@ def _judge(contender: Contender, workload: Workload, got: Any, truths: list[Trut
     if not contender.error <= slack * contender.budget:
         contender.status = "wrong"
         contender.detail = f"error {contender.error:.1e}, allowed {slack * contender.budget:.1e}"
+
+
+def _distance(x: Tensor, truth: Tensor) -> float:
+    """The largest difference, relative to the largest true value; infinite where only one of both is finite."""
+    finite = truth.isfinite()
+    if not torch.equal(finite, x.isfinite()):
+        return math.inf
+    return float((x - truth).where(finite, 0).abs().max()) / (float(truth.where(finite, 0).abs().max()) or 1.0)
 
 
 # Time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -180,7 +181,8 @@ def show_checks(checks: list[engine.Check]) -> bool:
 
 def _verify_table(results: list[engine.Result]) -> Table:
     dtypes = [dtype for dtype in DTYPES.values() if any(result.check.dtype == dtype for result in results)]
-    table = Table(Column("operator", no_wrap=True), "backend", *map(_name, dtypes), "seconds", box=box.SIMPLE_HEAD)
+    titles = ["operator", "backend", *map(_name, dtypes), "s"]
+    table = Table(*(Column(title, no_wrap=True) for title in titles), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     places: dict[tuple[str, str, str], list[engine.Result]] = {}
     for result in results:
         places.setdefault((result.check.op.name, result.check.device, result.check.backend), []).append(result)
@@ -214,13 +216,20 @@ def bench(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="where the record goes; the HTML and PNG beside it")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="small shapes, few repetitions, nothing that compiles first")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="small shapes, few repetitions, nothing to compile")] = False,
+    largest: Annotated[float | None, typer.Option(help="only cases of at most so many operations")] = None,
 ) -> None:
     """Measure this machine's ceilings, then every operator beside its rivals; write JSON, an HTML report and a PNG."""
     from metate.bench import run
 
-    names = [_known("FAMILY", family, run.families()) and family] if family else list(run.families())
-    run_bench([name for name in names if name], run.QUICK if quick else run.Effort(), json_path or _results())
+    families = run.families()
+    if family:
+        _known("FAMILY", family, families)
+    effort = run.QUICK if quick else run.Effort()
+    if largest is not None:
+        effort = dataclasses.replace(effort, largest=largest)
+    if not run_bench([family] if family else list(families), effort, json_path or _results()):
+        raise typer.Exit(1)
 
 
 def _results() -> Path:
@@ -233,9 +242,14 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
     """Measures, shows and writes; whether every result of ours was right."""
     from metate.bench import machine, report, run
 
+    jobs = [job for family in families for job in run.cases(family, effort)]
+    if not jobs:
+        raise typer.BadParameter("no case is that small", param_hint="--largest")
+    if missing := hardware.backends()[jobs[0][3]]:
+        console.print(f"[red]✗[/] metate bench times compiled kernels: {escape(missing)}", soft_wrap=True)
+        return False
     run.keep_freed_memory()
     before, rows = machine.conditions(), []
-    jobs = [job for family in families for job in run.cases(family, effort)]
     with progress() as bar:
         task = bar.add_task("ceilings", total=len(jobs))
         ceilings = machine.ceilings(jobs[0][3], lambda text: bar.update(task, description=text))
@@ -252,11 +266,14 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
 
 def _bench_table(rows: list[dict[str, Any]]) -> Table:
     """The contenders of one case: time, speed, share of the limit, correctness."""
-    first = rows[0]
     table = Table(
-        Column(f"{first['workload']} [dim]{first['label']} {first['dtype']}[/]", min_width=46, no_wrap=True),
+        Column("", min_width=42, no_wrap=True),
         *(Column(name, justify="right", no_wrap=True) for name in ("ms", "GFLOP/s", "limit", "× best")),
+        title="{workload} [dim]{label} {dtype}[/]".format(**rows[0]),
+        title_justify="left",
+        title_style="bold",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for row in rows:
         name = f"[bold]{escape(row['contender'])}[/]" if row["ours"] else escape(row["contender"])

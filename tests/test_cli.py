@@ -1,0 +1,141 @@
+"""The `metate` command as a person types it."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from metate import hardware, library
+from metate.cli import app
+from metate.demo import PLAN, play
+from metate.models import LlamaConfig
+
+compiled = pytest.mark.skipif(library.load()["cpu"].module is None, reason="no compiled CPU kernels")
+
+
+def metate(*arguments, code=0):
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_info_tells_the_machine_and_what_is_missing():
+    text = metate("info")
+    for word in ("processor", "memory", "ISA", "cpu", "cuda", "triton", "reference", "versions", "torch"):
+        assert word in text
+    for reason in filter(None, hardware.backends().values()):
+        assert reason.split()[0] in text
+
+
+def test_info_as_json():
+    facts = json.loads(metate("info", "--json"))
+    assert set(facts) == {"machine", "backends", "operators", "build", "versions", "warnings"}
+    assert facts["machine"]["threads"] >= 1
+    assert "reference" in facts["operators"]["attention"]["cpu"]
+    assert facts["backends"]["reference"] == "available"
+
+
+def test_warnings_name_what_to_do(monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(library, "refused_isa", lambda: "avx1024")
+    monkeypatch.setattr(library, "isas", lambda: ["avx2"])
+    text = " ".join(metate("info").split())
+    assert "0.5 cores' time: torch.set_num_threads(1)" in text
+    assert "METATE_ISA=avx1024 is not available here; avx2 is in use" in text
+
+
+def test_verify_one_case():
+    text = metate("verify", "--op", "merge_attention_states", "--dtype", "float32", "--case", "1")
+    assert "none wrong" in text
+
+
+def test_verify_a_seed():
+    text = metate("verify", "--op", "merge_attention_states", "--backend", "reference", "--fuzz", "3", "--seed", "7")
+    assert "seeds 7 to 9" in text
+    assert "3 right, none wrong" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "atention"], "'atention' is not one of attention"),
+        (["--dtype", "int3"], "'int3' is not one of float32"),
+        (["--case", "99999"], "no operator has such a case"),
+        (["--device", "tpu"], "nothing runs on tpu"),
+    ],
+)
+def test_verify_names_what_it_does_not_know(arguments, message):
+    assert message in " ".join(metate("verify", *arguments, code=2).replace("│", " ").split())
+
+
+def test_verify_says_why_a_backend_is_missing(monkeypatch):
+    monkeypatch.setattr(hardware, "backends", lambda: {"cuda": "no nvcc: install it"})
+    monkeypatch.setattr("metate.cli._where", lambda ops, backend, device: _missing(backend))
+    assert "no nvcc: install it" in metate("verify", "--backend", "cuda", code=2)
+
+
+def _missing(backend):
+    import typer
+
+    raise typer.BadParameter(hardware.backends()[backend])
+
+
+@compiled
+def test_bench_writes_a_record_a_page_and_a_picture(tmp_path):
+    text = metate("bench", "attention", "--quick", "--largest", "5e8", "--json", tmp_path / "here" / "merge.json")
+    assert "metate cpu" in text
+    record = json.loads((tmp_path / "here" / "merge.json").read_text())
+    assert {"machine", "versions", "ceilings", "protocol", "conditions", "git", "rows"} <= set(record)
+    assert record["ceilings"]["all"]["float32"] > 1e9
+    ours = [row for row in record["rows"] if row["ours"]]
+    rivals = [row for row in record["rows"] if not row["ours"]]
+    assert {row["dtype"] for row in ours} == {"float32", "bfloat16"}
+    assert rivals
+    for row in ours:
+        assert row["status"] == "ok"
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert row["error"] <= row["allowed"]
+        assert row["of_limit"] > 0
+        assert row["times_best_rival"] > 0
+    page = (tmp_path / "here" / "merge.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert (tmp_path / "here" / "merge.png").read_bytes().startswith(b"\x89PNG") or "matplotlib" not in sys.modules
+
+
+def test_bench_names_what_it_does_not_know():
+    assert "'atention' is not one of attention" in metate("bench", "atention", code=2).replace("│", " ")
+    assert "no case is that small" in metate("bench", "--largest", "1", code=2)
+
+
+def test_bench_without_kernels_says_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "backends", lambda: dict.fromkeys(("cpu", "cuda"), "not built: run `pip install .`"))
+    text = metate("bench", "--largest", "5e8", "--json", tmp_path / "x.json", code=1)
+    assert "not built: run `pip install .`" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_decoder_learns_and_both_attentions_agree():
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    screen = io.StringIO()
+    plan = dataclasses.replace(PLAN, config=config, length=96, compared=6, seconds=0, written=20)
+    assert play(Console(file=screen, width=120), plan)
+    text = screen.getvalue()
+    assert "6 losses of metate and naive attention differ by at most" in text
+    assert "7 steps" in text
+    before, after = text.split("held-out ")[1].split(" nats")[0].split(" → ")
+    assert float(after) < float(before)
+    assert "what it writes" in text
+
+
+def test_importing_metate_stays_light():
+    """Nobody who calls an operator pays for the command."""
+    heavy = "('typer', 'rich', 'matplotlib', 'transformers', 'pynvml', 'metate.bench', 'metate.models')"
+    code = f"import metate, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -644,6 +644,7 @@ std::vector<Case> listed() {
     add("no keys", [](Case& c) { c.Sk = 0; });
     add("no queries", [](Case& c) { c.Sq = 0; });
     add("no batch", [](Case& c) { c.B = 0; });
+    add("no batch with a shared bias", [](Case& c) { c.B = 0, c.bias = "11MN"; });
     add("head_dim 512", [](Case& c) { c.B = 1, c.Hq = c.Hkv = 1, c.Sq = 65, c.Sk = 63, c.D = 512, c.Dv = 3; });
     add("value dim 320", [](Case& c) { c.B = 1, c.Hq = c.Hkv = 1, c.Sq = 100, c.Sk = 110, c.D = 7, c.Dv = 320; });
     add("softcap", [](Case& c) { c.softcap = 1.5; });

@@ -56,10 +56,6 @@ struct Call {
     Workspace<Word>* work;
 };
 
-METATE_FN int64_t ceil_of(int64_t n, int64_t unit) {
-    return (n + unit - 1) / unit;
-}
-
 // Scheduling.
 
 // Visits every head with whether its blocks are to be pieces of their own: those behind which too little work is left
@@ -77,7 +73,7 @@ inline void each_head(const Attention& a, const Blocking& size, int threads, con
         const Sequence s = sequence_of(a, n);
         const double cost = static_cast<double>(s.queries) * static_cast<double>(s.keys);
         for (int64_t kv = 0; kv < kv_heads; ++kv) {
-            const Head head{s, kv, ceil_of(s.queries, size.queries), ceil_of(s.keys, size.keys), first_tile, nullptr};
+            const Head head{s, kv, ceil_div(s.queries, size.queries), ceil_div(s.keys, size.keys), first_tile, nullptr};
             left -= cost;
             visit(head, threads > 1 && head.blocks > 1 && 2 * threads * cost > left);
             first_tile += group * head.tiles;
@@ -123,20 +119,18 @@ inline void find_ranges(const Call<Word>& call, const Head& head) {
         const int64_t first = t % head.tiles * call.size.queries, h = head.kv * call.group + t / head.tiles;
         const int64_t end_of_tile = first + call.size.queries,
                       last = end_of_tile < head.s.queries ? end_of_tile : head.s.queries;
-        int64_t begin = head.s.keys, end = 0;
-        for (int64_t i = first; i < last; i += a.intervals || i == last - 1 ? 1 : last - 1 - i) {
+        int64_t begin = head.s.keys, end = 0, unused;
+        for (int64_t i = first; a.intervals && i < last; ++i) {
             const Row row = row_of(a, head.s, i, h);
             if (row.begin >= row.end) continue;
             if (row.begin < begin) begin = row.begin;
             if (row.end > end) end = row.end;
         }
-        // Between the first and the last row the window only widens to both sides of what these two see.
-        if (!a.intervals && last > first) {
-            int64_t unused;
+        if (!a.intervals) {
             window_of(a, head.s, first, begin, unused);
             window_of(a, head.s, last - 1, unused, end);
         }
-        Range range{static_cast<int32_t>(begin / call.size.keys), static_cast<int32_t>(ceil_of(end, call.size.keys))};
+        Range range{static_cast<int32_t>(begin / call.size.keys), static_cast<int32_t>(ceil_div(end, call.size.keys))};
         if (begin >= end) range = {0, 0};
         if (call.bias_sum == BiasSum::elements) range = {0, static_cast<int32_t>(head.blocks)};
         call.plan.range[head.first_tile + t] = range;
@@ -217,28 +211,29 @@ inline void add_row_sums(const Call<Word>& call, const Sequence& s, int64_t h, i
 }
 
 // The gradient of a bias that is broadcast along queries or keys, from the sums of each head.
-template <class Word, class Real>
+template <class Word>
 inline void reduce_bias(const Call<Word>& call) {
     const View<4>& bias = call.args.dbias;
-    const bool by_rows = call.bias_sum == BiasSum::rows;
-    int64_t extent[4], last[4];
-    for (int n = 0; n < 4; ++n)
-        extent[n] = bias.stride[n] == 0 ? 1 : bias.size[n], last[n] = bias.size[n] / (extent[n] ? extent[n] : 1);
-    if (bias.size[3] == 0 && !by_rows) return;
-    const int64_t kept = by_rows ? 2 : 3, length = bias.size[kept];
+    const int kept = call.bias_sum == BiasSum::rows ? 2 : 3;
+    int64_t extent[4], repeats[4];
+    for (int n = 0; n < 4; ++n) {
+        extent[n] = bias.stride[n] == 0 ? 1 : bias.size[n];
+        repeats[n] = bias.stride[n] == 0 ? bias.size[n] : 1;
+    }
+    const auto sum_at = [&](int64_t b, int64_t h, int64_t i) {
+        double total = 0;
+        for (int64_t batch = b; batch < b + repeats[0]; ++batch) {
+            for (int64_t head = h; head < h + repeats[1]; ++head) {
+                const double* const from = call.plan.bias_sum + (batch * bias.size[1] + head) * bias.size[kept];
+                for (int64_t n = i; n < i + repeats[kept]; ++n) total += from[n];
+            }
+        }
+        return static_cast<float>(total);
+    };
     for (int64_t b = 0; b < extent[0]; ++b) {
         for (int64_t h = 0; h < extent[1]; ++h) {
-            for (int64_t i = 0; i < extent[kept]; ++i) {
-                double total = 0;
-                for (int64_t bb = b; bb < b + last[0]; ++bb) {
-                    for (int64_t hh = h; hh < h + last[1]; ++hh) {
-                        const double* const from = call.plan.bias_sum + (bb * bias.size[1] + hh) * length;
-                        for (int64_t ii = i; ii < i + last[kept]; ++ii) total += from[ii];
-                    }
-                }
-                static_cast<Real*>(bias.data)[b * bias.stride[0] + h * bias.stride[1] + i * bias.stride[kept]] =
-                    static_cast<Real>(total);
-            }
+            float* const row = static_cast<float*>(bias.data) + b * bias.stride[0] + h * bias.stride[1];
+            for (int64_t i = 0; i < extent[kept]; ++i) row[i * bias.stride[kept]] = sum_at(b, h, i);
         }
     }
 }
@@ -246,18 +241,16 @@ inline void reduce_bias(const Call<Word>& call) {
 template <class Word>
 inline void reduce_slopes(const Call<Word>& call) {
     const View<2>& to = call.args.dalibi_slopes;
-    const auto at = [&](int64_t b, int64_t h) -> float& {
-        return static_cast<float*>(to.data)[(b < to.size[0] ? b : 0) * to.stride[0] + h * to.stride[1]];
-    };
-    for (int64_t b = 0; b < to.size[0]; ++b) {
-        for (int64_t h = 0; h < to.size[1]; ++h) at(b, h) = 0;
-    }
+    clear<float>(to);
     for (int64_t n = 0; n < call.plan.heads; ++n) {
         const Head& head = call.plan.head[n];
+        const int64_t batch = head.s.number < to.size[0] ? head.s.number : 0;
         for (int64_t g = 0; g < call.group; ++g) {
+            const double* const sums = call.plan.slope_sum + head.first_tile + g * head.tiles;
             double total = 0;
-            for (int64_t t = 0; t < head.tiles; ++t) total += call.plan.slope_sum[head.first_tile + g * head.tiles + t];
-            at(head.s.number, head.kv * call.group + g) += static_cast<float>(total);
+            for (int64_t t = 0; t < head.tiles; ++t) total += sums[t];
+            static_cast<float*>(to.data)[batch * to.stride[0] + (head.kv * call.group + g) * to.stride[1]] +=
+                static_cast<float>(total);
         }
     }
 }
@@ -273,7 +266,8 @@ inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_
     const Range range = call.plan.range[tile];
     w.first = t * call.size.queries;
     w.queries = head.s.queries - w.first < call.size.queries ? head.s.queries - w.first : call.size.queries;
-    w.groups = ceil_of(w.queries, tile_rows);
+    w.groups = ceil_div(w.queries, tile_rows);
+    float* const to = dq + (g * round_up(head.s.queries, tile_rows) + w.first) * call.size.depth;
     const bool is_seen = see(call.args, call.scoring, head.s, h, w);
     if (is_seen) {
         w.finite_queries = pack_queries<Word, T>(a.q, head.s, h, call.size.depth, w, w.query_rows, w.query_panels);
@@ -300,7 +294,6 @@ inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_
         add_key_gradients(call.size, a.q.size[3], a.v.size[3], w);
     }
     wait_for_turn(call.plan.turn + tile, block);
-    float* const to = dq + (g * round_up(head.s.queries, tile_rows) + w.first) * call.size.depth;
     if (block == range.begin)
         __builtin_memset(to, 0, static_cast<size_t>(w.groups * tile_rows * call.size.depth) * sizeof(float));
     if (is_seen) add_query_gradient(call.size, a.q.size[3], w, to);
@@ -403,7 +396,8 @@ void run(const AttentionBackward& args, const Runtime& runtime) {
         clear_outside<T>(args.dk, a.cu_seqlens_k);
         clear_outside<T>(args.dv, a.cu_seqlens_k);
     }
-    if (plan.bias_sum) reduce_bias<Word, float>(call);
+    if (call.bias_sum == BiasSum::elements && heads == 0) clear<float>(args.dbias);
+    if (plan.bias_sum) reduce_bias(call);
     if (plan.slope_sum) reduce_slopes(call);
 }
 

@@ -8,17 +8,16 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 // Zeros every element, once where it is repeated by a stride of 0.
-template <int N>
-inline void clear_exact(const View<N>& view) {
+template <class Real, int N>
+inline void clear(const View<N>& view) {
     if (!view) return;
     int64_t extent[4] = {1, 1, 1, 1}, stride[4] = {};
     for (int n = 0; n < N; ++n) extent[n] = view.stride[n] == 0 ? 1 : view.size[n], stride[n] = view.stride[n];
-    auto* const data = static_cast<double*>(view.data);
     for (int64_t i = 0; i < extent[0]; ++i) {
         for (int64_t j = 0; j < extent[1]; ++j) {
             for (int64_t k = 0; k < extent[2]; ++k) {
-                for (int64_t l = 0; l < extent[3]; ++l)
-                    data[i * stride[0] + j * stride[1] + k * stride[2] + l * stride[3]] = 0;
+                Real* const row = static_cast<Real*>(view.data) + i * stride[0] + j * stride[1] + k * stride[2];
+                for (int64_t l = 0; l < extent[3]; ++l) row[l * stride[3]] = 0;
             }
         }
     }
@@ -72,8 +71,8 @@ inline void backward_row_exact(const AttentionBackward& args, const Sequence& s,
 
 inline void backward_exact(const AttentionBackward& args, const Runtime& runtime) {
     const Attention& a = args.problem;
-    clear_exact(args.dq), clear_exact(args.dk), clear_exact(args.dv), clear_exact(args.dbias),
-        clear_exact(args.dalibi_slopes);
+    clear<double>(args.dq), clear<double>(args.dk), clear<double>(args.dv), clear<double>(args.dbias),
+        clear<double>(args.dalibi_slopes);
     const int64_t kv_heads = a.k.size[2], group = kv_heads ? a.q.size[2] / kv_heads : 0,
                   heads = sequences_of(a) * kv_heads;
     const auto run = [&](int64_t n) {

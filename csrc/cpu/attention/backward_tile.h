@@ -59,10 +59,10 @@ inline void lay_out(Arena& arena, const Blocking& size, bool has_softcap, int64_
     w.key_panels = arena.take<Word>(size.keys / wide * size.depth);
     w.keys_across = arena.take<Word>(round_up(size.depth / wide, width) * size.keys);
     w.values_across = arena.take<Word>(round_up(size.value_depth / wide, width) * size.keys);
-    w.query_rows = arena.take<Word>(size.queries * size.depth / wide);
     w.query_panels = arena.take<Word>(size.queries / wide * size.depth);
-    w.gradient_rows = arena.take<Word>(size.queries * size.value_depth / wide);
     w.gradient_panels = arena.take<Word>(size.queries / wide * size.value_depth);
+    w.query_rows = arena.take<Word>(wide > 1 ? size.queries * size.depth / wide : 0);
+    w.gradient_rows = arena.take<Word>(wide > 1 ? size.queries * size.value_depth / wide : 0);
     // Products may run on up to tile_rows rows more.
     w.dk = arena.take<float>((size.keys + tile_rows) * size.depth);
     w.dv = arena.take<float>((size.keys + tile_rows) * size.value_depth);
@@ -105,7 +105,7 @@ inline bool see(const AttentionBackward& args, const Scoring& scoring, const Seq
     }
     if (w.whole) return true;
     uint32_t any = 0;
-    const int chunks = static_cast<int>((w.keys + chunk - 1) / chunk);
+    const int chunks = static_cast<int>(ceil_div(w.keys, chunk));
     for (int64_t g = 0; g < w.groups; ++g) {
         Group& group = w.group[g];
         const Row* const row = w.row + g * tile_rows;
@@ -213,12 +213,28 @@ inline void clear_group(int64_t g, int64_t c, int64_t line, Workspace<Word>& w) 
     }
 }
 
+// The products of group g of the tile with the packed keys (or values) j … end-1 of the block. Floats serve as left
+// operand in panels too; pairs lie along the queries there, and along the head dimension in rows.
+template <class Word>
+METATE_FN void multiply_across(const Workspace<Word>& w, const Blocking& size, int64_t n, int64_t depth,
+                               const Word* rows, const Word* panels, const Word* across, int64_t g, int64_t j,
+                               int64_t end, float* to) {
+    const int64_t steps = steps_of<Word>(n), first = g * tile_rows, row = depth / elements_of<Word>;
+    Product<Word> product{rows + first * row, row,    across + j * steps, steps, to + first * size.line + j,
+                          size.line,          nullptr};
+    if constexpr (elements_of<Word> == 1) {
+        product.a = panels + first * panel;
+        product.stride = w.groups * tile_rows * panel;
+        multiply<Left::panels, Into::set>(tile_rows, end - j, product);
+    } else {
+        multiply<Left::rows, Into::set>(tile_rows, end - j, product);
+    }
+}
+
 // p and ds of the tile.
 template <class Word>
 inline void differentiate_tile(const Attention& a, const Scoring& scoring, const Sequence& s, const Blocking& size,
                                Workspace<Word>& w) {
-    const int64_t steps = steps_of<Word>(a.q.size[3]), value_steps = steps_of<Word>(a.v.size[3]);
-    const int64_t row = size.depth / elements_of<Word>, value_row = size.value_depth / elements_of<Word>;
     for (int64_t c = 0; c * chunk < w.keys; ++c) {
         for (int64_t g = 0; g < w.groups; ++g) {
             if (!w.whole && !(w.group[g].mask.any >> c & 1)) {
@@ -228,15 +244,10 @@ inline void differentiate_tile(const Attention& a, const Scoring& scoring, const
             const int64_t last = w.whole ? w.keys : w.group[g].end,
                           end = last < (c + 1) * chunk ? last : (c + 1) * chunk;
             for (int64_t j = c * chunk; j < end; j += panel) {
-                float* const at = w.p + g * tile_rows * size.line + j;
-                multiply<Left::rows, Into::set>(
-                    tile_rows, end - j,
-                    Product<Word>{w.query_rows + g * tile_rows * row, row, w.keys_across + j * steps, steps, at,
-                                  size.line, nullptr});
-                multiply<Left::rows, Into::set>(
-                    tile_rows, end - j,
-                    Product<Word>{w.gradient_rows + g * tile_rows * value_row, value_row,
-                                  w.values_across + j * value_steps, value_steps, at - w.p + w.ds, size.line, nullptr});
+                multiply_across(w, size, a.q.size[3], size.depth, w.query_rows, w.query_panels, w.keys_across, g, j,
+                                end, w.p);
+                multiply_across(w, size, a.v.size[3], size.value_depth, w.gradient_rows, w.gradient_panels,
+                                w.values_across, g, j, end, w.ds);
             }
             differentiate_group(a, scoring, s, g, c, size.line, w);
         }
@@ -262,9 +273,9 @@ METATE_FN vf add_where_nonzero(vf sum, float a, const float* b) {
 }
 #if defined(METATE_HAS_BF16_DOT)
 METATE_FN vf add_where_nonzero(vf sum, Pair a, const Pair* b) {
-    const uint32_t used = ((a.first.bits & 0x7fff) ? 0xffffu : 0) | ((a.second.bits & 0x7fff) ? 0xffff0000u : 0);
-    return dot(sum, splat(bit_cast<int32_t>(a)),
-               _mm512_and_si512(load(reinterpret_cast<const int32_t*>(b)), splat(static_cast<int32_t>(used))));
+    const vi used =
+        keep_elements(load(reinterpret_cast<const int32_t*>(b)), a.first.bits & 0x7fff, a.second.bits & 0x7fff);
+    return dot(sum, spread(&a), used);
 }
 #endif
 
@@ -394,7 +405,9 @@ inline bool pack_queries(const View<4>& view, const Sequence& s, int64_t head, i
                          Word* rows, Word* panels) {
     const T* const from = row_at<T>(view, s.batch, s.q0 + w.first, head);
     const int64_t n = view.size[3], stride = view.stride[1], words = depth / elements_of<Word>;
-    for (int64_t r = 0; r < w.queries; ++r) pack_row(rows + r * words, words, from + r * stride, view.stride[3], n);
+    if constexpr (elements_of<Word> == 2) {
+        for (int64_t r = 0; r < w.queries; ++r) pack_row(rows + r * words, words, from + r * stride, view.stride[3], n);
+    }
     const int64_t steps = steps_of<Word>(w.groups * tile_rows);
     return pack_rows(panels, from, stride, view.stride[3], w.queries, n, steps, steps * panel);
 }

@@ -345,7 +345,8 @@ def test_rotary_embedding(scale_base):
 @pytest.fixture
 def absent(monkeypatch):
     """No flash_attn before and after."""
-    assert importlib.util.find_spec("flash_attn") is None
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is installed here")
     yield
     if "flash_attn" in compat._installed:
         compat.uninstall("flash_attn")

@@ -28,11 +28,13 @@ _MAX_HEAD_DIM = 512
 
 def activate() -> None:
     """Every fusible `F.scaled_dot_product_attention` on a CPU runs on metate from now on, in all threads."""
-    registry = torch.nn.attention
-    if active():
-        return
-    registry.register_flash_attention_impl(_NAME, register_fn=_register)
-    registry.activate_flash_attention_impl(_NAME)
+    if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        raise NotImplementedError(
+            f"metate.compat.sdpa: torch {torch.__version__} has no registry of attention kernels; upgrade to 2.11"
+        )
+    if not active():
+        torch.nn.attention.register_flash_attention_impl(_NAME, register_fn=_register)
+        torch.nn.attention.activate_flash_attention_impl(_NAME)
 
 
 def restore() -> None:

@@ -86,9 +86,14 @@ METATE_DEVICE float float_of(uint32_t bits) {
 
 // The same value, of which the compiler no longer knows where it comes from: what is computed from it inside a loop
 // stays there, instead of holding registers across the loop.
-METATE_DEVICE int opaque(int value) {
+template <typename T>
+METATE_DEVICE T opaque(T value) {
 #if defined(__CUDACC__)
-    asm volatile("" : "+r"(value));
+    if constexpr (sizeof(T) == 8) {
+        asm volatile("" : "+l"(value));
+    } else {
+        asm volatile("" : "+r"(value));
+    }
 #endif
     return value;
 }

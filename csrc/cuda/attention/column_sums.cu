@@ -17,15 +17,13 @@ METATE_KERNEL(chunk_threads, 2)
 column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
     METATE_SHARED(unsigned char, shared);
     const Problem& p = f.problem;
-    const int heads = static_cast<int>(p.a.q.size[2]), group = heads / static_cast<int>(p.a.k.size[2]);
-    const Place place = locate(p, true, 64, f.tiles, heads, false);
+    const Place place = locate(p, true, 64, f.tiles, p.heads, false);
     const Sequence& sequence = place.sequence;
     if (place.first >= sequence.keys) return;
     const Scorer<true> scorer(p, sequence, place.head);
     const Matrix q = queries_of(p, p.a.q, f.vector_q, sequence, place.head);
-    const Matrix k = keys_of(p, p.a.k, f.vector_k, sequence, place.head / group);
+    const Matrix k = keys_of(p, p.a.k, f.vector_k, sequence, place.head / p.group);
     const float* const lse = row_values(p, f.lse, sequence, place.head);
-    const float alibi = scorer.alibi_slope();
 
     float sums[2] = {};
     const int slot = p.packed && p.a.intervals ? packed_slot(p.a.cu_seqlens_q, sequence.batch + 1, p.queries, 64) : 0;
@@ -39,7 +37,7 @@ column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
         float s[1][8][4];
         multiply_chunks<T>(s, k, place.first, q, tile * 64, shared);
         const Lines<true, 1, 8> lines(place.first, tile * 64, warp());
-        make_logits<T, false>(s, s, scorer, lines, alibi);
+        make_logits<T, false>(s, s, scorer, lines);
         mask(s, scorer, lines);
         METATE_UNROLL
         for (int line = 0; line < lines.lines; ++line) {

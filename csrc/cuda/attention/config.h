@@ -26,21 +26,18 @@ constexpr int head_tile(int64_t columns) {
 
 // Chosen so that accumulators fit in 255 registers and every block in 99 KiB of shared memory, the least that any GPU
 // since sm_80 offers.
-METATE_INLINE constexpr Config choose(Pass pass, int head) {
+METATE_INLINE constexpr Config choose(Pass pass, int head, bool general) {
     switch (pass) {
         case Pass::forward:
-            return head <= 128   ? Config{head, 4, 2, 64, 1}
-                   : head == 192 ? Config{head, 8, 1, 64, 1}
-                                 : Config{head, 8, 1, 32, 1};
+            if (head == 128 && general) return {head, 8, 1, 64, 1};
+            if (head <= 128) return {head, 4, 2, 64, 1};
+            return {head, 8, 1, head == 192 ? 64 : 32, 1};
         case Pass::grad_queries:
-            return head <= 128   ? Config{head, 4, 2, 32, 1}
-                   : head == 192 ? Config{head, 4, 1, 32, 1}
-                                 : Config{head, 4, 1, 16, 1};
+            if (head <= 128) return {head, 4, 2, 32, 1};
+            return {head, 4, 1, head == 192 ? 32 : 16, 1};
         case Pass::grad_keys:
-            return head == 64    ? Config{head, 4, 2, 32, 1}
-                   : head <= 128 ? Config{head, 8, 1, 32, 1}
-                   : head == 192 ? Config{head, 8, 1, 32, 2}
-                                 : Config{head, 8, 1, 16, 2};
+            if (head <= 128) return {head, 8, 1, head == 64 ? 64 : 32, 1};
+            return {head, 8, 1, head == 192 ? 32 : 16, 2};
     }
     return {};
 }

@@ -48,15 +48,15 @@ METATE_DEVICE void softmax(float (&s)[m][n][4], float (&largest)[2 * m], float (
 }
 
 // The output's factor for each row of this thread, and the row's lse. A sink is one more logit in the denominator.
-template <bool general, int m>
-METATE_DEVICE void finish_rows(const Forward& f, const Scorer<general>& scorer, const Lines<false, m, 2>& lines,
+template <int m>
+METATE_DEVICE void finish_rows(const Forward& f, const Place& place, const Lines<false, m, 2>& lines,
                                const float (&largest)[2 * m], float (&sum)[2 * m], float (&factor)[2 * m]) {
     const Problem& p = f.problem;
-    const bool sinks = p.a.sinks && !scorer.s.padding;
+    const bool sinks = p.a.sinks && !place.sequence.padding;
     const float sink =
-        sinks ? load_global<float>(static_cast<const float*>(p.a.sinks.data) + scorer.head * p.a.sinks.stride[0]) * log2_e
+        sinks ? load_global<float>(static_cast<const float*>(p.a.sinks.data) + place.head * p.a.sinks.stride[0]) * log2_e
               : -infinite();
-    float* const lse = row_values(p, f.lse, scorer.s, scorer.head);
+    float* const lse = row_values(p, f.lse, place.sequence, place.head);
     METATE_UNROLL
     for (int r = 0; r < 2 * m; ++r) {
         sum[r] += shuffle_xor(sum[r], 1);
@@ -66,24 +66,23 @@ METATE_DEVICE void finish_rows(const Forward& f, const Scorer<general>& scorer, 
         const float decay = fast_exp2(scaled - base);
         const float total = sum[r] * decay + fast_exp2(sink - base);
         factor[r] = total == 0.f ? 0.f : decay / total * p.dropout_scale;
-        if ((lane() & 3) == 0 && lines.query(r) < scorer.s.queries) {
+        if ((lane() & 3) == 0 && lines.query(r) < place.sequence.queries) {
             store_global(lse + lines.query(r) * f.lse.stride[2], (base + log2f(total)) * ln_2);
         }
     }
 }
 
 template <typename T, int head, bool general>
-METATE_KERNEL(choose(Pass::forward, head).threads(), 1)
+METATE_KERNEL(choose(Pass::forward, head, general).threads(), 1)
 forward_kernel(METATE_PARAMETER(Forward, f)) {
     METATE_SHARED(unsigned char, shared);
-    constexpr Config c = choose(Pass::forward, head);
+    constexpr Config c = choose(Pass::forward, head, general);
     constexpr int m = c.fragments, rows = c.rows(), step = c.step, pitch = c.head * 2;
     unsigned char *const q_tile = shared, *const k_tile = q_tile + rows * pitch, *const v_tile = k_tile + step * pitch;
     const Problem& p = f.problem;
-    const int heads = static_cast<int>(p.a.q.size[2]), group = heads / static_cast<int>(p.a.k.size[2]);
 
     // Which queries, and which tiles of keys they see. Under a causal mask the longest rows start first.
-    const Place place = locate(p, false, rows, f.tiles, heads, p.right >= 0);
+    const Place place = locate(p, false, rows, f.tiles, p.heads, p.right >= 0);
     if (place.first >= place.sequence.queries) return;
     const Scorer<general> scorer(p, place.sequence, place.head);
     const Bounds bounds = scorer.bounds(place.first, rows, place.slot);
@@ -95,8 +94,8 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
     int tile = next_tile<general>(bounds.any.low / step, end, kind, kind_of);
 
     // The first copies.
-    const Matrix k = keys_of(p, p.a.k, f.vector_k, place.sequence, place.head / group);
-    const Matrix v = keys_of(p, p.a.v, f.vector_v, place.sequence, place.head / group);
+    const Matrix k = keys_of(p, p.a.k, f.vector_k, place.sequence, place.head / p.group);
+    const Matrix v = keys_of(p, p.a.v, f.vector_v, place.sequence, place.head / p.group);
     if (tile < end) {
         load_tile<rows, c.head, c.threads()>(
             q_tile, queries_of(p, p.a.q, f.vector_q, place.sequence, place.head), place.first);
@@ -108,7 +107,6 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
     clear(o);
     METATE_UNROLL
     for (int r = 0; r < 2 * m; ++r) largest[r] = -infinite(), sum[r] = 0.f;
-    const float alibi = general ? scorer.alibi_slope() : 0.f;
 
     METATE_NO_UNROLL
     while (tile < end) {
@@ -122,7 +120,7 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
         clear(s);
         multiply_transposed<T, c.head>(s, q_tile, k_tile, warp());
         const Lines<false, m, step / 8> lines(place.first, first_key, warp());
-        if constexpr (general) make_logits<T, false>(s, s, scorer, lines, alibi);
+        if constexpr (general) make_logits<T, false>(s, s, scorer, lines);
         if (kind == partial) mask(s, scorer, lines);
 
         // The values are there and the keys no longer needed; fetch the next keys. Where a masked key's value could be
@@ -150,14 +148,15 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
         if (poisoned) add_nonfinite<T, 1>(o, left, v, first_key, 0);
     }
 
-    // The output, through the place of the queries.
-    finish_rows<general, m>(f, scorer, Lines<false, m, 2>(place.first, 0, warp()), largest, sum, factor);
+    // The output, through the place of the queries. (Where this is was not worth a register through the loop.)
+    const Place here = locate(p, false, rows, f.tiles, p.heads, p.right >= 0);
+    finish_rows<m>(f, here, Lines<false, m, 2>(here.first, 0, warp()), largest, sum, factor);
     cp_async_wait<0>();
     sync_threads();
     put_tile<T, c.head, 1>(q_tile, o, factor, warp(), 0);
     sync_threads();
-    store_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, f.out, f.vector_out, place.sequence, place.head),
-                                          place.first);
+    store_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, f.out, f.vector_out, here.sequence, here.head),
+                                          here.first);
 }
 
 }  // namespace
@@ -168,7 +167,7 @@ namespace metate::cuda {
 void attention(const AttentionForward& a, const Device& device) {
     flash::for_kernel(a.problem, [&]<typename T, int head, bool general>() {
         using namespace flash;
-        constexpr Config c = choose(Pass::forward, head);
+        constexpr Config c = choose(Pass::forward, head, general);
         Problem p = problem_of(a.problem, general);
         if (const size_t bytes = summary_bytes(p, c.rows())) {
             summarise(p, c.rows(), device.scratch(bytes, device.context), device);

@@ -14,19 +14,17 @@ struct Step {
 
 template <typename T, int head_dim, bool general>
 struct KeyBlock {
-    static constexpr Config c = choose(Pass::grad_keys, head_dim);
+    static constexpr Config c = choose(Pass::grad_keys, head_dim, general);
     static constexpr int m = c.fragments, rows = c.rows(), step = c.step, pitch = c.head * 2;
     const Backward& b;
     const Problem& p;
     Place place;
-    int first_head, last_head;
 
     METATE_DEVICE explicit KeyBlock(const Backward& backward) : b(backward), p(backward.problem) {
-        const int kv_heads = static_cast<int>(p.a.k.size[2]), group = static_cast<int>(p.a.q.size[2]) / kv_heads;
-        place = locate(p, true, rows, b.tiles, kv_heads, false);
-        first_head = place.head * group;
-        last_head = first_head + group - 1;
+        place = locate(p, true, rows, b.tiles, p.heads / p.group, false);
     }
+
+    METATE_DEVICE int end_head() const { return (place.head + 1) * p.group; }
 
     // The tiles of queries that the windows let see these keys.
     METATE_DEVICE Range window() const {
@@ -37,21 +35,24 @@ struct KeyBlock {
         return {low / step, high > low ? (high + step - 1) / step : 0};
     }
 
+    METATE_DEVICE TileKind kind_of(const Scorer<general>& scorer, int tile, int first_slot) const {
+        const int first = tile * step;
+        const TileKind kind = scorer.kind(scorer.bounds(first, step, first_slot + tile), first, first + step, place.first,
+                                          place.first + rows);
+        return kind == full && first + step > place.sequence.queries ? partial : kind;
+    }
+
     // The first step from `from` on that sees anything; its head is beyond the last when there is none.
     METATE_DEVICE Step find(Step from) const {
         const Range range = window();
         const Sequence& s = place.sequence;
         METATE_NO_UNROLL
-        for (; from.head <= last_head; ++from.head, from.tile = range.low) {
+        for (; from.head < end_head(); ++from.head, from.tile = range.low) {
             const Scorer<general> scorer(p, s, from.head);
             const bool numbered = general && p.packed && p.a.intervals;
             const int slot = numbered ? packed_slot(p.a.cu_seqlens_q, s.batch + 1, p.queries, step) : 0;
-            from.tile = next_tile<general>(from.tile, range.high, from.kind, [&](int n) {
-                const int first = n * step;
-                const TileKind kind = scorer.kind(scorer.bounds(first, step, slot + n), first, first + step, place.first,
-                                                  place.first + rows);
-                return kind == full && first + step > s.queries ? partial : kind;
-            });
+            from.tile = next_tile<general>(from.tile, range.high, from.kind,
+                                           [&](int n) { return kind_of(scorer, n, slot); });
             if (from.tile < range.high) break;
         }
         return from;
@@ -62,20 +63,21 @@ struct KeyBlock {
         return queries_of(p, b.grad_out, b.vector_grad_out, place.sequence, head);
     }
 
-    // Starts the copy of a step's queries and gradients; the row states, one per thread, come back in registers.
-    METATE_DEVICE RowState load(const Step& to, unsigned char* tiles) const {
+    // Starts the copy of a step's queries and gradients. What the forward left of its rows comes back in registers:
+    // lse of row r in thread r, its delta in thread step + r.
+    METATE_DEVICE float load(const Step& to, unsigned char* tiles) const {
         load_tile<step, c.head, c.threads()>(tiles, queries(to.head), to.tile * step);
         load_tile<step, c.head, c.threads()>(tiles + step * pitch, gradients(to.head), to.tile * step);
-        const int i = to.tile * step + thread_index();
-        if (thread_index() >= step || i >= place.sequence.queries) return {infinite(), 0.f};
-        const float* const lse = row_values(p, b.lse, place.sequence, to.head);
-        const float* const delta = row_values(p, b.delta, place.sequence, to.head);
-        return row_state(load_global<float>(lse + i * b.lse.stride[2]), load_global<float>(delta + i * b.delta.stride[2]));
+        const View<3>& view = thread_index() < step ? b.lse : b.delta;
+        const int i = to.tile * step + thread_index() % step;
+        if (thread_index() >= 2 * step || i >= place.sequence.queries) return 0.f;
+        const float value = load_global<float>(row_values(p, view, place.sequence, to.head) + i * view.stride[2]);
+        return thread_index() < step ? binary_lse(value) : value;
     }
 };
 
 template <typename T, int head, bool general>
-METATE_KERNEL(choose(Pass::grad_keys, head).threads(), 1)
+METATE_KERNEL(choose(Pass::grad_keys, head, general).threads(), 1)
 grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
     METATE_SHARED(unsigned char, shared);
     using Block = KeyBlock<T, head, general>;
@@ -91,12 +93,12 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
     if (place.first >= place.sequence.keys) return;
     const int row_warp = warp() % (c.warps / c.parts), part = warp() / (c.warps / c.parts);
     const int kv_head = place.head;
-    Step at = block.find({block.first_head, block.window().low, skipped});
-    if (at.head <= block.last_head) {
+    Step at = block.find({place.head * p.group, block.window().low, skipped});
+    if (at.head < block.end_head()) {
         load_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, p.a.k, b.vector_k, place.sequence, kv_head), place.first);
         load_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, p.a.v, b.vector_v, place.sequence, kv_head), place.first);
-        const RowState state = block.load(at, steps);
-        if (thread_index() < step) store_shared(states + thread_index() * 8, state);
+        const float fetched = block.load(at, steps);
+        if (thread_index() < 2 * step) store_shared(states + thread_index() * 4, fetched);
     }
     cp_async_commit();
     float dk[m][n][4], dv[m][n][4];
@@ -105,7 +107,7 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
 
     int stage = 0;
     METATE_NO_UNROLL
-    while (at.head <= block.last_head) {
+    while (at.head < block.end_head()) {
         // This step is there, and everybody is done with the one before: fetch the next into its place.
         unsigned char* const q_tile = steps + stage * 2 * step * pitch;
         unsigned char* const grad_tile = q_tile + step * pitch;
@@ -115,8 +117,8 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
         sync_threads();
         at = block.find({at.head, at.tile + 1, skipped});
         stage ^= 1;
-        RowState fetched{};
-        const bool more = at.head <= block.last_head;
+        float fetched = 0.f;
+        const bool more = at.head < block.end_head();
         if (more) fetched = block.load(at, steps + stage * 2 * step * pitch);
         cp_async_commit();
 
@@ -128,13 +130,15 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
         multiply_transposed<T, c.head>(error, v_tile, grad_tile, row_warp);
         const Scorer<general> scorer(p, place.sequence, now.head);
         const Lines<true, m, step / 8> lines(place.first, now.tile * step, row_warp);
-        differentiate<T, true>(s, error, scorer, lines, now.kind, general ? scorer.alibi_slope() : 0.f, [&](int line) {
-            return load_shared<RowState>(row_states + (lines.query(line) - now.tile * step) * 8);
+        const TileKind kind = general ? now.kind : block.kind_of(scorer, now.tile, 0);
+        differentiate<T, true>(s, error, scorer, lines, kind, [&](int line) {
+            const unsigned char* const row = row_states + (lines.query(line) - now.tile * step) * 4;
+            return RowState{load_shared<float>(row), load_shared<float>(row + step * 4)};
         });
 
         // Their products with the gradients and the queries. A query that sees nothing may be NaN.
         bool poisoned = false;
-        if (now.kind == partial) {
+        if (kind == partial) {
             sync_threads();
             const bool grad = clear_nonfinite<T, step, c.head, c.threads()>(grad_tile);
             poisoned = sync_threads_or(clear_nonfinite<T, step, c.head, c.threads()>(q_tile) || grad);
@@ -146,10 +150,11 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
         pack_left<T>(left, error);
         multiply<T, c.head, c.parts>(dk, left, q_tile, part);
         if (poisoned) add_nonfinite<T, c.parts>(dk, left, block.queries(now.head), now.tile * step, part);
-        if (more && thread_index() < step) store_shared(states + (stage * step + thread_index()) * 8, fetched);
+        if (more && thread_index() < 2 * step) store_shared(states + (stage * 2 * step + thread_index()) * 4, fetched);
     }
 
-    // The gradients, through the places of keys and values.
+    // The gradients, through the places of keys and values. (Where this is was not worth a register through the loop.)
+    const Place here = Block(b).place;
     float scale[2 * m], dropout_scale[2 * m];
     METATE_UNROLL
     for (int r = 0; r < 2 * m; ++r) scale[r] = p.scale, dropout_scale[r] = p.dropout_scale;
@@ -158,15 +163,15 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
     put_tile<T, c.head, c.parts>(k_tile, dk, scale, row_warp, part);
     put_tile<T, c.head, c.parts>(v_tile, dv, dropout_scale, row_warp, part);
     sync_threads();
-    store_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, b.dk, b.vector_dk, place.sequence, kv_head), place.first);
-    store_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, b.dv, b.vector_dv, place.sequence, kv_head), place.first);
+    store_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, b.dk, b.vector_dk, here.sequence, here.head), here.first);
+    store_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, b.dv, b.vector_dv, here.sequence, here.head), here.first);
 }
 
 }  // namespace
 
 void grad_keys(Backward b, void* scratch, const Device& device) {
     for_kernel(b.problem.a, [&]<typename T, int head, bool general>() {
-        constexpr Config c = choose(Pass::grad_keys, head);
+        constexpr Config c = choose(Pass::grad_keys, head, general);
         summarise(b.problem, c.step, scratch, device);
         b.tiles = slots_of(b.problem, true, c.rows());
         launch(grad_keys_kernel<T, head, general>, {grid_of(b.problem, b.tiles, b.problem.a.k.size[2])}, c.threads(),

@@ -20,7 +20,7 @@ template <typename T>
 METATE_DEVICE void logit_gradient(float (&error)[1][8][4], const Backward& b, const Scorer<true>& scorer, int first_query,
                                   int first_key, unsigned char* shared) {
     const Problem& p = b.problem;
-    const int kv_head = scorer.head / static_cast<int>(p.a.q.size[2] / p.a.k.size[2]);
+    const int kv_head = scorer.head / p.group;
     const Sequence& sequence = scorer.s;
     float s[1][8][4];
     multiply_chunks<T>(s, queries_of(p, p.a.q, b.vector_q, sequence, scorer.head), first_query,
@@ -30,9 +30,10 @@ METATE_DEVICE void logit_gradient(float (&error)[1][8][4], const Backward& b, co
     const Lines<false, 1, 8> lines(first_query, first_key, warp());
     const float* const lse = row_values(p, b.lse, sequence, scorer.head);
     const float* const delta = row_values(p, b.delta, sequence, scorer.head);
-    differentiate<T, false>(s, error, scorer, lines, partial, scorer.alibi_slope(), [&](int line) {
+    differentiate<T, false>(s, error, scorer, lines, partial, [&](int line) {
         const int i = least(lines.query(line), sequence.queries - 1);
-        return row_state(load_global<float>(lse + i * b.lse.stride[2]), load_global<float>(delta + i * b.delta.stride[2]));
+        return RowState{binary_lse(load_global<float>(lse + i * b.lse.stride[2])),
+                        load_global<float>(delta + i * b.delta.stride[2])};
     });
 }
 
@@ -106,8 +107,7 @@ METATE_KERNEL(chunk_threads, 1)
 grad_slopes_kernel(METATE_PARAMETER(LogitGradient, g)) {
     METATE_SHARED(unsigned char, shared);
     const Problem& p = g.b.problem;
-    const int heads = static_cast<int>(p.a.q.size[2]);
-    const Place place = locate(p, false, 64, g.b.tiles, heads, false);
+    const Place place = locate(p, false, 64, g.b.tiles, p.heads, false);
     const Scorer<true> scorer(p, place.sequence, place.head);
     float sum = 0.f;
     if (place.first < place.sequence.queries) {
@@ -131,7 +131,7 @@ grad_slopes_kernel(METATE_PARAMETER(LogitGradient, g)) {
     if (thread_index() != 0) return;
     sum = 0.f;
     for (int w = 0; w < chunk_threads / warp_size; ++w) sum += load_shared<float>(shared + w * 4);
-    const int64_t line = (p.packed ? 0 : place.sequence.batch) * static_cast<int64_t>(heads) + place.head;
+    const int64_t line = static_cast<int64_t>(p.packed ? 0 : place.sequence.batch) * p.heads + place.head;
     store_global(g.partial + line * g.b.tiles + place.slot, sum);
 }
 

@@ -7,17 +7,16 @@ namespace metate::cuda::flash {
 namespace {
 
 template <typename T, int head, bool general>
-METATE_KERNEL(choose(Pass::grad_queries, head).threads(), 1)
+METATE_KERNEL(choose(Pass::grad_queries, head, general).threads(), 1)
 grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     METATE_SHARED(unsigned char, shared);
-    constexpr Config c = choose(Pass::grad_queries, head);
+    constexpr Config c = choose(Pass::grad_queries, head, general);
     constexpr int m = c.fragments, rows = c.rows(), step = c.step, pitch = c.head * 2;
     unsigned char *const q_tile = shared, *const grad_tile = q_tile + rows * pitch, *const steps = grad_tile + rows * pitch;
     const Problem& p = b.problem;
-    const int heads = static_cast<int>(p.a.q.size[2]), group = heads / static_cast<int>(p.a.k.size[2]);
 
     // Which queries, and which tiles of keys they see.
-    const Place place = locate(p, false, rows, b.tiles, heads, p.right >= 0);
+    const Place place = locate(p, false, rows, b.tiles, p.heads, p.right >= 0);
     if (place.first >= place.sequence.queries) return;
     const Scorer<general> scorer(p, place.sequence, place.head);
     const Bounds bounds = scorer.bounds(place.first, rows, place.slot);
@@ -29,8 +28,8 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     int tile = next_tile<general>(bounds.any.low / step, end, kind, kind_of);
 
     // The first copies, and what the forward left of each row.
-    const Matrix k = keys_of(p, p.a.k, b.vector_k, place.sequence, place.head / group);
-    const Matrix v = keys_of(p, p.a.v, b.vector_v, place.sequence, place.head / group);
+    const Matrix k = keys_of(p, p.a.k, b.vector_k, place.sequence, place.head / p.group);
+    const Matrix v = keys_of(p, p.a.v, b.vector_v, place.sequence, place.head / p.group);
     const auto load_step = [&](int n, int stage) {
         load_tile<step, c.head, c.threads()>(steps + stage * 2 * step * pitch, k, n * step);
         load_tile<step, c.head, c.threads()>(steps + (stage * 2 + 1) * step * pitch, v, n * step);
@@ -50,10 +49,9 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     METATE_UNROLL
     for (int r = 0; r < 2 * m; ++r) {
         const int i = least(own.query(r), place.sequence.queries - 1);
-        state[r] = row_state(load_global<float>(lse + i * b.lse.stride[2]),
-                             load_global<float>(delta + i * b.delta.stride[2]));
+        state[r] = {binary_lse(load_global<float>(lse + i * b.lse.stride[2])),
+                    load_global<float>(delta + i * b.delta.stride[2])};
     }
-    const float alibi = general ? scorer.alibi_slope() : 0.f;
     float dq[m][c.head / 8][4];
     clear(dq);
 
@@ -80,7 +78,7 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
         multiply_transposed<T, c.head>(s, q_tile, k_tile, warp());
         multiply_transposed<T, c.head>(error, grad_tile, v_tile, warp());
         const Lines<false, m, step / 8> lines(place.first, first_key, warp());
-        differentiate<T, true>(s, error, scorer, lines, now, alibi, [&](int line) { return state[line]; });
+        differentiate<T, true>(s, error, scorer, lines, now, [&](int line) { return state[line]; });
 
         // Their product with the keys.
         uint32_t left[m][step / 16][4];
@@ -110,7 +108,7 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
 
 void grad_queries(Backward b, void* scratch, const Device& device) {
     for_kernel(b.problem.a, [&]<typename T, int head, bool general>() {
-        constexpr Config c = choose(Pass::grad_queries, head);
+        constexpr Config c = choose(Pass::grad_queries, head, general);
         summarise(b.problem, c.rows(), scratch, device);
         b.tiles = slots_of(b.problem, false, c.rows());
         launch(grad_queries_kernel<T, head, general>, {grid_of(b.problem, b.tiles, b.problem.a.q.size[2])}, c.threads(),

@@ -15,22 +15,19 @@ struct Backward {
     bool vector_q, vector_k, vector_v, vector_grad_out, vector_dq, vector_dk, vector_dv;
 };
 
-// What the forward left of a row: lse as a binary logarithm, and delta. A row that saw nothing gets +inf, so that all its
-// probabilities are 0, and a delta of 0, whatever its gradient was.
-struct RowState {
-    float lse, delta;
-};
+// A row's lse as a binary logarithm. One that saw nothing gets +inf, so that all its probabilities are 0.
+METATE_DEVICE float binary_lse(float lse) { return lse == -infinite() ? infinite() : lse * log2_e; }
 
-METATE_DEVICE RowState row_state(float lse, float delta) {
-    const bool empty = lse == -infinite();
-    return {empty ? infinite() : lse * log2_e, empty ? 0.f : delta};
-}
+// What the forward left of a row.
+struct RowState {
+    float lse, delta;  // lse as binary_lse
+};
 
 // s: dot products into probabilities, after dropout, but for its factor. error: dO·v into gradients of the scaled dot
 // products (of the logits, where not `derive`). rows(line) is the RowState of a line's query.
 template <typename T, bool derive, bool general, bool across, int m, int n, typename Rows>
 METATE_DEVICE void differentiate(float (&s)[m][n][4], float (&error)[m][n][4], const Scorer<general>& scorer,
-                                 const Lines<across, m, n>& lines, TileKind kind, float alibi, const Rows& rows) {
+                                 const Lines<across, m, n>& lines, TileKind kind, const Rows& rows) {
     using L = Lines<across, m, n>;
     const Problem& p = scorer.p;
     const bool drops = general && p.a.dropout_threshold != 0;
@@ -39,14 +36,13 @@ METATE_DEVICE void differentiate(float (&s)[m][n][4], float (&error)[m][n][4], c
         lines.keep(kept, p, scorer.s, scorer.head);
         lines.drop(error, kept, p.dropout_scale);
     }
-    RowState state[L::lines];
     METATE_UNROLL
     for (int line = 0; line < L::lines; ++line) {
-        state[line] = rows(line);
+        const float delta = rows(line).delta;
         METATE_UNROLL
-        for (int place = 0; place < L::places; ++place) lines.at(error, line, place) -= state[line].delta;
+        for (int place = 0; place < L::places; ++place) lines.at(error, line, place) -= delta;
     }
-    if constexpr (general) make_logits<T, derive>(s, error, scorer, lines, alibi);
+    if constexpr (general) make_logits<T, derive>(s, error, scorer, lines);
     if (kind == partial) {
         mask(s, scorer, lines);
         METATE_UNROLL
@@ -56,10 +52,11 @@ METATE_DEVICE void differentiate(float (&s)[m][n][4], float (&error)[m][n][4], c
     }
     METATE_UNROLL
     for (int line = 0; line < L::lines; ++line) {
+        const float lse = rows(line).lse;
         METATE_UNROLL
         for (int place = 0; place < L::places; ++place) {
             float& x = lines.at(s, line, place);
-            x = fast_exp2(x * p.unit - state[line].lse);
+            x = fast_exp2(x * p.unit - lse);
             lines.at(error, line, place) *= x;
         }
     }

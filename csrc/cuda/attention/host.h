@@ -31,6 +31,8 @@ inline Problem problem_of(const Attention& a, bool general) {
     p.a = a;
     p.queries = static_cast<int>(a.q.size[1]);
     p.keys = static_cast<int>(a.k.size[1]);
+    p.heads = static_cast<int>(a.q.size[2]);
+    p.group = a.k.size[2] > 0 ? p.heads / static_cast<int>(a.k.size[2]) : 1;
     const int64_t longest = p.queries + p.keys;
     p.left = static_cast<int>(a.window_left < longest ? a.window_left : longest);
     p.right = static_cast<int>(a.window_right < longest ? a.window_right : longest);

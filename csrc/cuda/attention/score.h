@@ -25,6 +25,7 @@ struct Divider {
 struct Problem {
     Attention a;
     int queries, keys;       // of the batch, or of all packed sequences
+    int heads, group;        // query heads, and how many of them share one of k and v
     int left, right;         // the window, -1: no limit
     int sequences;           // packed ones
     bool packed;
@@ -86,7 +87,7 @@ struct Place {
 
 // Blocks run through the slots of a head, then the heads, then the batch. `tiles`: slots per head.
 METATE_DEVICE Place locate(const Problem& p, bool over_keys, int rows, int tiles, int heads, bool last_first) {
-    const int index = block_index().x, rest = index / tiles;
+    const int index = opaque(block_index().x), rest = index / tiles;
     const int slot = last_first ? tiles - 1 - index % tiles : index % tiles;
     if (!p.packed) {
         return {{rest / heads, 0, 0, p.queries, p.keys, false}, rest % heads, slot, slot * rows};
@@ -165,7 +166,7 @@ struct Scorer {
     METATE_DEVICE Bounds bounds(int first, int rows, int slot) const {
         if constexpr (general) {
             if (p.a.intervals) {
-                const int64_t line = (p.packed ? 0 : s.batch) * p.a.q.size[2] + head;
+                const int64_t line = static_cast<int64_t>(p.packed ? 0 : s.batch) * p.heads + head;
                 const auto w = load_global<Words<4>>(p.summary + (line * p.summary_slots + slot) * 4);
                 return {{static_cast<int>(w[0]), static_cast<int>(w[1])}, {static_cast<int>(w[2]), static_cast<int>(w[3])}};
             }
@@ -183,7 +184,7 @@ struct Scorer {
 
     // How much of the tile of queries i0 <= i < i1 and keys j0 <= j < j1 is seen.
     METATE_DEVICE TileKind kind(const Bounds& b, int i0, int i1, int j0, int j1) const {
-        if (j1 <= b.any.low || j0 >= b.any.high) return skipped;
+        if (general && (j1 <= b.any.low || j0 >= b.any.high)) return skipped;
         TileKind kind = j0 >= b.all.low && j1 <= b.all.high ? full : partial;
         if constexpr (general) {
             if (p.a.blocks) {
@@ -206,7 +207,6 @@ struct Scorer {
 
     METATE_DEVICE float alibi_slope() const {
         const View<2>& v = p.a.alibi_slopes;
-        if (!v) return 0.f;
         const int64_t row = v.size[0] == 1 ? 0 : s.batch;
         return load_global<float>(static_cast<const float*>(v.data) + row * v.stride[0] + head * v.stride[1]);
     }
@@ -260,7 +260,7 @@ struct Lines {
     int row, column;  // of the thread's first element
 
     METATE_DEVICE Lines(int first_row, int first_column, int warp)
-        : row(first_row + fragment_row(warp, lane() >> 2, m)), column(first_column + (lane() & 3) * 2) {}
+        : row(opaque(first_row + fragment_row(warp, lane() >> 2, m))), column(first_column + (lane() & 3) * 2) {}
 
     METATE_DEVICE int row_at(int i) const { return row + i * 16; }
     METATE_DEVICE int column_at(int i) const { return column + i / 2 * 8 + i % 2; }
@@ -291,7 +291,7 @@ struct Lines {
                 const int j = key(d);
                 const Words<4> words = philox({static_cast<uint32_t>((j >> 6) * 16 + (j & 15)),
                                                static_cast<uint32_t>(query(i)),
-                                               static_cast<uint32_t>(s.batch * p.a.q.size[2] + head), p.a.offset},
+                                               static_cast<uint32_t>(s.batch * p.heads + head), p.a.offset},
                                               static_cast<uint32_t>(p.a.seed), static_cast<uint32_t>(p.a.seed >> 32));
                 METATE_UNROLL
                 for (int place = d; place < places; place += distinct) {
@@ -321,7 +321,7 @@ struct Lines {
 // Dot products into binary logits, in place. `error`, where wanted, is multiplied by the derivative of the softcap.
 template <typename T, bool derive, bool across, int m, int n>
 METATE_DEVICE void make_logits(float (&s)[m][n][4], float (&error)[m][n][4], const Scorer<true>& scorer,
-                               const Lines<across, m, n>& lines, float alibi) {
+                               const Lines<across, m, n>& lines) {
     const Problem& p = scorer.p;
     if (p.softcap > 0.f) {
         // tanh x = 1 - 2 / (exp 2x + 1): its absolute error, which is what a logit needs, stays at 2^-22.
@@ -339,17 +339,19 @@ METATE_DEVICE void make_logits(float (&s)[m][n][4], float (&error)[m][n][4], con
     }
     if (p.a.bias) {
         const View<4>& v = p.a.bias;
-        const int64_t start = scorer.s.batch * v.stride[0] + scorer.head * v.stride[1];
+        const int64_t start = opaque(scorer.s.batch) * v.stride[0] + opaque(scorer.head) * v.stride[1];
+        const int64_t row_stride = opaque(v.stride[2]), column_stride = opaque(v.stride[3]);
         const bool wide = v.dtype == DType::f32;
         lines.each(s, [&](float& x, int i, int j) {
             if (i >= scorer.s.queries || j >= scorer.s.keys) return;
-            const int64_t at = start + i * v.stride[2] + j * v.stride[3];
+            const int64_t at = start + i * row_stride + j * column_stride;
             x += log2_e * (wide ? load_global<float>(static_cast<const float*>(v.data) + at)
                                 : to_float(load_global<T>(static_cast<const T*>(v.data) + at)));
         });
     }
     if (p.a.alibi_slopes) {
-        lines.each(s, [&](float& x, int i, int j) { x -= alibi * log2_e * scorer.distance(i, j); });
+        const float slope = scorer.alibi_slope() * log2_e;
+        lines.each(s, [&](float& x, int i, int j) { x -= slope * scorer.distance(i, j); });
     }
 }
 
@@ -374,7 +376,8 @@ METATE_DEVICE void mask(float (&s)[m][n][4], const Scorer<general>& scorer, cons
         }
         if (p.a.bits) {
             const View<4>& v = p.a.bits;
-            const auto* bits = static_cast<const uint32_t*>(v.data) + scorer.s.batch * v.stride[0] + scorer.head * v.stride[1];
+            const auto* bits = static_cast<const uint32_t*>(v.data) + opaque(scorer.s.batch) * v.stride[0] +
+                               opaque(scorer.head) * v.stride[1];
             constexpr int together = across ? 2 : Lines<across, m, n>::places < 8 ? Lines<across, m, n>::places : 8;  // in a word
             METATE_UNROLL
             for (int g = 0; g < lines.lines * lines.places; g += together) {

@@ -21,8 +21,7 @@ METATE_DEVICE int least_of_warp(int value) {
 METATE_KERNEL(32, 1)
 summary_kernel(METATE_PARAMETER(Summary, a)) {
     const Problem& p = a.problem;
-    const int heads = static_cast<int>(p.a.q.size[2]);
-    const Place place = locate(p, false, a.rows, a.slots, heads, false);
+    const Place place = locate(p, false, a.rows, a.slots, p.heads, false);
     const Scorer<true> scorer(p, place.sequence, place.head);
     constexpr int far = 0x7fffffff;
     int any_low = far, any_high = 0, all_low = 0, all_high = far;
@@ -37,7 +36,7 @@ summary_kernel(METATE_PARAMETER(Summary, a)) {
     }
     const Words<4> bounds{static_cast<uint32_t>(least_of_warp(any_low)), static_cast<uint32_t>(-least_of_warp(-any_high)),
                           static_cast<uint32_t>(-least_of_warp(-all_low)), static_cast<uint32_t>(least_of_warp(all_high))};
-    const int64_t line = (p.packed ? 0 : place.sequence.batch) * p.a.q.size[2] + place.head;
+    const int64_t line = static_cast<int64_t>(p.packed ? 0 : place.sequence.batch) * p.heads + place.head;
     if (lane() == 0) store_global(a.bounds + (line * a.slots + place.slot) * 4, bounds);
 }
 

@@ -248,16 +248,17 @@ METATE_DEVICE void add_nonfinite(float (&d)[m][n][4], const uint32_t (&a)[m][k][
         METATE_UNROLL
         for (int i = 0; i < 2 * m; ++i) seen[i / 2][i % 2] = shuffle(weights[i / 2][i % 2], owner) >> bit & 1;
         if (first + row >= matrix.rows) continue;
+        const unsigned char* const start = matrix.element(first + row, chunk_of<parts>(0, part) * 8 + t * 2);
         METATE_UNROLL
         for (int j = 0; j < 2 * n; ++j) {
-            const int column = chunk_of<parts>(j / 2, part) * 8 + t * 2 + j % 2;
-            if (column >= matrix.columns) continue;
-            const T value = load_global<T>(matrix.element(first + row, column));
-            if (nonfinite<T>(value.bits) == 0) continue;
-            METATE_UNROLL
-            for (int i = 0; i < 2 * m; ++i) {
-                if (seen[i / 2][i % 2]) d[i / 2][j / 2][i % 2 * 2 + j % 2] += to_float(value);
+            const int ahead = (j / 2 / 2 * parts * 2 + j / 2 % 2) * 8 + j % 2;
+            T value{};
+            if (chunk_of<parts>(0, part) * 8 + t * 2 + ahead < matrix.columns) {
+                value = load_global<T>(start + ahead * matrix.column_stride * 2);
             }
+            const float special = nonfinite<T>(value.bits) ? to_float(value) : 0.f;
+            METATE_UNROLL
+            for (int i = 0; i < 2 * m; ++i) d[i / 2][j / 2][i % 2 * 2 + j % 2] += seen[i / 2][i % 2] ? special : 0.f;
         }
     }
 }

@@ -320,6 +320,31 @@ torch and one unit in the last place, a rival's {protocol["rival_slack"]} times 
 "disturbed": the share of the time that our threads waited for a core.</p>"""
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """Our rows beside the best rival of each case, as the README shows them."""
+    machine, versions = record["machine"], record["versions"]
+    where = machine["gpus"][0]["name"] if machine["gpus"] else machine["cpu"]
+    rivals = {row["contender"].split()[0] for row in timed(record) if not row["ours"]}
+    used = ["torch", *(name for name in ("onnxruntime", "openvino", "flash-attn") if name in rivals | {"torch"})]
+    lines = [
+        f"{where}, {machine['threads']} threads, ISA {machine['isa'][0] if machine['isa'] else 'none'}; "
+        + ", ".join(f"{name} {versions[name]}" for name in dict.fromkeys(used) if name in versions)
+        + f"; {record['time'][:10]}, `metate bench`.",
+        "",
+        "| case | dtype | metate | of the limit | best rival | times as fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (workload, label, dtype), rows in groups(record).items():
+        ours = [row for row in rows if row["ours"] and "p50" in row and row["status"] == "ok"]
+        others = [row for row in rows if not row["ours"] and "p50" in row and row["status"] == "ok"]
+        if ours and others:
+            best = min(others, key=lambda row: row["p50"])
+            rival = f"{best['contender']}, {_time(best['p50'])}"
+            speed = f"{_time(ours[0]['p50'])}, {_speed(ours[0])} | {ours[0]['of_limit']:.0%}"
+            lines.append(f"| {workload}, {label} | {dtype} | {speed} | {rival} | {ours[0]['times_best_rival']:.2f} |")
+    return "\n".join(lines)
+
+
 # The picture.
 
 

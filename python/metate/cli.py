@@ -311,9 +311,19 @@ def demo() -> None:
 
 
 @app.command(hidden=True)
-def docs(path: Annotated[Path, typer.Argument(help="where to write")] = Path("docs/ops.md")) -> None:
-    """Write the page of operators from their declarations."""
-    path.write_text(operators_page())
+def docs(
+    folder: Annotated[Path, typer.Argument(help="metate's source")] = Path(),
+    measured: Annotated[Path | None, typer.Option(help="a record of `metate bench` for README's table")] = None,
+) -> None:
+    """Write docs/ops.md from the declarations, and README's table of measurements from a record."""
+    (folder / "docs" / "ops.md").write_text(operators_page())
+    if measured is not None:
+        from metate.bench import report
+
+        readme = folder / "README.md"
+        head, begin, rest = readme.read_text().partition("<!-- measured -->\n")
+        _, end, tail = rest.partition("<!-- end -->\n")
+        readme.write_text(f"{head}{begin}{report.markdown(json.loads(measured.read_text()))}\n{end}{tail}")
 
 
 def operators_page() -> str:

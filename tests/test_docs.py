@@ -1,0 +1,42 @@
+"""The documentation tells the truth: its Python runs, its commands exist, its generated page is the current one."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metate.cli import app, operators_page
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+SNIPPETS = [page for page in PAGES if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
+def test_snippets_run(page):
+    """All of a page in one process, in order, as a reader would type them."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    if "transformers" in code and importlib.util.find_spec("transformers") is None:
+        pytest.skip("needs transformers")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_page_of_operators_is_current():
+    pytest.importorskip("triton", reason="its refusals are part of the page")
+    assert (ROOT / "docs" / "ops.md").read_text() == operators_page(), "run `metate docs`"
+
+
+def test_commands_that_the_readme_names_exist():
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    named = set(re.findall(r"(?:^|`)\s*metate ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert {"info", "verify", "bench", "demo"} <= named <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target

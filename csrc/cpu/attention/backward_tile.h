@@ -140,18 +140,22 @@ METATE_FN vf probability(vf x) {
     return exp2(x * splat(log2_e));
 }
 
-// Chunk c of row r, where logits are scaled products: p = exp(s - lse), ds = p (dp - delta).
+// `rows` rows of a chunk where logits are scaled products: p = exp(s - lse), ds = p (dp - delta).
 template <bool is_whole>
-METATE_FN void differentiate_plain(float scale, float lse, float delta, uint32_t word, float* p, float* ds) {
-    for (int v = 0; v < chunk / width; ++v) {
-        vf x = probability(fma(load(p + v * width), splat(scale), splat(-lse)));
-        vf y = x * (load(ds + v * width) - splat(delta));
-        if constexpr (!is_whole) {
-            x = keep(word, v, x, splat(0.0f));
-            y = keep(word, v, y, splat(0.0f));
+__attribute__((noinline)) void differentiate_plain(int rows, float scale, const float* lse, const float* delta,
+                                                   uint32_t word, int64_t line, float* p, float* ds) {
+    for (int r = 0; r < rows; ++r, p += line, ds += line) {
+#pragma GCC unroll 2
+        for (int v = 0; v < chunk / width; ++v) {
+            vf x = probability(fma(load(p + v * width), splat(scale), splat(-lse[r])));
+            vf y = x * (load(ds + v * width) - splat(delta[r]));
+            if constexpr (!is_whole) {
+                x = keep(word, v, x, splat(0.0f));
+                y = keep(word, v, y, splat(0.0f));
+            }
+            store(p + v * width, x);
+            store(ds + v * width, y);
         }
-        store(p + v * width, x);
-        store(ds + v * width, y);
     }
 }
 
@@ -184,21 +188,24 @@ template <class Word>
 inline void differentiate_group(const Attention& a, const Scoring& scoring, const Sequence& s, int64_t g, int64_t c,
                                 int64_t line, Workspace<Word>& w) {
     const bool is_whole = w.whole || w.group[g].mask.all >> c & 1, is_plain = scoring.plain && !a.dropout_threshold;
+    const int64_t first = g * tile_rows, at = first * line + c * chunk;
+    if (is_whole && is_plain && first + tile_rows <= w.queries && (c + 1) * chunk <= w.keys) {
+        return differentiate_plain<true>(tile_rows, scoring.scale, w.lse + first, w.delta + first, ~0u, line, w.p + at,
+                                         w.ds + at);
+    }
     for (int64_t i = 0; i < tile_rows; ++i) {
-        const int64_t r = g * tile_rows + i;
-        float *const p = w.p + r * line + c * chunk, *const ds = w.ds + r * line + c * chunk;
+        const int64_t r = first + i;
+        float *const p = w.p + at + i * line, *const ds = w.ds + at + i * line;
         const uint32_t word = r >= w.queries ? 0
                             : is_whole       ? range_word(0, w.keys, c * chunk)
                                              : w.group[g].mask.words[i][c];
         if (!word) {
             for (int v = 0; v < chunk / width; ++v)
                 store(p + v * width, splat(0.0f)), store(ds + v * width, splat(0.0f));
-        } else if (!is_plain) {
-            differentiate(a, scoring, s, r, c, word, line, w);
-        } else if (word == ~0u) {
-            differentiate_plain<true>(scoring.scale, w.lse[r], w.delta[r], word, p, ds);
+        } else if (is_plain) {
+            differentiate_plain<false>(1, scoring.scale, w.lse + r, w.delta + r, word, line, p, ds);
         } else {
-            differentiate_plain<false>(scoring.scale, w.lse[r], w.delta[r], word, p, ds);
+            differentiate(a, scoring, s, r, c, word, line, w);
         }
     }
 }

@@ -51,16 +51,33 @@ METATE_FN void store(f16* p, vf x, int64_t n) {
 
 // Functions.
 
-// 2^x within 2.3 ulp for x < 128; 0 below -125.5, so that no result is subnormal; NaN for NaN. 2^0 is 1.
+// 2^x within 2.3 ulp for x < 128; 0 below -125.5, so that no result is subnormal; NaN for NaN. 2^0 is 1. Several
+// vectors step by step together: one alone waits for its own results most of the time.
+template <int n>
+METATE_FN void exp2(vf (&x)[n]) {
+    constexpr float coefficients[] = {0x1.3cea88p-7f, 0x1.c6b752p-5f, 0x1.ebf9bcp-3f, 0x1.62e42ap-1f, 1.0f};
+    vf rest[n], p[n];
+    vm live[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+        live[i] = not_less(x[i], splat(-125.5f));
+        rest[i] = rest_of_round(x[i]);
+        x[i] = x[i] - rest[i];
+        p[i] = splat(0x1.5bba14p-10f);
+    }
+#pragma GCC unroll 5
+    for (const float c : coefficients) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) p[i] = fma(p[i], rest[i], splat(c));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) x[i] = scale_by_power(p[i], x[i], live[i]);
+}
+
 METATE_FN vf exp2(vf x) {
-    const vf whole = round(x), r = x - whole;
-    vf p = splat(0x1.5bba14p-10f);
-    p = fma(p, r, splat(0x1.3cea88p-7f));
-    p = fma(p, r, splat(0x1.c6b752p-5f));
-    p = fma(p, r, splat(0x1.ebf9bcp-3f));
-    p = fma(p, r, splat(0x1.62e42ap-1f));
-    p = fma(p, r, splat(1.0f));
-    return scale_by_power(p, whole, not_less(x, splat(-125.5f)));
+    vf one[1] = {x};
+    exp2(one);
+    return one[0];
 }
 
 // Within 2 ulp, NaN for NaN.

@@ -44,7 +44,7 @@ template <class Word>
 int64_t keys_of_block(const Attention& a) {
     constexpr int64_t budget = 65536;
     const int64_t words = steps_of<Word>(a.q.size[3]) + steps_of<Word>(round_up(a.v.size[3], panel)) + 1;
-    return clamp(budget / words / 64 * 64, 64, max_chunks * chunk);
+    return clamp(budget / words / 64 * 64, 64, 256);
 }
 
 template <class Word>
@@ -101,12 +101,15 @@ void pack_block(const Shape& s, const Sequence& seq, int64_t kv_head, Block& blo
 
 // Softmax of one tile.
 
-METATE_FN void store_probabilities(float* to, const vf (&p)[chunk / width]) {
-    for (int v = 0; v < chunk / width; ++v) store(to + v * width, p[v]);
+template <int n>
+METATE_FN void store_probabilities(float* to, const vf (&p)[n]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) store(to + i * width, p[i]);
 }
 #if defined(METATE_HAS_BF16_DOT)
-METATE_FN void store_probabilities(Pair* to, const vf (&p)[chunk / width]) {
-    store_words(to, as_float(narrow_pairs(p[0], p[1])));
+template <int n>
+METATE_FN void store_probabilities(Pair* to, const vf (&p)[n]) {
+    for (int i = 0; i < n; i += 2) store_words(to + i / 2 * width, as_float(narrow_pairs(p[i], p[i + 1])));
 }
 #endif
 
@@ -130,23 +133,47 @@ METATE_FN float mask_and_find_largest(const TileMask& mask, int r, float* x) {
     return largest(top[0]);
 }
 
-// p = 2^(exponent · x - m) of the given chunks, 0 where dropout keeps them not; returns the sum before dropout.
+// What exponentials() needs of a row and gives back.
 template <class Word>
-METATE_FN float exponentials(uint32_t chunks, float exponent, float m, const float* x, const uint32_t* kept, Word* p) {
-    vf total[chunk / width];
-    for (vf& t : total) t = splat(0.0f);
-    for (; chunks; chunks &= chunks - 1) {
-        const int c = __builtin_ctz(chunks);
-        vf y[chunk / width];
-        for (int v = 0; v < chunk / width; ++v) {
-            y[v] = exp2(fma(load(x + c * chunk + v * width), splat(exponent), splat(-m)));
-            total[v] = total[v] + y[v];
-            if (kept) y[v] = keep(kept[c], v, y[v], splat(0.0f));
-        }
-        store_probabilities(p + c * chunk / elements_of<Word>, y);
+struct Exponentials {
+    float exponent, m;
+    const float* x;
+    const uint32_t* kept;  // by dropout; null: all
+    Word* p;
+    vf total[chunk / width];  // before dropout
+};
+
+// p = 2^(exponent · x - m) of some chunks from c on, 0 where dropout keeps them not.
+template <int chunks, class Word>
+METATE_FN void exponentials(int c, Exponentials<Word>& e) {
+    constexpr int vectors = chunk / width, n = chunks * vectors;
+    vf y[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) y[i] = fma(load(e.x + c * chunk + i * width), splat(e.exponent), splat(-e.m));
+    exp2(y);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+        e.total[i % vectors] = e.total[i % vectors] + y[i];
+        if (e.kept) y[i] = keep(e.kept[c + i / vectors], i % vectors, y[i], splat(0.0f));
     }
-    for (int v = 1; v < chunk / width; ++v) total[0] = total[0] + total[v];
-    return sum(total[0]);
+    store_probabilities(e.p + c * chunk / elements_of<Word>, y);
+}
+
+// The same for the given chunks; returns the sum. Two chunks of wide vectors at a time keep the processor busy.
+template <class Word>
+METATE_FN float exponentials(uint32_t chunks, Exponentials<Word> e) {
+    for (vf& t : e.total) t = splat(0.0f);
+    while (chunks) {
+        const int c = __builtin_ctz(chunks);
+        const bool two = width == 16 && (chunks >> c & 3) == 3;
+        if (two)
+            exponentials<width == 16 ? 2 : 1>(c, e);
+        else
+            exponentials<1>(c, e);
+        chunks &= ~((two ? 3u : 1u) << c);
+    }
+    for (int v = 1; v < chunk / width; ++v) e.total[0] = e.total[0] + e.total[v];
+    return sum(e.total[0]);
 }
 
 // words[c] = the keys of chunk c whose logit is not -inf.
@@ -177,8 +204,9 @@ void softmax_tile(const Shape& s, const Sequence& seq, const Row* row, int rows,
         reference[r] = m[r] == -INFINITY ? 0.0f : m[r];
         if (!block.finite) live_words(mask.any, x, mask.words[r]);
         if (s.a.dropout_threshold) kept_words(s.a, seq, row[r], block.key, mask.any, kept);
-        total[r] = exponentials(mask.any, s.scoring.exponent, reference[r], x, s.a.dropout_threshold ? kept : nullptr,
-                                my.p + r * s.p_stride);
+        const uint32_t* which = s.a.dropout_threshold ? kept : nullptr;
+        total[r] =
+            exponentials<Word>(mask.any, {s.scoring.exponent, reference[r], x, which, my.p + r * s.p_stride, {}});
     }
     for (int r = 0; r < rows; r += width) {
         const vf shrink = exp2(load(factor + r) - load(reference + r));
@@ -239,13 +267,15 @@ void multiply_live_values(const Shape& s, int rows, const TileMask& mask, const 
         for (int64_t column = 0; column < s.dv; column += width) {
             const Word* v = my.v + column / panel * panel_stride + column % panel;
             float* to = o + r * s.o_stride + column;
-            vf sum = load(to) * splat(factor[r]);
+            bool scaled = false;
             for_runs<Word>(mask, [&](int64_t from, int64_t until) {
+                vf sum = splat(0.0f);
                 for (int64_t k = from; k < until; ++k) {
                     sum = live_product(sum, my.p + r * s.p_stride + k, v + k * panel, mask.words[r], k);
                 }
+                store(to, scaled ? combine<Into::add>(to, sum, factor, r) : combine<Into::scaled>(to, sum, factor, r));
+                scaled = true;
             });
-            store(to, sum);
         }
     }
 }
@@ -273,6 +303,15 @@ int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, con
     return rows;
 }
 
+// Rows of the next tile, which have not been used for a whole block, on their way from the outer cache.
+template <class Word>
+METATE_FN void fetch_tile(const Shape& s, int64_t r, const Scratch<Word>& my) {
+    for (int i = 0; i < tile_rows; ++i) {
+        for (int64_t c = 0; c < s.d_words; c += 16) __builtin_prefetch(my.q + (r + i) * s.q_stride + c, 0, 2);
+        for (int64_t c = 0; c < s.dv; c += 16) __builtin_prefetch(my.state.o + (r + i) * s.o_stride + c, 1, 2);
+    }
+}
+
 template <class Word>
 void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask& mask, int64_t r, int rows,
               const Scratch<Word>& my) {
@@ -296,6 +335,7 @@ void add_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t row
         if (!mask.any) continue;
         if (!packed) pack_block<T>(s, seq, kv_head, block, my);
         packed = true;
+        if (r + tile_rows < rows) fetch_tile(s, r + tile_rows, my);
         add_tile(s, seq, block, mask, r, live, my);
     }
 }
@@ -318,12 +358,12 @@ void write_row(const Shape& s, const Sequence& seq, const Row& row, const State&
     const AttentionForward& call = s.call;
     *value_at<float>(call.lse, seq.batch, row.head, seq.q0 + row.query) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
     if (s.a.dropout_threshold) weight *= static_cast<float>(s.a.dropout_scale);
-    const vf scale = splat(weight), divisor = splat(l == 0.0f ? 1.0f : l);
+    const vf scale = splat(weight / (l == 0.0f ? 1.0f : l));
     T* out = row_at<T>(call.out, seq.batch, seq.q0 + row.query, row.head);
     T line[max_head_dim];
     T* to = call.out.stride[3] == 1 ? out : line;
     for (int64_t c = 0; c < s.dv; c += width) {
-        const vf x = load(state.o + r * s.o_stride + c) * scale / divisor;
+        const vf x = load(state.o + r * s.o_stride + c) * scale;
         if (s.dv - c >= width)
             store(to + c, x);
         else

@@ -62,6 +62,14 @@ struct Product {
     const float* factor;  // of each row, with Into::scaled
 };
 
+// A product and what stood there. Adding last keeps the rounding of long sums to that of their parts.
+template <Into into>
+METATE_FN vf combine(const float* c, vf sum, const float* factor, int r) {
+    if constexpr (into == Into::set) return sum;
+    if constexpr (into == Into::add) return load(c) + sum;
+    return fma(load(c), splat(factor[r]), sum);
+}
+
 template <Left left, Into into, int rows, int vectors, class Word>
 __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
     float* const c = p.c;
@@ -71,12 +79,7 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) {
-            if constexpr (into == Into::set) {
-                sum[r][v] = splat(0.0f);
-            } else {
-                sum[r][v] = load(c + r * c_stride + v * width);
-                if constexpr (into == Into::scaled) sum[r][v] = sum[r][v] * splat(p.factor[r]);
-            }
+            sum[r][v] = splat(0.0f);
         }
     }
     // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
@@ -87,18 +90,26 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
 #pragma GCC unroll 4
     for (int i = 0; i < bases; ++i) base[i] = p.a + 3 * i * row_stride;
     const Word* b = p.b;
-    for (int64_t left_steps = p.steps; left_steps > 0; left_steps -= panel) {
-        for (int64_t k = left == Left::panels && left_steps > panel ? panel : left_steps; k > 0; --k) {
+    const auto add_steps = [&]<int n>() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < n; ++j) {
 #pragma GCC unroll 12
             for (int r = 0; r < rows; ++r) {
-                const auto a = spread(base[r / 3] + r % 3 * row_stride);
+                const auto a = spread(base[r / 3] + r % 3 * row_stride + j * step);
 #pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + v * width);
+                for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + j * panel + v * width);
             }
-#pragma GCC unroll 4
-            for (int i = 0; i < bases; ++i) base[i] += step;
-            b += panel;
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < bases; ++i) base[i] += n * step;
+        b += n * panel;
+    };
+    // Several steps at a time, or the counting would take the slots that another thread of the core could use.
+    constexpr int batch = left == Left::columns ? 1 : 4;
+    for (int64_t left_steps = p.steps; left_steps > 0; left_steps -= panel) {
+        int64_t k = left == Left::panels && left_steps > panel ? panel : left_steps;
+        for (; k >= batch; k -= batch) add_steps.template operator()<batch>();
+        for (; k > 0; --k) add_steps.template operator()<1>();
         if constexpr (left != Left::panels) break;
 #pragma GCC unroll 4
         for (int i = 0; i < bases; ++i) base[i] += p.stride - panel;
@@ -106,7 +117,8 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) store(c + r * c_stride + v * width, sum[r][v]);
+        for (int v = 0; v < vectors; ++v)
+            store(c + r * c_stride + v * width, combine<into>(c + r * c_stride + v * width, sum[r][v], p.factor, r));
     }
 }
 
@@ -114,9 +126,10 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
 // than were asked for, up to tile_rows and panel: they must be readable in a (and factor) and writable in c.
 template <Left left, Into into, class Word>
 METATE_FN void multiply(int rows, int64_t columns, const Product<Word>& p) {
+    constexpr int middle = tile_rows < 8 ? tile_rows : 8;
     if (columns > width) {
         if (rows > 8) return multiply_tile<left, into, tile_rows, 2>(p);
-        if (rows > 4) return multiply_tile < left, into, tile_rows<8 ? tile_rows : 8, 2>(p);
+        if (rows > 4) return multiply_tile<left, into, middle, 2>(p);
         if (rows > 2) return multiply_tile<left, into, 4, 2>(p);
         if (rows > 1) return multiply_tile<left, into, 2, 2>(p);
         return multiply_tile<left, into, 1, 2>(p);

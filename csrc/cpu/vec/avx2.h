@@ -68,8 +68,9 @@ METATE_FN vf min(vf a, vf b) {
 METATE_FN vf abs(vf a) {
     return _mm256_andnot_ps(splat(-0.0f), a);
 }
-METATE_FN vf round(vf a) {
-    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// a less its nearest whole number.
+METATE_FN vf rest_of_round(vf a) {
+    return a - _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 METATE_FN vm less(vf a, vf b) {
     return {_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ))};

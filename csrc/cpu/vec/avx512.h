@@ -72,8 +72,9 @@ METATE_FN vf min(vf a, vf b) {
 METATE_FN vf abs(vf a) {
     return _mm512_abs_ps(a);
 }
-METATE_FN vf round(vf a) {
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// a less its nearest whole number; 0 for an infinite a.
+METATE_FN vf rest_of_round(vf a) {
+    return _mm512_reduce_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 METATE_FN vm less(vf a, vf b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);

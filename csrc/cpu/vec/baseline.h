@@ -69,11 +69,11 @@ METATE_FN vf min(vf a, vf b) {
 METATE_FN vf abs(vf a) {
     return (vf)((vi)a & INT32_MAX);
 }
-// Magnitudes below 2^22. Opaque, or the compiler would fold the two additions.
-METATE_FN vf round(vf a) {
+// a less its nearest whole number, for magnitudes below 2^22. Opaque, or the compiler would fold the two additions.
+METATE_FN vf rest_of_round(vf a) {
     vf shifted = a + 0x1.8p23f;
     __asm__("" : "+m"(shifted));
-    return shifted - 0x1.8p23f;
+    return a - (shifted - 0x1.8p23f);
 }
 METATE_FN vm less(vf a, vf b) {
     return {a < b};

@@ -158,17 +158,17 @@ def measure(
 # Contenders.
 
 
+def timed_backends(op: Op, device: str) -> list[str]:
+    """Compiled backends; not the reference, a test's truth, and not what is simulated on a CPU."""
+    return [name for name in op.implementations(device) if name != "reference" and (device == "cuda" or name == "cpu")]
+
+
 def _ours(workload: Workload, setup: Setup) -> Iterator[Contender]:
-    """Every compiled backend that does not refuse. The reference is a test's truth, not a contender."""
-    found = [name for name in workload.op.implementations(setup.device) if name not in ("reference",)]
-    if setup.device == "cpu":
-        found = [name for name in found if name == "cpu"]  # the others are simulated there
-    for backend in found:
+    """Every compiled backend that does not refuse."""
+    for backend in timed_backends(workload.op, setup.device):
         contender = Contender(f"metate {backend}", ours=True)
         reason = workload.op.refusal(backend, setup.sets[0])
         yield _build(contender, lambda b=backend: workload.ours(setup, b), reason)
-    if not found:
-        yield Contender("metate", True, status="skipped", detail=hardware.backends()[setup.device])
 
 
 def _rivals(workload: Workload, setup: Setup) -> Iterator[Contender]:

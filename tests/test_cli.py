@@ -115,6 +115,7 @@ def test_bench_names_what_it_does_not_know():
 
 def test_bench_without_kernels_says_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "backends", lambda: dict.fromkeys(("cpu", "cuda"), "not built: run `pip install .`"))
+    monkeypatch.setattr("metate.bench.run.timed_backends", lambda op, device: [])
     text = metate("bench", "--largest", "5e8", "--json", tmp_path / "x.json", code=1)
     assert "not built: run `pip install .`" in text
     assert not list(tmp_path.iterdir())

@@ -245,7 +245,8 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
     jobs = [job for family in families for job in run.cases(family, effort)]
     if not jobs:
         raise typer.BadParameter("no case is that small", param_hint="--largest")
-    if missing := hardware.backends()[jobs[0][3]]:
+    if not any(run.timed_backends(workload.op, device) for workload, _, _, device in jobs):
+        missing = hardware.backends()[jobs[0][3]]
         console.print(f"[red]✗[/] metate bench times compiled kernels: {escape(missing)}", soft_wrap=True)
         return False
     run.keep_freed_memory()
@@ -257,6 +258,11 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
             bar.update(task, description=f"{workload.label(case)} [dim]{_name(dtype)}[/]")
             found = run.measure(workload, case, dtype, device, effort, ceilings)
             bar.console.print(_bench_table(found))
+            for row in found:
+                if row["status"] != "ok":
+                    color = "red" if row["status"] in ("wrong", "failed") else "dim"
+                    reason = f"{row['contender']} {row['status']}: {row['detail']}"
+                    bar.console.print(f" [{color}]{escape(reason)}[/]", highlight=False, soft_wrap=True)
             rows += found
             bar.advance(task)
     for written in report.write(run.record(ceilings, rows, before), path):
@@ -265,9 +271,9 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
 
 
 def _bench_table(rows: list[dict[str, Any]]) -> Table:
-    """The contenders of one case: time, speed, share of the limit, correctness."""
+    """The contenders of one case: time, speed, share of the limit; ~ where others used our cores meanwhile."""
     table = Table(
-        Column("", min_width=42, no_wrap=True),
+        Column("", min_width=44, no_wrap=True),
         *(Column(name, justify="right", no_wrap=True) for name in ("ms", "GFLOP/s", "limit", "× best")),
         title="{workload} [dim]{label} {dtype}[/]".format(**rows[0]),
         title_justify="left",
@@ -276,14 +282,12 @@ def _bench_table(rows: list[dict[str, Any]]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for row in rows:
-        name = f"[bold]{escape(row['contender'])}[/]" if row["ours"] else escape(row["contender"])
         if row["status"] != "ok":
-            color = "red" if row["status"] in ("wrong", "failed") else "dim"
-            table.add_row(f"{name} [{color}]{row['status']}: {escape(row['detail'])}[/]")
             continue
+        name = f"[bold]{escape(row['contender'])}[/]" if row["ours"] else escape(row["contender"])
         ratio = f"{row['times_best_rival']:.2f}" if "times_best_rival" in row and row["ours"] else ""
         color = "green" if ratio and row["times_best_rival"] >= 1 else "yellow"
-        noise = " [dim]disturbed[/]" if row["disturbed"] else ""
+        noise = " [yellow]~[/]" if row["disturbed"] else ""
         speed, limit = f"{row['flops_per_second'] / 1e9:.1f}", f"{row['of_limit']:.0%}"
         table.add_row(name + noise, f"{row['p50'] * 1e3:.3g}", speed, limit, f"[{color}]{ratio}[/]")
     return table

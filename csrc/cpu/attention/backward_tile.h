@@ -292,12 +292,12 @@ __attribute__((noinline)) void multiply_where_nonzero(int rows, const Product<Wo
     for (int r = 0; r < rows; ++r) {
         for (int v = 0; v < 2; ++v) {
             float* const c = p.c + r * p.c_stride + v * width;
-            vf sum = load(c);
+            vf sum = splat(0.0f);
             for (int64_t k = 0; k < p.steps; ++k) {
                 const Word x = p.a[left == Left::rows ? r * p.stride + k : k * p.stride + r];
                 sum = add_where_nonzero(sum, x, p.b + k * panel + v * width);
             }
-            store(c, sum);
+            store(c, combine<Into::add>(c, sum, nullptr, r));
         }
     }
 }

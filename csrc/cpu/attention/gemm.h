@@ -122,10 +122,8 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
     }
 }
 
-// c += a · b for `rows` <= tile_rows rows and `columns` <= panel columns. A tile may run on a few rows and columns more
-// than were asked for, up to tile_rows and panel: they must be readable in a (and factor) and writable in c.
 template <Left left, Into into, class Word>
-METATE_FN void multiply(int rows, int64_t columns, const Product<Word>& p) {
+METATE_FN void multiply_steps(int rows, int64_t columns, const Product<Word>& p) {
     constexpr int middle = tile_rows < 8 ? tile_rows : 8;
     if (columns > width) {
         if (rows > 8) return multiply_tile<left, into, tile_rows, 2>(p);
@@ -136,6 +134,23 @@ METATE_FN void multiply(int rows, int64_t columns, const Product<Word>& p) {
     }
     if (rows > 4) return multiply_tile<left, into, tile_rows, 1>(p);
     return multiply_tile<left, into, 4, 1>(p);
+}
+
+// c += a · b for `rows` <= tile_rows rows and `columns` <= panel columns. A tile may run on a few rows and columns more
+// than were asked for, up to tile_rows and panel: they must be readable in a (and factor) and writable in c.
+template <Left left, Into into, class Word>
+METATE_FN void multiply(int rows, int64_t columns, Product<Word> p) {
+    constexpr int64_t longest = 128;  // a sum from nothing is rounded as often as it has steps
+    if (into != Into::set || p.steps <= longest) return multiply_steps<left, into>(rows, columns, p);
+    int64_t steps = p.steps;
+    p.steps = longest;
+    multiply_steps<left, Into::set>(rows, columns, p);
+    for (steps -= longest; steps > 0; steps -= longest) {
+        p.a += left == Left::columns ? longest * p.stride : left == Left::panels ? longest / panel * p.stride : longest;
+        p.b += longest * panel;
+        p.steps = steps < longest ? steps : longest;
+        multiply_steps<left, Into::add>(rows, columns, p);
+    }
 }
 
 // Packing.

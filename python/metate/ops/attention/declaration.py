@@ -56,6 +56,7 @@ CASES = [
     _case(1, 100, 120, 4, 2, 48, lengths_q=(0, 37, 1, 60), lengths_k=(5, 50, 1, 60), causal=True, alibi=2),
     _case(1, 64, 64, 2, 2, 64, lengths_q=(40, 20), lengths_k=(20, 40), window=(9, 9), sinks=True, dropout_p=0.2),
     _case(1, 3, 5, 1, 1, 256, 512),
+    _case(1, 192, 192, 1, 1, 40, causal=True),  # more keys than a block, a head_dim with a short last panel
     _case(1, 1, 300, 8, 1, 128),
     _case(0, 4, 4, 2, 1, 8),
     _case(2, 0, 4, 2, 1, 8),

@@ -21,9 +21,15 @@ namespace {
 
 using Random = std::mt19937;
 
-int draw(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
-bool chance(Random& random, int percent) { return draw(random, 0, 99) < percent; }
-double normal(Random& random) { return std::normal_distribution<double>()(random); }
+int draw(Random& random, int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+}
+bool chance(Random& random, int percent) {
+    return draw(random, 0, 99) < percent;
+}
+double normal(Random& random) {
+    return std::normal_distribution<double>()(random);
+}
 
 const double infinity = INFINITY;
 
@@ -65,23 +71,35 @@ struct Tensor {
     double get(const int64_t (&at)[N]) const {
         const int64_t o = offset(at);
         switch (view.dtype) {
-            case DType::bf16: return to_float(static_cast<const bf16*>(view.data)[o]);
-            case DType::f16: return to_float(static_cast<const f16*>(view.data)[o]);
-            case DType::f32: return static_cast<const float*>(view.data)[o];
-            case DType::i32: return static_cast<const int32_t*>(view.data)[o];
-            default: return static_cast<const uint8_t*>(view.data)[o];
+            case DType::bf16:
+                return to_float(static_cast<const bf16*>(view.data)[o]);
+            case DType::f16:
+                return to_float(static_cast<const f16*>(view.data)[o]);
+            case DType::f32:
+                return static_cast<const float*>(view.data)[o];
+            case DType::i32:
+                return static_cast<const int32_t*>(view.data)[o];
+            default:
+                return static_cast<const uint8_t*>(view.data)[o];
         }
     }
     void set(const int64_t (&at)[N], double x) {
         const int64_t o = offset(at);
         switch (view.dtype) {
-            case DType::bf16: static_cast<bf16*>(view.data)[o] = from_float<bf16>(static_cast<float>(x)); break;
-            case DType::f16: static_cast<f16*>(view.data)[o] = from_float<f16>(static_cast<float>(x)); break;
-            case DType::f32: static_cast<float*>(view.data)[o] = static_cast<float>(x); break;
+            case DType::bf16:
+                static_cast<bf16*>(view.data)[o] = from_float<bf16>(static_cast<float>(x));
+                break;
+            case DType::f16:
+                static_cast<f16*>(view.data)[o] = from_float<f16>(static_cast<float>(x));
+                break;
+            case DType::f32:
+                static_cast<float*>(view.data)[o] = static_cast<float>(x);
+                break;
             case DType::i32:
                 static_cast<uint32_t*>(view.data)[o] = static_cast<uint32_t>(static_cast<int64_t>(x));
                 break;
-            default: static_cast<uint8_t*>(view.data)[o] = static_cast<uint8_t>(x);
+            default:
+                static_cast<uint8_t*>(view.data)[o] = static_cast<uint8_t>(x);
         }
     }
     // visit(index) for every element.
@@ -100,7 +118,7 @@ struct Tensor {
     }
     template <typename Value>
     Tensor&& fill(const Value& value) && {
-        each([&](const int64_t(&at)[N]) { set(at, value()); });
+        each([&](const int64_t (&at)[N]) { set(at, value()); });
         return std::move(*this);
     }
     // Repeats dimension i.
@@ -153,8 +171,8 @@ bool sees(const Case& c, const Span& s, int64_t h, int64_t i, int64_t j) {
 
 bool dropped(const Attention& a, int64_t bh, int64_t i, int64_t j) {
     if (a.dropout_threshold == 0) return false;
-    uint32_t x[4] = {static_cast<uint32_t>((j >> 6) * 16 + (j & 15)), static_cast<uint32_t>(i), static_cast<uint32_t>(bh),
-                     a.offset};
+    uint32_t x[4] = {static_cast<uint32_t>((j >> 6) * 16 + (j & 15)), static_cast<uint32_t>(i),
+                     static_cast<uint32_t>(bh), a.offset};
     uint32_t k0 = static_cast<uint32_t>(a.seed), k1 = static_cast<uint32_t>(a.seed >> 32);
     for (int round = 0; round < 10; ++round) {
         const uint64_t p = uint64_t{0xD2511F53} * x[0], r = uint64_t{0xCD9E8D57} * x[2];
@@ -197,7 +215,8 @@ Row row_of(const Case& c, const Span& s, int64_t h, int64_t i) {
     for (int64_t j = 0; j < s.keys; ++j) {
         if (!sees(c, s, h, i, j)) continue;
         double x = 0, slope = 1;
-        for (int64_t d = 0; d < a.q.size[3]; ++d) x += c.q.get({s.row, s.q0 + i, h, d}) * c.k.get({s.row, s.k0 + j, hk, d});
+        for (int64_t d = 0; d < a.q.size[3]; ++d)
+            x += c.q.get({s.row, s.q0 + i, h, d}) * c.k.get({s.row, s.k0 + j, hk, d});
         x *= a.scale;
         if (a.softcap > 0) {
             const double t = tanh(x / a.softcap);
@@ -226,7 +245,7 @@ void compare(const Case& c, const char* name, const Tensor<N>& got, Truth<N>& tr
     }
     const double unit = rounding == DType::bf16 ? 0x1p-8 : rounding == DType::f16 ? 0x1p-11 : 0x1p-18;
     const double allowed = budget * unit * std::max(largest, 1e-3);
-    got.each([&](const int64_t(&at)[N]) {
+    got.each([&](const int64_t (&at)[N]) {
         const double x = got.get(at), y = truth(at);
         if (x == y || (isnan(x) && isnan(y)) || fabs(x - y) <= allowed) return;
         std::string where;
@@ -247,10 +266,10 @@ Case make_case(Random& random, DType dtype, const Shape& s, bool packed, const s
     const auto plain = [&] { return normal(random); };
     Case c;
     Attention& a = c.a;
-    c.text = std::string(dtype == DType::bf16 ? "bf16" : "f16") + " B" + std::to_string(s.b) + " Sq" + std::to_string(s.sq) +
-             " Sk" + std::to_string(s.sk) + " Hq" + std::to_string(s.hq) + " Hkv" + std::to_string(s.hk) + " D" +
-             std::to_string(s.d) + " Dv" + std::to_string(s.dv) + (packed ? " packed" : "") + " layout " +
-             std::to_string(layout) + features;
+    c.text = std::string(dtype == DType::bf16 ? "bf16" : "f16") + " B" + std::to_string(s.b) + " Sq" +
+             std::to_string(s.sq) + " Sk" + std::to_string(s.sk) + " Hq" + std::to_string(s.hq) + " Hkv" +
+             std::to_string(s.hk) + " D" + std::to_string(s.d) + " Dv" + std::to_string(s.dv) +
+             (packed ? " packed" : "") + " layout " + std::to_string(layout) + features;
     const int64_t batch = packed ? 1 : s.b;
     c.q = Tensor<4>(dtype, {batch, s.sq, s.hq, s.d}, layout, random).fill(plain);
     c.k = Tensor<4>(dtype, {batch, s.sk, s.hk, s.d}, layout, random).fill(plain);
@@ -265,7 +284,9 @@ Case make_case(Random& random, DType dtype, const Shape& s, bool packed, const s
     if (has("minus")) a.scale = -a.scale;
     a.top_left = has("corner");
     if (has("softcap")) a.softcap = 1.5;
-    if (has("dropout")) a.dropout_threshold = 1u << 30, a.dropout_scale = 4. / 3, a.seed = 0x123456789abcull + draw(random, 0, 99), a.offset = 7;
+    if (has("dropout"))
+        a.dropout_threshold = 1u << 30, a.dropout_scale = 4. / 3, a.seed = 0x123456789abcull + draw(random, 0, 99),
+        a.offset = 7;
     if (has("alibi")) {
         c.alibi = Tensor<2>(DType::f32, {s.b, s.hq}, layout, random).fill([&] { return 0.02 * draw(random, 1, 10); });
         a.alibi_slopes = c.alibi.view;
@@ -280,26 +301,30 @@ Case make_case(Random& random, DType dtype, const Shape& s, bool packed, const s
         for (int i = 0; i < 4; ++i) {
             if (c.text.find("spread" + std::to_string(i)) != std::string::npos) c.bias.broadcast(i);
         }
-        c.bias.each([&](const int64_t(&at)[4]) { c.bias.set(at, chance(random, 5) ? -infinity : normal(random)); });
+        c.bias.each([&](const int64_t (&at)[4]) { c.bias.set(at, chance(random, 5) ? -infinity : normal(random)); });
         a.bias = c.bias.view;
     }
     if (has("intervals")) {
         c.intervals = Tensor<4>(DType::i32, {batch, s.hq, s.sq, 2}, layout, random);
         if (chance(random, 50)) c.intervals.broadcast(1);
         const int documents = draw(random, 1, 4), kind = draw(random, 0, 2);
-        c.intervals.each([&](const int64_t(&at)[4]) {
+        c.intervals.each([&](const int64_t (&at)[4]) {
             const int64_t piece = s.sk / documents + 1, low = at[2] * s.sk / std::max<int64_t>(s.sq, 1) / piece * piece;
-            const int64_t value = kind == 0   ? low + at[3] * piece
-                                  : kind == 1 ? draw(random, -5, static_cast<int>(s.sk) + 5)
-                                              : (at[3] ? 2147483647 : at[2] % 3 ? -2147483648ll : s.sk / 2);
+            const int64_t value = kind == 0 ? low + at[3] * piece
+                                : kind == 1 ? draw(random, -5, static_cast<int>(s.sk) + 5)
+                                            : (at[3]       ? 2147483647
+                                               : at[2] % 3 ? -2147483648ll
+                                                           : s.sk / 2);
             c.intervals.set(at, static_cast<double>(value));
         });
         a.intervals = c.intervals.view;
     }
     if (has("blocks")) {
         a.block_m = draw(random, 1, 3) * draw(random, 5, 64), a.block_n = draw(random, 1, 3) * draw(random, 5, 64);
-        c.blocks = Tensor<4>(DType::u8, {s.b, s.hq, (s.sq + a.block_m - 1) / a.block_m, (s.sk + a.block_n - 1) / a.block_n},
-                             layout, random).fill([&] { return chance(random, 40) ? draw(random, 1, 255) : 0; });
+        c.blocks =
+            Tensor<4>(DType::u8, {s.b, s.hq, (s.sq + a.block_m - 1) / a.block_m, (s.sk + a.block_n - 1) / a.block_n},
+                      layout, random)
+                .fill([&] { return chance(random, 40) ? draw(random, 1, 255) : 0; });
         a.blocks = c.blocks.view;
     }
     if (has("bits")) {
@@ -352,9 +377,9 @@ Case make_case(Random& random, DType dtype, const Shape& s, bool packed, const s
 }
 
 std::string random_features(Random& random, bool packed) {
-    static const char* const all[] = {"causal", "window", "left", "corner", "softcap", "dropout", "alibi", "sinks", "nan",
-                                      "intervals", "minus", "bias", "bias32", "blocks", "bits", "spread0", "spread1",
-                                      "spread2", "spread3"};
+    static const char* const all[] = {"causal", "window",  "left",      "corner",  "softcap", "dropout", "alibi",
+                                      "sinks",  "nan",     "intervals", "minus",   "bias",    "bias32",  "blocks",
+                                      "bits",   "spread0", "spread1",   "spread2", "spread3"};
     std::string features;
     const int percent = draw(random, 0, 2) * 15;
     for (size_t i = 0; i < std::size(all) - (packed ? 8 : 0); ++i) {
@@ -382,9 +407,8 @@ Case random_case(Random& random) {
 
 // ---- Tests ----------------------------------------------------------------------------------------------------------
 
-void check_forward(Case& c, Random& random) {
+void check_forward(Case& c, Random& random, int layout) {
     const Attention& a = c.a;
-    const int layout = draw(random, 0, 2);
     Tensor<4> out(a.q.dtype, {a.q.size[0], a.q.size[1], a.q.size[2], a.v.size[3]}, layout, random);
     Tensor<3> lse(DType::f32, {a.q.size[0], a.q.size[2], a.q.size[1]}, layout, random);
     cuda::attention({a, out.view, lse.view}, emulator::device());
@@ -412,13 +436,12 @@ void check_forward(Case& c, Random& random) {
     compare(c, "lse", lse, true_lse, 1, DType::f32);
 }
 
-void check_column_sums(Case& c, Random& random) {
+void check_column_sums(Case& c, Random& random, int layout) {
     const Attention& a = c.a;
-    const int layout = draw(random, 0, 2);
     Tensor<3> lse(DType::f32, {a.q.size[0], a.q.size[2], a.q.size[1]}, layout, random);
     Tensor<3> sums(DType::f32, {a.q.size[0], a.q.size[2], a.k.size[1]}, layout, random);
     Truth<3> truth(sums.view);
-    lse.each([&](const int64_t(&at)[3]) { lse.set(at, -infinity); });
+    lse.each([&](const int64_t (&at)[3]) { lse.set(at, -infinity); });
     for (const Span& s : spans(c)) {
         for (int64_t h = 0; h < a.q.size[2]; ++h) {
             for (int64_t i = 0; i < s.queries; ++i) {
@@ -434,11 +457,10 @@ void check_column_sums(Case& c, Random& random) {
     compare(c, "column sums", sums, truth, 4, DType::f32);
 }
 
-void check_backward(Case& c, Random& random) {
+void check_backward(Case& c, Random& random, int layout) {
     const Attention& a = c.a;
     const int64_t heads = a.q.size[2], group = heads / a.k.size[2];
     const auto size = [](const View<4>& v) { return std::vector<int64_t>(v.size, v.size + 4); };
-    const int layout = draw(random, 0, 2);
     Tensor<4> dq(a.q.dtype, size(a.q), layout, random), dk(a.q.dtype, size(a.k), layout, random);
     Tensor<4> dv(a.q.dtype, size(a.v), layout, random), dbias;
     Tensor<2> dalibi;
@@ -460,7 +482,7 @@ void check_backward(Case& c, Random& random) {
         b.dalibi_slopes = dalibi.view;
         true_dalibi = Truth<2>(dalibi.view);
     }
-    lse.each([&](const int64_t(&at)[3]) { lse.set(at, -infinity), delta.set(at, NAN); });
+    lse.each([&](const int64_t (&at)[3]) { lse.set(at, -infinity), delta.set(at, NAN); });
 
     for (const Span& s : spans(c)) {
         for (int64_t h = 0; h < heads; ++h) {
@@ -472,7 +494,9 @@ void check_backward(Case& c, Random& random) {
                 double sum = row.key.empty() ? 0 : -c.grad_lse.get({s.row, h, s.q0 + i});
                 for (size_t n = 0; n < dp.size(); ++n) {
                     const int64_t j = row.key[n];
-                    const double keep = dropped(a, s.batch * heads + h, i, j) ? 0 : a.dropout_threshold ? a.dropout_scale : 1;
+                    const double keep = dropped(a, s.batch * heads + h, i, j) ? 0
+                                      : a.dropout_threshold                   ? a.dropout_scale
+                                                                              : 1;
                     for (int64_t d = 0; d < a.v.size[3]; ++d) {
                         const double g = c.grad_out.get({s.row, s.q0 + i, h, d});
                         dp[n] += keep * g * c.v.get({s.row, s.k0 + j, h / group, d});
@@ -489,7 +513,8 @@ void check_backward(Case& c, Random& random) {
                         true_dk({s.row, s.k0 + j, h / group, d}) += dot * c.q.get({s.row, s.q0 + i, h, d});
                     }
                     if (a.bias) true_dbias({s.row, h, i, j}) += logit;
-                    if (a.alibi_slopes) true_dalibi({s.batch, h}) -= logit * fabs(static_cast<double>(i + diagonal - j));
+                    if (a.alibi_slopes)
+                        true_dalibi({s.batch, h}) -= logit * fabs(static_cast<double>(i + diagonal - j));
                 }
             }
         }
@@ -501,12 +526,12 @@ void check_backward(Case& c, Random& random) {
     if (a.alibi_slopes) compare(c, "dalibi", dalibi, true_dalibi, 16, DType::f32);
     if (!a.bias) return;
     Truth<4> summed(dbias.view);  // over the dimensions along which the bias is broadcast
-    const auto collapsed = [&](const int64_t(&at)[4], int64_t(&to)[4]) {
+    const auto collapsed = [&](const int64_t (&at)[4], int64_t (&to)[4]) {
         for (int i = 0; i < 4; ++i) to[i] = a.bias.stride[i] == 0 ? 0 : at[i];
     };
     int64_t to[4];
-    dbias.each([&](const int64_t(&at)[4]) { collapsed(at, to), summed(to) += true_dbias(at); });
-    dbias.each([&](const int64_t(&at)[4]) { collapsed(at, to), true_dbias(at) = summed(to); });
+    dbias.each([&](const int64_t (&at)[4]) { collapsed(at, to), summed(to) += true_dbias(at); });
+    dbias.each([&](const int64_t (&at)[4]) { collapsed(at, to), true_dbias(at) = summed(to); });
     compare(c, "dbias", dbias, true_dbias, 16, DType::f32);
 }
 
@@ -523,7 +548,7 @@ void check_merge(Random& random) {
     Tensor<3> lse(DType::f32, {b, h, s}, layout, random);
     Truth<4> true_out(out.view);
     Truth<3> true_lse(lse.view, -infinity);
-    lse.each([&](const int64_t(&at)[3]) {
+    lse.each([&](const int64_t (&at)[3]) {
         double sum = 0;
         for (int64_t i = 0; i < n; ++i) sum += exp(lses.get({i, at[0], at[1], at[2]}));
         if (sum > 0) true_lse(at) = log(sum);
@@ -542,6 +567,23 @@ void check_merge(Random& random) {
     compare(c, "merged lse", lse, true_lse, 1, DType::f32);
 }
 
+// Shared memory is read and written without bank conflicts where tensors come in vectors.
+void check_traffic(Random& random) {
+    for (int d : {64, 96, 128, 192, 256}) {
+        Case c = make_case(random, DType::bf16, {1, 128, 128, 1, 1, d, d}, false, " causal", 0);
+        emulator::count_traffic(true);
+        check_forward(c, random, 0);
+        check_backward(c, random, 0);
+        const std::vector<emulator::Traffic> places = emulator::traffic();
+        require(!places.empty(), "no traffic was counted");
+        for (const emulator::Traffic& t : places) {
+            require(t.wavefronts == t.ideal, t.place + " takes " + std::to_string(t.wavefronts) + " wavefronts, not " +
+                                                 std::to_string(t.ideal) + ", in: " + c.text);
+        }
+        emulator::count_traffic(false);
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -552,10 +594,11 @@ int main(int argc, char** argv) {
         emulator::set_seed(seed + n);
         try {
             Case c = random_case(random);
-            check_forward(c, random);
-            check_column_sums(c, random);
-            check_backward(c, random);
+            check_forward(c, random, draw(random, 0, 2));
+            check_column_sums(c, random, draw(random, 0, 2));
+            check_backward(c, random, draw(random, 0, 2));
             check_merge(random);
+            if (n == 0) check_traffic(random);
         } catch (const std::exception& error) {
             printf("cuda_attention 1 %d: %s\n", seed + n, error.what());
             fflush(stdout);

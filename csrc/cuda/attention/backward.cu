@@ -7,13 +7,26 @@ namespace metate::cuda {
 void attention_backward(const AttentionBackward& a, const Device& device) {
     using namespace flash;
     const Attention& t = a.problem;
-    Backward b{problem_of(t, takes_general(t)), a.grad_out, a.lse, a.delta, a.dq, a.dk, a.dv, 0, moves_vectors(t.q),
-               moves_vectors(t.k), moves_vectors(t.v), moves_vectors(a.grad_out), moves_vectors(a.dq),
-               moves_vectors(a.dk), moves_vectors(a.dv)};
+    Backward b{problem_of(t, takes_general(t)),
+               a.grad_out,
+               a.lse,
+               a.delta,
+               a.dq,
+               a.dk,
+               a.dv,
+               0,
+               moves_vectors(t.q),
+               moves_vectors(t.k),
+               moves_vectors(t.v),
+               moves_vectors(a.grad_out),
+               moves_vectors(a.dq),
+               moves_vectors(a.dk),
+               moves_vectors(a.dv)};
 
     // Scratch: the summary for tiles of the fewest queries that any pass takes, then the partial sums of the slopes.
     const size_t summary = summary_bytes(b.problem, 16);
-    const size_t partial = a.dalibi_slopes ? sizeof(float) * grid_of(b.problem, slots_of(b.problem, false, 64), t.q.size[2]) : 0;
+    const size_t partial =
+        a.dalibi_slopes ? sizeof(float) * grid_of(b.problem, slots_of(b.problem, false, 64), t.q.size[2]) : 0;
     void* const scratch = summary + partial ? device.scratch(summary + partial, device.context) : nullptr;
 
     grad_queries(b, scratch, device);
@@ -23,7 +36,8 @@ void attention_backward(const AttentionBackward& a, const Device& device) {
         summarise(b.problem, 64, scratch, device);
         if (a.dbias) grad_bias(b, a.dbias, device);
         if (a.dalibi_slopes) {
-            grad_slopes(b, a.dalibi_slopes, reinterpret_cast<float*>(static_cast<unsigned char*>(scratch) + summary), device);
+            grad_slopes(b, a.dalibi_slopes, reinterpret_cast<float*>(static_cast<unsigned char*>(scratch) + summary),
+                        device);
         }
     }
 }

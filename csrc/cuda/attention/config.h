@@ -10,11 +10,11 @@ enum class Pass { forward, grad_queries, grad_keys };
 
 // A block keeps one tile of rows (queries, or keys in grad_keys) and walks over tiles of `step` keys (or queries).
 struct Config {
-    int head;       // columns of every tile: D and Dv padded
+    int head;  // columns of every tile: D and Dv padded
     int warps;
     int fragments;  // 16-row fragments per warp: each operand fragment of a step is used that often
     int step;
-    int parts;      // groups of warps that share rows and split the columns of the result between them
+    int parts;  // groups of warps that share rows and split the columns of the result between them
 
     METATE_INLINE constexpr int threads() const { return warps * 32; }
     METATE_INLINE constexpr int rows() const { return warps / parts * fragments * 16; }
@@ -30,7 +30,7 @@ METATE_INLINE constexpr Config choose(Pass pass, int head, bool general) {
     switch (pass) {
         case Pass::forward:
             if (head == 128 && general) return {head, 8, 1, 64, 1};
-            if (head <= 128) return {head, 4, 2, 64, 1};
+            if (head <= 128) return {head, 4, 2, head == 128 ? 48 : 64, 1};
             return {head, 8, 1, head == 192 ? 64 : 32, 1};
         case Pass::grad_queries:
             if (head <= 128) return {head, 4, 2, 32, 1};

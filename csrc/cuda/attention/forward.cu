@@ -54,8 +54,9 @@ METATE_DEVICE void finish_rows(const Forward& f, const Place& place, const Lines
     const Problem& p = f.problem;
     const bool sinks = p.a.sinks && !place.sequence.padding;
     const float sink =
-        sinks ? load_global<float>(static_cast<const float*>(p.a.sinks.data) + place.head * p.a.sinks.stride[0]) * log2_e
-              : -infinite();
+        sinks
+            ? load_global<float>(static_cast<const float*>(p.a.sinks.data) + place.head * p.a.sinks.stride[0]) * log2_e
+            : -infinite();
     float* const lse = row_values(p, f.lse, place.sequence, place.head);
     METATE_UNROLL
     for (int r = 0; r < 2 * m; ++r) {
@@ -97,8 +98,8 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
     const Matrix k = keys_of(p, p.a.k, f.vector_k, place.sequence, place.head / p.group);
     const Matrix v = keys_of(p, p.a.v, f.vector_v, place.sequence, place.head / p.group);
     if (tile < end) {
-        load_tile<rows, c.head, c.threads()>(
-            q_tile, queries_of(p, p.a.q, f.vector_q, place.sequence, place.head), place.first);
+        load_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, p.a.q, f.vector_q, place.sequence, place.head),
+                                             place.first);
         load_tile<step, c.head, c.threads()>(k_tile, k, tile * step);
     }
     cp_async_commit();

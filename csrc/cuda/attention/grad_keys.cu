@@ -1,6 +1,6 @@
-// The gradients of keys and values: a block keeps a tile of keys and values and walks over the queries that see them, in
-// all query heads that share them. The products are taken the other way round, keys by queries, so that probabilities
-// and gradients leave one product in the registers where the next wants them. Every sum has one order.
+// The gradients of keys and values: a block keeps a tile of keys and values and walks over the queries that see them,
+// in all query heads that share them. The products are taken the other way round, keys by queries, so that
+// probabilities and gradients leave one product in the registers where the next wants them. Every sum has one order.
 #include "gradient.h"
 
 namespace metate::cuda::flash {
@@ -37,8 +37,8 @@ struct KeyBlock {
 
     METATE_DEVICE TileKind kind_of(const Scorer<general>& scorer, int tile, int first_slot) const {
         const int first = tile * step;
-        const TileKind kind = scorer.kind(scorer.bounds(first, step, first_slot + tile), first, first + step, place.first,
-                                          place.first + rows);
+        const TileKind kind = scorer.kind(scorer.bounds(first, step, first_slot + tile), first, first + step,
+                                          place.first, place.first + rows);
         return kind == full && first + step > place.sequence.queries ? partial : kind;
     }
 
@@ -51,8 +51,8 @@ struct KeyBlock {
             const Scorer<general> scorer(p, s, from.head);
             const bool numbered = general && p.packed && p.a.intervals;
             const int slot = numbered ? packed_slot(p.a.cu_seqlens_q, s.batch + 1, p.queries, step) : 0;
-            from.tile = next_tile<general>(from.tile, range.high, from.kind,
-                                           [&](int n) { return kind_of(scorer, n, slot); });
+            from.tile =
+                next_tile<general>(from.tile, range.high, from.kind, [&](int n) { return kind_of(scorer, n, slot); });
             if (from.tile < range.high) break;
         }
         return from;
@@ -95,8 +95,10 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
     const int kv_head = place.head;
     Step at = block.find({place.head * p.group, block.window().low, skipped});
     if (at.head < block.end_head()) {
-        load_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, p.a.k, b.vector_k, place.sequence, kv_head), place.first);
-        load_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, p.a.v, b.vector_v, place.sequence, kv_head), place.first);
+        load_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, p.a.k, b.vector_k, place.sequence, kv_head),
+                                             place.first);
+        load_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, p.a.v, b.vector_v, place.sequence, kv_head),
+                                             place.first);
         const float fetched = block.load(at, steps);
         if (thread_index() < 2 * step) store_shared(states + thread_index() * 4, fetched);
     }

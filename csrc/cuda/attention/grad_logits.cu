@@ -1,6 +1,6 @@
-// The gradients of what is added to the logits, the bias and the ALiBi slopes: sums of the gradients of the logits, made
-// once more, 64 queries by 64 keys at a time, by blocks that each own their part of the result. So every sum has one
-// order, also over dimensions along which the bias is broadcast.
+// The gradients of what is added to the logits, the bias and the ALiBi slopes: sums of the gradients of the logits,
+// made once more, 64 queries by 64 keys at a time, by blocks that each own their part of the result. So every sum has
+// one order, also over dimensions along which the bias is broadcast.
 #include "chunked.h"
 #include "gradient.h"
 
@@ -12,13 +12,13 @@ struct LogitGradient {
     View<4> dbias;
     int tiles[4], sums[4];  // blocks along each dimension of the bias, and how many tiles each sums along it
     View<2> dslopes;
-    float* partial;         // one per tile of queries
+    float* partial;  // one per tile of queries
 };
 
 // The gradients of the logits of 64 queries and 64 keys.
 template <typename T>
-METATE_DEVICE void logit_gradient(float (&error)[1][8][4], const Backward& b, const Scorer<true>& scorer, int first_query,
-                                  int first_key, unsigned char* shared) {
+METATE_DEVICE void logit_gradient(float (&error)[1][8][4], const Backward& b, const Scorer<true>& scorer,
+                                  int first_query, int first_key, unsigned char* shared) {
     const Problem& p = b.problem;
     const int kv_head = scorer.head / p.group;
     const Sequence& sequence = scorer.s;
@@ -155,7 +155,8 @@ sum_slopes_kernel(METATE_PARAMETER(LogitGradient, g)) {
     }
     float sum = 0.f;
     for (int64_t b = first; b < last; ++b) {
-        for (int slot = low; slot < high; ++slot) sum += load_global<float>(g.partial + (b * heads + h) * g.b.tiles + slot);
+        for (int slot = low; slot < high; ++slot)
+            sum += load_global<float>(g.partial + (b * heads + h) * g.b.tiles + slot);
     }
     store_global(static_cast<float*>(g.dslopes.data) + row * g.dslopes.stride[0] + h * g.dslopes.stride[1], sum);
 }

@@ -1,6 +1,6 @@
 // The gradient of the queries: a block keeps a tile of queries and walks over the keys they see, as the forward does,
-// two tiles of keys and values in flight. It makes the probabilities again, and nobody else adds to its rows: the result
-// does not depend on the order in which blocks run.
+// two tiles of keys and values in flight. It makes the probabilities again, and nobody else adds to its rows: the
+// result does not depend on the order in which blocks run.
 #include "gradient.h"
 
 namespace metate::cuda::flash {
@@ -12,7 +12,8 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     METATE_SHARED(unsigned char, shared);
     constexpr Config c = choose(Pass::grad_queries, head, general);
     constexpr int m = c.fragments, rows = c.rows(), step = c.step, pitch = c.head * 2;
-    unsigned char *const q_tile = shared, *const grad_tile = q_tile + rows * pitch, *const steps = grad_tile + rows * pitch;
+    unsigned char *const q_tile = shared, *const grad_tile = q_tile + rows * pitch,
+                         *const steps = grad_tile + rows * pitch;
     const Problem& p = b.problem;
 
     // Which queries, and which tiles of keys they see.
@@ -35,8 +36,8 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
         load_tile<step, c.head, c.threads()>(steps + (stage * 2 + 1) * step * pitch, v, n * step);
     };
     if (tile < end) {
-        load_tile<rows, c.head, c.threads()>(
-            q_tile, queries_of(p, p.a.q, b.vector_q, place.sequence, place.head), place.first);
+        load_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, p.a.q, b.vector_q, place.sequence, place.head),
+                                             place.first);
         load_tile<rows, c.head, c.threads()>(
             grad_tile, queries_of(p, b.grad_out, b.vector_grad_out, place.sequence, place.head), place.first);
         load_step(tile, 0);

@@ -16,7 +16,9 @@ struct Backward {
 };
 
 // A row's lse as a binary logarithm. One that saw nothing gets +inf, so that all its probabilities are 0.
-METATE_DEVICE float binary_lse(float lse) { return lse == -infinite() ? infinite() : lse * log2_e; }
+METATE_DEVICE float binary_lse(float lse) {
+    return lse == -infinite() ? infinite() : lse * log2_e;
+}
 
 // What the forward left of a row.
 struct RowState {

@@ -21,7 +21,9 @@ inline bool is_general(const Attention& a) {
            !(a.scale > 0);
 }
 
-inline void refuse(const char* what) { throw std::invalid_argument(std::string("attention on cuda: ") + what); }
+inline void refuse(const char* what) {
+    throw std::invalid_argument(std::string("attention on cuda: ") + what);
+}
 
 inline Problem problem_of(const Attention& a, bool general) {
     if (a.q.dtype != DType::bf16 && a.q.dtype != DType::f16) refuse("q is neither bfloat16 nor float16");
@@ -79,17 +81,26 @@ void summarise(Problem& p, int rows, void* memory, const Device& device);
 template <typename T, typename Body>
 void for_head(int head, bool general, Body body) {
     switch (head) {
-        case 64: return general ? body.template operator()<T, 64, true>() : body.template operator()<T, 64, false>();
-        case 96: return general ? body.template operator()<T, 96, true>() : body.template operator()<T, 96, false>();
-        case 128: return general ? body.template operator()<T, 128, true>() : body.template operator()<T, 128, false>();
-        case 192: return body.template operator()<T, 192, true>();
-        default: return body.template operator()<T, 256, true>();
+        case 64:
+            return general ? body.template operator()<T, 64, true>() : body.template operator()<T, 64, false>();
+        case 96:
+            return general ? body.template operator()<T, 96, true>() : body.template operator()<T, 96, false>();
+        case 128:
+            return general ? body.template operator()<T, 128, true>() : body.template operator()<T, 128, false>();
+        case 192:
+            return body.template operator()<T, 192, true>();
+        default:
+            return body.template operator()<T, 256, true>();
     }
 }
 
-inline int head_of(const Attention& a) { return head_tile(a.q.size[3] > a.v.size[3] ? a.q.size[3] : a.v.size[3]); }
+inline int head_of(const Attention& a) {
+    return head_tile(a.q.size[3] > a.v.size[3] ? a.q.size[3] : a.v.size[3]);
+}
 
-inline bool takes_general(const Attention& a) { return head_of(a) > 128 || is_general(a); }
+inline bool takes_general(const Attention& a) {
+    return head_of(a) > 128 || is_general(a);
+}
 
 template <typename Body>
 void for_kernel(const Attention& a, Body body) {

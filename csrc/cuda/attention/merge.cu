@@ -25,8 +25,8 @@ merge_kernel(METATE_PARAMETER(MergeAttentionStates, a)) {
     const int64_t d = columns > 0 ? index % columns : 0, row = columns > 0 ? index / columns : index;
     const int64_t h = row % heads, s = row / heads % tokens, b = row / heads / tokens;
 
-    const float* const lse = static_cast<const float*>(a.lses.data) + b * a.lses.stride[1] + h * a.lses.stride[2] +
-                             s * a.lses.stride[3];
+    const float* const lse =
+        static_cast<const float*>(a.lses.data) + b * a.lses.stride[1] + h * a.lses.stride[2] + s * a.lses.stride[3];
     const int64_t states = a.outs.size[0];
     float top = -infinite();
     for (int64_t n = 0; n < states; ++n) top = fmaxf(top, load_global<float>(lse + n * a.lses.stride[0]));
@@ -40,7 +40,8 @@ merge_kernel(METATE_PARAMETER(MergeAttentionStates, a)) {
         if (weight != 0.f && columns > 0) out += weight * read<T>(a.outs, start + n * a.outs.stride[0]);
     }
     if (d == 0) {
-        float* const merged = static_cast<float*>(a.lse.data) + b * a.lse.stride[0] + h * a.lse.stride[1] + s * a.lse.stride[2];
+        float* const merged =
+            static_cast<float*>(a.lse.data) + b * a.lse.stride[0] + h * a.lse.stride[1] + s * a.lse.stride[2];
         store_global(merged, base + logf(sum));
     }
     if (columns == 0) return;
@@ -66,10 +67,14 @@ void merge_attention_states(const MergeAttentionStates& a, const Device& device)
         arch::launch(kernel, {static_cast<int>(blocks)}, 256, 0, device.stream, a);
     };
     switch (a.out.dtype) {
-        case DType::f32: return run(flash::merge_kernel<float>);
-        case DType::bf16: return run(flash::merge_kernel<arch::bf16>);
-        case DType::f16: return run(flash::merge_kernel<arch::f16>);
-        default: flash::refuse("states to merge are neither float32, bfloat16 nor float16");
+        case DType::f32:
+            return run(flash::merge_kernel<float>);
+        case DType::bf16:
+            return run(flash::merge_kernel<arch::bf16>);
+        case DType::f16:
+            return run(flash::merge_kernel<arch::f16>);
+        default:
+            flash::refuse("states to merge are neither float32, bfloat16 nor float16");
     }
 }
 

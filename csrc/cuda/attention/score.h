@@ -9,7 +9,9 @@ namespace metate::cuda::flash {
 
 constexpr float log2_e = 1.44269504088896340736f;
 constexpr float ln_2 = 0.69314718055994530942f;
-METATE_DEVICE float infinite() { return float_of(0x7f800000u); }
+METATE_DEVICE float infinite() {
+    return float_of(0x7f800000u);
+}
 
 // n / d for 0 <= n < 2^31 without a division.
 struct Divider {
@@ -24,24 +26,24 @@ struct Divider {
 // The contract's problem with what every block would otherwise work out for itself.
 struct Problem {
     Attention a;
-    int queries, keys;       // of the batch, or of all packed sequences
-    int heads, group;        // query heads, and how many of them share one of k and v
-    int left, right;         // the window, -1: no limit
-    int sequences;           // packed ones
+    int queries, keys;  // of the batch, or of all packed sequences
+    int heads, group;   // query heads, and how many of them share one of k and v
+    int left, right;    // the window, -1: no limit
+    int sequences;      // packed ones
     bool packed;
     Divider block_m, block_n;
     const int32_t* summary;  // four bounds per tile of queries (summary.cu), where there are intervals
     int summary_slots;
-    float scale, unit;       // unit: from what a kernel's scores are to binary logarithms
+    float scale, unit;  // unit: from what a kernel's scores are to binary logarithms
     float softcap, dropout_scale;
 };
 
 // Query and key positions that belong together: one batch element, or one packed sequence.
 struct Sequence {
-    int batch;                    // counts packed sequences too
-    int first_query, first_key;   // in the tensors' dimension of tokens
+    int batch;                   // counts packed sequences too
+    int first_query, first_key;  // in the tensors' dimension of tokens
     int queries, keys;
-    bool padding;                 // tokens outside every packed sequence
+    bool padding;  // tokens outside every packed sequence
 };
 
 // The k-th of the sequences + 3 ends of packed sequences; the first and the last stretch lie outside all of them.
@@ -56,12 +58,12 @@ METATE_DEVICE Sequence packed_sequence(const Problem& p, int k) {
     const View<1>&q = p.a.cu_seqlens_q, &key = p.a.cu_seqlens_k;
     const bool padding = k == 0 || k == p.sequences + 1;
     const int q0 = packed_end(q, k, p.queries), k0 = packed_end(key, k, p.keys);
-    return {k - 1,   q0,
-            k0,      most(0, packed_end(q, k + 1, p.queries) - q0),
-            most(0, packed_end(key, k + 1, p.keys) - k0), padding};
+    return {k - 1,  q0, k0, most(0, packed_end(q, k + 1, p.queries) - q0), most(0, packed_end(key, k + 1, p.keys) - k0),
+            padding};
 }
 
-// Slots number the tiles of all sequences: sequence k starts at slot end(k) / rows + k, which leaves room for its tiles.
+// Slots number the tiles of all sequences: sequence k starts at slot end(k) / rows + k, which leaves room for its
+// tiles.
 METATE_DEVICE int packed_slot(const View<1>& ends, int k, int tokens, int rows) {
     return packed_end(ends, k, tokens) / rows + k;
 }
@@ -104,8 +106,12 @@ METATE_DEVICE Place locate(const Problem& p, bool over_keys, int rows, int tiles
 METATE_DEVICE Matrix matrix_of(const Problem& p, const View<4>& view, bool vectors, int batch, int token, int tokens,
                                int head) {
     const int64_t start = (p.packed ? 0 : batch) * view.stride[0] + token * view.stride[1] + head * view.stride[2];
-    return {static_cast<unsigned char*>(view.data) + start * 2, view.stride[1], view.stride[3], tokens,
-            static_cast<int>(view.size[3]), vectors};
+    return {static_cast<unsigned char*>(view.data) + start * 2,
+            view.stride[1],
+            view.stride[3],
+            tokens,
+            static_cast<int>(view.size[3]),
+            vectors};
 }
 
 METATE_DEVICE Matrix queries_of(const Problem& p, const View<4>& view, bool vectors, const Sequence& s, int head) {
@@ -168,7 +174,8 @@ struct Scorer {
             if (p.a.intervals) {
                 const int64_t line = static_cast<int64_t>(p.packed ? 0 : s.batch) * p.heads + head;
                 const auto w = load_global<Words<4>>(p.summary + (line * p.summary_slots + slot) * 4);
-                return {{static_cast<int>(w[0]), static_cast<int>(w[1])}, {static_cast<int>(w[2]), static_cast<int>(w[3])}};
+                return {{static_cast<int>(w[0]), static_cast<int>(w[1])},
+                        {static_cast<int>(w[2]), static_cast<int>(w[3])}};
             }
         }
         const Range upper = keys_of_query(first), lower = keys_of_query(least(first + rows, s.queries) - 1);
@@ -217,7 +224,8 @@ struct Scorer {
     }
 };
 
-// The first tile from `n` on that is not skipped, or `end`; all lanes look at once where tiles in between may be skipped.
+// The first tile from `n` on that is not skipped, or `end`; all lanes look at once where tiles in between may be
+// skipped.
 template <bool search, typename Kind>
 METATE_DEVICE int next_tile(int n, int end, TileKind& found, const Kind& kind) {
     if constexpr (search) {
@@ -289,10 +297,10 @@ struct Lines {
             METATE_UNROLL
             for (int d = 0; d < distinct; ++d) {
                 const int j = key(d);
-                const Words<4> words = philox({static_cast<uint32_t>((j >> 6) * 16 + (j & 15)),
-                                               static_cast<uint32_t>(query(i)),
-                                               static_cast<uint32_t>(s.batch * p.heads + head), p.a.offset},
-                                              static_cast<uint32_t>(p.a.seed), static_cast<uint32_t>(p.a.seed >> 32));
+                const Words<4> words =
+                    philox({static_cast<uint32_t>((j >> 6) * 16 + (j & 15)), static_cast<uint32_t>(query(i)),
+                            static_cast<uint32_t>(s.batch * p.heads + head), p.a.offset},
+                           static_cast<uint32_t>(p.a.seed), static_cast<uint32_t>(p.a.seed >> 32));
                 METATE_UNROLL
                 for (int place = d; place < places; place += distinct) {
                     const int which = key(place) >> 4;
@@ -378,7 +386,9 @@ METATE_DEVICE void mask(float (&s)[m][n][4], const Scorer<general>& scorer, cons
             const View<4>& v = p.a.bits;
             const auto* bits = static_cast<const uint32_t*>(v.data) + opaque(scorer.s.batch) * v.stride[0] +
                                opaque(scorer.head) * v.stride[1];
-            constexpr int together = across ? 2 : Lines<across, m, n>::places < 8 ? Lines<across, m, n>::places : 8;  // in a word
+            constexpr int together = across                          ? 2
+                                   : Lines<across, m, n>::places < 8 ? Lines<across, m, n>::places
+                                                                     : 8;  // in a word
             METATE_UNROLL
             for (int g = 0; g < lines.lines * lines.places; g += together) {
                 const int i = lines.query(g / lines.places), j = lines.key(g % lines.places);

@@ -34,8 +34,9 @@ summary_kernel(METATE_PARAMETER(Summary, a)) {
             any_high = most(any_high, range.high);
         }
     }
-    const Words<4> bounds{static_cast<uint32_t>(least_of_warp(any_low)), static_cast<uint32_t>(-least_of_warp(-any_high)),
-                          static_cast<uint32_t>(-least_of_warp(-all_low)), static_cast<uint32_t>(least_of_warp(all_high))};
+    const Words<4> bounds{
+        static_cast<uint32_t>(least_of_warp(any_low)), static_cast<uint32_t>(-least_of_warp(-any_high)),
+        static_cast<uint32_t>(-least_of_warp(-all_low)), static_cast<uint32_t>(least_of_warp(all_high))};
     const int64_t line = static_cast<int64_t>(p.packed ? 0 : place.sequence.batch) * p.heads + place.head;
     if (lane() == 0) store_global(a.bounds + (line * a.slots + place.slot) * 4, bounds);
 }

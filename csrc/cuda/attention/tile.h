@@ -53,8 +53,12 @@ struct Matrix {
     }
 };
 
-METATE_DEVICE int least(int a, int b) { return a < b ? a : b; }
-METATE_DEVICE int most(int a, int b) { return a > b ? a : b; }
+METATE_DEVICE int least(int a, int b) {
+    return a < b ? a : b;
+}
+METATE_DEVICE int most(int a, int b) {
+    return a > b ? a : b;
+}
 
 // How the threads of a block share the chunks of a tile: `across` neighbouring chunks of `at_once` rows at a time.
 template <int tile_rows, int columns, int threads>
@@ -135,7 +139,8 @@ METATE_DEVICE uint32_t nonfinite(uint32_t packed) {
     return ((((packed & 0x7fff7fffu) + from_infinity_on) >> 15) & 0x00010001u) * 0xffffu;
 }
 
-// Clears infinities and NaNs in a part of a tile for each thread, and says whether there were any. All must have arrived.
+// Clears infinities and NaNs in a part of a tile for each thread, and says whether there were any. All must have
+// arrived.
 template <typename T, int tile_rows, int columns, int threads>
 METATE_DEVICE bool clear_nonfinite(unsigned char* tile) {
     bool found = false;
@@ -228,8 +233,8 @@ METATE_DEVICE void multiply(float (&d)[m][n][4], const uint32_t (&a)[m][k][4], c
     }
 }
 
-// What a product d += a·b lacks where infinities and NaNs in b were cleared: they reach the rows that give them a weight
-// other than 0, so that masked rows of b may hold anything. b is read again from `matrix`, from row `first` on.
+// What a product d += a·b lacks where infinities and NaNs in b were cleared: they reach the rows that give them a
+// weight other than 0, so that masked rows of b may hold anything. b is read again from `matrix`, from row `first` on.
 template <typename T, int parts, int m, int n, int k>
 METATE_DEVICE void add_nonfinite(float (&d)[m][n][4], const uint32_t (&a)[m][k][4], const Matrix& matrix, int first,
                                  int part) {

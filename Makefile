@@ -1,6 +1,7 @@
 # make demo    install, check this machine, a short benchmark, then train a small model through metate's kernels
 # make test    everything CI runs
 # make bench   the full benchmark; results to bench/results/
+# make long    the same with far more random configurations, reruns and malformed calls
 # make lint    format and type checks, as the pre-commit hooks run them
 # make native  the C++ tests: kernels without Python
 # make sanitize  the same under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -15,7 +16,7 @@ ISAS := baseline avx2
 NVCC := $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint format native sanitize gpu gpu-build gpu-record gpu-test gpu-sanitize gpu-bench clean install
+.PHONY: demo test long bench lint format native sanitize gpu gpu-build gpu-record gpu-test gpu-sanitize gpu-bench clean install
 .DELETE_ON_ERROR:
 
 # Environments.
@@ -68,6 +69,10 @@ sanitize: build-sanitize
 test: install native sanitize
 	for isa in $(ISAS); do METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k parity || exit; done
 	$(BIN)/python -m pytest -q -n 2 tests
+
+# The same with far more random configurations, reruns and malformed calls: hours.
+long: install native sanitize
+	METATE_TEST_FUZZ=20000 METATE_TEST_RERUNS=10000 METATE_TEST_MALFORMED=1000000 $(BIN)/python -m pytest -q -n 2 tests
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

@@ -42,9 +42,9 @@ struct Scratch {
 // Keys of a block whose k and v fill about half of the second cache level.
 template <class Word>
 int64_t keys_of_block(const Attention& a) {
-    constexpr int64_t budget = 65536;
+    constexpr int64_t budget = width == 16 ? 131072 : 65536;  // words
     const int64_t words = steps_of<Word>(a.q.size[3]) + steps_of<Word>(round_up(a.v.size[3], panel)) + 1;
-    return clamp(budget / words / 64 * 64, 64, 256);
+    return clamp(budget / words / 64 * 64, 64, max_chunks * chunk);
 }
 
 template <class Word>
@@ -231,17 +231,18 @@ METATE_FN void for_runs(const TileMask& mask, const Body& body) {
 
 template <class Word>
 void multiply_values(const Shape& s, int rows, const TileMask& mask, const Scratch<Word>& my, float* o,
-                     const float* factor) {
+                     const float* factor, bool fresh) {
     const int64_t panel_stride = steps_of<Word>(s.block) * panel;
     for (int64_t column = 0; column < s.dv; column += panel) {
         const Word* v = my.v + column / panel * panel_stride;
-        bool scaled = false;
+        bool later = false;
         for_runs<Word>(mask, [&](int64_t from, int64_t until) {
             const Product<Word> p{my.p + from, s.p_stride, v + from * panel, until - from, o + column,
                                   s.o_stride,  factor};
-            if (scaled) return multiply<Left::rows, Into::add>(rows, s.dv - column, p);
-            multiply<Left::rows, Into::scaled>(rows, s.dv - column, p);
-            scaled = true;
+            if (later) return multiply_steps<Left::rows, Into::add>(rows, s.dv - column, p);
+            later = true;
+            if (fresh) return multiply_steps<Left::rows, Into::set>(rows, s.dv - column, p);
+            multiply_steps<Left::rows, Into::scaled>(rows, s.dv - column, p);
         });
     }
 }
@@ -261,20 +262,23 @@ METATE_FN vf live_product(vf sum, const Pair* p, const Pair* v, const uint32_t* 
 // same order, without register tiles.
 template <class Word>
 void multiply_live_values(const Shape& s, int rows, const TileMask& mask, const Scratch<Word>& my, float* o,
-                          const float* factor) {
+                          const float* factor, bool fresh) {
     const int64_t panel_stride = steps_of<Word>(s.block) * panel;
     for (int r = 0; r < rows; ++r) {
         for (int64_t column = 0; column < s.dv; column += width) {
             const Word* v = my.v + column / panel * panel_stride + column % panel;
             float* to = o + r * s.o_stride + column;
-            bool scaled = false;
+            bool later = false;
             for_runs<Word>(mask, [&](int64_t from, int64_t until) {
                 vf sum = splat(0.0f);
                 for (int64_t k = from; k < until; ++k) {
                     sum = live_product(sum, my.p + r * s.p_stride + k, v + k * panel, mask.words[r], k);
                 }
-                store(to, scaled ? combine<Into::add>(to, sum, factor, r) : combine<Into::scaled>(to, sum, factor, r));
-                scaled = true;
+                if (later)
+                    store(to, combine<Into::add>(to, sum, factor, r));
+                else
+                    store(to, fresh ? sum : combine<Into::scaled>(to, sum, factor, r));
+                later = true;
             });
         }
     }
@@ -282,7 +286,8 @@ void multiply_live_values(const Shape& s, int rows, const TileMask& mask, const 
 
 // Pieces.
 
-// Rows of a piece, with the queries packed and nothing seen yet. Tiles are filled up with rows of zeros.
+// Rows of a piece, with the queries packed and no key seen yet: o of a state means something where m or l do. Tiles are
+// filled up with rows of zeros.
 template <class T, class Word>
 int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch<Word>& my) {
     const int64_t rows = piece.queries * s.group, filled = round_up(rows, tile_rows);
@@ -291,11 +296,15 @@ int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, con
         Row& row = my.row[r] = row_of(s.a, seq, query, head);
         if (row.begin < piece.key_begin) row.begin = piece.key_begin;
         if (row.end > piece.key_end) row.end = piece.key_end;
-        pack_row(my.q + r * s.q_stride, round_up(s.d_words, width), row_at<T>(s.a.q, seq.batch, seq.q0 + query, head),
-                 s.a.q.stride[3], s.d);
+        const T* q = row_at<T>(s.a.q, seq.batch, seq.q0 + query, head);
+        if (query + 2 < seq.queries) {
+            for (int64_t c = 0; c < s.d; c += 64 / static_cast<int64_t>(sizeof(T))) {
+                __builtin_prefetch(q + 2 * s.a.q.stride[1] + c * s.a.q.stride[3]);
+            }
+        }
+        pack_row(my.q + r * s.q_stride, round_up(s.d_words, width), q, s.a.q.stride[3], s.d);
     }
     memset(my.q + rows * s.q_stride, 0, static_cast<size_t>((filled - rows) * s.q_stride) * sizeof(Word));
-    memset(my.state.o, 0, static_cast<size_t>(filled * s.o_stride) * sizeof(float));
     for (int64_t r = 0; r < filled; ++r) {
         my.state.m[r] = -INFINITY;
         my.state.l[r] = 0.0f;
@@ -317,11 +326,13 @@ void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask&
               const Scratch<Word>& my) {
     float factor[tile_rows + width] = {};
     float* o = my.state.o + r * s.o_stride;
+    bool fresh = true;  // o holds nothing yet
+    for (int i = 0; i < rows; ++i) fresh &= my.state.m[r + i] == -INFINITY;
     multiply_keys(rows, mask.any,
                   Product<Word>{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
     softmax_tile(s, seq, my.row + r, rows, block, mask, my, my.state.m + r, my.state.l + r, factor);
-    if (block.finite) return multiply_values(s, rows, mask, my, o, factor);
-    multiply_live_values(s, rows, mask, my, o, factor);
+    if (block.finite) return multiply_values(s, rows, mask, my, o, factor, fresh);
+    multiply_live_values(s, rows, mask, my, o, factor, fresh);
 }
 
 template <class T, class Word>
@@ -342,6 +353,10 @@ void add_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t row
 
 // Results.
 
+METATE_FN bool is_empty(const State& state, int64_t r) {
+    return state.m[r] == -INFINITY && state.l[r] == 0.0f;
+}
+
 // Row r of a state as the output and lse of its query.
 template <class T>
 void write_row(const Shape& s, const Sequence& seq, const Row& row, const State& state, int64_t r) {
@@ -358,12 +373,13 @@ void write_row(const Shape& s, const Sequence& seq, const Row& row, const State&
     const AttentionForward& call = s.call;
     *value_at<float>(call.lse, seq.batch, row.head, seq.q0 + row.query) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
     if (s.a.dropout_threshold) weight *= static_cast<float>(s.a.dropout_scale);
-    const vf scale = splat(weight / (l == 0.0f ? 1.0f : l));
+    const bool empty = is_empty(state, r);
+    const vf scale = splat(weight / l);
     T* out = row_at<T>(call.out, seq.batch, seq.q0 + row.query, row.head);
     T line[max_head_dim];
     T* to = call.out.stride[3] == 1 ? out : line;
     for (int64_t c = 0; c < s.dv; c += width) {
-        const vf x = load(state.o + r * s.o_stride + c) * scale;
+        const vf x = empty ? splat(0.0f) : load(state.o + r * s.o_stride + c) * scale;
         if (s.dv - c >= width)
             store(to + c, x);
         else
@@ -376,13 +392,16 @@ void write_row(const Shape& s, const Sequence& seq, const Row& row, const State&
 // Adds what `part` found to `state`, row by row.
 void add_state(const Shape& s, int64_t rows, const State& part, const State& state) {
     for (int64_t r = 0; r < rows; ++r) {
+        if (is_empty(part, r)) continue;
+        const bool alone = is_empty(state, r);
         const float highest = part.m[r] > state.m[r] ? part.m[r] : state.m[r];
-        if (highest == -INFINITY) continue;
-        const float ours = exp2f(state.m[r] - highest), theirs = exp2f(part.m[r] - highest);
+        const float reference = highest == -INFINITY ? 0.0f : highest;
+        const float ours = exp2f(state.m[r] - reference), theirs = exp2f(part.m[r] - reference);
         float* o = state.o + r * s.o_stride;
         const float* more = part.o + r * s.o_stride;
         for (int64_t c = 0; c < s.dv_columns; c += width) {
-            store(o + c, fma(load(more + c), splat(theirs), load(o + c) * splat(ours)));
+            const vf old = alone ? splat(0.0f) : load(o + c) * splat(ours);
+            store(o + c, fma(load(more + c), splat(theirs), old));
         }
         state.l[r] = state.l[r] * ours + part.l[r] * theirs;
         state.m[r] = highest;

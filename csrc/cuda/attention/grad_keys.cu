@@ -68,11 +68,10 @@ struct KeyBlock {
     METATE_DEVICE float load(const Step& to, unsigned char* tiles) const {
         load_tile<step, c.head, c.threads()>(tiles, queries(to.head), to.tile * step);
         load_tile<step, c.head, c.threads()>(tiles + step * pitch, gradients(to.head), to.tile * step);
-        const View<3>& view = thread_index() < step ? b.lse : b.delta;
         const int i = to.tile * step + thread_index() % step;
         if (thread_index() >= 2 * step || i >= place.sequence.queries) return 0.f;
-        const float value = load_global<float>(row_values(p, view, place.sequence, to.head) + i * view.stride[2]);
-        return thread_index() < step ? binary_lse(value) : value;
+        const RowState state = row_state(b, place.sequence, to.head, i);
+        return thread_index() < step ? state.lse : state.delta;
     }
 };
 

@@ -28,12 +28,8 @@ METATE_DEVICE void logit_gradient(float (&error)[1][8][4], const Backward& b, co
     multiply_chunks<T>(error, queries_of(p, b.grad_out, b.vector_grad_out, sequence, scorer.head), first_query,
                        keys_of(p, p.a.v, b.vector_v, sequence, kv_head), first_key, shared);
     const Lines<false, 1, 8> lines(first_query, first_key, warp());
-    const float* const lse = row_values(p, b.lse, sequence, scorer.head);
-    const float* const delta = row_values(p, b.delta, sequence, scorer.head);
     differentiate<T, false>(s, error, scorer, lines, partial, [&](int line) {
-        const int i = least(lines.query(line), sequence.queries - 1);
-        return RowState{binary_lse(load_global<float>(lse + i * b.lse.stride[2])),
-                        load_global<float>(delta + i * b.delta.stride[2])};
+        return row_state(b, sequence, scorer.head, least(lines.query(line), sequence.queries - 1));
     });
 }
 

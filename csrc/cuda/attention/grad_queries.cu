@@ -28,7 +28,7 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     TileKind kind = skipped;
     int tile = next_tile<general>(bounds.any.low / step, end, kind, kind_of);
 
-    // The first copies, and what the forward left of each row.
+    // The first copies.
     const Matrix k = keys_of(p, p.a.k, b.vector_k, place.sequence, place.head / p.group);
     const Matrix v = keys_of(p, p.a.v, b.vector_v, place.sequence, place.head / p.group);
     const auto load_step = [&](int n, int stage) {
@@ -43,16 +43,6 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
         load_step(tile, 0);
     }
     cp_async_commit();
-    RowState state[2 * m];
-    const Lines<false, m, 2> own(place.first, 0, warp());
-    const float* const lse = row_values(p, b.lse, place.sequence, place.head);
-    const float* const delta = row_values(p, b.delta, place.sequence, place.head);
-    METATE_UNROLL
-    for (int r = 0; r < 2 * m; ++r) {
-        const int i = least(own.query(r), place.sequence.queries - 1);
-        state[r] = {binary_lse(load_global<float>(lse + i * b.lse.stride[2])),
-                    load_global<float>(delta + i * b.delta.stride[2])};
-    }
     float dq[m][c.head / 8][4];
     clear(dq);
 
@@ -79,7 +69,9 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
         multiply_transposed<T, c.head>(s, q_tile, k_tile, warp());
         multiply_transposed<T, c.head>(error, grad_tile, v_tile, warp());
         const Lines<false, m, step / 8> lines(place.first, first_key, warp());
-        differentiate<T, true>(s, error, scorer, lines, now, [&](int line) { return state[line]; });
+        differentiate<T, true>(s, error, scorer, lines, now, [&](int line) {
+            return row_state(b, scorer.s, scorer.head, least(lines.query(line), scorer.s.queries - 1));
+        });
 
         // Their product with the keys.
         uint32_t left[m][step / 16][4];
@@ -93,7 +85,8 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
         if (poisoned) add_nonfinite<T, 1>(dq, left, k, first_key, 0);
     }
 
-    // The gradient, through the place of the queries.
+    // The gradient, through the place of the queries. (Where this is was not worth a register through the loop.)
+    const Place here = locate(p, false, rows, b.tiles, p.heads, p.right >= 0);
     float factor[2 * m];
     METATE_UNROLL
     for (int r = 0; r < 2 * m; ++r) factor[r] = p.scale;
@@ -101,8 +94,8 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     sync_threads();
     put_tile<T, c.head, 1>(q_tile, dq, factor, warp(), 0);
     sync_threads();
-    store_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, b.dq, b.vector_dq, place.sequence, place.head),
-                                          place.first);
+    store_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, b.dq, b.vector_dq, here.sequence, here.head),
+                                          here.first);
 }
 
 }  // namespace

@@ -15,15 +15,18 @@ struct Backward {
     bool vector_q, vector_k, vector_v, vector_grad_out, vector_dq, vector_dk, vector_dv;
 };
 
-// A row's lse as a binary logarithm. One that saw nothing gets +inf, so that all its probabilities are 0.
-METATE_DEVICE float binary_lse(float lse) {
-    return lse == -infinite() ? infinite() : lse * log2_e;
-}
-
-// What the forward left of a row.
+// What the forward left of a row: lse as a binary logarithm, and delta. A row that saw nothing gets +inf, so that all
+// its probabilities are 0, and a delta of 0, whatever its gradient was.
 struct RowState {
-    float lse, delta;  // lse as binary_lse
+    float lse, delta;
 };
+
+METATE_DEVICE RowState row_state(const Backward& b, const Sequence& s, int head, int i) {
+    const float lse = load_global<float>(row_values(b.problem, b.lse, s, head) + i * b.lse.stride[2]);
+    const float delta = load_global<float>(row_values(b.problem, b.delta, s, head) + i * b.delta.stride[2]);
+    const bool empty = lse == -infinite();
+    return {empty ? infinite() : lse * log2_e, empty ? 0.f : delta};
+}
 
 // s: dot products into probabilities, after dropout, but for its factor. error: dO·v into gradients of the scaled dot
 // products (of the logits, where not `derive`). rows(line) is the RowState of a line's query.

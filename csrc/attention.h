@@ -55,12 +55,12 @@ struct AttentionForward {
 
 struct AttentionBackward {
     Attention problem;
-    View<4> grad_out;    // like out
-    View<3> lse;         // of the forward
-    View<3> delta;       // (B, Hq, Sq), like lse: Σ_d out · grad_out - grad_lse
-    View<4> dq, dk, dv;  // like q, k, v
-    View<4> dbias;         // (B, Hq, Sq, Sk) f32 (f64), stride 0 where the bias is broadcast: sums over it; or absent
-    View<2> dalibi_slopes; // (B, Hq) f32 (f64), or absent
+    View<4> grad_out;       // like out
+    View<3> lse;            // of the forward
+    View<3> delta;          // (B, Hq, Sq), like lse: Σ_d out · grad_out - grad_lse
+    View<4> dq, dk, dv;     // like q, k, v
+    View<4> dbias;          // (B, Hq, Sq, Sk) f32 (f64), stride 0 where the bias is broadcast: sums over it; or absent
+    View<2> dalibi_slopes;  // (B, Hq) f32 (f64), or absent
 };
 
 // Column sums of the probabilities: sums[b, h, j] = Σ_i exp(s_ij - lse_i).

@@ -54,9 +54,9 @@ namespace cuda {
 
 // What a CUDA launcher gets from its caller: it launches on `stream` and never synchronises.
 struct Device {
-    void* stream;    // cudaStream_t
-    int capability;  // 80, 90, …
-    int processors;  // number of multiprocessors
+    void* stream;                                   // cudaStream_t
+    int capability;                                 // 80, 90, …
+    int processors;                                 // number of multiprocessors
     void* (*scratch)(size_t bytes, void* context);  // as cpu::Runtime::scratch, in device memory, stream-ordered
     void* context;
 };

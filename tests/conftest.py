@@ -16,9 +16,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from metate.op import REGISTRY, Op  # noqa: E402
-
-import metate  # noqa: E402
+import metate
+from metate.op import REGISTRY, Op
 
 if not torch.cuda.is_available():
     for emulated in (Path(__file__).parent.parent / "build" / "native").glob("emulated*.so"):

@@ -29,7 +29,11 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-2) -> None:
 @everywhere
 def test_packed_equals_one_by_one(device, backend):
     lengths_q, lengths_k = [5, 0, 64, 33], [9, 4, 64, 70]
-    q, k, v = random(102, 4, 32, device=device), random(147, 2, 32, device=device), random(147, 2, 32, device=device, seed=2)
+    q, k, v = (
+        random(102, 4, 32, device=device),
+        random(147, 2, 32, device=device),
+        random(147, 2, 32, device=device, seed=2),
+    )
     cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (lengths_q, lengths_k))
     with metate.use(backend):
         out, lse = metate.attention_varlen(q, k, v, cu_q, cu_k, causal=True, return_lse=True)
@@ -42,13 +46,19 @@ def test_packed_equals_one_by_one(device, backend):
 @everywhere
 def test_padding_may_hold_nan(device, backend):
     """Keys that a mask hides and tokens outside every sequence change no bit, whatever they hold."""
-    q, k, v = random(2, 40, 2, 64, device=device), random(2, 70, 2, 64, device=device), random(2, 70, 2, 64, device=device, seed=1)
+    q, k, v = (
+        random(2, 40, 2, 64, device=device),
+        random(2, 70, 2, 64, device=device),
+        random(2, 70, 2, 64, device=device, seed=1),
+    )
     lengths = torch.tensor([51, 33], device=device)
     mask = AttentionMask.lengths(lengths, 40)
     hidden = (torch.arange(70, device=device) >= lengths[:, None])[..., None, None]
     with metate.use(backend):
         clean = metate.attention(q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), mask=mask, return_lse=True)
-        dirty = metate.attention(q, k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.nan), mask=mask, return_lse=True)
+        dirty = metate.attention(
+            q, k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.nan), mask=mask, return_lse=True
+        )
         assert same_bits(clean, dirty)
         cu = torch.tensor([3, 20, 60], dtype=torch.int32, device=device)
         outside = (torch.arange(70, device=device) < 3) | (torch.arange(70, device=device) >= 60)
@@ -89,7 +99,9 @@ def test_masks_agree_with_dense_ones():
     ]
     for mask, visible in pairs:
         close(metate.attention(q, k, v, mask=mask), metate.attention(q, k, v, mask=visible), 1e-6)
-        assert torch.equal(metate.attention(q, k, v, mask=mask, causal=True), metate.attention(q, k, v, mask=mask, window=(-1, 0)))
+        assert torch.equal(
+            metate.attention(q, k, v, mask=mask, causal=True), metate.attention(q, k, v, mask=mask, window=(-1, 0))
+        )
 
 
 def test_tree_mask_is_a_set_of_paths():
@@ -124,7 +136,7 @@ def test_parts_merge_to_the_whole(device, backend):
 def test_column_sums_add_up_to_the_number_of_queries(device, backend):
     q, k = random(2, 40, 4, 32, device=device), random(2, 70, 2, 32, device=device)
     with metate.use(backend):
-        out, lse, sums = metate.attention(q, k, k, causal=True, return_lse=True, return_column_sums=True)
+        _, _, sums = metate.attention(q, k, k, causal=True, return_lse=True, return_column_sums=True)
     assert sums.shape == (2, 4, 70)
     close(sums.sum(-1), torch.full((2, 4), 40.0, device=device), 1e-2)
 
@@ -165,7 +177,7 @@ def test_compiles_with_cu_seqlens_on_the_device():
 
 Q = torch.zeros(2, 5, 4, 8)
 K = torch.zeros(2, 7, 2, 8)
-CU = torch.tensor([0, 5], dtype=torch.int32)
+K3, WIDE = torch.zeros(2, 7, 3, 8), torch.zeros(1, 1, 1, 513)
 WRONG = [
     (TypeError, "q is list, expected a torch.Tensor", dict(q=[1])),
     (TypeError, "q is int32, expected float32 or bfloat16 or float16 or float64", dict(q=Q.int())),
@@ -175,9 +187,9 @@ WRONG = [
     (ValueError, r"k is of shape \(2, 7, 2, 9\).* D = 8", dict(k=torch.zeros(2, 7, 2, 9))),
     (ValueError, r"v is of shape \(2, 6, 2, 8\).* Sk = 7", dict(v=K[:, :6])),
     (ValueError, r"v is of shape \(1, 7, 2, 8\).* B = 2", dict(v=K[:1])),
-    (ValueError, "k has 3 heads, q has 4; q heads must be a multiple of k heads", dict(k=torch.zeros(2, 7, 3, 8), v=torch.zeros(2, 7, 3, 8))),
+    (ValueError, "k has 3 heads, q has 4; q heads must be a multiple of k heads", dict(k=K3, v=K3)),
     (ValueError, "head_dim is 0, expected 1 to 512", dict(q=Q[..., :0], k=K[..., :0])),
-    (ValueError, "head_dim is 513, expected 1 to 512", dict(q=torch.zeros(1, 1, 1, 513), k=torch.zeros(1, 1, 1, 513), v=torch.zeros(1, 1, 1, 8))),
+    (ValueError, "head_dim is 513, expected 1 to 512", dict(q=WIDE, k=WIDE, v=WIDE)),
     (ValueError, "scale is nan, expected a finite number", dict(scale=math.nan)),
     (TypeError, "scale is '1', expected a number", dict(scale="1")),
     (ValueError, r"window\[0\] is -3, expected -1", dict(window=(-3, 0))),
@@ -194,7 +206,9 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("error,message,wrong", WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else None)
+@pytest.mark.parametrize(
+    "error,message,wrong", WRONG, ids=lambda value: next(iter(value)) if isinstance(value, dict) else None
+)
 def test_wrong_arguments_are_named(error, message, wrong):
     with pytest.raises(error, match=message):
         metate.attention(**{**dict(q=Q, k=K, v=K), **wrong})

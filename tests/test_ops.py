@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import BACKENDS, DEVICES, DTYPES, OPS, SIMULATED, examples, outputs, run, same_bits
-from metate.op import REGISTRY, Op
 from torch import Tensor
 
 import metate
+from metate.op import REGISTRY, Op
 
 FUZZ = int(os.environ.get("METATE_TEST_FUZZ", "40"))  # configurations an op and backend; more in the long target
 
@@ -121,10 +121,11 @@ def test_compiles_to_one_graph_for_all_sizes(op):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     scalars = op.example(op.domain.cases[1], torch.float32)[op.arity :]
     compiled = torch.compile(lambda *tensors: op(*tensors, *scalars), backend=counter, fullgraph=True, dynamic=True)
+    first = None
     for by in range(10):
         tensors = op.example(resized(op, op.domain.cases[1], 3 + by), torch.float32, seed=by)[: op.arity]
         assert same_bits(compiled(*tensors), op(*tensors, *scalars))
-        first = counter.frame_count if by == 0 else first
+        first = first or counter.frame_count
     assert counter.frame_count == first, f"{counter.frame_count - first} recompilations for 10 sizes"
 
 
@@ -204,5 +205,5 @@ def test_explain_says_why():
     assert explanation.backend and set(explanation.refusals) < {"cpu", "cuda", "triton", "reference"}
     with metate.use("reference"):
         assert metate.explain(metate.attention, q, q, q).backend == "reference"
-    with pytest.raises(ValueError, match="metate.use: backend is 'gpu', expected 'cpu'"), metate.use("gpu"):
+    with pytest.raises(ValueError, match=r"metate.use: backend is 'gpu', expected 'cpu'"), metate.use("gpu"):
         pass

@@ -1,4 +1,4 @@
-"""What must hold for every compiled op whatever values it computes: bits, memory, threads, processes, malformed calls."""
+"""What holds for every compiled op whatever values it computes: bits, memory, threads, processes, malformed calls."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import COMPILED, OPS, examples, outputs, run, same_bits
-from metate.op import REGISTRY, Op
 from torch import Tensor
 
 from metate import library
+from metate.op import REGISTRY, Op
 
 RERUNS = int(os.environ.get("METATE_TEST_RERUNS", "100"))
 MALFORMED = int(os.environ.get("METATE_TEST_MALFORMED", "2000"))  # a million in the long target
@@ -205,8 +205,9 @@ def malform(rng: Random, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(old, Tensor):
             choices = [
                 None, 3, "text", old.to(torch.int8), old.to(torch.complex64), old[None], old.flatten(), old[..., :-1],
-                old[:0], old.new_empty(0), old.to("meta"), old.to_sparse() if old.dim() and old.device.type == "cpu" else old, torch.cat([old, old]),
-                old.double(), torch.full_like(old, -7), torch.full_like(old, 99), old.flip(0), old.mT if old.dim() > 1 else old,
+                old[:0], old.new_empty(0), old.to("meta"), torch.cat([old, old]), old.double(),
+                old.to_sparse() if old.dim() and old.device.type == "cpu" else old, torch.full_like(old, -7),
+                torch.full_like(old, 99), old.flip(0), old.mT if old.dim() > 1 else old,
             ]  # fmt: skip
         else:
             choices = [

@@ -76,7 +76,9 @@ Attention problem(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
 }
 
 // The dtype of softmax statistics beside inputs like x.
-DType wide(const Tensor& x) { return dtype(x) == DType::f64 ? DType::f64 : DType::f32; }
+DType wide(const Tensor& x) {
+    return dtype(x) == DType::f64 ? DType::f64 : DType::f32;
+}
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias,
                                      const Optional& alibi_slopes, const Optional& sinks, const Optional& intervals,
@@ -86,21 +88,21 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t seed, int64_t offset, int64_t block_m, int64_t block_n) {
     Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
     Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, wide(q));
-    METATE_LAUNCH(attention, q,
-                  AttentionForward{problem(q, k, v, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q,
-                                           cu_seqlens_k,
-                                           {scale, window_left, window_right, top_left, softcap, block_m, block_n},
-                                           {dropout_p, seed, offset}),
-                                   view<4>(out), view<3>(lse)});
+    METATE_LAUNCH(
+        attention, q,
+        AttentionForward{
+            problem(q, k, v, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
+                    {scale, window_left, window_right, top_left, softcap, block_m, block_n}, {dropout_p, seed, offset}),
+            view<4>(out), view<3>(lse)});
     return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse, const Tensor& delta,
     const Optional& bias, const Optional& alibi_slopes, const Optional& intervals, const Optional& blocks,
-    const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, double scale,
-    int64_t window_left, int64_t window_right, bool top_left, double softcap, double dropout_p, int64_t seed,
-    int64_t offset, int64_t block_m, int64_t block_n, bool need_dbias, bool need_dalibi_slopes) {
+    const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, double scale, int64_t window_left,
+    int64_t window_right, bool top_left, double softcap, double dropout_p, int64_t seed, int64_t offset,
+    int64_t block_m, int64_t block_n, bool need_dbias, bool need_dalibi_slopes) {
     Tensor dq = empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
     Tensor dk = empty(k, {k.size(0), k.size(1), k.size(2), k.size(3)});
     Tensor dv = empty(v, {v.size(0), v.size(1), v.size(2), v.size(3)});
@@ -109,20 +111,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor dbias = need_dbias ? empty(q, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, wide(q))
                               : empty(q, {0}, wide(q));
     const int64_t entries = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
-    Tensor dslopes =
-        need_dalibi_slopes ? empty(q, {entries, q.size(2)}, wide(q)) : empty(q, {0}, wide(q));
-    AttentionBackward backward{problem(q, k, v, bias, alibi_slopes, {}, intervals, blocks, bits, cu_seqlens_q,
-                                       cu_seqlens_k,
-                                       {scale, window_left, window_right, top_left, softcap, block_m, block_n},
-                                       {dropout_p, seed, offset}),
-                               view<4>(grad_out),
-                               view<3>(lse),
-                               view<3>(delta),
-                               view<4>(dq),
-                               view<4>(dk),
-                               view<4>(dv),
-                               {},
-                               {}};
+    Tensor dslopes = need_dalibi_slopes ? empty(q, {entries, q.size(2)}, wide(q)) : empty(q, {0}, wide(q));
+    AttentionBackward backward{
+        problem(q, k, v, bias, alibi_slopes, {}, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
+                {scale, window_left, window_right, top_left, softcap, block_m, block_n}, {dropout_p, seed, offset}),
+        view<4>(grad_out),
+        view<3>(lse),
+        view<3>(delta),
+        view<4>(dq),
+        view<4>(dk),
+        view<4>(dv),
+        {},
+        {}};
     if (need_dbias) backward.dbias = broadcast<4>(dbias, {q.size(0), q.size(2), q.size(1), k.size(1)});
     if (need_dalibi_slopes) backward.dalibi_slopes = view<2>(dslopes);
     METATE_LAUNCH(attention_backward, q, backward);

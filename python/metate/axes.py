@@ -1,9 +1,9 @@
 """Named axes: from "B Sk Hkv D" follow the shape checks of an operator and the errors that name the argument.
 
 An entry is a list of alternatives separated by " or ", each a list of terms separated by blanks. A term is a name (`D`,
-bound by the first argument that has it), a number, a name with an exact divisor (`K/2`), with a ceiling divisor (`Sk//32`,
-or `Sk//block_n` for a scalar given to `check`), with an addend (`sequences+1`), or any of these followed by `?`: the size
-or 1, which broadcasts.
+bound by the first argument that has it), a number, a name with an exact divisor (`K/2`), with a ceiling divisor
+(`Sk//32`, or `Sk//block_n` for a scalar given to `check`), with an addend (`sequences+1`), or any of these followed by
+`?`: the size or 1, which broadcasts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Axes:
         self.op = op
         self.text = dict(axes)
         self.alternatives = {
-            name: [[_parse(term) for term in option.split()] for option in text.split(" or ")] for name, text in axes.items()
+            name: [[_parse(term) for term in option.split()] for option in text.split(" or ")]
+            for name, text in axes.items()
         }
 
     def check(self, tensors: Mapping[str, Tensor | None], scalars: Mapping[str, int] | None = None) -> dict[str, Any]:

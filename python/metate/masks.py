@@ -1,4 +1,4 @@
-"""Attention masks as data: intervals, blocks and bits, so that no mask costs a compilation or an N × N tensor of floats."""
+"""Attention masks as data: intervals, blocks and bits. No mask costs a compilation or an N × N tensor of floats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class AttentionMask:
     """Which keys a query may see; what is given is intersected, also with causal and window of the call.
 
     intervals: (batch or 1, heads or 1, seqlen_q, 2) int32: row i sees the keys in [start, end).
-    blocks: (batch or 1, heads or 1, ⌈seqlen_q / block_size[0]⌉, ⌈seqlen_k / block_size[1]⌉) bool or uint8: visible blocks.
+    blocks: (batch or 1, heads or 1, ⌈seqlen_q / block_size[0]⌉, ⌈seqlen_k / block_size[1]⌉) uint8: visible blocks.
     bits: (batch or 1, heads or 1, seqlen_q, ⌈seqlen_k / 32⌉) int32: bit j % 32 of word j // 32 shows key j.
     """
 
@@ -33,7 +33,12 @@ class AttentionMask:
         """
         ids = document_ids if document_ids.dim() == 2 else document_ids[None]
         if ids.dim() != 2:
-            raise fail("AttentionMask.documents", "document_ids", f"shape {tuple(document_ids.shape)}", "(batch, seqlen) or (seqlen)")
+            raise fail(
+                "AttentionMask.documents",
+                "document_ids",
+                f"shape {tuple(document_ids.shape)}",
+                "(batch, seqlen) or (seqlen)",
+            )
         position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -87,5 +92,10 @@ class AttentionMask:
 
 def _four_dimensions(name: str, x: Tensor) -> Tensor:
     if x.dim() > 4:
-        raise fail(f"AttentionMask.{name}", "mask", f"shape {tuple(x.shape)}", "at most 4 dimensions (batch, heads, rows, columns)")
+        raise fail(
+            f"AttentionMask.{name}",
+            "mask",
+            f"shape {tuple(x.shape)}",
+            "at most 4 dimensions (batch, heads, rows, columns)",
+        )
     return x[(None,) * (4 - x.dim())]

@@ -94,15 +94,17 @@ class Op:
 
     def __post_init__(self) -> None:
         schema = torch.library.infer_schema(self.reference, mutates_args=())
-        for library in (_public, _compiled, _emulated):
-            library.define(self.name + schema)
+        for namespace in (_public, _compiled, _emulated):
+            namespace.define(self.name + schema)
         run = torch.compiler.disable(self._run)  # else dynamo traces the kernel while a compiled graph runs
         for key in ("CPU", "CUDA"):
             _public.impl(self.name, run, key)
             _public.impl(self.name, self._under_autocast, f"Autocast{key}")
         qualified = f"metate::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_public)
-        torch.library.register_vmap(qualified, lambda info, in_dims, *args: self.vmap(self, info, in_dims, args), lib=_public)
+        torch.library.register_vmap(
+            qualified, lambda info, in_dims, *args: self.vmap(self, info, in_dims, args), lib=_public
+        )
         if self.gradient is not None:
             self.differentiable(self._no_gradient, lambda ctx, inputs, output: None)
         self.parameters = tuple(inspect.signature(self.reference).parameters)
@@ -142,7 +144,7 @@ class Op:
         return self.torch_op(*args)
 
     def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-        """Gradients by `backward(ctx, *grads)`, saved by `setup(ctx, inputs, output)`, on the backend of the forward."""
+        """Gradients by `backward(ctx, *grads)`, saved by `setup(ctx, inputs, output)`, on the forward's backend."""
 
         def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
             ctx.metate = _state.get()
@@ -200,7 +202,7 @@ class Op:
         forced = _forced()
         device = args[0].device.type
         available = self.implementations(device) if device in ("cpu", "cuda") else {"reference": self.fallback}
-        reasons = {}
+        reasons: dict[str, str] = {}
         for name, backend in available.items():
             if forced is not None and name != forced:
                 continue
@@ -240,12 +242,18 @@ class Op:
     def _fake(self, *args: Any) -> Any:
         """Shapes without values, for compilers. The reference on fake tensors says the same 30 times slower."""
         self.check(args)
-        out = tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in zip(self.shapes(*args), self._out_dtypes(args), strict=True))
+        out = tuple(
+            args[0].new_empty(shape, dtype=dtype)
+            for shape, dtype in zip(self.shapes(*args), self._out_dtypes(args), strict=True)
+        )
         return out if len(out) > 1 else out[0]
 
     def _under_autocast(self, *args: Any) -> Any:
         dtype = torch.get_autocast_dtype(args[0].device.type)
-        cast = [arg.to(dtype) if name in self.autocast and _castable(arg) else arg for name, arg in zip(self.parameters, args, strict=False)]
+        cast = [
+            arg.to(dtype) if name in self.autocast and _castable(arg) else arg
+            for name, arg in zip(self.parameters, args, strict=False)
+        ]
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return self.torch_op(*cast)
 
@@ -262,7 +270,9 @@ class Op:
                 raise fail(self.name, name, tensor.layout, "a dense tensor; use .to_dense()", error=TypeError)
             self._check_dtype(name, tensor, named)
             if tensor.device != named[first].device:
-                raise fail(self.name, name, f"on {tensor.device}", f"{named[first].device} like {first}; move it with .to()")
+                raise fail(
+                    self.name, name, f"on {tensor.device}", f"{named[first].device} like {first}; move it with .to()"
+                )
         scalars = dict(zip(self.parameters[self.arity :], args[self.arity :], strict=True))
         for name, value in scalars.items():
             self._check_scalar(name, value)
@@ -284,7 +294,13 @@ class Op:
             allowed.append(named[rule].dtype if isinstance(rule, str) else rule)
         if tensor.dtype not in allowed:
             expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
-            raise fail(self.name, name, str(tensor.dtype).removeprefix("torch."), f"{expected}; convert it with .to()", error=TypeError)
+            raise fail(
+                self.name,
+                name,
+                str(tensor.dtype).removeprefix("torch."),
+                f"{expected}; convert it with .to()",
+                error=TypeError,
+            )
 
     # The reference at a chosen precision: as truth, as fallback, as error budget.
 
@@ -313,7 +329,9 @@ class Op:
         """
         dtype = args[0].dtype
         truth, plain = self.compute(torch.float64, args), self.compute(dtype, args)
-        for i, (name, g, t) in enumerate(zip(self.outputs, got if isinstance(got, tuple) else (got,), truth, strict=True)):
+        for i, (name, g, t) in enumerate(
+            zip(self.outputs, got if isinstance(got, tuple) else (got,), truth, strict=True)
+        ):
             if g.shape != t.shape:
                 raise AssertionError(f"{self.name}: {name} has shape {tuple(g.shape)}, expected {tuple(t.shape)}")
             if not torch.equal(t.isfinite(), g.isfinite()):
@@ -323,7 +341,9 @@ class Op:
             if not error <= 2 * budget + ulp:
                 budget = max(budget, _distance(self.compute(torch.float32, args)[i], t))
             if not error <= 2 * budget + ulp:
-                raise AssertionError(f"{self.name}: {name} is off by {error:.2e}; torch in {dtype} by {budget:.2e}, one ulp is {ulp:.2e}")
+                raise AssertionError(
+                    f"{self.name}: {name} is off by {error:.2e}; torch in {dtype} by {budget:.2e}, one ulp is {ulp:.2e}"
+                )
 
     def example(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:
         """Positional arguments of a case."""
@@ -342,7 +362,9 @@ _SCALARS: dict[str, tuple[str, tuple[type, ...]]] = {
     "float": ("a number", (float, int, torch.SymFloat, torch.SymInt)),
     "bool": ("True or False", (bool, torch.SymBool)),
 }
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def _distance(x: Tensor, truth: Tensor) -> float:
@@ -429,7 +451,7 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend `function(*args, **kwargs)` would run on, without running it; wrong arguments raise as the call would.
+    """Which backend `function(*args, **kwargs)` would run on; it is not run, but raises what the call would.
 
     >>> print(metate.explain(metate.attention, q, k, v, causal=True))
     """
@@ -437,7 +459,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     token = _state.set(_State(backend=state.backend, capture=True))
     try:
         function(*args, **kwargs)
-        raise fail("explain", "function", getattr(function, "__name__", function), "a public operator of metate", error=TypeError)
+        raise fail(
+            "explain",
+            "function",
+            getattr(function, "__name__", function),
+            "a public operator of metate",
+            error=TypeError,
+        )
     except _Captured as captured:
         op, call = captured.op, captured.call
     finally:
@@ -455,7 +483,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         if name not in refusals and chosen is None and forced in (None, name):
             chosen = name
     if forced is not None:
-        refusals.update({name: f"only {forced} is allowed" for name in BACKENDS if name != forced and name not in refusals})
+        refusals.update(
+            {name: f"only {forced} is allowed" for name in BACKENDS if name != forced and name not in refusals}
+        )
     return Explanation(op.name, chosen, refusals)
 
 

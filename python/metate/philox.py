@@ -39,4 +39,5 @@ def keep_mask(p: float, seed: int, offset: int, stream: Tensor, row: Tensor, col
     word = words[3]
     for i in range(3):
         word = torch.where(which == i, words[i], word)
-    return word >= threshold(p)
+    kept: Tensor = word >= threshold(p)
+    return kept

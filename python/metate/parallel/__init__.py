@@ -16,7 +16,9 @@ from metate.op import REGISTRY, Op
 def distribute(op: Op, args: tuple[Any, ...], dims: Mapping[str, int], mesh: DeviceMesh) -> tuple[Any, ...]:
     """The arguments as DTensors: those named in `dims` split along that dimension, the other tensors replicated."""
     return tuple(
-        distribute_tensor(arg, mesh, [Shard(dims[name]) if name in dims else Replicate()]) if isinstance(arg, Tensor) else arg
+        distribute_tensor(arg, mesh, [Shard(dims[name]) if name in dims else Replicate()])
+        if isinstance(arg, Tensor)
+        else arg
         for name, arg in zip(op.parameters, args, strict=True)
     )
 

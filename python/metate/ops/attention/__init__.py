@@ -1,6 +1,6 @@
 """Exact attention, dense and packed, forward and backward (Dao et al. 2022, 2023: FlashAttention 1 and 2).
 
-`csrc/attention.h` states the semantics that every backend shares; the references here are those semantics in plain torch.
+`csrc/attention.h` states the semantics that every backend shares, reference.py says them in plain torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def attention(
         window: (left, right), how many keys before and after its diagonal a query sees, inclusive; -1: no limit.
         scale: factor of q kᵀ; default head_dim ** -0.5.
         softcap: > 0: scores become softcap · tanh(score / softcap), before masks and bias.
-        alibi_slopes: (heads) or (batch, heads), float32; adds -slope · |i + seqlen_k - seqlen_q - j| (Press et al. 2022).
+        alibi_slopes: (heads) or (batch, heads), float32; adds -slope · |i + seqlen_k - seqlen_q - j|
+            (Press et al. 2022).
         bias: broadcastable to (batch, heads, seqlen_q, seqlen_k), float32 or the dtype of q; added to the scores.
         sinks: (heads), one more logit in each softmax denominator (GPT-OSS).
         mask: an AttentionMask (document, tree, block-sparse), or a bool tensor broadcastable to
@@ -59,7 +60,8 @@ def attention(
         dropout_p: probability in [0, 1) of dropping an attention weight; reproducible from (seed, offset) everywhere.
         seed: 64-bit seed of the dropout; None draws one from torch's default generator.
         return_lse: also return log Σ exp(score), natural logarithm, sinks included: (batch, heads, seqlen_q), float32.
-        return_column_sums: also return Σ_i probability[i, j] before dropout: (batch, heads, seqlen_k), float32, no gradient.
+        return_column_sums: also return Σ_i probability[i, j] before dropout, without gradient:
+            (batch, heads, seqlen_k), float32.
         deterministic: the backward too gives the same bits on every run. All present backends always do.
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
@@ -105,8 +107,8 @@ def attention_varlen(
 
     Args:
         q: (tokens_q, heads, head_dim); k: (tokens_k, kv_heads, head_dim); v: (tokens_k, kv_heads, value_dim).
-        cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32 on the device of q: where each sequence starts, non-decreasing,
-            the last at most the number of tokens. They stay on the device; no length reaches the host.
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1) int32 on the device of q: where each sequence starts,
+            non-decreasing, the last at most the number of tokens. They stay there; no length reaches the host.
         mask: an AttentionMask of intervals (1, heads or 1, tokens_q, 2), key positions counted within the sequence.
         Others as in `attention`; alibi_slopes (heads) or (sequences, heads).
 
@@ -118,7 +120,9 @@ def attention_varlen(
         if not isinstance(tensor, Tensor):
             raise fail("attention_varlen", name, type(tensor).__name__, "a torch.Tensor", error=TypeError)
         if tensor.dim() != 3:
-            raise fail("attention_varlen", name, f"shape {tuple(tensor.shape)}", "3 dimensions (tokens, heads, head_dim)")
+            raise fail(
+                "attention_varlen", name, f"shape {tuple(tensor.shape)}", "3 dimensions (tokens, heads, head_dim)"
+            )
     mask = mask or _NO_MASK
     if alibi_slopes is not None or sinks is not None:
         _, alibi_slopes, sinks = _widen(q, None, alibi_slopes, sinks)
@@ -156,7 +160,11 @@ def _call(tensors: tuple[Any, ...], flags: tuple[Any, ...], lse: bool, sums: boo
     if sums:
         q, k, _, bias, slopes, _, *masks = tensors
         scale, left, right, top_left, softcap, _, _, _, *block_size = flags
-        results.append(column_sums_op(q, k, log_sum.detach(), bias, slopes, *masks, scale, left, right, top_left, softcap, *block_size))
+        results.append(
+            column_sums_op(
+                q, k, log_sum.detach(), bias, slopes, *masks, scale, left, right, top_left, softcap, *block_size
+            )
+        )
     return tuple(results)
 
 
@@ -165,7 +173,9 @@ def _mask(mask: AttentionMask | Tensor, k: Tensor) -> AttentionMask:
         return mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise fail("attention", "mask", got, "a bool tensor or an AttentionMask; give additive masks as bias", error=TypeError)
+        raise fail(
+            "attention", "mask", got, "a bool tensor or an AttentionMask; give additive masks as bias", error=TypeError
+        )
     return AttentionMask.dense(mask, k.shape[1])
 
 
@@ -188,7 +198,9 @@ def _flags(
     try:
         left, right = window
     except (TypeError, ValueError):
-        raise TypeError(f"metate.attention: window is {window!r}, expected two integers (left, right); -1 means no limit") from None
+        raise TypeError(
+            f"metate.attention: window is {window!r}, expected two integers (left, right); -1 means no limit"
+        ) from None
     if causal:
         right = 0 if right == -1 else min(right, 0)
     if scale is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -13,6 +14,7 @@ from metate.masks import AttentionMask
 from metate.op import Case, Domain, Op
 from metate.ops.attention import reference, rules
 
+_Dtypes = dict[str, tuple[str | torch.dtype, ...]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WIDE = (torch.float32, torch.float64)
 _MASKS = {
@@ -22,14 +24,14 @@ _MASKS = {
     "cu_seqlens_q": "sequences+1",
     "cu_seqlens_k": "sequences+1",
 }
-_MASK_DTYPES = {
+_MASK_DTYPES: _Dtypes = {
     "intervals": (torch.int32,), "blocks": (torch.uint8,), "bits": (torch.int32,),
     "cu_seqlens_q": (torch.int32,), "cu_seqlens_k": (torch.int32,),
 }  # fmt: skip
 _SCORES = {"bias": "B? Hq? Sq? Sk?", "alibi_slopes": "Hq or slopes Hq"}
-_SCORE_DTYPES = {"bias": ("q", torch.float32), "alibi_slopes": _WIDE}
+_SCORE_DTYPES: _Dtypes = {"bias": ("q", torch.float32), "alibi_slopes": _WIDE}
 _QKV = {"q": "B Sq Hq D", "k": "B Sk Hkv D", "v": "B Sk Hkv Dv"}
-_QKV_DTYPES = {"q": FLOATS, "k": ("q",), "v": ("q",)}
+_QKV_DTYPES: _Dtypes = {"q": FLOATS, "k": ("q",), "v": ("q",)}
 
 
 # Cases.
@@ -75,7 +77,9 @@ def draw(rng: Random) -> Case:
     """Any legal combination, small."""
     heads = rng.choice([1, 2, 3])
     q, k = rng.choice([0, 1, 2, 17, 63, 64, 65, 130]), rng.choice([0, 1, 3, 31, 64, 65, 127, 200])
-    case = _case(rng.randint(0, 3), q, k, heads * rng.choice([1, 2, 4]), heads, rng.randint(1, 140), rng.randint(1, 140))
+    case = _case(
+        rng.randint(0, 3), q, k, heads * rng.choice([1, 2, 4]), heads, rng.randint(1, 140), rng.randint(1, 140)
+    )
     case["causal"] = rng.random() < 0.5
     case["top_left"] = rng.random() < 0.2
     if rng.random() < 0.3:
@@ -106,7 +110,8 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[
 
     named: dict[str, Any] = dict(
         q=normal(B, Sq, Hq, D).to(dtype), k=normal(B, Sk, Hkv, D).to(dtype), v=normal(B, Sk, Hkv, Dv).to(dtype),
-        grad_out=normal(B, Sq, Hq, Dv).to(dtype), bias=None, alibi_slopes=None, sinks=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        grad_out=normal(B, Sq, Hq, Dv).to(dtype), bias=None, alibi_slopes=None, sinks=None,
+        cu_seqlens_q=None, cu_seqlens_k=None,
     )  # fmt: skip
     if "lengths_q" in case:
         for name in "qk":
@@ -123,7 +128,8 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[
     left, right = case.get("window", (-1, -1))
     named.update(
         intervals=mask.intervals, blocks=mask.blocks, bits=mask.bits, scale=D**-0.5, window_left=left,
-        window_right=(0 if right < 0 else min(right, 0)) if case.get("causal") else right, top_left=case.get("top_left", False),
+        window_right=(0 if right < 0 else min(right, 0)) if case.get("causal") else right,
+        top_left=case.get("top_left", False),
         softcap=case.get("softcap", 0.0), dropout_p=case.get("dropout_p", 0.0), seed=1234567890123, offset=7,
         block_m=mask.block_size[0], block_n=mask.block_size[1],
     )  # fmt: skip
@@ -175,12 +181,17 @@ def visible_pairs(case: Case) -> int:
 
 def _products(forward: int, backward: int) -> Any:
     """Cost of that many products of width D and of width Dv over the visible pairs."""
-    return lambda case: 2.0 * case["B"] * case["Hq"] * visible_pairs(case) * (forward * case["D"] + backward * case["Dv"])
+    return lambda case: (
+        2.0 * case["B"] * case["Hq"] * visible_pairs(case) * (forward * case["D"] + backward * case["Dv"])
+    )
 
 
 # Operators.
 
-_parameters = lambda function: tuple(function.__annotations__)[:-1]  # noqa: E731
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(function.__annotations__)[:-1]
+
 
 attention_op = Op(
     "attention",
@@ -206,7 +217,9 @@ backward_op = Op(
     dtypes={"grad_out": ("q",), **_QKV_DTYPES, "lse": _WIDE, "delta": _WIDE, **_SCORE_DTYPES, **_MASK_DTYPES},
     outputs={"dq": "q", "dk": "q", "dv": "q", "dbias": torch.float32, "dalibi_slopes": torch.float32},
     shapes=rules.backward_shapes,
-    domain=Domain(_make(*_parameters(reference.attention_backward)), CASES, BACKWARD_SWEEP, draw, ("B", "Sq", "Sk"), "B"),
+    domain=Domain(
+        _make(*_parameters(reference.attention_backward)), CASES, BACKWARD_SWEEP, draw, ("B", "Sq", "Sk"), "B"
+    ),
     flops=_products(3, 2),
     autocast=("grad_out", "q", "k", "v"),
     vmap=rules.fold_vmap,
@@ -260,16 +273,30 @@ merge_op = Op(
     shapes=lambda outs, lses: (outs.shape[1:], lses.shape[1:]),
     domain=Domain(
         _merge_inputs,
-        [_merge_case(*sizes) for sizes in ((1, 1, 1, 1, 1), (2, 2, 65, 3, 33), (5, 1, 7, 2, 128), (2, 0, 3, 1, 4), (3, 1, 0, 2, 4), (0, 1, 2, 1, 4))],
+        [
+            _merge_case(*sizes)
+            for sizes in (
+                (1, 1, 1, 1, 1),
+                (2, 2, 65, 3, 33),
+                (5, 1, 7, 2, 128),
+                (2, 0, 3, 1, 4),
+                (3, 1, 0, 2, 4),
+                (0, 1, 2, 1, 4),
+            )
+        ],
         [_merge_case(8, 1, 4096, 32, 128)],
-        lambda rng: _merge_case(rng.randint(0, 6), rng.randint(0, 3), rng.randint(0, 130), rng.randint(1, 4), rng.randint(1, 200)),
+        lambda rng: _merge_case(
+            rng.randint(0, 6), rng.randint(0, 3), rng.randint(0, 130), rng.randint(1, 4), rng.randint(1, 200)
+        ),
         ("n", "B", "S"),
         "B",
     ),
     flops=lambda case: 3.0 * case["n"] * case["B"] * case["S"] * case["H"] * case["Dv"],
     autocast=(),
     vmap=rules.merge_vmap,
-    sharding=lambda op, args: [({"out": b, "lse": c}, {"outs": b + 1, "lses": c + 1}) for b, c in ((0, 0), (2, 1), (1, 2))],
+    sharding=lambda op, args: [
+        ({"out": b, "lse": c}, {"outs": b + 1, "lses": c + 1}) for b, c in ((0, 0), (2, 1), (1, 2))
+    ],
     validate=rules.validate_merge,
     refuses={"cuda": lambda outs, lses: "float64: up to float32" if outs.dtype == torch.float64 else None},
 )

@@ -11,7 +11,7 @@ from metate.philox import keep_mask
 
 
 def _positions(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, top_left: bool) -> tuple[Tensor, ...]:
-    """Of every query its batch entry and position, of every key its position, the diagonal, and who shares a sequence."""
+    """Batch entry and position of every query, position of every key, the diagonal, and who shares a sequence."""
     rows, columns = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)
     if cu_q is None or cu_k is None:
         batch = torch.arange(q.shape[0], device=q.device)[:, None].expand(q.shape[0], q.shape[1])
@@ -189,11 +189,9 @@ def attention_backward(
     dq = (ds @ scores.k) * scale
     dk = (ds.transpose(-1, -2) @ scores.q) * scale
 
-    def heads_last(x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(1, (heads, scores.group)).sum(2).transpose(1, 2).contiguous()
-
-    return (dq.transpose(1, 2).contiguous(), heads_last(dk, k.shape[2]) if k.shape[2] else torch.zeros_like(k),
-            heads_last(dv, v.shape[2]) if v.shape[2] else torch.zeros_like(v), dbias, dalibi)  # fmt: skip
+    dk, dv = (x.unflatten(1, (k.shape[2], scores.group)).sum(2) for x in (dk, dv))
+    dq, dk, dv = (x.transpose(1, 2).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv, dbias, dalibi
 
 
 def attention_column_sums(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from metate.op import Op, loop_vmap
 
 MAX_HEAD_DIM = 512
 
+
 def validate_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
     bias, slopes, sinks, *masks = rest[:8]
     scale, left, right, _, softcap, p, seed, offset, *block_size = rest[8:]
@@ -22,7 +24,9 @@ def validate_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
     _validate_dropout("attention", p, seed, offset)
 
 
-def validate_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: Any) -> None:
+def validate_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: Any
+) -> None:
     bias, slopes, *masks = rest[:7]
     scale, left, right, _, softcap, p, seed, offset, *block_size = rest[7:-2]
     _validate("attention_backward", q, k, v, bias, slopes, masks, scale, left, right, softcap, block_size)
@@ -95,12 +99,16 @@ def _validate_packed(
     if cu_q is not None:
         sequences = cu_q.shape[0] - 1
         if q.shape[0] != 1 or sequences < 0:
-            raise fail(op, "cu_seqlens_q", f"of shape {tuple(cu_q.shape)}", "(sequences + 1), with packed tokens of batch 1")
+            raise fail(
+                op, "cu_seqlens_q", f"of shape {tuple(cu_q.shape)}", "(sequences + 1), with packed tokens of batch 1"
+            )
         for name, tensor in (("bias", bias), ("mask.blocks", blocks), ("mask.bits", bits)):
             if tensor is not None:
                 raise NotImplementedError(f"metate.{op}: {name} with packed sequences: use intervals, windows or ALiBi")
     if slopes is not None and slopes.dim() == 2 and slopes.shape[0] != sequences:
-        raise fail(op, "alibi_slopes", f"of shape {tuple(slopes.shape)}", f"({q.shape[2]},) or ({sequences}, {q.shape[2]})")
+        raise fail(
+            op, "alibi_slopes", f"of shape {tuple(slopes.shape)}", f"({q.shape[2]},) or ({sequences}, {q.shape[2]})"
+        )
 
 
 def _validate_scalars(op: str, scale: float, left: int, right: int, softcap: float, block_size: Any) -> None:
@@ -134,7 +142,7 @@ def _check_cu_seqlens(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | 
         if cu is None or cu.device.type != "cpu":
             continue
         starts = cu.tolist()
-        if any(b < a for a, b in zip(starts, starts[1:], strict=False)):
+        if any(b < a for a, b in pairwise(starts)):
             raise fail("attention_varlen", name, starts if len(starts) < 20 else "decreasing", "non-decreasing offsets")
         if starts and not (starts[0] >= 0 and starts[-1] <= tokens):
             raise fail("attention_varlen", name, f"{starts[0]} to {starts[-1]}", f"offsets within 0 to {tokens} tokens")
@@ -143,10 +151,13 @@ def _check_cu_seqlens(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | 
 # Gradients.
 
 
-def backward_shapes(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: Any) -> tuple[Any, ...]:
+def backward_shapes(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: Any
+) -> tuple[Any, ...]:
     bias, slopes, *_, need_dbias, need_dslopes = rest
     dbias = bias.shape if need_dbias and bias is not None else (0,)
     return q.shape, k.shape, v.shape, dbias, slopes.shape if need_dslopes and slopes is not None else (0,)
+
 
 _ACC = {torch.float64: torch.float64}  # accumulation dtype, else float32
 
@@ -169,14 +180,26 @@ def _backward(backward_op: Op, ctx: Any, grad_out: Tensor | None, grad_lse: Tens
         delta = delta - grad_lse
     needed = ctx.needs_input_grad
     dq, dk, dv, dbias, dslopes = backward_op(
-        grad_out, q, k, v, lse, delta, bias, slopes, *masks, *ctx.flags, needed[3] and bias is not None, needed[4] and slopes is not None
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        bias,
+        slopes,
+        *masks,
+        *ctx.flags,
+        needed[3] and bias is not None,
+        needed[4] and slopes is not None,
     )
     dsinks = None
     if sinks is not None and needed[5]:
         alive = lse != -math.inf
         dsinks = -(torch.exp(sinks[:, None] - lse.where(alive, 0)) * delta).where(alive, 0).sum((0, 2))
     return (dq, dk, dv, dbias.to(bias.dtype) if bias is not None and needed[3] else None,
-            dslopes if needed[4] and slopes is not None else None, dsinks, *[None] * (len(masks) + len(ctx.flags)))  # fmt: skip
+            dslopes if needed[4] and slopes is not None else None, dsinks,
+            *[None] * (len(masks) + len(ctx.flags)))  # fmt: skip
 
 
 def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -189,12 +212,15 @@ def double_backward_of(backward_op: Op) -> Callable[..., Any]:
 
 
 def _double_backward(backward_op: Op, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """Second derivatives by torch's autograd through the backward formula: memory of (B, Hq, Sq, Sk), like plain torch."""
+    """Second derivatives by torch's autograd through the backward formula: memory of (B, Hq, Sq, Sk)."""
     inputs = ctx.saved_tensors
     differentiable = [i for i in range(8) if inputs[i] is not None and ctx.needs_input_grad[i]]
     with torch.enable_grad():
         # New nodes: lse and delta depend on q, k, v in the outer graph, which must not be walked here.
-        leaves = [inputs[i].view_as(inputs[i]) if inputs[i].requires_grad else inputs[i].detach().requires_grad_() for i in differentiable]
+        leaves = [
+            inputs[i].view_as(inputs[i]) if inputs[i].requires_grad else inputs[i].detach().requires_grad_()
+            for i in differentiable
+        ]
         arguments = list(inputs)
         for i, leaf in zip(differentiable, leaves, strict=True):
             arguments[i] = leaf
@@ -238,7 +264,9 @@ def shardings(op: Op, args: tuple[Any, ...]) -> list[tuple[dict[str, int], dict[
     split = []
     for dims in (_BATCH, _HEADS) if named["cu_seqlens_q"] is None else (_HEADS,):
         inputs = {
-            name: dims[name] for name, arg in named.items() if arg is not None and name in dims and arg.shape[dims[name]] != 1
+            name: dims[name]
+            for name, arg in named.items()
+            if arg is not None and name in dims and arg.shape[dims[name]] != 1
         }
         if dims is _HEADS and named["alibi_slopes"] is not None:
             inputs["alibi_slopes"] = len(named["alibi_slopes"].shape) - 1
@@ -254,13 +282,22 @@ def fold_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
     named = dict(zip(op.parameters, args, strict=False))
     mapped = {name for name, dim in zip(op.parameters, in_dims, strict=False) if dim is not None}
     apart = named.get("need_dbias") or named.get("need_dalibi_slopes") or named.get("dropout_p")
-    if named["cu_seqlens_q"] is not None or mapped & {"sinks", "alibi_slopes"} or apart or named.get("alibi_slopes") is not None:
+    if (
+        named["cu_seqlens_q"] is not None
+        or mapped & {"sinks", "alibi_slopes"}
+        or apart
+        or named.get("alibi_slopes") is not None
+    ):
         return loop_vmap(op, info, in_dims, args)
     q, q_dim = named["q"], dict(zip(op.parameters, in_dims, strict=False))["q"]
     batch = q.movedim(q_dim, 0).shape[1] if q_dim is not None else q.shape[0]
 
     def fold(name: str, x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor) or name == "sinks" or (dim is None and x.shape[0] == 1 and name in ("bias", "intervals", "blocks", "bits")):
+        if (
+            not isinstance(x, Tensor)
+            or name == "sinks"
+            or (dim is None and x.shape[0] == 1 and name in ("bias", "intervals", "blocks", "bits"))
+        ):
             return x
         x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
         return x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
@@ -269,7 +306,9 @@ def fold_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
     results = op.torch_op(*folded)
     if isinstance(results, Tensor):
         return results.unflatten(0, (info.batch_size, batch)), 0
-    unfolded = tuple(r.unflatten(0, (info.batch_size, batch)) if r.dim() > 1 else r.expand(info.batch_size, -1) for r in results)
+    unfolded = tuple(
+        r.unflatten(0, (info.batch_size, batch)) if r.dim() > 1 else r.expand(info.batch_size, -1) for r in results
+    )
     return unfolded, (0,) * len(unfolded)
 
 

@@ -625,7 +625,7 @@ void check_merge(const Pass& pass, DType dtype, uint64_t seed) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const uint64_t count = argc > 1 ? strtoull(argv[1], nullptr, 10) : 120,
+    const uint64_t count = argc > 1 ? strtoull(argv[1], nullptr, 10) : 40,
                    first = argc > 2 ? strtoull(argv[2], nullptr, 10) : 0;
     for (const Pass& pass : passes()) {
         for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {

@@ -33,8 +33,8 @@ METATE_INLINE constexpr Config choose(Pass pass, int head, bool general) {
             if (head <= 128) return {head, 4, 2, head == 128 ? 48 : 64, 1};
             return {head, 8, 1, head == 192 ? 64 : 32, 1};
         case Pass::grad_queries:
-            if (head == 128 && general) return {head, 8, 1, 32, 1};
-            if (head <= 128) return {head, 4, 2, 32, 1};
+            if (head == 128) return {head, 8, 1, 32, 1};
+            if (head <= 96) return {head, 4, 2, 32, 1};
             return {head, 4, 1, head == 192 ? 32 : 16, 1};
         case Pass::grad_keys:
             if (head <= 128) return {head, 8, 1, head == 64 ? 64 : 32, 1};

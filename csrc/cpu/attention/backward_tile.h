@@ -135,11 +135,6 @@ inline void draw_dropout(const Attention& a, const Sequence& s, int64_t head, Wo
 
 // From products to P and dS.
 
-// exp(x): of a difference of logits, so that the large probabilities are the most exact.
-METATE_FN vf probability(vf x) {
-    return exp2(x * splat(log2_e));
-}
-
 // `rows` rows of a chunk where logits are scaled products: p = exp(s - lse), ds = p (dp - delta).
 template <bool is_whole>
 __attribute__((noinline)) void differentiate_plain(int rows, float scale, const float* lse, const float* delta,

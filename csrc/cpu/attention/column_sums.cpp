@@ -54,11 +54,12 @@ void add_row(const Shape& s, const Sequence& seq, const Row& row, int64_t key, c
     const float lse = *value_at<float>(s.call.lse, seq.batch, row.head, seq.q0 + row.query);
     if (lse == -INFINITY) return;
     if (!s.scoring.plain) to_logits(s.a, s.scoring, seq, row, key, mask.any, x);
+    const float scale = s.scoring.plain ? s.scoring.scale : 1.0f;
     for (uint32_t left = mask.any; left; left &= left - 1) {
         const int c = __builtin_ctz(left);
         for (int v = 0; v < chunk / width; ++v) {
             const int64_t at = c * chunk + v * width;
-            vf p = exp2(fma(load(x + at), splat(s.scoring.exponent), splat(-lse * log2_e)));
+            vf p = probability(fma(load(x + at), splat(scale), splat(-lse)));
             if (!(mask.all >> c & 1)) p = keep(mask.words[r][c], v, p, splat(0.0f));
             store(partial + at, load(partial + at) + p);
         }

@@ -227,6 +227,9 @@ backward_op = Op(
     validate=rules.validate_backward,
     refuses={"cuda": lambda grad_out, q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_backward),
+    # An error of one score multiplies the probabilities of a row whose lse is given, and torch's BLAS sums scores in 16
+    # parts where a register tile sums them in one: seen up to 2.8 with a single visible row.
+    slack=3.0,
 )
 
 column_sums_op = Op(

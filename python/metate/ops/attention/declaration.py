@@ -186,6 +186,10 @@ def _products(forward: int, backward: int) -> Any:
     )
 
 
+# Where lse is given, an error of one score multiplies the probabilities of its row, and torch's BLAS sums scores in 16
+# parts where a register tile sums them in one: seen up to 2.8 with a single visible row.
+GIVEN_LSE_SLACK = 3.0
+
 # Operators.
 
 
@@ -227,9 +231,7 @@ backward_op = Op(
     validate=rules.validate_backward,
     refuses={"cuda": lambda grad_out, q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_backward),
-    # An error of one score multiplies the probabilities of a row whose lse is given, and torch's BLAS sums scores in 16
-    # parts where a register tile sums them in one: seen up to 2.8 with a single visible row.
-    slack=3.0,
+    slack=GIVEN_LSE_SLACK,
 )
 
 column_sums_op = Op(
@@ -247,6 +249,7 @@ column_sums_op = Op(
     validate=rules.validate_column_sums,
     refuses={"cuda": lambda q, k, *_: rules.refused_by_cuda(q, k, k)},
     contents=("cu_seqlens_q", rules.check_column_sums),
+    slack=GIVEN_LSE_SLACK,
     gradient="column sums are a statistic for cache eviction; detach them, or sum explicit probabilities",
 )
 

@@ -120,8 +120,7 @@ def test_no_flag_ties_the_build_to_its_machine():
 def test_gpu_kernels_do_not_spill(log):
     """Up to head_dim 128; beyond, a few bytes outside the inner loop are the price of the wider tile."""
     text = log.read_text()
-    kernels = re.findall(r"Compiling entry function '(\S+)' for '(\S+)'", text)
-    assert kernels
+    kernels = re.findall(r"Compiling entry function '(\S+)' for '(\S+)'", text)  # none where a file only launches
     for (name, arch), spills in zip(
         kernels, re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text), strict=True
     ):
@@ -134,7 +133,7 @@ def test_gpu_kernels_are_few():
     if not PTXAS_LOGS:
         pytest.skip("no CUDA kernels were built: " + library.load()["cuda"].missing)
     archs = re.findall(r"Compiling entry function '\S+' for '(\S+)'", "".join(log.read_text() for log in PTXAS_LOGS))
-    assert max(archs.count(arch) for arch in set(archs)) <= 60
+    assert archs and max(archs.count(arch) for arch in set(archs)) <= 60
 
 
 def test_wheel(tmp_path, tree):

@@ -72,7 +72,7 @@ sanitize-emulator: build/sanitize/CMakeCache.txt
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j$(JOBS) -R "^(cuda|emulator)"
 
 test: install native sanitize-emulator
-	for isa in $(ISAS); do METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k parity || exit; done
+	for isa in $(ISAS); do METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k "parity and cpu-cpu" || exit; done
 	$(BIN)/python -m pytest -q -n 2 tests
 
 # The same with far more random configurations, reruns and malformed calls: hours.

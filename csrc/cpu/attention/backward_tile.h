@@ -227,9 +227,9 @@ METATE_FN void multiply_across(const Workspace<Word>& w, const Blocking& size, i
     if constexpr (elements_of<Word> == 1) {
         product.a = panels + first * panel;
         product.stride = w.groups * tile_rows * panel;
-        multiply<Left::panels, Into::set>(tile_rows, end - j, product);
+        multiply<Left::panels, Into::set, short_chain>(tile_rows, end - j, product);
     } else {
-        multiply<Left::rows, Into::set>(tile_rows, end - j, product);
+        multiply<Left::rows, Into::set, short_chain>(tile_rows, end - j, product);
     }
 }
 

@@ -11,9 +11,6 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// Partial sums are put away after so many tiles, or rounding would grow with the number of queries.
-constexpr int64_t tiles_of_partial = 32;
-
 struct Shape {
     const AttentionColumnSums& call;
     const Attention& a;
@@ -26,7 +23,7 @@ struct Shape {
 template <class Word>
 struct Scratch {
     Word *q, *k;
-    float *s, *partial, *total;  // partial and total: (group, block)
+    float *s, *partial, *total, *carry;  // partial, total and carry: (group, block)
 };
 
 template <class Word>
@@ -43,9 +40,9 @@ Shape shape_of(const AttentionColumnSums& call) {
 
 template <class Word>
 Scratch<Word> take_scratch(const Shape& s, Arena& arena) {
-    return {arena.take<Word>(tile_rows * s.q_stride), arena.take<Word>(s.block * s.d_words),
+    return {arena.take<Word>(tile_rows * s.q_stride),  arena.take<Word>(s.block * s.d_words),
             arena.take<float>(tile_rows * s.s_stride), arena.take<float>(s.group * s.block),
-            arena.take<float>(s.group * s.block)};
+            arena.take<float>(s.group * s.block),      arena.take<float>(s.group * s.block)};
 }
 
 // Adds the probabilities of one row to the partial sums of its head.
@@ -66,11 +63,14 @@ void add_row(const Shape& s, const Sequence& seq, const Row& row, int64_t key, c
     }
 }
 
-// Adds the partial sums to the totals and begins new ones.
-void put_away(const Shape& s, float* partial, float* total) {
+// Adds the partial sums to the totals, with what rounding lost carried over (Kahan), and begins new ones.
+template <class Word>
+void put_away(const Shape& s, const Scratch<Word>& my) {
     for (int64_t i = 0; i < s.group * s.block; i += width) {
-        store(total + i, load(total + i) + load(partial + i));
-        store(partial + i, splat(0.0f));
+        const vf old = load(my.total + i), more = load(my.partial + i) - load(my.carry + i), sum = old + more;
+        store(my.carry + i, (sum - old) - more);
+        store(my.total + i, sum);
+        store(my.partial + i, splat(0.0f));
     }
 }
 
@@ -89,7 +89,8 @@ void add_tile(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key,
         pack_row(my.q + r * s.q_stride, round_up(s.d_words, width),
                  row_at<T>(s.a.q, seq.batch, seq.q0 + row[r].query, row[r].head), s.a.q.stride[3], s.d);
     }
-    multiply_keys(rows, mask.any, Product<Word>{my.q, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
+    multiply_keys<short_chain>(rows, mask.any,
+                               Product<Word>{my.q, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
     for (int r = 0; r < rows; ++r) {
         add_row(s, seq, row[r], key, mask, r, my.s + r * s.s_stride, my.partial + row[r].head % s.group * s.block);
     }
@@ -105,8 +106,8 @@ template <class T, class Word>
 void run_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key, const Scratch<Word>& my) {
     const Attention& a = s.a;
     const int64_t keys = seq.keys - key < s.block ? seq.keys - key : s.block;
-    memset(my.partial, 0, static_cast<size_t>(s.group * s.block) * sizeof(float));
-    memset(my.total, 0, static_cast<size_t>(s.group * s.block) * sizeof(float));
+    float* const sums[] = {my.partial, my.total, my.carry};
+    for (float* zero : sums) memset(zero, 0, static_cast<size_t>(s.group * s.block) * sizeof(float));
     int64_t begin, end;
     queries_of(a, seq, key, keys, begin, end);
     if (begin < end) {
@@ -117,9 +118,9 @@ void run_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key
         for (int64_t r = begin * s.group / tile_rows * tile_rows; r < end * s.group; r += tile_rows) {
             const int live = static_cast<int>(rows - r < tile_rows ? rows - r : tile_rows);
             add_tile<T>(s, seq, kv_head, key, chunks, r, live, my);
-            if ((r / tile_rows + 1) % tiles_of_partial == 0) put_away(s, my.partial, my.total);
+            if ((r / tile_rows + 1) % s.group == 0) put_away(s, my);  // a tile of rows of each head at a time
         }
-        put_away(s, my.partial, my.total);
+        put_away(s, my);
     }
     for (int64_t g = 0; g < s.group; ++g) {
         for (int64_t j = 0; j < keys; ++j) {
@@ -170,21 +171,26 @@ void run(const AttentionColumnSums& call, const Runtime& runtime) {
 }
 
 #if defined(METATE_ISA_BASELINE)
-// Double precision, one head after the other.
+// Double precision, one head after the other, a few rows at a time lest a long sum be rounded for each of them.
 void add_sequence_exact(const AttentionColumnSums& call, const Sequence& seq, int64_t head) {
     const Attention& a = call.problem;
     const int64_t kv_head = head / (a.q.size[2] / a.k.size[2]);
-    for (int64_t i = 0; i < seq.queries; ++i) {
-        const Row row = row_of(a, seq, i, head);
-        const double lse = *value_at<double>(call.lse, seq.batch, head, seq.q0 + i);
-        if (lse == -INFINITY) continue;
-        const double* q = row_at<double>(a.q, seq.batch, seq.q0 + i, head);
-        for (int64_t j = row.begin; j < row.end; ++j) {
-            if (!sees(a, row, j)) continue;
+    constexpr int most = 16;
+    for (int64_t first = 0; first < seq.queries; first += most) {
+        const int rows = static_cast<int>(clamp(seq.queries - first, 0, most));
+        Row row[most];
+        for (int r = 0; r < rows; ++r) row[r] = row_of(a, seq, first + r, head);
+        for (int64_t j = 0; j < seq.keys; ++j) {
             const double* k = row_at<double>(a.k, seq.batch, seq.k0 + j, kv_head);
-            const double product = dot_exact(q, a.q.stride[3], k, a.k.stride[3], a.q.size[3]);
-            *value_at<double>(call.sums, seq.batch, head, seq.k0 + j) +=
-                exp(logit_exact(a, seq, row, j, product) - lse);
+            double sum = 0;
+            for (int r = 0; r < rows; ++r) {
+                const double lse = *value_at<double>(call.lse, seq.batch, head, seq.q0 + row[r].query);
+                if (lse == -INFINITY || !sees(a, row[r], j)) continue;
+                const double* q = row_at<double>(a.q, seq.batch, seq.q0 + row[r].query, head);
+                const double product = dot_exact(q, a.q.stride[3], k, a.k.stride[3], a.q.size[3]);
+                sum += exp(logit_exact(a, seq, row[r], j, product) - lse);
+            }
+            *value_at<double>(call.sums, seq.batch, head, seq.k0 + j) += sum;
         }
     }
 }

@@ -328,8 +328,8 @@ void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask&
     float* o = my.state.o + r * s.o_stride;
     bool fresh = true;  // o holds nothing yet
     for (int i = 0; i < rows; ++i) fresh &= my.state.m[r + i] == -INFINITY;
-    multiply_keys(rows, mask.any,
-                  Product<Word>{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
+    multiply_keys<long_chain>(
+        rows, mask.any, Product<Word>{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
     softmax_tile(s, seq, my.row + r, rows, block, mask, my, my.state.m + r, my.state.l + r, factor);
     if (block.finite) return multiply_values(s, rows, mask, my, o, factor, fresh);
     multiply_live_values(s, rows, mask, my, o, factor, fresh);

@@ -136,11 +136,14 @@ METATE_FN void multiply_steps(int rows, int64_t columns, const Product<Word>& p)
     return multiply_tile<left, into, 4, 1>(p);
 }
 
+// How many steps a sum from nothing takes in one chain, for it is rounded as often as that. Short chains are for scores
+// whose lse comes from elsewhere: there an error of one score is an error of its probability that nothing cancels.
+constexpr int64_t long_chain = 128, short_chain = 32;
+
 // c += a · b for `rows` <= tile_rows rows and `columns` <= panel columns. A tile may run on a few rows and columns more
 // than were asked for, up to tile_rows and panel: they must be readable in a (and factor) and writable in c.
-template <Left left, Into into, class Word>
+template <Left left, Into into, int64_t longest = long_chain, class Word>
 METATE_FN void multiply(int rows, int64_t columns, Product<Word> p) {
-    constexpr int64_t longest = 128;  // a sum from nothing is rounded as often as it has steps
     if (into != Into::set || p.steps <= longest) return multiply_steps<left, into>(rows, columns, p);
     int64_t steps = p.steps;
     p.steps = longest;

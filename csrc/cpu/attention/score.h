@@ -172,7 +172,7 @@ inline void mask_tile(const Attention& a, const Row* row, int rows, int64_t key,
 }
 
 // The products of a tile with the given chunks of a block of packed keys: `p` names the block's first key and column.
-template <class Word>
+template <int64_t longest, class Word>
 inline void multiply_keys(int rows, uint32_t chunks, Product<Word> p) {
     const Word* const keys = p.b;
     float* const s = p.c;
@@ -181,7 +181,7 @@ inline void multiply_keys(int rows, uint32_t chunks, Product<Word> p) {
         for (int64_t key = from; key < from + chunk; key += panel) {
             p.b = keys + key * p.steps;
             p.c = s + key;
-            multiply<Left::rows, Into::set>(rows, panel, p);
+            multiply<Left::rows, Into::set, longest>(rows, panel, p);
         }
     }
 }

@@ -45,7 +45,7 @@ static PyMethodDef methods[] = {{nullptr, nullptr, 0, nullptr}};
 #define METATE_INIT(name) METATE_INIT_(name)
 
 PyMODINIT_FUNC METATE_INIT(METATE_MODULE)() {
-    static PyModuleDef module = {PyModuleDef_HEAD_INIT, METATE_STRING(METATE_MODULE), nullptr, -1, methods,
-                                 nullptr,               nullptr,                      nullptr, nullptr};
+    static PyModuleDef module = {
+        PyModuleDef_HEAD_INIT, METATE_STRING(METATE_MODULE), nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
     return PyModule_Create(&module);
 }

@@ -1,0 +1,247 @@
+"""QuantizedWeight: the canonical form of a low-bit weight, to which every format lowers and from which kernels compute.
+
+In float32, with g = j // group_size the group of stored column j:
+value = codebook[code] or code - zero - zeros[n, g], W[n, permutation[j]] = value · scale[n, g] + offset[n, g].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.errors import FormatError, fail
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK = 1 << 20  # elements that `dequantize` holds in float32 beside its result
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(N, K) uint8 codes below 2**bits → (N, ⌈K · bits / 8⌉) bytes: column j from bit j · bits of its row, LSB first."""
+    rows, columns = codes.shape
+    period = torch.nn.functional.pad(codes, (0, -columns % 8)).unflatten(1, (-1, 8))  # 8 columns fill `bits` bytes
+    packed = codes.new_zeros(rows, period.shape[1], bits)
+    for column in range(8):
+        byte, shift = divmod(column * bits, 8)
+        packed[:, :, byte] |= period[:, :, column] << shift
+        if shift + bits > 8:
+            packed[:, :, byte + 1] |= period[:, :, column] >> (8 - shift)
+    return packed.flatten(1)[:, : packed_bytes(columns, bits)].contiguous()
+
+
+def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_codes`: (N, columns) uint8."""
+    period = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
+    codes = packed.new_empty(packed.shape[0], period.shape[1], 8)
+    for column in range(8):
+        byte, shift = divmod(column * bits, 8)
+        code = period[:, :, byte] >> shift
+        if shift + bits > 8:
+            code = code | period[:, :, byte + 1] << (8 - shift)
+        codes[:, :, column] = code & (2**bits - 1)
+    return codes.flatten(1)[:, :columns].contiguous()
+
+
+def packed_bytes(columns: int, bits: int) -> int:
+    """Bytes of a packed row."""
+    return -(-columns * bits // 8)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedWeight:
+    """A weight [out_features N, in_features K] in low-bit codes. Checked as it is made: FormatError names the field.
+
+    shape: (N, K).
+    bits: 1 to 8, of a code.
+    group_size: columns that share a scale; G = ⌈K / group_size⌉, the last group may be short.
+    codes: (N, ⌈K · bits / 8⌉) uint8, as `pack_codes` packs them.
+    scales: (N, G) float32, bfloat16 or float16; or int8: scale = float(scales) · super_scales[n, g // super_groups].
+    super_scales: (N, ⌈G / super_groups⌉) float32, bfloat16 or float16, beside int8 scales only.
+    super_groups: groups that share a super scale (and a super offset); 0 where there is none.
+    zero: 0 to 255, one for the whole weight.
+    zeros: (N, G) uint8, or None.
+    offsets: (N, G) like scales, int8 ones with super_offsets, or None.
+    codebook: (2**bits) float32, or None; excludes zero and zeros.
+    permutation: (K) int32: stored column j holds the weight of input feature permutation[j]; None: of j.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    codes: Tensor
+    scales: Tensor
+    super_scales: Tensor | None = None
+    super_groups: int = 0
+    zero: int = 0
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    super_offsets: Tensor | None = None
+    codebook: Tensor | None = None
+    permutation: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self._check_sizes()
+        grouped = (rows, self.groups)
+        supers = (rows, -(-self.groups // self.super_groups) if self.super_groups else 0)
+        self._check("codes", (rows, packed_bytes(columns, self.bits)), torch.uint8)
+        self._check("scales", grouped, *FLOATS, torch.int8)
+        self._check("zeros", grouped, torch.uint8)
+        self._check("offsets", grouped, *FLOATS, torch.int8)
+        self._check("super_scales", supers, *FLOATS)
+        self._check("super_offsets", supers, *FLOATS)
+        self._check("codebook", (2**self.bits,), torch.float32)
+        self._check("permutation", (columns,), torch.int32)
+        self._check_super("scales", self.scales, self.super_scales)
+        self._check_super("offsets", self.offsets, self.super_offsets)
+        if bool(self.super_groups) != (self.super_scales is not None or self.super_offsets is not None):
+            raise _fail("super_groups", self.super_groups, "0 without super_scales and super_offsets, 1 or more with")
+        if self.codebook is not None and (self.zero or self.zeros is not None):
+            raise _fail("codebook", "given beside zero or zeros", "one or the other")
+        self._check_permutation()
+
+    def _check_sizes(self) -> tuple[int, int]:
+        shape = self.shape
+        if not isinstance(shape, tuple) or len(shape) != 2 or not all(_whole(size, 0, 2**48) for size in shape):
+            raise _fail("shape", shape, "a tuple of 2 integers (out_features, in_features)")
+        if not _whole(self.bits, 1, 8):
+            raise _fail("bits", self.bits, "1 to 8")
+        if not _whole(self.group_size, 1, 2**62):
+            raise _fail("group_size", self.group_size, "1 or more; in_features for one group a row")
+        if not _whole(self.super_groups, 0, 2**62):
+            raise _fail("super_groups", self.super_groups, "0 or more")
+        if not _whole(self.zero, 0, 255):
+            raise _fail("zero", self.zero, "0 to 255")
+        return shape
+
+    def _check(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+        tensor = self._tensor(name)
+        if tensor is None and name not in ("codes", "scales"):
+            return
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            got = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise _fail(name, got, "a dense torch.Tensor")
+        if tensor.dtype not in dtypes:
+            raise _fail(name, _short(tensor.dtype), " or ".join(map(_short, dtypes)))
+        if tuple(tensor.shape) != shape:
+            raise _fail(name, f"shape {tuple(tensor.shape)}", f"{shape} for {self._summary()}")
+        if tensor.device != self.codes.device:
+            raise _fail(name, f"on {tensor.device}", f"{self.codes.device} like codes; move it with .to()")
+
+    def _check_super(self, name: str, fine: Tensor | None, coarse: Tensor | None) -> None:
+        two_level = fine is not None and fine.dtype == torch.int8
+        if two_level != (coarse is not None):
+            got = "None" if coarse is None else "given"
+            raise _fail(f"super_{name}", got, f"a tensor beside int8 {name}, None otherwise")
+
+    def _check_permutation(self) -> None:
+        if self.permutation is None or self.permutation.is_meta:
+            return
+        seen = torch.zeros(self.in_features, dtype=torch.bool, device=self.permutation.device)
+        inside = (self.permutation >= 0) & (self.permutation < self.in_features)
+        seen[self.permutation[inside].long()] = True
+        if not bool(seen.all()):
+            raise _fail("permutation", "not one", f"every number from 0 to {self.in_features - 1} once")
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """G: groups of a row."""
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are given, by field, in the order of the fields."""
+        found = ((field.name, self._tensor(field.name)) for field in dataclasses.fields(self))
+        return {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With everything that stands beside the codes."""
+        return self.nbytes * 8 / max(1, self.shape[0] * self.shape[1])
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same weight on another device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, **moved)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W, (out_features, in_features): computed in float32, rounded to `dtype`, a block of rows at a time."""
+        rows, columns = self.shape
+        result = torch.empty(self.shape, dtype=dtype, device=self.device)
+        step = max(1, _BLOCK // max(1, columns))
+        order = None if self.permutation is None else self.permutation.long()
+        for start in range(0, rows, step):
+            block = slice(start, min(start + step, rows))
+            values = self._values(block)
+            if order is None:
+                result[block] = values
+            else:
+                result[block, order] = values.to(dtype)
+        return result
+
+    def _values(self, rows: slice) -> Tensor:
+        """Float32 weights of some rows, columns as they are stored."""
+        codes = unpack_codes(self.codes[rows], self.bits, self.in_features)
+        if self.codebook is not None:
+            values = self.codebook[codes.int()]
+        else:
+            values = codes.float().sub_(self.zero)
+            if self.zeros is not None:
+                values.sub_(self._per_column(self.zeros[rows].float()))
+        values.mul_(self._per_column(self._level(self.scales, self.super_scales, rows)))
+        if self.offsets is not None:
+            values.add_(self._per_column(self._level(self.offsets, self.super_offsets, rows)))
+        return values
+
+    def _level(self, fine: Tensor, coarse: Tensor | None, rows: slice) -> Tensor:
+        """Scales or offsets of some rows, both levels multiplied."""
+        value = fine[rows].float()
+        if coarse is None:
+            return value
+        repeats = max(1, min(self.super_groups, self.groups))
+        return value * coarse[rows].float().repeat_interleave(repeats, 1)[:, : self.groups]
+
+    def _per_column(self, value: Tensor) -> Tensor:
+        repeats = max(1, min(self.group_size, self.in_features))
+        return value.repeat_interleave(repeats, 1)[:, : self.in_features]
+
+    def _tensor(self, name: str) -> Tensor | None:
+        value: Tensor | None = self.__dict__[name]
+        return value
+
+    def _summary(self) -> str:
+        return f"{self.shape[0]} × {self.shape[1]} weights, {self.bits} bits, groups of {self.group_size}"
+
+    def __repr__(self) -> str:
+        beside = ", ".join(name for name in self.tensors if name not in ("codes", "scales"))
+        return f"QuantizedWeight({self._summary()}{', ' + beside if beside else ''})"
+
+
+def _whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fail(field: str, got: object, expected: str) -> Exception:
+    return fail("QuantizedWeight", field, got, expected, error=FormatError)

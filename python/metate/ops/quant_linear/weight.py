@@ -20,7 +20,7 @@ _BLOCK = 1 << 20  # elements that `dequantize` holds in float32 beside its resul
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """(N, K) uint8 codes below 2**bits → (N, ⌈K · bits / 8⌉) bytes: column j from bit j · bits of its row, LSB first."""
+    """(N, K) uint8 codes < 2**bits → (N, ⌈K · bits / 8⌉) bytes: column j from bit j · bits of its row, LSB first."""
     rows, columns = codes.shape
     period = torch.nn.functional.pad(codes, (0, -columns % 8)).unflatten(1, (-1, 8))  # 8 columns fill `bits` bytes
     packed = codes.new_zeros(rows, period.shape[1], bits)

@@ -136,6 +136,7 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console) as bar:
         apart = _compare(bar, plan, windows, ours, naive)
+        speeds = [trainer.tokens_per_second() for trainer in (ours, naive)]  # of steps taken in turn
         loss = _train(bar, plan, windows, ours)
     agree = apart <= ROUNDING[device]
     console.print(
@@ -143,8 +144,7 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
         f"{apart:.1e}[/] (rounding: {ROUNDING[device]:g})",
         highlight=False,
     )
-    speeds = [trainer.tokens_per_second() for trainer in (ours, naive)]
-    console.print(f"tokens/s: metate [bold]{speeds[0]:.0f}[/], naive {speeds[1]:.0f}: {speeds[0] / speeds[1]:.2f} ×")
+    console.print(f"tokens/s, in turn: metate [bold]{speeds[0]:.0f}[/], naive {speeds[1]:.0f}: {speeds[0] / speeds[1]:.2f} ×")
     after = ours.held_out(text)
     console.print(f"{ours.steps} steps, loss {loss:.3f}; held-out {before:.3f} → [bold]{after:.3f}[/] nats a byte")
     console.print(Panel(escape(_complete(ours, plan)), title="what it writes", title_align="left"))

@@ -5,6 +5,7 @@ from metate.errors import FormatError
 from metate.masks import AttentionMask
 from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
+from metate.quant import load_quantized
 
 library.load()
 
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "explain",
+    "load_quantized",
     "merge_attention_states",
     "supports",
     "use",

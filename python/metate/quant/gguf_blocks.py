@@ -1,0 +1,188 @@
+"""The block types of GGUF, each lowered to the canonical form: same codes, same scales, columns back in order.
+
+A block function takes (n, B, size) bytes, B blocks a row, and gives the fields of QuantizedWeight for these n rows,
+with codes still unpacked, (n, K) uint8. Layouts: ggml's ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes
+from metate.quant.settings import blocks as slices
+
+Fields = dict[str, Tensor]
+
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled; the scale is halved
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """elements and bytes of a block; what is the same for every weight of the type; the function of its blocks."""
+
+    name: str
+    elements: int
+    size: int
+    bits: int
+    group_size: int
+    read: Callable[[Tensor], Fields]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    table: tuple[int, ...] | None = None
+
+
+def lower(kind: BlockType, raw: Tensor) -> QuantizedWeight:
+    """(N, B, size) bytes to the canonical form, a block of rows at a time."""
+    rows, columns = raw.shape[0], raw.shape[1] * kind.elements
+    result: dict[str, Any] = {}
+    for part in slices(rows, columns):
+        fields = kind.read(raw[part])
+        fields["codes"] = pack_codes(fields["codes"], kind.bits)
+        for name, value in fields.items():
+            if name not in result:
+                result[name] = value.new_empty(rows, *value.shape[1:])
+            result[name][part] = value
+    if kind.table is not None:
+        result["codebook"] = torch.tensor(kind.table, dtype=torch.float32)
+    return QuantizedWeight((rows, columns), kind.bits, kind.group_size, **result, **kind.fixed)
+
+
+def _half(raw: Tensor, at: int) -> Tensor:
+    """The float16 at a place in every block: (n, B)."""
+    return raw[:, :, at : at + 2].contiguous().view(torch.float16)[:, :, 0]
+
+
+def _fields(raw: Tensor, *shifts: int, mask: int) -> Tensor:
+    """(n, B, A, C) bytes -> (n, B, A, shifts, C): the bit fields at these shifts."""
+    return torch.stack([raw >> shift & mask for shift in shifts], 3)
+
+
+def _rows(codes: Tensor) -> Tensor:
+    return codes.flatten(1)
+
+
+def _halves(raw: Tensor) -> Tensor:
+    """(n, B, 16) bytes of 32 codes: low nibbles the first 16 columns, high nibbles the others."""
+    return _fields(raw[:, :, None], 0, 4, mask=15)
+
+
+def _fifth_bits(raw: Tensor) -> Tensor:
+    """(n, B, 4) bytes: bit j of the 32 belongs to column j."""
+    bits = torch.stack([raw >> bit & 1 for bit in range(8)], 3)
+    return bits.flatten(2).view(*raw.shape[:2], 1, 2, 16)
+
+
+def _q4_0(raw: Tensor) -> Fields:
+    return {"codes": _rows(_halves(raw[:, :, 2:])), "scales": _half(raw, 0)}
+
+
+def _q4_1(raw: Tensor) -> Fields:
+    return {"codes": _rows(_halves(raw[:, :, 4:])), "scales": _half(raw, 0), "offsets": _half(raw, 2)}
+
+
+def _q5_0(raw: Tensor) -> Fields:
+    codes = _halves(raw[:, :, 6:]) | _fifth_bits(raw[:, :, 2:6]) << 4
+    return {"codes": _rows(codes), "scales": _half(raw, 0)}
+
+
+def _q5_1(raw: Tensor) -> Fields:
+    codes = _halves(raw[:, :, 8:]) | _fifth_bits(raw[:, :, 4:8]) << 4
+    return {"codes": _rows(codes), "scales": _half(raw, 0), "offsets": _half(raw, 2)}
+
+
+def _q8_0(raw: Tensor) -> Fields:
+    return {"codes": _rows(raw[:, :, 2:] ^ 128), "scales": _half(raw, 0)}
+
+
+def _q2_k(raw: Tensor) -> Fields:
+    packed = raw[:, :, :16]
+    return {
+        "codes": _rows(_fields(raw[:, :, 16:80].unflatten(2, (2, 32)), 0, 2, 4, 6, mask=3)),
+        "scales": _rows(packed & 15).view(torch.int8), "super_scales": _half(raw, 80),
+        "offsets": _rows(packed >> 4).view(torch.int8), "super_offsets": -_half(raw, 82),
+    }  # fmt: skip
+
+
+def _q3_k(raw: Tensor) -> Fields:
+    high = _fields(raw[:, :, None, :32], *range(8), mask=1).view(*raw.shape[:2], 2, 4, 32)
+    low = _fields(raw[:, :, 32:96].unflatten(2, (2, 32)), 0, 2, 4, 6, mask=3)
+    fine, coarse = raw[:, :, None, 96:104], raw[:, :, None, 104:108]
+    scales = _fields(fine, 0, 4, mask=15).flatten(2) | _fields(coarse, 0, 2, 4, 6, mask=3).flatten(2) << 4
+    return {
+        "codes": _rows(low | high << 2), "scales": _rows(scales.view(torch.int8) - 32), "super_scales": _half(raw, 108),
+    }  # fmt: skip
+
+
+def _six_bit_scales(raw: Tensor) -> Fields:
+    """Scales and minima of Q4_K and Q5_K: 6 bits each, eight of both in 12 bytes.
+
+    A minimum is subtracted, so the coarse level carries the sign: an integer 0 has none, and x - 0 is not x + 0 at -0.
+    """
+    low, high, mixed = raw[:, :, 4:8], raw[:, :, 8:12], raw[:, :, 12:16]
+    scales = torch.cat([low & 63, mixed & 15 | low >> 2 & 48], 2)
+    minima = torch.cat([high & 63, mixed >> 4 | high >> 2 & 48], 2)
+    return {
+        "scales": _rows(scales).view(torch.int8), "super_scales": _half(raw, 0),
+        "offsets": _rows(minima).view(torch.int8), "super_offsets": -_half(raw, 2),
+    }  # fmt: skip
+
+
+def _q4_k(raw: Tensor) -> Fields:
+    return {"codes": _rows(_fields(raw[:, :, 16:].unflatten(2, (4, 32)), 0, 4, mask=15)), **_six_bit_scales(raw)}
+
+
+def _q5_k(raw: Tensor) -> Fields:
+    low = _fields(raw[:, :, 48:].unflatten(2, (4, 32)), 0, 4, mask=15)
+    high = _fields(raw[:, :, None, 16:48], *range(8), mask=1).view(*raw.shape[:2], 4, 2, 32)
+    return {"codes": _rows(low | high << 4), **_six_bit_scales(raw)}
+
+
+def _q6_k(raw: Tensor) -> Fields:
+    low = _fields(raw[:, :, :128].unflatten(2, (2, 64)), 0, 4, mask=15).view(*raw.shape[:2], 2, 4, 32)
+    high = _fields(raw[:, :, 128:192].unflatten(2, (2, 32)), 0, 2, 4, 6, mask=3)
+    return {
+        "codes": _rows(low | high << 4), "scales": _rows(raw[:, :, 192:208]).view(torch.int8),
+        "super_scales": _half(raw, 208),
+    }  # fmt: skip
+
+
+def _iq4_xs(raw: Tensor) -> Fields:
+    high = torch.stack([raw[:, :, 2 + pair // 4] >> 2 * (pair % 4) & 3 for pair in range(8)], 2)
+    low = torch.stack([raw[:, :, 4 + pair // 2] >> 4 * (pair % 2) & 15 for pair in range(8)], 2)
+    return {
+        "codes": _rows(_fields(raw[:, :, 8:].unflatten(2, (8, 16)), 0, 4, mask=15)),
+        "scales": _rows((low | high << 4).view(torch.int8) - 32), "super_scales": _half(raw, 0),
+    }  # fmt: skip
+
+
+def _mxfp4(raw: Tensor) -> Fields:
+    """The scale is 2**(e - 128), exact in bfloat16; its two smallest values are subnormal there."""
+    exponent = raw[:, :, 0].to(torch.int16)
+    pattern = torch.where(exponent < 2, 32 << exponent, (exponent - 1) << 7).to(torch.int16)
+    return {"codes": _rows(_halves(raw[:, :, 1:])), "scales": pattern.view(torch.bfloat16)}
+
+
+def _two_level(groups: int) -> dict[str, Any]:
+    return {"super_groups": groups}
+
+
+TYPES = {
+    2: BlockType("Q4_0", 32, 18, 4, 32, _q4_0, {"zero": 8}),
+    3: BlockType("Q4_1", 32, 20, 4, 32, _q4_1),
+    6: BlockType("Q5_0", 32, 22, 5, 32, _q5_0, {"zero": 16}),
+    7: BlockType("Q5_1", 32, 24, 5, 32, _q5_1),
+    8: BlockType("Q8_0", 32, 34, 8, 32, _q8_0, {"zero": 128}),
+    10: BlockType("Q2_K", 256, 84, 2, 16, _q2_k, _two_level(16)),
+    11: BlockType("Q3_K", 256, 110, 3, 16, _q3_k, {"zero": 4, **_two_level(16)}),
+    12: BlockType("Q4_K", 256, 144, 4, 32, _q4_k, _two_level(8)),
+    13: BlockType("Q5_K", 256, 176, 5, 32, _q5_k, _two_level(8)),
+    14: BlockType("Q6_K", 256, 210, 6, 16, _q6_k, {"zero": 32, **_two_level(16)}),
+    20: BlockType("IQ4_NL", 32, 18, 4, 32, _q4_0, table=_IQ4),
+    23: BlockType("IQ4_XS", 256, 136, 4, 32, _iq4_xs, _two_level(8), table=_IQ4),
+    39: BlockType("MXFP4", 32, 17, 4, 32, _mxfp4, table=_E2M1),
+}

@@ -1,0 +1,143 @@
+"""GPTQ: columns are rounded one after another, and each error is spread over the columns still to come.
+
+Frantar et al. 2022. The inverse Hessian is used through its Cholesky factor, in blocks of columns, so that most of the
+work is matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes
+from metate.quant.calibration import Calibration
+from metate.quant.grid import Grid, checked, grouped
+from metate.quant.rtn import affine
+
+_BLOCK = 128  # columns whose errors are spread at once over the rest
+_ATTEMPTS = 6  # each with ten times the damping
+
+
+def quantize_gptq(
+    weight: Tensor,
+    calibration: Calibration,
+    bits: int = 4,
+    group_size: int = 128,
+    *,
+    symmetric: bool = True,
+    act_order: bool = False,
+    static_groups: bool = False,
+    mse: bool = False,
+    damp: float = 0.01,
+    scale_dtype: torch.dtype = torch.float16,
+) -> QuantizedWeight:
+    """(N, K) to integers of the least output error on the calibration inputs.
+
+    Args:
+        act_order: columns of the largest inputs first ("desc_act"): better, at the price of a permutation unless
+        static_groups: the ranges of the groups are fixed before the first column, groups are of neighbours.
+        mse: shrink each range to where the rounding error is least.
+        damp: what is added to the diagonal of the Hessian, relative to its mean.
+    """
+    group_size = checked("quantize_gptq", weight, group_size)
+    calibration.check("quantize_gptq", weight)
+    if not 0 < damp < 1:
+        raise fail("quantize_gptq", "damp", damp, "between 0 and 1")
+    grid = Grid(bits, symmetric, scale_dtype).check("quantize_gptq")
+    hessian = calibration.hessian.to(weight.device)
+    values = weight.detach().float().clone()
+    unused = hessian.diagonal() == 0
+    values[:, unused] = 0
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+    ranges = _Ranges(grid, mse, group_size)
+    group = torch.arange(values.shape[1], device=weight.device) // group_size
+    if static_groups:
+        ranges.fix(values)
+    if order is not None:
+        values, hessian = values[:, order], hessian[order][:, order]
+        group = group[order] if static_groups else group
+    factor = _inverse_factor(hessian, damp)
+    codes = _round_columns(values.t().contiguous(), factor, ranges, group.tolist())
+    if order is not None and static_groups:
+        codes, order = codes[order.argsort()], None
+    packed = pack_codes(codes.t().contiguous(), bits)
+    scales = torch.stack(ranges.scales, 1).to(scale_dtype)
+    zeros = None if symmetric else torch.stack(ranges.zeros, 1).to(torch.uint8)
+    rows, columns = weight.shape
+    return affine((rows, columns), bits, group_size, packed, scales, zeros, None if order is None else order.int())
+
+
+@dataclass
+class _Ranges:
+    """Scale and zero point (N) of every group met so far."""
+
+    grid: Grid
+    mse: bool
+    group_size: int
+
+    def __post_init__(self) -> None:
+        self.scales: list[Tensor] = []
+        self.zeros: list[Tensor] = []
+
+    def fix(self, values: Tensor) -> None:
+        """All groups of (N, K) weights."""
+        for start in range(0, values.shape[1], self.group_size):
+            self.add(values[:, start : start + self.group_size])
+
+    def add(self, values: Tensor) -> None:
+        groups = grouped(values, self.group_size)[:, 0]
+        scale, zero = self.grid.search(groups) if self.mse else self.grid.fit(groups)
+        self.scales.append(scale)
+        self.zeros.append(zero)
+
+
+def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Hessian."""
+    mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    hessian = hessian.clone()
+    hessian.diagonal()[hessian.diagonal() == 0] = mean
+    for attempt in range(_ATTEMPTS):
+        damped = hessian.clone()
+        damped.diagonal().add_(mean * damp * 10**attempt)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        upper: Tensor
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper
+    raise fail("quantize_gptq", "calibration", "too few or too uniform inputs", "more of them, or a larger damp")
+
+
+def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
+    """Blocks of columns in which groups neither begin nor end halfway, or which no group exceeds."""
+    if group_size >= _BLOCK:
+        for start in range(0, columns, group_size):
+            end = min(start + group_size, columns)
+            yield from ((at, min(at + _BLOCK, end)) for at in range(start, end, _BLOCK))
+    else:
+        step = _BLOCK // group_size * group_size
+        yield from ((at, min(at + step, columns)) for at in range(0, columns, step))
+
+
+def _round_columns(values: Tensor, factor: Tensor, ranges: _Ranges, group: list[int]) -> Tensor:
+    """(K, N) weights, columns of the matrix as rows, to codes (K, N) uint8. Changes `values`."""
+    columns = values.shape[0]
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    for start, end in _blocks(columns, ranges.group_size):
+        errors = torch.empty_like(values[start:end])
+        for column in range(start, end):
+            if group[column] == len(ranges.scales):
+                ranges.add(values[column : column + ranges.group_size].t())
+            scale, zero = ranges.scales[group[column]], ranges.zeros[group[column]]
+            code = ranges.grid.codes(values[column], scale, zero)
+            codes[column] = code.to(torch.uint8)
+            error = (values[column] - (code - zero) * scale) / factor[column, column]
+            values[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
+            errors[column - start] = error
+        values[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return codes

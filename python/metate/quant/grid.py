@@ -1,0 +1,92 @@
+"""The integer grid of affine formats: range of a group -> scale and zero point -> codes. RTN, GPTQ and AWQ share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.ops.quant_linear.weight import FLOATS
+
+_SHRINKS = 80  # ranges that the search by error tries, from the whole one down to a fifth
+_NORM = 2.4  # exponent of the error (Frantar et al. 2022, code)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """2**bits steps; symmetric: the middle code is 0 and the range ± the largest magnitude."""
+
+    bits: int
+    symmetric: bool
+    scale_dtype: torch.dtype = torch.float16
+
+    def check(self, op: str) -> Grid:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
+            raise fail(op, "bits", self.bits, "2 to 8")
+        if self.scale_dtype not in FLOATS:
+            raise fail(op, "scale_dtype", self.scale_dtype, "float32, bfloat16 or float16", error=TypeError)
+        return self
+
+    @property
+    def top(self) -> int:
+        return (1 << self.bits) - 1
+
+    def fit(self, values: Tensor, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(…, C) float32 groups -> scale and zero point (…), float32, of their range, cut to ± limit (…)."""
+        low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+        if limit is not None:
+            low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
+        if self.symmetric:
+            high = torch.maximum(high, -low)
+            low = -high
+        info = torch.finfo(self.scale_dtype)
+        scale = ((high - low) / self.top).clamp(info.smallest_normal * info.eps, info.max).to(self.scale_dtype).float()
+        scale = torch.where(high > low, scale, 1)
+        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.symmetric else (-low / scale).round()
+        return scale, zero.clamp(0, self.top)
+
+    def search(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`fit` to the range, shrunk or not, of the least error."""
+        largest = values.abs().amax(-1)
+        best_scale, best_zero = self.fit(values)
+        best = self._error(values, best_scale, best_zero)
+        for step in range(1, _SHRINKS):
+            scale, zero = self.fit(values, largest * (1 - step / 100))
+            error = self._error(values, scale, zero)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        return best_scale, best_zero
+
+    def _error(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        difference = self.round_trip(values, scale[..., None], zero[..., None]) - values
+        error: Tensor = difference.abs_().pow_(_NORM).sum(-1)
+        return error
+
+    def codes(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest codes, still floating."""
+        codes: Tensor = (values / scale).round_().add_(zero).clamp_(0, self.top)
+        return codes
+
+    def round_trip(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return self.codes(values, scale, zero).sub_(zero).mul_(scale)
+
+
+def grouped(values: Tensor, group_size: int) -> Tensor:
+    """(N, K) -> (N, G, group_size); a short last group is filled with zeros, which every range contains."""
+    filled: Tensor = torch.nn.functional.pad(values, (0, -values.shape[1] % group_size))
+    return filled.unflatten(1, (-1, group_size))
+
+
+def checked(op: str, weight: Tensor, group_size: int) -> int:
+    """The group size (-1: the whole row), after a look at the arguments."""
+    if not isinstance(weight, Tensor) or weight.dtype not in (*FLOATS, torch.float64):
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise fail(op, "weight", got, "a floating-point tensor", error=TypeError)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise fail(op, "weight", f"shape {tuple(weight.shape)}", "(out_features, in_features), neither of them 0")
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1):
+        raise fail(op, "group_size", group_size, "1 or more, or -1 for one group a row")
+    return weight.shape[1] if group_size == -1 else min(group_size, weight.shape[1])

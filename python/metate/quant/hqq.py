@@ -1,0 +1,67 @@
+"""HQQ: integer codes whose real-valued zero points are fitted to the weights alone (Badri & Shaji 2023).
+
+Half-quadratic splitting of |W - Q|_p, p < 1: outliers are taken out by a shrinkage, and the zero point is the mean of
+what remains.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes, packed_bytes
+from metate.quant.grid import Grid, checked, grouped
+from metate.quant.settings import blocks
+
+_P, _BETA, _KAPPA = 0.7, 10.0, 1.01
+
+
+def quantize_hqq(
+    weight: Tensor,
+    bits: int = 4,
+    group_size: int = 64,
+    *,
+    iterations: int = 20,
+    scale_dtype: torch.dtype = torch.float16,
+) -> QuantizedWeight:
+    """(N, K) to integers with scale and real zero point for each group, without calibration.
+
+    The zero points lower to offsets. Each group keeps the zero point of the iteration that had the least error.
+    """
+    group_size = checked("quantize_hqq", weight, group_size)
+    grid = Grid(bits, False, scale_dtype).check("quantize_hqq")
+    rows, columns = weight.shape
+    codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(rows, -(-columns // group_size), dtype=scale_dtype, device=weight.device)
+    offsets = torch.empty_like(scales)
+    for part in blocks(rows, columns):
+        values = grouped(weight[part].detach().float(), group_size)
+        scale, offset = _solve(grid, values, columns, iterations)
+        found = grid.codes(values - offset[..., None], scale[..., None], torch.zeros_like(scale)[..., None])
+        codes[part] = pack_codes(found.flatten(1)[:, :columns].to(torch.uint8), bits)
+        scales[part], offsets[part] = scale, offset
+    return QuantizedWeight((rows, columns), bits, group_size, codes, scales, offsets=offsets)
+
+
+def _solve(grid: Grid, values: Tensor, columns: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset (n, G) of (n, G, group_size) values, rounded as they will be stored."""
+    present = (torch.arange(values.shape[1] * values.shape[2], device=values.device) < columns).view(values.shape[1:])
+    low = values.masked_fill(~present, torch.inf).amin(-1)
+    high = values.masked_fill(~present, -torch.inf).amax(-1)
+    info = torch.finfo(grid.scale_dtype)
+    scale = ((high - low) / grid.top).clamp(info.smallest_normal * info.eps, info.max).to(grid.scale_dtype).float()
+    scale = torch.where(high > low, scale, 1)
+    offset = low.to(grid.scale_dtype).float()
+    best, best_offset, beta = torch.full_like(scale, torch.inf), offset, _BETA
+    count = present.sum(-1)
+    for _ in range(iterations + 1):
+        codes = ((values - offset[..., None]) / scale[..., None]).round_().clamp_(0, grid.top)
+        rest = values - (codes * scale[..., None] + offset[..., None])
+        error = (rest.abs().pow(_P) * present).sum(-1)
+        better = error < best
+        best, best_offset = torch.where(better, error, best), torch.where(better, offset, best_offset)
+        kept = rest.sign() * (rest.abs() - rest.abs().pow(_P - 1) / beta).clamp(min=0)  # outliers, taken out
+        target = values - kept - codes * scale[..., None]
+        offset = ((target * present).sum(-1) / count).to(grid.scale_dtype).float()
+        beta *= _KAPPA
+    return scale, best_offset

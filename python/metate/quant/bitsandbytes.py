@@ -101,13 +101,17 @@ class State4bit:
     def lower(self) -> QuantizedWeight:
         """The canonical form. Blocks that cross rows are cut into groups that divide both rows and blocks."""
         rows, columns = self.shape
-        group_size = math.gcd(columns, self.block_size) or 1
-        first = torch.arange(0, rows * columns, group_size, device=self.packed.device)
+        group_size = math.gcd(columns, self.block_size)
+        groups = columns // group_size
         scales = self.scales()
         if columns % self.block_size:
-            scales = scales[first // self.block_size]
+            flat = scales.new_empty(rows * groups)
+            for part in blocks(rows * groups, 1):
+                group = torch.arange(part.start, part.stop, device=scales.device)
+                flat[part] = scales[group * group_size // self.block_size]
+            scales = flat
         return QuantizedWeight(
-            self.shape, 4, group_size, self._codes(), scales.view(rows, -(-columns // group_size)),
+            self.shape, 4, group_size, self._codes(), scales.view(rows, groups),
             codebook=codebook(self.quant_type).to(self.packed.device),
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ from metate.quant.settings import Settings, complain, parse_json
 
 METHODS = ("gptq", "awq", "bitsandbytes", "fp8", "fbgemm_fp8", "metate")
 _INDEX = "model.safetensors.index.json"
-_INDEX_BYTES = 64 << 20
+_INDEX_BYTES = 32 << 20
 _PACKED = ("qweight", "qzeros", "scaled_zeros", "scales", "g_idx")
 _MARKS = {  # the tensor that makes a module of its neighbours -> how to lower it; None: as the configuration says
     "qweight": None, "SCB": "bitsandbytes", "weight_scale_inv": "fp8", "weight_scale": "fp8", canonical.MARK: "metate",
@@ -82,11 +82,12 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
             self._method = "gptq"  # quantize_config.json, before methods were named
         elif self._method is None and "w_bit" in self._settings.values:
             self._method = "awq"
+        self._overrides = gptq.Overrides(self._settings)
         self._modules: dict[str, dict[str, str]] = {}
         for name in tensors:
             self._find_module(name)
         parts = {name for parts in self._modules.values() for name in parts.values()}
-        self._dense = [name for name in tensors if name not in parts]
+        self._dense = dict.fromkeys(name for name in tensors if name not in parts)
         clash = next((name for name in self._dense if name in self._modules), None)
         if clash is not None:
             raise complain(clash, "the name of a module and of a tensor", "one of them")
@@ -132,7 +133,7 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
             return bitsandbytes.lower(tensors, self._settings)
         if self._packing(tensors) == "awq":
             return awq.lower(tensors, self._settings)
-        return gptq.lower(tensors, gptq.module_settings(self._settings, module), self._version)
+        return gptq.lower(tensors, self._overrides.of(module), self._version)
 
     def _packing(self, tensors: Mapping[str, Tensor]) -> str:
         """gptq or awq, of a module with a qweight: as configured; without a configuration, by its tensors."""

@@ -30,6 +30,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _NAME = 65535  # bytes of a key or a name
 _DIMENSIONS = 4
+_MOST = 65536  # tensors or keys
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 32  # bytes of the smallest metadata entry and tensor description
 
 
@@ -51,7 +52,7 @@ class _Reader:
 
     def skip(self, size: int, what: str) -> int:
         """Moves on and returns where it was."""
-        if size > self.end - self.at:
+        if size > self.end - self.at:  # also where a string has already led beyond the end
             raise complain(what, f"{size} bytes at {self.at}", f"at most {self.end - self.at}, for the file ends there")
         self.at += size
         return self.at - size
@@ -82,12 +83,21 @@ class _Reader:
             elif item == _STRING:
                 if count > (self.end - self.at) // 8:
                     raise complain(what, f"{count} strings", f"at most {(self.end - self.at) // 8} in what is left")
-                for _ in range(count):
-                    self.skip(self.number("Q", what), what)
+                self.pass_strings(count, what)
             else:
                 raise complain(what, f"an array of type {item}", "one of numbers or strings")
         else:
             raise complain(what, f"type {kind}", "0 to 12")
+
+    def pass_strings(self, count: int, what: str) -> None:
+        """Vocabularies have many: nothing but the sum of their lengths is computed."""
+        at, last, size_at = self.at, self.end - 8, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at > last:
+                raise complain(what, f"a string at {at}", f"one before {last}, for the file ends there")
+            at += 8 + size_at(self.data, at)[0]
+        self.at = at
+        self.skip(0, what)
 
 
 class Metadata(Mapping[str, Any]):
@@ -147,8 +157,10 @@ class GGUFFile(Mapping[str, "QuantizedWeight | Tensor"]):
             raise complain("version", version, "2 or 3, little-endian")
         tensors, entries = reader.number("Q", "tensor count"), reader.number("Q", "metadata count")
         room = reader.end - reader.at
-        if entries * _LEAST_ENTRY + tensors * _LEAST_TENSOR > room:
-            raise complain("counts", f"{tensors} tensors and {entries} keys", f"as many as {room} bytes hold")
+        if entries * _LEAST_ENTRY + tensors * _LEAST_TENSOR > room or max(entries, tensors) > _MOST:
+            raise complain(
+                "counts", f"{tensors} tensors and {entries} keys", f"as many as {room} bytes hold, at most {_MOST}"
+            )
         for _ in range(entries):
             key = reader.text("key", _NAME)
             kind = reader.number("I", f"key {key!r}")

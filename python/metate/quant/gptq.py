@@ -15,27 +15,31 @@ from torch import Tensor
 
 from metate.errors import FormatError, fail
 from metate.ops.quant_linear.weight import FLOATS, QuantizedWeight, pack_codes, unpack_codes
-from metate.quant.patterns import matches
+from metate.quant.patterns import Patterns
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 _WORDS = (torch.int32, torch.int8, torch.int16, torch.int64)
-_PATTERNS = 1000
 _log = logging.getLogger("metate")
 
 
-def module_settings(settings: Settings, module: str) -> Settings:
-    """The settings of one module: the first pattern of "dynamic" that matches its name overrides some."""
-    dynamic = settings.section("dynamic")
-    if len(dynamic.values) > _PATTERNS:
-        raise complain("dynamic", f"{len(dynamic.values)} patterns", f"at most {_PATTERNS}")
-    for pattern in dynamic.values:
-        if matches(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, module):
-            if pattern.startswith("-:"):
-                raise complain(module, "quantised", f"dense, for dynamic has {pattern!r}")
-            return Settings(settings.what, {**settings.values, **dynamic.section(pattern).values})
-    return settings
+class Overrides:
+    """The settings of each module: the first pattern of "dynamic" that matches its name overrides some."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._dynamic = settings, settings.section("dynamic")
+        self._names = list(self._dynamic.values)
+        self._patterns = Patterns(name[2:] if name[:2] in ("+:", "-:") else name for name in self._names)
+
+    def of(self, module: str) -> Settings:
+        place = self._patterns.first(module)
+        if place is None:
+            return self._settings
+        name = self._names[place]
+        if name.startswith("-:"):
+            raise complain(module, "quantised", f"dense, for dynamic has {name!r}")
+        return Settings(self._settings.what, {**self._settings.values, **self._dynamic.section(name).values})
 
 
 def lower(tensors: Mapping[str, Tensor], settings: Settings, version: str | None = None) -> QuantizedWeight:

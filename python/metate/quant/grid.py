@@ -76,8 +76,9 @@ class Grid:
 
 def grouped(values: Tensor, group_size: int) -> Tensor:
     """(N, K) -> (N, G, group_size); a short last group is filled with zeros, which every range contains."""
-    filled: Tensor = torch.nn.functional.pad(values, (0, -values.shape[1] % group_size))
-    return filled.unflatten(1, (-1, group_size))
+    filled = torch.nn.functional.pad(values, (0, -values.shape[1] % group_size))
+    groups: Tensor = filled.unflatten(1, (-1, group_size))
+    return groups
 
 
 def checked(op: str, weight: Tensor, group_size: int) -> int:

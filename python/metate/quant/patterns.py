@@ -6,12 +6,13 @@ The subset that module names need: literals, . \\d \\w \\s classes, groups, |, *
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from metate.quant.settings import complain
 
 _STEPS = 200_000  # of all matches against one name: milliseconds
-_LENGTH = 2000
+_LENGTH = 2000  # characters of a pattern or a name
+_TOTAL = 1 << 18  # characters of all patterns
 _DEPTH = 50
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _CLASSES = {"d": frozenset(string.digits), "w": _WORD, "s": frozenset(string.whitespace)}
@@ -21,7 +22,7 @@ Ends = Callable[["_Text", frozenset[int]], frozenset[int]]  # where matches end 
 
 
 class _Text:
-    """A name to match, and the steps that are left for it."""
+    """A name to match, and the steps that are left for it, whatever the number of patterns."""
 
     def __init__(self, text: str) -> None:
         self.text, self.left = text, _STEPS
@@ -32,11 +33,46 @@ class _Text:
             raise complain("pattern", repr(pattern), "one that matches in fewer steps")
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether the pattern matches at the beginning of the name, as `re.match` has it."""
-    if len(pattern) > _LENGTH or len(name) > _LENGTH:
-        raise complain("pattern", f"{len(pattern)} characters for a name of {len(name)}", f"at most {_LENGTH} each")
-    return bool(_Parser(pattern).parse()(_Text(name), frozenset([0])))
+class Patterns:
+    """Patterns in order, compiled once."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._compiled: list[tuple[str, str, Ends]] = []
+        total = 0
+        for pattern in patterns:
+            total += len(pattern)
+            if len(pattern) > _LENGTH or total > _TOTAL:
+                raise complain("patterns", f"{total} characters", f"at most {_LENGTH} each and {_TOTAL} in all")
+            self._compiled.append((pattern, _literal(pattern), _Parser(pattern).parse()))
+
+    def first(self, name: str) -> int | None:
+        """Which pattern is the first that matches at the beginning of the name, as `re.match` has it."""
+        if len(name) > _LENGTH:
+            raise complain("name", f"{len(name)} characters", f"at most {_LENGTH} to match patterns")
+        text = _Text(name)
+        for place, (pattern, literal, ends) in enumerate(self._compiled):
+            if name.startswith(literal):
+                text.spend(pattern, 1)
+                if ends(text, frozenset([0])):
+                    return place
+        return None
+
+
+def _literal(pattern: str) -> str:
+    """How every match begins, as far as that is seen at a glance."""
+    found, at = "", 0
+    while at < len(pattern) and "|" not in pattern:
+        character = pattern[at]
+        at += 1
+        if character == "\\" and at < len(pattern) and pattern[at] not in _WORD:
+            character = pattern[at]
+            at += 1
+        elif character in "\\.^$[]()*+?{":
+            break
+        if pattern[at : at + 1] and pattern[at] in "*+?{":
+            break
+        found += character
+    return found
 
 
 class _Parser:

@@ -133,6 +133,19 @@ def test_parts_merge_to_the_whole(device, backend):
 
 
 @everywhere
+@pytest.mark.parametrize("scale", [1e9, 1e20])
+def test_huge_logits_pick_one_key(device, backend, scale):
+    q, k, v = (random(1, 70, 2, 64, device=device, seed=i) for i in range(3))
+    with metate.use(backend):
+        out, lse = metate.attention(q, k, v, scale=scale, return_lse=True)
+    logits = scale * torch.einsum("bihd,bjhd->bhij", q.double(), k.double())
+    top, key = logits.max(-1)
+    chosen = v.transpose(1, 2).take_along_dim(key[..., None], 2).transpose(1, 2)
+    torch.testing.assert_close(out, chosen, rtol=0, atol=0)
+    torch.testing.assert_close(lse.double(), top, rtol=1e-6, atol=0)
+
+
+@everywhere
 def test_column_sums_add_up_to_the_number_of_queries(device, backend):
     q, k = random(2, 40, 4, 32, device=device), random(2, 70, 2, 32, device=device)
     with metate.use(backend):

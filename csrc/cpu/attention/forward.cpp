@@ -188,6 +188,14 @@ METATE_FN void live_words(uint32_t chunks, const float* x, uint32_t* words) {
     }
 }
 
+// A row scaled by the exponent and rounded, as its maximum is.
+METATE_FN void scale_row(uint32_t chunks, float exponent, float* x) {
+    for (; chunks; chunks &= chunks - 1) {
+        float* at = x + __builtin_ctz(chunks) * chunk;
+        for (int v = 0; v < chunk; v += width) store(at + v, load(at + v) * splat(exponent));
+    }
+}
+
 // Turns the products of a tile into probabilities relative to the new row maxima, and tells by which `factor` the
 // results so far shrink. Where the values are not finite, mask.words comes back with the keys that take part.
 template <class Word>
@@ -205,8 +213,12 @@ void softmax_tile(const Shape& s, const Sequence& seq, const Row* row, int rows,
         if (!block.finite) live_words(mask.any, x, mask.words[r]);
         if (s.a.dropout_threshold) kept_words(s.a, seq, row[r], block.key, mask.any, kept);
         const uint32_t* which = s.a.dropout_threshold ? kept : nullptr;
-        total[r] =
-            exponentials<Word>(mask.any, {s.scoring.exponent, reference[r], x, which, my.p + r * s.p_stride, {}});
+        float exponent = s.scoring.exponent;
+        if (fabsf(reference[r]) > 1e6f) {  // what rounding the maximum took would be a power of its own
+            scale_row(mask.any, exponent, x);
+            exponent = 1.0f;
+        }
+        total[r] = exponentials<Word>(mask.any, {exponent, reference[r], x, which, my.p + r * s.p_stride, {}});
     }
     for (int r = 0; r < rows; r += width) {
         const vf shrink = exp2(load(factor + r) - load(reference + r));

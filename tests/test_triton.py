@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from metate.ops.attention import reference
 
 triton = pytest.importorskip("triton")
 
@@ -69,7 +72,7 @@ def compile_attention(capability: int, everything: bool) -> None:
                 *args, **named
             )[:1]
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     dtype = torch.float16 if everything else torch.bfloat16
@@ -126,14 +129,14 @@ def kernels():
     return attention
 
 
-def causal_problem(dropout_p: float) -> tuple[list[torch.Tensor], list[Any]]:
+def causal_problem(dropout_p: float) -> tuple[list[Tensor], list[Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 70, 1, 16, generator=generator).to(device) for _ in range(4))
     return [q, k, v, grad], [*[None] * 5, 0.25, -1, 0, False, 0.0, dropout_p, 3, 4, 1, 1]
 
 
-def forward_and_backward(kernels: Any, dropout_p: float, spoil: int | None = None) -> list[torch.Tensor]:
+def forward_and_backward(kernels: Any, dropout_p: float, spoil: int | None = None) -> list[Tensor]:
     (q, k, v, grad), rest = causal_problem(dropout_p)
     if spoil is not None:
         for x in (q, k, v, grad):
@@ -159,6 +162,39 @@ def test_nan_reaches_only_who_may_see_it(kernels):
         assert b[:, 40:].isnan().all(), f"{name}: NaN was hidden"
     for name, gradient in zip(("dk", "dv"), spoilt[2:], strict=True):
         assert gradient[:, :41].isnan().all(), f"{name}: NaN was hidden"
+
+
+def row_by_row(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """out, dq, dk, dv of causal attention with the lse and delta between: each row alone with the keys that it sees."""
+    total = [torch.zeros_like(x) for x in (v, q, k, v)]
+    lse, delta = torch.empty(2, 1, 1, q.shape[1])
+    rest = [*[None] * 7, 0.25, -1, -1, False, 0.0, 0.0, 0, 0, 1, 1]
+    for i in range(q.shape[1]):
+        row, seen = slice(i, i + 1), slice(i + 1)
+        out, lse[..., row] = reference.attention(q[:, row], k[:, seen], v[:, seen], None, *rest)
+        delta[..., row] = (out * grad[:, row]).sum(-1).transpose(1, 2)
+        gradients = reference.attention_backward(
+            grad[:, row], q[:, row], k[:, seen], v[:, seen], lse[..., row], delta[..., row], *rest, False, False
+        )
+        for whole, part, at in zip(total, (out, *gradients[:3]), (row, row, seen, seen), strict=True):
+            whole[:, at] += part
+    return total, lse, delta
+
+
+@pytest.mark.parametrize("spoilt", ["q", "k", "v", "grad"])
+def test_one_element_spoils_what_it_is_multiplied_with(kernels, spoilt):
+    """Tiles that a mask cuts through hold the same infinities and NaN as a sum over the visible pairs alone."""
+    (q, k, v, grad), rest = causal_problem(0.0)
+    tensor = dict(q=q, k=k, v=v, grad=grad)[spoilt]
+    tensor[0, 40, 0, 3], tensor[0, 50, 0, 3], tensor[0, 60, 0, 5] = torch.inf, -torch.inf, torch.nan
+    expected, lse, delta = row_by_row(*(x.cpu() for x in (q, k, v, grad)))
+    out, _ = kernels.attention(q, k, v, None, None, None, *rest)
+    saved = (x.to(q.device) for x in (lse, delta))
+    got = [out, *kernels.attention_backward(grad, q, k, v, *saved, None, None, *rest, False, False)[:3]]
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+        torch.testing.assert_close(
+            a.cpu(), b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 if __name__ == "__main__":

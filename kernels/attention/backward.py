@@ -7,6 +7,7 @@ import triton.language as tl
 from .configs import RUNTIME, tuned
 from .ranges import edge_tile, edge_tiles, keys_of, queries_of
 from .tiles import (
+    add_product,
     allowed_pairs,
     bend,
     block_is_live,
@@ -19,8 +20,8 @@ from .tiles import (
     locate,
     make_span,
     pair,
-    product,
     row_offset,
+    row_products,
     slots,
     sound_rows,
     store_rows,
@@ -43,16 +44,14 @@ def load_delta(delta, m0, span, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(s, dp, lse, delta, m0, n0, span, window, terms, noise, dropout_scale, allowed, sound,
+def score_gradient(s, dp, lse, delta, m0, n0, span, window, terms, noise, dropout_scale, allowed,
                    CAP: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    TRANSPOSED: tl.constexpr):  # fmt: skip
     """From raw products q·k and grad_out·v: the probabilities that met v, the gradient of the scores, and that of the
-    raw products up to `scale`. `lse`, `delta` and `sound` broadcast against the tile; `allowed` is None where nothing
-    is masked, `sound` where no masked product follows."""
+    raw products up to `scale`. `lse` and `delta` broadcast against the tile; `allowed` is None where nothing is
+    masked."""
     s, bent = bend(s, m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, TRANSPOSED)
     p = exponential(s - lse, terms)
-    if sound is not None:
-        p = tl.where(sound, p, float("nan"))
     used = p
     if DROPOUT:
         keep = kept(m0, n0, span, noise, BLOCK_M, BLOCK_N, TRANSPOSED)
@@ -71,26 +70,19 @@ def score_gradient(s, dp, lse, delta, m0, n0, span, window, terms, noise, dropou
 
 @triton.jit
 def keys_tile(dk, dv, q, grad_out, keys, values, lse, delta, q_strides, grad_strides, m0, n0, span, window, terms,
-              noise, dropout_scale, allowed, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
+              noise, dropout_scale, allowed, sound, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
               VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):  # fmt: skip
-    """Adds what one tile of queries contributes to dk (without `scale`) and dv."""
+    """Adds what one tile of queries, or a single query, contributes to dk (without `scale`) and dv. `allowed` is None
+    where nothing is masked, `sound` where no query is left out."""
     edge: tl.constexpr = allowed is not None
-    sound = None
-    across = None
-    if edge:
-        sound = sound_rows(q, q_strides, m0, span[4], BLOCK_M, DIM, BLOCK_D)
-        sound &= sound_rows(grad_out, grad_strides, m0, span[4], BLOCK_M, VALUE_DIM, BLOCK_V)
-        across = sound[None, :]
     rows = load_rows(q, q_strides, m0, span[4], sound, BLOCK_M, DIM, BLOCK_D, edge)
     grads = load_rows(grad_out, grad_strides, m0, span[4], sound, BLOCK_M, VALUE_DIM, BLOCK_V, edge)
     used, _, raw = score_gradient(
-        product(keys, tl.trans(rows)), product(values, tl.trans(grads)),
+        row_products(keys, rows), row_products(values, grads),
         load_lse(lse, m0, span, terms, BLOCK_M)[None, :], load_delta(delta, m0, span, BLOCK_M)[None, :], m0, n0, span,
-        window, terms, noise, dropout_scale, allowed, across, CAP, DROPOUT, BLOCK_M, BLOCK_N, True)  # fmt: skip
-    dv = product(used.to(grads.dtype), grads, dv)
-    dk = product(raw.to(rows.dtype), rows, dk)
-    return dk, dv
+        window, terms, noise, dropout_scale, allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, True)  # fmt: skip
+    return add_product(dk, raw, rows, allowed), add_product(dv, used, grads, allowed)
 
 
 @tuned("keys")
@@ -128,15 +120,33 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
         for m0 in range(whole_start, whole_stop, BLOCK_M):
             if block_is_live(m0, n0, span, masks):
                 dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, lse, delta, q_strides,
-                                           grad_strides, m0, n0, span, window, terms, noise, dropout_scale, None, CAP,
-                                           DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N)  # fmt: skip
-        for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_M)):
+                                           grad_strides, m0, n0, span, window, terms, noise, dropout_scale, None, None,
+                                           CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                                           BLOCK_N)  # fmt: skip
+        tiles = edge_tiles(start, whole_start, whole_stop, stop, BLOCK_M)
+        unsound = tl.zeros((BLOCK_M,), tl.int1)
+        for t in range(tiles):
             m0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_M)
             allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, True)
             if edge_is_live(allowed, masks):
+                sound = sound_rows(q_head, q_strides, m0, size_q, BLOCK_M, DIM, BLOCK_D)
+                sound &= sound_rows(grad_head, grad_strides, m0, size_q, BLOCK_M, VALUE_DIM, BLOCK_V)
+                unsound |= ~sound
                 dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, lse, delta, q_strides,
-                                           grad_strides, m0, n0, span, window, terms, noise, dropout_scale, allowed,
-                                           CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
+                                           grad_strides, m0, n0, span, window, terms, noise, dropout_scale,
+                                           allowed & sound[None, :], sound, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D,
+                                           BLOCK_V, BLOCK_M, BLOCK_N)  # fmt: skip
+        for t in range(tl.max(unsound.to(tl.int32), 0) * tiles * BLOCK_M):  # the queries left out, one by one
+            m0 = edge_tile(t // BLOCK_M, start, whole_start, whole_stop, BLOCK_M) + t % BLOCK_M
+            sound = sound_rows(q_head, q_strides, m0, size_q, 1, DIM, BLOCK_D)
+            sound &= sound_rows(grad_head, grad_strides, m0, size_q, 1, VALUE_DIM, BLOCK_V)
+            if tl.max(sound.to(tl.int32), 0) == 0:
+                same_keys = load_rows(k, k_strides, n0, size_k, None, BLOCK_N, DIM, BLOCK_D, True)
+                same_values = load_rows(v, v_strides, n0, size_k, None, BLOCK_N, VALUE_DIM, BLOCK_V, True)
+                allowed = allowed_pairs(m0, n0, span, window, masks, 1, BLOCK_N, True)
+                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, same_keys, same_values, lse, delta,
+                                           q_strides, grad_strides, m0, n0, span, window, terms, noise, dropout_scale,
+                                           allowed, None, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, 1,
                                            BLOCK_N)  # fmt: skip
 
     kv_heads = heads // group
@@ -146,22 +156,17 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
 
 @triton.jit
 def queries_tile(dq, slope_rows, q, grads, k, v, lse, delta, k_strides, v_strides, m0, n0, span, window, terms, noise,
-                 dropout_scale, allowed, SLOPES: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
+                 dropout_scale, allowed, sound, SLOPES: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
                  DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Adds what one tile of keys contributes to dq (without `scale`) and to the slopes' gradient."""
+    """Adds what one tile of keys, or a single key, contributes to dq (without `scale`) and to the slopes' gradient."""
     edge: tl.constexpr = allowed is not None
-    sound = None
-    across = None
-    if edge:
-        sound = sound_rows(k, k_strides, n0, span[6], BLOCK_N, DIM, BLOCK_D)
-        across = sound[None, :]
     keys = load_rows(k, k_strides, n0, span[6], sound, BLOCK_N, DIM, BLOCK_D, edge)
     values = load_rows(v, v_strides, n0, span[6], None, BLOCK_N, VALUE_DIM, BLOCK_V, edge)
     _, ds, raw = score_gradient(
-        product(q, tl.trans(keys)), product(grads, tl.trans(values)), lse[:, None], delta[:, None], m0, n0, span,
-        window, terms, noise, dropout_scale, allowed, across, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
-    dq = product(raw.to(keys.dtype), keys, dq)
+        row_products(q, keys), row_products(grads, values), lse[:, None], delta[:, None], m0, n0, span,
+        window, terms, noise, dropout_scale, allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    dq = add_product(dq, raw, keys, allowed)
     if SLOPES:
         i, j = pair(m0, n0, BLOCK_M, BLOCK_N, False)
         slope_rows += tl.sum(ds * distance(i, j, window), 1)
@@ -187,9 +192,10 @@ def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_
     masks = (intervals, blocks, bits, block_m, block_n)
     terms = (bias, slopes, inner, outer, unit_of(NATURAL))
     noise = (seed_lo, seed_hi, offset, threshold)
-    q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
-    grads = load_rows(head_of(grad_out, grad_strides, batch, first_q, head), grad_strides, m0, size_q, None, BLOCK_M,
-                      VALUE_DIM, BLOCK_V, True)  # fmt: skip
+    q = head_of(q, q_strides, batch, first_q, head)
+    grad_out = head_of(grad_out, grad_strides, batch, first_q, head)
+    rows = load_rows(q, q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
+    grads = load_rows(grad_out, grad_strides, m0, size_q, None, BLOCK_M, VALUE_DIM, BLOCK_V, True)
     k = head_of(k, k_strides, batch, first_k, head // group)
     v = head_of(v, v_strides, batch, first_k, head // group)
     row_lse = load_lse(lse, m0, span, terms, BLOCK_M)
@@ -201,18 +207,32 @@ def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_
     start, whole_start, whole_stop, stop = keys_of(m0, span, window, masks, BLOCK_M, BLOCK_N)
     for n0 in range(whole_start, whole_stop, BLOCK_N):
         if block_is_live(m0, n0, span, masks):
-            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, q, grads, k, v, row_lse, row_delta, k_strides,
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, rows, grads, k, v, row_lse, row_delta, k_strides,
                                               v_strides, m0, n0, span, window, terms, noise, dropout_scale, None,
-                                              SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
-                                              BLOCK_N)  # fmt: skip
-    for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)):
+                                              None, SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+                                              BLOCK_M, BLOCK_N)  # fmt: skip
+    tiles = edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)
+    unsound = tl.zeros((BLOCK_N,), tl.int1)
+    for t in range(tiles):
         n0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_N)
         allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, False)
         if edge_is_live(allowed, masks):
-            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, q, grads, k, v, row_lse, row_delta, k_strides,
-                                              v_strides, m0, n0, span, window, terms, noise, dropout_scale, allowed,
-                                              SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
-                                              BLOCK_N)  # fmt: skip
+            sound = sound_rows(k, k_strides, n0, size_k, BLOCK_N, DIM, BLOCK_D)
+            unsound |= ~sound
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, rows, grads, k, v, row_lse, row_delta, k_strides,
+                                              v_strides, m0, n0, span, window, terms, noise, dropout_scale,
+                                              allowed & sound[None, :], sound, SLOPES, CAP, DROPOUT, DIM, VALUE_DIM,
+                                              BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N)  # fmt: skip
+    for t in range(tl.max(unsound.to(tl.int32), 0) * tiles * BLOCK_N):  # the keys left out, one by one
+        n0 = edge_tile(t // BLOCK_N, start, whole_start, whole_stop, BLOCK_N) + t % BLOCK_N
+        if tl.max(sound_rows(k, k_strides, n0, size_k, 1, DIM, BLOCK_D).to(tl.int32), 0) == 0:
+            same_rows = load_rows(q, q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
+            same_grads = load_rows(grad_out, grad_strides, m0, size_q, None, BLOCK_M, VALUE_DIM, BLOCK_V, True)
+            allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, 1, False)
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, same_rows, same_grads, k, v, row_lse, row_delta,
+                                              k_strides, v_strides, m0, n0, span, window, terms, noise, dropout_scale,
+                                              allowed, None, SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+                                              BLOCK_M, 1)  # fmt: skip
 
     store_rows(dq, dq_sum * scale, batch, first_q, head, heads, tokens_q, m0, size_q, BLOCK_M, DIM, BLOCK_D)
     if SLOPES:

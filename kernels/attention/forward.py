@@ -8,6 +8,7 @@ from .configs import RUNTIME, tuned
 from .ranges import edge_tile, edge_tiles, keys_of
 from .tiles import (
     LN2,
+    add_product,
     allowed_pairs,
     bend,
     block_is_live,
@@ -18,8 +19,8 @@ from .tiles import (
     load_rows,
     locate,
     make_span,
-    product,
     row_offset,
+    row_products,
     slots,
     sound_rows,
     store_rows,
@@ -29,14 +30,14 @@ from .tiles import (
 
 @triton.jit
 def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window, terms, noise, allowed,
-                 CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+                 sound, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr):  # fmt: skip
-    """Takes one tile of keys into the running softmax. `allowed` is None where nothing is masked."""
+    """Takes one tile of keys, or a single key, into the running softmax. `allowed` is None where nothing is masked,
+    `sound` where no value is left out."""
     edge: tl.constexpr = allowed is not None
-    sound = sound_rows(v, v_strides, n0, span[6], BLOCK_N, VALUE_DIM, BLOCK_V) if edge else None
     keys = load_rows(k, k_strides, n0, span[6], None, BLOCK_N, DIM, BLOCK_D, edge)
-    s, _ = bend(product(q, tl.trans(keys)), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, False)
+    s, _ = bend(row_products(q, keys), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, False)
     if edge:
         s = tl.where(allowed, s, -float("inf"))
     new_peak = tl.maximum(peak, tl.max(s, 1))
@@ -46,11 +47,8 @@ def forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, 
     total = total * shrink + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(m0, n0, span, noise, BLOCK_M, BLOCK_N, False), p, 0.0)
-    if edge:
-        p = tl.where(allowed & ~sound[None, :], float("nan"), p)
     values = load_rows(v, v_strides, n0, span[6], sound, BLOCK_N, VALUE_DIM, BLOCK_V, edge)
-    acc = product(p.to(values.dtype), values, acc * shrink[:, None])
-    return acc, total, new_peak
+    return add_product(acc * shrink[:, None], p, values, allowed), total, new_peak
 
 
 @tuned("forward")
@@ -74,7 +72,8 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
     unit = unit_of(NATURAL)
     terms = (bias, slopes, inner, outer, unit)
     noise = (seed_lo, seed_hi, offset, threshold)
-    q = load_rows(head_of(q, q_strides, batch, first_q, head), q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
+    q = head_of(q, q_strides, batch, first_q, head)
+    rows = load_rows(q, q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
     k = head_of(k, k_strides, batch, first_k, head // group)
     v = head_of(v, v_strides, batch, first_k, head // group)
 
@@ -90,16 +89,28 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
     start, whole_start, whole_stop, stop = keys_of(m0, span, window, masks, BLOCK_M, BLOCK_N)
     for n0 in range(whole_start, whole_stop, BLOCK_N):
         if block_is_live(m0, n0, span, masks):
-            acc, total, peak = forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window,
-                                            terms, noise, None, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+            acc, total, peak = forward_tile(acc, total, peak, rows, k, v, k_strides, v_strides, m0, n0, span, window,
+                                            terms, noise, None, None, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
                                             BLOCK_M, BLOCK_N)  # fmt: skip
-    for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)):
+    tiles = edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)
+    unsound = tl.zeros((BLOCK_N,), tl.int1)
+    for t in range(tiles):
         n0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_N)
         allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, False)
         if edge_is_live(allowed, masks):
-            acc, total, peak = forward_tile(acc, total, peak, q, k, v, k_strides, v_strides, m0, n0, span, window,
-                                            terms, noise, allowed, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
-                                            BLOCK_M, BLOCK_N)  # fmt: skip
+            sound = sound_rows(v, v_strides, n0, size_k, BLOCK_N, VALUE_DIM, BLOCK_V)
+            unsound |= ~sound
+            acc, total, peak = forward_tile(acc, total, peak, rows, k, v, k_strides, v_strides, m0, n0, span, window,
+                                            terms, noise, allowed & sound[None, :], sound, CAP, DROPOUT, DIM, VALUE_DIM,
+                                            BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N)  # fmt: skip
+    for t in range(tl.max(unsound.to(tl.int32), 0) * tiles * BLOCK_N):  # the keys left out, one by one
+        n0 = edge_tile(t // BLOCK_N, start, whole_start, whole_stop, BLOCK_N) + t % BLOCK_N
+        if tl.max(sound_rows(v, v_strides, n0, size_k, 1, VALUE_DIM, BLOCK_V).to(tl.int32), 0) == 0:
+            same_rows = load_rows(q, q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
+            allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, 1, False)
+            acc, total, peak = forward_tile(acc, total, peak, same_rows, k, v, k_strides, v_strides, m0, n0, span,
+                                            window, terms, noise, allowed, None, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D,
+                                            BLOCK_V, BLOCK_M, 1)  # fmt: skip
 
     acc = acc * (tl.where(total == 0.0, 0.0, dropout_scale / total))[:, None]
     result = tl.where(total == 0.0, -float("inf"), peak / unit + tl.log2(total) * LN2)

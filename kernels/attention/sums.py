@@ -121,7 +121,7 @@ def bias_kernel(q, k, v, grad_out, lse, delta, dbias, q_strides, k_strides, v_st
             _, ds, _ = score_gradient(
                 s, product(grads, tl.trans(values)), load_lse(lse, m0, span, terms, BLOCK_M)[:, None],
                 load_delta(delta, m0, span, BLOCK_M)[:, None], m0, n0, span, window, terms, noise, dropout_scale,
-                allowed, None, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
+                allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
             total += ds
 
     i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -106,8 +106,8 @@ def sound_rows(base, strides, first, size, ROWS: tl.constexpr, DIM: tl.constexpr
     """Rows that hold numbers only (inf - inf and nan - nan are not 0).
 
     A tile product multiplies masked rows by 0, and 0 · NaN would still spoil everything. Tiles with masked elements
-    therefore leave unsound rows out, and put NaN into exactly those probabilities that use one. The rows are read once
-    more for that, which is cheaper than holding a whole operand in registers.
+    therefore leave unsound rows out, and where there were any a second walk takes those one by one (`add_product`). The
+    rows are read once more for that, which is cheaper than holding a whole operand in registers.
     """
     x = load_rows(base, strides, first, size, None, ROWS, DIM, COLS, True).to(tl.float32)
     return tl.min((x - x == 0).to(tl.int32), 1) > 0
@@ -151,6 +151,34 @@ def product(a, b, acc=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def row_products(a, b):
+    """a bᵀ in float32, where b may be a single row. Of float32, no more than 32 products are added one after another: a
+    long chain would cost the exponential that follows its last bits."""
+    PARTS: tl.constexpr = a.shape[1] // 32
+    if b.shape[0] == 1:
+        result = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1, keep_dims=True)
+    elif a.dtype == tl.float32 and PARTS > 1:
+        a = tl.permute(tl.reshape(a, (a.shape[0], PARTS, 32)), (1, 0, 2))
+        b = tl.permute(tl.reshape(b, (b.shape[0], PARTS, 32)), (1, 2, 0))
+        result = tl.sum(product(a, b), 0)
+    else:
+        result = product(a, tl.trans(b))
+    return result
+
+
+@triton.jit
+def add_product(acc, a, b, seen):
+    """acc + a b, where b is a whole tile or, to be exact whatever it holds, one row that only the `seen` rows of a
+    meet."""
+    a = a.to(b.dtype)
+    if b.shape[0] == 1:
+        acc += tl.where(seen, a.to(tl.float32) * b.to(tl.float32), 0.0)
+    else:
+        acc = product(a, b, acc)
+    return acc
 
 
 @triton.jit

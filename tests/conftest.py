@@ -19,6 +19,10 @@ if not torch.cuda.is_available():
 import metate
 from metate.op import REGISTRY, Op
 
+# The processes of pytest-xdist share the cores: threads for which there is none spin and wait.
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+
 if not torch.cuda.is_available():
     for emulated in (Path(__file__).parent.parent / "build" / "native").glob("emulated*.so"):
         torch.ops.load_library(emulated)

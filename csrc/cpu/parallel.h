@@ -6,6 +6,11 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
+// How many workers share this many pieces.
+inline int workers_of(const Runtime& runtime, int64_t pieces) {
+    return static_cast<int>(pieces < runtime.threads ? pieces : runtime.threads);
+}
+
 // Runs body(worker, piece) for every piece. Workers fetch pieces in ascending order: put the heavy ones first. What a
 // piece computes must not depend on the worker or on the pieces that ran before.
 template <class Body>
@@ -14,7 +19,7 @@ void for_pieces(const Runtime& runtime, int64_t pieces, const Body& body) {
         const Body& body;
         int64_t pieces, next;
     } shared{body, pieces, 0};
-    const int workers = static_cast<int>(pieces < runtime.threads ? pieces : runtime.threads);
+    const int workers = workers_of(runtime, pieces);
     auto work = [](int worker, void* context) {
         Shared& all = *static_cast<Shared*>(context);
         for (;;) {
@@ -43,6 +48,23 @@ struct Arena {
         return at;
     }
 };
+
+// A call's scratch block: what `shared` takes of an arena and, behind it, what `own` takes, again for each worker. The
+// result gives every worker what `own` returned for it.
+template <class Shared, class Own>
+auto lay_out(const Runtime& runtime, int64_t pieces, const Shared& shared, const Own& own) {
+    Arena common, one;
+    shared(common);
+    own(one);
+    char* const base =
+        static_cast<char*>(runtime.scratch(common.used + one.used * static_cast<size_t>(workers_of(runtime, pieces))));
+    Arena placed{base};
+    shared(placed);
+    return [=](int worker) {
+        Arena mine{base + common.used + one.used * static_cast<size_t>(worker)};
+        return own(mine);
+    };
+}
 
 }  // namespace
 }  // namespace metate::cpu::METATE_ISA

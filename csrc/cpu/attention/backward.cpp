@@ -378,7 +378,7 @@ void run(const AttentionBackward& args, const Runtime& runtime) {
     Call<Word> call{args, a, scoring_of(a), blocking_of(a), group, bias_sum_of(args.dbias), {}, nullptr};
     count_plan(call, runtime.threads);
     Plan& plan = call.plan;
-    const int workers = static_cast<int>(plan.work < runtime.threads ? plan.work : runtime.threads);
+    const int workers = workers_of(runtime, plan.work);
     Arena arena;
     lay_out(arena, call, workers);
     arena = {static_cast<char*>(runtime.scratch(arena.used)), 0};
@@ -404,23 +404,10 @@ void run(const AttentionBackward& args, const Runtime& runtime) {
 }  // namespace
 
 void attention_backward(const AttentionBackward& args, const Runtime& runtime) {
-    switch (args.problem.q.dtype) {
 #if defined(METATE_ISA_BASELINE)
-        case DType::f64:
-            return backward_exact(args, runtime);
+    if (args.problem.q.dtype == DType::f64) return backward_exact(args, runtime);
 #endif
-#if defined(METATE_HAS_BF16_DOT)
-        case DType::bf16:
-            return run<Pair, bf16>(args, runtime);
-#else
-        case DType::bf16:
-            return run<float, bf16>(args, runtime);
-#endif
-        case DType::f16:
-            return run<float, f16>(args, runtime);
-        default:
-            return run<float, float>(args, runtime);
-    }
+    with_words(args.problem.q.dtype, [&]<class T, class Word>() { run<Word, T>(args, runtime); });
 }
 
 }  // namespace metate::cpu::METATE_ISA

@@ -151,22 +151,17 @@ void run(const AttentionColumnSums& call, const Runtime& runtime) {
     for (int64_t n = 0; n < ranges; ++n) blocks += ceil_div(keys_of(s.a, n).keys, s.block);
     const int64_t pieces = blocks * heads;
     if (pieces == 0) return;
-    const int workers = static_cast<int>(pieces < runtime.threads ? pieces : runtime.threads);
-    Arena one;
-    take_scratch<Word>(s, one);
-    Arena arena;
-    arena.take<KeyBlock>(blocks);
-    arena = {static_cast<char*>(runtime.scratch(arena.used + one.used * static_cast<size_t>(workers)))};
-    KeyBlock* piece = arena.take<KeyBlock>(blocks);
-    char* const of_workers = arena.base + arena.used;
+    KeyBlock* piece = nullptr;
+    const auto scratch_of = lay_out(
+        runtime, pieces, [&](Arena& arena) { piece = arena.take<KeyBlock>(blocks); },
+        [&](Arena& arena) { return take_scratch<Word>(s, arena); });
     for (int64_t n = 0, i = 0; n < ranges; ++n) {
         // With a causal mask the first keys have the most queries.
         for (int64_t key = 0; key < keys_of(s.a, n).keys; key += s.block) piece[i++] = {n, key};
     }
     for_pieces(runtime, pieces, [&](int worker, int64_t i) {
-        Arena mine{of_workers + static_cast<size_t>(worker) * one.used};
         const KeyBlock& at = piece[i / heads];
-        run_block<T, Word>(s, keys_of(s.a, at.sequence), i % heads, at.key, take_scratch<Word>(s, mine));
+        run_block<T, Word>(s, keys_of(s.a, at.sequence), i % heads, at.key, scratch_of(worker));
     });
 }
 
@@ -209,23 +204,10 @@ void run_exact(const AttentionColumnSums& call, const Runtime& runtime) {
 }  // namespace
 
 void attention_column_sums(const AttentionColumnSums& call, const Runtime& runtime) {
-    switch (call.problem.q.dtype) {
 #if defined(METATE_ISA_BASELINE)
-        case DType::f64:
-            return run_exact(call, runtime);
+    if (call.problem.q.dtype == DType::f64) return run_exact(call, runtime);
 #endif
-#if defined(METATE_HAS_BF16_DOT)
-        case DType::bf16:
-            return run<bf16, Pair>(call, runtime);
-#else
-        case DType::bf16:
-            return run<bf16, float>(call, runtime);
-#endif
-        case DType::f16:
-            return run<f16, float>(call, runtime);
-        default:
-            return run<float, float>(call, runtime);
-    }
+    with_words(call.problem.q.dtype, [&]<class T, class Word>() { run<T, Word>(call, runtime); });
 }
 
 }  // namespace metate::cpu::METATE_ISA

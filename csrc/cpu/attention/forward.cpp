@@ -458,13 +458,9 @@ void run(const AttentionForward& call, const Runtime& runtime) {
     const Cut cut = cut_queries(s.a, runtime.threads, s.block, nullptr);
     if (cut.pieces == 0) return;
     s.max_rows = cut.max_rows;
-    const int workers = static_cast<int>(cut.pieces < runtime.threads ? cut.pieces : runtime.threads);
     Piece* pieces = nullptr;
     Parts parts{};
-    char* of_workers = nullptr;
-    Arena one;
-    take_scratch<Word>(s, one);
-    const auto lay_out = [&](Arena arena) {
+    const auto shared = [&](Arena& arena) {
         pieces = arena.take<Piece>(cut.pieces);
         parts.state = arena.take<State>(cut.states);
         parts.missing = arena.take<int32_t>(cut.states);
@@ -472,11 +468,9 @@ void run(const AttentionForward& call, const Runtime& runtime) {
             const State state = take_state(s, arena);
             if (arena.base) parts.state[i] = state;
         }
-        of_workers = arena.take<char>(static_cast<int64_t>(one.used) * workers);
-        return arena.used;
     };
-    const size_t bytes = lay_out({});
-    lay_out({static_cast<char*>(runtime.scratch(bytes))});
+    const auto scratch_of =
+        lay_out(runtime, cut.pieces, shared, [&](Arena& arena) { return take_scratch<Word>(s, arena); });
     cut_queries(s.a, runtime.threads, s.block, pieces);
     for (int64_t i = 0; i < cut.pieces; ++i) {
         if (pieces[i].parts > 1 && pieces[i].part == 0) {
@@ -484,10 +478,8 @@ void run(const AttentionForward& call, const Runtime& runtime) {
         }
     }
     sort_by_cost(pieces, cut.pieces);
-    for_pieces(runtime, cut.pieces, [&](int worker, int64_t i) {
-        Arena arena{of_workers + static_cast<size_t>(worker) * one.used};
-        run_piece<T, Word>(s, pieces[i], take_scratch<Word>(s, arena), parts);
-    });
+    for_pieces(runtime, cut.pieces,
+               [&](int worker, int64_t i) { run_piece<T, Word>(s, pieces[i], scratch_of(worker), parts); });
 }
 
 #if defined(METATE_ISA_BASELINE)
@@ -539,23 +531,10 @@ void run_exact(const AttentionForward& call, const Runtime& runtime) {
 }  // namespace
 
 void attention(const AttentionForward& call, const Runtime& runtime) {
-    switch (call.problem.q.dtype) {
 #if defined(METATE_ISA_BASELINE)
-        case DType::f64:
-            return run_exact(call, runtime);
+    if (call.problem.q.dtype == DType::f64) return run_exact(call, runtime);
 #endif
-#if defined(METATE_HAS_BF16_DOT)
-        case DType::bf16:
-            return run<bf16, Pair>(call, runtime);
-#else
-        case DType::bf16:
-            return run<bf16, float>(call, runtime);
-#endif
-        case DType::f16:
-            return run<f16, float>(call, runtime);
-        default:
-            return run<float, float>(call, runtime);
-    }
+    with_words(call.problem.q.dtype, [&]<class T, class Word>() { run<T, Word>(call, runtime); });
 }
 
 }  // namespace metate::cpu::METATE_ISA

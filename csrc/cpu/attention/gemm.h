@@ -19,6 +19,23 @@ struct Pair {
 template <class Word>
 constexpr int elements_of = __is_same(Word, Pair) ? 2 : 1;
 
+// Calls run<T, Word>() with the elements of a dtype and the words in which this instruction set multiplies them.
+template <class Run>
+void with_words(DType dtype, const Run& run) {
+    switch (dtype) {
+        case DType::bf16:
+#if defined(METATE_HAS_BF16_DOT)
+            return run.template operator()<bf16, Pair>();
+#else
+            return run.template operator()<bf16, float>();
+#endif
+        case DType::f16:
+            return run.template operator()<f16, float>();
+        default:
+            return run.template operator()<float, float>();
+    }
+}
+
 METATE_FN constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }

@@ -102,13 +102,10 @@ void run(const MergeAttentionStates& call, const Runtime& runtime) {
     const int64_t n = outs.size[0], queries = outs.size[2], heads = outs.size[3], dv = outs.size[4];
     const int64_t groups = (queries + width - 1) / width, pieces = outs.size[1] * groups;
     if (pieces == 0) return;
-    const int workers = static_cast<int>(pieces < runtime.threads ? pieces : runtime.threads);
-    Arena arena;
-    arena.take<float>(heads * n * width);
-    const size_t bytes = arena.used;
-    char* const scratch = static_cast<char*>(runtime.scratch(bytes * static_cast<size_t>(workers)));
+    const auto weights =
+        lay_out(runtime, pieces, [](Arena&) {}, [=](Arena& arena) { return arena.take<float>(heads * n * width); });
     for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
-        float* const weight = reinterpret_cast<float*>(scratch + static_cast<size_t>(worker) * bytes);
+        float* const weight = weights(worker);
         const int64_t b = piece / groups, first = piece % groups * width;
         const int64_t live = queries - first < width ? queries - first : width;
         for (int64_t h = 0; h < heads; ++h) find_weights(call, b, h, first, live, weight + h * n * width);

@@ -75,10 +75,11 @@ inline const DTypeName* dtype_names() {
         {aoti_torch_dtype_float16(), DType::f16}, {aoti_torch_dtype_float64(), DType::f64},
         {aoti_torch_dtype_int64(), DType::i64},   {aoti_torch_dtype_int32(), DType::i32},
         {aoti_torch_dtype_uint8(), DType::u8},    {aoti_torch_dtype_bool(), DType::u8},
+        {aoti_torch_dtype_int8(), DType::i8},
     };
     return names;
 }
-constexpr int dtype_count = 8;
+constexpr int dtype_count = 9;
 
 inline DType dtype(const Tensor& tensor) {
     int32_t wanted;

@@ -5,6 +5,7 @@ from metate.errors import FormatError
 from metate.masks import AttentionMask
 from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
+from metate.ops.quant_linear import QuantizedWeight, dequantize, quant_linear
 from metate.quant import load_quantized
 
 library.load()
@@ -13,11 +14,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionMask",
     "FormatError",
+    "QuantizedWeight",
     "attention",
     "attention_varlen",
+    "dequantize",
     "explain",
     "load_quantized",
     "merge_attention_states",
+    "quant_linear",
     "supports",
     "use",
 ]

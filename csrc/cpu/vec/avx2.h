@@ -129,6 +129,42 @@ METATE_FN vf as_float(vi a) {
 METATE_FN vi as_int(vf a) {
     return _mm256_castps_si256(a);
 }
+METATE_FN void store(int32_t* p, vi x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+}
+// The first n <= 4·width bytes, zeros after them.
+METATE_FN vi load_bytes(const uint8_t* p, int64_t n) {
+    if (n >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    uint8_t copy[32] = {};
+    for (int64_t i = 0; i < n; ++i) copy[i] = p[i];
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(copy));
+}
+METATE_FN vi bit_and(vi a, vi b) {
+    return _mm256_and_si256(a, b);
+}
+METATE_FN vi bit_or(vi a, vi b) {
+    return _mm256_or_si256(a, b);
+}
+METATE_FN vi shift_left(vi a, int n) {
+    return _mm256_slli_epi32(a, n);
+}
+METATE_FN vi shift_right(vi a, int n) {  // zeros move in
+    return _mm256_srli_epi32(a, n);
+}
+// Sixteen floats, looked up by the low four bits of each lane.
+struct Table16 {
+    vf low, high;
+};
+METATE_FN Table16 table16(const float* p) {
+    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+METATE_FN vf lookup(const Table16& table, vi index) {
+    const vf low = _mm256_permutevar8x32_ps(table.low, index), high = _mm256_permutevar8x32_ps(table.high, index);
+    return _mm256_blendv_ps(low, high, as_float(shift_left(index, 28)));
+}
+METATE_FN vf gather(const float* p, vi index) {
+    return _mm256_i32gather_ps(p, index, 4);
+}
 // The 64-bit products of unsigned lanes.
 METATE_FN void multiply(vi a, vi b, vi& high, vi& low) {
     const vi even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));

@@ -128,6 +128,38 @@ METATE_FN vf as_float(vi a) {
 METATE_FN vi as_int(vf a) {
     return _mm512_castps_si512(a);
 }
+METATE_FN void store(int32_t* p, vi x) {
+    _mm512_storeu_si512(p, x);
+}
+// The first n <= 4·width bytes, zeros after them.
+METATE_FN vi load_bytes(const uint8_t* p, int64_t n) {
+    return _mm512_maskz_loadu_epi8(n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1, p);
+}
+METATE_FN vi bit_and(vi a, vi b) {
+    return _mm512_and_si512(a, b);
+}
+METATE_FN vi bit_or(vi a, vi b) {
+    return _mm512_or_si512(a, b);
+}
+METATE_FN vi shift_left(vi a, int n) {
+    return _mm512_slli_epi32(a, static_cast<unsigned>(n));
+}
+METATE_FN vi shift_right(vi a, int n) {  // zeros move in
+    return _mm512_srli_epi32(a, static_cast<unsigned>(n));
+}
+// Sixteen floats, looked up by the low four bits of each lane.
+struct Table16 {
+    vf values;
+};
+METATE_FN Table16 table16(const float* p) {
+    return {_mm512_loadu_ps(p)};
+}
+METATE_FN vf lookup(const Table16& table, vi index) {
+    return _mm512_permutexvar_ps(index, table.values);
+}
+METATE_FN vf gather(const float* p, vi index) {
+    return _mm512_i32gather_ps(index, p, 4);
+}
 // The 64-bit products of unsigned lanes.
 METATE_FN void multiply(vi a, vi b, vi& high, vi& low) {
     const vi even = _mm512_mul_epu32(a, b), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));

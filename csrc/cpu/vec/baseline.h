@@ -130,6 +130,42 @@ METATE_FN vf as_float(vi a) {
 METATE_FN vi as_int(vf a) {
     return (vi)a;
 }
+METATE_FN void store(int32_t* p, vi x) {
+    __builtin_memcpy(p, &x, sizeof x);
+}
+// The first n <= 4·width bytes, zeros after them.
+METATE_FN vi load_bytes(const uint8_t* p, int64_t n) {
+    uint8_t copy[16] = {};
+    for (int64_t i = 0; i < n && i < 16; ++i) copy[i] = p[i];
+    vi x;
+    __builtin_memcpy(&x, copy, sizeof x);
+    return x;
+}
+METATE_FN vi bit_and(vi a, vi b) {
+    return a & b;
+}
+METATE_FN vi bit_or(vi a, vi b) {
+    return a | b;
+}
+METATE_FN vi shift_left(vi a, int n) {
+    return (vi)((vu)a << static_cast<uint32_t>(n));
+}
+METATE_FN vi shift_right(vi a, int n) {  // zeros move in
+    return (vi)((vu)a >> static_cast<uint32_t>(n));
+}
+METATE_FN vf gather(const float* p, vi index) {
+    return vf{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+}
+// Sixteen floats, looked up by the low four bits of each lane.
+struct Table16 {
+    const float* values;
+};
+METATE_FN Table16 table16(const float* p) {
+    return {p};
+}
+METATE_FN vf lookup(const Table16& table, vi index) {
+    return gather(table.values, index & 15);
+}
 // The 64-bit products of unsigned lanes.
 METATE_FN void multiply(vi a, vi b, vi& high, vi& low) {
     const vl low_half = {0xffffffffu, 0xffffffffu};

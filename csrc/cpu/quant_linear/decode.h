@@ -1,0 +1,235 @@
+// Codes, scales and offsets of a low-bit matrix as vectors of the products: lane r holds row r of `width` rows.
+//
+// The dwords of `width` rows are transposed; then every column is a shift away in all lanes at once, whatever the
+// width of a code, for 32 columns fill `bits` dwords. Codes become centered whole numbers or codebook entries; scales
+// are left to the products, which multiply sums instead of weights.
+#pragma once
+
+#include "../../quant_linear.h"
+#include "../parallel.h"
+#include "../vec.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int block = 128;        // columns decoded at a time
+constexpr int longest = 32;       // columns of a chunk: the longest chain of additions
+constexpr int panel = 2 * width;  // rows of a panel: with tile_rows rows of x they fill the registers
+
+METATE_FN constexpr int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+METATE_FN constexpr int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+// What a code stands for before its scale.
+struct Values {
+    enum Kind { table, whole, codebook } kind;
+    float center;        // subtracted from codes; corrections make up for it where zeros differ from it
+    float entries[256];  // table: of codes up to 4 bits, repeated up to 16; codebook: of every code
+};
+
+inline Values values_of(const LowBitMatrix& w) {
+    Values v{};
+    v.center = static_cast<float>(w.zeros || w.offsets ? int64_t{1} << (w.bits - 1) : w.zero);
+    v.kind = w.bits <= 4 && (w.codebook || width == 16) ? Values::table : w.codebook ? Values::codebook : Values::whole;
+    const float* const codebook = static_cast<const float*>(w.codebook.data);
+    const int mask = (1 << w.bits) - 1;
+    for (int i = 0; i < 16 || i <= mask; ++i)
+        v.entries[i] = codebook ? codebook[(i & mask) * w.codebook.stride[0]] : static_cast<float>(i & mask) - v.center;
+    return v;
+}
+
+// The bits of columns `block` · k … of up to `width` rows as transposed dwords: 4 · bits vectors, row r in lane r.
+inline void transpose_words(int32_t* words, const LowBitMatrix& w, int64_t row, int64_t k) {
+    const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), begin = k * block / 8 * w.bits;
+    const int64_t rows = smaller(w.rows - row, width), bytes = smaller(row_bytes - begin, block / 8 * w.bits);
+    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + begin;
+    for (int64_t at = 0; at < bytes; at += 4 * width, words += width * width) {
+        vf square[width];
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) {
+            square[i] = i < rows ? as_float(load_bytes(codes + i * w.codes.stride[0] + at, bytes - at)) : splat(0.0f);
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) store(words + i * width, as_int(square[i]));
+    }
+}
+constexpr int most_words = (32 + width - 1) / width * width * width;  // numbers that transpose_words writes
+
+// Column j of 32 whose dwords start at `words`.
+template <int bits, Values::Kind kind>
+METATE_FN vf value_at(const int32_t* words, int j, const Values& v, const Table16& table) {
+    const int at = j * bits / 32, shift = j * bits % 32;
+    constexpr int mask = (1 << bits) - 1;
+    const vi word = load(words + at * width);
+    const bool split = shift + bits > 32;
+    const vi low = shift ? shift_right(word, shift) : word;
+    const vi code = split ? bit_or(low, shift_left(load(words + (at + 1) * width), 32 - shift)) : low;
+    if constexpr (kind == Values::table) {
+        return lookup(table, code);
+    } else if constexpr (kind == Values::whole) {
+        return to_float(bit_and(code, splat(mask))) - splat(v.center);
+    } else {
+        return gather(v.entries, bit_and(code, splat(mask)));
+    }
+}
+
+template <int bits, Values::Kind kind>
+void decode_as(float* to, int64_t stride, const int32_t* words, int64_t columns, const Values& v) {
+    const Table16 table = table16(v.entries);
+    for (; columns > 0; columns -= 32, words += bits * width) {
+#pragma GCC unroll 32
+        for (int j = 0; j < 32; ++j, to += stride) store(to, value_at<bits, kind>(words, j, v, table));
+    }
+}
+
+// Values of `columns` columns, rounded up to 32, `stride` floats apart, of the rows in the lanes of `words`.
+template <int bits>
+METATE_FN void decode_bits(float* to, int64_t stride, const int32_t* words, int64_t columns, const Values& v) {
+    if constexpr (bits <= 4) {
+        if (v.kind == Values::table) return decode_as<bits, Values::table>(to, stride, words, columns, v);
+    } else {
+        if (v.kind == Values::codebook) return decode_as<bits, Values::codebook>(to, stride, words, columns, v);
+    }
+    if constexpr (bits > 4 || width < 16) decode_as<bits, Values::whole>(to, stride, words, columns, v);
+}
+
+inline void decode(float* to, int64_t stride, const int32_t* words, int64_t columns, int64_t bits, const Values& v) {
+    switch (bits) {
+        case 1:
+            return decode_bits<1>(to, stride, words, columns, v);
+        case 2:
+            return decode_bits<2>(to, stride, words, columns, v);
+        case 3:
+            return decode_bits<3>(to, stride, words, columns, v);
+        case 4:
+            return decode_bits<4>(to, stride, words, columns, v);
+        case 5:
+            return decode_bits<5>(to, stride, words, columns, v);
+        case 6:
+            return decode_bits<6>(to, stride, words, columns, v);
+        case 7:
+            return decode_bits<7>(to, stride, words, columns, v);
+        default:
+            return decode_bits<8>(to, stride, words, columns, v);
+    }
+}
+
+// Scales.
+
+template <class T>
+METATE_FN vf load_line(const View<2>& view, int64_t row, int64_t column, int64_t n) {
+    const T* from = static_cast<const T*>(view.data) + row * view.stride[0] + column * view.stride[1];
+    if (view.stride[1] == 1) return n >= width ? load(from) : load(from, n);
+    float line[width] = {};
+    for (int64_t i = 0; i < n; ++i) line[i] = to_float(from[i * view.stride[1]]);
+    return load(line);
+}
+
+METATE_FN float to_float(int8_t x) {
+    return static_cast<float>(x);
+}
+METATE_FN float to_float(uint8_t x) {
+    return static_cast<float>(x);
+}
+template <class T>
+METATE_FN float number_at(const View<2>& view, int64_t row, int64_t column) {
+    return to_float(static_cast<const T*>(view.data)[row * view.stride[0] + column * view.stride[1]]);
+}
+
+METATE_FN float any_at(const View<2>& view, int64_t row, int64_t column) {
+    switch (view.dtype) {
+        case DType::bf16:
+            return number_at<bf16>(view, row, column);
+        case DType::f16:
+            return number_at<f16>(view, row, column);
+        default:
+            return number_at<float>(view, row, column);
+    }
+}
+
+// Scales or offsets of n <= width groups of a row, both levels multiplied; zeros after them.
+inline vf level_line(const View<2>& fine, const View<2>& coarse, int64_t super_groups, int64_t row, int64_t group,
+                     int64_t n) {
+    if (n > width) n = width;
+    switch (fine.dtype) {
+        case DType::bf16:
+            return load_line<bf16>(fine, row, group, n);
+        case DType::f16:
+            return load_line<f16>(fine, row, group, n);
+        case DType::f32:
+            return load_line<float>(fine, row, group, n);
+        default:
+            break;
+    }
+    float line[width] = {};
+    int64_t super = group / super_groups, left = (super + 1) * super_groups - group;
+    float factor = any_at(coarse, row, super);
+    for (int64_t i = 0; i < n; ++i, --left) {
+        if (left == 0) {
+            factor = any_at(coarse, row, ++super);
+            left = super_groups;
+        }
+        line[i] = number_at<int8_t>(fine, row, group + i) * factor;
+    }
+    return load(line);
+}
+
+METATE_FN bool has_corrections(const LowBitMatrix& w) {
+    return w.zeros || w.offsets;
+}
+
+// Scales of `width` rows for n groups from `group` on, a vector a group, `stride` floats apart; and what a column's x
+// is to be multiplied by besides: corrections = (center - zero - zeros) · scale + offset, where there are such.
+inline void load_scales(float* scales, float* corrections, int64_t stride, const LowBitMatrix& w, float center,
+                        int64_t row, int64_t group, int64_t n) {
+    const int64_t rows = smaller(w.rows - row, width);
+    for (int64_t g = 0; g < n; g += width) {
+        vf scale[width], correction[width];
+        for (int i = 0; i < width; ++i) {
+            scale[i] = correction[i] = splat(0.0f);
+            if (i >= rows) continue;
+            scale[i] = level_line(w.scales, w.super_scales, w.super_groups, row + i, group + g, n - g);
+            if (!corrections) continue;
+            vf zeros = splat(center - static_cast<float>(w.zero));
+            if (w.codebook) zeros = splat(0.0f);
+            if (w.zeros) {
+                float line[width] = {};
+                for (int64_t j = 0; j < smaller(n - g, width); ++j)
+                    line[j] = number_at<uint8_t>(w.zeros, row + i, group + g + j);
+                zeros = zeros - load(line);
+            }
+            correction[i] = zeros * scale[i];
+            if (w.offsets)
+                correction[i] = fma(zeros, scale[i],
+                                    level_line(w.offsets, w.super_offsets, w.super_groups, row + i, group + g, n - g));
+        }
+        transpose(scale);
+        if (corrections) transpose(correction);
+        for (int j = 0; j < smaller(n - g, width); ++j) {
+            store(scales + (g + j) * stride, scale[j]);
+            if (corrections) store(corrections + (g + j) * stride, correction[j]);
+        }
+    }
+}
+
+// Whole weights out of values, column after column `stride` floats apart, where column 0 is number `first` of W and the
+// scales start at its group.
+inline void scale_values(float* values, const float* scales, const float* corrections, int64_t stride, int64_t first,
+                         int64_t columns, int64_t group_size) {
+    int64_t left = group_size - first % group_size;
+    for (int64_t c = 0; c < columns; ++c, --left, values += stride) {
+        if (left == 0) {
+            scales += stride;
+            if (corrections) corrections += stride;
+            left = group_size;
+        }
+        store(values, corrections ? fma(load(values), load(scales), load(corrections)) : load(values) * load(scales));
+    }
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -1,0 +1,180 @@
+// x Wᵀ + bias with W decoded panel by panel into the first-level cache.
+#include "exact.h"
+#include "product.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
+constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
+
+// How the result is cut: pieces of `panels` panels of W's rows.
+struct Cut {
+    int64_t panels, pieces;
+};
+
+Cut cut_of(int64_t rows, int64_t n) {
+    const int64_t all = ceil_div(n, panel), most = rows >= 64 ? 8 : 2, spread = ceil_div(all, 32);
+    const int64_t panels = smaller(most, spread > 1 ? spread : 1);
+    return {panels, ceil_div(all, panels)};
+}
+
+// What a worker needs for one piece.
+struct Workspace {
+    int32_t* words;
+    float *values, *totals;
+    float *scales, *corrections;  // of `window` groups for each panel
+    int64_t* first_group;         // of each panel's window, -1: nothing loaded
+};
+
+struct Problem {
+    const QuantLinear& call;
+    Values values;
+    PackedRows x;
+    Cut cut;
+    int64_t blocks, window;
+    bool sums_scaled;
+
+    explicit Problem(const QuantLinear& c)
+        : call(c), values(values_of(c.w)), cut(cut_of(c.x.size[0], c.w.rows)), blocks(ceil_div(c.w.columns, block)) {
+        const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
+        window = ceil_div(groups_of_block, width) * width;
+        sums_scaled = c.w.group_size >= small_group;
+        x = {nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
+    }
+    Workspace workspace(Arena& arena) const {
+        Workspace at{};
+        at.words = arena.take<int32_t>(most_words);
+        at.values = arena.take<float>(block * panel);
+        at.totals = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
+        at.scales = arena.take<float>(cut.panels * window * panel);
+        at.corrections = has_corrections(call.w) ? arena.take<float>(cut.panels * window * panel) : nullptr;
+        at.first_group = arena.take<int64_t>(cut.panels);
+        return at;
+    }
+};
+
+// The scales of a panel for block k.
+void load_window(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t first = k * block / w.group_size, last = (smaller((k + 1) * block, w.columns) - 1) / w.group_size;
+    int64_t& loaded = at.first_group[panel_number];
+    if (loaded >= 0 && first >= loaded && last < loaded + p.window) return;
+    loaded = first;
+    const int64_t groups = smaller(p.window, w.scales.size[1] - first), offset = panel_number * p.window * panel;
+    for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
+        float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
+        load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
+                    groups);
+    }
+}
+
+void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t columns = smaller(block, w.columns - k * block);
+    for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
+        float* const values = at.values + v * width;
+        transpose_words(at.words, w, row + v * width, k);
+        decode(values, panel, at.words, columns, w.bits, p.values);
+        if (p.sums_scaled) continue;
+        const int64_t passed = k * block / w.group_size - at.first_group[panel_number];
+        const int64_t offset = (panel_number * p.window + passed) * panel + v * width;
+        scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr, panel, k * block,
+                     columns, w.group_size);
+    }
+}
+
+template <class T>
+void write_panel(const QuantLinear& call, const float* totals, int64_t row, int64_t first_x, int64_t rows) {
+    const int64_t n = smaller(panel, call.w.rows - row);
+    float bias[panel] = {};
+    for (int64_t i = 0; i < n && call.bias; ++i) {
+        const int64_t at = (row + i) * call.bias.stride[0];
+        bias[i] = call.bias.dtype == DType::f32 ? static_cast<const float*>(call.bias.data)[at]
+                                                : to_float(static_cast<const T*>(call.bias.data)[at]);
+    }
+    for (int64_t r = 0; r < rows; ++r, totals += panel) {
+        float line[panel];
+        for (int v = 0; v < 2; ++v) store(line + v * width, load(totals + v * width) + load(bias + v * width));
+        store_line(static_cast<T*>(call.out.data) + (first_x + r) * call.out.stride[0] + row, line, n);
+    }
+}
+
+template <class T>
+void compute_piece(const Problem& p, const Workspace& at, int64_t piece) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t first_row = piece * p.cut.panels * panel;
+    for (int64_t x_row = 0; x_row < p.x.rows; x_row += rows_at_once) {
+        const int64_t rows = smaller(rows_at_once, p.x.rows - x_row);
+        for (int64_t i = 0; i < p.cut.panels * rows * panel; i += width) store(at.totals + i, splat(0.0f));
+        for (int64_t i = 0; i < p.cut.panels; ++i) at.first_group[i] = -1;
+        for (int64_t k = 0; k < p.blocks; ++k) {
+            Chunk chunks[block];
+            const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k);
+            for (int64_t i = 0; i < p.cut.panels && first_row + i * panel < w.rows; ++i) {
+                const int64_t row = first_row + i * panel, offset = i * p.window * panel;
+                load_window(p, at, i, row, k);
+                decode_panel(p, at, i, row, k);
+                const Tile tile{nullptr,
+                                at.values,
+                                chunks,
+                                count,
+                                at.scales + offset,
+                                p.x.sums ? at.corrections + offset : nullptr,
+                                at.first_group[i],
+                                nullptr,
+                                p.x.most_chunks,
+                                at.totals + i * rows * panel};
+                p.sums_scaled ? multiply<true>(p.x, k, x_row, rows, tile) : multiply<false>(p.x, k, x_row, rows, tile);
+            }
+        }
+        for (int64_t i = 0; i < p.cut.panels && first_row + i * panel < w.rows; ++i)
+            write_panel<T>(p.call, at.totals + i * rows * panel, first_row + i * panel, x_row, rows);
+    }
+}
+
+template <class T>
+void run(const QuantLinear& call, const Runtime& runtime) {
+    Problem p(call);
+    if (p.x.rows == 0 || call.w.rows == 0) return;
+    const Runtime workers = runtime_for(runtime, call.w.rows * call.w.columns);
+    Arena sizes;
+    p.workspace(sizes);
+    const bool has_sums = p.sums_scaled && has_corrections(call.w);
+    const auto layout = [&](Arena& arena) {
+        p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
+        p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * p.x.most_chunks) : nullptr;
+        return arena.take<char>(static_cast<int64_t>(sizes.used) * workers.threads);
+    };
+    Arena counted;
+    layout(counted);
+    Arena arena{static_cast<char*>(runtime.scratch(counted.used))};
+    char* const spaces = layout(arena);
+    pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations,
+            runtime_for(runtime, p.x.rows * call.w.columns));
+    for_pieces(workers, p.cut.pieces, [&](int worker, int64_t piece) {
+        Arena mine{spaces + static_cast<size_t>(worker) * sizes.used};
+        compute_piece<T>(p, p.workspace(mine), piece);
+    });
+}
+
+}  // namespace
+
+void quant_linear(const QuantLinear& call, const Runtime& runtime) {
+    switch (call.x.dtype) {
+#if defined(METATE_ISA_BASELINE)
+        case DType::f64:
+            return linear_exact(call, runtime);
+#endif
+        case DType::bf16:
+            return run<bf16>(call, runtime);
+        case DType::f16:
+            return run<f16>(call, runtime);
+        default:
+            return run<float>(call, runtime);
+    }
+}
+
+}  // namespace metate::cpu::METATE_ISA
+
+METATE_DISPATCH(quant_linear, QuantLinear, p.x.dtype)

@@ -1,0 +1,188 @@
+// Products of packed rows of x with a decoded panel, chunk by chunk: total = fma(sum of the chunk, scale, total).
+//
+// Every path computes an output by the same operations in the same order, so a row does not depend on how many rows
+// there are: a chunk is one chain of fused multiply-adds over ascending columns.
+#pragma once
+
+#include "decode.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int tile_rows = width == 16 ? 12 : width == 8 ? 6 : 4;
+
+// Columns of one block that share a scale, at most `longest`.
+struct Chunk {
+    int begin, end;  // within the block
+    int64_t group;
+};
+
+// The chunks of block k, at most `block` of them; returns how many.
+inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t k) {
+    int n = 0;
+    const int64_t last = smaller((k + 1) * block, columns);
+    for (int64_t at = k * block; at < last; ++n) {
+        const int64_t group = at / group_size, group_left = group_size - at % group_size;
+        const int64_t end = smaller(smaller(last, at + longest - at % longest), at + smaller(group_left, block));
+        chunks[n] = {static_cast<int>(at - k * block), static_cast<int>(end - k * block), group};
+        at = end;
+    }
+    return n;
+}
+
+// A float for every block, row and column of x, block after block, the rows of a block one after another; and the sums
+// of its chunks. Columns come in the order of the permutation.
+struct PackedRows {
+    float* x;     // (blocks, rows, block)
+    float* sums;  // (blocks, rows, most_chunks), or null
+    int64_t rows, most_chunks;
+
+    METATE_FN float* line(int64_t k, int64_t row) const { return x + (k * rows + row) * block; }
+    METATE_FN float* sums_of(int64_t k, int64_t row) const { return sums + (k * rows + row) * most_chunks; }
+};
+
+template <class T>
+void pack_line(float* to, const T* from, int64_t stride, const View<1>& permutation, int64_t first, int64_t n) {
+    if (permutation) {
+        const int32_t* order = static_cast<const int32_t*>(permutation.data) + first * permutation.stride[0];
+        for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[order[i * permutation.stride[0]] * stride]);
+        return;
+    }
+    from += first * stride;
+    int64_t i = 0;
+    for (; stride == 1 && i + width <= n; i += width) store(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = to_float(from[i * stride]);
+}
+
+// The n <= longest numbers of a chunk to whole multiples of their largest magnitude / 127.
+inline void round_chunk(float* x, int n) {
+    const vf zero = splat(0.0f);
+    vf most = zero, poison = zero;
+    for (int i = 0; i < n; i += width) {
+        const vf part = n - i >= width ? load(x + i) : load(x + i, n - i);
+        most = max(abs(part), most);
+        poison = fma(part, zero, poison);  // NaN once a number is not finite, and then all of the chunk is
+    }
+    const float largest_size = largest(most) + sum(poison), step = largest_size / 127;
+    const float inverse = largest_size > 0 ? 127 / largest_size : 0;
+    for (int i = 0; i < n; i += width) {
+        const vf part = (n - i >= width ? load(x + i) : load(x + i, n - i)) * splat(inverse);
+        const vf rounded = (part - rest_of_round(part)) * splat(step);
+        n - i >= width ? store(x + i, rounded) : store(x + i, rounded, n - i);
+    }
+}
+
+// x, (rows, columns), as PackedRows; `group_size` for the sums, and where chunks are `rounded`.
+template <class T>
+void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, int64_t group_size, bool rounded,
+          const Runtime& runtime) {
+    const int64_t columns = x.size[1], rows_at_once = 16, row_pieces = ceil_div(to.rows, rows_at_once);
+    for_pieces(runtime, ceil_div(columns, block) * row_pieces, [&](int, int64_t piece) {
+        const int64_t k = piece / row_pieces, first = piece % row_pieces * rows_at_once;
+        Chunk chunks[block];
+        const int count = to.sums || rounded ? chunks_of(chunks, columns, group_size, k) : 0;
+        for (int64_t row = first; row < smaller(to.rows, first + rows_at_once); ++row) {
+            const T* from = static_cast<const T*>(x.data) + row * x.stride[0];
+            float* const line = to.line(k, row);
+            pack_line(line, from, x.stride[1], permutation, k * block, smaller(block, columns - k * block));
+            for (int c = 0; c < count && rounded; ++c)
+                round_chunk(line + chunks[c].begin, chunks[c].end - chunks[c].begin);
+            for (int c = 0; c < count && to.sums; ++c) {
+                double sum = 0;
+                for (int i = chunks[c].begin; i < chunks[c].end; ++i) sum += static_cast<double>(line[i]);
+                to.sums_of(k, row)[c] = static_cast<float>(sum);
+            }
+        }
+    });
+}
+
+// Without memory traffic worth sharing the workers are not woken.
+inline Runtime runtime_for(const Runtime& runtime, int64_t elements) {
+    Runtime one = runtime;
+    if (elements < 1 << 16) one.threads = 1;
+    return one;
+}
+
+struct Tile {
+    const float* x;       // rows `block` floats apart
+    const float* values;  // (column, lane) at column · panel + lane
+    const Chunk* chunks;
+    int count;
+    const float *scales, *corrections;  // (group, lane) at (group - first_group) · panel + lane; or null
+    int64_t first_group;
+    const float* sums;  // rows sums_stride apart
+    int64_t sums_stride;
+    float* total;  // rows `panel` floats apart
+};
+
+template <int rows, bool scaled>
+__attribute__((noinline)) void multiply_tile(const Tile& t) {
+    for (int c = 0; c < t.count; ++c) {
+        const Chunk chunk = t.chunks[c];
+        vf sum[rows][2];
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = splat(0.0f);
+        const float *x = t.x + chunk.begin, *values = t.values + chunk.begin * panel;
+        const auto add_columns = [&]<int n>() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int j = 0; j < n; ++j) {
+                const vf first = load(values + j * panel), second = load(values + j * panel + width);
+#pragma GCC unroll 12
+                for (int r = 0; r < rows; ++r) {
+                    const vf a = splat(x[r * block + j]);
+                    sum[r][0] = fma(a, first, sum[r][0]);
+                    sum[r][1] = fma(a, second, sum[r][1]);
+                }
+            }
+            x += n;
+            values += n * panel;
+        };
+        int left = chunk.end - chunk.begin;
+        for (; left >= 4; left -= 4) add_columns.template operator()<4>();
+        for (; left > 0; --left) add_columns.template operator()<1>();
+        const int64_t at = scaled ? (chunk.group - t.first_group) * panel : 0;
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; ++r) {
+                float* const total = t.total + r * panel + v * width;
+                vf x_total =
+                    scaled ? fma(sum[r][v], load(t.scales + at + v * width), load(total)) : load(total) + sum[r][v];
+                if (scaled && t.corrections)
+                    x_total = fma(splat(t.sums[r * t.sums_stride + c]), load(t.corrections + at + v * width), x_total);
+                store(total, x_total);
+            }
+        }
+    }
+}
+
+template <bool scaled, int rows = tile_rows>
+METATE_FN void multiply_rows(int64_t n, const Tile& tile) {
+    if constexpr (rows > 1) {
+        if (n < rows) return multiply_rows<scaled, rows - 1>(n, tile);
+    }
+    multiply_tile<rows, scaled>(tile);
+}
+
+// All rows of x from `row` on with one panel. Tiles of about the same height: two of 8 are better than 12 and 4.
+template <bool scaled>
+inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, Tile tile) {
+    const int64_t tiles = ceil_div(rows, tile_rows);
+    for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t first = rows * i / tiles, end = rows * (i + 1) / tiles;
+        tile.x = x.line(k, row + first);
+        tile.sums = x.sums ? x.sums_of(k, row + first) : nullptr;
+        Tile part = tile;
+        part.total += first * panel;
+        multiply_rows<scaled>(end - first, part);
+    }
+}
+
+template <class T>
+METATE_FN void store_line(T* to, const float* from, int64_t n) {
+    for (; n >= width; n -= width, to += width, from += width) store(to, load(from));
+    if (n > 0) store(to, load(from, n), n);
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

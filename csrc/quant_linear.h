@@ -1,0 +1,52 @@
+// Products with a low-bit weight W (rows n, columns k), read as it lies in its file.
+//
+// With stored column j of row n in group g = j / group_size:
+//   code  = bits j·bits … (j+1)·bits - 1 of row n of codes, least significant first
+//   value = codebook[code], or code - zero - zeros[n, g]
+//   scale = scales[n, g], times super_scales[n, g / super_groups] where there are such; offset likewise, 0 without
+//   W[n, permutation[j]] = value · scale + offset;  without a permutation, W[n, j]
+//
+// Sums are float32. A row of the result depends on that row of x alone, not on how many rows there are.
+//
+// With int8_activations, x is rounded first: a chunk is a run of stored columns that ends at every 32nd column and at
+// every group's end; with `largest` the largest |x| of the row in it, x becomes round(x · (127 / largest)) · (largest
+// / 127), in float32, ties to even; 0 where largest is 0.
+#pragma once
+
+#include "metate.h"
+
+namespace metate {
+
+struct LowBitMatrix {
+    int64_t rows, columns;
+    int64_t bits;  // 1 to 8
+    int64_t group_size, super_groups;
+    int64_t zero;
+    View<2> codes;                   // (rows, ⌈columns · bits / 8⌉) u8, the bytes of a row side by side
+    View<2> scales, super_scales;    // (rows, groups), floating or i8; (rows, ⌈groups / super_groups⌉) or absent
+    View<2> zeros;                   // (rows, groups) u8, or absent
+    View<2> offsets, super_offsets;  // like the scales, or absent
+    View<1> codebook;                // (2^bits) f32 (f64), or absent
+    View<1> permutation;             // (columns) i32, a permutation, or absent
+};
+
+struct QuantLinear {
+    View<2> x;  // (M, columns)
+    LowBitMatrix w;
+    View<1> bias;  // (rows) f32 or the dtype of x, or absent
+    bool int8_activations;
+    View<2> out;  // (M, rows), dtype of x
+};
+
+struct QuantMatmul {
+    View<2> x;  // (M, rows)
+    LowBitMatrix w;
+    View<2> out;  // x · W: (M, columns), dtype of x
+};
+
+namespace cpu {
+void quant_linear(const QuantLinear&, const Runtime&);
+void quant_matmul(const QuantMatmul&, const Runtime&);
+}  // namespace cpu
+
+}  // namespace metate

@@ -1,0 +1,205 @@
+"""The low-bit products, each with everything that is true of it whatever machine runs it."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.op import Case, Domain, Op
+from metate.ops.quant_linear import reference, rules
+from metate.ops.quant_linear.weight import pack_codes
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WEIGHT = {
+    "codes": "N row_bytes", "scales": "N groups", "super_scales": "N supers", "zeros": "N groups",
+    "offsets": "N groups", "super_offsets": "N supers", "codebook": "levels",
+}  # fmt: skip
+_WEIGHT_DTYPES: dict[str, tuple[str | torch.dtype, ...]] = {
+    "codes": (torch.uint8,), "scales": rules.LOW, "super_scales": FLOATS, "zeros": (torch.uint8,),
+    "offsets": rules.LOW, "super_offsets": FLOATS, "codebook": (torch.float32, torch.float64),
+    "permutation": (torch.int32,),
+}  # fmt: skip
+_LINEAR_AXES = {"x": "M K", **_WEIGHT, "permutation": "K", "bias": "N"}
+_LINEAR_DTYPES = {"x": FLOATS, **_WEIGHT_DTYPES, "bias": ("x", torch.float32)}
+
+# Cases.
+
+
+def _case(M: int, N: int, K: int, bits: int, group: int, form: str, **flags: Any) -> Case:
+    return dict(M=M, N=N, K=K, bits=bits, group=group, form=form, **flags)
+
+
+CASES = [
+    _case(1, 1, 1, 4, 32, "symmetric"),
+    _case(3, 65, 129, 4, 64, "codebook", bias=True),
+    _case(2, 33, 127, 3, 40, "zeros", permuted=True, bias=True),
+    _case(5, 17, 300, 8, 1000, "symmetric", scales="float16"),
+    _case(4, 20, 96, 4, 32, "offsets", scales="float16"),
+    _case(2, 7, 530, 6, 16, "symmetric", super_groups=16),  # Q6_K
+    _case(3, 18, 515, 4, 32, "offsets", super_groups=8),  # Q4_K, a short super block
+    _case(2, 9, 70, 2, 16, "zeros", scales="bfloat16"),
+    _case(1, 35, 65, 5, 7, "codebook", permuted=True),
+    _case(9, 40, 257, 8, 128, "codebook", scales="bfloat16"),  # fp8
+    _case(130, 70, 200, 4, 128, "zeros", bias=True),
+    _case(16, 300, 384, 4, 128, "codebook"),
+    _case(63, 31, 65, 1, 1, "symmetric"),
+    _case(13, 96, 640, 7, 33, "zeros", permuted=True),
+    _case(1, 200, 1024, 4, 1024, "symmetric"),
+    _case(1, 130, 416, 4, 32, "zeros", scales="float16"),
+    _case(0, 5, 6, 4, 32, "symmetric"),
+    _case(3, 0, 6, 4, 32, "codebook"),
+    _case(3, 5, 0, 4, 32, "zeros", bias=True),
+]
+SWEEP = [
+    _case(M, N, K, 4, group, form)
+    for N, K in ((4096, 4096), (14336, 4096), (4096, 14336))
+    for M in (1, 4, 16, 128, 512)
+    for group, form in ((64, "codebook"), (128, "zeros"))
+]
+
+
+def draw(rng: Random) -> Case:
+    """Any legal combination, small."""
+    bits = rng.randint(1, 8)
+    case = _case(
+        rng.choice([0, 1, 2, 3, 4, 7, 8, 9, 13, 40]), rng.choice([0, 1, 7, 16, 31, 33, 64, 100]), rng.randint(0, 400),
+        rng.choice([bits, 4]), rng.choice([1, 3, 8, 16, 32, 64, 100, 128, 500]),
+        rng.choice(["codebook", "symmetric", "zeros", "offsets"]),
+    )  # fmt: skip
+    case["scales"] = rng.choice(["float32", "bfloat16", "float16"])
+    if rng.random() < 0.3:
+        case["super_groups"] = rng.randint(1, 20)
+    for flag in ("permuted", "bias"):
+        if rng.random() < 0.3:
+            case[flag] = True
+    return case
+
+
+def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """Every argument of the operators by name; `x` and `grad` are the rows on either side of W."""
+    M, N, K, bits, group, form = (case[name] for name in ("M", "N", "K", "bits", "group", "form"))
+    double = dtype == torch.float64
+    groups = -(-K // group)
+    supers = -(-groups // case["super_groups"]) if "super_groups" in case else 0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    def whole(least: int, most: int, *shape: int) -> Tensor:
+        return torch.randint(least, most + 1, shape, generator=generator)
+
+    level = torch.float64 if double else getattr(torch, case.get("scales", "float32"))
+    wide = torch.float64 if double else torch.float32
+    named: dict[str, Any] = dict.fromkeys(_LINEAR_AXES)
+    named.update(
+        x=normal(M, K).to(dtype), grad=normal(M, N).to(dtype),
+        codes=pack_codes(whole(0, 2**bits - 1, N, K).to(torch.uint8), bits), scales=_scales(normal(N, groups), level),
+        bits=bits, group_size=group, super_groups=case.get("super_groups", 0), zero=0, in_features=K,
+    )  # fmt: skip
+    if form == "codebook":
+        named["codebook"] = normal(2**bits).sort().values.to(wide)
+    elif form == "symmetric":
+        named["zero"] = 2 ** (bits - 1)
+    elif form == "zeros":
+        named["zeros"] = whole(0, 2**bits, N, groups).to(torch.uint8)
+        named["zero"] = 1 if bits < 4 else 0
+    else:
+        named["offsets"] = (-(2.0**bits) / 2 * _scales(normal(N, groups), torch.float32)).to(level)
+    if supers:
+        for fine, coarse in (("scales", "super_scales"), ("offsets", "super_offsets")):
+            if named[fine] is not None:
+                named[fine] = whole(-63, 63, N, groups).to(torch.int8)
+                named[coarse] = _scales(normal(N, supers), level)
+    if case.get("permuted"):
+        named["permutation"] = torch.randperm(K, generator=generator).to(torch.int32)
+    if case.get("bias"):
+        named["bias"] = normal(N).to(dtype)
+    return named
+
+
+def _scales(noise: Tensor, dtype: torch.dtype) -> Tensor:
+    return (0.01 * (1 + noise.abs())).to(dtype)
+
+
+def _make(op_parameters: tuple[str, ...], **renamed: str) -> Any:
+    """`make` of a Domain whose operator takes these arguments."""
+
+    def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
+        named = _inputs(case, dtype, generator)
+        return tuple(named[renamed.get(name, name)] for name in op_parameters)
+
+    return make
+
+
+def _flops(case: Case) -> float:
+    M, N, K = case["M"], case["N"], case["K"]
+    return float(2 * M * N * K)
+
+
+# Operators.
+
+_LINEAR = tuple(reference.quant_linear.__annotations__)[:-1]
+
+
+def _domain(make: Any, sweep: list[Case]) -> Domain:
+    return Domain(make, CASES, sweep, draw, ("M",), "M")
+
+
+linear_op = Op(
+    "quant_linear",
+    reference.quant_linear,
+    axes=_LINEAR_AXES,
+    dtypes=_LINEAR_DTYPES,
+    outputs={"out": "x"},
+    shapes=lambda x, codes, *_: ((x.shape[0], codes.shape[0]),),
+    domain=_domain(_make(_LINEAR), SWEEP),
+    flops=_flops,
+    autocast=("x",),
+    vmap=rules.fold_vmap,
+    sharding=rules.shard_linear,
+    validate=rules.validate_linear("quant_linear"),
+    contents=("permutation", rules.check_permutation("quant_linear")),
+)
+
+int8_op = Op(
+    "quant_linear_int8",
+    reference.quant_linear_int8,
+    axes=_LINEAR_AXES,
+    dtypes=_LINEAR_DTYPES,
+    outputs={"out": "x"},
+    shapes=lambda x, codes, *_: ((x.shape[0], codes.shape[0]),),
+    domain=_domain(_make(_LINEAR), SWEEP),
+    flops=_flops,
+    autocast=("x",),
+    vmap=rules.fold_vmap,
+    sharding=rules.shard_linear,
+    validate=rules.validate_linear("quant_linear_int8"),
+    refuses={"cpu": lambda x, *_: "float64: up to float32" if x.dtype == torch.float64 else None},
+    contents=("permutation", rules.check_permutation("quant_linear_int8")),
+    gradient='activations are rounded to integers; train without activation="int8"',
+)
+
+matmul_op = Op(
+    "quant_matmul",
+    reference.quant_matmul,
+    axes={"x": "M N", **_WEIGHT, "permutation": "in_features"},
+    dtypes={"x": FLOATS, **_WEIGHT_DTYPES},
+    outputs={"out": "x"},
+    shapes=lambda x, *rest: ((x.shape[0], rest[-1]),),
+    domain=_domain(
+        _make(tuple(reference.quant_matmul.__annotations__)[:-1], x="grad"),
+        [_case(512, 4096, 4096, 4, 64, "codebook"), _case(512, 4096, 4096, 4, 128, "zeros")],
+    ),
+    flops=_flops,
+    autocast=("x",),
+    vmap=rules.fold_vmap,
+    sharding=rules.shard_matmul,
+    validate=rules.validate_matmul,
+    contents=("permutation", rules.check_permutation("quant_matmul")),
+)
+
+linear_op.differentiable(rules.backward_linear(matmul_op), rules.save)
+matmul_op.differentiable(rules.backward_matmul(linear_op), rules.save)

@@ -1,0 +1,101 @@
+"""The semantics of csrc/quant_linear.h in plain torch: schema, truth, error budget and fallback of every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metate.ops.quant_linear.weight import unpack_codes
+
+
+def per_column(value: Tensor, group: int, columns: int) -> Tensor:
+    """(N, groups of `group` columns) → (N, columns)."""
+    return value.repeat_interleave(max(1, min(group, columns)), 1)[:, :columns]
+
+
+def both_levels(fine: Tensor, coarse: Tensor | None, super_groups: int) -> Tensor:
+    """(N, G) scales or offsets, with the super ones multiplied in."""
+    return fine if coarse is None else fine.to(coarse.dtype) * per_column(coarse, super_groups, fine.shape[1])
+
+
+def integers(codes: Tensor, zeros: Tensor | None, group_size: int, zero: int) -> Tensor:
+    """code - zero - zeros[n, g] of unpacked codes: (N, K) int32."""
+    values = codes.int() - zero
+    return values if zeros is None else values - per_column(zeros.int(), group_size, codes.shape[1])
+
+
+def stored_weight(
+    codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None, offsets: Tensor | None,
+    super_offsets: Tensor | None, codebook: Tensor | None, bits: int, group_size: int, super_groups: int, zero: int,
+    columns: int,
+) -> Tensor:  # fmt: skip
+    """W with its columns as they are stored, (N, columns), in the dtype of the scales (of the super scales)."""
+    unpacked = unpack_codes(codes, bits, columns)
+    scale = per_column(both_levels(scales, super_scales, super_groups), group_size, columns)
+    if codebook is not None:
+        weight = codebook[unpacked.int()].to(scale.dtype) * scale
+    else:
+        weight = integers(unpacked, zeros, group_size, zero).to(scale.dtype) * scale
+    if offsets is None:
+        return weight
+    return weight + per_column(both_levels(offsets, super_offsets, super_groups), group_size, columns)
+
+
+def quant_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None,
+    offsets: Tensor | None, super_offsets: Tensor | None, codebook: Tensor | None, permutation: Tensor | None,
+    bias: Tensor | None, bits: int, group_size: int, super_groups: int, zero: int,
+) -> Tensor:  # fmt: skip
+    """x Wᵀ + bias."""
+    weight = stored_weight(
+        codes, scales, super_scales, zeros, offsets, super_offsets, codebook, bits, group_size, super_groups, zero,
+        x.shape[1],
+    )  # fmt: skip
+    out = (x if permutation is None else x[:, permutation.long()]) @ weight.to(x.dtype).T
+    return out if bias is None else out + bias
+
+
+def quant_linear_int8(
+    x: Tensor, codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None,
+    offsets: Tensor | None, super_offsets: Tensor | None, codebook: Tensor | None, permutation: Tensor | None,
+    bias: Tensor | None, bits: int, group_size: int, super_groups: int, zero: int,
+) -> Tensor:  # fmt: skip
+    """x Wᵀ + bias with the activations rounded to 8 bits."""
+    permuted = x if permutation is None else x[:, permutation.long()]
+    rounded = int8_activations(permuted, group_size)
+    return quant_linear(
+        rounded, codes, scales, super_scales, zeros, offsets, super_offsets, codebook, None, bias, bits, group_size,
+        super_groups, zero,
+    )  # fmt: skip
+
+
+def int8_activations(x: Tensor, group_size: int) -> Tensor:
+    """x with every chunk of a row rounded to whole multiples of its largest magnitude / 127.
+
+    Chunks end at every 32nd column and where a group ends. The rounding is done in float32 whatever the dtype, so that
+    every precision computes from the same integers.
+    """
+    columns = torch.arange(x.shape[1], device=x.device)
+    starts = (columns % 32 == 0) | (columns % group_size == 0)
+    chunk = torch.cumsum(starts.int(), 0) - 1
+    single = x.float()
+    number = int(starts.sum())
+    index = chunk.expand(x.shape[0], -1)
+    largest = single.new_zeros(x.shape[0], number).scatter_reduce(1, index, single.abs(), "amax")
+    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
+    whole = torch.round(single * inverse.gather(1, index))
+    return whole.to(x.dtype) * (largest / 127).gather(1, index).to(x.dtype)
+
+
+def quant_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None,
+    offsets: Tensor | None, super_offsets: Tensor | None, codebook: Tensor | None, permutation: Tensor | None,
+    bits: int, group_size: int, super_groups: int, zero: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    """x W: what carries a gradient of `quant_linear` back to its input."""
+    weight = stored_weight(
+        codes, scales, super_scales, zeros, offsets, super_offsets, codebook, bits, group_size, super_groups, zero,
+        in_features,
+    )  # fmt: skip
+    out = x @ weight.to(x.dtype)
+    return out if permutation is None else out[:, torch.argsort(permutation.long())]

@@ -1,0 +1,162 @@
+"""Low-bit linear layers: what the declaration of the operators cannot say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BACKENDS, same_bits
+from torch import Tensor
+
+import metate
+from metate import QuantizedWeight
+from metate.ops.quant_linear.weight import pack_codes
+
+LINEAR = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "quant_linear"]
+everywhere = pytest.mark.parametrize("device,backend", LINEAR, ids=lambda value: value)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight(N: int = 40, K: int = 200, bits: int = 4, group: int = 64, form: str = "codebook") -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
+    shape = (N, -(-K // group))
+    named = {"codebook": random(2**bits).sort().values} if form == "codebook" else {}
+    if form == "zeros":
+        named = {"zeros": torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)}
+    return QuantizedWeight((N, K), bits, group, pack_codes(codes, bits), 0.01 * (1 + random(*shape).abs()), **named)
+
+
+def error(got: Tensor, x: Tensor, w: QuantizedWeight) -> float:
+    truth = x.double() @ metate.dequantize(w, torch.float64).T
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+@everywhere
+@pytest.mark.parametrize("form", ["codebook", "zeros"])
+def test_equals_the_dense_product(device, backend, form):
+    w = weight(form=form)
+    x = random(2, 3, 200)
+    with metate.use(backend):
+        out = metate.quant_linear(x.to(device), w.to(device)).cpu()
+        single = metate.quant_linear(x[0, 0].to(device), w.to(device)).cpu()
+    assert out.shape == (2, 3, 40) and single.shape == (40,)
+    assert error(out.flatten(0, 1), x.flatten(0, 1), w) < 1e-6
+    torch.testing.assert_close(single, out[0, 0])
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "form,bits,group", [("codebook", 4, 64), ("zeros", 4, 128), ("zeros", 3, 20), ("zeros", 8, 32)]
+)
+def test_a_row_does_not_depend_on_their_number(activation, dtype, form, bits, group):
+    """Matrix-vector and matrix-matrix kernels add in one order."""
+    w = weight(N=100, K=391, bits=bits, group=group, form=form)
+    x = random(70, 391).to(dtype)
+    whole = metate.quant_linear(x, w, activation=activation)
+    for rows in (*range(1, 18), 33, 64):
+        assert same_bits(metate.quant_linear(x[:rows], w, activation=activation), whole[:rows]), rows
+
+
+@everywhere
+def test_what_fills_the_last_byte_does_not_count(device, backend):
+    w = weight(N=33, K=65)
+    codes = w.codes.clone()
+    codes[:, -1] |= 0xF0
+    filled = dataclasses.replace(w, codes=codes).to(device)
+    x = random(3, 65).to(device)
+    with metate.use(backend):
+        assert same_bits(metate.quant_linear(x, filled), metate.quant_linear(x, w.to(device)))
+
+
+@everywhere
+def test_nan_stays_in_its_row(device, backend):
+    x = random(3, 200)
+    x[1, 7] = math.nan
+    with metate.use(backend):
+        out = metate.quant_linear(x.to(device), weight().to(device))
+        clean = metate.quant_linear(x.nan_to_num().to(device), weight().to(device))
+    assert out[1].isnan().all() and same_bits(out[::2], clean[::2])
+
+
+def test_int8_activations_err_little_and_take_no_gradient():
+    w = weight(N=64, K=512, group=128, form="zeros")
+    x = random(8, 512)
+    x[:, 5] *= 8
+    assert 1e-3 < error(metate.quant_linear(x, w, activation="int8"), x, w) < 1.2e-2
+    with pytest.raises(NotImplementedError, match=r"metate.quant_linear_int8: no gradient"):
+        metate.quant_linear(x.requires_grad_(), w, activation="int8").sum().backward()
+
+
+@pytest.mark.parametrize("form", ["codebook", "zeros"])
+def test_gradients_reach_x_bias_and_what_else_learns(form):
+    """Like those of a dense linear layer whose weight is computed from learned scales."""
+    w = weight(form=form)
+    x, bias = random(6, 200).requires_grad_(), random(40, seed=2).requires_grad_()
+    scales = w.scales.clone().requires_grad_()
+    metate.quant_linear(x, dataclasses.replace(w, scales=scales), bias).square().sum().backward()
+    x_dense, bias_dense, scales_dense = (t.detach().clone().requires_grad_() for t in (x, bias, scales))
+    ones = dataclasses.replace(w, scales=torch.ones_like(w.scales)).dequantize()
+    dense = ones * scales_dense.repeat_interleave(64, 1)[:, :200]
+    torch.nn.functional.linear(x_dense, dense, bias_dense).square().sum().backward()
+    for a, b in ((x, x_dense), (bias, bias_dense), (scales, scales_dense)):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_no_dense_weight_is_ever_made():
+    """Forward and backward of a layer whose float32 weight takes 256 MiB."""
+    code = """
+import resource, torch, metate
+from metate import QuantizedWeight
+n = 8192
+codes, scales = torch.zeros(n, n // 2, dtype=torch.uint8), torch.ones(n, n // 64)
+w = QuantizedWeight((n, n), 4, 64, codes, scales, zero=8)
+small = QuantizedWeight((64, 64), 4, 64, codes[:64, :32], scales[:64, :1], zero=8)
+metate.quant_linear(torch.ones(1, 64, requires_grad=True), small).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+metate.quant_linear(torch.ones(16, n, requires_grad=True), w).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    if metate.explain(metate.quant_linear, random(1, 200), weight()).backend != "cpu":
+        pytest.skip("no compiled CPU kernels")
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 16 << 10, f"{int(grown) >> 10} MiB"
+
+
+X = torch.zeros(2, 200)
+WRONG = [
+    (TypeError, "x is list, expected a torch.Tensor", dict(x=[1])),
+    (TypeError, "weight is Tensor, expected a metate.QuantizedWeight", dict(weight=X)),
+    (ValueError, r"x is of shape \(2, 199\), expected \(…, 200\)", dict(x=X[:, 1:])),
+    (TypeError, "x is int32, expected float32 or bfloat16", dict(x=X.int())),
+    (ValueError, r"bias is of shape \(3,\).* N = 40", dict(bias=torch.zeros(3))),
+    (TypeError, "bias is float64, expected float32", dict(bias=torch.zeros(40).double())),
+    (ValueError, "activation is 'int4', expected None or 'int8'", dict(activation="int4")),
+    (ValueError, "backend is 'gpu'", dict(backend="gpu")),
+]
+
+
+@pytest.mark.parametrize("kind,message,wrong", WRONG, ids=lambda v: next(iter(v)) if isinstance(v, dict) else None)
+def test_wrong_arguments_are_named(kind, message, wrong):
+    with pytest.raises(kind, match=message):
+        metate.quant_linear(**{**dict(x=X, weight=weight()), **wrong})
+
+
+def test_wrong_permutations_are_named():
+    from metate.ops.quant_linear import arguments, scalars
+    from metate.ops.quant_linear.declaration import linear_op
+
+    *tensors, _ = arguments(weight())
+    order = torch.arange(200, dtype=torch.int32)
+    linear_op(X, *tensors, order, None, *scalars(weight()))
+    order[3] = 4
+    with pytest.raises(ValueError, match=r"metate.quant_linear: permutation is not one, expected every number"):
+        linear_op(X, *tensors, order, None, *scalars(weight()))

@@ -192,7 +192,9 @@ def lower_int8(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     if "weight_format" in tensors:
         layout = take(tensors, "weight_format", torch.uint8)
         if layout.numel() != 1 or int(layout) != 0:
-            raise complain("weight_format", layout.tolist()[:1], "0 (row major); save the model again to convert it")
+            raise complain(
+                "weight_format", layout.flatten().tolist()[:1], "0 (row major); save the model again to convert it"
+            )
     codes = as_bytes(weight) ^ 128
     return QuantizedWeight((rows, columns), 8, max(1, columns), codes, _per_row(scales / 127, columns), zero=128)
 

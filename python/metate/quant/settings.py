@@ -126,7 +126,10 @@ def blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The little-endian bytes of a tensor, the last dimension grown accordingly."""
-    return tensor.contiguous().view(torch.uint8)
+    tensor = tensor.contiguous()
+    if tensor.stride(-1) != 1:  # of one element, and then contiguous with any stride
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return tensor.view(torch.uint8)
 
 
 def _short(got: object) -> object:

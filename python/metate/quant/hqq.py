@@ -44,24 +44,41 @@ def quantize_hqq(
 
 
 def _solve(grid: Grid, values: Tensor, columns: int, iterations: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset (n, G) of (n, G, group_size) values, rounded as they will be stored."""
+    """Scale and offset (n, G) of (n, G, group_size) values, rounded as they will be stored.
+
+    Two starts, since the splitting finds the nearest minimum: the range of the values, and the one with a step at 0.
+    """
     present = (torch.arange(values.shape[1] * values.shape[2], device=values.device) < columns).view(values.shape[1:])
     low = values.masked_fill(~present, torch.inf).amin(-1)
     high = values.masked_fill(~present, -torch.inf).amax(-1)
+    wide, zero = grid.fit(values)
     info = torch.finfo(grid.scale_dtype)
-    scale = ((high - low) / grid.top).clamp(info.smallest_normal * info.eps, info.max).to(grid.scale_dtype).float()
-    scale = torch.where(high > low, scale, 1)
-    offset = low.to(grid.scale_dtype).float()
+    tight = ((high - low) / grid.top).clamp(info.smallest_normal * info.eps, info.max).to(grid.scale_dtype).float()
+    tight = torch.where(high > low, tight, 1)
+    best, best_scale, best_offset = torch.full_like(tight, torch.inf), tight, low
+    for scale, start in ((tight, low), (wide, -zero * wide)):
+        offset, error = _split(grid, values, present, scale, start, iterations)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
+    return best_scale, best_offset
+
+
+def _split(
+    grid: Grid, values: Tensor, present: Tensor, scale: Tensor, offset: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """The best offset met by half-quadratic splitting, and its error."""
+    offset = offset.to(grid.scale_dtype).float()
     best, best_offset, beta = torch.full_like(scale, torch.inf), offset, _BETA
     count = present.sum(-1)
     for _ in range(iterations + 1):
-        codes = ((values - offset[..., None]) / scale[..., None]).round_().clamp_(0, grid.top)
-        rest = values - (codes * scale[..., None] + offset[..., None])
+        steps = grid.codes(values - offset[..., None], scale[..., None], torch.zeros_like(scale)[..., None])
+        centred = values - steps.mul_(scale[..., None])
+        rest = centred - offset[..., None]
         error = (rest.abs().pow(_P) * present).sum(-1)
         better = error < best
         best, best_offset = torch.where(better, error, best), torch.where(better, offset, best_offset)
-        kept = rest.sign() * (rest.abs() - rest.abs().pow(_P - 1) / beta).clamp(min=0)  # outliers, taken out
-        target = values - kept - codes * scale[..., None]
-        offset = ((target * present).sum(-1) / count).to(grid.scale_dtype).float()
+        outliers = rest.sign() * (rest.abs() - rest.abs().pow(_P - 1) / beta).clamp_(min=0)
+        offset = (((centred - outliers) * present).sum(-1) / count).to(grid.scale_dtype).float()
         beta *= _KAPPA
-    return scale, best_offset
+    return best_offset, best

@@ -316,6 +316,14 @@ def test_awq(packing, group_size):
         assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
+def test_awq_of_an_odd_number_of_inputs():
+    g = rng()
+    q, zeros, scales = g.integers(0, 16, (16, 33)), g.integers(0, 16, (16, 1)), half(g, 16, 1)
+    arrays = {"qweight": awq_words(q.T), "qzeros": awq_words(zeros.T), "scales": scales.T.copy()}
+    weight = awq.lower({n: torch.from_numpy(a) for n, a in arrays.items()}, settings(bits=4, group_size=-1))
+    assert same(weight.dequantize(), (q - zeros).astype(np.float32) * scales.astype(np.float32))
+
+
 # bitsandbytes.
 
 GOLDEN = {  # what bitsandbytes 0.50.2 makes of `golden_weight()` on a CPU, blocks of 32, nested

@@ -42,10 +42,21 @@ def _lower_gemm(tensors: Mapping[str, Tensor], settings: Settings, qweight: Tens
     qzeros = take(tensors, "qzeros", torch.int32, shape=(groups, rows // 8))
     codes = torch.empty(rows, -(-columns // 2), dtype=torch.uint8)
     for part in blocks(rows, columns, 8):
-        codes[part] = pack_codes(_ordered(qweight[:, part.start // 8 : part.stop // 8]).t(), 4)
+        codes[part] = _packed_rows(qweight[:, part.start // 8 : part.stop // 8])
     return QuantizedWeight(
         (rows, columns), 4, group_size, codes, scales.t().contiguous(), zeros=_ordered(qzeros).t().contiguous()
     )
+
+
+def _packed_rows(words: Tensor) -> Tensor:
+    """(K, M) words of gemm -> (8 M, ⌈K / 2⌉): two inputs a byte, row by row."""
+    words = torch.nn.functional.pad(words, (0, 0, 0, words.shape[0] % 2))
+    low, high = words[0::2], words[1::2]
+    packed = torch.empty(words.shape[1], 8, low.shape[0], dtype=torch.uint8)
+    for column in range(8):
+        shift = 4 * _ORDER.index(column)
+        packed[:, column] = (low >> shift & 15 | (high >> shift & 15) << 4).to(torch.uint8).t()
+    return packed.flatten(0, 1)
 
 
 def _ordered(words: Tensor) -> Tensor:

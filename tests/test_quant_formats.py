@@ -495,6 +495,23 @@ def test_gguf_file(tmp_path):
         read["unknown"]
 
 
+def test_gguf_in_several_files(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    names = [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for i, name in enumerate(names):
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        writer.add_uint16("split.no", i)
+        writer.add_tensor(f"t{i}", np.full(4, i, np.float32))
+        _finish(writer)
+    for path in (tmp_path, tmp_path / names[0], tmp_path / names[2]):
+        read = metate.load_quantized(path)
+        assert [float(read[f"t{i}"][0]) for i in range(3)] == [0, 1, 2] and read.metadata["split.no"] == 0
+    (tmp_path / names[1]).unlink()
+    for path in (tmp_path, tmp_path / names[0]):
+        with pytest.raises(metate.FormatError, match="00002-of-00003"):
+            metate.load_quantized(path)
+
+
 # Checkpoints.
 
 

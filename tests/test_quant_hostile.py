@@ -325,6 +325,14 @@ def test_gguf_attacks_are_refused_at_once(attack, tmp_path):
     assert time.perf_counter() - start < 0.05
 
 
+def test_endless_vocabularies_are_refused(tmp_path):
+    file = tmp_path / "x.gguf"
+    file.write_bytes(gguf_bytes([], string(b"k") + ARRAY + struct.pack("<IQ", 8, 5 * 10**6), 1))
+    os.truncate(file, 10**8)
+    with pytest.raises(metate.FormatError, match="5000000 strings"):
+        metate.load_quantized(file)
+
+
 def test_sound_gguf_stays_sound(tmp_path):
     (tmp_path / "x.gguf").write_bytes(one_tensor())
     assert metate.load_quantized(tmp_path)["w"].shape == (1, 32)

@@ -24,7 +24,8 @@ def lower(tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedWeight:
     for name in ("bits", "w_bit"):
         if name in settings.values:
             settings.integer(name, None, 4, 4)
-    version = settings.text("version", "gemm", *_PACKINGS)
+    labels = [settings.text(name, None, *_PACKINGS) for name in ("version", "checkpoint_format", "format")]
+    version = next(filter(None, labels), "gemm")
     qweight = take(tensors, "qweight", torch.int32, torch.int16, shape=(None, None))
     if qweight.dtype == torch.int16:
         return _lower_fast(tensors, settings, qweight)

@@ -25,6 +25,7 @@ from metate.quant.settings import Settings, complain, parse_json
 METHODS = ("gptq", "awq", "bitsandbytes", "fp8", "fbgemm_fp8", "metate")
 _INDEX = "model.safetensors.index.json"
 _INDEX_BYTES = 32 << 20
+_SPLITS = 1000
 _PACKED = ("qweight", "qzeros", "scaled_zeros", "scales", "g_idx")
 _MARKS = {  # the tensor that makes a module of its neighbours -> how to lower it; None: as the configuration says
     "qweight": None, "SCB": "bitsandbytes", "weight_scale_inv": "fp8", "weight_scale": "fp8", canonical.MARK: "metate",
@@ -165,7 +166,7 @@ def load_quantized(path: str | Path, *, checkpoint_format: str | None = None) ->
 
     Args:
         path: a folder with safetensors (and an index, if there are several) and config.json; one .safetensors file,
-            with its configuration beside it; or a .gguf file.
+            with its configuration beside it; or a .gguf file, of a split model any.
         checkpoint_format: how GPTQ zero points are stored, "gptq" (minus one) or "gptq_v2"; None reads it from the
             label and the data, and refuses what is ambiguous.
 
@@ -183,7 +184,7 @@ def load_quantized(path: str | Path, *, checkpoint_format: str | None = None) ->
         raise FileNotFoundError(f"metate.load_quantized: path is {path}, expected a file or folder that exists")
     files = _files(path)
     if files[0].suffix == ".gguf" or _begins_with(files[0], MAGIC):
-        return GGUFFile(files[0])
+        return GGUFFile(*files)
     folder = path if path.is_dir() else path.parent
     return QuantizedCheckpoint(_Safetensors(files), _configuration(folder), checkpoint_format)
 
@@ -196,7 +197,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 def _files(path: Path) -> list[Path]:
     """The files of a checkpoint, safetensors or one GGUF."""
     if path.is_file():
-        return [path]
+        return _split(path)
     if (path / _INDEX).is_file():
         index = Settings(_INDEX, parse_json(_read(path / _INDEX, _INDEX_BYTES), _INDEX, _INDEX_BYTES))
         names = set(map(str, index.section("weight_map").values.values()))
@@ -210,11 +211,26 @@ def _files(path: Path) -> list[Path]:
     found = sorted(path.glob("*.safetensors"))
     if len(found) > 1 and (path / "model.safetensors") in found:
         return [path / "model.safetensors"]
+    if not found and (first := sorted(path.glob("*.gguf"))) and len(_split(first[0])) == len(first):
+        return _split(first[0])
     found = found or sorted(path.glob("*.gguf"))
     if len(found) != 1:
         names_found = ", ".join(file.name for file in found) or "no .safetensors and no .gguf"
         raise complain("path", f"a folder with {names_found}", f"one of them, or {_INDEX}")
     return found
+
+
+def _split(path: Path) -> list[Path]:
+    """All files of a GGUF model that is split into "…-00001-of-00003.gguf"; else the file alone."""
+    parts = re.fullmatch(r"(.*-)\d{5}-of-(\d{5})\.gguf", path.name)
+    if parts is None:
+        return [path]
+    count = max(1, min(int(parts[2]), _SPLITS))
+    files = [path.with_name(f"{parts[1]}{place:05}-of-{parts[2]}.gguf") for place in range(1, count + 1)]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise complain("path", f"one of {parts[2]} files", f"{missing.name} beside it; the model is incomplete")
+    return files
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -31,13 +31,15 @@ _STRING, _ARRAY = 8, 9
 _NAME = 65535  # bytes of a key or a name
 _DIMENSIONS = 4
 _MOST = 65536  # tensors or keys
+_STRINGS = 1 << 22  # of all arrays: a second's work
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 32  # bytes of the smallest metadata entry and tensor description
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies: dims as the file has them, fastest first; start in bytes of the file."""
+    """Where a tensor lies: dims as the file has them, fastest first; start in bytes of its file."""
 
+    data: mmap.mmap
     kind: int
     dims: tuple[int, ...]
     start: int
@@ -49,6 +51,7 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data, self.at, self.end = data, 0, len(data)
+        self.strings = 0
 
     def skip(self, size: int, what: str) -> int:
         """Moves on and returns where it was."""
@@ -81,8 +84,10 @@ class _Reader:
             if item in _SCALARS:
                 self.skip(count * struct.calcsize("<" + _SCALARS[item]), what)
             elif item == _STRING:
-                if count > (self.end - self.at) // 8:
-                    raise complain(what, f"{count} strings", f"at most {(self.end - self.at) // 8} in what is left")
+                most = min((self.end - self.at) // 8, _STRINGS - self.strings)
+                if count > most:
+                    raise complain(what, f"{count} strings", f"at most {most} in what is left")
+                self.strings += count
                 self.pass_strings(count, what)
             else:
                 raise complain(what, f"an array of type {item}", "one of numbers or strings")
@@ -133,46 +138,51 @@ class Metadata(Mapping[str, Any]):
         return len(self._places)
 
 
+def _mapped(path: str | Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        if file.seek(0, 2) == 0:
+            raise complain(str(path), "empty", "a GGUF file")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # views of it may be written to
+
+
 class GGUFFile(Mapping[str, "QuantizedWeight | Tensor"]):
     """Tensor name -> QuantizedWeight or dense tensor (dimensions slowest first), made as it is asked for.
 
-    Weights of more than two dimensions (experts) are one weight of all their rows.
+    Weights of more than two dimensions (experts) are one weight of all their rows. Of a model split into several files
+    the metadata are those of the first.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        with open(path, "rb") as file:
-            if file.seek(0, 2) == 0:
-                raise complain(str(path), "empty", "a GGUF file")
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # views of it may be written to
-        self.metadata = Metadata(self._data)
+    def __init__(self, *paths: str | Path) -> None:
         self._entries: dict[str, _Entry] = {}
-        self._read_header(_Reader(self._data))
+        found = [self._read_header(_mapped(path)) for path in paths]
+        self.metadata = found[0]
 
-    def _read_header(self, reader: _Reader) -> None:
+    def _read_header(self, data: mmap.mmap) -> Metadata:
+        reader, metadata = _Reader(data), Metadata(data)
         magic = reader.skip(4, "magic")
-        if self._data[magic : magic + 4] != MAGIC:
-            raise complain("magic", self._data[:4], "GGUF")
+        if data[magic : magic + 4] != MAGIC:
+            raise complain("magic", data[:4], "GGUF")
         version = reader.number("I", "version")
         if version not in (2, 3):
             raise complain("version", version, "2 or 3, little-endian")
         tensors, entries = reader.number("Q", "tensor count"), reader.number("Q", "metadata count")
         room = reader.end - reader.at
         if entries * _LEAST_ENTRY + tensors * _LEAST_TENSOR > room or max(entries, tensors) > _MOST:
-            raise complain(
-                "counts", f"{tensors} tensors and {entries} keys", f"as many as {room} bytes hold, at most {_MOST}"
-            )
+            expected = f"as many as {room} bytes hold, at most {_MOST}"
+            raise complain("counts", f"{tensors} tensors and {entries} keys", expected)
         for _ in range(entries):
             key = reader.text("key", _NAME)
             kind = reader.number("I", f"key {key!r}")
-            self.metadata.add(key, kind, reader.at)
+            metadata.add(key, kind, reader.at)
             reader.pass_value(kind, f"key {key!r}")
         described = [self._describe(reader) for _ in range(tensors)]
-        alignment = self.metadata.get("general.alignment", 32)
+        alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
             raise complain("general.alignment", alignment, "a power of two up to 2**20")
         start = -(-reader.at // alignment) * alignment
         for name, kind, dims, offset in described:
-            self._place(name, kind, dims, offset, start, alignment)
+            self._place(data, name, kind, dims, offset, start, alignment)
+        return metadata
 
     def _describe(self, reader: _Reader) -> tuple[str, int, tuple[int, ...], int]:
         name = reader.text("tensor name", _NAME)
@@ -184,7 +194,9 @@ class GGUFFile(Mapping[str, "QuantizedWeight | Tensor"]):
             raise complain(f"{name!r} dimensions", dims, "from 1, and fewer than 2**48 elements")
         return name, reader.number("I", f"{name!r} type"), dims, reader.number("Q", f"{name!r} offset")
 
-    def _place(self, name: str, kind: int, dims: tuple[int, ...], offset: int, start: int, alignment: int) -> None:
+    def _place(
+        self, data: mmap.mmap, name: str, kind: int, dims: tuple[int, ...], offset: int, start: int, alignment: int
+    ) -> None:
         if kind in TYPES:
             elements, size = TYPES[kind].elements, TYPES[kind].size
         elif kind in _DENSE:
@@ -194,23 +206,23 @@ class GGUFFile(Mapping[str, "QuantizedWeight | Tensor"]):
         if dims[0] % elements:
             raise complain(f"{name!r} dimensions", dims, f"rows in multiples of {elements}")
         total = math.prod(dims) // elements * size
-        if offset % alignment or start + offset + total > len(self._data):
+        if offset % alignment or start + offset + total > len(data):
             raise complain(f"{name!r} offset", offset, f"a multiple of {alignment} with {total} bytes behind it")
         if name in self._entries:
             raise complain(f"tensor {name!r}", "given twice", "once")
-        self._entries[name] = _Entry(kind, dims, start + offset, total)
+        self._entries[name] = _Entry(data, kind, dims, start + offset, total)
 
     def __getitem__(self, name: str) -> QuantizedWeight | Tensor:
         entry = self._entries[name]
         if entry.kind in _DENSE:
             dtype = _DENSE[entry.kind][1]
-            flat = torch.frombuffer(self._data, dtype=dtype, count=entry.size // dtype.itemsize, offset=entry.start)
+            flat = torch.frombuffer(entry.data, dtype=dtype, count=entry.size // dtype.itemsize, offset=entry.start)
             return flat.view(entry.dims[::-1])
         if entry.kind not in TYPES:
             known = ", ".join(sorted(t.name for t in TYPES.values()))
             raise complain(f"{name!r} type", entry.kind, f"F32, F16, BF16, F64, an integer type, {known}")
         kind = TYPES[entry.kind]
-        raw = torch.frombuffer(self._data, dtype=torch.uint8, count=entry.size, offset=entry.start)
+        raw = torch.frombuffer(entry.data, dtype=torch.uint8, count=entry.size, offset=entry.start)
         columns = entry.dims[0]
         return lower(kind, raw.view(-1, columns // kind.elements, kind.size))
 

@@ -167,6 +167,20 @@ def _mxfp4(raw: Tensor) -> Fields:
     return {"codes": _rows(_halves(raw[:, :, 1:])), "scales": pattern.view(torch.bfloat16)}
 
 
+def _nvfp4(raw: Tensor) -> Fields:
+    """Four runs of 16 columns, each with an unsigned e4m3 scale: half of it, for the doubled codebook."""
+    byte = torch.arange(256)
+    exponent, mantissa = byte >> 3 & 15, (byte & 7) / 8
+    value = torch.where(exponent == 0, mantissa * 2**-7, (1 + mantissa) * 2.0 ** (exponent - 8))
+    value[[0, 127]] = 0
+    codes = _fields(raw[:, :, 4:].unflatten(2, (4, 8)), 0, 4, mask=15)
+    return {"codes": _rows(codes), "scales": value.bfloat16()[_rows(raw[:, :, :4]).int()]}
+
+
+def _tq2_0(raw: Tensor) -> Fields:
+    return {"codes": _rows(_fields(raw[:, :, :64].unflatten(2, (2, 32)), 0, 2, 4, 6, mask=3)), "scales": _half(raw, 64)}
+
+
 def _two_level(groups: int) -> dict[str, Any]:
     return {"super_groups": groups}
 
@@ -184,5 +198,7 @@ TYPES = {
     14: BlockType("Q6_K", 256, 210, 6, 16, _q6_k, {"zero": 32, **_two_level(16)}),
     20: BlockType("IQ4_NL", 32, 18, 4, 32, _q4_0, table=_IQ4),
     23: BlockType("IQ4_XS", 256, 136, 4, 32, _iq4_xs, _two_level(8), table=_IQ4),
+    35: BlockType("TQ2_0", 256, 66, 2, 256, _tq2_0, {"zero": 1}),
     39: BlockType("MXFP4", 32, 17, 4, 32, _mxfp4, table=_E2M1),
+    40: BlockType("NVFP4", 64, 36, 4, 16, _nvfp4, table=_E2M1),
 }

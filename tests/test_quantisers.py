@@ -258,6 +258,7 @@ def test_weights_of_other_dtypes_and_strides(layer, dtype):
         (lambda w, c: quantize_rtn(w[:0]), "neither of them 0"),
         (lambda w, c: quantize_nf4(w, 48), "quantize_nf4: block_size is 48"),
         (lambda w, c: quantize_nf4(w.double()), "weight is torch.float64"),
+        (lambda w, c: quantize_nf4(w[:, :0]), "neither of them 0"),
         (lambda w, c: quantize_int8(w[0]), "quantize_int8: weight is shape"),
         (lambda w, c: quantize_fp8(w, (0, 1)), r"block is \(0, 1\)"),
         (lambda w, c: quantize_hqq(w, 4, -2), "group_size is -2"),

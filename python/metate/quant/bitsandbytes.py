@@ -188,6 +188,8 @@ def lower_int8(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """LLM.int8() weights: one scale a row."""
     weight = take(tensors, "weight", torch.int8, shape=(None, None))
     rows, columns = weight.shape
+    if weight.numel() == 0:
+        raise complain("weight", f"shape {tuple(weight.shape)}", "at least one row and column")
     scales = take(tensors, "SCB", torch.float32, shape=(rows,))
     if "weight_format" in tensors:
         layout = take(tensors, "weight_format", torch.uint8)
@@ -196,18 +198,14 @@ def lower_int8(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
                 "weight_format", layout.flatten().tolist()[:1], "0 (row major); save the model again to convert it"
             )
     codes = as_bytes(weight) ^ 128
-    return QuantizedWeight((rows, columns), 8, max(1, columns), codes, _per_row(scales / 127, columns), zero=128)
-
-
-def _per_row(scales: Tensor, columns: int) -> Tensor:
-    return scales[:, None] if columns else scales[:, None][:, :0]
+    return QuantizedWeight((rows, columns), 8, columns, codes, (scales / 127)[:, None], zero=128)
 
 
 def _absmax(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """The largest magnitude of every block, and the blocks divided by theirs (as one multiplication where full)."""
     full = flat.numel() // block_size * block_size
     head = flat[:full].view(-1, block_size)
-    absmax = head.abs().amax(1) if full else flat.new_empty(0)
+    absmax = head.abs().amax(1)
     scaled = (head * (1.0 / absmax.clamp(min=_TINY))[:, None]).clamp_(-1, 1).flatten()
     if full < flat.numel():
         last = flat[full:].abs().max().clamp(min=_TINY)
@@ -255,7 +253,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int = 64, nested:
         packed[part.start // 2 : -(-part.stop // 2)] = pairs[:, 0] << 4 | pairs[:, 1]
     rows, columns = weight.shape
     state = State4bit(packed, absmax, quant_type, block_size, (rows, columns), weight.dtype)
-    if not nested or not flat.numel():
+    if not nested:
         return state
     offset = absmax.mean()
     table = dynamic_map().to(weight.device)
@@ -276,7 +274,7 @@ def quantize_fp4(weight: Tensor, block_size: int = 64, nested: bool = False) -> 
 def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
     """The tensors "weight" (N, K) int8 and "SCB" (N) float32 of LLM.int8(), for `lower_int8`."""
     _check_weight("quantize_int8", weight)
-    absmax = weight.abs().amax(1).float() if weight.shape[1] else weight.new_zeros(weight.shape[0]).float()
+    absmax = weight.abs().amax(1).float()
     factor = 127.0 / absmax.clamp(min=_TINY)[:, None]
     return {"weight": torch.round(weight * factor).to(torch.int8), "SCB": absmax}
 
@@ -305,5 +303,5 @@ def _check_weight(op: str, weight: Tensor) -> None:
     if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS.values():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise fail(op, "weight", got, "a float32, bfloat16 or float16 tensor", error=TypeError)
-    if weight.dim() != 2:
-        raise fail(op, "weight", f"shape {tuple(weight.shape)}", "(out_features, in_features)")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise fail(op, "weight", f"shape {tuple(weight.shape)}", "(out_features, in_features), neither of them 0")

@@ -7,7 +7,7 @@ work is matrix products.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,15 +60,15 @@ def quantize_gptq(
     if order is not None:
         values, hessian = values[:, order], hessian[order][:, order]
         group = group[order] if static_groups else group
-    factor = _inverse_factor(hessian, damp)
-    codes = _round_columns(values.t().contiguous(), factor, ranges, group.tolist())
+    codes, scales, zeros = _solve(values.t(), hessian, _inverse_factor(hessian, damp), ranges, group.tolist())
     if order is not None and static_groups:
         codes, order = codes[order.argsort()], None
-    packed = pack_codes(codes.t().contiguous(), bits)
-    scales = torch.stack(ranges.scales, 1).to(scale_dtype)
-    zeros = None if symmetric else torch.stack(ranges.zeros, 1).to(torch.uint8)
     rows, columns = weight.shape
-    return affine((rows, columns), bits, group_size, packed, scales, zeros, None if order is None else order.int())
+    packed = pack_codes(codes.t().contiguous(), bits)
+    return affine(
+        (rows, columns), bits, group_size, packed, scales.t().to(scale_dtype).contiguous(),
+        None if symmetric else zeros.t().to(torch.uint8).contiguous(), None if order is None else order.int(),
+    )  # fmt: skip
 
 
 @dataclass
@@ -78,10 +78,8 @@ class _Ranges:
     grid: Grid
     mse: bool
     group_size: int
-
-    def __post_init__(self) -> None:
-        self.scales: list[Tensor] = []
-        self.zeros: list[Tensor] = []
+    scales: list[Tensor] = field(default_factory=list)
+    zeros: list[Tensor] = field(default_factory=list)
 
     def fix(self, values: Tensor) -> None:
         """All groups of (N, K) weights."""
@@ -93,6 +91,33 @@ class _Ranges:
         scale, zero = self.grid.search(groups) if self.mse else self.grid.fit(groups)
         self.scales.append(scale)
         self.zeros.append(zero)
+
+
+def _solve(
+    values: Tensor, hessian: Tensor, factor: Tensor, ranges: _Ranges, group: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (K, N), scales and zero points (G, N) of (K, N) weights.
+
+    The range of a group can be that of its weights as the block began, or with the errors of its neighbours already
+    spread over them, which may widen it. Neither is always better, so each row keeps the one of the lesser error.
+    """
+    early, late = replace(ranges, scales=[*ranges.scales], zeros=[*ranges.zeros]), ranges
+    found = _round_columns(values.clone(memory_format=torch.contiguous_format), factor, late, group, early=False)
+    scales, zeros = torch.stack(late.scales), torch.stack(late.zeros)
+    if early.scales or ranges.group_size > _BLOCK // 2:  # fixed, or no group begins within a block
+        return found, scales, zeros
+    other = _round_columns(values.clone(memory_format=torch.contiguous_format), factor, early, group, early=True)
+    others = torch.stack(early.scales), torch.stack(early.zeros)
+    taken = torch.tensor(group, device=values.device)
+
+    def error(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        delta = (codes - zeros[taken]) * scales[taken] - values
+        return ((hessian @ delta) * delta).sum(0)
+
+    better = error(other, *others) < error(found, scales, zeros)
+    chosen = ((other, found), (others[0], scales), (others[1], zeros))
+    codes, scales, zeros = (torch.where(better, new, old) for new, old in chosen)
+    return codes, scales, zeros
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
@@ -124,15 +149,22 @@ def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
         yield from ((at, min(at + step, columns)) for at in range(0, columns, step))
 
 
-def _round_columns(values: Tensor, factor: Tensor, ranges: _Ranges, group: list[int]) -> Tensor:
+def _round_columns(values: Tensor, factor: Tensor, ranges: _Ranges, group: list[int], early: bool) -> Tensor:
     """(K, N) weights, columns of the matrix as rows, to codes (K, N) uint8. Changes `values`."""
     columns = values.shape[0]
     codes = torch.empty_like(values, dtype=torch.uint8)
     for start, end in _blocks(columns, ranges.group_size):
         errors = torch.empty_like(values[start:end])
+        begun = values[start:end].clone() if early else values[start:end]
         for column in range(start, end):
             if group[column] == len(ranges.scales):
-                ranges.add(values[column : column + ranges.group_size].t())
+                first = column - start
+                ahead = (
+                    values[column : column + ranges.group_size]
+                    if first == 0
+                    else begun[first : first + ranges.group_size]
+                )
+                ranges.add(ahead.t())
             scale, zero = ranges.scales[group[column]], ranges.zeros[group[column]]
             code = ranges.grid.codes(values[column], scale, zero)
             codes[column] = code.to(torch.uint8)

@@ -45,12 +45,23 @@ inline Values values_of(const LowBitMatrix& w) {
 inline void transpose_words(int32_t* words, const LowBitMatrix& w, int64_t row, int64_t k) {
     const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), begin = k * block / 8 * w.bits;
     const int64_t rows = smaller(w.rows - row, width), bytes = smaller(row_bytes - begin, block / 8 * w.bits);
-    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + begin;
+    const int64_t stride = w.codes.stride[0];
+    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * stride + begin;
+    // What comes two blocks later, in these rows or the next ones.
+    const int64_t later = 2 * block / 8 * w.bits;
+    const uint8_t* const next = codes + (begin + later < row_bytes ? later : later + width * stride - row_bytes);
     for (int64_t at = 0; at < bytes; at += 4 * width, words += width * width) {
+        const uint8_t* const from = codes + at;
         vf square[width];
+        if (rows == width && bytes - at >= 4 * width) {
 #pragma GCC unroll 16
-        for (int i = 0; i < width; ++i) {
-            square[i] = i < rows ? as_float(load_bytes(codes + i * w.codes.stride[0] + at, bytes - at)) : splat(0.0f);
+            for (int i = 0; i < width; ++i) {
+                square[i] = load(reinterpret_cast<const float*>(from + i * stride));
+                __builtin_prefetch(next + i * stride + at);
+            }
+        } else {
+            for (int i = 0; i < width; ++i)
+                square[i] = i < rows ? as_float(load_bytes(from + i * stride, bytes - at)) : splat(0.0f);
         }
         transpose(square);
 #pragma GCC unroll 16
@@ -66,6 +77,10 @@ METATE_FN vf value_at(const int32_t* words, int j, const Values& v, const Table1
     constexpr int mask = (1 << bits) - 1;
     const vi word = load(words + at * width);
     const bool split = shift + bits > 32;
+    if (kind == Values::whole && shift > 0 && shift + bits < 32) {  // exact, and a shift less
+        const float unit = 1.0f / static_cast<float>(1u << shift);
+        return fma(to_float(bit_and(word, splat(mask << shift))), splat(unit), splat(-v.center));
+    }
     const vi low = shift ? shift_right(word, shift) : word;
     const vi code = split ? bit_or(low, shift_left(load(words + (at + 1) * width), 32 - shift)) : low;
     if constexpr (kind == Values::table) {
@@ -151,24 +166,19 @@ METATE_FN float any_at(const View<2>& view, int64_t row, int64_t column) {
     }
 }
 
-// Scales or offsets of n <= width groups of a row, both levels multiplied; zeros after them.
-inline vf level_line(const View<2>& fine, const View<2>& coarse, int64_t super_groups, int64_t row, int64_t group,
-                     int64_t n) {
+template <class T>
+METATE_FN void load_lines(vf (&lines)[width], const View<2>& view, int64_t row, int64_t rows, int64_t group,
+                          int64_t n) {
     if (n > width) n = width;
-    switch (fine.dtype) {
-        case DType::bf16:
-            return load_line<bf16>(fine, row, group, n);
-        case DType::f16:
-            return load_line<f16>(fine, row, group, n);
-        case DType::f32:
-            return load_line<float>(fine, row, group, n);
-        default:
-            break;
-    }
+    for (int i = 0; i < rows; ++i) lines[i] = load_line<T>(view, row + i, group, n);
+}
+
+METATE_FN vf two_level_line(const View<2>& fine, const View<2>& coarse, int64_t super_groups, int64_t row,
+                            int64_t group, int64_t n) {
     float line[width] = {};
     int64_t super = group / super_groups, left = (super + 1) * super_groups - group;
     float factor = any_at(coarse, row, super);
-    for (int64_t i = 0; i < n; ++i, --left) {
+    for (int64_t i = 0; i < n && i < width; ++i, --left) {
         if (left == 0) {
             factor = any_at(coarse, row, ++super);
             left = super_groups;
@@ -176,6 +186,21 @@ inline vf level_line(const View<2>& fine, const View<2>& coarse, int64_t super_g
         line[i] = number_at<int8_t>(fine, row, group + i) * factor;
     }
     return load(line);
+}
+
+// Scales or offsets of `width` groups of some rows, both levels multiplied; zeros after the first n.
+inline void load_levels(vf (&lines)[width], const View<2>& fine, const View<2>& coarse, int64_t super_groups,
+                        int64_t row, int64_t rows, int64_t group, int64_t n) {
+    switch (fine.dtype) {
+        case DType::bf16:
+            return load_lines<bf16>(lines, fine, row, rows, group, n);
+        case DType::f16:
+            return load_lines<f16>(lines, fine, row, rows, group, n);
+        case DType::f32:
+            return load_lines<float>(lines, fine, row, rows, group, n);
+        default:
+            for (int i = 0; i < rows; ++i) lines[i] = two_level_line(fine, coarse, super_groups, row + i, group, n);
+    }
 }
 
 METATE_FN bool has_corrections(const LowBitMatrix& w) {
@@ -187,31 +212,23 @@ METATE_FN bool has_corrections(const LowBitMatrix& w) {
 inline void load_scales(float* scales, float* corrections, int64_t stride, const LowBitMatrix& w, float center,
                         int64_t row, int64_t group, int64_t n) {
     const int64_t rows = smaller(w.rows - row, width);
+    const float shift = w.codebook ? 0 : center - static_cast<float>(w.zero);
     for (int64_t g = 0; g < n; g += width) {
-        vf scale[width], correction[width];
-        for (int i = 0; i < width; ++i) {
-            scale[i] = correction[i] = splat(0.0f);
-            if (i >= rows) continue;
-            scale[i] = level_line(w.scales, w.super_scales, w.super_groups, row + i, group + g, n - g);
-            if (!corrections) continue;
-            vf zeros = splat(center - static_cast<float>(w.zero));
-            if (w.codebook) zeros = splat(0.0f);
-            if (w.zeros) {
-                float line[width] = {};
-                for (int64_t j = 0; j < smaller(n - g, width); ++j)
-                    line[j] = number_at<uint8_t>(w.zeros, row + i, group + g + j);
-                zeros = zeros - load(line);
-            }
-            correction[i] = zeros * scale[i];
-            if (w.offsets)
-                correction[i] = fma(zeros, scale[i],
-                                    level_line(w.offsets, w.super_offsets, w.super_groups, row + i, group + g, n - g));
+        vf scale[width], offset[width];
+        for (int i = 0; i < width; ++i) scale[i] = offset[i] = splat(0.0f);
+        load_levels(scale, w.scales, w.super_scales, w.super_groups, row, rows, group + g, n - g);
+        if (w.offsets) load_levels(offset, w.offsets, w.super_offsets, w.super_groups, row, rows, group + g, n - g);
+        for (int i = 0; i < rows && corrections; ++i) {
+            float zeros[width] = {};
+            for (int64_t j = 0; j < smaller(n - g, width) && w.zeros; ++j)
+                zeros[j] = number_at<uint8_t>(w.zeros, row + i, group + g + j);
+            offset[i] = fma(splat(shift) - load(zeros), scale[i], offset[i]);
         }
         transpose(scale);
-        if (corrections) transpose(correction);
+        if (corrections) transpose(offset);
         for (int j = 0; j < smaller(n - g, width); ++j) {
             store(scales + (g + j) * stride, scale[j]);
-            if (corrections) store(corrections + (g + j) * stride, correction[j]);
+            if (corrections) store(corrections + (g + j) * stride, offset[j]);
         }
     }
 }

@@ -1,6 +1,6 @@
 // x Wᵀ + bias with W decoded panel by panel into the first-level cache.
 #include "exact.h"
-#include "product.h"
+#include "fused.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -14,7 +14,7 @@ struct Cut {
 };
 
 Cut cut_of(int64_t rows, int64_t n) {
-    const int64_t all = ceil_div(n, panel), most = rows >= 64 ? 8 : 2, spread = ceil_div(all, 32);
+    const int64_t all = ceil_div(n, panel), most = rows >= 64 ? 8 : 4, spread = ceil_div(all, 32);
     const int64_t panels = smaller(most, spread > 1 ? spread : 1);
     return {panels, ceil_div(all, panels)};
 }
@@ -27,16 +27,28 @@ struct Workspace {
     int64_t* first_group;         // of each panel's window, -1: nothing loaded
 };
 
+// The chunks of one block, and the groups that its scales come from.
+struct BlockPlan {
+    Chunk* chunks;
+    int count;
+    int64_t first_group, last_group;
+};
+
 struct Problem {
     const QuantLinear& call;
     Values values;
     PackedRows x;
     Cut cut;
+    BlockPlan* plans;
     int64_t blocks, window;
     bool sums_scaled;
 
     explicit Problem(const QuantLinear& c)
-        : call(c), values(values_of(c.w)), cut(cut_of(c.x.size[0], c.w.rows)), blocks(ceil_div(c.w.columns, block)) {
+        : call(c),
+          values(values_of(c.w)),
+          cut(cut_of(c.x.size[0], c.w.rows)),
+          plans(nullptr),
+          blocks(ceil_div(c.w.columns, block)) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         window = ceil_div(groups_of_block, width) * width;
         sums_scaled = c.w.group_size >= small_group;
@@ -54,10 +66,19 @@ struct Problem {
     }
 };
 
+void plan_blocks(const Problem& p, Chunk* chunks) {
+    const LowBitMatrix& w = p.call.w;
+    for (int64_t k = 0; k < p.blocks; ++k, chunks += p.x.most_chunks) {
+        const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k);
+        const int64_t last = smaller((k + 1) * block, w.columns) - 1;
+        p.plans[k] = {chunks, count, k * block / w.group_size, last / w.group_size};
+    }
+}
+
 // The scales of a panel for block k.
 void load_window(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {
     const LowBitMatrix& w = p.call.w;
-    const int64_t first = k * block / w.group_size, last = (smaller((k + 1) * block, w.columns) - 1) / w.group_size;
+    const int64_t first = p.plans[k].first_group, last = p.plans[k].last_group;
     int64_t& loaded = at.first_group[panel_number];
     if (loaded >= 0 && first >= loaded && last < loaded + p.window) return;
     loaded = first;
@@ -77,7 +98,7 @@ void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, i
         transpose_words(at.words, w, row + v * width, k);
         decode(values, panel, at.words, columns, w.bits, p.values);
         if (p.sums_scaled) continue;
-        const int64_t passed = k * block / w.group_size - at.first_group[panel_number];
+        const int64_t passed = p.plans[k].first_group - at.first_group[panel_number];
         const int64_t offset = (panel_number * p.window + passed) * panel + v * width;
         scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr, panel, k * block,
                      columns, w.group_size);
@@ -100,37 +121,57 @@ void write_panel(const QuantLinear& call, const float* totals, int64_t row, int6
     }
 }
 
+// Few rows of x and 128 columns in whole chunks.
+METATE_FN bool is_fused(const Problem& p, const Tile& tile, int64_t rows) {
+    return rows <= fused_rows && p.call.w.bits == 4 && p.sums_scaled && tile.count == block / longest &&
+           tile.chunks[tile.count - 1].end == block;
+}
+
+void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
+                    int64_t rows, Tile tile) {
+    if (!is_fused(p, tile, rows)) {
+        decode_panel(p, at, panel_number, row, k);
+        return p.sums_scaled ? multiply<true>(p.x, k, x_row, rows, tile) : multiply<false>(p.x, k, x_row, rows, tile);
+    }
+    tile.x = p.x.line(k, x_row);
+    tile.sums = p.x.sums ? p.x.sums_of(k, x_row) : nullptr;
+    for (int v = 0; v < 2 && row + v * width < p.call.w.rows; ++v) {
+        transpose_words(at.words, p.call.w, row + v * width, k);
+        multiply_fused(rows, tile, at.words, v * width, p.values);
+    }
+}
+
+// `count` panels from number `first` on.
 template <class T>
-void compute_piece(const Problem& p, const Workspace& at, int64_t piece) {
+void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
     const LowBitMatrix& w = p.call.w;
-    const int64_t first_row = piece * p.cut.panels * panel;
+    count = smaller(count, ceil_div(w.rows, panel) - first);
     for (int64_t x_row = 0; x_row < p.x.rows; x_row += rows_at_once) {
         const int64_t rows = smaller(rows_at_once, p.x.rows - x_row);
-        for (int64_t i = 0; i < p.cut.panels * rows * panel; i += width) store(at.totals + i, splat(0.0f));
-        for (int64_t i = 0; i < p.cut.panels; ++i) at.first_group[i] = -1;
+        for (int64_t i = 0; i < count * rows * panel; i += width) store(at.totals + i, splat(0.0f));
+        for (int64_t i = 0; i < count; ++i) at.first_group[i] = -1;
         for (int64_t k = 0; k < p.blocks; ++k) {
-            Chunk chunks[block];
-            const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k);
-            for (int64_t i = 0; i < p.cut.panels && first_row + i * panel < w.rows; ++i) {
-                const int64_t row = first_row + i * panel, offset = i * p.window * panel;
+            const BlockPlan& plan = p.plans[k];
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t row = (first + i) * panel, offset = i * p.window * panel;
                 load_window(p, at, i, row, k);
-                decode_panel(p, at, i, row, k);
-                const Tile tile{nullptr,
-                                at.values,
-                                chunks,
-                                count,
-                                at.scales + offset,
-                                p.x.sums ? at.corrections + offset : nullptr,
-                                at.first_group[i],
-                                nullptr,
-                                p.x.most_chunks,
-                                at.totals + i * rows * panel};
-                p.sums_scaled ? multiply<true>(p.x, k, x_row, rows, tile) : multiply<false>(p.x, k, x_row, rows, tile);
+                multiply_panel(p, at, i, row, k, x_row, rows,
+                               {nullptr, at.values, plan.chunks, plan.count, at.scales + offset,
+                                p.x.sums ? at.corrections + offset : nullptr, at.first_group[i], nullptr,
+                                p.x.most_chunks, at.totals + i * rows * panel});
             }
         }
-        for (int64_t i = 0; i < p.cut.panels && first_row + i * panel < w.rows; ++i)
-            write_panel<T>(p.call, at.totals + i * rows * panel, first_row + i * panel, x_row, rows);
+        for (int64_t i = 0; i < count; ++i)
+            write_panel<T>(p.call, at.totals + i * rows * panel, (first + i) * panel, x_row, rows);
     }
+}
+
+// Few rows of x take one panel after another: that reads W's rows in long runs.
+template <class T>
+void compute_piece(const Problem& p, const Workspace& at, int64_t piece) {
+    const int64_t first = piece * p.cut.panels, end = smaller(first + p.cut.panels, ceil_div(p.call.w.rows, panel));
+    const int64_t at_once = p.x.rows <= tile_rows ? 1 : p.cut.panels;
+    for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, at_once);
 }
 
 template <class T>
@@ -141,15 +182,19 @@ void run(const QuantLinear& call, const Runtime& runtime) {
     Arena sizes;
     p.workspace(sizes);
     const bool has_sums = p.sums_scaled && has_corrections(call.w);
+    Chunk* chunks = nullptr;
     const auto layout = [&](Arena& arena) {
         p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
         p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * p.x.most_chunks) : nullptr;
+        p.plans = arena.take<BlockPlan>(p.blocks);
+        chunks = arena.take<Chunk>(p.blocks * p.x.most_chunks);
         return arena.take<char>(static_cast<int64_t>(sizes.used) * workers.threads);
     };
     Arena counted;
     layout(counted);
     Arena arena{static_cast<char*>(runtime.scratch(counted.used))};
     char* const spaces = layout(arena);
+    plan_blocks(p, chunks);
     pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations,
             runtime_for(runtime, p.x.rows * call.w.columns));
     for_pieces(workers, p.cut.pieces, [&](int worker, int64_t piece) {

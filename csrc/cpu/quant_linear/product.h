@@ -115,43 +115,72 @@ struct Tile {
     float* total;  // rows `panel` floats apart
 };
 
-template <int rows, bool scaled>
-__attribute__((noinline)) void multiply_tile(const Tile& t) {
-    for (int c = 0; c < t.count; ++c) {
-        const Chunk chunk = t.chunks[c];
-        vf sum[rows][2];
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = splat(0.0f);
-        const float *x = t.x + chunk.begin, *values = t.values + chunk.begin * panel;
-        const auto add_columns = [&]<int n>() __attribute__((always_inline)) {
+// total = fma(sum, scale, total), and the correction of what the sum left out.
+template <bool scaled>
+METATE_FN void add_sum(const Tile& t, int c, int r, int lane, vf sum) {
+    float* const at = t.total + r * panel + lane;
+    if (!scaled) return store(at, load(at) + sum);
+    const int64_t scale = (t.chunks[c].group - t.first_group) * panel + lane;
+    vf total = fma(sum, load(t.scales + scale), load(at));
+    if (t.corrections) total = fma(splat(t.sums[r * t.sums_stride + c]), load(t.corrections + scale), total);
+    store(at, total);
+}
+
+// `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
+template <int rows, bool scaled, int together>
+METATE_FN void multiply_chunks(const Tile& t, int c) {
+    vf sum[together][rows][2];
 #pragma GCC unroll 4
-            for (int j = 0; j < n; ++j) {
-                const vf first = load(values + j * panel), second = load(values + j * panel + width);
+    for (int q = 0; q < together; ++q) {
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
+    }
+    const float *x = t.x + t.chunks[c].begin, *values = t.values + t.chunks[c].begin * panel;
+    const auto add_columns = [&]<int n>() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+            for (int q = 0; q < together; ++q) {
+                const float* const value = values + (q * longest + j) * panel;
+                const vf first = load(value), second = load(value + width);
 #pragma GCC unroll 12
                 for (int r = 0; r < rows; ++r) {
-                    const vf a = splat(x[r * block + j]);
-                    sum[r][0] = fma(a, first, sum[r][0]);
-                    sum[r][1] = fma(a, second, sum[r][1]);
+                    const vf a = splat(x[r * block + q * longest + j]);
+                    sum[q][r][0] = fma(a, first, sum[q][r][0]);
+                    sum[q][r][1] = fma(a, second, sum[q][r][1]);
                 }
             }
-            x += n;
-            values += n * panel;
-        };
-        int left = chunk.end - chunk.begin;
-        for (; left >= 4; left -= 4) add_columns.template operator()<4>();
-        for (; left > 0; --left) add_columns.template operator()<1>();
-        const int64_t at = scaled ? (chunk.group - t.first_group) * panel : 0;
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
+        }
+        x += n;
+        values += n * panel;
+    };
+    int left = t.chunks[c].end - t.chunks[c].begin;
+    for (; left >= 4; left -= 4) add_columns.template operator()<4>();
+    for (; left > 0; --left) add_columns.template operator()<1>();
+#pragma GCC unroll 4
+    for (int q = 0; q < together; ++q) {
 #pragma GCC unroll 12
-            for (int r = 0; r < rows; ++r) {
-                float* const total = t.total + r * panel + v * width;
-                vf x_total =
-                    scaled ? fma(sum[r][v], load(t.scales + at + v * width), load(total)) : load(total) + sum[r][v];
-                if (scaled && t.corrections)
-                    x_total = fma(splat(t.sums[r * t.sums_stride + c]), load(t.corrections + at + v * width), x_total);
-                store(total, x_total);
-            }
+        for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) add_sum<scaled>(t, c + q, r, v * width, sum[q][r][v]);
+        }
+    }
+}
+
+// Whether the n chunks from number c on are whole.
+METATE_FN bool are_whole(const Tile& t, int c, int n) {
+    return c + n <= t.count && t.chunks[c].begin + n * longest == t.chunks[c + n - 1].end;
+}
+
+template <int rows, bool scaled>
+__attribute__((noinline)) void multiply_tile(const Tile& t) {
+    constexpr int together = rows > 2 ? 1 : 4 / rows;
+    for (int c = 0; c < t.count;) {
+        if (together > 1 && are_whole(t, c, together)) {
+            multiply_chunks<rows, scaled, together>(t, c);
+            c += together;
+        } else {
+            multiply_chunks<rows, scaled, 1>(t, c++);
         }
     }
 }

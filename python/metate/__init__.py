@@ -3,6 +3,7 @@
 from metate import library
 from metate.errors import FormatError
 from metate.masks import AttentionMask
+from metate.nn import quantize_model
 from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
 from metate.ops.quant_linear import QuantizedWeight, dequantize, quant_linear
@@ -22,6 +23,7 @@ __all__ = [
     "load_quantized",
     "merge_attention_states",
     "quant_linear",
+    "quantize_model",
     "supports",
     "use",
 ]

@@ -1,1 +1,5 @@
-"""The operators: one file or folder a family."""
+"""One file or folder a family of operators, registered in this order whoever imports one first."""
+
+from metate.ops import attention, quant_linear
+
+__all__ = ["attention", "quant_linear"]

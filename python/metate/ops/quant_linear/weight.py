@@ -163,6 +163,11 @@ class QuantizedWeight:
         return self.codes.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """uint8, that of the codes: no floating-point dtype, for those who ask a layer's weight."""
+        return self.codes.dtype
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are given, by field, in the order of the fields."""
         found = ((field.name, self._tensor(field.name)) for field in dataclasses.fields(self))

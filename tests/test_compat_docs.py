@@ -14,17 +14,17 @@ TEXT = (Path(__file__).resolve().parent.parent / "docs/compat.md").read_text()
 EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", TEXT, re.S | re.M))
 
 
-@pytest.mark.parametrize("title", ["flash-attn", "F.scaled_dot_product_attention", "transformers"])
+@pytest.mark.parametrize("title", EXAMPLES)
 def test_example(title):
-    if title == "transformers":
+    if "transformers" in title:
         pytest.importorskip("transformers")
     if title.startswith("F.") and not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
         pytest.skip("torch's registry came with 2.11")
     try:
         exec(EXAMPLES[title], {})
     finally:
-        if title == "flash-attn":
-            compat.uninstall("flash_attn")
+        if title in ("flash-attn", "bitsandbytes"):
+            compat.uninstall(title.replace("-", "_"))
         if title == "transformers":
             route.disable()
     assert not sdpa.active()

@@ -20,7 +20,8 @@ from typing import Any
 
 __all__ = ["install", "uninstall"]
 
-PACKAGES = {"flash_attn": "flash-attn"}  # what `install` knows: name to import -> name of its distribution
+# What `install` knows: name to import -> name of its distribution.
+PACKAGES = {"flash_attn": "flash-attn", "bitsandbytes": "bitsandbytes"}
 _installed: dict[str, _Alias] = {}
 
 
@@ -31,7 +32,7 @@ def install(name: str, *, force: bool = False) -> ModuleType:
     were imported before (transformers among them) may have remembered that the package is absent, so install first.
 
     Args:
-        name: "flash_attn".
+        name: "flash_attn" or "bitsandbytes".
         force: shadow a package of that name that is really installed, until `uninstall`.
 
     Raises:

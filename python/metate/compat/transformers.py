@@ -1,15 +1,16 @@
-"""metate as an attention implementation of Hugging Face transformers: `attn_implementation="metate"`.
+"""metate in Hugging Face transformers: `attn_implementation="metate"`, and quantised checkpoints by `quantised()`.
 
-Two functions are registered, the attention and the mask. The mask function lowers what transformers describes by
-closures (causal, sliding window, chunks, packed sequences) and the 2-D padding mask to one interval of keys per query,
-which costs memory linear in the length; a pattern that it cannot read stays a bool mask. Intervals travel through the
-model as an int32 tensor (batch, 1, seqlen_q, 2), followed in the last dimension by one bit per key where padding has
-holes.
+For attention two functions are registered, the attention and the mask. The mask function lowers what transformers
+describes by closures (causal, sliding window, chunks, packed sequences) and the 2-D padding mask to one interval of
+keys per query, which costs memory linear in the length; a pattern that it cannot read stays a bool mask. Intervals
+travel through the model as an int32 tensor (batch, 1, seqlen_q, 2), followed in the last dimension by one bit per key
+where padding has holes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 from metate.masks import AttentionMask
 from metate.ops.attention import attention
 
-__all__ = ["disable", "enable"]
+__all__ = ["disable", "disable_quantised", "enable", "enable_quantised", "quantised"]
 
 _NAME = "metate"
 _FAR = 2**30  # beyond any position
@@ -42,6 +43,35 @@ def disable() -> None:
 
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(_NAME, None)
+
+
+def enable_quantised() -> None:
+    """Lets `from_pretrained` load GPTQ, AWQ and bitsandbytes checkpoints with metate, on any device.
+
+    Their own packages need not be there. Linear layers become metate.nn.QuantLinear: inference, and training of what
+    stands on top (PEFT's LoRA). A BitsAndBytesConfig given for a dense checkpoint quantises it. A model so loaded
+    keeps its layers when this is disabled; `save_pretrained` refuses it, `metate.quant.save_quantized` writes it.
+    """
+    from metate.compat import quantised_loading
+
+    quantised_loading.enable()
+
+
+def disable_quantised() -> None:
+    """Puts transformers' own quantisers back."""
+    from metate.compat import quantised_loading
+
+    quantised_loading.disable()
+
+
+@contextmanager
+def quantised() -> Iterator[None]:
+    """`enable_quantised` for the length of a with block."""
+    enable_quantised()
+    try:
+        yield
+    finally:
+        disable_quantised()
 
 
 def _attention(

@@ -222,17 +222,17 @@ def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
     return order[index].to(torch.uint8)
 
 
-def _nest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices into the dynamic map, and the largest magnitude of every 256 values.
+def nearest_in_blocks(values: Tensor, size: int, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices into a table of values in [-1, 1], and the largest magnitude of every `size` values, of a flat tensor.
 
     bitsandbytes on a CPU first rounds the divided values to 65536 steps in [-1, 1]; its bits need the same detour.
     """
-    padded = torch.nn.functional.pad(values, (0, -values.numel() % _NESTED)).view(-1, _NESTED)
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
     absmax = padded.abs().amax(1)
     inverse = torch.where(absmax == 0, 0, 1.0 / absmax)
     scaled = (padded * inverse[:, None]).clamp_(-1, 1)
     steps = (((scaled + 1.0) * 0.5) * 65535 + 0.5).floor_()
-    index = _nearest(-1.0 + (2.0 * steps) / 65535, dynamic_map().to(values.device))
+    index = _nearest(-1.0 + (2.0 * steps) / 65535, table.to(values.device))
     index[absmax == 0] = 0
     return index.flatten()[: values.numel()], absmax
 
@@ -257,7 +257,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int = 64, nested:
         return state
     offset = absmax.mean()
     table = dynamic_map().to(weight.device)
-    fine, coarse = _nest(absmax - offset)
+    fine, coarse = nearest_in_blocks(absmax - offset, _NESTED, table)
     return State4bit(packed, fine, quant_type, block_size, state.shape, weight.dtype, coarse, table, offset.item())
 
 

@@ -186,7 +186,7 @@ def load_quantized(path: str | Path, *, checkpoint_format: str | None = None) ->
     if files[0].suffix == ".gguf" or _begins_with(files[0], MAGIC):
         return GGUFFile(*files)
     folder = path if path.is_dir() else path.parent
-    return QuantizedCheckpoint(_Safetensors(files), _configuration(folder), checkpoint_format)
+    return QuantizedCheckpoint(_Safetensors(files), read_configuration(folder), checkpoint_format)
 
 
 def _begins_with(path: Path, magic: bytes) -> bool:
@@ -238,7 +238,7 @@ def _read(path: Path, limit: int) -> bytes:
         return file.read(limit + 1)
 
 
-def _configuration(folder: Path) -> dict[str, Any]:
+def read_configuration(folder: Path) -> dict[str, Any]:
     """config.json; where it says nothing of quantisation, what older tools wrote beside it."""
     config: dict[str, Any] = {}
     if (folder / "config.json").is_file():

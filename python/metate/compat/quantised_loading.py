@@ -1,0 +1,222 @@
+"""transformers' quantisers of GPTQ, AWQ and bitsandbytes over metate: `from_pretrained` makes QuantLinear layers.
+
+Each linear layer stays what transformers built until its tensors arrive; a conversion takes them out of the loader's
+hands, lowers them, and leaves a placeholder. After loading the layer makes way for a QuantLinear. Imported through
+`metate.compat.transformers.quantised` only, for it needs transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from metate.errors import fail
+from metate.nn import QuantLinear
+from metate.ops.quant_linear import QuantizedWeight
+from metate.quant import awq, bitsandbytes, gptq
+from metate.quant.checkpoint import read_configuration
+from metate.quant.settings import Settings
+
+_LOWERED = "_metate_lowered"  # on a layer whose tensors have arrived: its QuantizedWeight
+_before: dict[str, Any] = {}
+
+
+class _Quantizer(HfQuantizer):
+    """What the methods share. `serialized_names` are the tensors that a checkpoint has in place of a weight."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files") or ()
+        config = read_configuration(Path(files[0]).parent) if files else {}
+        # The classes of transformers drop members that they do not know, "dynamic" of GPTQ among them.
+        raw = config.get("quantization_config") or self.quantization_config.to_dict()
+        self.settings = Settings("quantization_config", raw)
+        kept = model._keep_in_fp32_modules
+        self.skipped = self.get_modules_to_not_convert(model, self._skipped(), None if kept is None else list(kept))
+
+    def _skipped(self) -> list[str] | None:
+        return getattr(self.quantization_config, "modules_to_not_convert", None)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in list(model.named_modules()):
+            weight = layer.__dict__.pop(_LOWERED, None)
+            if weight is not None:
+                bias = None if layer.bias is None else layer.bias.requires_grad_(False)
+                model.set_submodule(name, QuantLinear(weight, bias).train(layer.training))
+        return model
+
+    def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        raise NotImplementedError
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": _Lower}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, QuantLinear):
+                dense = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+                dense.weight = nn.Parameter(layer.dequantize(dtype or torch.float32))
+                dense.bias = layer.bias
+                model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False  # transformers would write QuantLinear's own state under the method's name
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _GPTQ(_Quantizer):
+    serialized_names = {"weight": ["qweight", "qzeros", "scales", "g_idx"]}  # noqa: RUF012
+
+    def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        return gptq.lower(tensors, gptq.Overrides(self.settings).of(module))
+
+
+class _AWQ(_Quantizer):
+    serialized_names = {"weight": ["qweight", "qzeros", "scaled_zeros", "scales"]}  # noqa: RUF012
+
+    def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        return awq.lower(tensors, self.settings)
+
+
+class _BitsAndBytes(_Quantizer):
+    """Also quantises a dense checkpoint as it is loaded, where `from_pretrained` is given a BitsAndBytesConfig."""
+
+    requires_calibration = False
+    quantization_config: BitsAndBytesConfig
+
+    def _skipped(self) -> list[str] | None:
+        skipped: list[str] | None = self.quantization_config.llm_int8_skip_modules
+        return skipped
+
+    def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        return bitsandbytes.lower(tensors, self.settings)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        layer, tail = get_module_from_name(model, param_name)
+        name = param_name.rpartition(".")[0]
+        return tail == "weight" and _is_linear(layer) and should_convert_module(name, self.skipped)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        config = self.quantization_config
+        if config.load_in_8bit:
+            return bitsandbytes.lower_int8(bitsandbytes.quantize_int8(weight))
+        nested = config.bnb_4bit_use_double_quant
+        return bitsandbytes.quantize_4bit(weight, config.bnb_4bit_quant_type, nested=nested).lower()
+
+
+class _BitsAndBytes4bit(_BitsAndBytes):
+    serialized_names = {  # noqa: RUF012
+        "weight": [
+            "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
+            f"weight.{bitsandbytes.STATE}nf4", f"weight.{bitsandbytes.STATE}fp4",
+        ]
+    }  # fmt: skip
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.__dict__["is_loaded_in_4bit"] = True
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class _BitsAndBytes8bit(_BitsAndBytes):
+    serialized_names = {"weight": ["weight", "SCB", "weight_format"]}  # noqa: RUF012
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.__dict__["is_loaded_in_8bit"] = True
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class _Lower(ConversionOps):
+    """The tensors of one layer, as a checkpoint holds them."""
+
+    def __init__(self, hf_quantizer: _Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
+        found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        if found.keys() == {"weight"}:
+            return _dense(found["weight"], model, full_layer_name)
+        module = full_layer_name.removesuffix(".weight")
+        tensors = {name.removeprefix("weight."): tensor.cpu() for name, tensor in found.items()}
+        device = next(iter(found.values())).device
+        return _place(model, full_layer_name, self.hf_quantizer.lower(module, tensors).to(device))
+
+
+class _Quantize(ConversionOps):
+    """A dense weight that is to be quantised."""
+
+    def __init__(self, hf_quantizer: _BitsAndBytes) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
+        (value,) = input_dict.values()
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        weight = weight.T if isinstance(layer, Conv1D) else weight
+        return _place(model, full_layer_name, self.hf_quantizer.quantize(weight))
+
+
+def _dense(weight: Tensor, model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """A weight that the checkpoint keeps dense, in the dtype that the model wants for it."""
+    dtype = model.get_parameter_or_buffer(name).dtype
+    return {name: weight.to(dtype) if weight.is_floating_point() else weight}
+
+
+def _place(model: PreTrainedModel, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Leaves the lowered weight with its layer, and for the loader a tensor of the shape it expects."""
+    layer, tail = get_module_from_name(model, name)
+    if tail != "weight" or not _is_linear(layer):
+        raise fail("compat.transformers", name, f"quantised, in a {type(layer).__name__}", "a linear layer's weight")
+    expected = layer.weight.shape
+    if weight.shape != tuple(expected if isinstance(layer, nn.Linear) else expected[::-1]):
+        raise fail("compat.transformers", name, weight, f"of shape {tuple(expected)}")
+    layer.__dict__[_LOWERED] = weight
+    placeholder = torch.zeros((), dtype=layer.weight.dtype, device=weight.device).expand(expected)
+    return {name: placeholder}
+
+
+def _is_linear(layer: Any) -> bool:
+    return type(layer) in (nn.Linear, Conv1D)
+
+
+_QUANTIZERS = {
+    "gptq": _GPTQ, "awq": _AWQ, "bitsandbytes_4bit": _BitsAndBytes4bit, "bitsandbytes_8bit": _BitsAndBytes8bit
+}  # fmt: skip
+
+
+def enable() -> None:
+    """Puts the quantisers above in the place of transformers' own."""
+    for name, quantizer in _QUANTIZERS.items():
+        _before.setdefault(name, auto.AUTO_QUANTIZER_MAPPING[name])
+        auto.AUTO_QUANTIZER_MAPPING[name] = quantizer
+
+
+def disable() -> None:
+    """Puts transformers' own back."""
+    auto.AUTO_QUANTIZER_MAPPING.update(_before)
+    _before.clear()

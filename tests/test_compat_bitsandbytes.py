@@ -1,0 +1,305 @@
+"""bitsandbytes' interface: bits that the library itself computed, its states, its layers, and standing in for it."""
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import metate
+from metate import compat
+from metate.compat import bitsandbytes as bnb
+from metate.quant import bitsandbytes as form
+
+F = bnb.functional
+A = (((torch.arange(33 * 130) * 7919) % 2003 - 1001) / 256).view(33, 130)
+# Of bitsandbytes 0.50.2 on a CPU, for A.
+DIGESTS = {
+    ("nf4", False): ("6488bb670c593907", "307b5b030efe141e"), ("nf4", True): ("58b1e0b30e1c4e88", "9cb25d5508f9968e"),
+    ("fp4", False): ("2c5a53c7436012d2", "6fe68c2dbbaf124e"), ("fp4", True): ("079827181e3bf605", "a33b18d337a395ec"),
+    64: ("012b7dadf5e13b43", "6b7453833c3ca6b3"), 4096: ("c13452158e767576", "0fd442c91d735539"),
+    0.0: "64222c7571e534a7", 3.9: "09c111ced97d5b37",
+}  # fmt: skip
+
+
+def digest(*tensors):
+    data = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def stored(state):
+    nested = [] if state.state2 is None else [state.offset.view(1), state.state2.absmax]
+    return [state.absmax, *nested]
+
+
+# Functions.
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_4_bit_blocks_have_the_library_s_bits(kind, nested):
+    packed, state = F.quantize_4bit(A, quant_type=kind, compress_statistics=nested)
+    dense = F.dequantize_4bit(packed, state)
+    assert (digest(packed, *stored(state)), digest(dense)) == DIGESTS[kind, nested]
+    named, _ = {"nf4": F.quantize_nf4, "fp4": F.quantize_fp4}[kind](A, compress_statistics=nested)
+    assert torch.equal(named, packed)
+
+
+@pytest.mark.parametrize("block_size", [64, 4096])
+def test_8_bit_blocks_have_the_library_s_bits(block_size):
+    index, state = F.quantize_blockwise(A, blocksize=block_size)
+    dense = F.dequantize_blockwise(index, state)
+    assert (digest(index, state.absmax), digest(dense)) == DIGESTS[block_size]
+    assert torch.equal(F.dequantize_blockwise(index, absmax=state.absmax, blocksize=block_size), dense)
+    nested, state = F.quantize_blockwise(A, blocksize=block_size, nested=True)
+    assert torch.equal(nested, index) and state.absmax.dtype == torch.uint8
+    assert (F.dequantize_blockwise(nested, state) - dense).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("threshold", [0.0, 3.9])
+def test_int8_rows_have_the_library_s_bits(threshold):
+    rows, stats, outliers = F.int8_vectorwise_quant(A.half(), threshold)
+    assert digest(rows, stats, outliers) == DIGESTS[threshold]
+    kept = torch.ones(130, dtype=torch.bool)
+    if outliers is not None:
+        kept[outliers] = False
+    error = F.int8_vectorwise_dequant(rows, stats) - A
+    assert error[:, kept].abs().max() <= stats.max() / 127 * 0.51
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (33, 65), (7,), (3, 4, 5), (5, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_any_shape_comes_back(shape, dtype, storage):
+    dense = torch.randn(shape).to(dtype)
+    packed, state = F.quantize_4bit(dense, quant_type="nf4", quant_storage=storage)
+    assert packed.dtype == storage and packed.shape[1:] == (1,)
+    back = F.dequantize_4bit(packed, state)
+    assert back.shape == dense.shape and back.dtype == dtype
+    expected = form.quantize_4bit(dense.reshape(1, -1), "nf4").lower().dequantize(dtype)
+    assert torch.equal(back.flatten(), expected.flatten())
+    given = torch.empty_like(dense)
+    F.dequantize_4bit(packed, absmax=state.absmax, out=given, quant_type="nf4")
+    assert torch.equal(given, back)
+    if len(shape) == 2:
+        assert torch.equal(F.dequantize_4bit(packed.t(), state), back.t())
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (33, 65), (24, 200)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_products_are_those_of_the_dequantised_weight(shape, nested):
+    packed, state = F.quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=nested)
+    dense = F.dequantize_4bit(packed, state).double()
+    x = torch.randn(2, 3, shape[1], requires_grad=True)
+    bias = torch.randn(shape[0], requires_grad=True)
+    out = bnb.matmul_4bit(x, packed.t(), state, bias=bias)
+    wide = x.detach().double().requires_grad_()
+    truth = wide @ dense.T + bias.detach().double()
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    truth.backward(grad.double())
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.grad, grad.sum((0, 1)))
+    row = torch.randn(1, shape[1])
+    given = torch.empty(1, shape[0])
+    assert F.gemv_4bit(row, packed, given, state=state) is given
+    assert torch.equal(given, metate.quant_linear(row, state.lower(packed)))
+
+
+def test_whole_bytes_are_computed_from_as_they_are():
+    packed, state = F.quantize_4bit(torch.randn(8, 128), quant_type="fp4")
+    assert state.lower(packed).codes.data_ptr() == packed.data_ptr()
+    other, _ = F.quantize_4bit(torch.randn(8, 128), quant_type="fp4")
+    assert torch.equal(state.lower(other).codes.flatten(), other.flatten()), "kept the weight of another"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_states_are_those_of_checkpoints(nested):
+    weight = torch.randn(16, 64)
+    packed, state = F.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    tensors = {"weight": packed, **state.as_dict(packed=True)}
+    expected = form.quantize_4bit(weight, "nf4", nested=nested).tensors()
+    assert tensors.keys() == expected.keys()
+    mark = form.STATE + "nf4"
+    for name in tensors:
+        if name == mark:
+            assert json.loads(bytes(tensors[name])) == json.loads(bytes(expected[name]))
+        else:
+            assert torch.equal(tensors[name], expected[name])
+    del expected["weight"]
+    assert F.QuantState.from_dict(expected, "cpu") == state
+    assert F.QuantState.from_dict(state.as_dict(), "cpu") == state
+    assert state[1] == weight.shape and state[3] == 64 and (state[4] is not None) == nested
+    assert F.QuantState.from_dict({**expected, "absmax": expected["absmax"] + 1}, "cpu") != state
+
+
+@pytest.mark.parametrize("changes", [
+    {"dtype": "compile"}, {"dtype": 3}, {"blocksize": 0}, {"blocksize": "64"}, {"quant_type": "nf5"},
+    {"shape": [4, -1]}, {"nested_offset": "NaN"}, {"nested_blocksize": 0},
+])  # fmt: skip
+def test_hostile_states_are_refused(changes):
+    _, state = F.quantize_4bit(torch.randn(16, 64), compress_statistics=True)
+    with pytest.raises(metate.FormatError, match=next(iter(changes))):
+        F.QuantState.from_dict({**state.as_dict(), **changes}, "cpu")
+
+
+def test_wrong_arguments_are_named():
+    for call, match in [
+        (lambda: F.quantize_4bit(A.double()), "A is torch.float64"),
+        (lambda: F.quantize_4bit(A, quant_type="int4"), "quant_type is 'int4'"),
+        (lambda: F.quantize_4bit(A, blocksize=48), "block_size is 48"),
+        (lambda: F.quantize_blockwise(A, blocksize=0), "blocksize is 0"),
+        (lambda: F.dequantize_blockwise(A), "A is torch.float32"),
+        (lambda: F.gemv_4bit(A, A), "state is None"),
+        (lambda: F.dequantize_4bit(A), "quant_state is None"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+# Layers.
+
+
+def dense_of(layer):
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return F.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    return F.int8_vectorwise_dequant(layer.weight.data, layer.state.SCB).double()
+
+
+LAYERS = {
+    "nf4": lambda: bnb.nn.LinearNF4(64, 24),
+    "fp4": lambda: bnb.nn.LinearFP4(64, 24, bias=False, compress_statistics=False),
+    "storage": lambda: bnb.nn.Linear4bit(64, 24, quant_type="nf4", quant_storage=torch.bfloat16),
+    "int8": lambda: bnb.nn.Linear8bitLt(64, 24, has_fp16_weights=False, threshold=6.0),
+}
+KINDS = pytest.mark.parametrize("kind", LAYERS)
+
+
+@KINDS
+def test_layers_are_quantised_by_their_first_move(kind):
+    layer = LAYERS[kind]()
+    original = layer.weight.detach().clone()
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"not quantised yet, call \.to\(device\)"):
+        layer(x)
+    assert layer.to("cpu") is layer
+    dense = dense_of(layer)
+    assert 0 < (dense - original).norm() < 0.2 * original.norm()
+    packed = layer.weight.data_ptr()
+    assert layer.to("cpu").to(torch.bfloat16).float().weight.data_ptr() == packed
+    out = layer(x)
+    bias = 0 if layer.bias is None else layer.bias.double()
+    torch.testing.assert_close(out.double(), x.double() @ dense.T + bias, rtol=1e-4, atol=1e-5)
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    torch.testing.assert_close(grad.double(), torch.ones(3, 5, 24).double() @ dense, rtol=1e-4, atol=1e-5)
+    assert not layer.weight.requires_grad
+
+
+@KINDS
+def test_states_of_layers_come_back(kind):
+    layer, fresh, moved = (LAYERS[kind]() for _ in range(3))
+    state = copy.deepcopy(layer.state_dict())
+    moved.load_state_dict(state)  # dense into dense
+    assert torch.equal(moved.weight, layer.weight)
+    layer.to("cpu")
+    moved.to("cpu")
+    state = layer.state_dict()
+    extra = {"SCB", "weight_format"} if kind == "int8" else {"weight.absmax", "weight.quant_map"}
+    assert extra < state.keys()
+    for other in (fresh, moved):
+        assert not other.load_state_dict(state).unexpected_keys
+        x = torch.randn(4, 64)
+        assert torch.equal(other(x), layer(x))
+        other.weight.data.zero_()
+    assert layer.weight.data.any(), "shares memory with the state it was loaded from"
+    broken = {name: tensor for name, tensor in state.items() if name not in ("weight.absmax", "SCB")}
+    with pytest.raises((RuntimeError, KeyError)):
+        LAYERS[kind]().load_state_dict(broken)
+
+
+@KINDS
+def test_copies_keep_what_a_weight_is(kind, tmp_path):
+    layer = LAYERS[kind]().to("cpu")
+    x = torch.randn(2, 64)
+    expected = layer(x)
+    torch.save(layer, tmp_path / "layer.pt")
+    for other in (copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+        assert type(other.weight) is type(layer.weight)
+        assert torch.equal(other(x), expected)
+        other.weight.data.zero_()
+        assert torch.equal(layer(x), expected)
+
+
+def test_computes_in_the_dtype_asked_for():
+    layer = bnb.nn.LinearNF4(64, 8, compute_dtype=torch.bfloat16).to("cpu")
+    x = torch.randn(3, 64)
+    assert layer(x).dtype == torch.float32
+    assert torch.equal(layer(x), layer(x.bfloat16()).float())
+
+
+def test_floating_weights_train():
+    layer = bnb.nn.Linear8bitLt(16, 4).to("cpu")
+    x = torch.randn(3, 16)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(4, 16))
+
+
+def test_parameters_from_a_checkpoint():
+    made = form.quantize_4bit(torch.randn(24, 64), "nf4", nested=True)
+    tensors = made.tensors()
+    data = tensors.pop("weight")
+    layer = bnb.nn.Linear4bit(64, 24, bias=False, device="meta")
+    layer.weight = bnb.nn.Params4bit.from_prequantized(data, tensors, device="cpu", module=layer)
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(layer(x), metate.quant_linear(x, made.lower()), rtol=1e-5, atol=1e-6)
+
+
+# Standing in.
+
+
+def test_stands_in_for_the_library():
+    compat.install("bitsandbytes", force=True)
+    try:
+        import bitsandbytes
+        from bitsandbytes.nn.modules import Params4bit
+
+        assert bitsandbytes is bnb
+        assert Params4bit is bnb.nn.Params4bit
+        assert importlib.metadata.version("bitsandbytes") == bnb.__version__
+    finally:
+        compat.uninstall("bitsandbytes")
+    assert "bitsandbytes" not in sys.modules
+
+
+def test_transformers_own_route_runs_on_it(tmp_path):
+    """transformers and accelerate look for the package as they are imported: a process of its own."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    script = textwrap.dedent(f"""
+        from metate import compat
+        compat.install("bitsandbytes")
+        import torch, transformers as hf
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        )).float()
+        model.save_pretrained({str(tmp_path)!r})
+        for options in ({{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, {{"load_in_8bit": True}}):
+            config = hf.BitsAndBytesConfig(**options)
+            loaded = hf.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, quantization_config=config)
+            kind = "Linear4bit" if "load_in_4bit" in options else "Linear8bitLt"
+            assert type(loaded.model.layers[0].mlp.up_proj).__name__ == kind
+            tokens = torch.arange(2, 12)[None]
+            got, want = loaded(tokens).logits, model(tokens).logits
+            assert (got.float() - want).norm() < 0.3 * want.norm()
+            loaded.save_pretrained({str(tmp_path / "again")!r})
+            again = hf.AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r})
+            assert torch.equal(again(tokens).logits, got)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -88,15 +88,15 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
-    def whole(least: int, most: int, *shape: int) -> Tensor:
-        return torch.randint(least, most + 1, shape, generator=generator)
+    def whole(least: int, most: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.randint(least, most + 1, shape, generator=generator, dtype=dtype)
 
     level = torch.float64 if double else getattr(torch, case.get("scales", "float32"))
     wide = torch.float64 if double else torch.float32
     named: dict[str, Any] = dict.fromkeys(_LINEAR_AXES)
     named.update(
         x=normal(M, K).to(dtype), grad=normal(M, N).to(dtype),
-        codes=pack_codes(whole(0, 2**bits - 1, N, K).to(torch.uint8), bits), scales=_scales(normal(N, groups), level),
+        codes=pack_codes(whole(0, 2**bits - 1, N, K), bits), scales=_scales(normal(N, groups), level),
         bits=bits, group_size=group, super_groups=case.get("super_groups", 0), zero=0, in_features=K,
     )  # fmt: skip
     if form == "codebook":
@@ -104,14 +104,14 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[
     elif form == "symmetric":
         named["zero"] = 2 ** (bits - 1)
     elif form == "zeros":
-        named["zeros"] = whole(0, 2**bits, N, groups).to(torch.uint8)
+        named["zeros"] = whole(0, min(2**bits, 255), N, groups)
         named["zero"] = 1 if bits < 4 else 0
     else:
         named["offsets"] = (-(2.0**bits) / 2 * _scales(normal(N, groups), torch.float32)).to(level)
     if supers:
         for fine, coarse in (("scales", "super_scales"), ("offsets", "super_offsets")):
             if named[fine] is not None:
-                named[fine] = whole(-63, 63, N, groups).to(torch.int8)
+                named[fine] = whole(-63, 63, N, groups, dtype=torch.int8)
                 named[coarse] = _scales(normal(N, supers), level)
     if case.get("permuted"):
         named["permutation"] = torch.randperm(K, generator=generator).to(torch.int32)

@@ -49,4 +49,9 @@ void quant_linear(const QuantLinear&, const Runtime&);
 void quant_matmul(const QuantMatmul&, const Runtime&);
 }  // namespace cpu
 
+namespace cuda {
+void quant_linear(const QuantLinear&, const Device&);  // without int8_activations
+void quant_matmul(const QuantMatmul&, const Device&);
+}  // namespace cuda
+
 }  // namespace metate

@@ -1,5 +1,4 @@
 // Binds csrc/quant_linear.h: the operators declared in python/metate/ops/quant_linear.
-#if !defined(METATE_CUDA)  // no CUDA kernels yet
 #include "quant_linear.h"
 
 #include "bind.h"
@@ -58,6 +57,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, 
                   group_size, super_groups, zero, false);
 }
 
+#if !defined(METATE_CUDA)
 Tensor quant_linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
                          const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
                          const Optional& codebook, const Optional& permutation, const Optional& bias, int64_t bits,
@@ -65,6 +65,7 @@ Tensor quant_linear_int8(const Tensor& x, const Tensor& codes, const Tensor& sca
     return linear(x, codes, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias, bits,
                   group_size, super_groups, zero, true);
 }
+#endif
 
 Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
                     const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
@@ -82,10 +83,11 @@ Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, 
 
 METATE_REGISTER(m) {
     METATE_IMPL(m, quant_linear);
-    METATE_IMPL(m, quant_linear_int8);
     METATE_IMPL(m, quant_matmul);
+#if !defined(METATE_CUDA)
+    METATE_IMPL(m, quant_linear_int8);
+#endif
 }
 
 }  // namespace
 }  // namespace metate::bind
-#endif

@@ -161,6 +161,7 @@ linear_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_linear,
     validate=rules.validate_linear("quant_linear"),
+    refuses={"cuda": lambda x, codes, *_: rules.refused_by_cuda(x, codes.shape[0])},
     contents=("permutation", rules.check_permutation("quant_linear")),
 )
 
@@ -177,7 +178,10 @@ int8_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_linear,
     validate=rules.validate_linear("quant_linear_int8"),
-    refuses={"cpu": lambda x, *_: "float64: up to float32" if x.dtype == torch.float64 else None},
+    refuses={
+        "cpu": lambda x, *_: "float64: up to float32" if x.dtype == torch.float64 else None,
+        "cuda": lambda *_: "activations rounded to 8 bits: on a CPU",
+    },
     contents=("permutation", rules.check_permutation("quant_linear_int8")),
     gradient='activations are rounded to integers; train without activation="int8"',
 )
@@ -198,6 +202,7 @@ matmul_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_matmul,
     validate=rules.validate_matmul,
+    refuses={"cuda": lambda x, *rest: rules.refused_by_cuda(x, rest[-1])},
     contents=("permutation", rules.check_permutation("quant_matmul")),
 )
 

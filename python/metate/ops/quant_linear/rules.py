@@ -20,6 +20,13 @@ LOW = (torch.int8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Refusals.
 
 
+def refused_by_cuda(x: Tensor, *sizes: int) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(x.dtype).removeprefix('torch.')}: bfloat16 or float16 (tensor cores)"
+    too_many = [size for size in (*x.shape, *sizes) if size >= 2**27]
+    return f"{too_many[0]} rows or columns: fewer than 2**27" if too_many else None
+
+
 def validate_linear(op: str) -> Callable[..., None]:
     def validate(x: Tensor, *rest: Any) -> None:
         *tensors, _, bits, group_size, super_groups, zero = rest

@@ -1,4 +1,4 @@
-"""The `metate` command: info, verify, bench, demo."""
+"""The `metate` command: info, verify, bench, quantize, demo."""
 
 from __future__ import annotations
 
@@ -291,6 +291,42 @@ def _bench_table(rows: list[dict[str, Any]]) -> Table:
         speed, limit = f"{row['flops_per_second'] / 1e9:.1f}", f"{row['of_limit']:.0%}"
         table.add_row(name + noise, f"{row['p50'] * 1e3:.3g}", speed, limit, f"[{color}]{ratio}[/]")
     return table
+
+
+# quantize
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="folder of a Hugging Face Llama checkpoint")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="folder of the quantised checkpoint")],
+    method: Annotated[str, typer.Option("--format", help="nf4, fp4, gptq, awq, rtn or hqq")] = "nf4",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8; NF4, FP4 and AWQ have 4")] = 4,
+    group_size: Annotated[
+        int | None, typer.Option(help="columns that share a scale; 64 for NF4 and FP4, else 128")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="a text file, for GPTQ and AWQ")] = None,
+    samples: Annotated[int, typer.Option(help="windows of the calibration text")] = 64,
+    length: Annotated[int, typer.Option(help="tokens of a window")] = 512,
+) -> None:
+    """Write a low-bit checkpoint in the format's own layout. A stopped run goes on where it was."""
+    from metate.models.quantize import Recipe, quantize_checkpoint
+
+    try:
+        recipe = Recipe(method, bits, group_size or (64 if method in ("nf4", "fp4") else 128))
+        text = calibration.read_text(errors="replace") if calibration else ""
+        with progress() as bar:
+            task = bar.add_task(f"{method}, {bits} bits", total=None)
+
+            def report(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            quantize_checkpoint(model, recipe, out, text, samples=samples, length=length, report=report)
+    except (OSError, ValueError) as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        raise typer.Exit(1) from None
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    console.print(f"wrote {out}: {size / 1e6:.1f} MB")
 
 
 # demo and documentation

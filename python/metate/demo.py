@@ -1,11 +1,13 @@
 """The main job on real input: a Llama-style decoder learns to write Python from the standard library's source.
 
 Bytes are the tokens, every tenth file is held out, order and first weights are fixed. The first steps are taken twice,
-with metate's attention and with naive attention, in turn: the losses must agree within rounding.
+with metate's attention and with naive attention, in turn: the losses must agree within rounding. Then its linear layers
+go to four bits, by three formats, and low-rank adapters learn on top of one of them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import sysconfig
@@ -20,9 +22,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
-from torch import Tensor
+from rich.table import Table
+from torch import Tensor, nn
 
 from metate.models import Llama, LlamaConfig
+from metate.models.quantize import Recipe, quantize_llama
+from metate.nn import LoraLinear, QuantLinear
 
 ROUNDING = {"cpu": 1e-4, "cuda": 5e-2}  # of the loss; bfloat16 on a GPU
 FOLDERS = ("asyncio", "collections", "email", "http", "importlib", "json", "logging", "unittest")  # beside the top
@@ -38,6 +43,8 @@ class Plan:
     length: int = 1024
     compared: int = 12  # steps taken with both attentions
     seconds: float = 60  # of training with metate's, the compared steps included
+    recipes: tuple[Recipe, ...] = (Recipe("nf4", 4, 64), Recipe("gptq", 4, 64), Recipe("awq", 4, 64))
+    adapted: float = 20  # seconds of training adapters on the first of these
     written: int = 320  # bytes of the completion
     rate: float = 2e-3
 
@@ -88,10 +95,10 @@ def _join(paths: Iterator[Path] | list[Path]) -> Tensor:
 class Trainer:
     """One model and its optimizer, with the time its steps took."""
 
-    def __init__(self, plan: Plan, attention: str, device: str) -> None:
-        self.plan, self.device, self.steps = plan, device, 0
-        self.model = Llama(plan.config, attention).initialize(torch.Generator().manual_seed(0)).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), plan.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    def __init__(self, plan: Plan, model: Llama, device: str) -> None:
+        self.plan, self.model, self.device, self.steps = plan, model.to(device), device, 0
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(learned, plan.rate, betas=(0.9, 0.95), weight_decay=0.01)
         self.times: list[float] = []
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -126,7 +133,10 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
     """Trains, compares, completes a prompt; whether the two losses agreed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = Text(plan, device)
-    ours, naive = Trainer(plan, "metate", device), Trainer(plan, "naive", device)
+    ours, naive = (
+        Trainer(plan, Llama(plan.config, attention).initialize(torch.Generator().manual_seed(0)), device)
+        for attention in ("metate", "naive")
+    )
     parameters = sum(p.numel() for p in ours.model.parameters())
     console.print(
         f"{len(text.train) / 1e6:.1f} MB of Python source; a decoder of {parameters / 1e6:.1f} M parameters, "
@@ -137,17 +147,20 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
     with Progress(*columns, console=console) as bar:
         apart = _compare(bar, plan, windows, ours, naive)
         speeds = [trainer.tokens_per_second() for trainer in (ours, naive)]  # of steps taken in turn
-        loss = _train(bar, plan, windows, ours)
+        loss = _train(bar, "metate", plan.seconds, windows, ours)
     agree = apart <= ROUNDING[device]
     console.print(
         f"[{'green' if agree else 'red'}]{plan.compared} losses of metate and naive attention differ by at most "
         f"{apart:.1e}[/] (rounding: {ROUNDING[device]:g})",
         highlight=False,
     )
-    console.print(f"tokens/s, in turn: metate [bold]{speeds[0]:.0f}[/], naive {speeds[1]:.0f}: {speeds[0] / speeds[1]:.2f} ×")
+    console.print(
+        f"tokens/s, in turn: metate [bold]{speeds[0]:.0f}[/], naive {speeds[1]:.0f}: {speeds[0] / speeds[1]:.2f} ×"
+    )
     after = ours.held_out(text)
     console.print(f"{ours.steps} steps, loss {loss:.3f}; held-out {before:.3f} → [bold]{after:.3f}[/] nats a byte")
-    console.print(Panel(escape(_complete(ours, plan)), title="what it writes", title_align="left"))
+    console.print(Panel(escape(_complete(ours.model, plan, device)), title="what it writes", title_align="left"))
+    compress(console, plan, text, ours)
     return agree
 
 
@@ -163,20 +176,73 @@ def _compare(bar: Progress, plan: Plan, windows: Iterator[Tensor], ours: Trainer
     return apart
 
 
-def _train(bar: Progress, plan: Plan, windows: Iterator[Tensor], ours: Trainer) -> float:
-    """Metate's alone for the rest of the time; the last losses' mean."""
-    task = bar.add_task("metate", total=plan.seconds, state="")
+def _train(bar: Progress, name: str, seconds: float, windows: Iterator[Tensor], trainer: Trainer) -> float:
+    """Steps until so much time has gone into them; the last losses' mean."""
+    task = bar.add_task(name, total=seconds, state="")
     losses: list[float] = []
-    while not losses or math.fsum(ours.times) < plan.seconds:
-        losses.append(ours.step(next(windows)))
+    while not losses or math.fsum(trainer.times) < seconds:
+        losses.append(trainer.step(next(windows)))
         mean = statistics.fmean(losses[-20:])
-        state = f"step {ours.steps}, loss {mean:.3f}, {ours.tokens_per_second():.0f} tokens/s"
-        bar.update(task, completed=min(math.fsum(ours.times), plan.seconds), state=state)
+        state = f"step {trainer.steps}, loss {mean:.3f}, {trainer.tokens_per_second():.0f} tokens/s"
+        bar.update(task, completed=min(math.fsum(trainer.times), seconds), state=state)
     return statistics.fmean(losses[-20:])
 
 
-def _complete(trainer: Trainer, plan: Plan) -> str:
-    prompt = torch.tensor([list(PROMPT.encode())], device=trainer.device)
-    generator = torch.Generator(trainer.device).manual_seed(0)
-    written = trainer.model.complete(prompt, plan.written, 0.6, generator)
+def _complete(model: Llama, plan: Plan, device: str) -> str:
+    prompt = torch.tensor([list(PROMPT.encode())], device=device)
+    written = model.complete(prompt, plan.written, 0.6, torch.Generator(device).manual_seed(0))
     return PROMPT + bytes(written[0].tolist()).decode(errors="replace")
+
+
+def compress(console: Console, plan: Plan, text: Text, trained: Trainer) -> None:
+    """The trained model in four bits, by each recipe; then adapters on the first of them."""
+    calibration = torch.cat([next(text.windows())[:, :-1] for _ in range(8)])
+    models = {"float32": trained.model}
+    for recipe in plan.recipes:
+        models[recipe.method] = copy.deepcopy(trained.model)
+        quantize_llama(models[recipe.method], recipe, calibration)
+    table = Table(box=None, pad_edge=False)
+    for name in ("linear layers", "bits a weight", "MB", "held-out loss", "tokens/s, one by one"):
+        table.add_column(name, justify="left" if name == "linear layers" else "right")
+    for name, model in models.items():
+        size, weights = _linear_size(model)
+        began = time.perf_counter()
+        _complete(model, plan, trained.device)
+        speed = plan.written / (time.perf_counter() - began)
+        loss = Trainer(plan, model, trained.device).held_out(text)
+        table.add_row(name, f"{8 * size / weights:.2f}", f"{size / 1e6:.2f}", f"{loss:.4f}", f"{speed:.0f}")
+    console.print(table)
+    model = adapt(models[plan.recipes[0].method])
+    trainer = Trainer(plan, model, trained.device)
+    before = trainer.held_out(text)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, console=console) as bar:
+        _train(bar, "adapters", plan.adapted, text.windows(), trainer)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    console.print(
+        f"{trainer.steps} steps of {learned / 1e3:.0f} k adapter weights on {plan.recipes[0].method}: held-out "
+        f"{before:.4f} → [bold]{trainer.held_out(text):.4f}[/]"
+    )
+
+
+def _linear_size(model: Llama) -> tuple[int, int]:
+    """Bytes and weights of the linear layers inside the decoder's layers."""
+    size = weights = 0
+    for module in model.layers.modules():
+        if isinstance(module, QuantLinear):
+            size += module.weight.nbytes
+            weights += module.in_features * module.out_features
+        elif isinstance(module, nn.Linear):
+            size += module.weight.nbytes
+            weights += module.weight.numel()
+    return size, weights
+
+
+def adapt(model: Llama) -> Llama:
+    """Low-rank adapters on every low-bit layer; nothing else learns (Hu et al. 2022, Dettmers et al. 2023)."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoraLinear(module, 8))
+    return model

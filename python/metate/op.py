@@ -355,7 +355,7 @@ class Op:
         )
 
     def _with_overflow(self, args: Args, results: Sequence[Tensor], truth: Args) -> Args:
-        """The truth, without the numbers that are beyond float32, in which kernels compute, or the dtype of a result."""
+        """The truth, without what is beyond float32, in which kernels compute, or beyond the dtype of a result."""
         if all(torch.equal(t.isfinite(), g.isfinite()) for g, t in zip(results, truth, strict=True)):
             return truth
         narrow = self.compute(torch.float32, args)

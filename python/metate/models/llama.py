@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metate import FormatError
+from metate import FormatError, QuantizedWeight, load_quantized
 from metate import attention as metate_attention
+from metate.errors import fail
+from metate.nn import QuantLinear
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -206,16 +207,18 @@ class Llama(nn.Module):
         """Logits of every token; with a cache the tokens follow those it holds."""
         x = self.embed_tokens(tokens)
         begin = cache.used if cache is not None else 0
-        rotation = self._rotation(torch.arange(begin, begin + tokens.shape[1], device=tokens.device), x.dtype)
+        rotation = self.rotation(begin, begin + tokens.shape[1], x)
         for layer in self.layers:
             x = layer(x, rotation, cache)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = positions[:, None].float() * frequencies(self.config).to(positions.device)
-        angles = torch.cat((angles, angles), -1)[:, None]  # (seqlen, 1, head_dim): the same for every head
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    def rotation(self, begin: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions begin … end-1, (seqlen, 1, head_dim): the same for every head."""
+        positions = torch.arange(begin, end, device=like.device, dtype=torch.float32)
+        angles = positions[:, None] * frequencies(self.config).to(like.device)
+        angles = torch.cat((angles, angles), -1)[:, None]
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
     @torch.inference_mode()
     def complete(self, tokens: Tensor, count: int, temperature: float, generator: torch.Generator) -> Tensor:
@@ -233,39 +236,42 @@ class Llama(nn.Module):
 
     @staticmethod
     def from_pretrained(folder: str | Path, attention: str = "metate", dtype: torch.dtype | None = None) -> Llama:
-        """A Hugging Face Llama checkpoint; dtype: that of the file unless given."""
+        """A Hugging Face Llama checkpoint, also GPTQ, AWQ or bitsandbytes; dtype: that of the file unless given."""
         folder = Path(folder)
         with torch.device("meta"):
             model = Llama(LlamaConfig.read(folder / "config.json"), attention)
-        weights = {name.removeprefix("model."): w for name, w in _weights(folder).items()}
+        weights: dict[str, Tensor] = {}
+        for name, weight in load_quantized(folder).items():
+            if isinstance(weight, QuantizedWeight):
+                put_quantized(model, name.removeprefix("model."), weight)
+            elif not name.endswith("rotary_emb.inv_freq"):
+                weights[name.removeprefix("model.")] = weight
         if model.config.tie_word_embeddings:
             weights["lm_head.weight"] = weights.get("embed_tokens.weight", torch.empty(0))
         expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-        got = {name: w.shape for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+        got = {name: w.shape for name, w in weights.items()}
         if expected != got:
             wrong = sorted({name for name, _ in set(expected.items()) ^ set(got.items())})
             raise FormatError(
                 f"metate.Llama: {folder} lacks, or has in another shape, or has too much: {', '.join(wrong[:5])}"
             )
-        model.load_state_dict({name: weights[name].to(dtype or weights[name].dtype) for name in expected}, assign=True)
+        dense = {name: weights[name].to(dtype or weights[name].dtype) for name in expected}
+        model.load_state_dict(dense, strict=False, assign=True)
         model._tie()
         return model.eval()
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return safetensors.torch.load_file(folder / "model.safetensors")
+def put_quantized(model: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    """Puts a low-bit layer in the place of the linear layer `name`, whose bias it keeps."""
+    parent, _, child = name.rpartition(".")
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError) as error:
-        raise FormatError(f"metate.Llama: {index} has no weight_map") from error
-    weights: dict[str, Tensor] = {}
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise FormatError(f"metate.Llama: {index} names the shard {name!r}, expected a file beside it")
-        weights.update(safetensors.torch.load_file(folder / name))
-    return weights
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear) or weight.shape != (linear.out_features, linear.in_features):
+        expected = "a linear layer of its shape"
+        raise fail("Llama", name, f"a weight of {weight.shape}", expected, error=FormatError)
+    setattr(model.get_submodule(parent), child, QuantLinear(weight, linear.bias))
 
 
 def frequencies(config: LlamaConfig) -> Tensor:

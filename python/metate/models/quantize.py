@@ -1,0 +1,276 @@
+"""A Llama decoder to low-bit weights, layer by layer: each is calibrated on what the quantised ones before it put out.
+
+Embeddings, norms and the head stay as they are. Checkpoints come out in the formats' own layouts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from metate.errors import fail
+from metate.models.llama import Layer, Llama, put_quantized
+from metate.nn import QuantLinear
+from metate.quant import (
+    Calibration,
+    QuantizedWeight,
+    fold_scale,
+    load_quantized,
+    quantize_awq,
+    quantize_fp4,
+    quantize_gptq,
+    quantize_hqq,
+    quantize_nf4,
+    quantize_rtn,
+    save_quantized,
+    search_awq_scale,
+)  # fmt: skip
+
+METHODS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "gptq": "gptq", "awq": "awq", "rtn": "gptq", "hqq": "metate"}
+CALIBRATED = ("gptq", "awq")
+_SHARED = (  # linear layers with the same input
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+_BEFORE = (
+    "input_layernorm",
+    "self_attn.v_proj",
+    "post_attention_layernorm",
+    "mlp.up_proj",
+)  # what AWQ's scales fold into
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are quantised: one of METHODS, bits (4 with NF4, FP4 and AWQ), columns that share a scale."""
+
+    method: str
+    bits: int = 4
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise fail("quantize_llama", "method", repr(self.method), " or ".join(METHODS))
+        if self.method in ("nf4", "fp4", "awq") and self.bits != 4:
+            raise fail("quantize_llama", "bits", self.bits, f"4 with {self.method}")
+
+
+def quantize_llama(
+    model: Llama,
+    recipe: Recipe,
+    tokens: Tensor | None = None,
+    *,
+    store: Path | None = None,
+    report: Callable[[int], None] = lambda done: None,
+) -> dict[str, QuantizedWeight | Tensor]:
+    """Replaces the linear layers of `model` by low-bit ones.
+
+    Args:
+        tokens: (samples, length) of calibration text; GPTQ and AWQ need them.
+        store: a folder that keeps finished layers, so that a stopped run goes on from there.
+        report: is told how many layers are done.
+
+    Returns:
+        all weights by the names of a Hugging Face checkpoint, for `save_quantized(…, METHODS[recipe.method])`.
+    """
+    if recipe.method in CALIBRATED and (tokens is None or not tokens.numel()):
+        raise fail(
+            "quantize_llama", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
+        )
+    with torch.no_grad():
+        hidden = [] if tokens is None else [model.embed_tokens(sample[None]) for sample in tokens]
+        for i, layer in enumerate(model.layers):
+            assert isinstance(layer, Layer)
+            finished = None if store is None else _finished(store, i, recipe)
+            if finished is None:
+                finished = _quantize_layer(layer, recipe, _calibrate(model, layer, hidden))
+                if store is not None:
+                    _keep(store, i, recipe, finished)
+            _put(layer, finished)
+            hidden = [layer(x, model.rotation(0, x.shape[1], x), None) for x in hidden]
+            report(i + 1)
+    return _weights(model)
+
+
+def _calibrate(model: Llama, layer: Layer, hidden: list[Tensor]) -> dict[str, Calibration]:
+    """Statistics of the inputs of every linear layer, by the first name of those that share them."""
+    statistics: dict[str, Calibration] = {}
+    hooks = []
+    for first, *_ in _SHARED if hidden else ():
+        linear = layer.get_submodule(first)
+        assert isinstance(linear, nn.Linear)
+        calibration = statistics[first] = Calibration(linear.in_features, linear.weight.device)
+
+        def watch(module: nn.Module, args: tuple[Tensor, ...], calibration: Calibration = calibration) -> None:
+            calibration.add(args[0])
+
+        hooks.append(linear.register_forward_pre_hook(watch))
+    for x in hidden:
+        layer(x, model.rotation(0, x.shape[1], x), None)
+    for hook in hooks:
+        hook.remove()
+    return statistics
+
+
+def _quantize_layer(
+    layer: Layer, recipe: Recipe, statistics: dict[str, Calibration]
+) -> dict[str, QuantizedWeight | Tensor]:
+    scales = _fold(layer, recipe, statistics) if recipe.method == "awq" else {}
+    found: dict[str, QuantizedWeight | Tensor] = {}
+    for first, *others in _SHARED:
+        for name in (first, *others):
+            linear = layer.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            found[name] = _quantize(linear.weight, recipe, statistics.get(first), scales.get(first))
+    for name in _NORMS:
+        found[f"{name}.weight"] = layer.get_parameter(f"{name}.weight").detach()
+    return found
+
+
+def _quantize(weight: Tensor, recipe: Recipe, calibration: Calibration | None, scale: Tensor | None) -> QuantizedWeight:
+    bits, group_size = recipe.bits, recipe.group_size
+    if recipe.method == "nf4":
+        return quantize_nf4(weight, group_size)
+    if recipe.method == "fp4":
+        return quantize_fp4(weight, group_size)
+    if recipe.method == "hqq":
+        return quantize_hqq(weight, bits, group_size)
+    if calibration is None:
+        return quantize_rtn(weight, bits, group_size)
+    if recipe.method == "gptq":
+        return quantize_gptq(weight, calibration, bits, group_size, act_order=True, static_groups=True, mse=True)
+    if scale is not None:
+        weight = weight / scale  # AWQ multiplies by it again; what came before has it folded in
+    return quantize_awq(weight, calibration, bits, group_size, scale=scale)[0]
+
+
+def _fold(layer: Layer, recipe: Recipe, statistics: dict[str, Calibration]) -> dict[str, Tensor]:
+    """Folds AWQ's scales into the layer, which goes on computing the same; the scales by the first name."""
+    scales: dict[str, Tensor] = {}
+    for (first, *others), before in zip(_SHARED, _BEFORE, strict=True):
+        linears = [layer.get_submodule(name) for name in (first, *others)]
+        previous = layer.get_submodule(before)
+        weights = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
+        scale = torch.ones_like(weights[0][0], dtype=torch.float32)
+        if isinstance(previous.weight, Tensor) and previous.weight.shape[0] == scale.numel():  # not of grouped heads
+            scale = search_awq_scale(weights, statistics[first], recipe.bits, recipe.group_size)
+            fold_scale(previous, scale)
+            for weight in weights:
+                weight.mul_(scale)
+        scales[first] = scale
+    return scales
+
+
+def _put(layer: Layer, finished: dict[str, QuantizedWeight | Tensor]) -> None:
+    for name, weight in finished.items():
+        if isinstance(weight, QuantizedWeight):
+            put_quantized(layer, name, weight)
+        else:
+            layer.get_parameter(name).data.copy_(weight)
+
+
+def _weights(model: Llama) -> dict[str, QuantizedWeight | Tensor]:
+    """Every weight by the name that it has in a Hugging Face checkpoint."""
+    found: dict[str, QuantizedWeight | Tensor] = {}
+    low_bit = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    for name, module in low_bit.items():
+        found[f"model.{name}"] = module.weight
+        if module.bias is not None:
+            found[f"model.{name}.bias"] = module.bias.detach()
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in low_bit:
+            found[name if name.startswith("lm_head") else f"model.{name}"] = parameter.detach()
+    return found
+
+
+# Checkpoints.
+
+_BESIDE = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+
+
+def quantize_checkpoint(
+    folder: Path,
+    recipe: Recipe,
+    out: Path,
+    text: str = "",
+    *,
+    samples: int = 64,
+    length: int = 512,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """A Hugging Face Llama checkpoint in `folder` to a quantised one in `out`; a stopped run goes on where it was.
+
+    Args:
+        text: calibration text, for GPTQ and AWQ; `samples` windows of `length` tokens, evenly spread, are used.
+        report: is told how many of how many layers are done.
+    """
+    model = Llama.from_pretrained(folder, dtype=torch.float32)
+    total = len(model.layers)
+    tokens = calibration_tokens(folder, text, model.config.vocab_size, samples, length) if text else None
+    store = out / "unfinished"
+    store.mkdir(parents=True, exist_ok=True)
+    weights = quantize_llama(model, recipe, tokens, store=store, report=lambda done: report(done, total))
+    config = json.loads((folder / "config.json").read_text())
+    half = {name: w.half() if isinstance(w, Tensor) and w.dim() > 1 else w for name, w in weights.items()}
+    save_quantized(out, half, METHODS[recipe.method], {**config, "torch_dtype": "float16"})
+    for name in _BESIDE:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    shutil.rmtree(store)
+
+
+def calibration_tokens(folder: Path, text: str, vocab_size: int, samples: int, length: int) -> Tensor:
+    """(samples, length) tokens of a text: by the tokenizer beside the checkpoint, else bytes for 256 tokens."""
+    if (folder / "tokenizer.json").is_file():
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError:
+            raise fail("quantize_checkpoint", "text", "no tokenizers package", "it; pip install tokenizers") from None
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    elif vocab_size == 256:
+        ids = list(text.encode())
+    else:
+        raise fail("quantize_checkpoint", "folder", f"{folder} without tokenizer.json", "one with its tokenizer")
+    if len(ids) < length:
+        raise fail("quantize_checkpoint", "text", f"{len(ids)} tokens", f"at least {length}")
+    starts = torch.linspace(0, len(ids) - length, samples).long().tolist()
+    return torch.tensor([ids[start : start + length] for start in starts])
+
+
+# Finished layers on disk.
+
+
+def _folder(store: Path, i: int) -> Path:
+    return store / f"layer-{i:03d}"
+
+
+def _keep(store: Path, i: int, recipe: Recipe, finished: dict[str, QuantizedWeight | Tensor]) -> None:
+    """Under another name first: a layer that is there is whole."""
+    partial = store / "partial"
+    save_quantized(partial, finished, "metate", {"recipe": vars(recipe)})
+    partial.rename(_folder(store, i))
+
+
+def _finished(store: Path, i: int, recipe: Recipe) -> dict[str, QuantizedWeight | Tensor] | None:
+    folder = _folder(store, i)
+    if not folder.is_dir():
+        return None
+    if json.loads((folder / "config.json").read_text()).get("recipe") != vars(recipe):
+        raise fail("quantize_llama", "store", f"{store} of another recipe", f"one of {recipe}; delete that folder")
+    found = load_quantized(folder)
+    return {name: found[name] for name in found}

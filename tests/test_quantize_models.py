@@ -1,0 +1,103 @@
+"""Whole decoders to low-bit checkpoints: written, read back, resumed, and better with calibration than without."""
+
+import copy
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from metate import FormatError
+from metate.cli import app
+from metate.models import Llama, LlamaConfig
+from metate.models.quantize import METHODS, Recipe, calibration_tokens, quantize_checkpoint, quantize_llama
+from metate.nn import QuantLinear
+from metate.quant import QuantizedWeight, save_quantized
+
+CONFIG = LlamaConfig(256, 128, 256, 2, 4, 4, 32)
+TEXT = "def f(x):\n    return [x + 1 for x in range(10)]\n" * 60
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    model = Llama(CONFIG).initialize(torch.Generator().manual_seed(0))
+    weights = {name if name.startswith("lm_head") else f"model.{name}": p for name, p in model.named_parameters()}
+    sizes = {name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__ if getattr(CONFIG, name) != {}}
+    save_quantized(folder, weights, "metate", {"model_type": "llama", **sizes})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_is_written_and_read_back(checkpoint, tmp_path, method):
+    recipe, seen = Recipe(method, 4, 64), []
+    quantize_checkpoint(
+        checkpoint, recipe, tmp_path, TEXT, samples=4, length=64, report=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(1, 2), (2, 2)]
+    model, dense = Llama.from_pretrained(tmp_path, dtype=torch.float32), Llama.from_pretrained(checkpoint)
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 14
+    assert not (tmp_path / "unfinished").exists()
+    tokens = torch.tensor([list(TEXT[:100].encode())])
+    far = (model(tokens) - dense(tokens)).abs().max() / dense(tokens).abs().max()
+    assert 0 < far < 0.3
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_calibration_beats_rounding(checkpoint, method):
+    torch.manual_seed(0)
+    dense = Llama.from_pretrained(checkpoint)
+    for layer in dense.layers:  # inputs of very different size, as trained models have them
+        layer.input_layernorm.weight.data *= torch.logspace(-1, 1, 128)[torch.randperm(128)]
+        layer.post_attention_layernorm.weight.data *= torch.logspace(-1, 1, 128)[torch.randperm(128)]
+    tokens = torch.tensor([list(TEXT[i : i + 64].encode()) for i in range(0, 640, 40)])
+    truth = dense(tokens)
+    errors = {}
+    for name in ("rtn", method):
+        model = copy.deepcopy(dense)
+        quantize_llama(model, Recipe(name, 4, 64), tokens)
+        errors[name] = (model(tokens) - truth).square().mean()
+    assert errors[method] < errors["rtn"]
+
+
+def test_a_stopped_run_goes_on(checkpoint, tmp_path):
+    recipe, tokens = Recipe("gptq", 4, 64), calibration_tokens(checkpoint, TEXT, 256, 2, 64)
+
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens, store=tmp_path, report=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["layer-000"]
+    again = quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens, store=tmp_path)
+    whole = quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens)
+    for name, weight in whole.items():
+        if isinstance(weight, QuantizedWeight):
+            assert torch.equal(weight.dequantize(), again[name].dequantize())
+    with pytest.raises(ValueError, match="of another recipe"):
+        quantize_llama(Llama.from_pretrained(checkpoint), Recipe("awq", 4, 64), tokens, store=tmp_path)
+
+
+def test_what_is_missing_is_named(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="calibration text for gptq"):
+        quantize_checkpoint(checkpoint, Recipe("gptq"), tmp_path)
+    with pytest.raises(ValueError, match="at least 512"):
+        quantize_checkpoint(checkpoint, Recipe("gptq"), tmp_path, "short")
+    with pytest.raises(ValueError, match="method is 'q4'"):
+        Recipe("q4")
+    with pytest.raises(ValueError, match="with its tokenizer"):
+        calibration_tokens(tmp_path, TEXT, 32000, 2, 64)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(FormatError, match="expected 'llama'"):
+        quantize_checkpoint(tmp_path, Recipe("nf4"), tmp_path / "out")
+
+
+def test_the_command_writes_a_checkpoint(checkpoint, tmp_path):
+    run = CliRunner().invoke(app, ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "nf4"])
+    assert run.exit_code == 0 and "wrote" in run.output
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    run = CliRunner().invoke(app, ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "gptq"])
+    assert run.exit_code == 1 and "calibration text" in run.output

@@ -63,7 +63,7 @@ struct AttentionBackward {
     View<2> dalibi_slopes;  // (B, Hq) f32 (f64), or absent
 };
 
-// Column sums of the probabilities: sums[b, h, j] = Σ_i exp(s_ij - lse_i).
+// Column sums of the probabilities: sums[b, h, j] = Σ_i exp(s_ij - lse_i) over the rows with lse_i > -inf.
 struct AttentionColumnSums {
     Attention problem;  // v unused
     View<3> lse;        // (B, Hq, Sq)

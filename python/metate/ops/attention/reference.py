@@ -215,7 +215,8 @@ def attention_column_sums(
 ) -> Tensor:
     scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
                      window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
-    return scores.probabilities(lse).sum(-2)
+    alive = (lse != -math.inf)[..., None]  # a row without an lse has no key
+    return scores.probabilities(lse).where(alive, 0).sum(-2)
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,9 +104,9 @@ class QuantLinear(nn.Linear):
         def moved(tensor: Tensor) -> Tensor:
             if id(tensor) not in own:
                 return fn(tensor)
-            data = tensor.view(torch.uint8)  # integers keep their dtype
+            data = tensor.flatten().view(torch.uint8)  # integers keep their dtype
             result = fn(data)
-            return tensor if result is data else result.view(tensor.dtype)
+            return tensor if result is data else result.view(tensor.dtype).view(tensor.shape)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         self._weight = None

@@ -137,6 +137,6 @@ def test_the_decoder_learns_and_both_attentions_agree():
 
 def test_importing_metate_stays_light():
     """Nobody who calls an operator pays for the command."""
-    heavy = "('typer', 'rich', 'matplotlib', 'transformers', 'metate.bench', 'metate.models')"
+    heavy = "('typer', 'rich', 'matplotlib', 'safetensors', 'transformers', 'metate.bench', 'metate.models')"
     code = f"import metate, sys; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from metate.errors import fail
@@ -40,6 +38,8 @@ class _Safetensors(Mapping[str, Tensor]):
     """Tensor name -> tensor, of several files."""
 
     def __init__(self, paths: list[Path]) -> None:
+        from safetensors import safe_open  # `import metate` needs torch alone
+
         self._files: dict[str, Any] = {}
         for path in paths:
             file = _guarded(path.name, partial(safe_open, path, framework="pt"))
@@ -62,6 +62,8 @@ class _Safetensors(Mapping[str, Tensor]):
 
 def _guarded(what: str, read: Callable[[], Any]) -> Any:
     """The library's errors about a file become ours."""
+    from safetensors import SafetensorError
+
     try:
         return read()
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
@@ -273,6 +275,8 @@ def save_quantized(
                 tensors[f"{name}.weight" if inner + part == f"{name}.weight.weight" else inner + part] = tensor
         else:
             tensors[name] = weight
+    from safetensors.torch import save_file
+
     described = {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedWeight)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,10 @@ def test_what_is_missing_is_named(checkpoint, tmp_path):
         Recipe("q4")
     with pytest.raises(ValueError, match="with its tokenizer"):
         calibration_tokens(tmp_path, TEXT, 32000, 2, 64)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    quantize_checkpoint(checkpoint, Recipe("nf4"), tmp_path / "once")
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_checkpoint(tmp_path / "once", Recipe("nf4"), tmp_path / "twice")
+    save_quantized(tmp_path, {}, config={"model_type": "gpt2"})
     with pytest.raises(FormatError, match="expected 'llama'"):
         quantize_checkpoint(tmp_path, Recipe("nf4"), tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""transformers' quantisers of GPTQ, AWQ and bitsandbytes over metate: `from_pretrained` makes QuantLinear layers.
+"""transformers' quantisers of GPTQ, AWQ, bitsandbytes and GGUF over metate: `from_pretrained` makes QuantLinear layers.
 
 Each linear layer stays what transformers built until its tensors arrive; a conversion takes them out of the loader's
 hands, lowers them, and leaves a placeholder. After loading the layer makes way for a QuantLinear. Imported through
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from metate.errors import fail
 from metate.nn import QuantLinear
 from metate.ops.quant_linear import QuantizedWeight
-from metate.quant import awq, bitsandbytes, gptq
+from metate.quant import GGUFFile, awq, bitsandbytes, gptq, load_quantized
 from metate.quant.checkpoint import read_configuration
+from metate.quant.gguf_model import GGUFModel
 from metate.quant.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import GgufConfig  # not in every version 5
 
 _LOWERED = "_metate_lowered"  # on a layer whose tensors have arrived: its QuantizedWeight
 _before: dict[str, Any] = {}
@@ -55,6 +59,10 @@ class _Quantizer(HfQuantizer):
                 bias = None if layer.bias is None else layer.bias.requires_grad_(False)
                 model.set_submodule(name, QuantLinear(weight, bias).train(layer.training))
         return model
+
+    def is_dense(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these, all there is of a layer, are a weight that the checkpoint did not quantise."""
+        return tensors.keys() == {"weight"}
 
     def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         raise NotImplementedError
@@ -147,17 +155,75 @@ class _BitsAndBytes8bit(_BitsAndBytes):
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
+class _GGUF(_Quantizer):
+    """A `gguf_file`, for which transformers makes the configuration. The loader gets dense tensors, and an empty one of
+    bytes for every weight that stays in its blocks."""
+
+    requires_calibration = False
+    quantization_config: GgufConfig
+    serialized_names = {"weight": ["weight"]}  # noqa: RUF012
+
+    def __init__(self, quantization_config: GgufConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = True
+        self.lowered: dict[str, QuantizedWeight] = {}
+
+    def read_header(self, gguf_file: str) -> None:
+        file = load_quantized(gguf_file)
+        if not isinstance(file, GGUFFile):
+            raise fail("compat.transformers", "gguf_file", gguf_file, "a GGUF file")
+        self.file = GGUFModel(file)
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        self.dtype = dtype or torch.float32
+        return self.dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        pass
+
+    def get_state_dict(self, checkpoint_file: str, model: PreTrainedModel) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, weight in self.file.items():
+            if not isinstance(weight, QuantizedWeight):
+                found[name] = weight
+            elif self.quantization_config.dequantize or not _is_linear(_module(model, name)):
+                found[name] = weight.dequantize(self.dtype)
+            else:
+                found[name], self.lowered[name] = torch.empty(0, dtype=torch.uint8), weight
+        return found
+
+    def is_dense(self, tensors: Mapping[str, Tensor]) -> bool:
+        return tensors["weight"].dtype != torch.uint8
+
+    def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        name = f"{module}.weight"
+        return self.lowered.pop(name if name in self.lowered else f"model.{name}")
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        factors = self.file.rotary_factors
+        rotary: Any
+        for rotary in model.modules():
+            if factors is not None and getattr(rotary, "rope_type", None) == "default":  # as the metadata have it
+                for buffer in (rotary.inv_freq, rotary.original_inv_freq):
+                    buffer.div_(factors.to(buffer.device))
+        del self.file
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
 class _Lower(ConversionOps):
     """The tensors of one layer, as a checkpoint holds them."""
 
     def __init__(self, hf_quantizer: _Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Lower:
+        return self  # transformers copies its conversions for every layer, and the quantiser may hold weights
+
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Any]:
         found = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        if found.keys() == {"weight"}:
+        if self.hf_quantizer.is_dense(found):
             return _dense(found["weight"], model, full_layer_name)
         module = full_layer_name.removesuffix(".weight")
         tensors = {name.removeprefix("weight."): tensor.cpu() for name, tensor in found.items()}
@@ -200,20 +266,28 @@ def _place(model: PreTrainedModel, name: str, weight: QuantizedWeight) -> dict[s
     return {name: placeholder}
 
 
+def _module(model: PreTrainedModel, name: str) -> nn.Module | None:
+    """The module of a parameter; the name may begin with that of the base model where the model is one."""
+    found = dict(model.named_modules())
+    module = name.rpartition(".")[0]
+    return found.get(module, found.get(module.removeprefix(f"{model.base_model_prefix}.")))
+
+
 def _is_linear(layer: Any) -> bool:
     return type(layer) in (nn.Linear, Conv1D)
 
 
 _QUANTIZERS = {
-    "gptq": _GPTQ, "awq": _AWQ, "bitsandbytes_4bit": _BitsAndBytes4bit, "bitsandbytes_8bit": _BitsAndBytes8bit
+    "gptq": _GPTQ, "awq": _AWQ, "bitsandbytes_4bit": _BitsAndBytes4bit, "bitsandbytes_8bit": _BitsAndBytes8bit,
+    "gguf": _GGUF,
 }  # fmt: skip
 
 
 def enable() -> None:
     """Puts the quantisers above in the place of transformers' own."""
-    for name, quantizer in _QUANTIZERS.items():
+    for name in _QUANTIZERS.keys() & auto.AUTO_QUANTIZER_MAPPING.keys():  # "gguf" is not in every version 5
         _before.setdefault(name, auto.AUTO_QUANTIZER_MAPPING[name])
-        auto.AUTO_QUANTIZER_MAPPING[name] = quantizer
+        auto.AUTO_QUANTIZER_MAPPING[name] = _QUANTIZERS[name]
 
 
 def disable() -> None:

@@ -46,11 +46,13 @@ def disable() -> None:
 
 
 def enable_quantised() -> None:
-    """Lets `from_pretrained` load GPTQ, AWQ and bitsandbytes checkpoints with metate, on any device.
+    """Lets `from_pretrained` load GPTQ, AWQ and bitsandbytes checkpoints, and GGUF files, with metate, on any device.
 
-    Their own packages need not be there. Linear layers become metate.nn.QuantLinear: inference, and training of what
-    stands on top (PEFT's LoRA). A BitsAndBytesConfig given for a dense checkpoint quantises it. A model so loaded
-    keeps its layers when this is disabled; `save_pretrained` refuses it, `metate.quant.save_quantized` writes it.
+    Their own packages need not be there (but transformers wants gguf and accelerate for GGUF). Linear layers become
+    metate.nn.QuantLinear: inference, and training of what stands on top (PEFT's LoRA). Of GGUF files (`gguf_file=`)
+    those of Llama, Mistral, Qwen 2 and Qwen 3 are read, embeddings dequantised. A BitsAndBytesConfig given for a dense
+    checkpoint quantises it. A model so loaded keeps its layers when this is disabled; `save_pretrained` refuses it,
+    `metate.quant.save_quantized` writes it.
     """
     from metate.compat import quantised_loading
 

@@ -1,12 +1,13 @@
 """Llama-style decoders: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023).
 
-Reads Hugging Face checkpoints: config.json beside model.safetensors, or beside shards and their index.
+Reads Hugging Face checkpoints (config.json beside model.safetensors, or beside shards and their index) and GGUF files.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from metate import FormatError, QuantizedWeight, load_quantized
 from metate import attention as metate_attention
 from metate.errors import fail
 from metate.nn import QuantLinear
+from metate.quant import GGUFFile
+from metate.quant.gguf_model import GGUFModel
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -41,6 +44,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict[str, float] = field(default_factory=dict)  # of Llama 3.1, or empty
+    rope_factors: tuple[float, ...] = ()  # the same as GGUF has it: divisors of the frequencies, or empty
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -71,13 +75,40 @@ class LlamaConfig:
             raise FormatError(f"metate.LlamaConfig: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
         try:
             heads = raw["num_attention_heads"]
-            given = {name: raw[name] for name in LlamaConfig.__dataclass_fields__ if raw.get(name) is not None}
+            known = LlamaConfig.__dataclass_fields__.keys() - {"rope_factors"}
+            given = {name: raw[name] for name in known if raw.get(name) is not None}
             given.setdefault("num_key_value_heads", heads)
             given.setdefault("head_dim", raw["hidden_size"] // heads)
             given["rope_theta"], given["rope_scaling"] = _rope(raw)
             return LlamaConfig(**given)
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise FormatError(f"metate.LlamaConfig: {path} lacks or garbles {error}") from error
+
+    @staticmethod
+    def of_gguf(model: GGUFModel) -> LlamaConfig:
+        """The metadata of a GGUF file."""
+        settings, embedding = model.settings, model.get("model.embed_tokens.weight")
+        if model.architecture != "llama" or embedding is None:
+            raise FormatError(
+                f"metate.LlamaConfig: a {model.architecture} model, expected llama with token_embd.weight"
+            )
+        settings.text("rope.scaling.type", None, "none")
+        width = settings.integer("embedding_length", None, 1, 2**31 - 1)
+        head_dim = settings.integer("attention.key_length", width // model.heads, 1, 2**16)
+        settings.integer("rope.dimension_count", head_dim, head_dim, head_dim)
+        settings.integer("attention.value_length", head_dim, head_dim, head_dim)
+        factors = model.rotary_factors
+        if factors is not None and factors.numel() != head_dim // 2:
+            raise FormatError(f"metate.LlamaConfig: {factors.numel()} rotary factors, expected {head_dim // 2}")
+        return LlamaConfig(
+            embedding.shape[0], width, settings.integer("feed_forward_length", None, 1, 2**31 - 1),
+            settings.integer("block_count", None, 1, 10**6), model.heads, model.heads_kv, head_dim,
+            settings.number("attention.layer_norm_rms_epsilon"),
+            settings.number("rope.freq_base") if "rope.freq_base" in settings.values else 10000.0,
+            rope_factors=() if factors is None else tuple(factors.tolist()),
+            attention_bias="model.layers.0.self_attn.o_proj.bias" in model,
+            mlp_bias="model.layers.0.mlp.down_proj.bias" in model, tie_word_embeddings="lm_head.weight" not in model,
+        )  # fmt: skip
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, float]]:
@@ -235,28 +266,42 @@ class Llama(nn.Module):
         return torch.cat(found[1:], 1) if count else tokens[:, :0]
 
     @staticmethod
-    def from_pretrained(folder: str | Path, attention: str = "metate", dtype: torch.dtype | None = None) -> Llama:
-        """A Hugging Face Llama checkpoint, also GPTQ, AWQ or bitsandbytes; dtype: that of the file unless given."""
-        folder = Path(folder)
+    def from_pretrained(path: str | Path, attention: str = "metate", dtype: torch.dtype | None = None) -> Llama:
+        """A Hugging Face Llama checkpoint, also GPTQ, AWQ or bitsandbytes, or a GGUF file.
+
+        Args:
+            path: a folder, or a .gguf file.
+            dtype: of what is not quantised; that of the file (of the embedding, if GGUF) unless given.
+        """
+        path = Path(path)
+        found: Mapping[str, QuantizedWeight | Tensor] = load_quantized(path)
+        if isinstance(found, GGUFFile):
+            found = GGUFModel(found)
+            config = LlamaConfig.of_gguf(found)
+            embedding = found["model.embed_tokens.weight"]
+            dtype = dtype or (embedding.dtype if isinstance(embedding, Tensor) else torch.float32)  # norms have another
+        else:
+            config = LlamaConfig.read((path if path.is_dir() else path.parent) / "config.json")
         with torch.device("meta"):
-            model = Llama(LlamaConfig.read(folder / "config.json"), attention)
+            model = Llama(config, attention)
         weights: dict[str, Tensor] = {}
-        for name, weight in load_quantized(folder).items():
-            if isinstance(weight, QuantizedWeight):
-                put_quantized(model, name.removeprefix("model."), weight)
+        for name, weight in found.items():
+            inner = name.removeprefix("model.")
+            if isinstance(weight, QuantizedWeight) and inner != "embed_tokens.weight":
+                put_quantized(model, inner.removesuffix(".weight"), weight)
             elif not name.endswith("rotary_emb.inv_freq"):
-                weights[name.removeprefix("model.")] = weight
-        if model.config.tie_word_embeddings:
+                dense = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+                weights[inner] = dense.to(dtype or dense.dtype)
+        if config.tie_word_embeddings:
             weights["lm_head.weight"] = weights.get("embed_tokens.weight", torch.empty(0))
         expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         got = {name: w.shape for name, w in weights.items()}
         if expected != got:
             wrong = sorted({name for name, _ in set(expected.items()) ^ set(got.items())})
             raise FormatError(
-                f"metate.Llama: {folder} lacks, or has in another shape, or has too much: {', '.join(wrong[:5])}"
+                f"metate.Llama: {path} lacks, or has in another shape, or has too much: {', '.join(wrong[:5])}"
             )
-        dense = {name: weights[name].to(dtype or weights[name].dtype) for name in expected}
-        model.load_state_dict(dense, strict=False, assign=True)
+        model.load_state_dict(weights, strict=False, assign=True)
         model._tie()
         return model.eval()
 
@@ -277,6 +322,8 @@ def put_quantized(model: nn.Module, name: str, weight: QuantizedWeight) -> None:
 def frequencies(config: LlamaConfig) -> Tensor:
     """Radians a position of every pair of dimensions; Llama 3.1 slows those of long wavelength."""
     plain = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if config.rope_factors:
+        return plain / torch.tensor(config.rope_factors)
     if not config.rope_scaling:
         return plain
     factor, low, high, context = (config.rope_scaling[name] for name in _LLAMA3)

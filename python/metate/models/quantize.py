@@ -220,6 +220,8 @@ def quantize_checkpoint(
         report: is told how many of how many layers are done.
     """
     model = Llama.from_pretrained(folder, dtype=torch.float32)
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise fail("quantize_checkpoint", "folder", f"{folder}, quantised already", "a dense checkpoint")
     total = len(model.layers)
     tokens = calibration_tokens(folder, text, model.config.vocab_size, samples, length) if text else None
     store = out / "unfinished"

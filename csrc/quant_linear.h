@@ -30,23 +30,53 @@ struct LowBitMatrix {
     View<1> permutation;             // (columns) i32, a permutation, or absent
 };
 
+// What low-rank matrices add to a product: row m gains scaling[a] · low[m] · right[a]ᵀ of the adapter a = ids[m], in
+// float32 like the product, before it is rounded. Without ids every row has adapter 0; a number that is none of an
+// adapter adds nothing.
+struct LowRank {
+    View<2> low;      // (M, rank) f32 (f64), or absent: nothing is added
+    View<3> right;    // (adapters, columns of the result, rank), f32 or the dtype of x
+    View<1> scaling;  // (adapters) f32 (f64)
+    View<1> ids;      // (M) i32, or absent
+};
+
 struct QuantLinear {
     View<2> x;  // (M, columns)
     LowBitMatrix w;
     View<1> bias;  // (rows) f32 or the dtype of x, or absent
     bool int8_activations;
     View<2> out;  // (M, rows), dtype of x
+    LowRank update{};
 };
 
 struct QuantMatmul {
     View<2> x;  // (M, rows)
     LowBitMatrix w;
     View<2> out;  // x · W: (M, columns), dtype of x
+    LowRank update{};
+};
+
+// out[m] = x[m] · a[ids[m]]ᵀ; zeros where a row has no adapter.
+struct LoraShrink {
+    View<2> x;    // (M, K)
+    View<3> a;    // (adapters, rank, K), f32 or the dtype of x
+    View<1> ids;  // as in LowRank
+    View<2> out;  // (M, rank) f32 (f64)
+};
+
+// out[a] = Σ low[m]ᵀ · x[m] over the rows m of adapter a, in ascending order; zeros where it has none.
+struct LoraOuter {
+    View<2> x;    // (M, K)
+    View<2> low;  // (M, rank) f32 (f64)
+    View<1> ids;  // as in LowRank
+    View<3> out;  // (adapters, rank, K) f32 (f64)
 };
 
 namespace cpu {
 void quant_linear(const QuantLinear&, const Runtime&);
 void quant_matmul(const QuantMatmul&, const Runtime&);
+void lora_shrink(const LoraShrink&, const Runtime&);
+void lora_outer(const LoraOuter&, const Runtime&);
 }  // namespace cpu
 
 namespace cuda {

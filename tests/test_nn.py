@@ -226,16 +226,24 @@ def test_begins_as_its_base_and_trains_only_the_update():
     assert base.bias.grad is None
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("shape", [(6, K), (6, 2, K)])
-def test_adapters_of_a_batch(shape):
+def test_adapters_of_a_batch(shape, dense):
+    """On a low-bit base in one pass, on a dense one beside it."""
     lora = trained()
+    if dense:
+        base = nn.Linear(K, N)
+        base.weight.data.copy_(lora.base.dequantize())
+        base.bias.data.copy_(lora.base.bias)
+        lora, low_bit = LoraLinear(base, 4, alpha=6, adapters=3), lora
+        lora.load_state_dict({n: t for n, t in low_bit.state_dict().items() if "lora" in n}, strict=False)
     chosen = torch.tensor([2, -1, 0, 2, 0, -1])  # adapter 1 unused
     x = torch.randn(shape, requires_grad=True)
     out = lora(x, chosen)
     grad = torch.randn_like(out)
     out.backward(grad)
     wide = [t.detach().double().requires_grad_() for t in (x, lora.lora_A, lora.lora_B)]
-    base = lora.base.dequantize().double()
+    base = (lora.base.weight if dense else lora.base.dequantize()).double()
     truth = torch.stack([
         entry @ (base if a < 0 else base + 6 / 4 * wide[2][a] @ wide[1][a]).T + lora.base.bias.double()
         for entry, a in zip(wide[0], chosen.tolist(), strict=True)
@@ -273,11 +281,13 @@ def test_low_precision_inputs_and_dropout():
 def test_lora_refuses_what_is_wrong():
     lora, x = trained(), torch.randn(2, K)
     for adapter in (3, -2, torch.tensor([0, 3]), torch.tensor([-2, 0])):
-        with pytest.raises(ValueError, match=r"adapter is -?[23], expected 0 to 2, or -1"):
+        with pytest.raises(ValueError, match=r"adapter(_ids)? is -?[23].*, expected 0 to 2, or -1"):
             lora(x, adapter)
-    for adapter in (torch.tensor([0]), torch.tensor([0.0, 1.0]), torch.tensor(0)):
-        with pytest.raises(ValueError, match=r"adapter is torch.* expected integers of shape \(2,\)"):
+    for adapter in (torch.tensor([0]), torch.tensor([[0, 1]]), torch.tensor(0)):
+        with pytest.raises(ValueError, match=r"adapter_ids is of shape .* expected \(2,\)"):
             lora(x, adapter)
+    with pytest.raises(TypeError, match=r"adapter_ids is torch.float32, expected a tensor of integers"):
+        lora(x, torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match="r is 0"):
         LoraLinear(layer(), 0)
     with pytest.raises(TypeError, match="base is ReLU"):

@@ -162,3 +162,83 @@ def test_wrong_permutations_are_named():
     order[3] = 4
     with pytest.raises(ValueError, match=r"metate.quant_linear: permutation is not one, expected every number"):
         linear_op(X, *tensors, order, None, *scalars(weight()))
+
+
+# Low-rank updates.
+
+LORA = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "lora_linear"]
+adapted = pytest.mark.parametrize("device,backend", LORA, ids=lambda value: value)
+
+
+def pair(adapters: int = 3, rank: int = 20, N: int = 40, K: int = 200) -> tuple[Tensor, Tensor]:
+    return random(adapters, rank, K, seed=3), 0.05 * random(adapters, N, rank, seed=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_row_depends_on_no_other(dtype):
+    """Neither on how many there are nor on which adapters they have."""
+    w, (A, B), x = weight(), pair(), random(70, 200).to(dtype)
+    ids = torch.randint(-1, 3, (70,), generator=torch.Generator().manual_seed(5))
+    whole = metate.lora_linear(x, w, A, B, adapter_ids=ids)
+    for rows in (*range(1, 19), 33, 64):
+        assert same_bits(metate.lora_linear(x[:rows], w, A, B, adapter_ids=ids[:rows]), whole[:rows]), rows
+    for row in range(0, 70, 9):
+        a, beside = int(ids[row]), x[row : row + 1]
+        alone = metate.quant_linear(beside, w) if a < 0 else metate.lora_linear(beside, w, A[a], B[a])
+        assert same_bits(alone, whole[row : row + 1])
+
+
+@adapted
+def test_nan_stays_in_its_row_and_adapter(device, backend):
+    w, (A, B), x = weight().to(device), pair(), random(6, 200, backend=backend)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    ids = torch.tensor([0, 1, -1, 2, 1, 0], dtype=torch.int32)
+    broken, broken_A, broken_B = x.clone(), A.clone(), B.clone()
+    broken[2:4] = math.nan
+    broken_A[2], broken_B[2] = math.nan, math.inf
+    gradients, outs = [], []
+    for inputs in ((x, A, B), (broken, broken_A, broken_B)):
+        leaves = [t.to(device).detach().clone().requires_grad_() for t in inputs]
+        with metate.use(backend):
+            out = metate.lora_linear(leaves[0], w, *leaves[1:], adapter_ids=ids.to(device))
+            outs.append(out.detach())
+            out.backward(torch.ones_like(out))
+        gradients.append([leaf.grad for leaf in leaves])
+    kept = [0, 1, 4, 5]
+    assert outs[1][2:4].isnan().all() and same_bits(outs[0][kept], outs[1][kept])
+    for (clean, broken_one), places in zip(zip(*gradients, strict=True), (kept, [0, 1], [0, 1]), strict=True):
+        assert same_bits(clean[places], broken_one[places])
+
+
+def test_scaling_counts_and_adapters_without_rows_get_zeros():
+    w, (A, B), x = weight(), pair(), random(2, 4, 200)
+    leaves = [t.clone().requires_grad_() for t in (A, B, torch.tensor([0.5, 2.0, 3.0]))]
+    ids = torch.tensor([[2, 2, -1, 0], [0, 2, 2, 2]])
+    out = metate.lora_linear(x, w, leaves[0], leaves[1], scaling=leaves[2], adapter_ids=ids)
+    dense = [metate.dequantize(w) + s * (b @ a) for a, b, s in zip(A, B, leaves[2].detach(), strict=True)]
+    dense.append(metate.dequantize(w))
+    truth = torch.stack([row @ dense[i].T for row, i in zip(x.flatten(0, 1), ids.flatten(), strict=True)])
+    torch.testing.assert_close(out.flatten(0, 1), truth, rtol=1e-4, atol=1e-4)
+    out.square().sum().backward()
+    for leaf in leaves:
+        assert leaf.grad[0].any() and not leaf.grad[1].any() and leaf.grad[2].any()
+
+
+@pytest.mark.parametrize(
+    "kind,message,wrong",
+    [
+        (ValueError, "adapter_ids is None, expected an adapter for every row of x: there are 3", {}),
+        (ValueError, "adapter_ids is 3 for a row, expected 0 to 2, or -1", dict(adapter_ids=torch.tensor([0, 2**40]))),
+        (ValueError, r"B is of shape \(3, 39, 20\).* N = 40", dict(B=torch.zeros(3, 39, 20))),
+        (ValueError, r"A is of shape \(0, 20, 200\), expected one adapter", dict(A=X[:0].new_zeros(0, 20, 200))),
+        (TypeError, "A is bfloat16, expected float32", dict(A=torch.zeros(3, 20, 200, dtype=torch.bfloat16))),
+        (TypeError, "B is NoneType, expected a torch.Tensor", dict(B=None)),
+        (TypeError, "weight is Tensor", dict(weight=X)),
+    ],
+)
+def test_wrong_adapters_are_named(kind, message, wrong):
+    A, B = pair()
+    if "A" in wrong and not wrong["A"].shape[0]:
+        B = B[:0]
+    with pytest.raises(kind, match=rf"metate.lora_linear: {message}"):
+        metate.lora_linear(**{**dict(x=X, weight=weight(), A=A, B=B), **wrong})

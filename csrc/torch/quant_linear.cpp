@@ -81,11 +81,75 @@ Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, 
     return out;
 }
 
+#if !defined(METATE_CUDA)
+View<3> transposed(const Tensor& matrices) {
+    View<3> all = view<3>(matrices);
+    return {
+        all.data, all.dtype, {all.size[0], all.size[2], all.size[1]}, {all.stride[0], all.stride[2], all.stride[1]}};
+}
+
+// Sums are float32, or float64 beside float64.
+DType sum_dtype(const Tensor& x) {
+    return dtype(x) == DType::f64 ? DType::f64 : DType::f32;
+}
+
+Tensor shrink(const Tensor& x, const View<3>& a, const Optional& ids) {
+    Tensor out = empty(x, {x.size(0), a.size[1]}, sum_dtype(x));
+    METATE_LAUNCH(lora_shrink, x, LoraShrink{view<2>(x), a, view<1>(ids), view<2>(out)});
+    return out;
+}
+
+Tensor lora_shrink(const Tensor& x, const Tensor& a, const Optional& ids) {
+    return shrink(x, view<3>(a), ids);
+}
+
+Tensor lora_outer(const Tensor& x, const Tensor& low, const Optional& ids, int64_t adapters) {
+    Tensor out = empty(x, {adapters, low.size(1), x.size(1)}, sum_dtype(x));
+    METATE_LAUNCH(lora_outer, x, LoraOuter{view<2>(x), view<2>(low), view<1>(ids), view<3>(out)});
+    return out;
+}
+
+Tensor lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                   const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
+                   const Optional& codebook, const Optional& permutation, const Optional& bias, const Tensor& a,
+                   const Tensor& b, const Tensor& scaling, const Optional& ids, int64_t bits, int64_t group_size,
+                   int64_t super_groups, int64_t zero) {
+    const Tensor bytes = rows_of_bytes(codes), low = lora_shrink(x, a, ids);
+    Tensor out = empty(x, {x.size(0), codes.size(0)});
+    METATE_LAUNCH(quant_linear, x,
+                  QuantLinear{view<2>(x),
+                              matrix(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets, codebook,
+                                     permutation, bits, group_size, super_groups, zero),
+                              view<1>(bias), false, view<2>(out),
+                              LowRank{view<2>(low), view<3>(b), view<1>(scaling), view<1>(ids)}});
+    return out;
+}
+
+Tensor lora_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                   const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
+                   const Optional& codebook, const Optional& permutation, const Tensor& a, const Tensor& b,
+                   const Tensor& scaling, const Optional& ids, int64_t bits, int64_t group_size, int64_t super_groups,
+                   int64_t zero, int64_t in_features) {
+    const Tensor bytes = rows_of_bytes(codes), low = shrink(x, transposed(b), ids);
+    Tensor out = empty(x, {x.size(0), in_features});
+    METATE_LAUNCH(quant_matmul, x,
+                  QuantMatmul{view<2>(x),
+                              matrix(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets, codebook,
+                                     permutation, bits, group_size, super_groups, zero),
+                              view<2>(out), LowRank{view<2>(low), transposed(a), view<1>(scaling), view<1>(ids)}});
+    return out;
+}
+#endif
+
 METATE_REGISTER(m) {
     METATE_IMPL(m, quant_linear);
     METATE_IMPL(m, quant_matmul);
 #if !defined(METATE_CUDA)
     METATE_IMPL(m, quant_linear_int8);
+    METATE_IMPL(m, lora_linear);
+    METATE_IMPL(m, lora_matmul);
+    METATE_IMPL(m, lora_shrink);
+    METATE_IMPL(m, lora_outer);
 #endif
 }
 

@@ -6,7 +6,7 @@ from metate.masks import AttentionMask
 from metate.nn import quantize_model
 from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
-from metate.ops.quant_linear import QuantizedWeight, dequantize, quant_linear
+from metate.ops.quant_linear import QuantizedWeight, dequantize, lora_linear, quant_linear
 from metate.quant import load_quantized
 
 library.load()
@@ -21,6 +21,7 @@ __all__ = [
     "dequantize",
     "explain",
     "load_quantized",
+    "lora_linear",
     "merge_attention_states",
     "quant_linear",
     "quantize_model",

@@ -1,7 +1,7 @@
 // The products in double precision, one weight at a time: csrc/quant_linear.h to the letter.
 #pragma once
 
-#include "decode.h"
+#include "low_rank.h"
 
 #if defined(METATE_ISA_BASELINE)
 namespace metate::cpu::METATE_ISA {
@@ -43,6 +43,16 @@ METATE_FN int64_t feature_of(const LowBitMatrix& w, int64_t j) {
 
 constexpr int64_t exact_columns = 256;
 
+// What the update adds to column n of row m.
+inline double update_exact(const LowRank& u, int64_t m, int64_t n) {
+    const int64_t adapter = u.low ? adapter_of(u.ids, u.right.size[0], m) : -1;
+    if (adapter < 0) return 0;
+    const View<2> right = matrix_of(u.right, adapter);
+    double sum = 0;
+    for (int64_t i = 0; i < right.size[1]; ++i) sum += exact_at(u.low, m, i) * exact_at(right, n, i);
+    return sum * static_cast<const double*>(u.scaling.data)[adapter * u.scaling.stride[0]];
+}
+
 inline void linear_exact(const QuantLinear& call, const Runtime& runtime) {
     const LowBitMatrix& w = call.w;
     for_pieces(runtime, w.rows, [&](int, int64_t n) {
@@ -65,7 +75,8 @@ inline void linear_exact(const QuantLinear& call, const Runtime& runtime) {
                 out[m * call.out.stride[0]] += sum;
             }
         }
-        for (int64_t m = 0; m < call.x.size[0]; ++m) out[m * call.out.stride[0]] += bias;
+        for (int64_t m = 0; m < call.x.size[0]; ++m)
+            out[m * call.out.stride[0]] += update_exact(call.update, m, n) + bias;
     });
 }
 
@@ -85,6 +96,8 @@ inline void matmul_exact(const QuantMatmul& call, const Runtime& runtime) {
                 out[m * call.out.stride[0]] += sum;
             }
         }
+        for (int64_t m = 0; m < call.x.size[0]; ++m)
+            out[m * call.out.stride[0]] += update_exact(call.update, m, feature_of(w, j));
     });
 }
 

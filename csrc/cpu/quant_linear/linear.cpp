@@ -1,6 +1,7 @@
 // x Wᵀ + bias with W decoded panel by panel into the first-level cache.
 #include "exact.h"
 #include "fused.h"
+#include "low_rank.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -161,8 +162,10 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
                                 p.x.most_chunks, at.totals + i * rows * panel});
             }
         }
-        for (int64_t i = 0; i < count; ++i)
+        for (int64_t i = 0; i < count; ++i) {
+            add_low_rank(p.call.update, {}, at.totals + i * rows * panel, panel, (first + i) * panel, x_row, rows);
             write_panel<T>(p.call, at.totals + i * rows * panel, (first + i) * panel, x_row, rows);
+        }
     }
 }
 

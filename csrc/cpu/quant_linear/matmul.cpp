@@ -1,5 +1,6 @@
 // x W, the gradient of x Wᵀ: whole weights, scales included, in panels of W's columns.
 #include "exact.h"
+#include "low_rank.h"
 #include "product.h"
 
 namespace metate::cpu::METATE_ISA {
@@ -88,8 +89,11 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t k) {
                                 {nullptr, at.values + i * block * panel, chunks, count, nullptr, nullptr, 0, nullptr, 0,
                                  at.totals + i * rows * panel});
         }
-        for (int64_t i = 0; i < panels; ++i)
-            write<T>(p.call, at.totals + i * rows * panel, k * block + i * panel, x_row, rows);
+        for (int64_t i = 0; i < panels; ++i) {
+            float* const totals = at.totals + i * rows * panel;
+            add_low_rank(p.call.update, w.permutation, totals, panel, k * block + i * panel, x_row, rows);
+            write<T>(p.call, totals, k * block + i * panel, x_row, rows);
+        }
     }
 }
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from metate.errors import fail
+from metate.nn.quant_linear import QuantLinear
+from metate.ops.quant_linear import lora_linear, low_rank_update
 
 
 class LoraLinear(nn.Module):
@@ -19,10 +21,13 @@ class LoraLinear(nn.Module):
         alpha: the update counts alpha / r; default r.
         dropout: probability with which an input of the update is dropped while training.
         adapters: how many there are. `lora_A` is (adapters, r, in_features), `lora_B` (adapters, out_features, r).
-        dtype: of A and B, in which the update is computed.
+        dtype: of A and B. The update is summed in float32.
+
+    On a QuantLinear, base and update are one pass, `metate.lora_linear`, unless dropout or 8-bit activations give them
+    different inputs.
 
     `adapter` is the one in use: a number for all, or an integer tensor with one for every entry of the first dimension
-    of x, where -1 means none. `forward` takes another for one call.
+    of x (or of the first ones), where -1 means none. `forward` takes another for one call.
     """
 
     def __init__(
@@ -53,36 +58,23 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor, adapter: int | Tensor | None = None) -> Tensor:
+        A, B, ids = self.lora_A, self.lora_B, None
         chosen = self.adapter if adapter is None else adapter
-        out: Tensor = self.base(x)
         if isinstance(chosen, Tensor):
-            return self._several(x, out, chosen)
-        self._check(chosen, chosen)
-        return out if chosen < 0 else out + self._update(x, chosen, out.dtype)
-
-    def _several(self, x: Tensor, out: Tensor, chosen: Tensor) -> Tensor:
-        """Adds the update of each adapter to the entries that chose it."""
-        if chosen.dim() != 1 or x.dim() < 2 or chosen.shape[0] != x.shape[0] or chosen.is_floating_point():
-            expected = f"integers of shape ({x.shape[0] if x.dim() > 1 else 'batch'},), one for each entry of x"
-            raise fail("nn.LoraLinear", "adapter", f"{chosen.dtype} of shape {tuple(chosen.shape)}", expected)
-        numbers = chosen.unique().tolist()
-        if numbers:
-            self._check(numbers[0], numbers[-1])
-        for number in numbers:
-            if number >= 0:
-                entries = (chosen == number).nonzero().flatten().to(x.device)
-                out = out.index_add(0, entries, self._update(x[entries], number, out.dtype))
-        return out
-
-    def _update(self, x: Tensor, adapter: int, dtype: torch.dtype) -> Tensor:
-        low = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A[adapter].T
-        update: Tensor = (low * self.scale) @ self.lora_B[adapter].T
-        return update.to(dtype)
-
-    def _check(self, least: int, most: int) -> None:
-        if least < -1 or most >= self.lora_A.shape[0]:
-            got = least if least < -1 else most
-            raise fail("nn.LoraLinear", "adapter", got, f"0 to {self.lora_A.shape[0] - 1}, or -1 for none")
+            ids = chosen.to(x.device)
+        else:
+            if not -1 <= chosen < A.shape[0]:
+                raise fail("nn.LoraLinear", "adapter", chosen, f"0 to {A.shape[0] - 1}, or -1 for none")
+            if chosen < 0:
+                return self.base(x)  # type: ignore[no-any-return]
+            A, B = A[chosen : chosen + 1], B[chosen : chosen + 1]
+        if A.dtype not in (x.dtype, torch.float32):
+            A, B = A.to(x.dtype), B.to(x.dtype)
+        base, drops = self.base, self.training and self.dropout.p > 0
+        if not drops and isinstance(base, QuantLinear) and base.activation is None:
+            return lora_linear(x, base.weight, A, B, base.bias, scaling=self.scale, adapter_ids=ids)
+        out: Tensor = base(x)
+        return out + low_rank_update(self.dropout(x), A, B, self.scale, ids).to(out.dtype)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, adapters={self.lora_A.shape[0]}"

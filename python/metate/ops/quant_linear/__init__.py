@@ -13,9 +13,11 @@ from torch import Tensor
 from metate.errors import fail
 from metate.op import use
 from metate.ops.quant_linear.declaration import int8_op, linear_op
+from metate.ops.quant_linear.lora import check_adapter_ids, factors_of, shrink_op
+from metate.ops.quant_linear.lora import linear_op as lora_op
 from metate.ops.quant_linear.weight import QuantizedWeight
 
-__all__ = ["QuantizedWeight", "dequantize", "quant_linear"]
+__all__ = ["QuantizedWeight", "dequantize", "lora_linear", "quant_linear"]
 
 
 def quant_linear(
@@ -44,14 +46,9 @@ def quant_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    if not isinstance(weight, QuantizedWeight):
-        raise fail("quant_linear", "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
+    _check_rows("quant_linear", x, weight)
     if activation not in (None, "int8"):
         raise fail("quant_linear", "activation", repr(activation), "None or 'int8'")
-    if not isinstance(x, Tensor):
-        raise fail("quant_linear", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
-    if not x.dim() or x.shape[-1] != weight.in_features:
-        raise fail("quant_linear", "x", f"of shape {tuple(x.shape)}", f"(…, {weight.in_features}) for {weight!r}")
     if backend is not None:
         with use(backend):
             return quant_linear(x, weight, bias, activation=activation)
@@ -59,6 +56,93 @@ def quant_linear(
     op = linear_op if activation is None else int8_op
     out: Tensor = op(rows, *arguments(weight), bias, *scalars(weight))
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.out_features)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    adapter_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ in one pass (Hu et al. 2022): the result is written once, update included.
+
+    Args:
+        x: (…, in_features), float32, bfloat16, float16 (float64 on a CPU), any strides.
+        weight: W, (out_features, in_features), on the device of x.
+        A: (adapters, rank, in_features), float32 or the dtype of x; (rank, in_features) for one adapter. Any rank.
+        B: (adapters, out_features, rank), float32 or the dtype of x; (out_features, rank) for one adapter.
+        bias: (out_features), float32 or the dtype of x.
+        scaling: a number for all adapters, or (adapters) float32.
+        adapter_ids: which adapter a row of x has, -1 for none: integers of the first dimensions of x, (batch,) or
+            (batch, length) beside (batch, length, in_features). Needed where there are several adapters. On a CPU
+            other numbers are refused; elsewhere they count as -1.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
+
+    Returns:
+        (…, out_features), dtype of x. A row depends on no other row, bit for bit. Gradients reach x, A, B, scaling and
+        bias; those of A and B are sums over the rows of each adapter, zeros for one without rows, and deterministic.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
+    """
+    _check_rows("lora_linear", x, weight)
+    if backend is not None:
+        with use(backend):
+            return lora_linear(x, weight, A, B, bias, scaling=scaling, adapter_ids=adapter_ids)
+    A, B, factors, ids = _adapters(x, A, B, scaling, adapter_ids)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out: Tensor = lora_op(rows, *arguments(weight), bias, A, B, factors, ids, *scalars(weight))
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.out_features)
+
+
+def low_rank_update(
+    x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor = 1.0, adapter_ids: Tensor | None = None
+) -> Tensor:
+    """scaling · (x Aᵀ) Bᵀ alone, in float32: what `lora_linear` adds, for weights of other kinds."""
+    A, B, factors, ids = _adapters(x, A, B, scaling, adapter_ids)
+    check_adapter_ids("lora_linear", ids, A.shape[0])
+    low = shrink_op(x.reshape(-1, x.shape[-1]), A, ids) * factors_of(factors, ids)
+    out: Tensor = shrink_op(low, B.to(low.dtype), ids)
+    return out.reshape(*x.shape[:-1], B.shape[1])
+
+
+def _check_rows(op: str, x: Tensor, weight: QuantizedWeight) -> None:
+    if not isinstance(weight, QuantizedWeight):
+        raise fail(op, "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
+    if not isinstance(x, Tensor):
+        raise fail(op, "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    if not x.dim() or x.shape[-1] != weight.in_features:
+        raise fail(op, "x", f"of shape {tuple(x.shape)}", f"(…, {weight.in_features}) for {weight!r}")
+
+
+def _adapters(
+    x: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, adapter_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A and B with a dimension of adapters, a scaling for each, and an int32 number for every row of x."""
+    for name, matrix in (("A", A), ("B", B)):
+        if not isinstance(matrix, Tensor):
+            raise fail("lora_linear", name, type(matrix).__name__, "a torch.Tensor", error=TypeError)
+    A, B = (matrix.unsqueeze(0) if matrix.dim() == 2 else matrix for matrix in (A, B))
+    if not isinstance(scaling, Tensor):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scaling = torch.full(A.shape[:1], scaling, dtype=wide, device=x.device)
+    if adapter_ids is None:
+        return A, B, scaling, None
+    ids = adapter_ids
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise fail("lora_linear", "adapter_ids", got, "a tensor of integers", error=TypeError)
+    if not 1 <= ids.dim() < x.dim() or ids.shape != x.shape[: ids.dim()]:
+        expected = f"{tuple(x.shape[:-1])} or its first sizes: a number for each row of x"
+        raise fail("lora_linear", "adapter_ids", f"of shape {tuple(ids.shape)}", expected)
+    more = x.shape[ids.dim() : -1]
+    ids = ids.clamp(-2, A.shape[0]).to(torch.int32).reshape(*ids.shape, *[1] * len(more)).expand(*ids.shape, *more)
+    return A, B, scaling, ids.reshape(-1)
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,48 +13,48 @@ from metate.ops.quant_linear import reference, rules
 from metate.ops.quant_linear.weight import pack_codes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_WEIGHT = {
+WEIGHT = {
     "codes": "N row_bytes", "scales": "N groups", "super_scales": "N supers", "zeros": "N groups",
     "offsets": "N groups", "super_offsets": "N supers", "codebook": "levels",
 }  # fmt: skip
-_WEIGHT_DTYPES: dict[str, tuple[str | torch.dtype, ...]] = {
+WEIGHT_DTYPES: dict[str, tuple[str | torch.dtype, ...]] = {
     "codes": (torch.uint8,), "scales": rules.LOW, "super_scales": FLOATS, "zeros": (torch.uint8,),
     "offsets": rules.LOW, "super_offsets": FLOATS, "codebook": (torch.float32, torch.float64),
     "permutation": (torch.int32,),
 }  # fmt: skip
-_LINEAR_AXES = {"x": "M K", **_WEIGHT, "permutation": "K", "bias": "N"}
-_LINEAR_DTYPES = {"x": FLOATS, **_WEIGHT_DTYPES, "bias": ("x", torch.float32)}
+_LINEAR_AXES = {"x": "M K", **WEIGHT, "permutation": "K", "bias": "N"}
+_LINEAR_DTYPES = {"x": FLOATS, **WEIGHT_DTYPES, "bias": ("x", torch.float32)}
 
 # Cases.
 
 
-def _case(M: int, N: int, K: int, bits: int, group: int, form: str, **flags: Any) -> Case:
+def weight_case(M: int, N: int, K: int, bits: int, group: int, form: str, **flags: Any) -> Case:
     return dict(M=M, N=N, K=K, bits=bits, group=group, form=form, **flags)
 
 
 CASES = [
-    _case(1, 1, 1, 4, 32, "symmetric"),
-    _case(3, 65, 129, 4, 64, "codebook", bias=True),
-    _case(2, 33, 127, 3, 40, "zeros", permuted=True, bias=True),
-    _case(5, 17, 300, 8, 1000, "symmetric", scales="float16"),
-    _case(4, 20, 96, 4, 32, "offsets", scales="float16"),
-    _case(2, 7, 530, 6, 16, "symmetric", super_groups=16),  # Q6_K
-    _case(3, 18, 515, 4, 32, "offsets", super_groups=8),  # Q4_K, a short super block
-    _case(2, 9, 70, 2, 16, "zeros", scales="bfloat16"),
-    _case(1, 35, 65, 5, 7, "codebook", permuted=True),
-    _case(9, 40, 257, 8, 128, "codebook", scales="bfloat16"),  # fp8
-    _case(130, 70, 200, 4, 128, "zeros", bias=True),
-    _case(16, 300, 384, 4, 128, "codebook"),
-    _case(63, 31, 65, 1, 1, "symmetric"),
-    _case(13, 96, 640, 7, 33, "zeros", permuted=True),
-    _case(1, 200, 1024, 4, 1024, "symmetric"),
-    _case(1, 130, 416, 4, 32, "zeros", scales="float16"),
-    _case(0, 5, 6, 4, 32, "symmetric"),
-    _case(3, 0, 6, 4, 32, "codebook"),
-    _case(3, 5, 0, 4, 32, "zeros", bias=True),
+    weight_case(1, 1, 1, 4, 32, "symmetric"),
+    weight_case(3, 65, 129, 4, 64, "codebook", bias=True),
+    weight_case(2, 33, 127, 3, 40, "zeros", permuted=True, bias=True),
+    weight_case(5, 17, 300, 8, 1000, "symmetric", scales="float16"),
+    weight_case(4, 20, 96, 4, 32, "offsets", scales="float16"),
+    weight_case(2, 7, 530, 6, 16, "symmetric", super_groups=16),  # Q6_K
+    weight_case(3, 18, 515, 4, 32, "offsets", super_groups=8),  # Q4_K, a short super block
+    weight_case(2, 9, 70, 2, 16, "zeros", scales="bfloat16"),
+    weight_case(1, 35, 65, 5, 7, "codebook", permuted=True),
+    weight_case(9, 40, 257, 8, 128, "codebook", scales="bfloat16"),  # fp8
+    weight_case(130, 70, 200, 4, 128, "zeros", bias=True),
+    weight_case(16, 300, 384, 4, 128, "codebook"),
+    weight_case(63, 31, 65, 1, 1, "symmetric"),
+    weight_case(13, 96, 640, 7, 33, "zeros", permuted=True),
+    weight_case(1, 200, 1024, 4, 1024, "symmetric"),
+    weight_case(1, 130, 416, 4, 32, "zeros", scales="float16"),
+    weight_case(0, 5, 6, 4, 32, "symmetric"),
+    weight_case(3, 0, 6, 4, 32, "codebook"),
+    weight_case(3, 5, 0, 4, 32, "zeros", bias=True),
 ]
 SWEEP = [
-    _case(M, N, K, 4, group, form)
+    weight_case(M, N, K, 4, group, form)
     for N, K in ((4096, 4096), (14336, 4096), (4096, 14336))
     for M in (1, 4, 16, 128, 512)
     for group, form in ((64, "codebook"), (128, "zeros"))
@@ -64,7 +64,7 @@ SWEEP = [
 def draw(rng: Random) -> Case:
     """Any legal combination, small."""
     bits = rng.randint(1, 8)
-    case = _case(
+    case = weight_case(
         rng.choice([0, 1, 2, 3, 4, 7, 8, 9, 13, 40]), rng.choice([0, 1, 7, 16, 31, 33, 64, 100]), rng.randint(0, 400),
         rng.choice([bits, 4]), rng.choice([1, 3, 8, 16, 32, 64, 100, 128, 500]),
         rng.choice(["codebook", "symmetric", "zeros", "offsets"]),
@@ -78,7 +78,7 @@ def draw(rng: Random) -> Case:
     return case
 
 
-def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+def inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     """Every argument of the operators by name; `x` and `grad` are the rows on either side of W."""
     M, N, K, bits, group, form = (case[name] for name in ("M", "N", "K", "bits", "group", "form"))
     double = dtype == torch.float64
@@ -128,13 +128,13 @@ def _make(op_parameters: tuple[str, ...], **renamed: str) -> Any:
     """`make` of a Domain whose operator takes these arguments."""
 
     def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
-        named = _inputs(case, dtype, generator)
+        named = inputs(case, dtype, generator)
         return tuple(named[renamed.get(name, name)] for name in op_parameters)
 
     return make
 
 
-def _flops(case: Case) -> float:
+def flops(case: Case) -> float:
     M, N, K = case["M"], case["N"], case["K"]
     return float(2 * M * N * K)
 
@@ -156,7 +156,7 @@ linear_op = Op(
     outputs={"out": "x"},
     shapes=lambda x, codes, *_: ((x.shape[0], codes.shape[0]),),
     domain=_domain(_make(_LINEAR), SWEEP),
-    flops=_flops,
+    flops=flops,
     autocast=("x",),
     vmap=rules.fold_vmap,
     sharding=rules.shard_linear,
@@ -173,7 +173,7 @@ int8_op = Op(
     outputs={"out": "x"},
     shapes=lambda x, codes, *_: ((x.shape[0], codes.shape[0]),),
     domain=_domain(_make(_LINEAR), SWEEP),
-    flops=_flops,
+    flops=flops,
     autocast=("x",),
     vmap=rules.fold_vmap,
     sharding=rules.shard_linear,
@@ -189,19 +189,19 @@ int8_op = Op(
 matmul_op = Op(
     "quant_matmul",
     reference.quant_matmul,
-    axes={"x": "M N", **_WEIGHT, "permutation": "in_features"},
-    dtypes={"x": FLOATS, **_WEIGHT_DTYPES},
+    axes={"x": "M N", **WEIGHT, "permutation": "in_features"},
+    dtypes={"x": FLOATS, **WEIGHT_DTYPES},
     outputs={"out": "x"},
     shapes=lambda x, *rest: ((x.shape[0], rest[-1]),),
     domain=_domain(
         _make(tuple(reference.quant_matmul.__annotations__)[:-1], x="grad"),
-        [_case(512, 4096, 4096, 4, 64, "codebook"), _case(512, 4096, 4096, 4, 128, "zeros")],
+        [weight_case(512, 4096, 4096, 4, 64, "codebook"), weight_case(512, 4096, 4096, 4, 128, "zeros")],
     ),
-    flops=_flops,
+    flops=flops,
     autocast=("x",),
     vmap=rules.fold_vmap,
     sharding=rules.shard_matmul,
-    validate=rules.validate_matmul,
+    validate=rules.validate_matmul("quant_matmul"),
     refuses={"cuda": lambda x, *rest: rules.refused_by_cuda(x, rest[-1])},
     contents=("permutation", rules.check_permutation("quant_matmul")),
 )

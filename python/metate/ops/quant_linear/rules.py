@@ -15,6 +15,7 @@ from metate.ops.quant_linear import reference
 from metate.ops.quant_linear.weight import packed_bytes, unpack_codes
 
 Args = tuple[Any, ...]
+Splits = list[tuple[dict[str, int], dict[str, int]]]  # dimensions that outputs and arguments are split over
 LOW = (torch.int8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Refusals.
@@ -29,20 +30,22 @@ def refused_by_cuda(x: Tensor, *sizes: int) -> str | None:
 
 def validate_linear(op: str) -> Callable[..., None]:
     def validate(x: Tensor, *rest: Any) -> None:
-        *tensors, _, bits, group_size, super_groups, zero = rest
-        _validate(op, x, tensors, bits, group_size, super_groups, zero, x.shape[1])
+        bits, group_size, super_groups, zero = rest[-4:]
+        validate_weight(op, x, rest[:_PERMUTATION], bits, group_size, super_groups, zero, x.shape[1])
 
     return validate
 
 
-def validate_matmul(x: Tensor, *rest: Any) -> None:
-    *tensors, bits, group_size, super_groups, zero, in_features = rest
-    if not 0 <= in_features < 2**48:
-        raise fail("quant_matmul", "in_features", in_features, "0 to 2**48")
-    _validate("quant_matmul", x, tensors, bits, group_size, super_groups, zero, in_features)
+def validate_matmul(op: str) -> Callable[..., None]:
+    def validate(x: Tensor, *rest: Any) -> None:
+        if not 0 <= rest[-1] < 2**48:
+            raise fail(op, "in_features", rest[-1], "0 to 2**48")
+        validate_weight(op, x, rest[:_PERMUTATION], *rest[-5:])
+
+    return validate
 
 
-def _validate(
+def validate_weight(
     op: str, x: Tensor, tensors: Any, bits: int, group_size: int, super_groups: int, zero: int, columns: Any
 ) -> None:
     codes, scales, super_scales, zeros, offsets, super_offsets, codebook, _ = tensors
@@ -77,6 +80,7 @@ def _ceil(a: Any, b: int) -> Any:
     return (a + b - 1) // b
 
 
+_PERMUTATION = 8  # its place among the arguments of every product
 _seen: Any = WeakIdKeyDictionary()  # permutation -> its version when it was found to be one
 
 
@@ -84,8 +88,8 @@ def check_permutation(op: str) -> Callable[..., None]:
     """Contents, where looking costs little: on a CPU, once a tensor."""
 
     def check(*args: Any) -> None:
-        permutation = next(a for a in args[::-1] if isinstance(a, Tensor) and a.dtype == torch.int32)
-        if permutation.device.type != "cpu":
+        permutation = args[_PERMUTATION]
+        if permutation is None or permutation.device.type != "cpu":
             return
         version = None if permutation.is_inference() else permutation._version
         if version is not None and _seen.get(permutation) == version:
@@ -113,8 +117,8 @@ def backward_linear(matmul: Op) -> Callable[..., Any]:
         x, *tensors, bias = ctx.saved_tensors
         needed = ctx.needs_input_grad
         dx = matmul(grad, *tensors, *ctx.scalars, x.shape[1]) if needed[0] else None
-        learned = _weight_gradients(grad, x, tensors, ctx.scalars, needed[1:9])
-        dbias = grad.to(_wide(grad)).sum(0).to(bias.dtype) if bias is not None and needed[9] else None
+        learned = weight_gradients(grad, x, tensors, ctx.scalars, needed[1:9])
+        dbias = bias_gradient(grad, bias) if needed[9] else None
         return (dx, *learned, dbias, *[None] * len(ctx.scalars))
 
     return backward
@@ -125,17 +129,21 @@ def backward_matmul(linear: Op) -> Callable[..., Any]:
         x, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad
         dx = linear(grad, *tensors, None, *ctx.scalars[:-1]) if needed[0] else None
-        learned = _weight_gradients(x, grad, tensors, ctx.scalars[:-1], needed[1:9])
+        learned = weight_gradients(x, grad, tensors, ctx.scalars[:-1], needed[1:9])
         return (dx, *learned, *[None] * len(ctx.scalars))
 
     return backward
+
+
+def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    return grad.to(_wide(grad)).sum(0).to(bias.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _weight_gradients(rows: Tensor, columns: Tensor, tensors: Any, scalars: Args, needed: Any) -> list[Tensor | None]:
+def weight_gradients(rows: Tensor, columns: Tensor, tensors: Any, scalars: Args, needed: Any) -> list[Tensor | None]:
     """Of scales, offsets and codebook, from d W = rowsᵀ columns: memory of (N, K), taken only where they learn."""
     codes, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation = tensors
     if not any(needed):
@@ -190,14 +198,14 @@ def fold_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
     return op.torch_op(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
 
 
-_BY_ROWS = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "bias")
+BY_ROWS = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "bias")
 
 
-def shard_linear(op: Op, args: Args) -> list[tuple[dict[str, int], dict[str, int]]]:
+def shard_linear(op: Op, args: Args) -> Splits:
     """Over the rows of x, or over those of W."""
     named = dict(zip(op.parameters, args, strict=False))
-    return [({"out": 0}, {"x": 0}), ({"out": 1}, {name: 0 for name in _BY_ROWS if named[name] is not None})]
+    return [({"out": 0}, {"x": 0}), ({"out": 1}, {name: 0 for name in BY_ROWS if named[name] is not None})]
 
 
-def shard_matmul(op: Op, args: Args) -> list[tuple[dict[str, int], dict[str, int]]]:
+def shard_matmul(op: Op, args: Args) -> Splits:
     return [({"out": 0}, {"x": 0})]

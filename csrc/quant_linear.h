@@ -82,6 +82,8 @@ void lora_outer(const LoraOuter&, const Runtime&);
 namespace cuda {
 void quant_linear(const QuantLinear&, const Device&);  // without int8_activations
 void quant_matmul(const QuantMatmul&, const Device&);
+void lora_shrink(const LoraShrink&, const Device&);
+void lora_outer(const LoraOuter&, const Device&);
 }  // namespace cuda
 
 }  // namespace metate

@@ -81,7 +81,6 @@ Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, 
     return out;
 }
 
-#if !defined(METATE_CUDA)
 View<3> transposed(const Tensor& matrices) {
     View<3> all = view<3>(matrices);
     return {
@@ -139,17 +138,16 @@ Tensor lora_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, c
                               view<2>(out), LowRank{view<2>(low), transposed(a), view<1>(scaling), view<1>(ids)}});
     return out;
 }
-#endif
 
 METATE_REGISTER(m) {
     METATE_IMPL(m, quant_linear);
     METATE_IMPL(m, quant_matmul);
-#if !defined(METATE_CUDA)
-    METATE_IMPL(m, quant_linear_int8);
     METATE_IMPL(m, lora_linear);
     METATE_IMPL(m, lora_matmul);
     METATE_IMPL(m, lora_shrink);
     METATE_IMPL(m, lora_outer);
+#if !defined(METATE_CUDA)
+    METATE_IMPL(m, quant_linear_int8);
 #endif
 }
 

@@ -61,6 +61,7 @@ struct Call {
     View<1> order;  // permutation of the columns of x, or absent
     View<1> bias, places;
     View<2> out;
+    LowRank update;
 };
 
 // run(parameters, slices) launches the kernel for the x_rows, with tiles of `tile` rows.
@@ -76,6 +77,7 @@ void prepare(const Call& c, bool over_rows, int tile, const Device& device, cons
     p.out = c.out;
     p.bias = c.bias;
     p.places = c.places;
+    p.update = c.update;
     p.x_rows = static_cast<int>(c.x.size[0]);
     p.x_tiles = static_cast<int>(ceil_div(p.x_rows, tile));
     p.outputs = static_cast<int>(c.out.size[1]);
@@ -84,8 +86,9 @@ void prepare(const Call& c, bool over_rows, int tile, const Device& device, cons
     p.slice_steps = slice_steps(p.outputs, p.steps);
     p.vector_out = reinterpret_cast<uintptr_t>(c.out.data) % 8 == 0 && c.out.stride[1] == 1 && !c.places &&
                    (p.x_rows == 1 || c.out.stride[0] % 4 == 0);
-    const int slices = p.steps > 0 ? static_cast<int>(ceil_div(p.steps, p.slice_steps)) : 1;
-    const bool split = slices > 1 && ceil_div(p.outputs, step) * p.x_tiles < device.processors;
+    const int slices_of_w = p.steps > 0 ? static_cast<int>(ceil_div(p.steps, p.slice_steps)) : 1;
+    const int slices = slices_of_w + (c.update.low ? 1 : 0);
+    const bool split = slices_of_w > 1 && ceil_div(p.outputs, step) * p.x_tiles < device.processors;
 
     const bool as_it_is = !c.order && reinterpret_cast<uintptr_t>(c.x.data) % 16 == 0 &&
                           (p.summed <= 1 || c.x.stride[1] == 1) && (p.x_rows == 1 || c.x.stride[0] % 8 == 0);

@@ -30,7 +30,7 @@ void run(const Call& call, const Device& device) {
 
 void quant_linear(const QuantLinear& q, const Device& device) {
     if (q.int8_activations) refuse("quant_linear", "activations are not rounded to 8 bits");
-    const Call call{"quant_linear", q.x, q.w, q.w.permutation, q.bias, {}, q.out};
+    const Call call{"quant_linear", q.x, q.w, q.w.permutation, q.bias, {}, q.out, q.update};
     q.x.dtype == DType::bf16 ? run<bf16>(call, device) : run<f16>(call, device);
 }
 

@@ -11,7 +11,7 @@
 // not depend on how many there are, bit for bit.
 #pragma once
 
-#include "decode.h"
+#include "low_rank.h"
 
 namespace metate::cuda::lowbit {
 
@@ -29,6 +29,7 @@ struct Product {
     int64_t x_pitch;         // in elements
     View<2> out;
     View<1> bias, places;  // places: the column of each output, where it is not its number
+    LowRank update;        // to be added, as a slice of its own after the others
     float* partial;        // (slices, rows of x, outputs rounded up to 128), where slices are blocks
     int x_rows, x_tiles, outputs, summed;
     int steps, slice_steps;
@@ -198,12 +199,15 @@ METATE_DEVICE float bias_at(const View<1>& bias, int output) {
     return to_float(load_global<T>(static_cast<const T*>(bias.data) + at));
 }
 
+// The column of an output.
+METATE_DEVICE int64_t place_of(const Product& p, int output) {
+    if (!p.places) return output;
+    return load_global<int32_t>(static_cast<const int32_t*>(p.places.data) + output * p.places.stride[0]);
+}
+
 template <typename T>
 METATE_DEVICE T* place_of(const Product& p, int row, int output) {
-    int64_t column = output;
-    if (p.places)
-        column = load_global<int32_t>(static_cast<const int32_t*>(p.places.data) + output * p.places.stride[0]);
-    return static_cast<T*>(p.out.data) + row * p.out.stride[0] + column * p.out.stride[1];
+    return static_cast<T*>(p.out.data) + row * p.out.stride[0] + place_of(p, output) * p.out.stride[1];
 }
 
 // Writes this thread's sums: the partial ones of a slice, or results.
@@ -251,6 +255,56 @@ template <int m, int n>
 METATE_DEVICE void clear(float (&d)[m][n][4]) {
     METATE_UNROLL
     for (int i = 0; i < m * n * 4; ++i) d[i / 4 / n][i / 4 % n][i % 4] = 0.f;
+}
+
+// The update of this warp's outputs. Thread t of a quad multiplies ranks 4·t … 4·t + 3 of sixteen: as in the other
+// sums, their order is free.
+template <typename T, int fragments, Kind kind>
+METATE_DEVICE void add_low_rank(float (&total)[2][fragments][4], const Product& p, int first, int first_output) {
+    const LowRank& u = p.update;
+    const int adapters = static_cast<int>(u.right.size[0]), rank = static_cast<int>(u.right.size[2]);
+    const int g = lane() >> 2, t = lane() & 3, rows = least(fragments * 8, p.x_rows - first);
+    METATE_NO_UNROLL
+    for (int adapter = -1;;) {
+        adapter = next_adapter(u.ids, adapters, first, rows, adapter);
+        if (adapter == no_adapter) return;
+        const float scaling =
+            load_global<float>(static_cast<const float*>(u.scaling.data) + adapter * u.scaling.stride[0]);
+        float sum[2][fragments][4];
+        clear(sum);
+        METATE_NO_UNROLL
+        for (int r = 4 * t; r < rank + 4 * t; r += 16) {
+            uint32_t left[2][4];
+            METATE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int output = first_output + output_of<kind>(i);
+                uint32_t pairs[2] = {};
+                if (output < p.outputs) {
+                    const int64_t line = adapter * u.right.stride[0] + place_of(p, output) * u.right.stride[1];
+                    load_four<T>(pairs, u.right.data, u.right.dtype, line, u.right.stride[2], r, rank, 1.f);
+                }
+                left[i / 2][i % 2] = pairs[0];
+                left[i / 2][i % 2 + 2] = pairs[1];
+            }
+            METATE_UNROLL
+            for (int j = 0; j < fragments; ++j) {
+                const int row = first + j * 8 + g;
+                uint32_t right[2] = {};
+                if (row < p.x_rows)
+                    load_four<T>(right, u.low.data, u.low.dtype, row * u.low.stride[0], u.low.stride[1], r, rank,
+                                 scaling);
+                METATE_UNROLL
+                for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(sum[i][j], left[i], right);
+            }
+        }
+        METATE_UNROLL
+        for (int j = 0; j < 2 * fragments; ++j) {
+            const int row = first + j / 2 * 8 + t * 2 + j % 2;
+            if (row >= p.x_rows || adapter_of(u.ids, adapters, row) != adapter) continue;
+            METATE_UNROLL
+            for (int r = 0; r < 4; ++r) total[r / 2][j / 2][r % 2 * 2 + j % 2] += sum[r / 2][j / 2][r % 2 * 2 + j % 2];
+        }
+    }
 }
 
 template <typename T, int fragments, Kind kind>
@@ -318,6 +372,8 @@ product_kernel(METATE_PARAMETER(Product, p)) {
         }
     }
     cp_async_wait<0>();
+    if (p.update.low && (!p.partial || begin >= p.steps))
+        add_low_rank<T, fragments, kind>(total, p, first, first_output);
     write<T, fragments, kind>(p, total, first, first_output);
 }
 

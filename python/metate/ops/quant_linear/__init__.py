@@ -107,7 +107,7 @@ def low_rank_update(
     A, B, factors, ids = _adapters(x, A, B, scaling, adapter_ids)
     check_adapter_ids("lora_linear", ids, A.shape[0])
     low = shrink_op(x.reshape(-1, x.shape[-1]), A, ids) * factors_of(factors, ids)
-    out: Tensor = shrink_op(low, B.to(low.dtype), ids)
+    out: Tensor = shrink_op(low.to(x.dtype), B, ids)
     return out.reshape(*x.shape[:-1], B.shape[1])
 
 

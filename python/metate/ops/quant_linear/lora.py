@@ -84,6 +84,13 @@ def _check_contents(*args: Any) -> None:
 
 _CHECK_PERMUTATION = rules.check_permutation("lora_linear")
 
+
+def _refused_by_cuda(x: Tensor, adapters: int, rank: int, *sizes: int) -> str | None:
+    if adapters >= 2**12 or rank >= 2**18:
+        return f"{adapters} adapters of rank {rank}: fewer than 2**12, of less than 2**18"
+    return rules.refused_by_cuda(x, *sizes)
+
+
 # Gradients.
 
 
@@ -136,7 +143,7 @@ def factors_of(scaling: Tensor, adapter_ids: Tensor | None) -> Tensor:
 def _backward_shrink(ctx: Any, grad: Tensor) -> Args:
     x, A, adapter_ids = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    dx = shrink_op(grad, A.mT.to(grad.dtype), adapter_ids).to(x.dtype) if needed[0] else None
+    dx = shrink_op(grad.to(x.dtype), A.mT, adapter_ids).to(x.dtype) if needed[0] else None
     dA = outer_op(x, grad, adapter_ids, A.shape[0]).to(A.dtype) if needed[1] else None
     return dx, dA, None
 
@@ -144,7 +151,7 @@ def _backward_shrink(ctx: Any, grad: Tensor) -> Args:
 def _backward_outer(ctx: Any, grad: Tensor) -> Args:
     x, low, adapter_ids = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    dx = shrink_op(low, grad.mT, adapter_ids).to(x.dtype) if needed[0] else None
+    dx = shrink_op(low.to(x.dtype), grad.mT, adapter_ids).to(x.dtype) if needed[0] else None
     dlow = shrink_op(x, grad, adapter_ids) if needed[1] else None
     return dx, dlow, None, None
 
@@ -278,6 +285,7 @@ linear_op = Op(
     vmap=_fold_vmap,
     sharding=_shard_linear,
     validate=_validate_linear,
+    refuses={"cuda": lambda x, codes, *rest: _refused_by_cuda(x, *rest[8].shape[:2], codes.shape[0])},
     contents=("codes", _check_contents),
 )
 
@@ -294,6 +302,7 @@ matmul_op = Op(
     vmap=_fold_vmap,
     sharding=_shard_matmul,
     validate=_validate_matmul,
+    refuses={"cuda": lambda x, *rest: _refused_by_cuda(x, *rest[8].shape[:2], rest[-1])},
     contents=("permutation", rules.check_permutation("lora_matmul")),
 )
 
@@ -310,6 +319,7 @@ shrink_op = Op(
     vmap=_fold_vmap,
     sharding=_shard_shrink,
     validate=lambda x, A, adapter_ids: _validate_ids("lora_shrink", A.shape[0], adapter_ids),
+    refuses={"cuda": lambda x, A, _: _refused_by_cuda(x, *A.shape[:2])},
 )
 
 outer_op = Op(
@@ -325,6 +335,7 @@ outer_op = Op(
     vmap=loop_vmap,
     sharding=_shard_outer,
     validate=_validate_outer,
+    refuses={"cuda": lambda x, low, _, adapters: _refused_by_cuda(x, adapters, low.shape[1])},
 )
 
 linear_op.differentiable(_backward_linear, rules.save)

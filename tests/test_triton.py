@@ -1,6 +1,6 @@
 """What the generated matrix cannot say of the Triton kernels: they compile for GPUs that this machine does not have,
-dropout does not depend on the tile shape, and NaN stays where it may be seen. Run as a script, this file compiles for
-one compute capability."""
+dropout does not depend on the tile shape nor a sum on the number of rows, and NaN stays where it may be seen. Run as a
+script, this file compiles for one compute capability."""
 
 from __future__ import annotations
 
@@ -61,20 +61,24 @@ class Driver:
         return lambda call, quantiles: (call(), [1.0] * 3)[1]
 
 
-def compile_attention(capability: int, everything: bool) -> None:
-    """Launches every kernel of the family once, with the first tile shape of its class."""
-    import metate.kernels.attention as kernels
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    triton.runtime.driver.set_active(Driver(capability))
+
+def take_first_shape(kernels: Any) -> Any:
+    """A family whose kernels are compiled once, with the first tile shape of their class."""
     for kernel in vars(kernels).values():
         if isinstance(kernel, triton.runtime.autotuner.Autotuner):
             kernel.early_config_prune = lambda *args, fitting=kernel.early_config_prune, **named: fitting(
                 *args, **named
             )[:1]
+    return kernels
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
+def compile_attention(everything: bool) -> None:
+    from metate.kernels import attention
+
+    kernels = take_first_shape(attention)
     dtype = torch.float16 if everything else torch.bfloat16
     batch, tokens, heads, dim = 2, 256, 4, 40 if everything else 64
     q, k, lse = (
@@ -102,6 +106,38 @@ def compile_attention(capability: int, everything: bool) -> None:
     kernels.merge_attention_states(tensor(3, *q.shape, dtype=dtype), tensor(3, *lse.shape))
 
 
+def compile_quant_linear(everything: bool) -> None:
+    from metate.kernels import quant_linear
+
+    kernels = take_first_shape(quant_linear)
+
+    def weight(
+        N: int, K: int, bits: int, group: int, form: str, two_level: bool = False
+    ) -> tuple[list[Any], list[int]]:
+        groups = -(-K // group)
+        level = tensor(N, groups, dtype=torch.int8 if two_level else torch.float32)
+        coarse = tensor(N, -(-groups // 8)) if two_level else None
+        zeros = tensor(N, groups, dtype=torch.uint8) if form == "zeros" else None
+        offsets = (level, coarse) if form == "offsets" else (None, None)
+        codebook = tensor(2**bits) if form == "codebook" else None
+        codes = tensor(N, -(-K * bits // 8), dtype=torch.uint8)
+        return [codes, level, coarse, zeros, *offsets, codebook], [bits, group, 8 if two_level else 0, 0]
+
+    if not everything:
+        for rows in (1, 512):
+            for form in (weight(4096, 4096, 4, 64, "codebook"), weight(4096, 4096, 4, 128, "zeros")):
+                x = tensor(rows, 4096, dtype=torch.bfloat16)
+                kernels.quant_linear(x, *form[0], None, None, *form[1])
+                kernels.quant_matmul(x, *form[0], None, *form[1], 4096)
+        return
+    order = tensor(1000, dtype=torch.int32)
+    for rows, form in ((1, weight(3000, 1000, 4, 32, "offsets", True)), (200, weight(3000, 1000, 3, 128, "zeros"))):
+        half, single = (tensor(rows, 1000, dtype=dtype) for dtype in (torch.float16, torch.float32))
+        kernels.quant_linear(half, *form[0], order, tensor(3000), *form[1])
+        kernels.quant_linear_int8(single, *form[0], order, tensor(3000), *form[1])
+        kernels.quant_matmul(tensor(rows, 3000, dtype=torch.float16), *form[0], order, *form[1], 1000)
+
+
 @pytest.mark.parametrize("capability,everything", [(80, True), (90, False)], ids=["sm_80-everything", "sm_90-plain"])
 def test_compiles_without_a_gpu(capability, everything, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -111,21 +147,34 @@ def test_compiles_without_a_gpu(capability, everything, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     built = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    names = {"forward_kernel", "keys_kernel", "queries_kernel", "columns_kernel", "merge_kernel"}
-    names |= {"bias_kernel", "slopes_kernel"} if everything else set()
+    names = {
+        "product_kernel",
+        "add_kernel",
+        "forward_kernel",
+        "keys_kernel",
+        "queries_kernel",
+        "columns_kernel",
+        "merge_kernel",
+    }
+    names |= {"bias_kernel", "slopes_kernel", "round_kernel"} if everything else set()
     assert {kernel["kernel"] for kernel in built} == names
     if not everything:
         assert not [kernel for kernel in built if kernel["spilled"]]
 
 
 @pytest.fixture
-def kernels():
-    """The kernels, where something runs them: a GPU, or the interpreter."""
-    from metate.kernels import attention
-    from metate.kernels.attention.configs import INTERPRETED
+def runs():
+    """Something runs the kernels: a GPU, or the interpreter."""
+    from metate.kernels.shared import INTERPRETED
 
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("no GPU, and TRITON_INTERPRET is not set")
+
+
+@pytest.fixture
+def kernels(runs):
+    from metate.kernels import attention
+
     return attention
 
 
@@ -197,5 +246,46 @@ def test_one_element_spoils_what_it_is_multiplied_with(kernels, spoilt):
         )
 
 
+def low_bit(N: int, K: int) -> tuple[list[Tensor | None], list[int]]:
+    """A 4-bit codebook weight as the operators take it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0x11, 0x100, (N, -(-K // 2)), generator=generator, dtype=torch.uint8)
+    codes |= 0x11  # no code is 0
+    scales, codebook = torch.rand(N, -(-K // 64), generator=generator), torch.randn(16, generator=generator)
+    tensors = [codes, scales, None, None, None, None, codebook]
+    return [None if tensor is None else tensor.to(device) for tensor in tensors], [4, 64, 0, 0]
+
+
+def test_a_sum_does_not_depend_on_the_number_of_rows(runs):
+    """Slices of their own programs and slices one after another add up in one order: what a slice adds is exact here,
+    whatever multiplies the tiles, and what all of them add is not."""
+    from metate.kernels.quant_linear import _slices, quant_linear
+
+    tensors, scalars = low_bit(70, 1100)
+    tensors[1].fill_(1.0)
+    tensors[6].mul_(4).round_()
+    assert _slices(70, 1100) == (3, 384)
+    x = torch.randint(-3, 4, (130, 1100), generator=torch.Generator().manual_seed(1)).float()
+    x *= torch.tensor([2.0**20, 1.0, -(2.0**20)]).repeat_interleave(384)[:1100]
+    x = x.to(tensors[0].device)
+    whole = quant_linear(x, *tensors, None, None, *scalars)
+    for rows in (1, 5, 33, 64, 65):
+        assert torch.equal(quant_linear(x[:rows], *tensors, None, None, *scalars), whole[:rows]), rows
+
+
+def test_tiles_past_the_end_hold_zeros(runs):
+    """A NaN that no code of the weight means is not summed where tiles reach past its rows or columns."""
+    from metate.kernels.quant_linear import quant_linear, quant_matmul
+
+    tensors, scalars = low_bit(33, 65)
+    tensors[6][0] = torch.nan
+    device = tensors[0].device
+    assert quant_linear(torch.ones(3, 65, device=device), *tensors, None, None, *scalars).isfinite().all()
+    assert quant_matmul(torch.ones(3, 33, device=device), *tensors, None, *scalars, 65).isfinite().all()
+
+
 if __name__ == "__main__":
-    compile_attention(int(sys.argv[1]), bool(int(sys.argv[2])))
+    triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
+    compile_attention(bool(int(sys.argv[2])))
+    compile_quant_linear(bool(int(sys.argv[2])))

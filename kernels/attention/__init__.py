@@ -1,20 +1,17 @@
 """Attention in Triton: launchers with the parameters of the declared operators."""
 
 import math
-import threading
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..shared import launch, refusal
 from .backward import keys_kernel, queries_kernel
 from .forward import forward_kernel
 from .merge import merge_kernel
 from .sums import bias_kernel, columns_kernel, slopes_kernel
-
-# The tuner and the interpreter keep the state of a launch in globals.
-_launching = threading.Lock()
 
 
 def _launch(kernel: Any, rows: str, heads: int, arguments: dict[str, Any]) -> None:
@@ -28,12 +25,7 @@ def _launch(kernel: Any, rows: str, heads: int, arguments: dict[str, Any]) -> No
         block = chosen[f"BLOCK_{rows}"]
         return (heads * (tokens // block + sequences if packed else sequences * triton.cdiv(tokens, block)),)
 
-    _run(kernel, grid, arguments)
-
-
-def _run(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
-    with _launching, torch.cuda.device_of(arguments["q"]):
-        kernel[grid](**{name: arguments[name] for name in kernel.arg_names if name in arguments})
+    launch(kernel, grid, arguments, arguments["q"])
 
 
 def _signed(word: int) -> int:
@@ -232,7 +224,7 @@ def _bias_gradient(bias: Tensor, problem: dict[str, Any]) -> Tensor:
 
     if dbias.numel():
         shape = {"bias_batches": batches, "bias_heads": heads, "ONE_ROW": rows == 1, "ONE_COLUMN": columns == 1}
-        _run(bias_kernel, grid, {**problem, **shape, "dbias": dbias})
+        launch(bias_kernel, grid, {**problem, **shape, "dbias": dbias}, bias)
     return dbias
 
 
@@ -240,7 +232,8 @@ def _slopes_gradient(alibi_slopes: Tensor, rows: Tensor, problem: dict[str, Any]
     heads, sequences = problem["heads"], problem["sequences"]
     dslopes = rows.new_empty(sequences, heads)
     if dslopes.numel():
-        _run(slopes_kernel, (sequences * heads,), {**problem, "dslope_rows": rows, "dslopes": dslopes, "BLOCK_M": 1024})
+        arguments = {**problem, "dslope_rows": rows, "dslopes": dslopes, "BLOCK_M": 1024}
+        launch(slopes_kernel, (sequences * heads,), arguments, rows)
     if alibi_slopes.dim() == 1:
         return dslopes.sum(0)
     return dslopes if alibi_slopes.shape[0] == sequences else dslopes.sum(0, keepdim=True)
@@ -285,20 +278,17 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         width = max(16, triton.next_power_of_2(dim))
         block = max(1, 4096 // width)
-        arguments = {"q": outs, "outs": outs, "lses": lses, "out": out, "lse": lse, "parts": parts, "rows": rows}
+        arguments = {"outs": outs, "lses": lses, "out": out, "lse": lse, "parts": parts, "rows": rows}
         arguments |= {"outs_strides": outs.stride(), "lses_strides": lses.stride(), "tokens": tokens, "heads": heads}
         arguments |= {"VALUE_DIM": dim, "BLOCK_V": width, "BLOCK_M": block}
-        _run(merge_kernel, (triton.cdiv(rows, block),), arguments)
+        launch(merge_kernel, (triton.cdiv(rows, block),), arguments, outs)
     return out, lse
 
 
 def _refusal(*tensors: Tensor) -> str | None:
     """What the kernels do not do, from the tensors with a head dimension."""
-    first = tensors[0]
-    if first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"dtype {str(first.dtype).removeprefix('torch.')}: float32, bfloat16 or float16"
-    if first.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(first.device) < (8, 0):
-        return "a GPU of compute capability below 8.0"
+    if reason := refusal(tensors[0]):
+        return reason
     width = max(tensor.shape[-1] for tensor in tensors)
     if width > 512:
         return f"head_dim {width}: up to 512"

@@ -9,7 +9,7 @@ from typing import Any
 
 import triton
 
-INTERPRETED = triton.knobs.runtime.interpret
+from .. import shared
 
 # Arguments whose value must not make a new kernel.
 RUNTIME = [
@@ -62,22 +62,12 @@ def _config(shape: Shape) -> triton.Config:
 
 def tuned(kind: str) -> Callable[[Any], Any]:
     """Decorator: runs a kernel with the fastest tile shape of its class."""
-    if INTERPRETED:
-        return triton.autotune([_config((64, 64, 1, 1))], key=[])  # type: ignore[no-any-return]
     classes = {name: [_config(shape) for shape in shapes] for name, shapes in SHAPES[kind].items()}
 
-    def fitting(configs: list[triton.Config], given: dict[str, Any], **named: Any) -> list[triton.Config]:
-        if named.get("SHORT") and "short" in classes:
-            return classes["short"]
+    def class_of(named: dict[str, Any]) -> str:
+        if named["SHORT"] and "short" in classes:
+            return "short"
         width = max(64, named["BLOCK_D"], named.get("BLOCK_V", 0))
-        return classes[f"{'float' if named['q'].element_size() == 4 else 'half'} {width}"]
+        return f"{'float' if named['q'].element_size() == 4 else 'half'} {width}"
 
-    def decorate(kernel: Any) -> Any:
-        return triton.autotune(
-            [config for group in classes.values() for config in group],
-            key=[name for name in ("DIM", "VALUE_DIM", "SHORT") if name in kernel.arg_names],
-            prune_configs_by={"early_config_prune": fitting},
-            cache_results=True,
-        )(kernel)
-
-    return decorate
+    return shared.tuned(classes, class_of, _config((64, 64, 1, 1)), key=("DIM", "VALUE_DIM", "SHORT"))

@@ -4,6 +4,7 @@ over the dimensions it is broadcast along, the gradient of the ALiBi slopes over
 import triton
 import triton.language as tl
 
+from ..shared import product
 from .backward import load_delta, load_lse, score_gradient
 from .configs import RUNTIME, tuned
 from .ranges import edge_tile, edge_tiles, queries_of
@@ -17,7 +18,6 @@ from .tiles import (
     load_rows,
     locate,
     make_span,
-    product,
     slots,
     unit_of,
 )

@@ -17,9 +17,10 @@ Tuples keep the parameter lists readable:
 import triton
 import triton.language as tl
 
+from ..shared import product
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -142,15 +143,6 @@ def pair(m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.co
         i = i[:, None]
         j = j[None, :]
     return i, j
-
-
-@triton.jit
-def product(a, b, acc=None):
-    """a b + acc in float32. The interpreter multiplies bfloat16 as the integers that it stores: widened first there."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

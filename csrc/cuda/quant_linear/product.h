@@ -257,54 +257,63 @@ METATE_DEVICE void clear(float (&d)[m][n][4]) {
     for (int i = 0; i < m * n * 4; ++i) d[i / 4 / n][i / 4 % n][i % 4] = 0.f;
 }
 
-// The update of this warp's outputs. Thread t of a quad multiplies ranks 4·t … 4·t + 3 of sixteen: as in the other
-// sums, their order is free.
-template <typename T, int fragments, Kind kind>
-METATE_DEVICE void add_low_rank(float (&total)[2][fragments][4], const Product& p, int first, int first_output) {
+// The update of this warp's outputs of rows `first` …, in fragments `at` … of them. Thread t of a quad multiplies ranks
+// 4·t … 4·t + 3 of sixteen: as in the other sums, their order is free.
+template <typename T, int at, int count, int fragments, Kind kind>
+METATE_DEVICE void add_update(float (&total)[2][fragments][4], const Product& p, int first, int first_output,
+                              int adapter) {
     const LowRank& u = p.update;
     const int adapters = static_cast<int>(u.right.size[0]), rank = static_cast<int>(u.right.size[2]);
-    const int g = lane() >> 2, t = lane() & 3, rows = least(fragments * 8, p.x_rows - first);
+    const int t = lane() & 3, first_row = first + at * 8;
+    const float scaling = load_global<float>(static_cast<const float*>(u.scaling.data) + adapter * u.scaling.stride[0]);
+    float sum[2][count][4];
+    clear(sum);
     METATE_NO_UNROLL
-    for (int adapter = -1;;) {
-        adapter = next_adapter(u.ids, adapters, first, rows, adapter);
-        if (adapter == no_adapter) return;
-        const float scaling =
-            load_global<float>(static_cast<const float*>(u.scaling.data) + adapter * u.scaling.stride[0]);
-        float sum[2][fragments][4];
-        clear(sum);
-        METATE_NO_UNROLL
-        for (int r = 4 * t; r < rank + 4 * t; r += 16) {
-            uint32_t left[2][4];
-            METATE_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int output = first_output + output_of<kind>(i);
-                uint32_t pairs[2] = {};
-                if (output < p.outputs) {
-                    const int64_t line = adapter * u.right.stride[0] + place_of(p, output) * u.right.stride[1];
-                    load_four<T>(pairs, u.right.data, u.right.dtype, line, u.right.stride[2], r, rank, 1.f);
-                }
-                left[i / 2][i % 2] = pairs[0];
-                left[i / 2][i % 2 + 2] = pairs[1];
+    for (int r = 4 * t; r < rank + 4 * t; r += 16) {
+        uint32_t left[2][4];
+        METATE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const int output = first_output + output_of<kind>(i);
+            uint32_t pairs[2] = {};
+            if (output < p.outputs) {
+                const int64_t line = adapter * u.right.stride[0] + place_of(p, output) * u.right.stride[1];
+                load_four<T>(pairs, u.right.data, u.right.dtype, line, u.right.stride[2], r, rank, 1.f);
             }
-            METATE_UNROLL
-            for (int j = 0; j < fragments; ++j) {
-                const int row = first + j * 8 + g;
-                uint32_t right[2] = {};
-                if (row < p.x_rows)
-                    load_four<T>(right, u.low.data, u.low.dtype, row * u.low.stride[0], u.low.stride[1], r, rank,
-                                 scaling);
-                METATE_UNROLL
-                for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(sum[i][j], left[i], right);
-            }
+            left[i / 2][i % 2] = pairs[0];
+            left[i / 2][i % 2 + 2] = pairs[1];
         }
         METATE_UNROLL
-        for (int j = 0; j < 2 * fragments; ++j) {
-            const int row = first + j / 2 * 8 + t * 2 + j % 2;
-            if (row >= p.x_rows || adapter_of(u.ids, adapters, row) != adapter) continue;
+        for (int j = 0; j < count; ++j) {
+            const int row = first_row + j * 8 + (lane() >> 2);
+            uint32_t right[2] = {};
+            if (row < p.x_rows)
+                load_four<T>(right, u.low.data, u.low.dtype, row * u.low.stride[0], u.low.stride[1], r, rank, scaling);
             METATE_UNROLL
-            for (int r = 0; r < 4; ++r) total[r / 2][j / 2][r % 2 * 2 + j % 2] += sum[r / 2][j / 2][r % 2 * 2 + j % 2];
+            for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(sum[i][j], left[i], right);
         }
     }
+    METATE_UNROLL
+    for (int j = 0; j < 2 * count; ++j) {
+        const int row = first_row + j / 2 * 8 + t * 2 + j % 2;
+        const bool own = row < p.x_rows && adapter_of(u.ids, adapters, row) == adapter;
+        METATE_UNROLL
+        for (int r = 0; r < 4; ++r)
+            if (own) total[r / 2][at + j / 2][r % 2 * 2 + j % 2] += sum[r / 2][j / 2][r % 2 * 2 + j % 2];
+    }
+}
+
+// The update of all rows, in parts small enough for the registers that the totals leave.
+template <typename T, int fragments, Kind kind, int at = 0>
+METATE_DEVICE void add_low_rank(float (&total)[2][fragments][4], const Product& p, int first, int first_output) {
+    constexpr int count = fragments < 2 ? fragments : 2;
+    const int rows = least(count * 8, p.x_rows - first - at * 8);
+    METATE_NO_UNROLL
+    for (int adapter = -1;;) {
+        adapter = next_adapter(p.update.ids, static_cast<int>(p.update.right.size[0]), first + at * 8, rows, adapter);
+        if (adapter == no_adapter) break;
+        add_update<T, at, count, fragments, kind>(total, p, first, first_output, adapter);
+    }
+    if constexpr (at + count < fragments) add_low_rank<T, fragments, kind, at + count>(total, p, first, first_output);
 }
 
 template <typename T, int fragments, Kind kind>

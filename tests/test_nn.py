@@ -9,7 +9,7 @@ from torch import nn
 
 import metate
 from metate import quantize_model
-from metate.nn import LoraLinear, QuantLinear
+from metate.nn import LoraLinear, QuantLinear, dequantize_model
 from metate.quant import load_quantized, quantize_hqq, quantize_nf4, quantize_rtn, save_quantized
 
 N, K = 24, 40
@@ -332,6 +332,32 @@ def test_quantises_what_it_should(method, loss):
     assert torch.equal(own.dequantize(), model.blocks[1][2].dequantize())
     for got, want in zip(model(x), before, strict=True):
         assert 0 < (got - want).norm() / want.norm() < loss
+
+
+def test_dequantises_what_was_quantised():
+    model = quantize_model(Model().eval(), "int4")
+    model.frozen = QuantLinear(WEIGHTS["nf4"], torch.ones(N))
+    x, rows = torch.randint(50, (2, 7)), torch.randn(3, K)
+    before, frozen = model(x), model.frozen(rows)
+    assert dequantize_model(model) is model
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    assert model.shared is model.blocks[0][0] and not model.shared.training and model.shared.weight.requires_grad
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.frozen(rows), frozen, rtol=1e-4, atol=1e-5)
+    assert not model.frozen.bias.requires_grad and model.head.bias.requires_grad
+    assert dequantize_model(layer(), torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_peft_merges_into_dense_layers():
+    peft = pytest.importorskip("peft")
+    model = quantize_model(nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 8)), "int4", group_size=8)
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    x = torch.randn(5, K)
+    before = model(x)
+    merged = dequantize_model(model).merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    torch.testing.assert_close(merged(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_options_reach_the_quantiser():

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from metate.errors import fail
-from metate.nn import QuantLinear
+from metate.nn import QuantLinear, dequantize_model
 from metate.ops.quant_linear import QuantizedWeight
 from metate.quant import GGUFFile, awq, bitsandbytes, gptq, load_quantized
 from metate.quant.checkpoint import read_configuration
@@ -71,13 +71,7 @@ class _Quantizer(HfQuantizer):
         return {"deserialize": _Lower}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, QuantLinear):
-                dense = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-                dense.weight = nn.Parameter(layer.dequantize(dtype or torch.float32))
-                dense.bias = layer.bias
-                model.set_submodule(name, dense)
-        return model
+        return dequantize_model(model, dtype or torch.float32)
 
     def is_serializable(self) -> bool:
         return False  # transformers would write QuantLinear's own state under the method's name

@@ -1,4 +1,4 @@
-"""quantize_model: the linear layers of any module, in place."""
+"""quantize_model and dequantize_model: the linear layers of any module to low bits, in place, and back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from metate.errors import fail
@@ -54,6 +55,37 @@ def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = 
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # its fused path takes weights as tensors
     return model
+
+
+def dequantize_model(model: Module, dtype: torch.dtype = torch.float32) -> Module:
+    """Replaces the QuantLinear layers of a model by nn.Linear, in place, one at a time; returns the model. Their
+    weights can learn.
+
+    Layers inside of others count too: after it, PEFT's `merge_and_unload` adds adapters to dense weights, without the
+    rounding that going back to low bits would cost.
+
+    Args:
+        dtype: of the weights. Biases stay what they are.
+    """
+    if isinstance(model, QuantLinear):
+        return _dense(model, dtype)  # type: ignore[return-value]
+    made: dict[int, nn.Linear] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, QuantLinear):
+            if id(layer) not in made:
+                made[id(layer)] = _dense(layer, dtype)
+            model.set_submodule(name, made[id(layer)])
+    return model
+
+
+def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+    dense.weight = nn.Parameter(layer.dequantize(dtype))
+    if isinstance(layer.bias, nn.Parameter) or layer.bias is None:
+        dense.bias = layer.bias
+    else:
+        dense.bias = nn.Parameter(layer.bias, requires_grad=False)
+    return dense.train(layer.training)
 
 
 def _names(pattern: str, name: str) -> bool:

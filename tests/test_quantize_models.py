@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from metate import FormatError
@@ -41,6 +42,9 @@ def test_a_checkpoint_is_written_and_read_back(checkpoint, tmp_path, method):
     model, dense = Llama.from_pretrained(tmp_path, dtype=torch.float32), Llama.from_pretrained(checkpoint)
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 14
     assert not (tmp_path / "unfinished").exists()
+    floats = ("norm.weight", "tokens.weight", "head.weight")
+    dtypes = [t.dtype for name, t in load_file(tmp_path / "model.safetensors").items() if name.endswith(floats)]
+    assert dtypes == [torch.float16] * 7, "transformers' own readers cast nothing"
     tokens = torch.tensor([list(TEXT[:100].encode())])
     far = (model(tokens) - dense(tokens)).abs().max() / dense(tokens).abs().max()
     assert 0 < far < 0.3

@@ -228,7 +228,7 @@ def quantize_checkpoint(
     store.mkdir(parents=True, exist_ok=True)
     weights = quantize_llama(model, recipe, tokens, store=store, report=lambda done: report(done, total))
     config = json.loads((folder / "config.json").read_text())
-    half = {name: w.half() if isinstance(w, Tensor) and w.dim() > 1 else w for name, w in weights.items()}
+    half = {name: w.half() if isinstance(w, Tensor) else w for name, w in weights.items()}  # other readers never cast
     save_quantized(out, half, METHODS[recipe.method], {**config, "torch_dtype": "float16"})
     for name in _BESIDE:
         if (folder / name).is_file():

@@ -106,7 +106,7 @@ class State4bit:
         scales = self.scales()
         if columns % self.block_size:
             flat = scales.new_empty(rows * groups)
-            for part in blocks(rows * groups, 1):
+            for part in blocks(rows * groups, 32):  # of 8-byte indices
                 group = torch.arange(part.start, part.stop, device=scales.device)
                 flat[part] = scales[group * group_size // self.block_size]
             scales = flat
@@ -118,7 +118,7 @@ class State4bit:
     def _codes(self) -> Tensor:
         rows, columns = self.shape
         if columns % 2 == 0:
-            return (self.packed << 4 | self.packed >> 4).view(rows, columns // 2)
+            return (self.packed << 4).bitwise_or_(self.packed >> 4).view(rows, columns // 2)
         codes = self.packed.new_empty(rows, -(-columns // 2))
         for rows_here in blocks(rows, columns, 2):  # an even number of rows begins with a byte
             first, last = rows_here.start * columns // 2, -(-rows_here.stop * columns // 2)

@@ -110,6 +110,24 @@ def test_a_state_is_a_checkpoint(name, tmp_path):
     assert torch.equal(again(torch.ones(1, K)), model[0](torch.ones(1, K)))
 
 
+def test_transformers_saves_a_quantised_model(tmp_path):
+    """Though its layers have one codebook."""
+    hf = pytest.importorskip("transformers")
+    config = hf.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model, other = (quantize_model(hf.LlamaForCausalLM(config).eval(), "nf4", skip=["lm_head"]) for _ in range(2))
+    model.save_pretrained(tmp_path)
+    found = load_quantized(tmp_path)
+    part = "model.layers.1.mlp.down_proj"
+    assert torch.equal(found[part].dequantize(), model.get_submodule(part).dequantize())
+    from safetensors.torch import load_file
+
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(other(tokens).logits, model(tokens).logits)
+
+
 @FORMATS
 def test_copies_and_pickles_are_their_own(name):
     module = layer(name).eval()

@@ -70,7 +70,8 @@ class QuantLinear(nn.Linear):
             self._buffers.pop(name, None)
         for name in _PARTS:
             if name in tensors:
-                self.register_buffer(name, tensors[name].contiguous())
+                shared = name == "codebook"  # by all layers of a format; files refuse tensors that layers share
+                self.register_buffer(name, tensors[name].clone() if shared else tensors[name].contiguous())
         self._fields = tuple(name for name in canonical.FIELDS if name in tensors)
         self._numbers = {name: getattr(weight, name) for name in _NUMBERS}
 

@@ -290,6 +290,70 @@ void check_case(const Shape& s, Random& random) {
     check_alone(c, c.grad, product, run_matmul);
 }
 
+View<3> stack(const Matrix& m, int64_t count) {
+    const int64_t rows = m.view.size[0] / count;
+    return {m.view.data,
+            m.view.dtype,
+            {count, rows, m.view.size[1]},
+            {rows * m.view.stride[0], m.view.stride[0], m.view.stride[1]}};
+}
+
+// Low-rank updates: x · aᵀ by adapter, the product that takes them, and sums over the rows of each adapter.
+void check_update(const Case& c, Random& random) {
+    const int64_t m = c.x.view.size[0], n = c.w.rows, k = c.w.columns;
+    const int adapters = draw(random, 1, 3), rank = pick(random, {0, 1, 5, 16, 17, 40}), layout = draw(random, 0, 3);
+    const auto plain = [&] { return normal(random); };
+    const Matrix a = Matrix(c.x.view.dtype, adapters * rank, k, layout).fill(plain);
+    const Matrix b = Matrix(c.x.view.dtype, adapters * n, rank, layout).fill([&] { return 0.05 * normal(random); });
+    const Matrix scaling = Matrix(DType::f32, 1, adapters, layout).fill(plain);
+    const Matrix ids = Matrix(DType::i32, 1, m, layout).fill([&] { return draw(random, -1, adapters); });
+    Matrix low(DType::f32, m, rank, draw(random, 0, 3)), out(c.x.view.dtype, m, n, draw(random, 0, 3));
+    Matrix sums(DType::f32, adapters * rank, k, draw(random, 0, 3));
+    cuda::lora_shrink({c.x.view, stack(a, adapters), ids.vector(), low.view}, emulator::device());
+    cuda::quant_linear(
+        {c.x.view, c.w, {}, false, out.view, {low.view, stack(b, adapters), scaling.vector(), ids.vector()}},
+        emulator::device());
+    cuda::lora_outer({c.x.view, low.view, ids.vector(), stack(sums, adapters)}, emulator::device());
+
+    std::vector<double> truth[3], size[3];
+    const auto add = [&](int which, double value, double squares) {
+        truth[which].push_back(value), size[which].push_back(sqrt(squares));
+    };
+    for (int64_t i = 0; i < m; ++i) {
+        const int64_t own = static_cast<int64_t>(ids.get(0, i)), adapter = own < adapters ? own : -1;
+        for (int64_t r = 0; r < rank; ++r) {
+            double sum = 0, squares = 0;
+            for (int64_t j = 0; j < k && adapter >= 0; ++j) {
+                const double term = c.x.get(i, j) * a.get(adapter * rank + r, j);
+                sum += term, squares += term * term;
+            }
+            add(0, sum, squares);
+        }
+        for (int64_t o = 0; o < n; ++o) {
+            double sum = 0, squares = 0;
+            const auto count = [&](double term) { sum += term, squares += term * term; };
+            for (int64_t j = 0; j < k; ++j) count(c.x.get(i, j) * c.weight(o, j));
+            for (int64_t r = 0; r < rank && adapter >= 0; ++r)
+                count(scaling.get(0, adapter) * low.get(i, r) * b.get(adapter * n + o, r));
+            add(1, sum, squares);
+        }
+    }
+    for (int64_t r = 0; r < adapters * rank; ++r) {
+        for (int64_t j = 0; j < k; ++j) {
+            double sum = 0, squares = 0;
+            for (int64_t i = 0; i < m; ++i) {
+                const bool own = ids.get(0, i) == static_cast<double>(r / rank);
+                const double term = own ? low.get(i, r % rank) * c.x.get(i, j) : 0;
+                sum += term, squares += term * term;
+            }
+            add(2, sum, squares * 0x1p-20);  // nothing is rounded to 16 bits
+        }
+    }
+    compare(c, "low", low, truth[0], size[0]);
+    compare(c, "updated", out, truth[1], size[1]);
+    compare(c, "sums", sums, truth[2], size[2]);
+}
+
 // Shared memory is read and written without bank conflicts, but for the lookups in codebooks of more than 32 entries
 // and for codes of other than 4 and 8 bits, which are read a byte at a time.
 void check_traffic(Random& random) {
@@ -338,7 +402,9 @@ int main(int argc, char** argv) {
         Random random(seed + n);
         emulator::set_seed(seed + n);
         try {
-            check_case(random_shape(random), random);
+            const Shape shape = random_shape(random);
+            check_case(shape, random);
+            check_update(make_case(shape, random), random);
             if (n == 0) check_traffic(random), check_refusals(random);
         } catch (const std::exception& error) {
             printf("cuda_quant_linear 1 %d: %s\n", seed + n, error.what());

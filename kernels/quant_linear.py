@@ -311,4 +311,8 @@ REFUSES = {
     "quant_linear": lambda x, codes, *rest: _refusal(x, codes.shape[0]),
     "quant_linear_int8": lambda x, codes, *rest: _refusal(x, codes.shape[0]),
     "quant_matmul": lambda x, *rest: _refusal(x, rest[-1]),
+    **{
+        f"lora_{name}": lambda *args: "low-rank updates: on cpu, cuda and reference"
+        for name in ("linear", "matmul", "shrink", "outer")
+    },
 }

@@ -96,6 +96,7 @@ def test_triton_kernels_stand_alone(path):
         "collections",
         "math",
         "threading",
+        "types",
     }
     for name in imports(path):
         module = "metate.kernels" if name.startswith("metate.kernels") else name.split(".")[0]

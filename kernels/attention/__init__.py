@@ -1,6 +1,7 @@
 """Attention in Triton: launchers with the parameters of the declared operators."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,25 +50,21 @@ def _strided(bias: Tensor | None) -> tuple[Any, ...] | None:
     return bias, *(stride * (size > 1) for stride, size in zip(bias.stride(), bias.shape, strict=True))
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    intervals: Tensor | None,
-    blocks: Tensor | None,
-    bits: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    top_left: bool,
-    softcap: float,
-    block_m: int,
-    block_n: int,
-) -> dict[str, Any]:
+# The parameters that the operators share, in their order.
+_TERMS = ("bias", "alibi_slopes")
+_MASKS = ("intervals", "blocks", "bits", "cu_seqlens_q", "cu_seqlens_k")
+_SCORES = ("scale", "window_left", "window_right", "top_left", "softcap")
+_DROPOUT = ("dropout_p", "seed", "offset")
+_BLOCKS = ("block_m", "block_n")
+
+
+def _call(arguments: tuple[Any, ...], *parameters: str) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(parameters, arguments, strict=True)))
+
+
+def _problem(call: SimpleNamespace) -> dict[str, Any]:
     """The arguments that make scores, which every kernel takes."""
+    q, k, cu_seqlens_q, softcap = call.q, call.k, call.cu_seqlens_q, call.softcap
     batch, tokens_q, heads, dim = q.shape
     tokens_k = k.shape[1]
     unlimited = tokens_q + tokens_k
@@ -75,33 +72,34 @@ def _problem(
     unit = 1.0 if natural else math.log2(math.e)
     sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     slopes = None
-    if alibi_slopes is not None:
-        slopes = (alibi_slopes.contiguous(), heads * (alibi_slopes.dim() == 2 and alibi_slopes.shape[0] > 1))
+    if call.alibi_slopes is not None:
+        per_batch = call.alibi_slopes.dim() == 2 and call.alibi_slopes.shape[0] > 1
+        slopes = (call.alibi_slopes.contiguous(), heads * per_batch)
     return {
         "q": q,
         "k": k,
         "q_strides": q.stride(),
         "k_strides": k.stride(),
-        "bias": _strided(bias),
+        "bias": _strided(call.bias),
         "slopes": slopes,
-        "intervals": _mask(intervals),
-        "blocks": _mask(blocks),
-        "bits": _mask(bits),
+        "intervals": _mask(call.intervals),
+        "blocks": _mask(call.blocks),
+        "bits": _mask(call.bits),
         "cu_seqlens_q": None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
-        "cu_seqlens_k": None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
+        "cu_seqlens_k": None if call.cu_seqlens_k is None else call.cu_seqlens_k.contiguous(),
         "sequences": sequences,
         "tokens_q": tokens_q,
         "tokens_k": tokens_k,
         "heads": heads,
         "group": heads // max(k.shape[2], 1),
-        "left": unlimited if window_left < 0 else min(window_left, unlimited),
-        "right": unlimited if window_right < 0 else min(window_right, unlimited),
-        "bottom_right": int(not top_left),
-        "block_m": max(block_m, 1),
-        "block_n": max(block_n, 1),
-        "inner": scale / softcap if softcap > 0 else scale * unit,
+        "left": unlimited if call.window_left < 0 else min(call.window_left, unlimited),
+        "right": unlimited if call.window_right < 0 else min(call.window_right, unlimited),
+        "bottom_right": int(not call.top_left),
+        "block_m": max(call.block_m, 1),
+        "block_n": max(call.block_n, 1),
+        "inner": call.scale / softcap if softcap > 0 else call.scale * unit,
         "outer": softcap * unit,
-        "scale": scale,
+        "scale": call.scale,
         "CAP": softcap > 0,
         "NATURAL": natural,
         "DIM": dim,
@@ -110,8 +108,9 @@ def _problem(
     }
 
 
-def _value(v: Tensor, dropout_p: float, seed: int, offset: int) -> dict[str, Any]:
+def _value(call: SimpleNamespace) -> dict[str, Any]:
     """The arguments of the kernels that look at v, through what dropout leaves."""
+    v, seed, dropout_p = call.v, call.seed, call.dropout_p
     return {
         "v": v,
         "v_strides": v.stride(),
@@ -119,99 +118,48 @@ def _value(v: Tensor, dropout_p: float, seed: int, offset: int) -> dict[str, Any
         "BLOCK_V": max(16, triton.next_power_of_2(v.shape[3])),
         "seed_lo": _signed(seed),
         "seed_hi": _signed(seed >> 32),
-        "offset": _signed(offset),
+        "offset": _signed(call.offset),
         "threshold": _signed(min(round(dropout_p * 2**32), 2**32 - 1)),
         "dropout_scale": 1.0 / (1.0 - dropout_p),
         "DROPOUT": dropout_p > 0,
     }
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    intervals: Tensor | None,
-    blocks: Tensor | None,
-    bits: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    top_left: bool,
-    softcap: float,
-    dropout_p: float,
-    seed: int,
-    offset: int,
-    block_m: int,
-    block_n: int,
-) -> tuple[Tensor, Tensor]:
-    problem = _problem(
-        *(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k),
-        *(scale, window_left, window_right, top_left, softcap, block_m, block_n),
-    )
-    batch, tokens, heads, _ = q.shape
-    out = q.new_empty(batch, tokens, heads, v.shape[3])
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    if cu_seqlens_q is not None:  # tokens of no sequence are nobody's
+def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _call(arguments, "q", "k", "v", *_TERMS, "sinks", *_MASKS, *_SCORES, *_DROPOUT, *_BLOCKS)
+    problem = _problem(call)
+    batch, tokens, heads, _ = call.q.shape
+    out = call.q.new_empty(batch, tokens, heads, call.v.shape[3])
+    lse = call.q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    if call.cu_seqlens_q is not None:  # tokens of no sequence are nobody's
         out.zero_()
         lse.fill_(-math.inf)
     if lse.numel():
-        problem |= _value(v, dropout_p, seed, offset)
-        problem |= {"sinks": None if sinks is None else sinks.contiguous(), "out": out, "lse": lse}
+        problem |= _value(call)
+        problem |= {"sinks": None if call.sinks is None else call.sinks.contiguous(), "out": out, "lse": lse}
         _launch(forward_kernel, "M", heads, problem)
     return out, lse
 
 
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    intervals: Tensor | None,
-    blocks: Tensor | None,
-    bits: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    top_left: bool,
-    softcap: float,
-    dropout_p: float,
-    seed: int,
-    offset: int,
-    block_m: int,
-    block_n: int,
-    need_dbias: bool,
-    need_dalibi_slopes: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = _problem(
-        *(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k),
-        *(scale, window_left, window_right, top_left, softcap, block_m, block_n),
-    )
-    problem |= _value(v, dropout_p, seed, offset)
-    problem |= {"grad_out": grad_out, "grad_strides": grad_out.stride()}
-    problem |= {"lse": lse.contiguous(), "delta": delta.contiguous()}
-    empty = q.new_zeros if cu_seqlens_q is not None else q.new_empty  # tokens of no sequence have gradient 0
+def attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = ("grad_out", "q", "k", "v", "lse", "delta", *_TERMS, *_MASKS, *_SCORES, *_DROPOUT, *_BLOCKS)
+    call = _call(arguments, *given, "need_dbias", "need_dalibi_slopes")
+    q, k, v, lse = call.q, call.k, call.v, call.lse
+    problem = _problem(call) | _value(call)
+    problem |= {"grad_out": call.grad_out, "grad_strides": call.grad_out.stride()}
+    problem |= {"lse": lse.contiguous(), "delta": call.delta.contiguous()}
+    empty = q.new_zeros if call.cu_seqlens_q is not None else q.new_empty  # tokens of no sequence have gradient 0
     dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
-    rows = lse.new_empty(lse.shape, dtype=torch.float32) if need_dalibi_slopes else None
+    rows = lse.new_empty(lse.shape, dtype=torch.float32) if call.need_dalibi_slopes else None
     if dk.numel() or dv.numel():
         _launch(keys_kernel, "N", k.shape[2], {**problem, "dk": dk, "dv": dv})
     if dq.numel():
         _launch(queries_kernel, "M", q.shape[2], {**problem, "dq": dq, "dslope_rows": rows})
     dbias, dalibi = (lse.new_empty(0, dtype=torch.float32) for _ in range(2))
-    if bias is not None and need_dbias:
-        dbias = _bias_gradient(bias, problem)
-    if rows is not None and alibi_slopes is not None:
-        dalibi = _slopes_gradient(alibi_slopes, rows, problem)
+    if call.bias is not None and call.need_dbias:
+        dbias = _bias_gradient(call.bias, problem)
+    if rows is not None and call.alibi_slopes is not None:
+        dalibi = _slopes_gradient(call.alibi_slopes, rows, problem)
     return dq, dk, dv, dbias, dalibi
 
 
@@ -239,34 +187,13 @@ def _slopes_gradient(alibi_slopes: Tensor, rows: Tensor, problem: dict[str, Any]
     return dslopes if alibi_slopes.shape[0] == sequences else dslopes.sum(0, keepdim=True)
 
 
-def attention_column_sums(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    intervals: Tensor | None,
-    blocks: Tensor | None,
-    bits: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    top_left: bool,
-    softcap: float,
-    block_m: int,
-    block_n: int,
-) -> Tensor:
-    problem = _problem(
-        *(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k),
-        *(scale, window_left, window_right, top_left, softcap, block_m, block_n),
-    )
-    shape = (q.shape[0], q.shape[2], k.shape[1])
-    empty = torch.empty if cu_seqlens_k is None else torch.zeros
-    sums = empty(shape, dtype=torch.float32, device=q.device)
+def attention_column_sums(*arguments: Any) -> Tensor:
+    call = _call(arguments, "q", "k", "lse", *_TERMS, *_MASKS, *_SCORES, *_BLOCKS)
+    q, k, lse = call.q, call.k, call.lse
+    empty = torch.empty if call.cu_seqlens_k is None else torch.zeros
+    sums = empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32, device=q.device)
     if sums.numel():
-        _launch(columns_kernel, "N", q.shape[2], {**problem, "lse": lse.contiguous(), "sums": sums})
+        _launch(columns_kernel, "N", q.shape[2], {**_problem(call), "lse": lse.contiguous(), "sums": sums})
     return sums
 
 

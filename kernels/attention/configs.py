@@ -1,7 +1,8 @@
 """Tile shapes to try, by the width of a head and the size of an element; the interpreter runs one fixed shape.
 
 Each entry is (BLOCK_M, BLOCK_N, warps, stages). The tuner measures the entries of one class once per head dimension,
-dtype and query length class, and keeps the result on disk.
+dtype and query length class, and keeps the result on disk. The first entry of 16-bit heads up to 256 compiles for sm_80
+without spills, within 99 KiB of shared memory.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,8 @@ Shape = tuple[int, int, int, int]
 SHAPES: dict[str, dict[str, list[Shape]]] = {
     "forward": {
         "half 64": [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
-        "half 128": [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)],
-        "half 256": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
+        "half 128": [(64, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
+        "half 256": [(32, 32, 8, 1), (128, 64, 8, 2), (64, 32, 8, 2)],
         "half 512": [(64, 32, 8, 1), (32, 32, 4, 1), (16, 32, 4, 1)],
         "float 64": [(64, 32, 4, 2), (32, 32, 4, 2)],
         "float 128": [(32, 32, 4, 2), (32, 32, 8, 1)],
@@ -32,8 +33,8 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     },
     "keys": {
         "half 64": [(32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)],
-        "half 128": [(32, 128, 8, 2), (32, 64, 4, 2), (64, 128, 8, 2)],
-        "half 256": [(32, 64, 8, 1), (32, 32, 4, 1), (16, 64, 8, 1)],
+        "half 128": [(32, 64, 8, 1), (32, 128, 8, 2), (64, 128, 8, 2)],
+        "half 256": [(16, 32, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)],
         "half 512": [(16, 32, 8, 1), (16, 16, 4, 1)],
         "float 64": [(32, 32, 4, 1), (16, 32, 4, 1)],
         "float 128": [(16, 32, 4, 1), (16, 16, 4, 1)],
@@ -42,8 +43,8 @@ SHAPES: dict[str, dict[str, list[Shape]]] = {
     },
     "queries": {
         "half 64": [(128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)],
-        "half 128": [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
-        "half 256": [(64, 32, 8, 1), (32, 32, 4, 1), (64, 16, 8, 1)],
+        "half 128": [(64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)],
+        "half 256": [(32, 32, 8, 1), (64, 32, 8, 1), (64, 16, 8, 1)],
         "half 512": [(32, 16, 8, 1), (16, 16, 4, 1)],
         "float 64": [(32, 32, 4, 1), (32, 16, 4, 1)],
         "float 128": [(32, 16, 4, 1), (16, 16, 4, 1)],

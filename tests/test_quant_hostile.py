@@ -523,13 +523,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, sum(
 """
 
 
-@pytest.mark.parametrize("form", ["gguf", "awq"])
+@pytest.mark.parametrize("form", ["gguf", "awq", "nf4"])
 def test_memory_stays_near_the_size_of_the_file(form, tmp_path):
     """Peak growth of a process that holds every weight: at most 64 MiB and twice the file (mapped pages included)."""
     rows, columns = 8192, 4096
     if form == "gguf":
         file = tmp_path / "x.gguf"
         file.write_bytes(one_tensor((columns, rows), data=bytes(rows * columns // 32 * 18)))
+    elif form == "nf4":  # blocks cross rows
+        file, columns = tmp_path / "model.safetensors", 4080
+        count = rows * columns
+        state = bitsandbytes.State4bit(
+            torch.zeros(count // 2, dtype=torch.uint8), torch.ones(count // 64), "nf4", 64, (rows, columns)
+        )
+        file.write_bytes(save({f"weight.{k}".removesuffix(".weight"): v for k, v in state.tensors().items()}))
     else:
         file = tmp_path / "model.safetensors"
         weight = QuantizedWeight(

@@ -270,9 +270,9 @@ def save_quantized(
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if isinstance(weight, QuantizedWeight):
-            inner = f"{name}.weight." if method == "bitsandbytes" else f"{name}."
             for part, tensor in writers[method](weight).items():
-                tensors[f"{name}.weight" if inner + part == f"{name}.weight.weight" else inner + part] = tensor
+                inside = method == "bitsandbytes" and part != "weight"  # weight, weight.absmax, …
+                tensors[f"{name}.weight.{part}" if inside else f"{name}.{part}"] = tensor
         else:
             tensors[name] = weight
     from safetensors.torch import save_file

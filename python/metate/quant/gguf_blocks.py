@@ -181,23 +181,19 @@ def _tq2_0(raw: Tensor) -> Fields:
     return {"codes": _rows(_fields(raw[:, :, :64].unflatten(2, (2, 32)), 0, 2, 4, 6, mask=3)), "scales": _half(raw, 64)}
 
 
-def _two_level(groups: int) -> dict[str, Any]:
-    return {"super_groups": groups}
-
-
 TYPES = {
     2: BlockType("Q4_0", 32, 18, 4, 32, _q4_0, {"zero": 8}),
     3: BlockType("Q4_1", 32, 20, 4, 32, _q4_1),
     6: BlockType("Q5_0", 32, 22, 5, 32, _q5_0, {"zero": 16}),
     7: BlockType("Q5_1", 32, 24, 5, 32, _q5_1),
     8: BlockType("Q8_0", 32, 34, 8, 32, _q8_0, {"zero": 128}),
-    10: BlockType("Q2_K", 256, 84, 2, 16, _q2_k, _two_level(16)),
-    11: BlockType("Q3_K", 256, 110, 3, 16, _q3_k, {"zero": 4, **_two_level(16)}),
-    12: BlockType("Q4_K", 256, 144, 4, 32, _q4_k, _two_level(8)),
-    13: BlockType("Q5_K", 256, 176, 5, 32, _q5_k, _two_level(8)),
-    14: BlockType("Q6_K", 256, 210, 6, 16, _q6_k, {"zero": 32, **_two_level(16)}),
+    10: BlockType("Q2_K", 256, 84, 2, 16, _q2_k, {"super_groups": 16}),
+    11: BlockType("Q3_K", 256, 110, 3, 16, _q3_k, {"zero": 4, "super_groups": 16}),
+    12: BlockType("Q4_K", 256, 144, 4, 32, _q4_k, {"super_groups": 8}),
+    13: BlockType("Q5_K", 256, 176, 5, 32, _q5_k, {"super_groups": 8}),
+    14: BlockType("Q6_K", 256, 210, 6, 16, _q6_k, {"zero": 32, "super_groups": 16}),
     20: BlockType("IQ4_NL", 32, 18, 4, 32, _q4_0, table=_IQ4),
-    23: BlockType("IQ4_XS", 256, 136, 4, 32, _iq4_xs, _two_level(8), table=_IQ4),
+    23: BlockType("IQ4_XS", 256, 136, 4, 32, _iq4_xs, {"super_groups": 8}, table=_IQ4),
     35: BlockType("TQ2_0", 256, 66, 2, 256, _tq2_0, {"zero": 1}),
     39: BlockType("MXFP4", 32, 17, 4, 32, _mxfp4, table=_E2M1),
     40: BlockType("NVFP4", 64, 36, 4, 16, _nvfp4, table=_E2M1),

@@ -42,10 +42,10 @@ def backend(monkeypatch):
     def install(function):
         MERGE.implementations("cpu")
         monkeypatch.setitem(MERGE._implementations["cpu"], "cpu", function)
-        MERGE._plans.clear()
+        MERGE.forget_plans()
 
     yield install
-    MERGE._plans.clear()
+    MERGE.forget_plans()
 
 
 def test_every_case_and_dtype_is_checked():

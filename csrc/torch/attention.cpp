@@ -103,11 +103,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, double scale, int64_t window_left,
     int64_t window_right, bool top_left, double softcap, double dropout_p, int64_t seed, int64_t offset,
     int64_t block_m, int64_t block_n, bool need_dbias, bool need_dalibi_slopes) {
+    need_dbias = need_dbias && bias;
+    need_dalibi_slopes = need_dalibi_slopes && alibi_slopes;
+    if (need_dalibi_slopes) (void)q.handle();  // the sum below is torch's
     Tensor dq = empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
     Tensor dk = empty(k, {k.size(0), k.size(1), k.size(2), k.size(3)});
     Tensor dv = empty(v, {v.size(0), v.size(1), v.size(2), v.size(3)});
-    need_dbias = need_dbias && bias;
-    need_dalibi_slopes = need_dalibi_slopes && alibi_slopes;
     Tensor dbias = need_dbias ? empty(q, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, wide(q))
                               : empty(q, {0}, wide(q));
     const int64_t entries = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
@@ -128,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     METATE_LAUNCH(attention_backward, q, backward);
     if (need_dalibi_slopes && alibi_slopes->dim() == 1) {
         const int64_t over_batch[] = {0};
-        dslopes = torch::stable::sum(dslopes, over_batch);
+        dslopes = Tensor(torch::stable::sum(dslopes.handle(), over_batch));
     }
     return {dq, dk, dv, dbias, dslopes};
 }

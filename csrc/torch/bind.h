@@ -1,4 +1,4 @@
-// Torch tensors to the views, runtimes and devices of metate.h; the only header that knows torch.
+// Registers bindings with torch and runs their kernels on torch's threads and streams.
 //
 // A binding file is compiled once per device: as it stands for the CPU, with METATE_CUDA for the GPU, with
 // METATE_CUDA and METATE_EMULATED for the GPU kernels run on CPU tensors by the emulator. It allocates outputs, fills
@@ -11,7 +11,8 @@
 //     }
 //     METATE_REGISTER(m) { METATE_IMPL(m, double_it); }
 //
-// Python defines the schemas; arguments are std::optional<Tensor>, int64_t, double, bool and std::optional of those.
+// Python defines the schemas; arguments are Tensor, std::optional<Tensor>, int64_t, double and bool; results Tensor or a
+// tuple of them. On a CPU the function has two doors: torch's dispatcher, and the direct call of direct.h.
 // Only torch's stable ABI is used, so one build serves every later torch.
 #pragma once
 
@@ -19,20 +20,20 @@
 #include <stdlib.h>
 #include <string.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
-#include <new>
-#include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "metate.h"
+#include "tensor.h"
 
 #if defined(METATE_CUDA) && !defined(METATE_EMULATED)
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#endif
+
+#if !defined(METATE_CUDA)
+#include "direct.h"
 #endif
 
 #if defined(METATE_EMULATED)
@@ -47,14 +48,12 @@
 #endif
 
 #define METATE_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(METATE_LIBRARY, METATE_KEY, m)
-#define METATE_IMPL(m, op) m.impl(#op, TORCH_BOX(&op))
+#define METATE_IMPL(m, op) ::metate::bind::implement<&op>(m, #op)
 
 // Runs kernel `fn` of this device with the struct that follows, on the device (and current stream) of tensor `like`.
 #define METATE_LAUNCH(fn, like, ...) ::metate::bind::device::fn(__VA_ARGS__, ::metate::bind::Launch(like))
 
 namespace metate::bind {
-
-using torch::stable::Tensor;
 
 #if defined(METATE_CUDA)
 namespace device = ::metate::cuda;
@@ -62,77 +61,53 @@ namespace device = ::metate::cuda;
 namespace device = ::metate::cpu;
 #endif
 
-// Tensors.
+// Registration.
 
-struct DTypeName {
-    int32_t torch;
-    DType dtype;
+// An argument or result as the dispatcher has it.
+template <class T>
+struct Dispatched {
+    using type = T;
+    static T from(T value) { return value; }
+};
+template <>
+struct Dispatched<Tensor> {
+    using type = torch::stable::Tensor;
+    static Tensor from(type tensor) { return Tensor(std::move(tensor)); }
+    static type to(const Tensor& tensor) { return tensor.handle(); }
+};
+template <>
+struct Dispatched<std::optional<Tensor>> {
+    using type = std::optional<torch::stable::Tensor>;
+    static std::optional<Tensor> from(type tensor) {
+        return tensor ? std::optional(Tensor(*std::move(tensor))) : std::nullopt;
+    }
+};
+template <class... T>
+struct Dispatched<std::tuple<T...>> {
+    using type = std::tuple<typename Dispatched<T>::type...>;
+    static type to(const std::tuple<T...>& results) {
+        return std::apply([](const T&... each) { return type(Dispatched<T>::to(each)...); }, results);
+    }
 };
 
-inline const DTypeName* dtype_names() {
-    static const DTypeName names[] = {
-        {aoti_torch_dtype_float32(), DType::f32}, {aoti_torch_dtype_bfloat16(), DType::bf16},
-        {aoti_torch_dtype_float16(), DType::f16}, {aoti_torch_dtype_float64(), DType::f64},
-        {aoti_torch_dtype_int64(), DType::i64},   {aoti_torch_dtype_int32(), DType::i32},
-        {aoti_torch_dtype_uint8(), DType::u8},    {aoti_torch_dtype_bool(), DType::u8},
-        {aoti_torch_dtype_int8(), DType::i8},
-    };
-    return names;
-}
-constexpr int dtype_count = 9;
+template <auto fn>
+struct Boxed;
 
-inline DType dtype(const Tensor& tensor) {
-    int32_t wanted;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &wanted));
-    for (int i = 0; i < dtype_count; ++i)
-        if (dtype_names()[i].torch == wanted) return dtype_names()[i].dtype;
-    STD_TORCH_CHECK(false, "metate: no kernel reads tensors of torch dtype number ", wanted);
-}
-
-// The view of a tensor that is there has a pointer even where torch has none because the tensor holds no element.
-template <int N>
-View<N> view(const Tensor& tensor) {
-    alignas(64) static char nothing[64];
-    AtenTensorHandle handle = tensor.get();
-    int64_t dims, *sizes, *strides;
-    void* data;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
-    STD_TORCH_CHECK(dims == N, "metate: expected a tensor of ", N, " dimensions, got ", dims);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
-    View<N> view{data ? data : nothing, dtype(tensor), {}, {}};
-    for (int i = 0; i < N; ++i) {
-        view.size[i] = sizes[i];
-        view.stride[i] = strides[i];
+template <class Result, class... Args, Result (*fn)(Args...)>
+struct Boxed<fn> {
+    template <class T>
+    using Of = Dispatched<std::remove_cvref_t<T>>;
+    static typename Of<Result>::type call(typename Of<Args>::type... args) {
+        return Of<Result>::to(fn(Of<Args>::from(std::move(args))...));
     }
-    return view;
-}
+};
 
-template <int N>
-View<N> view(const std::optional<Tensor>& tensor) {
-    return tensor ? view<N>(*tensor) : View<N>{};
-}
-
-// An uninitialised contiguous tensor on the device of `like`, and of its dtype unless one is given.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<DType> dtype = {}) {
-    constexpr int most = 8;
-    STD_TORCH_CHECK(sizes.size() <= most, "metate: at most ", most, " dimensions, got ", sizes.size());
-    AtenTensorHandle out;
-    int32_t device_type, device_index, torch_dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &torch_dtype));
-    for (int i = 0; dtype && i < dtype_count; ++i)
-        if (dtype_names()[i].dtype == *dtype) {
-            torch_dtype = dtype_names()[i].torch;
-            break;
-        }
-    int64_t strides[most], next = 1;
-    for (size_t i = sizes.size(); i-- > 0; next *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1) strides[i] = next;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                           torch_dtype, device_type, device_index, &out));
-    return Tensor(out);
+template <auto fn, class Library>
+void implement(Library& library, const char* name) {
+    library.impl(name, TORCH_BOX((&Boxed<fn>::call)));
+#if !defined(METATE_CUDA)
+    direct::bindings()[name] = {direct::Door<fn>::call, direct::Door<fn>::admit, {}};
+#endif
 }
 
 #if !defined(METATE_CUDA)
@@ -215,11 +190,11 @@ class Launch {
     static cuda::Device describe(const Tensor&) { return {nullptr, 80, 4, nullptr, nullptr}; }
 #else
     struct Guard : torch::stable::accelerator::DeviceGuard {
-        explicit Guard(const Tensor& like) : DeviceGuard(like.get_device_index()) {}
+        explicit Guard(const Tensor& like) : DeviceGuard(like.device_index()) {}
     };
 
     static cuda::Device describe(const Tensor& like) {
-        int index = like.get_device_index(), major = 0, minor = 0, processors = 0;
+        int index = like.device_index(), major = 0, minor = 0, processors = 0;
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
         cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);

@@ -2,10 +2,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "torch/bind.h"
-
 #if !defined(METATE_CUDA)
 #include "cpu/isa.h"
+#include "torch/bind.h"
 
 // poison_scratch(on): hand kernels scratch memory that reads as NaN.
 static PyObject* poison_scratch(PyObject*, PyObject* on) {
@@ -31,6 +30,8 @@ static PyObject* isas(PyObject*, PyObject*) {
 }
 
 static PyMethodDef methods[] = {
+    {"start", metate::bind::direct::start, METH_VARARGS, nullptr},
+    {"direct", metate::bind::direct::direct, METH_O, nullptr},
     {"isas", isas, METH_NOARGS, nullptr},
     {"poison_scratch", poison_scratch, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

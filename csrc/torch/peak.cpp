@@ -9,11 +9,12 @@ namespace {
 
 // The work each thread did: operations, or bytes of the float32 `buffer` read. The caller takes the time.
 Tensor peak(const Tensor& buffer, int64_t kind, int64_t repeats) {
-    STD_TORCH_CHECK(dtype(buffer) == DType::f32 && buffer.is_contiguous(),
+    STD_TORCH_CHECK(dtype(buffer) == DType::f32 && buffer.dim() == 1 && buffer.stride(0) == 1,
                     "metate.peak: buffer must be contiguous float32");
     const int64_t threads = torch::stable::get_num_threads();
     Tensor work = empty(buffer, {threads > 1 ? threads : 1}, DType::f64);
-    torch::stable::zero_(work);
+    torch::stable::Tensor zeros = work.handle();
+    torch::stable::zero_(zeros);
     METATE_LAUNCH(peak, buffer, Peak{kind, repeats, view<1>(buffer), view<1>(work)});
     return work;
 }

@@ -10,7 +10,7 @@ using Optional = std::optional<Tensor>;
 
 // Kernels read rows of bytes; other layouts of the codes are copied.
 Tensor rows_of_bytes(const Tensor& codes) {
-    return codes.size(1) < 2 || codes.stride(1) == 1 ? codes : torch::stable::contiguous(codes);
+    return codes.size(1) < 2 || codes.stride(1) == 1 ? codes : contiguous(codes);
 }
 
 LowBitMatrix matrix(int64_t columns, const Tensor& codes, const Tensor& scales, const Optional& super_scales,

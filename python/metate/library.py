@@ -10,12 +10,16 @@ import importlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # before the modules: they link against the libraries that torch has loaded
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 TARGET = (2, 10)
 
@@ -26,6 +30,43 @@ class Module:
 
     module: ModuleType | None
     missing: str = ""
+
+
+# What may stand between the caller and the kernels; any that says true wants the call to go through torch's dispatcher:
+# a dispatch mode, a functorch transform, autocast, a profiler, forward-mode gradients.
+_GUARDS: tuple[Callable[[], Any], ...] = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._is_any_autocast_enabled,
+    torch.autograd._profiler_enabled,
+    lambda: forward_ad._current_level >= 0,
+)
+
+
+def dispatcher_is_wanted() -> bool:
+    return any(guard() for guard in _GUARDS)
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The short way to a compiled operator, around torch's dispatcher (csrc/torch/direct.h)."""
+
+    entry: Any  # the same operator by way of the dispatcher
+    call: Callable[[tuple[Any, ...]], Any]  # arguments -> results, or NotImplemented
+    admit: Callable[[tuple[Any, ...]], None]  # calls like this one need no further check
+    forget: Callable[[], None]  # all that was admitted
+
+
+def direct(name: str, entry: Any) -> tuple[Direct, ...]:
+    """The short way to a CPU operator, or none where this torch offers no C interface to its tensors."""
+    module = load()["cpu"].module
+    return (Direct(entry, *module.direct(name)),) if module and _starts(module) else ()
+
+
+@cache
+def _starts(module: ModuleType) -> bool:
+    started: bool = module.start(torch.Tensor, Parameter, torch.is_grad_enabled, _GUARDS)
+    return started
 
 
 @cache

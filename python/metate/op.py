@@ -114,28 +114,29 @@ class Op:
         self._contents = (self.parameters.index(self.contents[0]), self.contents[1]) if self.contents else None
         self._implementations: dict[str, dict[str, Backend]] = {}
         self._plans: dict[Any, Backend] = {}
+        self._direct: tuple[library.Direct, ...] = ()  # the short ways to compiled backends
         self.torch_op = getattr(torch.ops.metate, self.name).default
         REGISTRY[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
         """The whole cost of a call without gradients is here and in the kernel: microseconds count."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.torch_op(*args)
         state = _state.get()
-        if state is not None and state.capture:
+        if state is None:
+            for direct in self._direct:
+                result = direct.call(args)
+                if result is not NotImplemented:
+                    return result
+        elif state.capture:
             raise _Captured(self, args)
-        if _modes() or _transform() is not None or _autocast():
+        if library.dispatcher_is_wanted():
             return self._dispatch(args)
-        grad, arity = _grad_enabled(), self.arity
-        key = [state, args[arity:]]
-        for tensor in args[:arity]:
-            if tensor is None:
-                key.append(None)
-            elif type(tensor) not in _PLAIN or (grad and tensor.requires_grad):
+        grad = torch.is_grad_enabled()
+        for tensor in args[: self.arity]:
+            if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
                 return self._dispatch(args)
-            else:
-                key += (tensor.shape, tensor.dtype, tensor.device)
-        return self._backend(tuple(key), args)(*args)
+        return self._run(*args)
 
     def _dispatch(self, args: Args) -> Any:
         for name, arg in zip(self.axes, args, strict=False):
@@ -173,6 +174,7 @@ class Op:
             found: dict[str, Backend] = {}
             if _has_kernel(f"metate_C::{self.name}", device):
                 found[device] = _entry(torch.ops.metate_C, self.name)
+                self._direct = library.direct(self.name, found[device]) if device == "cpu" else self._direct
             kernels = _triton_kernels(self.family) if device == "cuda" or _triton_interpreted() else None
             triton = {"triton": getattr(kernels, self.name)} if hasattr(kernels, self.name) else {}
             found |= triton if device == "cuda" else {}
@@ -218,26 +220,38 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         """The kernel behind the dispatcher entry."""
-        key: list[Any] = [_state.get(), args[self.arity :]]
-        for tensor in args[: self.arity]:
+        state, arity = _state.get(), self.arity
+        key: list[Any] = [state, args[arity:]]
+        for tensor in args[:arity]:
             key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-        return self._backend(tuple(key), args)(*args)
+        return self._backend(state, tuple(key), args)(*args)
 
-    def _backend(self, key: Args, args: Args) -> Backend:
+    def _backend(self, state: _State | None, key: Args, args: Args) -> Backend:
         """The backend of a call, remembered by all that the choice depends on; raises what is wrong with the call."""
         try:
             backend = self._plans.get(key)
         except TypeError:  # an unhashable scalar
             self.check(args)
             raise
+        checked = self._contents is not None and args[self._contents[0]] is not None
         if backend is None:
             backend = self.plan(args)[1]
             if len(self._plans) >= _PLANS:
-                self._plans.clear()
+                self.forget_plans()
             self._plans[key] = backend
-        if self._contents is not None and args[self._contents[0]] is not None:
+            if state is None and not checked:
+                for direct in self._direct:
+                    if direct.entry is backend:
+                        direct.admit(args)
+        if checked:
             self._contents[1](*args)
         return backend
+
+    def forget_plans(self) -> None:
+        """The next call of each kind is checked, and its backend chosen, anew."""
+        self._plans.clear()
+        for direct in self._direct:
+            direct.forget()
 
     def _fake(self, *args: Any) -> Any:
         """Shapes without values, for compilers. The reference on fake tensors says the same 30 times slower."""
@@ -424,13 +438,6 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _castable(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
-
-
-# What may stand between the caller and the kernels: a dispatch mode, a functorch transform, autocast.
-_modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-_autocast = torch._C._is_any_autocast_enabled
-_grad_enabled = torch.is_grad_enabled
 
 
 def _has_kernel(name: str, device: str) -> bool:

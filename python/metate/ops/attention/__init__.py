@@ -206,7 +206,8 @@ def _flags(
     if scale is None:
         if not isinstance(q, Tensor):
             raise fail("attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
-        scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+        shape = q.shape
+        scale = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
     return scale, left, right, top_left, softcap, dropout_p, seed, offset, *block_size

@@ -1,0 +1,190 @@
+// What a binding knows of a tensor, whichever door it came through: torch's dispatcher (a handle of the stable ABI) or
+// a direct call from Python (DLPack).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "dlpack.h"
+#include "metate.h"
+
+namespace metate::bind {
+
+// How a dtype is called by torch's shim and by DLPack.
+struct DTypeName {
+    DType dtype;
+    int32_t torch;
+    uint8_t kind, bits;
+};
+
+constexpr int dtype_count = 9;
+
+inline const DTypeName* dtype_names() {
+    static const DTypeName names[dtype_count] = {
+        {DType::f32, aoti_torch_dtype_float32(), dlpack::floating, 32},
+        {DType::bf16, aoti_torch_dtype_bfloat16(), dlpack::bfloat, 16},
+        {DType::f16, aoti_torch_dtype_float16(), dlpack::floating, 16},
+        {DType::f64, aoti_torch_dtype_float64(), dlpack::floating, 64},
+        {DType::i64, aoti_torch_dtype_int64(), dlpack::integer, 64},
+        {DType::i32, aoti_torch_dtype_int32(), dlpack::integer, 32},
+        {DType::u8, aoti_torch_dtype_uint8(), dlpack::natural, 8},
+        {DType::u8, aoti_torch_dtype_bool(), dlpack::truth, 8},
+        {DType::i8, aoti_torch_dtype_int8(), dlpack::integer, 8},
+    };
+    return names;
+}
+
+template <class Matches>
+const DTypeName* find_dtype(Matches&& matches) {
+    for (const DTypeName* name = dtype_names(); name != dtype_names() + dtype_count; ++name)
+        if (matches(*name)) return name;
+    return nullptr;
+}
+
+// torch's interface for direct calls, once Python has handed it over; null before and where torch has none.
+inline const dlpack::Exchange* exchange = nullptr;
+
+// Thrown by a binding that was called directly and needs torch's operators: Python calls it again by the dispatcher.
+struct NeedsDispatcher {};
+
+class Tensor {
+  public:
+    Tensor() = default;
+
+    explicit Tensor(torch::stable::Tensor tensor) : owner_(std::move(tensor)) {
+        AtenTensorHandle handle = this->handle().get();
+        int64_t dims;
+        int32_t torch_dtype;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides_));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data_));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &torch_dtype));
+        const DTypeName* name = find_dtype([&](const DTypeName& each) { return each.torch == torch_dtype; });
+        STD_TORCH_CHECK(name, "metate: no kernel reads tensors of torch dtype number ", torch_dtype);
+        dims_ = static_cast<int>(dims);
+        dtype_ = name->dtype;
+    }
+
+    // Memory that torch has allocated for a result of a direct call.
+    explicit Tensor(dlpack::ManagedTensor* owned) : owner_(std::make_shared<Result>(owned)) { borrow(owned->tensor); }
+
+    // Becomes the description of memory that outlives the call.
+    void borrow(const dlpack::Tensor& tensor) {
+        const DTypeName* name = find_dtype([&](const DTypeName& each) {
+            return each.kind == tensor.dtype.kind && each.bits == tensor.dtype.bits && tensor.dtype.lanes == 1;
+        });
+        if (!name || (tensor.dims && !tensor.strides)) throw NeedsDispatcher{};
+        dtype_ = name->dtype;
+        dims_ = tensor.dims;
+        sizes_ = tensor.sizes;
+        strides_ = tensor.strides;
+        data_ = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
+    }
+
+    int64_t dim() const { return dims_; }
+    int64_t size(int i) const { return sizes_[i]; }
+    int64_t stride(int i) const { return strides_[i]; }
+    void* data_ptr() const { return data_; }
+    DType dtype() const { return dtype_; }
+    int32_t device_type() const { return device_type_; }  // as torch's shim counts; a direct call has only the CPU
+    int32_t device_index() const { return device_index_; }
+    bool direct() const { return !std::holds_alternative<torch::stable::Tensor>(owner_); }
+
+    const torch::stable::Tensor& handle() const {
+        if (direct()) throw NeedsDispatcher{};
+        return std::get<torch::stable::Tensor>(owner_);
+    }
+
+    // Gives the memory of a result away.
+    dlpack::ManagedTensor* release() {
+        return std::exchange(std::get<std::shared_ptr<Result>>(owner_)->tensor, nullptr);
+    }
+
+  private:
+    struct Result {
+        explicit Result(dlpack::ManagedTensor* owned) : tensor(owned) {}
+        Result(const Result&) = delete;
+        ~Result() {
+            if (tensor && tensor->deleter) tensor->deleter(tensor);
+        }
+        dlpack::ManagedTensor* tensor;
+    };
+
+    void* data_ = nullptr;
+    int64_t *sizes_ = nullptr, *strides_ = nullptr;
+    int dims_ = 0;
+    DType dtype_ = DType::f32;
+    int32_t device_type_ = 0, device_index_ = 0;
+    std::variant<std::monostate, torch::stable::Tensor, std::shared_ptr<Result>> owner_;
+};
+
+inline DType dtype(const Tensor& tensor) {
+    return tensor.dtype();
+}
+
+// The view of a tensor that is there has a pointer even where torch has none because the tensor holds no element.
+template <int N>
+View<N> view(const Tensor& tensor) {
+    alignas(64) static char nothing[64];
+    STD_TORCH_CHECK(tensor.dim() == N, "metate: expected a tensor of ", N, " dimensions, got ", tensor.dim());
+    View<N> view{tensor.data_ptr() ? tensor.data_ptr() : nothing, tensor.dtype(), {}, {}};
+    for (int i = 0; i < N; ++i) {
+        view.size[i] = tensor.size(i);
+        view.stride[i] = tensor.stride(i);
+    }
+    return view;
+}
+
+template <int N>
+View<N> view(const std::optional<Tensor>& tensor) {
+    return tensor ? view<N>(*tensor) : View<N>{};
+}
+
+inline Tensor allocate_directly(int32_t dims, int64_t* sizes, int64_t* strides, const DTypeName& name) {
+    dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, dims, {name.kind, name.bits, 1}, sizes, strides, 0};
+    dlpack::ManagedTensor* out = nullptr;
+    std::string problem;
+    auto note = [](void* context, const char*, const char* message) {
+        *static_cast<std::string*>(context) = message;
+    };
+    if (exchange->allocate(&prototype, &out, &problem, note)) throw std::runtime_error(problem);
+    return Tensor(out);
+}
+
+// An uninitialised contiguous tensor on the device of `like`, and of its dtype unless one is given.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<DType> dtype = {}) {
+    constexpr int most = 8;
+    STD_TORCH_CHECK(sizes.size() <= most, "metate: at most ", most, " dimensions, got ", sizes.size());
+    const DType wanted = dtype ? *dtype : like.dtype();
+    const DTypeName& name = *find_dtype([&](const DTypeName& each) { return each.dtype == wanted; });
+    const int dims = static_cast<int>(sizes.size());
+    int64_t size[most], strides[most], next = 1;
+    for (int i = dims - 1; i >= 0; next *= size[i] > 1 ? size[i] : 1, --i) {
+        size[i] = sizes.begin()[i];
+        strides[i] = next;
+    }
+    if (like.direct()) return allocate_directly(dims, size, strides, name);
+    AtenTensorHandle out;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, size, strides, name.torch, like.device_type(), like.device_index(), &out));
+    return Tensor(torch::stable::Tensor(out));
+}
+
+inline Tensor contiguous(const Tensor& tensor) {
+    return Tensor(torch::stable::contiguous(tensor.handle()));
+}
+
+}  // namespace metate::bind

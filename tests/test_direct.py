@@ -1,0 +1,130 @@
+"""The short way around torch's dispatcher: equal to the long one, and taken only where nothing waits on the long one."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metate
+from metate.op import REGISTRY
+
+MERGE = REGISTRY["merge_attention_states"]
+WITH_KERNEL = [op for op in REGISTRY.values() if "cpu" in op.implementations("cpu")]
+pytestmark = pytest.mark.skipif(
+    not any(op._direct for op in WITH_KERNEL), reason="this torch has no C interface for exchanging tensors"
+)
+
+
+class Nothing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def states(*shape):
+    return torch.randn(2, *shape, 3, 2, 8), torch.randn(2, *shape, 2, 3)
+
+
+def direct(*args):
+    return MERGE._direct[0].call(args)
+
+
+@pytest.mark.parametrize("op", WITH_KERNEL, ids=lambda op: op.name)
+def test_both_ways_give_the_same_bits(op):
+    """Every case that runs on the CPU's kernels without a look at its values comes directly the second time."""
+    taken = 0
+    for case in op.domain.cases:
+        args = op.example(case, torch.float32)
+        if op.plan(args)[0] != "cpu":
+            continue
+        first = op(*args)
+        result = op._direct[0].call(args)
+        if result is NotImplemented:
+            continue
+        taken += 1
+        for a, b in zip(first, result, strict=True) if isinstance(first, tuple) else [(first, result)]:
+            assert a.dtype == b.dtype and a.stride() == b.stride() and a.device == b.device
+            assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), case
+    assert taken
+
+
+def test_a_call_comes_directly_once_one_like_it_was_checked():
+    MERGE.forget_plans()
+    args = states(4)
+    assert direct(*args) is NotImplemented
+    metate.merge_attention_states(*args)
+    assert direct(*args) is not NotImplemented
+    assert direct(*(Parameter(a, requires_grad=False) for a in args)) is not NotImplemented
+    assert direct(*(a.transpose(1, 2).contiguous().transpose(1, 2) for a in args)) is not NotImplemented
+    assert direct(*states(5)) is NotImplemented
+    assert direct(args[0].half(), args[1]) is NotImplemented
+    assert direct(args[0], None) is NotImplemented
+    assert direct(*args, 1) is NotImplemented
+    MERGE.forget_plans()
+    assert direct(*args) is NotImplemented
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        Nothing,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+        forward_ad.dual_level,
+    ],
+    ids=["mode", "autocast", "profiler", "forward-mode"],
+)
+def test_whatever_waits_at_the_dispatcher_sees_the_call(context):
+    args = states(4)
+    metate.merge_attention_states(*args)
+    with context():
+        assert direct(*args) is NotImplemented
+    assert direct(*args) is not NotImplemented
+
+
+def test_a_transform_sees_the_call():
+    outs, lses = torch.randn(5, 2, 4, 3, 2, 8), torch.randn(5, 2, 4, 2, 3)
+    seen = []
+
+    def one(outs, lses):
+        seen.append(direct(outs, lses))
+        return metate.merge_attention_states(outs, lses)
+
+    batched = torch.vmap(one)(outs, lses)
+    assert seen == [NotImplemented]
+    for i in range(5):
+        torch.testing.assert_close([x[i] for x in batched], list(metate.merge_attention_states(outs[i], lses[i])))
+
+
+def test_a_gradient_is_asked_of_the_dispatcher():
+    outs, lses = states(4)
+    metate.merge_attention_states(outs, lses)
+    outs.requires_grad_()
+    assert direct(outs, lses) is NotImplemented
+    assert metate.merge_attention_states(outs, lses)[0].grad_fn is not None
+    with ExitStack() as off:
+        off.enter_context(torch.no_grad())
+        assert direct(outs, lses) is not NotImplemented
+
+
+def test_a_lazily_negated_tensor_is_not_read_as_it_lies_in_memory():
+    outs, lses = states(4)
+    expected = metate.merge_attention_states(-outs, lses)
+    metate.merge_attention_states(outs, lses)
+    negated = torch.view_as_complex(torch.stack([torch.zeros_like(outs), outs], -1)).conj().imag
+    assert negated.is_neg()
+    assert direct(negated, lses) is NotImplemented
+    torch.testing.assert_close(metate.merge_attention_states(negated, lses), expected)
+
+
+def test_results_are_ordinary_tensors():
+    args = states(4)
+    metate.merge_attention_states(*args)
+    out, lse = direct(*args)
+    assert not out.requires_grad and out.is_contiguous() and out._version == 0
+    out.add_(1)
+    (out.requires_grad_() * lse[0, 0, 0]).sum().backward()
+    with torch.inference_mode():
+        assert direct(*args)[0].is_inference()

@@ -11,9 +11,9 @@
 //     }
 //     METATE_REGISTER(m) { METATE_IMPL(m, double_it); }
 //
-// Python defines the schemas; arguments are Tensor, std::optional<Tensor>, int64_t, double and bool; results Tensor or a
-// tuple of them. On a CPU the function has two doors: torch's dispatcher, and the direct call of direct.h.
-// Only torch's stable ABI is used, so one build serves every later torch.
+// Python defines the schemas; arguments are Tensor, std::optional<Tensor>, int64_t, double and bool; results Tensor or
+// a tuple of them. On a CPU the function has two doors: torch's dispatcher, and the direct call of direct.h. Only
+// torch's stable ABI is used, so one build serves every later torch.
 #pragma once
 
 #include <pthread.h>

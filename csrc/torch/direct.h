@@ -1,8 +1,8 @@
 // The short way from Python to a binding: without torch's dispatcher, which costs more than a small kernel.
 //
 // Only calls that the dispatcher would hand to this binding unchanged may take it: no transform, mode or profiler is on
-// (the guards), no tensor wants a gradient or is a promise of another. And a call runs only if one like it, equal in all
-// but the tensors' memory and strides, was admitted before: whatever else must be checked depends on nothing else.
+// (the guards), no tensor wants a gradient or is a promise of another. And a call runs only if one like it, equal in
+// all but the tensors' memory and strides, was admitted before: whatever else must be checked depends on nothing else.
 // CPU only: memory that comes back through DLPack does not know torch's `record_stream`.
 #pragma once
 
@@ -194,7 +194,8 @@ struct Door<fn> {
     static bool read(Reader& reader, PyObject* args, Values& values) {
         Py_ssize_t i = 0;
         if (PyTuple_Size(args) != sizeof...(Args)) return false;
-        return std::apply([&](auto&... each) { return (reader.read(PyTuple_GetItem(args, i++), each) && ...); }, values);
+        return std::apply([&](auto&... each) { return (reader.read(PyTuple_GetItem(args, i++), each) && ...); },
+                          values);
     }
 
     static Result without_lock(const Values& values) {

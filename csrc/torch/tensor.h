@@ -157,9 +157,7 @@ inline Tensor allocate_directly(int32_t dims, int64_t* sizes, int64_t* strides, 
     dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, dims, {name.kind, name.bits, 1}, sizes, strides, 0};
     dlpack::ManagedTensor* out = nullptr;
     std::string problem;
-    auto note = [](void* context, const char*, const char* message) {
-        *static_cast<std::string*>(context) = message;
-    };
+    auto note = [](void* context, const char*, const char* message) { *static_cast<std::string*>(context) = message; };
     if (exchange->allocate(&prototype, &out, &problem, note)) throw std::runtime_error(problem);
     return Tensor(out);
 }

@@ -38,7 +38,7 @@ _GUARDS: tuple[Callable[[], Any], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._functorch.peek_interpreter_stack,
     torch._C._is_any_autocast_enabled,
-    torch.autograd._profiler_enabled,
+    torch._C._autograd._profiler_enabled,
     lambda: forward_ad._current_level >= 0,
 )
 

@@ -233,18 +233,18 @@ class Op:
         except TypeError:  # an unhashable scalar
             self.check(args)
             raise
-        checked = self._contents is not None and args[self._contents[0]] is not None
+        check = self._contents[1] if self._contents and args[self._contents[0]] is not None else None
         if backend is None:
             backend = self.plan(args)[1]
             if len(self._plans) >= _PLANS:
                 self.forget_plans()
             self._plans[key] = backend
-            if state is None and not checked:
+            if state is None and check is None:
                 for direct in self._direct:
                     if direct.entry is backend:
                         direct.admit(args)
-        if checked:
-            self._contents[1](*args)
+        if check is not None:
+            check(*args)
         return backend
 
     def forget_plans(self) -> None:

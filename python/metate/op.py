@@ -88,7 +88,7 @@ class Op:
     vmap: Callable[..., Any]  # (info, in_dims, *args) -> (outputs, out_dims); `loop_vmap` where batches cannot fold
     sharding: Callable[..., Sequence[Any]]  # args -> [({output: dim}, {argument: dim}), …] that need no communication
     validate: Callable[..., None] = lambda *args: None  # scalars and relations, from shapes alone
-    contents: tuple[str, Callable[..., None]] | None = None  # (argument, check of the values) run where it is given
+    contents: tuple[str, Callable[..., None]] = ("", lambda *args: None)  # arguments whose values are checked, and how
     refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # backend -> why not
     gradient: str | None = None  # why there is none, where there is none
 
@@ -111,7 +111,7 @@ class Op:
         self.arity = len(self.axes)
         self._axes = Axes(self.name, self.axes)
         self._kinds = {name: str(kind) for name, kind in self.reference.__annotations__.items()}
-        self._contents = (self.parameters.index(self.contents[0]), self.contents[1]) if self.contents else None
+        self._contents = [self.parameters.index(name) for name in self.contents[0].split()]
         self._implementations: dict[str, dict[str, Backend]] = {}
         self._plans: dict[Any, Backend] = {}
         self._direct: tuple[library.Direct, ...] = ()  # the short ways to compiled backends
@@ -233,18 +233,18 @@ class Op:
         except TypeError:  # an unhashable scalar
             self.check(args)
             raise
-        check = self._contents[1] if self._contents and args[self._contents[0]] is not None else None
+        values = any(args[i] is not None for i in self._contents)
         if backend is None:
             backend = self.plan(args)[1]
             if len(self._plans) >= _PLANS:
                 self.forget_plans()
             self._plans[key] = backend
-            if state is None and check is None:
+            if state is None and not values:
                 for direct in self._direct:
                     if direct.entry is backend:
                         direct.admit(args)
-        if check is not None:
-            check(*args)
+        if values:
+            self.contents[1](*args)
         return backend
 
     def forget_plans(self) -> None:

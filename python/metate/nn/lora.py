@@ -58,7 +58,9 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor, adapter: int | Tensor | None = None) -> Tensor:
-        A, B, ids = self.lora_A, self.lora_B, None
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        ids: Tensor | None = None
         chosen = self.adapter if adapter is None else adapter
         if isinstance(chosen, Tensor):
             ids = chosen.to(x.device)

@@ -286,7 +286,7 @@ linear_op = Op(
     sharding=_shard_linear,
     validate=_validate_linear,
     refuses={"cuda": lambda x, codes, *rest: _refused_by_cuda(x, *rest[8].shape[:2], codes.shape[0])},
-    contents=("codes", _check_contents),
+    contents=("permutation adapter_ids", _check_contents),
 )
 
 matmul_op = Op(

@@ -329,7 +329,7 @@ outer_op = Op(
     dtypes={"x": FLOATS, "low": _SUMS, "adapter_ids": _IDS},
     outputs={"out": torch.float32},
     shapes=lambda x, low, _, adapters: ((adapters, low.shape[1], x.shape[1]),),
-    domain=_domain(reference.lora_outer),
+    domain=dataclasses.replace(_domain(reference.lora_outer), batch="K"),  # rows are summed
     flops=_update_flops,
     autocast=("x",),
     vmap=loop_vmap,

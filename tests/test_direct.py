@@ -1,4 +1,4 @@
-"""The short way around torch's dispatcher: equal to the long one, and taken only where nothing waits on the long one."""
+"""The short way around torch's dispatcher: equal to the long one, and taken only where nothing waits on that."""
 
 from contextlib import ExitStack
 

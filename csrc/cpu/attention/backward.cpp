@@ -18,7 +18,7 @@ struct Head {
     Sequence s;
     int64_t kv, tiles, blocks;  // tiles of queries, blocks of keys
     int64_t first_tile;         // of the first query head, in Plan::range and turn; `tiles` for each query head
-    float* dq;                  // (query heads, rows, depth) if several workers share it, else null: in the workspace
+    int64_t shared_row;         // the first of Plan::shared if several workers share the head, else -1
 };
 
 struct Work {
@@ -33,13 +33,15 @@ struct Range {
 // What becomes of the gradient of the bias, by the dimensions over which it is summed.
 enum class BiasSum { none, elements, columns, rows };
 
+template <class Word>
 struct Plan {
-    int64_t heads, work, tiles, own_rows, shared_rows;  // rows of dq
+    int64_t heads, work, tiles, own_rows, shared_rows;
     Head* head;
     Work* piece;
     Range* range;
-    int32_t* turn;  // the next block of keys to add to a tile of dq
-    float* shared_dq;
+    int32_t* turn;    // the next block of keys to add to a tile of dq
+    int32_t* packed;  // what has become of the operands of a tile of queries, see pack_tile
+    Rows<Word> shared;
     double* bias_sum;   // (batch, head, key) or (batch, head, query)
     double* slope_sum;  // per tile
 };
@@ -52,7 +54,7 @@ struct Call {
     Blocking size;
     int64_t group;
     BiasSum bias_sum;
-    Plan plan;
+    Plan<Word> plan;
     Workspace<Word>* work;
 };
 
@@ -73,7 +75,7 @@ inline void each_head(const Attention& a, const Blocking& size, int threads, con
         const Sequence s = sequence_of(a, n);
         const double cost = static_cast<double>(s.queries) * static_cast<double>(s.keys);
         for (int64_t kv = 0; kv < kv_heads; ++kv) {
-            const Head head{s, kv, ceil_div(s.queries, size.queries), ceil_div(s.keys, size.keys), first_tile, nullptr};
+            const Head head{s, kv, ceil_div(s.queries, size.queries), ceil_div(s.keys, size.keys), first_tile, -1};
             left -= cost;
             visit(head, threads > 1 && head.blocks > 1 && 2 * threads * cost > left);
             first_tile += group * head.tiles;
@@ -83,7 +85,7 @@ inline void each_head(const Attention& a, const Blocking& size, int threads, con
 
 template <class Word>
 inline void count_plan(Call<Word>& call, int threads) {
-    Plan& plan = call.plan;
+    Plan<Word>& plan = call.plan;
     each_head(call.a, call.size, threads, [&](const Head& head, bool shared) {
         const int64_t rows = call.group * round_up(head.s.queries, tile_rows);
         ++plan.heads;
@@ -96,16 +98,15 @@ inline void count_plan(Call<Word>& call, int threads) {
 
 template <class Word>
 inline void fill_plan(Call<Word>& call, int threads) {
-    Plan& plan = call.plan;
-    int64_t heads = 0, work = 0;
-    float* dq = plan.shared_dq;
+    Plan<Word>& plan = call.plan;
+    int64_t heads = 0, work = 0, shared_rows = 0;
     each_head(call.a, call.size, threads, [&](const Head& head, bool shared) {
         plan.head[heads] = head;
         for (int64_t b = 0; shared && b < head.blocks; ++b) plan.piece[work++] = {heads, b, b + 1};
         if (!shared) plan.piece[work++] = {heads, 0, head.blocks};
         if (shared) {
-            plan.head[heads].dq = dq;
-            dq += call.group * round_up(head.s.queries, tile_rows) * call.size.depth;
+            plan.head[heads].shared_row = shared_rows;
+            shared_rows += call.group * round_up(head.s.queries, tile_rows);
         }
         ++heads;
     });
@@ -135,11 +136,12 @@ inline void find_ranges(const Call<Word>& call, const Head& head) {
         if (call.bias_sum == BiasSum::elements) range = {0, static_cast<int32_t>(head.blocks)};
         call.plan.range[head.first_tile + t] = range;
         call.plan.turn[head.first_tile + t] = range.begin;
+        call.plan.packed[head.first_tile + t] = 0;
     }
 }
 
-inline void wait_for_turn(const int32_t* turn, int64_t block) {
-    for (int n = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) < block; ++n) {
+inline void wait_for(const int32_t* counter, int64_t value) {
+    for (int n = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++n) {
         if (n >= 64) sched_yield();
     }
 }
@@ -257,35 +259,55 @@ inline void reduce_slopes(const Call<Word>& call) {
 
 // The pass.
 
+// Packs q and dout of a tile, or waits until the worker that came first has done so: `state` goes from 0 over 1 to
+// `done` and what is finite.
+template <class Word, class T>
+inline void pack_tile(const Call<Word>& call, const Sequence& s, int64_t h, int32_t* state, Workspace<Word>& w) {
+    constexpr int32_t done = 4, finite_queries = 1, finite_gradients = 2;
+    int32_t now = 0;
+    if (__atomic_compare_exchange_n(state, &now, 1, false, __ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE)) {
+        const bool queries = pack_queries<Word, T>(call.a.q, s, h, call.size.depth, w, w.query_rows, w.query_panels);
+        const bool gradients = pack_queries<Word, T>(call.args.grad_out, s, h, call.size.value_depth, w,
+                                                     w.gradient_rows, w.gradient_panels);
+        now = done + (queries ? finite_queries : 0) + (gradients ? finite_gradients : 0);
+        __atomic_store_n(state, now, __ATOMIC_RELEASE);
+    } else if (now < done) {
+        wait_for(state, done);
+        now = __atomic_load_n(state, __ATOMIC_ACQUIRE);
+    }
+    w.finite_queries = now & finite_queries;
+    w.finite_gradients = now & finite_gradients;
+}
+
 // One tile, of which w.key and w.keys are set and the keys packed.
 template <class Word, class T>
-inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_t t, int64_t block, float* dq,
-                     Workspace<Word>& w) {
+inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_t t, int64_t block,
+                     const Rows<Word>& rows, Workspace<Word>& w) {
     const Attention& a = call.a;
     const int64_t h = head.kv * call.group + g, tile = head.first_tile + g * head.tiles + t;
     const Range range = call.plan.range[tile];
     w.first = t * call.size.queries;
     w.queries = head.s.queries - w.first < call.size.queries ? head.s.queries - w.first : call.size.queries;
     w.groups = ceil_div(w.queries, tile_rows);
-    float* const to = dq + (g * round_up(head.s.queries, tile_rows) + w.first) * call.size.depth;
+    const int64_t row = g * round_up(head.s.queries, tile_rows) + w.first;
+    float* const to = rows.dq + row * call.size.depth;
     const bool is_seen = see(call.args, call.scoring, head.s, h, w);
     if (is_seen) {
-        w.finite_queries = pack_queries<Word, T>(a.q, head.s, h, call.size.depth, w, w.query_rows, w.query_panels);
-        w.finite_gradients = pack_queries<Word, T>(call.args.grad_out, head.s, h, call.size.value_depth, w,
-                                                   w.gradient_rows, w.gradient_panels);
+        place_operands(call.size, rows.packed + row * (call.size.depth + call.size.value_depth), w);
+        pack_tile<Word, T>(call, head.s, h, call.plan.packed + tile, w);
         if (a.dropout_threshold) draw_dropout(a, head.s, h, w);
         differentiate_tile(a, call.scoring, head.s, call.size, w);
     }
     if (call.bias_sum == BiasSum::elements) {
         if (!is_seen) __builtin_memset(w.ds, 0, static_cast<size_t>(w.queries * call.size.line) * sizeof(float));
         const int64_t since = heads_since_bias(call, head.s.batch, h);
-        if (since > 0) wait_for_turn(call.plan.turn + tile - since * head.tiles, block + 1);
+        if (since > 0) wait_for(call.plan.turn + tile - since * head.tiles, block + 1);
         add_to_bias(call, head.s, h, since == 0, w);
     }
     if (is_seen && call.bias_sum == BiasSum::columns) add_to_column_sums(call, head.s, h, w);
     const bool has_row_sums = is_seen && (call.plan.slope_sum || call.bias_sum == BiasSum::rows);
     if (has_row_sums) {
-        wait_for_turn(call.plan.turn + tile, block);
+        wait_for(call.plan.turn + tile, block);
         add_row_sums(call, head.s, h, tile, w);
     }
     if (is_seen) {
@@ -293,7 +315,7 @@ inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_
         if constexpr (elements_of<Word> == 2) narrow_tile(call.size, w);
         add_key_gradients(call.size, a.q.size[3], a.v.size[3], w);
     }
-    wait_for_turn(call.plan.turn + tile, block);
+    wait_for(call.plan.turn + tile, block);
     if (block == range.begin)
         __builtin_memset(to, 0, static_cast<size_t>(w.groups * tile_rows * call.size.depth) * sizeof(float));
     if (is_seen) add_query_gradient(call.size, a.q.size[3], w, to);
@@ -320,7 +342,12 @@ inline void clear_blind_tiles(const Call<Word>& call, const Head& head) {
 template <class Word, class T>
 inline void run_piece(const Call<Word>& call, const Work& piece, Workspace<Word>& w) {
     const Head& head = call.plan.head[piece.head];
-    float* const dq = head.dq ? head.dq : w.dq;
+    const Rows<Word>& shared = call.plan.shared;
+    const int64_t at = head.shared_row;
+    const Rows<Word> rows =
+        at < 0 ? w.own
+               : Rows<Word>{shared.dq + at * call.size.depth,
+                            shared.packed + at * (call.size.depth + call.size.value_depth)};
     if (piece.begin == 0) clear_blind_tiles<Word, T>(call, head);
     for (int64_t block = piece.begin; block < piece.end; ++block) {
         w.key = block * call.size.keys;
@@ -331,7 +358,7 @@ inline void run_piece(const Call<Word>& call, const Work& piece, Workspace<Word>
         for (int64_t t = 0; t < call.group * head.tiles; ++t) {
             const Range range = call.plan.range[head.first_tile + t];
             if (block < range.begin || block >= range.end) continue;
-            run_tile<Word, T>(call, head, t / head.tiles, t % head.tiles, block, dq, w);
+            run_tile<Word, T>(call, head, t / head.tiles, t % head.tiles, block, rows, w);
         }
         const int64_t first = head.s.k0 + w.key;
         store_gradient<T>(call.args.dk, head.s.batch, first, w.keys, head.kv, w.dk, call.size.depth,
@@ -352,7 +379,7 @@ inline void clear_outside(const View<4>& view, const View<1>& cumulative) {
 
 template <class Word>
 inline void lay_out(Arena& arena, Call<Word>& call, int workers) {
-    Plan& plan = call.plan;
+    Plan<Word>& plan = call.plan;
     const Attention& a = call.a;
     const int64_t heads = a.q.size[0] * a.q.size[2];
     call.work = arena.take<Workspace<Word>>(workers);
@@ -360,7 +387,8 @@ inline void lay_out(Arena& arena, Call<Word>& call, int workers) {
     plan.piece = arena.take<Work>(plan.work);
     plan.range = arena.take<Range>(plan.tiles);
     plan.turn = arena.take<int32_t>(plan.tiles);
-    plan.shared_dq = arena.take<float>(plan.shared_rows * call.size.depth);
+    plan.packed = arena.take<int32_t>(plan.tiles);
+    plan.shared = take_rows<Word>(arena, call.size, plan.shared_rows);
     const bool has_sums = call.bias_sum == BiasSum::rows || call.bias_sum == BiasSum::columns;
     plan.bias_sum =
         has_sums ? arena.take<double>(heads * (call.bias_sum == BiasSum::rows ? a.q.size[1] : a.k.size[1])) : nullptr;
@@ -377,7 +405,7 @@ void run(const AttentionBackward& args, const Runtime& runtime) {
     const int64_t group = a.k.size[2] ? a.q.size[2] / a.k.size[2] : 0;
     Call<Word> call{args, a, scoring_of(a), blocking_of(a), group, bias_sum_of(args.dbias), {}, nullptr};
     count_plan(call, runtime.threads);
-    Plan& plan = call.plan;
+    Plan<Word>& plan = call.plan;
     const int workers = workers_of(runtime, plan.work);
     Arena arena;
     lay_out(arena, call, workers);

@@ -33,16 +33,28 @@ struct Group {
     int64_t begin, end;  // keys within the block; none outside is seen
 };
 
+// What all blocks of keys share of a head, by (query head of the group, query rounded up to whole tile_rows).
+template <class Word>
+struct Rows {
+    float* dq;     // (rows, depth)
+    Word* packed;  // tile after tile: q and dout as operands, depth + value_depth words a row
+};
+
+template <class Word>
+inline Rows<Word> take_rows(Arena& arena, const Blocking& size, int64_t rows) {
+    return {arena.take<float>(rows * size.depth), arena.take<Word>(rows * (size.depth + size.value_depth))};
+}
+
 // What a worker needs for a block of keys and for a tile.
 template <class Word>
 struct Workspace {
     Word *key_panels, *keys_across, *values_across;                     // of the block of keys
-    Word *query_rows, *query_panels, *gradient_rows, *gradient_panels;  // of the tile: q and dout
+    Word *query_rows, *query_panels, *gradient_rows, *gradient_panels;  // of the tile: q and dout, in Rows::packed
     float *dk, *dv;                                                     // (keys, depth), unscaled
     float *p, *ds;  // (queries, line): q·k and dout·v, in the end P∘Z and the gradient of scale · q·k
     Word *p_columns, *ds_columns, *ds_rows;  // p and ds as left operands
     float* derivative;                       // (queries, line) of the softcap
-    float* dq;  // (query heads of the group, queries, depth) where the head is this worker's alone
+    Rows<Word> own;  // where the head is this worker's alone
     Row row[max_tile_queries];
     Group group[max_groups];
     uint32_t kept[max_tile_queries][max_chunks];  // by dropout
@@ -54,15 +66,11 @@ struct Workspace {
 };
 
 template <class Word>
-inline void lay_out(Arena& arena, const Blocking& size, bool has_softcap, int64_t dq_rows, Workspace<Word>& w) {
+inline void lay_out(Arena& arena, const Blocking& size, bool has_softcap, int64_t own_rows, Workspace<Word>& w) {
     const int64_t wide = elements_of<Word>;
     w.key_panels = arena.take<Word>(size.keys / wide * size.depth);
     w.keys_across = arena.take<Word>(round_up(size.depth / wide, width) * size.keys);
     w.values_across = arena.take<Word>(round_up(size.value_depth / wide, width) * size.keys);
-    w.query_panels = arena.take<Word>(size.queries / wide * size.depth);
-    w.gradient_panels = arena.take<Word>(size.queries / wide * size.value_depth);
-    w.query_rows = arena.take<Word>(wide > 1 ? size.queries * size.depth / wide : 0);
-    w.gradient_rows = arena.take<Word>(wide > 1 ? size.queries * size.value_depth / wide : 0);
     // Products may run on up to tile_rows rows more.
     w.dk = arena.take<float>((size.keys + tile_rows) * size.depth);
     w.dv = arena.take<float>((size.keys + tile_rows) * size.value_depth);
@@ -77,7 +85,7 @@ inline void lay_out(Arena& arena, const Blocking& size, bool has_softcap, int64_
         w.ds_rows = arena.take<Word>(size.queries * size.line / 2);
     }
     w.derivative = has_softcap ? arena.take<float>(size.queries * size.line) : nullptr;
-    w.dq = arena.take<float>(dq_rows * size.depth);
+    w.own = take_rows<Word>(arena, size, own_rows);
 }
 
 // Masks.
@@ -135,20 +143,27 @@ inline void draw_dropout(const Attention& a, const Sequence& s, int64_t head, Wo
 
 // From products to P and dS.
 
-// `rows` rows of a chunk where logits are scaled products: p = exp(s - lse), ds = p (dp - delta).
+// tile_rows rows of a chunk where logits are scaled products: p = exp(s - lse), ds = p (dp - delta), 0 where the row's
+// word says so (no words: nowhere).
 template <bool is_whole>
-__attribute__((noinline)) void differentiate_plain(int rows, float scale, const float* lse, const float* delta,
-                                                   uint32_t word, int64_t line, float* p, float* ds) {
-    for (int r = 0; r < rows; ++r, p += line, ds += line) {
-#pragma GCC unroll 2
-        for (int v = 0; v < chunk / width; ++v) {
-            vf x = probability(fma(load(p + v * width), splat(scale), splat(-lse[r])));
-            vf y = x * (load(ds + v * width) - splat(delta[r]));
+__attribute__((noinline)) void differentiate_plain(float scale, const float* lse, const float* delta,
+                                                   const uint32_t* words, int64_t line, float* p, float* ds) {
+    constexpr int vectors = chunk / width;
+    for (int r = 0; r < tile_rows; ++r, p += line, ds += line) {
+        vf x[vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+            x[v] = fma(load(p + v * width), splat(scale), splat(-lse[r])) * splat(log2_e);
+        }
+        exp2(x);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+            vf y = x[v] * (load(ds + v * width) - splat(delta[r]));
             if constexpr (!is_whole) {
-                x = keep(word, v, x, splat(0.0f));
-                y = keep(word, v, y, splat(0.0f));
+                x[v] = keep(words[r], v, x[v], splat(0.0f));
+                y = keep(words[r], v, y, splat(0.0f));
             }
-            store(p + v * width, x);
+            store(p + v * width, x[v]);
             store(ds + v * width, y);
         }
     }
@@ -179,38 +194,39 @@ inline void differentiate(const Attention& a, const Scoring& scoring, const Sequ
     }
 }
 
+// One row of a chunk that begins at element `at` of the tile: nothing there.
+template <class Word>
+METATE_FN void clear_row(int64_t at, Workspace<Word>& w) {
+    for (int j = 0; j < chunk; j += width) {
+        store(w.p + at + j, splat(0.0f));
+        store(w.ds + at + j, splat(0.0f));
+    }
+}
+
 template <class Word>
 inline void differentiate_group(const Attention& a, const Scoring& scoring, const Sequence& s, int64_t g, int64_t c,
                                 int64_t line, Workspace<Word>& w) {
     const bool is_whole = w.whole || w.group[g].mask.all >> c & 1, is_plain = scoring.plain && !a.dropout_threshold;
     const int64_t first = g * tile_rows, at = first * line + c * chunk;
     if (is_whole && is_plain && first + tile_rows <= w.queries && (c + 1) * chunk <= w.keys) {
-        return differentiate_plain<true>(tile_rows, scoring.scale, w.lse + first, w.delta + first, ~0u, line, w.p + at,
+        return differentiate_plain<true>(scoring.scale, w.lse + first, w.delta + first, nullptr, line, w.p + at,
                                          w.ds + at);
     }
+    uint32_t words[tile_rows];
     for (int64_t i = 0; i < tile_rows; ++i) {
-        const int64_t r = first + i;
-        float *const p = w.p + at + i * line, *const ds = w.ds + at + i * line;
-        const uint32_t word = r >= w.queries ? 0
-                            : is_whole       ? range_word(0, w.keys, c * chunk)
-                                             : w.group[g].mask.words[i][c];
-        if (!word) {
-            for (int v = 0; v < chunk / width; ++v)
-                store(p + v * width, splat(0.0f)), store(ds + v * width, splat(0.0f));
-        } else if (is_plain) {
-            differentiate_plain<false>(1, scoring.scale, w.lse + r, w.delta + r, word, line, p, ds);
-        } else {
-            differentiate(a, scoring, s, r, c, word, line, w);
-        }
+        words[i] = first + i >= w.queries ? 0
+                 : is_whole               ? range_word(0, w.keys, c * chunk)
+                                          : w.group[g].mask.words[i][c];
     }
-}
-
-template <class Word>
-inline void clear_group(int64_t g, int64_t c, int64_t line, Workspace<Word>& w) {
-    for (int64_t r = g * tile_rows; r < (g + 1) * tile_rows; ++r) {
-        for (int64_t j = c * chunk; j < (c + 1) * chunk; j += width) {
-            store(w.p + r * line + j, splat(0.0f));
-            store(w.ds + r * line + j, splat(0.0f));
+    if (is_plain) {
+        return differentiate_plain<false>(scoring.scale, w.lse + first, w.delta + first, words, line, w.p + at,
+                                          w.ds + at);
+    }
+    for (int64_t i = 0; i < tile_rows; ++i) {
+        if (words[i]) {
+            differentiate(a, scoring, s, first + i, c, words[i], line, w);
+        } else {
+            clear_row(at + i * line, w);
         }
     }
 }
@@ -240,7 +256,7 @@ inline void differentiate_tile(const Attention& a, const Scoring& scoring, const
     for (int64_t c = 0; c * chunk < w.keys; ++c) {
         for (int64_t g = 0; g < w.groups; ++g) {
             if (!w.whole && !(w.group[g].mask.any >> c & 1)) {
-                clear_group(g, c, size.line, w);
+                for (int64_t r = g * tile_rows; r < (g + 1) * tile_rows; ++r) clear_row(r * size.line + c * chunk, w);
                 continue;
             }
             const int64_t last = w.whole ? w.keys : w.group[g].end,
@@ -402,6 +418,17 @@ inline void pack_keys(const Attention& a, const Sequence& s, int64_t kv, Workspa
     w.finite_keys = pack_rows(w.key_panels, k, a.k.stride[1], a.k.stride[3], w.keys, d, steps, steps * panel);
 }
 
+// Places the operands of the tile in its rows of Rows::packed.
+template <class Word>
+inline void place_operands(const Blocking& size, Word* packed, Workspace<Word>& w) {
+    const int64_t rows = w.groups * tile_rows, steps = steps_of<Word>(rows);
+    w.query_panels = packed;
+    w.gradient_panels = w.query_panels + steps * size.depth;
+    w.query_rows = w.gradient_panels + steps * size.value_depth;  // of pairs only
+    w.gradient_rows = w.query_rows + rows * size.depth / elements_of<Word>;
+}
+
+// Returns whether all elements are finite.
 template <class Word, class T>
 inline bool pack_queries(const View<4>& view, const Sequence& s, int64_t head, int64_t depth, const Workspace<Word>& w,
                          Word* rows, Word* panels) {
@@ -433,7 +460,12 @@ template <class T>
 inline void store_gradient(const View<4>& view, int64_t batch, int64_t first, int64_t count, int64_t head,
                            const float* from, int64_t depth, float factor) {
     const float zeros[max_head_dim] = {};
+    constexpr int64_t in_line = 64 / static_cast<int64_t>(sizeof(T));
     for (int64_t r = 0; r < count; ++r) {
+        if (r + rows_ahead < count) {
+            const T* const later = row_at<T>(view, batch, first + r + rows_ahead, head);
+            for (int64_t c = 0; c < view.size[3]; c += in_line) __builtin_prefetch(later + c * view.stride[3], 1, 2);
+        }
         store_row(row_at<T>(view, batch, first + r, head), view.stride[3], view.size[3],
                   from ? from + r * depth : zeros, factor);
     }

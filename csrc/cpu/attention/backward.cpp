@@ -61,7 +61,7 @@ struct Call {
 // Scheduling.
 
 // Visits every head with whether its blocks are to be pieces of their own: those behind which too little work is left
-// to keep all workers busy.
+// to keep the other workers busy. Workers on one head wait for each other now and then, so these are to be few.
 template <class Visit>
 inline void each_head(const Attention& a, const Blocking& size, int threads, const Visit& visit) {
     const int64_t sequences = sequences_of(a), kv_heads = a.k.size[2], group = kv_heads ? a.q.size[2] / kv_heads : 0;
@@ -77,7 +77,7 @@ inline void each_head(const Attention& a, const Blocking& size, int threads, con
         for (int64_t kv = 0; kv < kv_heads; ++kv) {
             const Head head{s, kv, ceil_div(s.queries, size.queries), ceil_div(s.keys, size.keys), first_tile, -1};
             left -= cost;
-            visit(head, threads > 1 && head.blocks > 1 && 2 * threads * cost > left);
+            visit(head, threads > 1 && head.blocks > 1 && (threads - 1) * cost > left);
             first_tile += group * head.tiles;
         }
     }
@@ -344,10 +344,9 @@ inline void run_piece(const Call<Word>& call, const Work& piece, Workspace<Word>
     const Head& head = call.plan.head[piece.head];
     const Rows<Word>& shared = call.plan.shared;
     const int64_t at = head.shared_row;
-    const Rows<Word> rows =
-        at < 0 ? w.own
-               : Rows<Word>{shared.dq + at * call.size.depth,
-                            shared.packed + at * (call.size.depth + call.size.value_depth)};
+    const Rows<Word> rows = at < 0 ? w.own
+                                   : Rows<Word>{shared.dq + at * call.size.depth,
+                                                shared.packed + at * (call.size.depth + call.size.value_depth)};
     if (piece.begin == 0) clear_blind_tiles<Word, T>(call, head);
     for (int64_t block = piece.begin; block < piece.end; ++block) {
         w.key = block * call.size.keys;

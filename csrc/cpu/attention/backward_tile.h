@@ -54,7 +54,7 @@ struct Workspace {
     float *p, *ds;  // (queries, line): q·k and dout·v, in the end P∘Z and the gradient of scale · q·k
     Word *p_columns, *ds_columns, *ds_rows;  // p and ds as left operands
     float* derivative;                       // (queries, line) of the softcap
-    Rows<Word> own;  // where the head is this worker's alone
+    Rows<Word> own;                          // where the head is this worker's alone
     Row row[max_tile_queries];
     Group group[max_groups];
     uint32_t kept[max_tile_queries][max_chunks];  // by dropout
@@ -341,6 +341,8 @@ inline void add_key_gradients(const Blocking& size, int64_t d, int64_t dv, Works
             const auto blind = [&](int64_t r) {
                 return w.row[r].begin >= high || w.row[r].end <= low || w.row[r].begin >= w.row[r].end;
             };
+            for (int64_t g = 0; g < w.groups && (w.group[g].begin >= j + tile_rows || w.group[g].end <= j); ++g)
+                run.begin += tile_rows;
             while (run.begin < run.end && blind(run.begin)) ++run.begin;
             while (run.begin < run.end && blind(run.end - 1)) --run.end;
         }

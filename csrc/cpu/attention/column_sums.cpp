@@ -89,8 +89,7 @@ void add_tile(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key,
         pack_row(my.q + r * s.q_stride, round_up(s.d_words, width),
                  row_at<T>(s.a.q, seq.batch, seq.q0 + row[r].query, row[r].head), s.a.q.stride[3], s.d);
     }
-    multiply_keys<short_chain>(rows, mask.any,
-                               Product<Word>{my.q, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
+    multiply_keys<short_chain>(rows, mask, Product<Word>{my.q, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
     for (int r = 0; r < rows; ++r) {
         add_row(s, seq, row[r], key, mask, r, my.s + r * s.s_stride, my.partial + row[r].head % s.group * s.block);
     }

@@ -196,20 +196,31 @@ METATE_FN void scale_row(uint32_t chunks, float exponent, float* x) {
     }
 }
 
+// A row of q and o, not used for a whole block, on its way from the outer cache.
+template <class Word>
+METATE_FN void fetch_row(const Shape& s, int64_t r, const Scratch<Word>& my) {
+    for (int64_t c = 0; c < s.d_words; c += 16) __builtin_prefetch(my.q + r * s.q_stride + c, 0, 2);
+    for (int64_t c = 0; c < s.dv; c += 16) __builtin_prefetch(my.state.o + r * s.o_stride + c, 1, 2);
+}
+
 // Turns the products of a tile into probabilities relative to the new row maxima, and tells by which `factor` the
 // results so far shrink. Where the values are not finite, mask.words comes back with the keys that take part.
 template <class Word>
 void softmax_tile(const Shape& s, const Sequence& seq, const Row* row, int rows, const Block& block, TileMask& mask,
                   const Scratch<Word>& my, float* m, float* l, float* factor) {
     float total[tile_rows + width] = {}, reference[tile_rows + width] = {};
-    uint32_t kept[max_chunks];
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows; ++r) {  // in a loop of its own: searches for maxima wait long, but not for each other
         float* x = my.s + r * s.s_stride;
         if (!s.scoring.plain) to_logits(s.a, s.scoring, seq, row[r], block.key, mask.any, x);
         const float top = s.scoring.exponent * mask_and_find_largest(mask, r, x);
         factor[r] = m[r];
         if (top > m[r]) m[r] = top;
         reference[r] = m[r] == -INFINITY ? 0.0f : m[r];
+    }
+    uint32_t kept[max_chunks];
+    for (int r = 0; r < rows; ++r) {
+        fetch_row(s, row - my.row + tile_rows + r, my);  // of the next tile; more at once would wait for each other
+        float* x = my.s + r * s.s_stride;
         if (!block.finite) live_words(mask.any, x, mask.words[r]);
         if (s.a.dropout_threshold) kept_words(s.a, seq, row[r], block.key, mask.any, kept);
         const uint32_t* which = s.a.dropout_threshold ? kept : nullptr;
@@ -324,15 +335,6 @@ int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, con
     return rows;
 }
 
-// Rows of the next tile, which have not been used for a whole block, on their way from the outer cache.
-template <class Word>
-METATE_FN void fetch_tile(const Shape& s, int64_t r, const Scratch<Word>& my) {
-    for (int i = 0; i < tile_rows; ++i) {
-        for (int64_t c = 0; c < s.d_words; c += 16) __builtin_prefetch(my.q + (r + i) * s.q_stride + c, 0, 2);
-        for (int64_t c = 0; c < s.dv; c += 16) __builtin_prefetch(my.state.o + (r + i) * s.o_stride + c, 1, 2);
-    }
-}
-
 template <class Word>
 void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask& mask, int64_t r, int rows,
               const Scratch<Word>& my) {
@@ -341,7 +343,7 @@ void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask&
     bool fresh = true;  // o holds nothing yet
     for (int i = 0; i < rows; ++i) fresh &= my.state.m[r + i] == -INFINITY;
     multiply_keys<long_chain>(
-        rows, mask.any, Product<Word>{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
+        rows, mask, Product<Word>{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
     softmax_tile(s, seq, my.row + r, rows, block, mask, my, my.state.m + r, my.state.l + r, factor);
     if (block.finite) return multiply_values(s, rows, mask, my, o, factor, fresh);
     multiply_live_values(s, rows, mask, my, o, factor, fresh);
@@ -358,7 +360,6 @@ void add_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t row
         if (!mask.any) continue;
         if (!packed) pack_block<T>(s, seq, kv_head, block, my);
         packed = true;
-        if (r + tile_rows < rows) fetch_tile(s, r + tile_rows, my);
         add_tile(s, seq, block, mask, r, live, my);
     }
 }
@@ -399,6 +400,15 @@ void write_row(const Shape& s, const Sequence& seq, const Row& row, const State&
     }
     if (to == out) return;
     for (int64_t c = 0; c < s.dv; ++c) out[c * call.out.stride[3]] = line[c];
+}
+
+template <class T>
+METATE_FN void fetch_out(const Shape& s, const Sequence& seq, const Row& row) {
+    const View<4>& out = s.call.out;
+    const T* const to = row_at<T>(out, seq.batch, seq.q0 + row.query, row.head);
+    for (int64_t c = 0; c < s.dv; c += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(to + c * out.stride[3], 1, 2);
+    }
 }
 
 // Adds what `part` found to `state`, row by row.
@@ -449,7 +459,10 @@ void run_piece(const Shape& s, const Piece& piece, Scratch<Word> my, const Parts
         result = parts.state[first];
         for (int64_t part = 1; part < piece.parts; ++part) add_state(s, rows, parts.state[first + part], result);
     }
-    for (int64_t r = 0; r < rows; ++r) write_row<T>(s, seq, my.row[r], result, r);
+    for (int64_t r = 0; r < rows; ++r) {
+        if (r + rows_ahead < rows) fetch_out<T>(s, seq, my.row[r + rows_ahead]);
+        write_row<T>(s, seq, my.row[r], result, r);
+    }
 }
 
 template <class T, class Word>

@@ -171,17 +171,18 @@ inline void mask_tile(const Attention& a, const Row* row, int rows, int64_t key,
     }
 }
 
-// The products of a tile with the given chunks of a block of packed keys: `p` names the block's first key and column.
+// The products of a tile with what it sees of a block of packed keys: `p` names the block's first key and column. Keys
+// of a chunk that no row sees may be left out.
 template <int64_t longest, class Word>
-inline void multiply_keys(int rows, uint32_t chunks, Product<Word> p) {
+inline void multiply_keys(int rows, const TileMask& mask, Product<Word> p) {
     const Word* const keys = p.b;
     float* const s = p.c;
-    for (; chunks; chunks &= chunks - 1) {
+    for (uint32_t chunks = mask.any; chunks; chunks &= chunks - 1) {
         const int64_t from = __builtin_ctz(chunks) * chunk;
-        for (int64_t key = from; key < from + chunk; key += panel) {
+        for (int64_t key = from; key < from + chunk && key < mask.end; key += panel) {
             p.b = keys + key * p.steps;
             p.c = s + key;
-            multiply<Left::rows, Into::set, longest>(rows, panel, p);
+            multiply<Left::rows, Into::set, longest>(rows, mask.end - key, p);
         }
     }
 }

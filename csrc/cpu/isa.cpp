@@ -28,8 +28,9 @@ Isa best_of_machine() {
     const uint32_t skylake =
         bit_AVX512F | bit_AVX512CD | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL | bit_BMI | bit_BMI2;
     if ((b & skylake) != skylake || (kept & zmm) != zmm) return Isa::avx2;
-    const bool has_vnni = c & bit_AVX512VNNI;
-    return has_vnni && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16) ? Isa::avx512bf16 : Isa::avx512;
+    if (!(c & bit_AVX512VNNI)) return Isa::avx512;
+    const bool has_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
+    return has_bf16 ? Isa::avx512bf16 : Isa::avx512vnni;
 }
 #else
 Isa best_of_machine() {
@@ -83,6 +84,8 @@ const char* name_of(Isa isa) {
             return "avx2";
         case Isa::avx512:
             return "avx512";
+        case Isa::avx512vnni:
+            return "avx512vnni";
         case Isa::avx512bf16:
             return "avx512bf16";
     }

@@ -10,8 +10,9 @@
 
 namespace metate::cpu {
 
-enum class Isa { baseline, avx2, avx512, avx512bf16 };
-constexpr int isa_count = 4;
+// avx512vnni has no pass of its own: kernels of the avx512 pass ask isa() before they use its instructions.
+enum class Isa { baseline, avx2, avx512, avx512vnni, avx512bf16 };
+constexpr int isa_count = 5;
 
 Isa isa();          // the best of this machine; METATE_ISA in the environment lowers it
 bool has_isa(Isa);  // whether this machine and this build have it
@@ -44,6 +45,7 @@ inline __attribute__((always_inline)) Isa isa_for(DType dtype) {
         switch (isa_for(dtype)) {                      \
             case Isa::avx512bf16:                      \
                 return avx512bf16::fn(p, runtime);     \
+            case Isa::avx512vnni:                      \
             case Isa::avx512:                          \
                 return avx512::fn(p, runtime);         \
             case Isa::avx2:                            \

@@ -41,30 +41,40 @@ inline Values values_of(const LowBitMatrix& w) {
     return v;
 }
 
+// Bytes from block k of a row to what comes two blocks later: in this row, or in that of the next panel.
+METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, int64_t k) {
+    const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), later = 2 * block / 8 * w.bits;
+    return later + (k * block / 8 * w.bits + later < row_bytes ? 0 : panel * w.codes.stride[0] - row_bytes);
+}
+
+// `width` dwords of `width` rows, transposed; and fetches what lies `ahead` bytes further, unless that is 0.
+__attribute__((noinline)) static void transpose_tile(int32_t* words, const uint8_t* from, int64_t stride,
+                                                     int64_t ahead) {
+    vf square[width];
+    const uint8_t* next = from + ahead;
+    if (ahead) {
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i, next += stride) __builtin_prefetch(next, 0, 2);
+    }
+    load_transposed(square, from, stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) store(words + i * width, as_int(square[i]));
+}
+
 // The bits of columns `block` · k … of up to `width` rows as transposed dwords: 4 · bits vectors, row r in lane r.
-inline void transpose_words(int32_t* words, const LowBitMatrix& w, int64_t row, int64_t k) {
+inline void transpose_words(int32_t* words, const LowBitMatrix& w, int64_t row, int64_t k, int64_t ahead) {
     const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), begin = k * block / 8 * w.bits;
     const int64_t rows = smaller(w.rows - row, width), bytes = smaller(row_bytes - begin, block / 8 * w.bits);
     const int64_t stride = w.codes.stride[0];
     const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * stride + begin;
-    // What comes two blocks later, in these rows or the next ones.
-    const int64_t later = 2 * block / 8 * w.bits;
-    const uint8_t* const next = codes + (begin + later < row_bytes ? later : later + width * stride - row_bytes);
-    for (int64_t at = 0; at < bytes; at += 4 * width, words += width * width) {
-        const uint8_t* const from = codes + at;
+    int64_t at = 0;
+    for (; rows == width && bytes - at >= 4 * width; at += 4 * width, words += width * width)
+        transpose_tile(words, codes + at, stride, ahead);
+    for (; at < bytes; at += 4 * width, words += width * width) {
         vf square[width];
-        if (rows == width && bytes - at >= 4 * width) {
-#pragma GCC unroll 16
-            for (int i = 0; i < width; ++i) {
-                square[i] = load(reinterpret_cast<const float*>(from + i * stride));
-                __builtin_prefetch(next + i * stride + at);
-            }
-        } else {
-            for (int i = 0; i < width; ++i)
-                square[i] = i < rows ? as_float(load_bytes(from + i * stride, bytes - at)) : splat(0.0f);
-        }
+        for (int i = 0; i < width; ++i)
+            square[i] = i < rows ? as_float(load_bytes(codes + at + i * stride, bytes - at)) : splat(0.0f);
         transpose(square);
-#pragma GCC unroll 16
         for (int i = 0; i < width; ++i) store(words + i * width, as_int(square[i]));
     }
 }

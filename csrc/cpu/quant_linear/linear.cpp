@@ -1,6 +1,7 @@
 // x Wᵀ + bias with W decoded panel by panel into the first-level cache.
 #include "exact.h"
 #include "fused.h"
+#include "integer.h"
 #include "low_rank.h"
 
 namespace metate::cpu::METATE_ISA {
@@ -25,6 +26,7 @@ struct Workspace {
     int32_t* words;
     float *values, *totals;
     float *scales, *corrections;  // of `window` groups for each panel
+    int32_t *codes, *centers;     // of products in whole numbers, like the values and the scales
     int64_t* first_group;         // of each panel's window, -1: nothing loaded
 };
 
@@ -38,38 +40,55 @@ struct BlockPlan {
 struct Problem {
     const QuantLinear& call;
     Values values;
+    Arithmetic arithmetic;
     PackedRows x;
+    IntegerRows integers;
     Cut cut;
     BlockPlan* plans;
+    IntegerPlan* integer_plans;
     int64_t blocks, window;
     bool sums_scaled;
 
     explicit Problem(const QuantLinear& c)
         : call(c),
           values(values_of(c.w)),
+          arithmetic(arithmetic_of(c, small_group)),
           cut(cut_of(c.x.size[0], c.w.rows)),
           plans(nullptr),
+          integer_plans(nullptr),
           blocks(ceil_div(c.w.columns, block)) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         window = ceil_div(groups_of_block, width) * width;
         sums_scaled = c.w.group_size >= small_group;
         x = {nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
+        const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
+        const int64_t most_quads = ceil_div(block + shared + 16, 4);
+        integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
+    }
+    bool is_corrected() const {
+        return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
     }
     Workspace workspace(Arena& arena) const {
         Workspace at{};
-        at.words = arena.take<int32_t>(most_words);
-        at.values = arena.take<float>(block * panel);
+        at.words = arena.take<int32_t>(2 * most_words);
+        at.values = arithmetic.digits ? nullptr : arena.take<float>(block * panel);
+        at.codes = arithmetic.digits ? arena.take<int32_t>(block / 4 * panel) : nullptr;
         at.totals = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
         at.scales = arena.take<float>(cut.panels * window * panel);
-        at.corrections = has_corrections(call.w) ? arena.take<float>(cut.panels * window * panel) : nullptr;
+        at.corrections = is_corrected() ? arena.take<float>(cut.panels * window * panel) : nullptr;
+        at.centers = arithmetic.digits ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
         at.first_group = arena.take<int64_t>(cut.panels);
         return at;
     }
 };
 
-void plan_blocks(const Problem& p, Chunk* chunks) {
+void plan_blocks(const Problem& p, Chunk* chunks, Segment* segments) {
     const LowBitMatrix& w = p.call.w;
     for (int64_t k = 0; k < p.blocks; ++k, chunks += p.x.most_chunks) {
+        if (p.arithmetic.digits) {
+            Segment* const own = segments + k * p.x.most_chunks;
+            p.integer_plans[k] = {own, segments_of(own, w, k, p.call.int8_activations)};
+        }
         const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k);
         const int64_t last = smaller((k + 1) * block, w.columns) - 1;
         p.plans[k] = {chunks, count, k * block / w.group_size, last / w.group_size};
@@ -88,6 +107,8 @@ void load_window(const Problem& p, const Workspace& at, int64_t panel_number, in
         float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
         load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
                     groups);
+        if (at.centers)
+            load_centers(at.centers + offset + v * width, panel, w, p.values.center, row + v * width, first, groups);
     }
 }
 
@@ -96,7 +117,7 @@ void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, i
     const int64_t columns = smaller(block, w.columns - k * block);
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const values = at.values + v * width;
-        transpose_words(at.words, w, row + v * width, k);
+        transpose_words(at.words, w, row + v * width, k, bytes_ahead(w, k));
         decode(values, panel, at.words, columns, w.bits, p.values);
         if (p.sums_scaled) continue;
         const int64_t passed = p.plans[k].first_group - at.first_group[panel_number];
@@ -128,8 +149,40 @@ METATE_FN bool is_fused(const Problem& p, const Tile& tile, int64_t rows) {
            tile.chunks[tile.count - 1].end == block;
 }
 
+void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
+                    int64_t rows, const Tile& tile) {
+    const int64_t columns = smaller(block, p.call.w.columns - k * block);
+    const bool in_words = rows <= word_rows && p.call.w.bits == 4;
+    const int64_t stride = p.call.w.codes.stride[0], ahead = bytes_ahead(p.call.w, k);
+    for (int v = 0; v < 2 && row + v * width < p.call.w.rows; ++v) {
+        int32_t* const words = at.words + v * most_words;
+        transpose_words(words, p.call.w, row + v * width, k, in_words ? 0 : ahead);
+        if (!in_words) decode_bytes(at.codes + v * width, words, columns, p.call.w.bits);
+    }
+    const IntegerRows& x = p.integers;
+    const IntegerPlan& plan = p.integer_plans[k];
+    IntegerTile integers{x.line(k, x_row),
+                         x.stride(),
+                         x.sums_at(),
+                         x.steps_at(),
+                         x.totals_at(),
+                         in_words ? at.words : at.codes,
+                         plan.segments,
+                         plan.count,
+                         at.centers + panel_number * p.window * panel,
+                         tile.scales,
+                         tile.corrections,
+                         tile.first_group,
+                         p.arithmetic.radix,
+                         tile.total,
+                         static_cast<const uint8_t*>(p.call.w.codes.data) + row * stride + k * block / 2 + ahead,
+                         stride};
+    multiply_integers(p.arithmetic, integers, rows, in_words);
+}
+
 void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
                     int64_t rows, Tile tile) {
+    if (p.arithmetic.digits) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
     if (!is_fused(p, tile, rows)) {
         decode_panel(p, at, panel_number, row, k);
         return p.sums_scaled ? multiply<true>(p.x, k, x_row, rows, tile) : multiply<false>(p.x, k, x_row, rows, tile);
@@ -137,7 +190,7 @@ void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number,
     tile.x = p.x.line(k, x_row);
     tile.sums = p.x.sums ? p.x.sums_of(k, x_row) : nullptr;
     for (int v = 0; v < 2 && row + v * width < p.call.w.rows; ++v) {
-        transpose_words(at.words, p.call.w, row + v * width, k);
+        transpose_words(at.words, p.call.w, row + v * width, k, bytes_ahead(p.call.w, k));
         multiply_fused(rows, tile, at.words, v * width, p.values);
     }
 }
@@ -158,8 +211,8 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
                 load_window(p, at, i, row, k);
                 multiply_panel(p, at, i, row, k, x_row, rows,
                                {nullptr, at.values, plan.chunks, plan.count, at.scales + offset,
-                                p.x.sums ? at.corrections + offset : nullptr, at.first_group[i], nullptr,
-                                p.x.most_chunks, at.totals + i * rows * panel});
+                                at.corrections && p.sums_scaled ? at.corrections + offset : nullptr, at.first_group[i],
+                                nullptr, p.x.most_chunks, at.totals + i * rows * panel});
             }
         }
         for (int64_t i = 0; i < count; ++i) {
@@ -184,22 +237,32 @@ void run(const QuantLinear& call, const Runtime& runtime) {
     const Runtime workers = runtime_for(runtime, call.w.rows * call.w.columns);
     Arena sizes;
     p.workspace(sizes);
-    const bool has_sums = p.sums_scaled && has_corrections(call.w);
+    const bool in_integers = p.arithmetic.digits > 0, has_sums = p.sums_scaled && has_corrections(call.w);
     Chunk* chunks = nullptr;
+    Segment* segments = nullptr;
     const auto layout = [&](Arena& arena) {
-        p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
-        p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * p.x.most_chunks) : nullptr;
         p.plans = arena.take<BlockPlan>(p.blocks);
         chunks = arena.take<Chunk>(p.blocks * p.x.most_chunks);
+        if (in_integers) {
+            p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
+            p.integer_plans = arena.take<IntegerPlan>(p.blocks);
+            segments = arena.take<Segment>(p.blocks * p.x.most_chunks);
+        } else {
+            p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
+            p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * p.x.most_chunks) : nullptr;
+        }
         return arena.take<char>(static_cast<int64_t>(sizes.used) * workers.threads);
     };
     Arena counted;
     layout(counted);
     Arena arena{static_cast<char*>(runtime.scratch(counted.used))};
     char* const spaces = layout(arena);
-    plan_blocks(p, chunks);
-    pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations,
-            runtime_for(runtime, p.x.rows * call.w.columns));
+    plan_blocks(p, chunks, segments);
+    const Runtime packers = runtime_for(runtime, p.x.rows * call.w.columns);
+    if (in_integers)
+        pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic.radix, packers);
+    else
+        pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);
     for_pieces(workers, p.cut.pieces, [&](int worker, int64_t piece) {
         Arena mine{spaces + static_cast<size_t>(worker) * sizes.used};
         compute_piece<T>(p, p.workspace(mine), piece);

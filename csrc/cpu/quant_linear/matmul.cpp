@@ -37,7 +37,7 @@ struct Problem {
 void decode_strip(const Problem& p, const Workspace& at, int64_t row, int64_t k, float* to) {
     const LowBitMatrix& w = p.call.w;
     const int64_t columns = smaller(block, w.columns - k * block), first_group = k * block / w.group_size;
-    transpose_words(at.words, w, row, k);
+    transpose_words(at.words, w, row, k, bytes_ahead(w, k));
     decode(at.strip, width, at.words, columns, w.bits, p.values);
     float* const corrections = has_corrections(w) ? at.corrections : nullptr;
     load_scales(at.scales, corrections, width, w, p.values.center, row, first_group,

@@ -151,6 +151,42 @@ METATE_FN vi shift_left(vi a, int n) {
 METATE_FN vi shift_right(vi a, int n) {  // zeros move in
     return _mm256_srli_epi32(a, n);
 }
+METATE_FN vi to_int(vf a) {
+    return _mm256_cvtps_epi32(a);
+}
+// The first n <= width bytes, one in each lane.
+template <class T>
+METATE_FN __m128i load_eight_bytes(const T* p, int64_t n) {
+    if (n >= width) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    T copy[16] = {};
+    for (int64_t i = 0; i < n; ++i) copy[i] = p[i];
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(copy));
+}
+METATE_FN vi load_wide(const uint8_t* p, int64_t n) {
+    return _mm256_cvtepu8_epi32(load_eight_bytes(p, n));
+}
+METATE_FN vi load_wide(const int8_t* p, int64_t n) {
+    return _mm256_cvtepi8_epi32(load_eight_bytes(p, n));
+}
+
+// The lowest byte of each lane, side by side.
+METATE_FN void store_bytes(uint8_t* p, vi x) {
+    const vi low = _mm256_shuffle_epi8(x, splat(0x0c080400));  // a copy in every dword of its half
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+}
+// Sums of neighbouring products: of two 16-bit numbers in each lane, and of two bytes, unsigned times signed, in each
+// half of a lane, clipped to 16 bits.
+METATE_FN vi multiply_words(vi a, vi b) {
+    return _mm256_madd_epi16(a, b);
+}
+METATE_FN vi multiply_bytes(vi a, vi b) {
+    return _mm256_maddubs_epi16(a, b);
+}
+METATE_FN vi add_words(vi a, vi b) {
+    return _mm256_add_epi16(a, b);
+}
+
 // Sixteen floats, looked up by the low four bits of each lane.
 struct Table16 {
     vf low, high;
@@ -211,6 +247,28 @@ METATE_FN void transpose(vf (&r)[width]) {
         const vf low = r[i], high = r[i + 4];
         r[i] = _mm256_permute2f128_ps(low, high, 0x20);
         r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+
+// What transpose() makes of rows of 32 bytes, `stride` bytes apart: halves of rows are put together as they are loaded.
+METATE_FN void load_transposed(vf (&r)[width], const uint8_t* p, int64_t stride) {
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+        __m256 q[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const auto part = [&](int row) {
+                return _mm_loadu_ps(reinterpret_cast<const float*>(p + row * stride) + 4 * c);
+            };
+            q[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(i)), part(i + 4), 1);
+        }
+        const auto pair = [](__m256 a) { return _mm256_castps_pd(a); };
+        const __m256d low0 = pair(_mm256_unpacklo_ps(q[0], q[1])), low1 = pair(_mm256_unpacklo_ps(q[2], q[3]));
+        const __m256d high0 = pair(_mm256_unpackhi_ps(q[0], q[1])), high1 = pair(_mm256_unpackhi_ps(q[2], q[3]));
+        r[4 * c] = _mm256_castpd_ps(_mm256_unpacklo_pd(low0, low1));
+        r[4 * c + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low0, low1));
+        r[4 * c + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high0, high1));
+        r[4 * c + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high0, high1));
     }
 }
 

@@ -147,6 +147,39 @@ METATE_FN vi shift_left(vi a, int n) {
 METATE_FN vi shift_right(vi a, int n) {  // zeros move in
     return _mm512_srli_epi32(a, static_cast<unsigned>(n));
 }
+METATE_FN vi to_int(vf a) {
+    return _mm512_cvtps_epi32(a);
+}
+// The first n <= width bytes, one in each lane.
+METATE_FN vi load_wide(const uint8_t* p, int64_t n) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p));
+}
+METATE_FN vi load_wide(const int8_t* p, int64_t n) {
+    return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p));
+}
+
+// Sums of neighbouring products: of two 16-bit numbers in each lane, and of two bytes, unsigned times signed, in each
+// half of a lane, clipped to 16 bits.
+METATE_FN vi multiply_words(vi a, vi b) {
+    return _mm512_madd_epi16(a, b);
+}
+METATE_FN vi multiply_bytes(vi a, vi b) {
+    return _mm512_maddubs_epi16(a, b);
+}
+METATE_FN vi add_words(vi a, vi b) {
+    return _mm512_add_epi16(a, b);
+}
+// The lowest byte of each lane, side by side.
+METATE_FN void store_bytes(uint8_t* p, vi x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+
+#define METATE_HAS_VNNI_FORMS 1
+// sum + the products of four bytes, unsigned times signed: where isa() is avx512vnni or more.
+METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+
 // Sixteen floats, looked up by the low four bits of each lane.
 struct Table16 {
     vf values;
@@ -220,6 +253,37 @@ METATE_FN void transpose(vf (&r)[width]) {
     for (int i = 0; i < 8; ++i) {
         r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+// What transpose() makes of rows of 64 bytes, `stride` bytes apart: quarters of rows are put together as they are
+// loaded.
+METATE_FN void load_transposed(vf (&r)[width], const uint8_t* p, int64_t stride) {
+    __m512 quarters[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const auto part = [&](int row, int c) {
+            return _mm_loadu_ps(reinterpret_cast<const float*>(p + row * stride) + 4 * c);
+        };
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) quarters[c][i] = _mm512_castps128_ps512(part(i, c));
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) quarters[c][i] = _mm512_insertf32x4(quarters[c][i], part(i + 4, c), 1);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) quarters[c][i] = _mm512_insertf32x4(quarters[c][i], part(i + 8, c), 2);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) quarters[c][i] = _mm512_insertf32x4(quarters[c][i], part(i + 12, c), 3);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const __m512(&q)[4] = quarters[c];
+        const auto pair = [](__m512 a) { return _mm512_castps_pd(a); };
+        const __m512d low0 = pair(_mm512_unpacklo_ps(q[0], q[1])), low1 = pair(_mm512_unpacklo_ps(q[2], q[3]));
+        const __m512d high0 = pair(_mm512_unpackhi_ps(q[0], q[1])), high1 = pair(_mm512_unpackhi_ps(q[2], q[3]));
+        r[4 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(low0, low1));
+        r[4 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low0, low1));
+        r[4 * c + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high0, high1));
+        r[4 * c + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high0, high1));
     }
 }
 

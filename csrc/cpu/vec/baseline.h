@@ -11,6 +11,8 @@ typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
 typedef uint64_t vl __attribute__((vector_size(16)));
+typedef int16_t vh __attribute__((vector_size(16)));
+typedef uint16_t vuh __attribute__((vector_size(16)));
 struct vm {
     vi lanes;
 };
@@ -153,6 +155,32 @@ METATE_FN vi shift_left(vi a, int n) {
 METATE_FN vi shift_right(vi a, int n) {  // zeros move in
     return (vi)((vu)a >> static_cast<uint32_t>(n));
 }
+METATE_FN vi to_int(vf a) {
+    return __builtin_convertvector(a - rest_of_round(a), vi);
+}
+// The first n <= width bytes, one in each lane.
+template <class T>
+METATE_FN vi load_wide(const T* p, int64_t n) {
+    vi x = {};
+    for (int64_t i = 0; i < n; ++i) x[i] = p[i];
+    return x;
+}
+// The lowest byte of each lane, side by side.
+METATE_FN void store_bytes(uint8_t* p, vi x) {
+    for (int i = 0; i < width; ++i) p[i] = static_cast<uint8_t>(x[i]);
+}
+// Sums of neighbouring products: of two 16-bit numbers in each lane, and of two bytes, unsigned times signed, in each
+// half of a lane, which must fit it.
+METATE_FN vi multiply_words(vi a, vi b) {
+    return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+}
+METATE_FN vi multiply_bytes(vi a, vi b) {
+    const vh even = (vh)(a & 0x00ff00ff), odd = (vh)((vuh)a >> 8);
+    return (vi)(even * ((vh)((vuh)b << 8) >> 8) + odd * ((vh)b >> 8));
+}
+METATE_FN vi add_words(vi a, vi b) {
+    return (vi)((vuh)a + (vuh)b);
+}
 METATE_FN vf gather(const float* p, vi index) {
     return vf{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
 }
@@ -194,6 +222,12 @@ METATE_FN void transpose(vf (&r)[width]) {
     vf t[width];
     for (int i = 0; i < 4; ++i) t[i] = vf{r[0][i], r[1][i], r[2][i], r[3][i]};
     for (int i = 0; i < 4; ++i) r[i] = t[i];
+}
+
+// What transpose() makes of rows of 16 bytes, `stride` bytes apart.
+METATE_FN void load_transposed(vf (&r)[width], const uint8_t* p, int64_t stride) {
+    for (int i = 0; i < width; ++i) __builtin_memcpy(&r[i], p + i * stride, sizeof r[i]);
+    transpose(r);
 }
 
 }  // namespace

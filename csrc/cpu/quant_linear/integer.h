@@ -1,0 +1,474 @@
+// Products in whole numbers: x as multiples of a step, cut into digits of 8 bits, times codes as bytes.
+//
+// A segment is a run of columns that share a group of W and a step of x. Its sums are exact, whatever the instructions
+// and the order; they are scaled once. One digit is a call with int8 activations; three are 16-bit floats, of which
+// numbers down to 2^-14 of the segment's largest keep all their bits.
+#pragma once
+
+#include "decode.h"
+#include "product.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+// Four codes in each lane of a vector are a quad. Where a shift and a mask find four of them in a dword, quads are
+// interleaved in units of a dword's codes.
+METATE_FN constexpr int unit_of(int64_t bits) {
+    return bits == 4 ? 8 : bits == 2 ? 16 : 4;
+}
+
+// The columns of 16 in the order of the bytes of their quads.
+struct Order {
+    int32_t column[16];
+};
+METATE_FN Order order_of(int64_t bits) {
+    const int unit = unit_of(bits), step = unit / 4;
+    Order order;
+    for (int i = 0; i < 16; ++i) order.column[i] = i / unit * unit + i % unit / 4 + i % 4 * step;
+    return order;
+}
+
+struct Segment {
+    int first_quad, quads;  // of the block; its first and last units may have columns of other segments
+    int offset;             // quads of the block's segments before this one
+    int begin, end;         // columns within the block
+    int64_t group;
+};
+
+// How the sums of a segment are formed.
+enum class Sums {
+    dots,   // by VNNI
+    words,  // in 16 bits: 8 quads of codes up to 4 bits
+    pairs,  // two products in 16 bits: 7 bits by 8, or 8 by 7
+};
+
+struct Arithmetic {
+    int digits;  // 0: floats instead
+    Sums sums;
+    float radix;
+};
+
+METATE_FN Arithmetic arithmetic_of(const QuantLinear& call, int64_t least_group) {
+    const bool has_vnni = width == 16 && isa() >= Isa::avx512vnni;
+    if (call.w.codebook || call.w.group_size < least_group) return {};
+    if (!call.int8_activations) {
+        if (call.x.dtype == DType::f32 || !has_vnni) return {};
+        return {3, Sums::dots, 256.0f};
+    }
+    if (has_vnni) return {1, Sums::dots, 0};
+    if (call.w.bits == 8) return {2, Sums::pairs, 128.0f};
+    return {1, call.w.bits <= 4 ? Sums::words : Sums::pairs, 0};
+}
+
+// The segments of block k; returns how many. Steps of int8 activations change every `longest` columns.
+inline int segments_of(Segment* to, const LowBitMatrix& w, int64_t k, bool int8_activations) {
+    Chunk chunks[block];
+    const int count = chunks_of(chunks, w.columns, w.group_size, k), unit = unit_of(w.bits);
+    int n = 0, quads = 0;
+    for (int c = 0; c < count; ++n) {
+        Segment& segment = to[n];
+        segment = {chunks[c].begin / unit * unit / 4, 0, quads, chunks[c].begin, chunks[c].end, chunks[c].group};
+        while (++c < count && !int8_activations && chunks[c].group == segment.group) segment.end = chunks[c].end;
+        segment.quads = static_cast<int>(ceil_div(segment.end, unit)) * unit / 4 - segment.first_quad;
+        quads += segment.quads;
+    }
+    return n;
+}
+
+// A line of dwords for every block and row of x: the digits of its segments, highest digit first, a quad a dword; and
+// for each segment the sums of its digits (in the low halves), its step and the sum of its numbers as floats.
+struct IntegerRows {
+    int32_t* lines;
+    int64_t rows, most_quads, most_segments;
+    int digits;
+
+    METATE_FN int64_t sums_at() const { return most_quads * digits; }
+    METATE_FN int64_t steps_at() const { return sums_at() + most_segments * digits; }
+    METATE_FN int64_t totals_at() const { return steps_at() + most_segments; }
+    METATE_FN int64_t stride() const { return ceil_div(totals_at() + most_segments, 16) * 16; }
+    METATE_FN int32_t* line(int64_t k, int64_t row) const { return lines + (k * rows + row) * stride(); }
+};
+
+// Activations.
+
+struct Magnitude {
+    float largest;
+    bool finite;
+};
+
+inline Magnitude magnitude_of(const float* x, int n) {
+    const vf zero = splat(0.0f);
+    vf most = zero, poison = zero;
+    for (int i = 0; i < n; i += width) {
+        const vf part = n - i >= width ? load(x + i) : load(x + i, n - i);
+        most = max(abs(part), most);
+        poison = fma(part, zero, poison);
+    }
+    return {largest(most), !(sum(poison) != 0)};
+}
+
+// The power of two that makes numbers up to `largest` whole ones up to 2^22; not so small that its inverse overflows.
+METATE_FN float power_step(float largest) {
+    const uint32_t exponent = bit_cast<uint32_t>(largest) >> 23;
+    return bit_cast<float>((exponent < 24 ? 3 : exponent - 21) << 23);
+}
+
+// A segment with an infinite number: that many infinite steps. NaN makes the step NaN.
+inline float infinite_step(int32_t* q, const float* x, int n) {
+    float step = __builtin_inff();
+    for (int i = 0; i < n; ++i) {
+        if (x[i] != x[i]) step = x[i];
+        q[i] = x[i] == __builtin_inff() ? 1 : x[i] == -__builtin_inff() ? -1 : 0;
+    }
+    return step;
+}
+
+// x[i] as q[i] steps; returns the step.
+inline float round_segment(int32_t* q, const float* x, int n, int digits) {
+    const bool is_int8 = digits < 3;
+    const Magnitude size = magnitude_of(x, n);
+    if (!size.finite) {
+        const float step = infinite_step(q, x, n);
+        return is_int8 ? __builtin_nanf("") : step;
+    }
+    const float step = is_int8 ? size.largest / 127 : power_step(size.largest);
+    const float inverse = !is_int8 ? 1 / step : size.largest > 0 ? 127 / size.largest : 0;
+    for (int i = 0; i < n; i += width) {
+        const vf part = n - i >= width ? load(x + i) : load(x + i, n - i);
+        store(q + i, to_int(part * splat(inverse)));
+    }
+    return step;
+}
+
+// Bytes 0, 1, … of a number become its signed digits, the lowest first.
+template <int digits>
+METATE_FN vi digits_of(vi q) {
+    if (digits == 1) return q;
+    if (digits == 3) return exor(add(q, splat(0x808080)), splat(0x808080));
+    const vi low = add(q, splat(64)), high = shift_right(add(q, splat(64 + 128)), 7);  // the highest is -1, 0 or 1
+    return bit_or(bit_and(sub(bit_and(low, splat(127)), splat(64)), splat(0xff)),
+                  shift_left(bit_and(sub(high, splat(1)), splat(0xff)), 8));
+}
+
+// The quads of a segment, the sums of its digits and the sum of its numbers in steps. `q` holds every column of the
+// segment's units and zeros up to a multiple of 16; as much is written.
+template <int digits>
+float write_digits(int32_t* to, int32_t* sums, const int32_t* q, const Segment& segment, const Order& order,
+                   float radix) {
+    float total = 0;
+    for (int d = 0; d < digits; ++d, to += segment.quads) {
+        vi sum4 = splat(0);
+        for (int i = 0; i < 4 * segment.quads; i += width) {
+            const Table16 columns = table16(reinterpret_cast<const float*>(q + i / 16 * 16));
+            const vi ordered = as_int(lookup(columns, load(order.column + i % 16)));
+            store_bytes(reinterpret_cast<uint8_t*>(to) + i,
+                        shift_right(digits_of<digits>(ordered), 8 * (digits - 1 - d)));
+        }
+        for (int64_t i = 0; i < segment.quads; i += width) {
+            const vi part = load_bytes(reinterpret_cast<const uint8_t*>(to + i), 4 * (segment.quads - i));
+            sum4 = add(sum4, multiply_words(multiply_bytes(splat(0x01010101), part), splat(0x00010001)));
+        }
+        const float digit_sum = sum(to_float(sum4));
+        sums[d] = static_cast<int32_t>(digit_sum) & 0xffff;
+        total = total * radix + digit_sum;
+    }
+    return total;
+}
+
+template <int digits>
+void pack_segment(int32_t* line, const IntegerRows& to, const float* x, const Segment& segment, int number,
+                  const Order& order, float radix) {
+    int32_t q[block + 32] = {};
+    const int begin = segment.begin - segment.first_quad * 4, n = segment.end - segment.begin;
+    const float step = round_segment(q + begin, x + segment.begin, n, digits);
+    const float total = write_digits<digits>(line + segment.offset * digits, line + to.sums_at() + number * digits, q,
+                                             segment, order, radix);
+    line[to.steps_at() + number] = bit_cast<int32_t>(step);
+    line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
+}
+
+// The segments of every block, and the groups that their scales come from.
+struct IntegerPlan {
+    Segment* segments;
+    int count;
+};
+
+template <class T>
+void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantLinear& call, float radix,
+                   const Runtime& runtime) {
+    const int64_t columns = call.w.columns, rows_at_once = 16, row_pieces = ceil_div(to.rows, rows_at_once);
+    const Order order = order_of(call.w.bits);
+    for_pieces(runtime, ceil_div(columns, block) * row_pieces, [&](int, int64_t piece) {
+        const int64_t k = piece / row_pieces, first = piece % row_pieces * rows_at_once;
+        for (int64_t row = first; row < smaller(to.rows, first + rows_at_once); ++row) {
+            const T* from = static_cast<const T*>(call.x.data) + row * call.x.stride[0];
+            float x[block];
+            pack_line(x, from, call.x.stride[1], call.w.permutation, k * block, smaller(block, columns - k * block));
+            int32_t* const line = to.line(k, row);
+            for (int i = 0; i < plans[k].count; ++i) {
+                const Segment& segment = plans[k].segments[i];
+                switch (to.digits) {
+                    case 1:
+                        pack_segment<1>(line, to, x, segment, i, order, radix);
+                        break;
+                    case 2:
+                        pack_segment<2>(line, to, x, segment, i, order, radix);
+                        break;
+                    default:
+                        pack_segment<3>(line, to, x, segment, i, order, radix);
+                }
+            }
+        }
+    });
+}
+
+// Weights.
+
+// The quads of 32 columns whose dwords start at `words`, `panel` dwords apart.
+template <int bits>
+METATE_FN void decode_quads(int32_t* to, const int32_t* words) {
+    constexpr int mask = (1 << bits) - 1, each = 8 / bits;
+    if constexpr (8 % bits == 0 && bits > 1) {
+#pragma GCC unroll 8
+        for (int at = 0; at < bits; ++at) {
+            const vi word = load(words + at * width);
+#pragma GCC unroll 8
+            for (int j = 0; j < each; ++j, to += panel)
+                store(to, bits == 8 ? word : bit_and(j ? shift_right(word, j * bits) : word, splat(mask * 0x01010101)));
+        }
+        return;
+    }
+#pragma GCC unroll 32
+    for (int quad = 0; quad < 8; ++quad, to += panel) {
+        vi bytes = splat(0);
+#pragma GCC unroll 4
+        for (int byte = 0; byte < 4; ++byte) {
+            const int bit = (4 * quad + byte) * bits, at = bit / 32, shift = bit % 32;
+            vi code = load(words + at * width);
+            if (shift + bits > 32)
+                code = bit_or(shift_right(code, shift), shift_left(load(words + (at + 1) * width), 32 - shift));
+            const int move = shift + bits > 32 ? -8 * byte : shift - 8 * byte;
+            code = move > 0 ? shift_right(code, move) : move < 0 ? shift_left(code, -move) : code;
+            bytes = bit_or(bytes, bit_and(code, splat(static_cast<int32_t>(static_cast<uint32_t>(mask) << 8 * byte))));
+        }
+        store(to, bytes);
+    }
+}
+
+template <int bits>
+void decode_block(int32_t* to, const int32_t* words, int64_t columns) {
+    for (; columns > 0; columns -= 32, words += bits * width, to += 8 * panel) decode_quads<bits>(to, words);
+}
+
+inline void decode_bytes(int32_t* to, const int32_t* words, int64_t columns, int64_t bits) {
+    switch (bits) {
+        case 1:
+            return decode_block<1>(to, words, columns);
+        case 2:
+            return decode_block<2>(to, words, columns);
+        case 3:
+            return decode_block<3>(to, words, columns);
+        case 4:
+            return decode_block<4>(to, words, columns);
+        case 5:
+            return decode_block<5>(to, words, columns);
+        case 6:
+            return decode_block<6>(to, words, columns);
+        case 7:
+            return decode_block<7>(to, words, columns);
+        default:
+            return decode_block<8>(to, words, columns);
+    }
+}
+
+// What is subtracted from the codes of `width` rows for n groups from `group` on: its negative in the low half of each
+// lane, a vector a group, `stride` dwords apart.
+inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, float center, int64_t row, int64_t group,
+                         int64_t n) {
+    const bool varies = w.zeros && !w.offsets;
+    const int64_t rows = smaller(w.rows - row, width);
+    const vi base = splat(varies ? static_cast<int32_t>(w.zero) : static_cast<int32_t>(center));
+    for (int64_t g = 0; g < n; g += width) {
+        vf lines[width];
+        for (int i = 0; i < width; ++i) {
+            const int64_t columns = smaller(n - g, width);
+            if (!varies || i >= rows) {
+                lines[i] = as_float(base);
+            } else if (w.zeros.stride[1] == 1) {
+                const uint8_t* const from = static_cast<const uint8_t*>(w.zeros.data);
+                lines[i] = as_float(add(base, load_wide(from + (row + i) * w.zeros.stride[0] + group + g, columns)));
+            } else {
+                int32_t line[width] = {};
+                for (int64_t j = 0; j < columns; ++j)
+                    line[j] = static_cast<int32_t>(number_at<uint8_t>(w.zeros, row + i, group + g + j));
+                lines[i] = as_float(add(base, load(line)));
+            }
+        }
+        transpose(lines);
+        for (int j = 0; j < smaller(n - g, width); ++j)
+            store(to + (g + j) * stride, bit_and(sub(splat(0), as_int(lines[j])), splat(0xffff)));
+    }
+}
+
+// Products.
+
+struct IntegerTile {
+    const int32_t* x;  // lines `stride` dwords apart
+    int64_t stride, sums_at, steps_at, totals_at;
+    const int32_t* codes;  // (quad, lane) at quad · panel + lane; or transposed words of 4-bit codes, half by half
+    const Segment* segments;
+    int count;
+    const int32_t* centers;  // like the scales
+    const float *scales, *corrections;
+    int64_t first_group;
+    float radix;
+    float* total;          // rows `panel` floats apart
+    const uint8_t* ahead;  // what to fetch beside products in words: lines `row_bytes` apart
+    int64_t row_bytes;
+};
+
+template <Sums kind>
+METATE_FN void add_products(vi& sum, vi codes, vi x) {
+#if defined(METATE_HAS_VNNI_FORMS)
+    if (kind == Sums::dots) return vnni_add_dot(sum, codes, x);
+#endif
+    if (kind == Sums::words)
+        sum = add_words(sum, multiply_bytes(codes, x));
+    else
+        sum = add(sum, multiply_words(multiply_bytes(codes, x), splat(0x00010001)));
+}
+
+// Quad q of one half of a panel; with `in_words`, of codes that were not decoded before.
+template <bool in_words>
+METATE_FN vi quad_at(const int32_t* codes, int q, int half) {
+    if (!in_words) return load(codes + q * panel + half * width);
+    const vi word = load(codes + half * most_words + q / 2 * width);
+    return bit_and(q % 2 ? shift_right(word, 4) : word, splat(0x0f0f0f0f));
+}
+
+// Few rows have too few chains of additions to keep the processor busy: they form `together` sums for each output.
+template <int rows, int digits, Sums kind, bool in_words>
+__attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
+    constexpr int chains = rows * digits * 2;
+    constexpr int together = kind != Sums::dots || chains > 6 ? 1 : chains > 3 ? 2 : 4;
+    constexpr bool are_kept = together * chains + 2 * rows <= (width == 16 ? 24 : 10);  // totals, in registers
+    vf totals[are_kept ? rows : 1][2];
+#pragma GCC unroll 12
+    for (int r = 0; are_kept && r < rows; ++r) {
+        totals[r][0] = load(t.total + r * panel);
+        totals[r][1] = load(t.total + r * panel + width);
+    }
+    const uint8_t* ahead = t.ahead;
+    for (int s = 0; s < t.count; ++s) {
+        const Segment& segment = t.segments[s];
+        const int64_t at = (segment.group - t.first_group) * panel;
+        const vi first_center = load(t.centers + at), second_center = load(t.centers + at + width);
+        vi sum[together][digits][rows][2];
+#pragma GCC unroll 4
+        for (int q = 0; q < together; ++q) {
+#pragma GCC unroll 3
+            for (int d = 0; d < digits; ++d) {
+#pragma GCC unroll 12
+                for (int r = 0; r < rows; ++r) {
+                    sum[q][d][r][0] = sum[q][d][r][1] = splat(0);
+                    if (q > 0 || kind == Sums::words) continue;
+                    const vi digit_sum = splat(t.x[r * t.stride + t.sums_at + s * digits + d]);
+                    sum[q][d][r][0] = multiply_words(first_center, digit_sum);
+                    sum[q][d][r][1] = multiply_words(second_center, digit_sum);
+                }
+            }
+        }
+        const int32_t* codes = t.codes + (in_words ? segment.first_quad / 2 * width : segment.first_quad * panel);
+        const int32_t* x = t.x + segment.offset * digits;
+        const int64_t quads = segment.quads;
+        const auto add_quads = [&]<int n>() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int q = 0; q < n; ++q) {
+                if (in_words && q % (block / 4 / panel) == 0) {
+                    __builtin_prefetch(ahead, 0, 2);
+                    ahead += t.row_bytes;
+                }
+                const vi first = quad_at<in_words>(codes, q, 0), second = quad_at<in_words>(codes, q, 1);
+#pragma GCC unroll 3
+                for (int d = 0; d < digits; ++d) {
+#pragma GCC unroll 12
+                    for (int r = 0; r < rows; ++r) {
+                        const vi a = splat(x[r * t.stride + d * quads + q]);
+                        add_products<kind>(sum[q % together][d][r][0], first, a);
+                        add_products<kind>(sum[q % together][d][r][1], second, a);
+                    }
+                }
+            }
+            codes += in_words ? n / 2 * width : n * panel;
+            x += n;
+        };
+        int64_t left = quads;
+        constexpr int least = in_words ? 2 : 1, most = together > least ? together : least;
+        for (; left >= most; left -= most) add_quads.template operator()<most>();
+        for (; most > least && left > 0; left -= least) add_quads.template operator()<least>();
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r) {
+            const int32_t* const line = t.x + r * t.stride;
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                vf value = splat(0.0f);
+#pragma GCC unroll 3
+                for (int d = 0; d < digits; ++d) {
+                    vi whole = sum[0][d][r][v];
+#pragma GCC unroll 4
+                    for (int q = 1; q < together; ++q) whole = add(whole, sum[q][d][r][v]);
+                    if (kind == Sums::words) {
+                        const vi digit_sum = splat(line[t.sums_at + s * digits + d]);
+                        whole = add(multiply_words(whole, splat(0x00010001)),
+                                    multiply_words(v ? second_center : first_center, digit_sum));
+                    }
+                    value = d ? fma(value, splat(t.radix), to_float(whole)) : to_float(whole);
+                }
+                float* const total = t.total + r * panel + v * width;
+                const vf scale = load(t.scales + at + v * width);
+                vf result = are_kept ? totals[r][v] : load(total);
+                result = fma(value * splat(bit_cast<float>(line[t.steps_at + s])), scale, result);
+                if (t.corrections)
+                    result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at + v * width),
+                                 result);
+                are_kept ? static_cast<void>(totals[r][v] = result) : store(total, result);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; are_kept && r < rows; ++r) {
+        store(t.total + r * panel, totals[r][0]);
+        store(t.total + r * panel + width, totals[r][1]);
+    }
+}
+
+template <int digits, Sums kind, int rows, bool in_words = false>
+METATE_FN void multiply_heights(IntegerTile& t, int64_t n) {
+    for (; n >= rows; n -= rows, t.x += rows * t.stride, t.total += rows * panel)
+        multiply_segments<rows, digits, kind, in_words>(t);
+    if constexpr (rows > 1) multiply_heights<digits, kind, (rows == 6 ? 4 : rows / 2), in_words>(t, n);
+}
+
+constexpr int word_rows = 4;  // of x, with which 4-bit codes are multiplied as they are decoded
+
+// n rows of x with one panel; moves the tile behind them.
+inline void multiply_integers(const Arithmetic& arithmetic, IntegerTile& tile, int64_t n, bool in_words) {
+    constexpr bool wide = width == 16;
+    if (in_words) {
+        if constexpr (wide) {
+            if (arithmetic.digits == 3) return multiply_heights<3, Sums::dots, word_rows, true>(tile, n);
+            if (arithmetic.sums == Sums::dots) return multiply_heights<1, Sums::dots, word_rows, true>(tile, n);
+        }
+        return multiply_heights<1, Sums::words, word_rows, true>(tile, n);
+    }
+    if constexpr (wide) {
+        if (arithmetic.digits == 3) return multiply_heights<3, Sums::dots, 4>(tile, n);
+        if (arithmetic.sums == Sums::dots) return multiply_heights<1, Sums::dots, 6>(tile, n);
+    }
+    if (arithmetic.digits == 2) return multiply_heights<2, Sums::pairs, wide ? 4 : 2>(tile, n);
+    if (arithmetic.sums == Sums::words) return multiply_heights<1, Sums::words, wide ? 6 : 4>(tile, n);
+    multiply_heights<1, Sums::pairs, wide ? 6 : 4>(tile, n);
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from conftest import BACKENDS, same_bits
 from torch import Tensor
 
 import metate
-from metate import QuantizedWeight
+from metate import QuantizedWeight, library
 from metate.ops.quant_linear.weight import pack_codes
 
 LINEAR = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "quant_linear"]
@@ -96,6 +97,39 @@ def test_int8_activations_err_little_and_take_no_gradient():
     assert 1e-3 < error(metate.quant_linear(x, w, activation="int8"), x, w) < 1.2e-2
     with pytest.raises(NotImplementedError, match=r"metate.quant_linear_int8: no gradient"):
         metate.quant_linear(x.requires_grad_(), w, activation="int8").sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "bits,group,form", [(4, 32, "zeros"), (3, 20, "symmetric"), (6, 16, "zeros"), (8, 50, "zeros")]
+)
+def test_int8_activations_give_one_result_on_every_instruction_set(dtype, bits, group, form, tmp_path):
+    """Their sums are exact whole numbers; only `baseline` lacks fused multiply-adds for the scales."""
+    w, x = weight(N=70, K=391, bits=bits, group=group, form=form), random(7, 391).to(dtype)
+    torch.save((w.tensors, w.shape, bits, group, x), tmp_path / "call")
+    code = f"""
+import torch, metate
+tensors, shape, bits, group, x = torch.load({str(tmp_path / "call")!r})
+w = metate.QuantizedWeight(shape, bits, group, **tensors)
+torch.save(metate.quant_linear(x, w, activation="int8"), {str(tmp_path / "out")!r})
+"""
+    expected = metate.quant_linear(x, w, activation="int8")
+    for isa in library.isas()[1:]:
+        if isa == "baseline":
+            continue
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "METATE_ISA": isa}, check=True)
+        assert same_bits(torch.load(tmp_path / "out"), expected), isa
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_numbers_beyond_all_steps_stay_beyond(bad):
+    """An infinite activation counts as one infinite step: the sign of its weight decides, and NaN stays NaN."""
+    w = weight(N=40, K=200, group=64, form="zeros")
+    x = random(3, 200).bfloat16()
+    x[1, 130] = bad
+    out, column = metate.quant_linear(x, w)[1], metate.dequantize(w)[:, 130]
+    expected = torch.where(column == 0, math.nan, bad * column.sign())
+    torch.testing.assert_close(out.float(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("form", ["codebook", "zeros"])

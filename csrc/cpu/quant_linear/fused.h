@@ -9,9 +9,16 @@ namespace {
 
 constexpr int fused_rows = 4;
 
+// What to fetch beside the products, evenly: a line of each row of W, `stride` bytes apart.
+struct Ahead {
+    const uint8_t* at;
+    int64_t stride;
+};
+
 // `block` whole columns of the rows of W in the lanes of `words`; `lane` is the first of them in the panel.
 template <int rows, Values::Kind kind>
-__attribute__((noinline)) void multiply_words(const Tile& t, const int32_t* words, int lane, const Values& values) {
+__attribute__((noinline)) void multiply_words(const Tile& t, const int32_t* words, int lane, const Values& values,
+                                              Ahead ahead) {
     constexpr int bits = 4, together = rows == 1 ? 4 : 2;
     const Table16 table = table16(values.entries);
     for (int c = 0; c < block / longest; c += together) {
@@ -24,6 +31,10 @@ __attribute__((noinline)) void multiply_words(const Tile& t, const int32_t* word
         const float* const x = t.x + c * longest;
 #pragma GCC unroll 32
         for (int j = 0; j < longest; ++j) {
+            if (j % (block / together / width) == 0) {
+                __builtin_prefetch(ahead.at, 0, 2);
+                ahead.at += ahead.stride;
+            }
 #pragma GCC unroll 4
             for (int q = 0; q < together; ++q) {
                 const vf value = value_at<bits, kind>(words + (c + q) * bits * width, j, values, table);
@@ -40,12 +51,14 @@ __attribute__((noinline)) void multiply_words(const Tile& t, const int32_t* word
 }
 
 template <int rows = fused_rows>
-METATE_FN void multiply_fused(int64_t n, const Tile& t, const int32_t* words, int lane, const Values& values) {
+METATE_FN void multiply_fused(int64_t n, const Tile& t, const int32_t* words, int lane, const Values& values,
+                              const Ahead& ahead) {
     if constexpr (rows > 1) {
-        if (n < rows) return multiply_fused<rows - 1>(n, t, words, lane, values);
+        if (n < rows) return multiply_fused<rows - 1>(n, t, words, lane, values, ahead);
     }
-    if (width == 16 || values.kind == Values::table) return multiply_words<rows, Values::table>(t, words, lane, values);
-    if constexpr (width < 16) multiply_words<rows, Values::whole>(t, words, lane, values);
+    if (width == 16 || values.kind == Values::table)
+        return multiply_words<rows, Values::table>(t, words, lane, values, ahead);
+    if constexpr (width < 16) multiply_words<rows, Values::whole>(t, words, lane, values, ahead);
 }
 
 }  // namespace

@@ -189,9 +189,12 @@ void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number,
     }
     tile.x = p.x.line(k, x_row);
     tile.sums = p.x.sums ? p.x.sums_of(k, x_row) : nullptr;
+    const View<2>& codes = p.call.w.codes;
+    const uint8_t* ahead = static_cast<const uint8_t*>(codes.data) + k * block / 2 + bytes_ahead(p.call.w, k);
     for (int v = 0; v < 2 && row + v * width < p.call.w.rows; ++v) {
-        transpose_words(at.words, p.call.w, row + v * width, k, bytes_ahead(p.call.w, k));
-        multiply_fused(rows, tile, at.words, v * width, p.values);
+        const int64_t first = row + v * width;
+        transpose_words(at.words, p.call.w, first, k, 0);
+        multiply_fused(rows, tile, at.words, v * width, p.values, {ahead + first * codes.stride[0], codes.stride[0]});
     }
 }
 

@@ -130,6 +130,11 @@ def test_numbers_beyond_all_steps_stay_beyond(bad):
     out, column = metate.quant_linear(x, w)[1], metate.dequantize(w)[:, 130]
     expected = torch.where(column == 0, math.nan, bad * column.sign())
     torch.testing.assert_close(out.float(), expected, equal_nan=True)
+    x[1, 131] = bad  # may cancel the other
+    other = metate.dequantize(w)[:, 131]
+    cancels = (bad * column.sign() != bad * other.sign()) | (column == 0) | (other == 0)
+    both = metate.quant_linear(x, w)[1]
+    assert not both.isfinite().any() and both[cancels].isnan().all()
 
 
 @pytest.mark.parametrize("form", ["codebook", "zeros"])

@@ -17,7 +17,7 @@ struct Ahead {
 
 // `block` whole columns of the rows of W in the lanes of `words`; `lane` is the first of them in the panel.
 template <int rows, Values::Kind kind>
-__attribute__((noinline)) void multiply_words(const Tile& t, const int32_t* words, int lane, const Values& values,
+__attribute__((noinline)) void multiply_decoding(const Tile& t, const int32_t* words, int lane, const Values& values,
                                               Ahead ahead) {
     constexpr int bits = 4, together = rows == 1 ? 4 : 2;
     const Table16 table = table16(values.entries);
@@ -57,8 +57,8 @@ METATE_FN void multiply_fused(int64_t n, const Tile& t, const int32_t* words, in
         if (n < rows) return multiply_fused<rows - 1>(n, t, words, lane, values, ahead);
     }
     if (width == 16 || values.kind == Values::table)
-        return multiply_words<rows, Values::table>(t, words, lane, values, ahead);
-    if constexpr (width < 16) multiply_words<rows, Values::whole>(t, words, lane, values, ahead);
+        return multiply_decoding<rows, Values::table>(t, words, lane, values, ahead);
+    if constexpr (width < 16) multiply_decoding<rows, Values::whole>(t, words, lane, values, ahead);
 }
 
 }  // namespace

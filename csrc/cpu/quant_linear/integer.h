@@ -113,12 +113,13 @@ METATE_FN float power_step(float largest) {
     return bit_cast<float>((exponent < 24 ? 3 : exponent - 21) << 23);
 }
 
-// A segment with an infinite number: that many infinite steps. NaN makes the step NaN.
+// A segment with an infinite number: one infinite step. NaN, or another infinite number, which might cancel, makes the
+// step NaN.
 inline float infinite_step(int32_t* q, const float* x, int n) {
-    float step = __builtin_inff();
+    float step = 0;
     for (int i = 0; i < n; ++i) {
-        if (x[i] != x[i]) step = x[i];
         q[i] = x[i] == __builtin_inff() ? 1 : x[i] == -__builtin_inff() ? -1 : 0;
+        if (q[i] || x[i] != x[i]) step = step == 0 && q[i] ? __builtin_inff() : __builtin_nanf("");
     }
     return step;
 }

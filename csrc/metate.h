@@ -14,13 +14,13 @@
 
 namespace metate {
 
-enum class DType : int8_t { f64, f32, bf16, f16, i64, i32, u8, i8 };
+enum class DType : int8_t { f64, f32, bf16, f16, i64, i32, u8, i8, f8 };  // f8: e4m3fn
 
 METATE_INLINE constexpr int64_t bytes_of(DType dtype) {
-    return dtype == DType::f64 || dtype == DType::i64 ? 8
-         : dtype == DType::f32 || dtype == DType::i32 ? 4
-         : dtype == DType::u8 || dtype == DType::i8   ? 1
-                                                      : 2;
+    return dtype == DType::f64 || dtype == DType::i64                     ? 8
+         : dtype == DType::f32 || dtype == DType::i32                     ? 4
+         : dtype == DType::u8 || dtype == DType::i8 || dtype == DType::f8 ? 1
+                                                                          : 2;
 }
 
 // A strided tensor. Sizes and strides count elements; a stride of 0 repeats (broadcasts) the dimension.

@@ -67,6 +67,8 @@ def test_opcheck(op):
             for name, a in zip(op.parameters, args, strict=True)
             if isinstance(a, Tensor) and a.is_floating_point() and a.numel()
         }
+        if any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in args):
+            continue  # torch does not compare float8
         if given <= traced or 0 in case.values():
             torch.library.opcheck(op.torch_op, args, test_utils=("test_schema", "test_faketensor"))
         else:
@@ -113,9 +115,12 @@ def test_gradgradcheck(op):
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.gradient])
 def test_refused_gradient_raises(op):
-    result = outputs(op.torch_op(*differentiable(op.example(op.domain.cases[1], torch.float32))))[0]
+    args = op.example(op.domain.cases[1], torch.float32)
     with pytest.raises(NotImplementedError, match=f"metate.{op.name}: no gradient"):
-        result.sum().backward()
+        outputs(op.torch_op(*differentiable(args)))[0].sum().backward()
+    if op.writes:
+        with torch.no_grad():
+            assert same_bits(op.trial(differentiable(args)), op.trial(args))
 
 
 def resized(op: Op, case: dict[str, Any], by: int) -> dict[str, Any]:
@@ -130,8 +135,10 @@ def test_compiles_to_one_graph_for_all_sizes(op):
     compiled = torch.compile(lambda *tensors: op(*tensors, *scalars), backend=counter, fullgraph=True, dynamic=True)
     first = None
     for by in range(10):
-        tensors = op.example(resized(op, op.domain.cases[1], 3 + by), torch.float32, seed=by)[: op.arity]
-        assert same_bits(compiled(*tensors), op(*tensors, *scalars))
+        args = op.example(resized(op, op.domain.cases[1], 3 + by), torch.float32, seed=by)
+        expected = op.trial(args)
+        got = compiled(*args[: op.arity])
+        assert same_bits(tuple(op.written(args)) if op.writes else got, expected)
         first = first or counter.frame_count
     assert counter.frame_count == first, f"{counter.frame_count - first} recompilations for 10 sizes"
 
@@ -166,12 +173,17 @@ def test_autocast_is_a_cast_of_the_activations(op, dtype):
         for name, a in zip(op.parameters, args, strict=True)
     )
     with torch.autocast("cpu", dtype):
-        got = op(*args)
-    assert same_bits(got, op(*cast))
+        got = op.trial(args)
+    assert same_bits(got, op.trial(cast))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_equals_a_loop(op):
+    if op.writes:
+        args = op.example(op.domain.cases[1], torch.float32)
+        with pytest.raises(NotImplementedError, match=f"metate.{op.name}: no vmap: "):
+            torch.vmap(lambda x: op.torch_op(x, *args[1:]))(args[0][None])
+        return
     for case in op.domain.cases[1:12]:
         calls = [op.example(case, torch.float64, seed=seed) for seed in range(3)]
         mapped = [isinstance(a, Tensor) and a.is_floating_point() for a in calls[0]]
@@ -179,7 +191,7 @@ def test_vmap_equals_a_loop(op):
         calls = [tuple(c[i] if m else calls[0][i] for i, m in enumerate(mapped)) for c in calls]
         got = torch.vmap(op.torch_op, in_dims=tuple(0 if m else None for m in mapped), randomness="different")(*stacked)
         for g, *rows in zip(outputs(got), *(outputs(op(*c)) for c in calls), strict=True):
-            torch.testing.assert_close(g, torch.stack(rows), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(g, torch.stack(rows), rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -189,9 +201,11 @@ def test_shards_without_communication(op, gloo):
 
     args = op.example(op.domain.cases[1], torch.float32)
     for _, inputs in op.sharding(op, args):
-        got = op.torch_op(*distribute(op, args, inputs, gloo))
-        for g, expected in zip(outputs(got), outputs(op(*args)), strict=True):
-            torch.testing.assert_close(g.full_tensor(), expected)
+        shared = distribute(op, args, inputs, gloo)
+        expected = op.trial(args)
+        got = op.torch_op(*shared)
+        for g, e in zip(op.written(shared) if op.writes else outputs(got), outputs(expected), strict=True):
+            torch.testing.assert_close(g.full_tensor(), e)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,8 +7,8 @@
 namespace metate::dlpack {
 
 constexpr uint32_t major_version = 1;
-constexpr int32_t cpu = 1;                                                        // a device type
-constexpr uint8_t integer = 0, natural = 1, floating = 2, bfloat = 4, truth = 6;  // kinds of numbers
+constexpr int32_t cpu = 1;                                                                     // a device type
+constexpr uint8_t integer = 0, natural = 1, floating = 2, bfloat = 4, truth = 6, e4m3fn = 10;  // numbers
 
 struct Tensor {
     void* data;

@@ -27,7 +27,7 @@ struct DTypeName {
     uint8_t kind, bits;
 };
 
-constexpr int dtype_count = 9;
+constexpr int dtype_count = 10;
 
 inline const DTypeName* dtype_names() {
     static const DTypeName names[dtype_count] = {
@@ -40,6 +40,7 @@ inline const DTypeName* dtype_names() {
         {DType::u8, aoti_torch_dtype_uint8(), dlpack::natural, 8},
         {DType::u8, aoti_torch_dtype_bool(), dlpack::truth, 8},
         {DType::i8, aoti_torch_dtype_int8(), dlpack::integer, 8},
+        {DType::f8, aoti_torch_dtype_float8_e4m3fn(), dlpack::e4m3fn, 8},
     };
     return names;
 }

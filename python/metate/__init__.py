@@ -6,6 +6,7 @@ from metate.masks import AttentionMask
 from metate.nn import quantize_model
 from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
+from metate.ops.paged_attention import append_kv, cascade_attention, paged_attention
 from metate.ops.quant_linear import QuantizedWeight, dequantize, lora_linear, quant_linear
 from metate.quant import load_quantized
 
@@ -16,13 +17,16 @@ __all__ = [
     "AttentionMask",
     "FormatError",
     "QuantizedWeight",
+    "append_kv",
     "attention",
     "attention_varlen",
+    "cascade_attention",
     "dequantize",
     "explain",
     "load_quantized",
     "lora_linear",
     "merge_attention_states",
+    "paged_attention",
     "quant_linear",
     "quantize_model",
     "supports",

@@ -81,7 +81,7 @@ class Op:
     axes: Mapping[str, str]  # tensor argument -> its named axes, see metate.axes
     dtypes: Mapping[str, Sequence[str | torch.dtype]]  # what each tensor may be; "q": the dtype of argument q
     outputs: Mapping[str, str | torch.dtype]  # output -> its dtype, or the argument whose dtype it takes
-    shapes: Callable[..., tuple[Sequence[int], ...]]  # args -> shape of every output
+    shapes: Callable[..., tuple[Sequence[int], ...]]  # args -> shape of every output, or of what is written of it
     domain: Domain
     flops: Callable[[Case], float]
     autocast: tuple[str, ...]  # arguments cast to the autocast dtype
@@ -91,9 +91,10 @@ class Op:
     contents: tuple[str, Callable[..., None]] = ("", lambda *args: None)  # arguments whose values are checked, and how
     refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # backend -> why not
     gradient: str | None = None  # why there is none, where there is none
+    writes: bool = False  # the outputs are arguments that kernels write in place; `reference` returns their new values
 
     def __post_init__(self) -> None:
-        schema = torch.library.infer_schema(self.reference, mutates_args=())
+        schema = _schema(self.reference, tuple(self.outputs) if self.writes else ())
         for namespace in (_public, _compiled, _emulated):
             namespace.define(self.name + schema)
         run = torch.compiler.disable(self._run)  # else dynamo traces the kernel while a compiled graph runs
@@ -105,7 +106,9 @@ class Op:
         torch.library.register_vmap(
             qualified, lambda info, in_dims, *args: self.vmap(self, info, in_dims, args), lib=_public
         )
-        if self.gradient is not None:
+        if self.writes:  # torch's register_autograd takes functions only
+            _public.impl(self.name, self._without_gradient, "Autograd")
+        elif self.gradient is not None:
             self.differentiable(self._no_gradient, lambda ctx, inputs, output: None)
         self.parameters = tuple(inspect.signature(self.reference).parameters)
         self.arity = len(self.axes)
@@ -162,6 +165,12 @@ class Op:
 
     def _no_gradient(self, ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"metate.{self.name}: no gradient: {self.gradient}")
+
+    def _without_gradient(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            self._no_gradient(None)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.torch_op(*args)
 
     # Choosing a backend.
 
@@ -224,7 +233,10 @@ class Op:
         key: list[Any] = [state, args[arity:]]
         for tensor in args[:arity]:
             key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-        return self._backend(state, tuple(key), args)(*args)
+        result = self._backend(state, tuple(key), args)(*args)
+        if self.writes:
+            torch.autograd.graph.increment_version([x for x in self.written(args) if not x.is_inference()])
+        return result
 
     def _backend(self, state: _State | None, key: Args, args: Args) -> Backend:
         """The backend of a call, remembered by all that the choice depends on; raises what is wrong with the call."""
@@ -256,6 +268,8 @@ class Op:
     def _fake(self, *args: Any) -> Any:
         """Shapes without values, for compilers. The reference on fake tensors says the same 30 times slower."""
         self.check(args)
+        if self.writes:
+            return None
         out = tuple(
             args[0].new_empty(shape, dtype=dtype)
             for shape, dtype in zip(self.shapes(*args), self._out_dtypes(args), strict=True)
@@ -319,21 +333,44 @@ class Op:
     # The reference at a chosen precision: as truth, as fallback, as error budget.
 
     def compute(self, dtype: torch.dtype, args: Args) -> tuple[Any, ...]:
-        """The reference with every floating tensor in `dtype`."""
-        out = self.reference(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
-        return out if isinstance(out, tuple) else (out,)
+        """The reference with every floating tensor in `dtype`; of the outputs, those that there are."""
+        out = self.reference(*(a.to(dtype) if _computes(a) else a for a in args))
+        return tuple(o for o in out if o is not None) if isinstance(out, tuple) else (out,)
 
     def fallback(self, *args: Any) -> Any:
         """The reference as a backend: float32 arithmetic (float64 if given), declared output dtypes, contiguous."""
         wide = torch.float64 if args[0].dtype == torch.float64 else torch.float32
-        out = tuple(o.to(d).contiguous() for o, d in zip(self.compute(wide, args), self._out_dtypes(args), strict=True))
+        out = self.compute(wide, args)
+        if self.writes:
+            for argument, value in zip(self.written(args), out, strict=True):
+                argument.copy_(value)
+            return None
+        out = tuple(o.to(d).contiguous() for o, d in zip(out, self._out_dtypes(args), strict=True))
         return out if len(out) > 1 else out[0]
+
+    def written(self, args: Args) -> list[Tensor]:
+        """The arguments that a call writes."""
+        return [
+            arg for name, arg in zip(self.parameters, args, strict=False) if name in self.outputs and arg is not None
+        ]
+
+    def trial(self, args: Args) -> Any:
+        """The results of a call that leaves its arguments as they are: it writes into copies laid out alike."""
+        if not self.writes:
+            return self(*args)
+        args = tuple(
+            _copy(a) if name in self.outputs and isinstance(a, Tensor) else a
+            for name, a in zip(self.parameters, args, strict=True)
+        )
+        self(*args)
+        return tuple(self.written(args))
 
     def _out_dtypes(self, args: Args) -> list[torch.dtype]:
         """Float32 results beside float64 arguments are float64."""
         named = dict(zip(self.parameters, args, strict=False))
         wide = torch.float64 if args[0].dtype == torch.float64 else torch.float32
-        return [named[d].dtype if isinstance(d, str) else torch.promote_types(d, wide) for d in self.outputs.values()]
+        kinds = [named[d] if isinstance(d, str) else torch.promote_types(d, wide) for d in self.outputs.values()]
+        return [kind.dtype if isinstance(kind, Tensor) else kind for kind in kinds if kind is not None]
 
     def assert_close(self, got: Any, args: Args) -> None:
         """`got` is as near the float64 truth as twice the error of plain torch at the dtype of the first argument.
@@ -343,20 +380,23 @@ class Op:
         this problem and on problems whose inputs differ from it by a rounding.
         """
         dtype = args[0].dtype
-        truth = self.compute(torch.float64, args)
-        results = got if isinstance(got, tuple) else (got,)
-        for name, g, t in zip(self.outputs, results, truth, strict=True):
+        truth = _comparable(self.compute(torch.float64, args))
+        kinds = [g.dtype for g in (got if isinstance(got, tuple) else (got,))]
+        results = _comparable(got if isinstance(got, tuple) else (got,))
+        named = dict(zip(self.parameters, args, strict=False))
+        names = [name for name in self.outputs if not self.writes or named[name] is not None]
+        for name, g, t in zip(names, results, truth, strict=True):
             if g.shape != t.shape:
                 raise AssertionError(f"{self.name}: {name} has shape {tuple(g.shape)}, expected {tuple(t.shape)}")
-        for name, g, t in zip(self.outputs, results, self._with_overflow(args, results, truth), strict=True):
+        for name, g, t in zip(names, results, self._with_overflow(args, results, truth), strict=True):
             if not torch.equal(t.isfinite(), g.isfinite()):
                 raise AssertionError(f"{self.name}: {name} is finite where the truth is not, or the reverse")
         errors = _distances(results, truth)
         tiny = torch.finfo(torch.float32).tiny if dtype != torch.float64 else 0.0  # kernels may flush what is smaller
         roundings = 4 if dtype == torch.float64 else 1  # there the truth is rounded too
         ulps = [
-            roundings * torch.finfo(g.dtype).eps * size + tiny
-            for g, size in zip(results, _distances(truth), strict=True)
+            roundings * torch.finfo(kind).eps * size + tiny if kind.is_floating_point else 1.0  # a code beside a tie
+            for kind, size in zip(kinds, _distances(truth), strict=True)
         ]
         budgets = [0.0] * len(errors)
         for more in self._errors_of_torch(dtype, args, truth):
@@ -364,7 +404,7 @@ class Op:
             if all(e <= 2 * b + ulp for e, b, ulp in zip(errors, budgets, ulps, strict=True)):
                 return
         raise AssertionError(
-            f"{self.name}: {', '.join(self.outputs)} are off by {_numbers(errors)}; torch in {dtype} by "
+            f"{self.name}: {', '.join(names)} are off by {_numbers(errors)}; torch in {dtype} by "
             f"{_numbers(budgets)}, one ulp is {_numbers(ulps)}"
         )
 
@@ -372,7 +412,7 @@ class Op:
         """The truth, without what is beyond float32, in which kernels compute, or beyond the dtype of a result."""
         if all(torch.equal(t.isfinite(), g.isfinite()) for g, t in zip(results, truth, strict=True)):
             return truth
-        narrow = self.compute(torch.float32, args)
+        narrow = _comparable(self.compute(torch.float32, args))
         return tuple(
             torch.where(n.to(g.dtype).isfinite() | ~t.isfinite(), t, g.double())
             for g, n, t in zip(results, narrow, truth, strict=True)
@@ -385,12 +425,12 @@ class Op:
         """
         double = dtype == torch.float64
         for working in () if double else (dtype, torch.float32):
-            yield _distances(self.compute(working, args), truth)
+            yield _distances(_comparable(self.compute(working, args)), truth)
         generator = torch.Generator().manual_seed(0)
         for _ in range(8):
             nearby = tuple(_jitter(arg, generator) for arg in args)
-            moved = self.compute(torch.float64, nearby)
-            yield _distances(moved, truth) if double else _distances(self.compute(dtype, nearby), moved)
+            moved = _comparable(self.compute(torch.float64, nearby))
+            yield _distances(moved, truth) if double else _distances(_comparable(self.compute(dtype, nearby)), moved)
 
     def example(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:
         """Positional arguments of a case."""
@@ -399,7 +439,12 @@ class Op:
 
     def bytes(self, args: Args) -> int:
         """Every input read once, every output written once: the roofline's lower bound."""
-        read = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+        named = dict(zip(self.parameters, args, strict=True))
+        read = sum(
+            a.numel() * a.element_size()
+            for name, a in named.items()
+            if isinstance(a, Tensor) and not (self.writes and name in self.outputs)
+        )
         written = zip(self.shapes(*args), self._out_dtypes(args), strict=True)
         return read + sum(math.prod(shape) * dtype.itemsize for shape, dtype in written)
 
@@ -426,7 +471,7 @@ def _distances(results: Sequence[Tensor], truth: Sequence[Tensor] | None = None)
 
 def _jitter(arg: Any, generator: torch.Generator) -> Any:
     """A floating tensor with every number moved by about one rounding."""
-    if not isinstance(arg, Tensor) or not arg.is_floating_point():
+    if not _computes(arg):
         return arg
     noise = 2 * torch.rand(arg.shape, generator=generator, dtype=torch.float64) - 1
     return (arg.double() * (1 + torch.finfo(arg.dtype).eps * noise.to(arg.device))).to(arg.dtype)
@@ -436,8 +481,34 @@ def _numbers(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:.2e}" for value in values) + ")"
 
 
+def _computes(arg: Any) -> bool:
+    """Whether an argument is a tensor of a dtype that torch computes in: 8-bit floats are storage, like integers."""
+    return isinstance(arg, Tensor) and arg.is_floating_point() and arg.element_size() > 1
+
+
+def _comparable(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x if not x.is_floating_point() or _computes(x) else x.float() for x in results)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """The same values in the same layout in memory of their own."""
+    return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
+
+
+def _schema(reference: Backend, writes: tuple[str, ...]) -> str:
+    """What torch must know of an operator that returns what `reference` does, or writes arguments instead."""
+    prototype = inspect.signature(reference)
+    if not writes:
+        return torch.library.infer_schema(reference, mutates_args=())
+
+    def writer() -> None: ...
+
+    writer.__signature__ = prototype.replace(return_annotation=None)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(writer, mutates_args=writes)
+
+
 def _castable(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+    return _computes(arg) and arg.dtype != torch.float64
 
 
 def _has_kernel(name: str, device: str) -> bool:

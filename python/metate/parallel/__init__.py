@@ -28,12 +28,13 @@ def _register(op: Op) -> None:
     def placements(*args: Any) -> list[Any]:
         args = (*args, *[None] * (len(op.parameters) - len(args)))
         tensors = [arg is not None and hasattr(arg, "shape") for arg in args]
-        everywhere = [Replicate()] * len(op.outputs), [Replicate() if t else None for t in tensors]
+        returned = () if op.writes else tuple(op.outputs)
+        everywhere = [Replicate()] * len(returned), [Replicate() if t else None for t in tensors]
         return [
             everywhere,
             *(
                 (
-                    [Shard(outputs[name]) if name in outputs else Replicate() for name in op.outputs],
+                    [Shard(outputs[name]) if name in outputs else Replicate() for name in returned],
                     [
                         (Shard(inputs[name]) if name in inputs else Replicate()) if t else None
                         for name, t in zip(op.parameters, tensors, strict=True)

@@ -1,0 +1,236 @@
+"""Attention over a paged key-value cache, as servers keep it (Kwon et al. 2023, PagedAttention), and its writing.
+
+`csrc/paged_attention.h` states the semantics that every backend shares, reference.py says them in plain torch.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.masks import AttentionMask
+from metate.op import REGISTRY, use
+from metate.ops.paged_attention.declaration import append_op, paged_attention_op
+
+__all__ = ["append_kv", "cascade_attention", "paged_attention"]
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    left_pad: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    return_lse: bool = False,
+    return_column_sums: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Exact attention of new queries to the keys and values that a paged cache holds, their own included.
+
+    Args:
+        q: (batch, heads, head_dim), one query a sequence; or (batch, queries, heads, head_dim); or, with cu_seqlens_q,
+            (tokens, heads, head_dim): sequences of different numbers of queries one after another. float32, bfloat16,
+            float16 (float64 on a CPU).
+        k_cache: (pages, page_size, kv_heads, head_dim), any strides; heads a multiple of kv_heads. In the dtype of q;
+            or int8 or float8_e4m3fn; or uint8 of head_dim / 2 columns, two 4-bit codes (value + 8) a byte, the even
+            element in the low nibble. head_dim: 1 to 576.
+        v_cache: (pages, page_size, kv_heads, value_dim), dtype of k_cache; may be a view of it: multi-head latent
+            attention reads k_cache (…, 1, 576) and v_cache = k_cache[..., :512]. value_dim: 1 to 512.
+        block_table: (batch, max_pages) int32: key j of a sequence is row j % page_size of page
+            block_table[b, j // page_size]. Entries behind the last used page may be anything; pages may be shared.
+        seq_lens: (batch) int32: keys of each sequence, those of its queries included; query i of n stands at position
+            seq_len - n + i.
+        cu_seqlens_q: (batch + 1) int32: where the queries of each sequence start in a packed q.
+        causal: a query sees no key behind its position. window: (left, right), how many keys before and after its
+            position it sees, inclusive; -1: no limit.
+        scale: factor of q kᵀ; default head_dim ** -0.5. softcap: > 0: scores become softcap · tanh(score / softcap).
+        alibi_slopes: (heads) or (batch, heads) float32. sinks: (heads), one more logit in each softmax denominator.
+        left_pad: (batch) int32: keys before it are padding.
+        tree_mask: bool, (batch or 1, queries, queries), packed (tokens, queries): whether query i sees key j of the
+            sequence's own newest keys, for trees of speculated tokens; older keys are not affected. A tree needs
+            causal=False unless its tokens see only earlier ones. Or the same as int32 words of 32 bits.
+        k_scale, v_scale: (pages, page_size, kv_heads) float32, one a row: for int8 and uint8, and where float8 has any.
+        return_lse: also return log Σ exp(score), natural logarithm, sinks included: (batch, heads, queries), packed
+            (heads, tokens), for one query (batch, heads).
+        return_column_sums: also return Σ_i probability[i, j]: (batch, heads, max_pages · page_size) float32, for
+            policies that evict what is seldom looked at.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
+
+    Returns:
+        out like q, with value_dim; then lse and column sums where asked for. A query without a key gives 0 and lse
+        -inf. What no query may see may hold NaN. No gradient: inference only.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected. On a GPU page
+        numbers and lengths are not looked at.
+    """
+    packed = cu_seqlens_q is not None
+    _check_dims(q, packed)
+    single = q.dim() == 3
+    q = q if not single else q.unsqueeze(0) if packed else q.unsqueeze(1)
+    left, right = _window(causal, window)
+    slopes, sinks = (_widen(q, x) for x in (alibi_slopes, sinks))
+    bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
+    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
+    with nullcontext() if backend is None else use(backend):
+        out, lse, sums = paged_attention_op(
+            q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad, slopes, sinks, bits,
+            scale, left, right, softcap, return_column_sums,
+        )  # fmt: skip
+    if packed:
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    elif single:
+        out, lse = out.squeeze(1), lse.squeeze(2)
+    results = (out, *([lse] if return_lse else []), *([sums] if return_column_sums else []))
+    return results if len(results) > 1 else out
+
+
+def cascade_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prefix_table: Tensor,
+    prefix_lens: Tensor,
+    cu_groups: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`paged_attention` of sequences that share prefixes, every prefix read once for all its sequences.
+
+    Args:
+        q: (batch, heads, head_dim) or (batch, queries, heads, head_dim); the sequences of a group one after another.
+        prefix_table: (groups, max_prefix_pages) int32, prefix_lens: (groups) int32: the keys that a group shares.
+        cu_groups: (groups + 1) int32, from 0 to batch: group g is the sequences cu_groups[g] … cu_groups[g+1]-1.
+        block_table, seq_lens: what each sequence has behind its prefix, its own queries included.
+        Others as in `paged_attention`.
+
+    Returns:
+        out like q, then lse where asked for: what `paged_attention` gives for the whole sequences. Source: Hydragen
+        (Juravsky et al. 2024), FlashInfer's cascades (Ye et al. 2025).
+    """
+    _check_dims(q, packed=False)
+    x = q if q.dim() == 4 else q.unsqueeze(1)
+    common: dict[str, Any] = dict(
+        scale=scale, softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=True, backend=backend
+    )
+    rows = x.flatten(0, 1)
+    starts = cu_groups * x.shape[1]
+    prefix, prefix_lse = paged_attention(
+        rows, k_cache, v_cache, prefix_table, prefix_lens, cu_seqlens_q=starts, causal=False, **common
+    )
+    out, lse = paged_attention(x, k_cache, v_cache, block_table, seq_lens, causal=causal, sinks=sinks, **common)
+    outs = torch.stack([prefix.unflatten(0, x.shape[:2]), out])
+    lses = torch.stack([prefix_lse.unflatten(1, x.shape[:2]).transpose(0, 1), lse])
+    with nullcontext() if backend is None else use(backend):
+        out, lse = REGISTRY["merge_attention_states"](outs, lses)
+    if q.dim() == 3:
+        out, lse = out.squeeze(1), lse.squeeze(2)
+    return (out, lse) if return_lse else out
+
+
+def append_kv(
+    k: Tensor,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Writes new keys and values into a paged cache, rotated and quantised as asked for.
+
+    Args:
+        k: (tokens, kv_heads, head_dim), v: (tokens, kv_heads, value_dim), float32, bfloat16, float16 or float64. v and
+            v_cache None: keys only, as where v_cache is a view of k_cache.
+        k_cache, v_cache: (pages, page_size, kv_heads, ·) as in `paged_attention`, written in place.
+        slot_mapping: (tokens) int32 or int64: page · page_size + row for each token, none twice; -1 skips a token.
+        k_scale, v_scale: (pages, page_size, kv_heads) float32, written in place: for int8 (amax / 127), 4-bit codes in
+            uint8 (amax / 7), and float8_e4m3fn (amax / 448; without scales numbers are saturated). A head that is not
+            finite everywhere gives a scale that is not finite.
+        rotary_cos, rotary_sin: (max_positions, R / 2) float32, positions: (tokens) int32 or int64: rotates the first R
+            columns of every head of k, in pairs (2i, 2i + 1) if interleaved, (i, i + R / 2) if not.
+
+    Raises:
+        ValueError: before anything is written, for a slot or position out of range, or a slot given twice (CPU).
+        NotImplementedError: where something would need a gradient.
+    """
+    if v is None and v_cache is None and isinstance(k, Tensor) and isinstance(k_cache, Tensor):
+        v, v_cache = k.new_empty((*k.shape[:-1], 0)), k_cache.new_empty((*k_cache.shape[:-1], 0))
+    with nullcontext() if backend is None else use(backend):
+        append_op(
+            k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rotary_cos, rotary_sin, positions, interleaved
+        )
+
+
+def _check_dims(q: Tensor, packed: bool) -> None:
+    if not isinstance(q, Tensor):
+        raise fail("paged_attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
+    if q.dim() != 3 and (packed or q.dim() != 4):
+        expected = (
+            "(tokens, heads, head_dim)" if packed else "(batch, heads, head_dim) or (batch, queries, heads, head_dim)"
+        )
+        raise fail("paged_attention", "q", f"of shape {tuple(q.shape)}", expected)
+
+
+def _window(causal: bool, window: tuple[int, int]) -> tuple[int, int]:
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise fail(
+            "paged_attention", "window", repr(window), "two integers (left, right); -1 means no limit", error=TypeError
+        ) from None
+    return left, (0 if right == -1 else min(right, 0)) if causal else right
+
+
+def _widen(q: Tensor, x: Tensor | None) -> Tensor | None:
+    """Slopes and sinks in the dtype of the softmax."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _tree_bits(mask: Tensor, packed: bool) -> Tensor:
+    """(B or 1, rows, words) int32 from a bool mask; packed: (1, tokens, words)."""
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.int32):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise fail("paged_attention", "tree_mask", got, "a bool tensor, or int32 words of 32 bits", error=TypeError)
+    if mask.dim() not in ((2,) if packed else (2, 3)):
+        expected = "(tokens, queries)" if packed else "(batch or 1, queries, queries)"
+        raise fail("paged_attention", "tree_mask", f"of shape {tuple(mask.shape)}", expected)
+    mask = mask if mask.dim() == 3 else mask[None]
+    if mask.dtype == torch.int32:
+        return mask
+    bits = AttentionMask.dense(mask[:, None]).bits
+    assert bits is not None
+    return bits[:, 0]

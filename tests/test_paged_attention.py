@@ -1,0 +1,180 @@
+"""What the declarations of the paged cache cannot say: equal answers by other ways, and calls that must not write."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import metate
+from metate.ops.paged_attention import reference
+from metate.ops.paged_attention.declaration import append_op, paged_attention_op
+
+
+def paged(lens: list[int], page_size: int, *heads: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Caches of random numbers with these heads and dims ((heads, dim) of k, of v), shuffled pages, NaN elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = [-(-n // page_size) for n in lens]
+    table = torch.full((len(lens), max(pages)), -1, dtype=torch.int32)
+    order = torch.randperm(sum(pages) + 1, generator=generator).to(torch.int32)
+    heads_k, dim_k, dim_v = heads
+    caches = [torch.full((len(order), page_size, heads_k, dim), float("nan")) for dim in (dim_k, dim_v)]
+    for b, n in enumerate(lens):
+        start = sum(pages[:b])
+        table[b, : pages[b]] = order[start : start + pages[b]]
+        rows = torch.arange(n)
+        for cache in caches:
+            cache[table[b].long()[rows // page_size], rows % page_size] = torch.randn(
+                n, heads_k, cache.shape[3], generator=generator
+            )
+    return *caches, table, torch.tensor(lens, dtype=torch.int32)
+
+
+def dense(cache: Tensor, table: Tensor, n: int) -> Tensor:
+    return cache[table.clamp(min=0).long()].flatten(0, 1)[None, :n]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_paged_equals_dense(queries):
+    k_cache, v_cache, table, lens = paged([5, 33, 64], 16, 2, 24, 16)
+    q = torch.randn(3, queries, 4, 24)
+    out, lse = metate.paged_attention(q, k_cache, v_cache, table, lens, return_lse=True)
+    for b, n in enumerate(lens.tolist()):
+        k, v = dense(k_cache, table[b], n), dense(v_cache, table[b], n)
+        expected, expected_lse = metate.attention(q[b : b + 1], k, v, causal=True, return_lse=True)
+        torch.testing.assert_close(out[b : b + 1], expected)
+        torch.testing.assert_close(lse[b : b + 1], expected_lse)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_cascade_equals_whole_sequences(queries):
+    k_cache, v_cache, table, lens = paged([32, 48, 9, 21, 30], 16, 2, 24, 24)
+    prefix_table, prefix_lens, own, own_lens = table[:2], lens[:2], table[2:], lens[2:]
+    groups = torch.tensor([0, 1, 3], dtype=torch.int32)
+    q, sinks = torch.randn(3, queries, 4, 24), torch.randn(4)
+    q = q.squeeze(1) if queries == 1 else q
+    options = dict(sinks=sinks, return_lse=True)
+    got = metate.cascade_attention(q, k_cache, v_cache, prefix_table, prefix_lens, groups, own, own_lens, **options)
+    whole = torch.full((3, 6), -1, dtype=torch.int32)
+    for b, group in enumerate([0, 1, 1]):
+        pages = int(prefix_lens[group]) // 16
+        whole[b, : pages + 2] = torch.cat([prefix_table[group, :pages], own[b, :2]])
+    lens = own_lens + prefix_lens[[0, 1, 1]]
+    for g, e in zip(got, metate.paged_attention(q, k_cache, v_cache, whole, lens, **options), strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_packed_equals_one_by_one():
+    k_cache, v_cache, table, lens = paged([5, 33, 64], 16, 2, 24, 16)
+    starts = [0, 2, 2, 9]
+    q = torch.randn(11, 4, 24)
+    cu = torch.tensor(starts, dtype=torch.int32)
+    out, lse = metate.paged_attention(q, k_cache, v_cache, table, lens, cu_seqlens_q=cu, return_lse=True)
+    for b, (start, end) in enumerate(pairwise(starts)):
+        one = slice(b, b + 1)
+        expected = metate.paged_attention(q[None, start:end], k_cache, v_cache, table[one], lens[one])
+        torch.testing.assert_close(out[None, start:end], expected)
+    assert not out[9:].any() and (lse[:, 9:] == float("-inf")).all()
+
+
+def test_keys_alone_are_appended_and_read_as_values():
+    """Multi-head latent attention: values are the first columns of the keys."""
+    cache = torch.full((4, 4, 1, 24), float("nan"))
+    k = torch.randn(6, 1, 24)
+    metate.append_kv(k, None, cache, None, torch.tensor([8, 9, 10, 11, 0, 1]))
+    table = torch.tensor([[2, 0]], dtype=torch.int32)
+    q = torch.randn(1, 5, 24)
+    got = metate.paged_attention(q, cache, cache[..., :16], table, torch.tensor([6], dtype=torch.int32))
+    expected = metate.attention(q[None], k[None], k[None, ..., :16])
+    torch.testing.assert_close(got[None], expected)
+
+
+def test_a_tree_shows_ancestors_and_everything_older():
+    k_cache, v_cache, table, lens = paged([37], 16, 2, 24, 16)
+    parents = [-1, 0, 0, 1, 2]
+    mask = metate.AttentionMask.tree(parents, prefix=32)
+    visible = torch.zeros(5, 5, dtype=torch.bool)
+    for i, parent in enumerate(parents):
+        visible[i, i] = True
+        if parent >= 0:
+            visible[i] |= visible[parent]
+    q = torch.randn(1, 5, 4, 24)
+    got = metate.paged_attention(q, k_cache, v_cache, table, lens, tree_mask=visible)
+    expected = metate.attention(q, dense(k_cache, table[0], 37), dense(v_cache, table[0], 37), mask=mask)
+    torch.testing.assert_close(got, expected)
+
+
+def test_quantised_rows_are_the_nearest_codes():
+    x = torch.randn(50, 3, 64) * torch.logspace(-20, 20, 50)[:, None, None]
+    for dtype, levels in ((torch.int8, 127), (torch.uint8, 7)):
+        codes, scale = reference.quantise(x, dtype, True)
+        back = reference.decode(codes, scale, torch.float64)
+        assert ((back - x).abs() <= scale[..., None].double() * 0.5001).all()
+        torch.testing.assert_close(scale, x.abs().amax(-1) / levels)
+    assert torch.equal(reference.quantise(x, torch.float8_e4m3fn, False)[0].float().abs().amax(), torch.tensor(448.0))
+
+
+CALL = append_op.example(append_op.domain.cases[4], torch.float32)
+ROTATED = append_op.example(append_op.domain.cases[2], torch.float32)
+
+
+def changed(args, **values):
+    return tuple(values.get(name, a) for name, a in zip(append_op.parameters, args, strict=True))
+
+
+SLOTS = torch.arange(33)
+MALFORMED = {
+    "slot behind the cache": (changed(CALL, slot_mapping=SLOTS + 40), "slot_mapping is 40 to 72, expected -1"),
+    "slot below -1": (changed(CALL, slot_mapping=SLOTS - 2), "slot_mapping is -2 to 30"),
+    "slot twice": (changed(CALL, slot_mapping=SLOTS.clamp(max=31)), "slot_mapping is 31 twice"),
+    "other dtype": (changed(CALL, v_cache=CALL[3].to(torch.uint8)), "v_cache is"),
+    "no scale": (changed(CALL, k_scale=None), "k_scale is None, expected .*float32 beside a cache of torch.int8"),
+    "expanded": (changed(CALL, v_cache=CALL[3][:1].expand_as(CALL[3])), "v_cache is expanded"),
+    "position": (changed(ROTATED, positions=ROTATED[9] + 30), "positions is .*expected 0 to 49"),
+    "angles without positions": (changed(ROTATED, positions=None), "cos is given without"),
+    "wide angles": (changed(ROTATED, cos=torch.ones(50, 65), sin=torch.ones(50, 65)), "cos is of 65 columns"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_append_writes_nothing(name):
+    args, message = MALFORMED[name]
+    before = [x.clone() for x in append_op.written(args)]
+    with pytest.raises((TypeError, ValueError), match=f"metate.append_kv: {message}"):
+        append_op(*args)
+    assert all(torch.equal(a, b) for a, b in zip(append_op.written(args), before, strict=True))
+
+
+READ = paged_attention_op.example(paged_attention_op.domain.cases[3], torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        (dict(seq_lens=torch.tensor([-1, 3], dtype=torch.int32)), r"seq_lens is -1 to 3, expected 0 to 384"),
+        (dict(seq_lens=torch.tensor([1, 385], dtype=torch.int32)), r"seq_lens is 1 to 385"),
+        (dict(block_table=torch.full((2, 3), 8, dtype=torch.int32)), r"block_table\[0, 0\] is 8, expected .* 0 to 7"),
+        (dict(left_pad=torch.tensor([-1, 3], dtype=torch.int32)), "left_pad is -1"),
+        (dict(k_cache=READ[1][..., :64]), r"k_cache is of shape .*, expected a last dimension of 128 columns"),
+        (dict(k_scale=torch.ones(8, 128, 1), v_scale=torch.ones(8, 128, 1)), "k_scale is given, expected None"),
+        (dict(k_cache=READ[1].to(torch.int8)), "k_scale is None"),
+        (dict(cu_seqlens_q=torch.tensor([0, 1, 1], dtype=torch.int32)), "q is of shape"),
+    ],
+)
+def test_a_malformed_read_is_refused(values, message):
+    args = tuple(values.get(name, a) for name, a in zip(paged_attention_op.parameters, READ, strict=True))
+    with pytest.raises((TypeError, ValueError), match=f"metate.paged_attention: {message}"):
+        paged_attention_op(*args)
+
+
+def test_gradients_are_refused_before_anything_is_written():
+    args = append_op.example(append_op.domain.cases[1], torch.float32)
+    before = args[2].clone()
+    with pytest.raises(NotImplementedError, match=r"metate\.append_kv: no gradient"):
+        metate.append_kv(args[0].requires_grad_(), *args[1:5])
+    assert torch.equal(args[2], before)
+    version = args[2]._version
+    metate.append_kv(args[0].detach(), *args[1:5])
+    assert args[2]._version > version and not torch.equal(args[2], before)

@@ -18,7 +18,12 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: the module runs on every later torch
 GIGABYTES_PER_JOB = 1.0
+CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
+NO_PYBIND11 = """
+metate: no pybind11 headers in this torch ({folder}), and none installed.
+Install them beside torch, `pip install pybind11` or `conda install pybind11`, and run this again.
+"""
 NO_COMPILER = """
 metate: no C++ compiler works here ({problem}).
 metate compiles its kernels for this machine; it needs g++ 11 or clang 14, or newer.
@@ -119,7 +124,7 @@ class Kernels:
 def binding(name: str, library: str, flags: list[str], link: list[str]) -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    compile_args = ["-std=c++20", "-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden", *flags]
+    compile_args = [*CXX_FLAGS, *flags]
     compile_args += [f"-DMETATE_MODULE={name}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     compile_args += [f"-isystem{path}" for path in include_paths()]
     link_args = [library, *link, "-Wl,--exclude-libs,ALL", *(f"-L{path}" for path in library_paths())]
@@ -135,13 +140,37 @@ def binding(name: str, library: str, flags: list[str], link: list[str]) -> Exten
     )
 
 
+def pybind11_headers() -> str:
+    """Torch's own copy, which fits every Python that this torch runs on; an installed one where torch has none."""
+    from torch.utils.cpp_extension import include_paths
+
+    folder = include_paths()[0]
+    if (Path(folder) / "pybind11" / "pybind11.h").exists():
+        return folder
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit(NO_PYBIND11.format(folder=folder).strip())
+    return str(pybind11.get_include())
+
+
+def runtime() -> Extension:
+    """metate._runtime: host objects without tensors, for this Python only (pybind11 has no limited API)."""
+    return Extension(
+        "metate._runtime",
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "runtime").glob("*.cpp")),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": [*CXX_FLAGS, f"-isystem{pybind11_headers()}"]},
+    )
+
+
 def build_kernels() -> tuple[list[Extension], dict[str, str]]:
     """The binding modules to compile against the kernels, and a report of what there is and what not."""
     import torch
 
     kernels, nvcc = Kernels(), find_nvcc()
     kernels.configure(nvcc)
-    extensions = [binding("_cpu", kernels.build("metate_cpu"), [], [])]
+    extensions = [runtime(), binding("_cpu", kernels.build("metate_cpu"), [], [])]
     report = {"torch": torch.__version__, "machine": platform.machine(), "archs": "", "cuda": ""}
     library, report["cuda"] = kernels.cuda(nvcc)
     if library:
@@ -158,7 +187,7 @@ def build_command(report: dict[str, str]):
 
     class Build(BuildExtension):
         def build_extension(self, ext):
-            # Both modules compile the same sources, each into its own folder, which outlives pip's temporary ones.
+            # Both bindings compile the same sources, each into its own folder, which outlives pip's temporary ones.
             self.build_temp = str(BUILD / "bindings" / ext.name)
             Path(self.build_temp).mkdir(parents=True, exist_ok=True)
             super().build_extension(ext)
@@ -207,10 +236,10 @@ def main() -> None:
     setup(
         packages=[*packages, "metate.kernels", *kernels, "metate.bench"],
         package_dir={"": "python", "metate.kernels": "kernels", "metate.bench": "bench"},
-        package_data={"metate": ["py.typed"]},
+        package_data={"metate": ["py.typed", "_runtime.pyi"]},
         ext_modules=extensions,
         cmdclass=commands,
-        options={"bdist_wheel": {"py_limited_api": "cp310"}, "build": {"build_lib": str(BUILD / "lib")}},
+        options={"build": {"build_lib": str(BUILD / "lib")}},
     )
     if extensions:
         lock.close()

@@ -143,7 +143,7 @@ def test_gpu_kernels_are_few():
 
 
 def test_wheel(tmp_path, tree):
-    """A wheel serves every Python from 3.10 and every torch from 2.10, and holds kernels, types and nothing else."""
+    """A wheel serves this Python and every torch from 2.10, and holds kernels, types and nothing else."""
     subprocess.run(
         [
             sys.executable,
@@ -161,9 +161,10 @@ def test_wheel(tmp_path, tree):
         env={**os.environ, "METATE_ARCHS": ""},  # the CUDA kernels would be compiled once more, for minutes
     )
     (wheel,) = tmp_path.glob("*.whl")
-    assert re.fullmatch(r"metate-\S+-cp310-abi3-linux_\w+\.whl", wheel.name)
+    assert re.fullmatch(r"metate-[0-9.]+-(cp3\d+)-\1t?-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {"metate/_cpu.abi3.so", "metate/build.json", "metate/py.typed", "metate/kernels/__init__.py"} <= set(names)
+    assert any(re.fullmatch(r"metate/_runtime\.cpython-3\S+\.so", name) for name in names)
     extra = [name for name in names if not re.match(r"metate(-[0-9.]+\.dist-info)?/", name) or "__pycache__" in name]
     assert not extra, extra
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
 constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
+constexpr int64_t span = 8;            // blocks whose sums are added up before they join the rest: short chains round less
 
 // How the result is cut: pieces of `panels` panels of W's rows.
 struct Cut {
@@ -24,7 +25,8 @@ Cut cut_of(int64_t rows, int64_t n) {
 // What a worker needs for one piece.
 struct Workspace {
     int32_t* words;
-    float *values, *totals;
+    float* values;
+    float *totals, *earlier;      // of the present span of blocks, and of those before it
     float *scales, *corrections;  // of `window` groups for each panel
     int32_t *codes, *centers;     // of products in whole numbers, like the values and the scales
     int64_t* first_group;         // of each panel's window, -1: nothing loaded
@@ -74,6 +76,7 @@ struct Problem {
         at.values = arithmetic.digits ? nullptr : arena.take<float>(block * panel);
         at.codes = arithmetic.digits ? arena.take<int32_t>(block / 4 * panel) : nullptr;
         at.totals = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
+        at.earlier = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
         at.scales = arena.take<float>(cut.panels * window * panel);
         at.corrections = is_corrected() ? arena.take<float>(cut.panels * window * panel) : nullptr;
         at.centers = arithmetic.digits ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
@@ -198,6 +201,14 @@ void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number,
     }
 }
 
+// Moves the first n totals of a span to the earlier ones.
+void end_span(const Workspace& at, int64_t n) {
+    for (int64_t i = 0; i < n; i += width) {
+        store(at.earlier + i, load(at.earlier + i) + load(at.totals + i));
+        store(at.totals + i, splat(0.0f));
+    }
+}
+
 // `count` panels from number `first` on.
 template <class T>
 void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
@@ -205,10 +216,14 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
     count = smaller(count, ceil_div(w.rows, panel) - first);
     for (int64_t x_row = 0; x_row < p.x.rows; x_row += rows_at_once) {
         const int64_t rows = smaller(rows_at_once, p.x.rows - x_row);
-        for (int64_t i = 0; i < count * rows * panel; i += width) store(at.totals + i, splat(0.0f));
+        for (int64_t i = 0; i < count * rows * panel; i += width) {
+            store(at.totals + i, splat(0.0f));
+            store(at.earlier + i, splat(0.0f));
+        }
         for (int64_t i = 0; i < count; ++i) at.first_group[i] = -1;
         for (int64_t k = 0; k < p.blocks; ++k) {
             const BlockPlan& plan = p.plans[k];
+            if (k % span == 0 && k > 0) end_span(at, count * rows * panel);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t row = (first + i) * panel, offset = i * p.window * panel;
                 load_window(p, at, i, row, k);
@@ -218,6 +233,8 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
                                 nullptr, p.x.most_chunks, at.totals + i * rows * panel});
             }
         }
+        for (int64_t i = 0; i < count * rows * panel; i += width)
+            store(at.totals + i, load(at.earlier + i) + load(at.totals + i));
         for (int64_t i = 0; i < count; ++i) {
             add_low_rank(p.call.update, {}, at.totals + i * rows * panel, panel, (first + i) * panel, x_row, rows);
             write_panel<T>(p.call, at.totals + i * rows * panel, (first + i) * panel, x_row, rows);

@@ -85,7 +85,8 @@ def int8_activations(x: Tensor, group_size: int) -> Tensor:
     number = int(starts.sum())
     index = chunk.expand(x.shape[0], -1)
     largest = single.new_zeros(x.shape[0], number).scatter_reduce(1, index, single.abs(), "amax")
-    inverse = torch.where(largest > 0, 127 / largest, torch.zeros_like(largest))
+    steps = torch.full_like(largest, 127)  # 127 / largest would be a product with a rounded reciprocal
+    inverse = torch.where(largest > 0, steps / largest, torch.zeros_like(largest))
     whole = torch.round(single * inverse.gather(1, index))
     return whole.to(x.dtype) * (largest / 127).gather(1, index).to(x.dtype)
 

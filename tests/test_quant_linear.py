@@ -15,6 +15,7 @@ from torch import Tensor
 
 import metate
 from metate import QuantizedWeight, library
+from metate.ops.quant_linear.declaration import int8_op, linear_op
 from metate.ops.quant_linear.weight import pack_codes
 
 LINEAR = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "quant_linear"]
@@ -40,6 +41,14 @@ def weight(N: int = 40, K: int = 200, bits: int = 4, group: int = 64, form: str 
 def error(got: Tensor, x: Tensor, w: QuantizedWeight) -> float:
     truth = x.double() @ metate.dequantize(w, torch.float64).T
     return float((got.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [linear_op, int8_op], ids=lambda op: op.name)
+@pytest.mark.parametrize("form", ["codebook", "zeros"])
+def test_long_rows_round_no_more_than_torch(form, op, dtype):
+    args = op.example({**op.domain.sweep[0], "M": 2, "N": 64, "K": 14336, "form": form}, dtype)
+    op.assert_close(op(*args), args)
 
 
 @everywhere

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
 constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
-constexpr int64_t span = 8;            // blocks whose sums are added up before they join the rest: short chains round less
+constexpr int64_t span = 8;            // blocks whose sums join the rest as one: short chains round less
 
 // How the result is cut: pieces of `panels` panels of W's rows.
 struct Cut {

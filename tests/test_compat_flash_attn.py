@@ -196,7 +196,7 @@ def test_kvcache(name, rotate, batch_idx):
         want, want_lse = truth(new_q, keys, values, **b_options)
         assert torch.allclose(out[b].double(), want[0], atol=5e-6)
         assert torch.allclose(lse[b].double(), want_lse[0], atol=1e-5)
-        assert torch.equal(caches[0][entry, used : used + 5], new_k[0]), "new keys are written in place"
+        torch.testing.assert_close(caches[0][entry, used : used + 5], new_k[0])  # written in place
         assert torch.equal(caches[1][entry, used : used + 5], v[b])
         assert torch.equal(caches[0][entry, used + 5 :], before[0][entry, used + 5 :])
 
@@ -208,15 +208,62 @@ def test_kvcache_reads_only():
     assert torch.allclose(fa.flash_attn_with_kvcache(q, cache, cache), fa.flash_attn_func(q, cache, cache), atol=1e-6)
 
 
+def in_pages(cache, page_size):
+    """A contiguous cache as shuffled pages, unused rows NaN, and its block_table."""
+    batch, length = cache.shape[:2]
+    count = -(-length // page_size)
+    padded = torch.full((batch, count * page_size, *cache.shape[2:]), torch.nan, dtype=cache.dtype)
+    padded[:, :length] = cache
+    order = torch.randperm(batch * count, generator=torch.Generator().manual_seed(3))
+    table = order.argsort().view(batch, count).to(torch.int32)
+    return padded.unflatten(1, (count, page_size)).flatten(0, 1)[order], table
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+@pytest.mark.parametrize("name", ["plain", "window, causal", "softcap", "alibi per batch"])
+def test_kvcache_in_pages_is_the_contiguous_one(name, page_size):
+    q, k, v = draw(2, 3, 4, 16), draw(2, 3, 2, 16), draw(2, 3, 2, 16)
+    caches, angles = (draw(2, 40, 2, 16), draw(2, 40, 2, 16)), draw(64, 4)
+    pages, (table, _) = zip(*(in_pages(cache, page_size) for cache in caches), strict=True)
+    options = {
+        "cache_seqlens": torch.tensor([17, 36], dtype=torch.int32), "cache_leftpad": torch.tensor([0, 4]).int(),
+        "rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "return_softmax_lse": True, **CASES[name],
+    }  # fmt: skip
+    want = fa.flash_attn_with_kvcache(q, *caches, k, v, **options)
+    got = fa.flash_attn_with_kvcache(q, *pages, k, v, block_table=table, **options)
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    for cache, paged in zip(caches, pages, strict=True):
+        assert torch.equal(paged[table.long()].flatten(1, 2)[:, :40], cache), "the same keys are written"
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "window, causal", "softcap", "alibi"])
+def test_varlen_in_pages(name):
+    lengths_q, lengths_k = [3, 1, 0, 20], [30, 5, 9, 40]
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+    q, keys = draw(24, 4, 16), [draw(1, length, 2, 16) for length in lengths_k]
+    packed = torch.cat(keys, 1)[0]
+    cache = torch.zeros(4, 40, 2, 16)
+    for row, part in zip(cache, keys, strict=True):
+        row[: part.shape[1]] = part[0]
+    pages, table = in_pages(cache, 8)
+    want = fa.flash_attn_varlen_func(q, packed, packed, cu_q, cu_k, 20, 40, return_attn_probs=True, **CASES[name])
+    got = fa.flash_attn_varlen_func(
+        q, pages, pages, cu_q, cu_k, 20, 40, return_attn_probs=True, block_table=table, **CASES[name]
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, atol=3e-6, rtol=1e-5)
+
+
 def test_refusals():
     q, cache = draw(2, 1, 4, 16), draw(2, 40, 4, 16)
-    table = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="block_table"):
-        fa.flash_attn_with_kvcache(q, cache, cache, block_table=table)
-    cu = torch.tensor([0, 1], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="block_table"):
-        fa.flash_attn_varlen_func(q[0], cache, cache, cu, cu, 1, 1, block_table=table)
-    with pytest.raises(ValueError, match="k_cache"):
+    table, cu = torch.zeros(2, 1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cache_batch_idx"):
+        fa.flash_attn_with_kvcache(q, cache, cache, block_table=table, cache_batch_idx=table[:, 0])
+    with pytest.raises(ValueError, match="block_table"):
+        fa.flash_attn_with_kvcache(q, cache, cache, block_table=table + 2)
+    with pytest.raises(NotImplementedError, match="dropout_p"):
+        fa.flash_attn_varlen_func(q[0], cache, cache, cu, cu, 1, 1, dropout_p=0.1, block_table=table[:1])
+    with pytest.raises(ValueError, match="expected at most the 40 positions"):
         fa.flash_attn_with_kvcache(q, cache, cache, q, q, cache_seqlens=40)
     with pytest.raises(ValueError, match="new keys"):
         fa.flash_attn_with_kvcache(q, cache, cache, rotary_cos=draw(64, 4), rotary_sin=draw(64, 4), cache_seqlens=9)

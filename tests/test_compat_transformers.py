@@ -156,6 +156,17 @@ def test_generates_with_a_static_cache(name):
     assert torch.equal(eager.generate(**given, **options), metate.generate(**given, **options))
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_continuous_batching_generates_the_tokens_of_eager(name):
+    eager, metate = models(name)
+    prompts = [torch.randint(2, 90, (length,)).tolist() for length in (5, 3, 20)]
+    greedy = hf.GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=96, pad_token_id=0)
+    want = [eager.generate(torch.tensor([p]), generation_config=greedy)[0, len(p) :].tolist() for p in prompts]
+    batch = metate.generate_batch(inputs=prompts, generation_config=greedy)
+    assert metate.config._attn_implementation == "metate"
+    assert [batch[f"req_{i}"].generated_tokens for i in range(3)] == want
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_packed_sequences_stay_apart(name):
     given = {"input_ids": inputs_of(name, "full")["input_ids"]}

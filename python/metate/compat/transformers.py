@@ -18,23 +18,31 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from metate.masks import AttentionMask
-from metate.ops.attention import attention
+from metate.ops.attention import attention, attention_varlen
+from metate.ops.paged_attention import append_kv, paged_attention
 
 __all__ = ["disable", "disable_quantised", "enable", "enable_quantised", "quantised"]
 
 _NAME = "metate"
 _FAR = 2**30  # beyond any position
-_UNSERVED = ("indices", "block_indices", "sinks", "cache")  # arguments of some models that change the result
+_UNSERVED = ("indices", "block_indices", "sinks")  # arguments of some models that change the result
 
 Runs = tuple[Tensor, Tensor]  # of every query the first visible key and the one behind the last, (batch or 1, seqlen_q)
 
 
 def enable() -> None:
-    """Makes `attn_implementation="metate"` known to transformers; it changes no model that does not ask for it."""
+    """Makes `attn_implementation="metate"` known to transformers; it changes no model that does not ask for it.
+
+    Continuous batching (`model.generate_batch`) takes it too.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
+    for module in _continuous_batching():
+        asks = module.is_flash_attention_requested
+        if not isinstance(asks, _AlsoMetate):
+            module.is_flash_attention_requested = _AlsoMetate(asks)
 
 
 def disable() -> None:
@@ -43,6 +51,32 @@ def disable() -> None:
 
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(_NAME, None)
+    for module in _continuous_batching():
+        asks = module.is_flash_attention_requested
+        if isinstance(asks, _AlsoMetate):
+            module.is_flash_attention_requested = asks.original
+
+
+def _continuous_batching() -> tuple[Any, ...]:
+    """Its modules that ask by name which attention works without masks of theirs and without repeated keys."""
+    from transformers.generation.continuous_batching import cache, continuous_api, initialization
+
+    return cache, continuous_api, initialization
+
+
+class _AlsoMetate:
+    """transformers' `is_flash_attention_requested`, which says yes to metate as well."""
+
+    def __init__(self, original: Callable[..., bool]) -> None:
+        self.original = original
+
+    def __call__(
+        self, config: Any = None, requested_attention_implementation: str | None = None, version: Any = None
+    ) -> bool:
+        name = requested_attention_implementation if config is None else config._attn_implementation
+        if name == _NAME and version is None:
+            return True
+        return self.original(config, requested_attention_implementation, version)
 
 
 def enable_quantised() -> None:
@@ -88,11 +122,13 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query (batch, heads, seqlen_q, head_dim) over key and value that are not repeated for the group.
 
-    A sliding window is in the mask already, as for eager attention.
+    A sliding window is in the mask already, as for eager attention; with the paged `cache` of continuous batching it
+    comes as a number.
     """
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
@@ -101,7 +137,10 @@ def _attention(
     for name in _UNSERVED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'metate: {name} is given to attention, use attn_implementation="eager"')
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if cache is not None:
+        options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "causal": causal}
+        return _continuous(cache, module, query, key, value, options, kwargs), None
     mask, bias = _lower(attention_mask, position_bias, key.shape[2])
     if query.shape[0] != key.shape[0]:  # learned queries of batch 1
         query = query.expand(key.shape[0], *query.shape[1:])
@@ -109,7 +148,7 @@ def _attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        causal=causal and attention_mask is None and query.shape[2] > 1,
         top_left=True,
         scale=scaling,
         softcap=softcap or 0.0,
@@ -119,6 +158,28 @@ def _attention(
         dropout_p=dropout,
     )
     return out, None
+
+
+def _continuous(
+    cache: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any], kwargs: dict[str, Any]
+) -> Tensor:
+    """(1, tokens, heads, value_dim): packed sequences over the paged cache, which takes their new keys and values."""
+    if (sliding := kwargs.get("sliding_window")) is not None:
+        options["window"] = (sliding - 1, -1 if options["causal"] else sliding - 1)
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    cu_seqlens_q, cu_seqlens_k = (kwargs[f"cu_seq_lens_{x}"].to(torch.int32) for x in "qk")
+    if (table := kwargs.get("block_table")) is None:
+        packed: Tensor = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+        return packed[None]
+    k_cache, v_cache = kwargs["k_cache"], kwargs["v_cache"]  # one new token for every sequence; not written yet
+    entries, page_size = table.shape[0], k_cache.shape[1]
+    lengths = cu_seqlens_k.diff()[:entries]
+    last = lengths.long() - 1
+    slots = table.gather(1, (last.clamp(min=0) // page_size)[:, None])[:, 0].long() * page_size + last % page_size
+    append_kv(k[:entries], v[:entries], k_cache, v_cache, torch.where(last >= 0, slots, -1))
+    out = paged_attention(q[:entries], k_cache, v_cache, table, lengths, **options)
+    return pad(out, (0, 0, 0, 0, 0, q.shape[0] - entries))[None]
 
 
 def _lower(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.masks import AttentionMask
 from metate.ops.attention import attention, attention_varlen
+from metate.ops.paged_attention import append_kv, paged_attention
 from metate.philox import keep_mask
 
 __all__ = [
@@ -123,10 +123,21 @@ def flash_attn_varlen_func(
     """`flash_attn_func` over packed sequences: q (tokens_q, heads, head_dim), k and v (tokens_k, kv_heads, head_dim).
 
     cu_seqlens_q and cu_seqlens_k (batch + 1) int32 say where sequences start. max_seqlen_q and max_seqlen_k are the
-    last sizes of S_dmask (batch, heads, max_seqlen_q, max_seqlen_k); softmax_lse is (heads, tokens_q).
+    last sizes of S_dmask (batch, heads, max_seqlen_q, max_seqlen_k); softmax_lse is (heads, tokens_q). With block_table
+    (batch, pages of a sequence) int32, k and v are pages (pages, page_size, kv_heads, head_dim) of any size, without
+    dropout and gradient.
     """
     if block_table is not None:
-        raise _no_pages("flash_attn_varlen_func")
+        if dropout_p:
+            raise NotImplementedError(
+                f"flash_attn_varlen_func: dropout_p is {dropout_p}, expected 0 beside block_table"
+            )
+        with torch.no_grad():
+            out, lse = paged_attention(
+                q, k, v, block_table, cu_seqlens_k.diff(), cu_seqlens_q=cu_seqlens_q, return_lse=True,
+                **_cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
+            )  # fmt: skip
+        return (out, _flash_lse(lse), q.new_empty(0)) if return_attn_probs else out
     options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     if not return_attn_probs:
         return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
@@ -207,43 +218,52 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Any:
-    """Attention over a contiguous cache, after new keys and values are written into it; no gradient.
+    """Attention over a cache of keys and values, after new ones are written into it; no gradient.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim).
-        k_cache, v_cache: (cache entries, seqlen_cache, kv_heads, head_dim).
+        k_cache, v_cache: (cache entries, seqlen_cache, kv_heads, head_dim); with block_table pages of any size, (pages,
+            page_size, kv_heads, head_dim).
         k, v: (batch, seqlen_new, kv_heads, head_dim), written in place from position cache_seqlens on.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2); turn k, and q with it, before the attention.
         cache_seqlens: keys in the cache before this call, one number or (batch).
-        cache_batch_idx: (batch), the cache entry of each query; default one after another.
+        cache_batch_idx: (batch), the cache entry of each query; default one after another. Not beside block_table.
         cache_leftpad: (batch), the first valid key of each entry.
+        block_table: (batch, pages of a sequence) int32, the pages that a sequence's keys are in.
         num_splits: accepted; metate cuts the work by itself.
         Others as in `flash_attn_func`; causal, windows and ALiBi count from the last valid key.
     """
-    if block_table is not None:
-        raise _no_pages("flash_attn_with_kvcache")
     with torch.no_grad():
-        batch, seqlen_q = q.shape[:2]
-        entries = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
-        used = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
-        lengths = torch.as_tensor(used, device=q.device).expand(batch).long()
+        batch = q.shape[0]
+        table = _pages_of(k_cache, block_table, cache_batch_idx, batch)
+        used = table.shape[1] * k_cache.shape[1] if cache_seqlens is None else cache_seqlens
+        lengths = torch.as_tensor(used, dtype=torch.int32, device=q.device).expand(batch)
         if rotary_cos is not None and rotary_sin is not None:
+            if k is None:
+                raise ValueError(
+                    "flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin"
+                )
             local = causal or any(int(side) >= 0 for side in window_size)
-            q, k = _rotate_new(q, k, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
+            q = _rotate_queries(q, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
         if k is not None and v is not None:
-            lengths = _append(k_cache, v_cache, k, v, lengths, entries)
-        k, v = (cache if cache_batch_idx is None else cache[entries] for cache in (k_cache, v_cache))
-        intervals = _cache_intervals(seqlen_q, lengths, cache_leftpad, causal, window_size)
-        bias = None
-        if alibi_slopes is not None:
-            diagonal = torch.arange(seqlen_q, device=q.device)[:, None] + (lengths - seqlen_q)[:, None, None, None]
-            distance = (diagonal - torch.arange(k.shape[1], device=q.device)).abs()
-            bias = -alibi_slopes.reshape(-1, q.shape[2], 1, 1) * distance
-        out, lse = attention(
-            q, k[:batch], v[:batch], scale=softmax_scale, softcap=softcap, bias=bias,
-            mask=AttentionMask(intervals=intervals), return_lse=True,
+            angles = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "interleaved": rotary_interleaved}
+            lengths = _append(k_cache, v_cache, k, v, lengths, table, angles)
+        out, lse = paged_attention(
+            q, k_cache, v_cache, table, lengths, left_pad=cache_leftpad, return_lse=True,
+            **_cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
         )  # fmt: skip
     return (out, _flash_lse(lse)) if return_softmax_lse else out
+
+
+def _cache_options(
+    scale: float | None, causal: bool, window: Any, softcap: float, alibi_slopes: Tensor | None
+) -> dict[str, Any]:
+    """Keyword arguments of metate.paged_attention."""
+    left, right = int(window[0]), int(window[1])
+    return {
+        "scale": scale, "causal": causal, "window": (left, right), "softcap": max(softcap, 0.0),
+        "alibi_slopes": alibi_slopes,
+    }  # fmt: skip
 
 
 def _options(
@@ -300,49 +320,42 @@ def _dmask(entry: int, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
         return torch.where(kept, s, -s).to(q.dtype)
 
 
-def _rotate_new(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, lengths: Tensor, local: bool, interleaved: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Rotates k from its first new position on; q alike, or at that position alone where all queries see the same."""
+def _pages_of(k_cache: Tensor, block_table: Tensor | None, entries: Tensor | None, batch: int) -> Tensor:
+    """(batch, pages of a sequence) int32: a contiguous cache is one with a page an entry."""
+    if block_table is not None:
+        if entries is not None:
+            raise ValueError("flash_attn_with_kvcache: cache_batch_idx is given, expected None beside block_table")
+        return block_table
+    if entries is None:
+        entries = torch.arange(batch, device=k_cache.device)
+    return entries.to(torch.int32)[:, None]
+
+
+def _rotate_queries(q: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, local: bool, interleaved: bool) -> Tensor:
+    """q turned from the position of the first new key on; at that position alone where all queries see the same."""
     from metate.compat.flash_attn.layers.rotary import apply_rotary_emb
 
-    if k is None:
-        raise ValueError("flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin")
-    k = apply_rotary_emb(k, cos, sin, interleaved, seqlen_offsets=lengths)
-    if local:
-        return apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=lengths), k
-    flat = apply_rotary_emb(q.flatten(1, 2)[:, None], cos, sin, interleaved, seqlen_offsets=lengths)
-    return flat[:, 0].unflatten(1, q.shape[1:3]), k
+    x = q if local else q.flatten(1, 2)[:, None]
+    turned: Tensor = apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=lengths)
+    return turned.view(q.shape)
 
 
-def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, entries: Tensor) -> Tensor:
-    """Writes k and v behind what the cache holds; the new lengths."""
-    positions = lengths[:, None] + torch.arange(k.shape[1], device=k.device)
-    if positions.numel() and int(positions.max()) >= k_cache.shape[1]:
+def _append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor, angles: dict[str, Any]
+) -> Tensor:
+    """Writes k, turned, and v behind what the cache holds; the new lengths."""
+    page_size = k_cache.shape[1]
+    positions = lengths[:, None] + torch.arange(k.shape[1], device=k.device, dtype=torch.int32)
+    if positions.numel() and int(positions.max()) >= table.shape[1] * page_size:
         raise ValueError(
             f"flash_attn_with_kvcache: cache_seqlens + {k.shape[1]} new keys reach {int(positions.max()) + 1}, "
-            f"expected at most the {k_cache.shape[1]} positions of k_cache"
+            f"expected at most the {table.shape[1] * page_size} positions of the cache"
         )
-    k_cache[entries[:, None], positions], v_cache[entries[:, None], positions] = k, v
+    slots = table.gather(1, (positions // page_size).long()).long() * page_size + positions % page_size
+    if angles["rotary_cos"] is not None:
+        angles = {name: a.float() if isinstance(a, Tensor) else a for name, a in angles.items()}
+        angles["positions"] = positions.flatten()
+    else:
+        angles = {}
+    append_kv(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots.flatten(), **angles)
     return lengths + k.shape[1]
-
-
-def _cache_intervals(seqlen_q: int, lengths: Tensor, leftpad: Tensor | None, causal: bool, window: Any) -> Tensor:
-    """(batch, 1, seqlen_q, 2): the keys that each query sees, when entry b holds lengths[b] of them."""
-    left, right = int(window[0]), int(window[1])
-    right = 0 if causal else right
-    rows = torch.arange(seqlen_q, device=lengths.device) + (lengths - seqlen_q)[:, None]
-    start = torch.zeros_like(rows) if leftpad is None else leftpad.long()[:, None].expand_as(rows)
-    end = lengths[:, None].expand_as(rows)
-    if left >= 0:
-        start = torch.maximum(start, rows - left)
-    if right >= 0:
-        end = torch.minimum(end, rows + right + 1)
-    return torch.stack([start, end], -1)[:, None].to(torch.int32)
-
-
-def _no_pages(function: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{function}: block_table is given, but paged key-value caches are not supported yet; "
-        "pass a contiguous cache, or packed keys and cu_seqlens_k"
-    )

@@ -1,8 +1,9 @@
-"""Modules over low-bit weights: QuantLinear, LoraLinear on top of it, quantize_model, which puts
-them in place, and dequantize_model, which takes them out."""
+"""Modules: low-bit linear layers (QuantLinear, LoraLinear on top of it, quantize_model, which puts them in place, and
+dequantize_model, which takes them out), and attention over a cache of latents (LatentAttention)."""
 
+from metate.nn.latent_attention import LatentAttention
 from metate.nn.lora import LoraLinear
 from metate.nn.model import dequantize_model, quantize_model
 from metate.nn.quant_linear import QuantLinear
 
-__all__ = ["LoraLinear", "QuantLinear", "dequantize_model", "quantize_model"]
+__all__ = ["LatentAttention", "LoraLinear", "QuantLinear", "dequantize_model", "quantize_model"]

@@ -138,6 +138,32 @@ def compile_quant_linear(everything: bool) -> None:
         kernels.quant_matmul(tensor(rows, 3000, dtype=torch.float16), *form[0], order, *form[1], 1000)
 
 
+def compile_paged_attention(everything: bool) -> None:
+    from metate.kernels import paged_attention
+
+    take_first_shape(paged_attention.attend)
+    batch, pages, page_size, kv_heads = 4, 64, 16, 2
+    int32 = {"dtype": torch.int32}
+    table, lens, slots = tensor(batch, pages, **int32), tensor(batch, **int32), tensor(30, dtype=torch.int64)
+    half = torch.float16 if everything else torch.bfloat16
+    kinds = [torch.int8, torch.float8_e4m3fn] if everything else [half, torch.uint8]
+    for dim, tokens in ((40, 30),) if everything else ((64, 1), (64, 32), (128, 1), (128, 32)):
+        for kind in kinds:
+            cache = tensor(99, page_size, kv_heads, dim // 2 if kind == torch.uint8 else dim, dtype=kind)
+            scale = None if kind == half else tensor(99, page_size, kv_heads)
+            terms: list[Any] = [None] * 5
+            scores: list[Any] = [0.1, -1, 0, 0.0, False]
+            q = tensor(batch, tokens, 8, dim, dtype=half)
+            if everything:
+                q = tensor(1, tokens, 8, dim, dtype=half)
+                terms = [tensor(batch + 1, **int32), lens, tensor(batch, 8), tensor(8), tensor(1, tokens, 1, **int32)]
+                scores = [0.1, 100, 0, 30.0, True]
+            paged_attention.paged_attention(q, cache, cache, table, lens, scale, scale, *terms, *scores)
+            k, angles = tensor(30, kv_heads, dim, dtype=half), tensor(100, dim // 2)
+            rotation = [angles, angles, slots, True] if everything else [None, None, None, False]
+            paged_attention.append_kv(k, k, cache, cache, slots, scale, scale, *rotation)
+
+
 @pytest.mark.parametrize("capability,everything", [(80, True), (90, False)], ids=["sm_80-everything", "sm_90-plain"])
 def test_compiles_without_a_gpu(capability, everything, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -155,8 +181,10 @@ def test_compiles_without_a_gpu(capability, everything, tmp_path):
         "queries_kernel",
         "columns_kernel",
         "merge_kernel",
+        "attend_kernel",
+        "append_kernel",
     }
-    names |= {"bias_kernel", "slopes_kernel", "round_kernel"} if everything else set()
+    names |= {"bias_kernel", "slopes_kernel", "round_kernel", "sums_kernel"} if everything else set()
     assert {kernel["kernel"] for kernel in built} == names
     if not everything:
         assert not [kernel for kernel in built if kernel["spilled"]]
@@ -246,6 +274,59 @@ def test_one_element_spoils_what_it_is_multiplied_with(kernels, spoilt):
         )
 
 
+def paged(keys: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """k and v (keys, 2, 32), caches that hold them in pages in another order, and the pages."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(keys, 2, 32, generator=generator).to(dtype) for _ in range(2))
+    pages = -(-keys // page_size)
+    order = torch.randperm(pages, generator=generator)
+    caches = []
+    for rows in (k, v):
+        cache = torch.full((pages * page_size, 2, 32), torch.nan, dtype=dtype)
+        cache[:keys] = rows
+        caches.append(cache.view(pages, page_size, 2, 32)[order.argsort()])
+    return tuple(x.to(device) for x in (k, v, *caches, order.to(torch.int32)[None]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: list[int], *terms: Any, right: int = 0) -> Any:
+    from metate.kernels.paged_attention import paged_attention
+
+    given = [*terms, *[None] * (5 - len(terms))]
+    device = q.device
+    lengths = torch.tensor(lens, dtype=torch.int32, device=device)
+    return paged_attention(q, k, v, table, lengths, None, None, *given, 0.2, -1, right, 0.0, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_results_depend_on_nothing_but_their_sequence(runs, dtype):
+    """Not on the page size, nor on neighbours that make a packed batch long: splits lie at fixed keys."""
+    _, _, k, v, table = paged(530, 16, dtype)
+    q = torch.randn(1, 21, 4, 32, generator=torch.Generator().manual_seed(1)).to(k)
+    alone = attend(q[:, :2], k, v, table, [530])
+    _, _, *other = paged(530, 3, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(attend(q[:, :2], *other, [530]), alone, strict=True))
+    ends = torch.tensor([0, 2, 21], dtype=torch.int32, device=q.device)
+    both = attend(q, k, v, table.expand(2, -1), [530, 500], ends)
+    short = attend(q[:, :2], k, v, table, [530], ends[:2])
+    assert torch.equal(both[0][:, :2], short[0]) and torch.equal(both[1][..., :2], short[1])
+
+
+def test_paged_nan_reaches_only_who_may_see_it(runs):
+    """A tree mask hides the key of the second query from the others; NaN there is seen by that one alone."""
+    _, _, k, v, table = paged(300, 16, torch.float32)
+    q = torch.randn(1, 4, 4, 32, generator=torch.Generator().manual_seed(1)).to(k)
+    bits = torch.tensor([[[1], [3], [5], [8]]], dtype=torch.int32, device=q.device)
+    terms = (None, None, None, None, bits)
+    clean = attend(q, k, v, table, [300], *terms, right=-1)
+    page, row = table[0, 297 // 16], 297 % 16
+    k[page, row], v[page, row, :, 5] = torch.nan, torch.inf
+    spoilt = attend(q, k, v, table, [300], *terms, right=-1)
+    seen = torch.tensor([False, True, False, False])
+    assert torch.equal(spoilt[0][:, ~seen], clean[0][:, ~seen])
+    assert spoilt[0][:, seen].isnan().all()
+
+
 def low_bit(N: int, K: int) -> tuple[list[Tensor | None], list[int]]:
     """A 4-bit codebook weight as the operators take it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,3 +370,4 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(Driver(int(sys.argv[1])))
     compile_attention(bool(int(sys.argv[2])))
     compile_quant_linear(bool(int(sys.argv[2])))
+    compile_paged_attention(bool(int(sys.argv[2])))

@@ -158,6 +158,24 @@ std::vector<std::int32_t> BlockManager::table(std::int64_t id) {
     return table;
 }
 
+std::pair<std::vector<std::int32_t>, std::vector<std::int32_t>> BlockManager::tables(
+    const std::vector<std::int64_t>& ids) {
+    Turn turn(*this);
+    std::vector<const Sequence*> sequences;
+    std::size_t width = 0;
+    for (std::int64_t id : ids) {
+        sequences.push_back(&find(".tables", id));
+        width = std::max(width, sequences.back()->entries.size());
+    }
+    std::vector<std::int32_t> table(ids.size() * width, kNone), lengths;
+    for (std::size_t row = 0; row < ids.size(); ++row) {
+        const std::vector<Entry>& entries = sequences[row]->entries;
+        for (std::size_t i = 0; i < entries.size(); ++i) table[row * width + i] = entries[i].block;
+        lengths.push_back(static_cast<std::int32_t>(sequences[row]->length));
+    }
+    return {std::move(table), std::move(lengths)};
+}
+
 BlockManager::Tokens BlockManager::tokens(std::int64_t id) {
     Turn turn(*this);
     const Sequence& sequence = find(".tokens", id);

@@ -58,6 +58,8 @@ class BlockManager {
     std::int64_t length(std::int64_t sequence);
     // Block numbers of a sequence, in order.
     std::vector<std::int32_t> table(std::int64_t sequence);
+    // The tables of several sequences, one row each, ends filled up with -1; and their lengths.
+    std::pair<std::vector<std::int32_t>, std::vector<std::int32_t>> tables(const std::vector<std::int64_t>& sequences);
     // Tokens of a sequence as its blocks hold them.
     Tokens tokens(std::int64_t sequence);
     // Blocks that append may take: free ones and cached ones that no sequence holds.

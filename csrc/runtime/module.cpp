@@ -16,6 +16,14 @@ static py::dict statistics(BlockManager& manager) {
                     "evictions"_a = s.evictions, "copies"_a = s.copies);
 }
 
+static py::tuple tables(BlockManager& manager, const std::vector<std::int64_t>& sequences) {
+    auto bytes = [](const std::vector<std::int32_t>& x) {
+        return py::bytearray(reinterpret_cast<const char*>(x.data()), x.size() * sizeof(std::int32_t));
+    };
+    auto [table, lengths] = manager.tables(sequences);
+    return py::make_tuple(bytes(table), bytes(lengths));
+}
+
 PYBIND11_MODULE(_runtime, module) {
     module.doc() = "Stateful host objects of metate, without tensors.";
     py::register_exception<metate::runtime::CacheFull>(module, "CacheFull", PyExc_RuntimeError);
@@ -54,6 +62,8 @@ PYBIND11_MODULE(_runtime, module) {
              "Ends a sequence. Its full blocks stay known until their room is needed, the least recently used first.")
         .def("length", &BlockManager::length, "sequence"_a, "Tokens of a sequence.")
         .def("table", &BlockManager::table, "sequence"_a, "Block numbers of a sequence, in order.")
+        .def("tables", &tables, "sequences"_a,
+             "(table, lengths) of several sequences, bytes of int32: a row of blocks each, filled up with -1.")
         .def("tokens", &BlockManager::tokens, "sequence"_a, "Tokens of a sequence as its blocks hold them.")
         .def("available", &BlockManager::available,
              "Blocks that append may take: free ones and cached ones that no sequence holds.")

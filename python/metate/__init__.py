@@ -2,6 +2,7 @@
 
 from metate import library
 from metate.errors import FormatError
+from metate.generate import generate
 from metate.masks import AttentionMask
 from metate.nn import quantize_model
 from metate.op import explain, supports, use
@@ -23,6 +24,7 @@ __all__ = [
     "cascade_attention",
     "dequantize",
     "explain",
+    "generate",
     "load_quantized",
     "lora_linear",
     "merge_attention_states",

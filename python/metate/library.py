@@ -101,6 +101,17 @@ def _load(backend: str) -> Module:
         )
 
 
+def runtime() -> ModuleType:
+    """`metate._runtime`, the host objects without tensors."""
+    try:
+        return importlib.import_module("metate._runtime")
+    except ImportError as error:
+        raise ImportError(
+            f"metate.generate needs metate._runtime, which is not here ({error}): it is built for one Python; "
+            "run `pip install .` in metate's source with this one"
+        ) from error
+
+
 def _version(text: str) -> tuple[int, int]:
     major, minor = text.split(".")[:2]
     return int(major), int(minor)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from metate import FormatError, QuantizedWeight, load_quantized
 from metate import attention as metate_attention
 from metate.errors import fail
+from metate.generate import Batch, CacheLayout
 from metate.nn import QuantLinear
 from metate.quant import GGUFFile
 from metate.quant.gguf_model import GGUFModel
@@ -164,12 +165,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, inner_kv, bias=bias)
         self.o_proj = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | Batch | None) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.config.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        out: Tensor = self.o_proj(self.attend(q, k, v).flatten(-2))
+        if isinstance(cache, Batch):
+            attended = cache.attend(self.layer, q, k, v)
+        else:
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)
+            attended = self.attend(q, k, v)
+        out: Tensor = self.o_proj(attended.flatten(-2))
         return out
 
 
@@ -194,7 +199,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | Batch | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -238,16 +243,35 @@ class Llama(nn.Module):
         """Logits of every token; with a cache the tokens follow those it holds."""
         x = self.embed_tokens(tokens)
         begin = cache.used if cache is not None else 0
-        rotation = self.rotation(begin, begin + tokens.shape[1], x)
+        rotation = self.rotation(torch.arange(begin, begin + tokens.shape[1], device=x.device), x)
         for layer in self.layers:
             x = layer(x, rotation, cache)
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
 
-    def rotation(self, begin: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions begin … end-1, (seqlen, 1, head_dim): the same for every head."""
-        positions = torch.arange(begin, end, device=like.device, dtype=torch.float32)
-        angles = positions[:, None] * frequencies(self.config).to(like.device)
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What `metate.generate` and `PagedKVCache` must know."""
+        config, weight = self.config, self.embed_tokens.weight
+        heads, width = config.num_key_value_heads, config.head_dim
+        return CacheLayout(config.num_hidden_layers, heads, width, width, weight.dtype, weight.device)
+
+    def forward_paged(self, batch: Batch) -> Tensor:
+        """Logits (rows, vocab_size) of the tokens `batch.rows`; attention is that of the cache, whatever `attention`."""
+        x = self.embed_tokens(batch.tokens)
+        rotation = self.rotation(batch.positions, x)
+        for layer in self.layers:
+            x = layer(x, rotation, batch)
+        logits: Tensor = self.lm_head(self.norm(x[batch.rows]))
+        return logits
+
+    def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of (n) positions, (n, 1, head_dim): the same for every head."""
+        angles = positions[:, None].float() * frequencies(self.config).to(like.device)
         angles = torch.cat((angles, angles), -1)[:, None]
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 

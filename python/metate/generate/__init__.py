@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any
 
 from torch import Tensor
 
@@ -47,14 +47,6 @@ class Generation:
     logprobs: list[float] | None = None
 
 
-@overload
-def generate(
-    model: Model, prompts: Sequence[Sequence[int]] | Tensor, *, stream: Literal[False] = ..., **settings: Any
-) -> list[Generation]: ...
-@overload
-def generate(
-    model: Model, prompts: Sequence[Sequence[int]] | Tensor, *, stream: Literal[True], **settings: Any
-) -> Iterator[Event]: ...
 def generate(
     model: Model,
     prompts: Sequence[Sequence[int]] | Tensor,
@@ -76,7 +68,7 @@ def generate(
     page_size: int = 16,
     max_sequences: int = 64,
     token_budget: int = 512,
-) -> list[Generation] | Iterator[Event]:
+) -> Any:
     """Continues prompts, many at once, each as if it were alone.
 
     Args:

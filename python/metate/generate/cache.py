@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from metate import library
 from metate.errors import fail
 from metate.ops.paged_attention import append_kv, paged_attention
+
+if TYPE_CHECKING:
+    from metate._runtime import BlockManager
 
 # What a cache may hold beside the model's own dtype: dtype of the tensors, heads' columns a byte holds.
 COMPRESSED = {"int8": (torch.int8, 1), "int4": (torch.uint8, 2), "fp8": (torch.float8_e4m3fn, 1)}
@@ -125,7 +128,7 @@ class PagedKVCache:
             if getattr(layout, name) % share:
                 raise fail("PagedKVCache", name, getattr(layout, name), "an even number, for two columns a byte")
         self.layout, self.page_size, self.dtype = layout, page_size, dtype
-        self.manager = library.runtime().BlockManager(blocks, page_size, prefix_cache=prefix_cache)
+        self.manager: BlockManager = library.runtime().BlockManager(blocks, page_size, prefix_cache=prefix_cache)
         self.manager.set_hook(on_evict)
         rows = (layout.layers, blocks, page_size, layout.kv_heads)
         self.keys, self.values = (
@@ -137,8 +140,8 @@ class PagedKVCache:
         )
         self.layers = [self._layer(i) for i in range(layout.layers)]
 
-    def _layer(self, i: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        scales = {}
+    def _layer(self, i: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        scales: dict[str, Any] = {}
         if self.key_scales is not None and self.value_scales is not None:
             scales = {"k_scale": self.key_scales[i], "v_scale": self.value_scales[i]}
         return self.keys[i], self.values[i], scales
@@ -161,7 +164,7 @@ class PagedKVCache:
     @property
     def capacity(self) -> int:
         """Tokens that fit in."""
-        return int(self.manager.statistics()["blocks"]) * self.page_size
+        return self.manager.statistics()["blocks"] * self.page_size
 
     def append(self, sequence: int, tokens: Sequence[int]) -> list[int]:
         """Slots of the next tokens of a sequence; shared blocks are copied first where these will be written."""
@@ -182,7 +185,7 @@ class PagedKVCache:
         positions = torch.arange(total) + (seq_lens - ends).repeat_interleave(counts, output_size=total)
         rows = [i for part, end in zip(parts, ends.tolist(), strict=True) for i in range(end - part.wanted, end)]
         tensors = (
-            torch.tensor([token for part in parts for token in part.tokens]),
+            torch.tensor([token for part in parts for token in part.tokens], dtype=torch.int64),
             positions,
             torch.cat((ends.new_zeros(1), ends)),
             torch.frombuffer(tables, dtype=torch.int32).view(len(parts), -1),

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-
 from metate import library
 from metate.errors import fail
 from metate.generate.cache import Model, PagedKVCache, Part

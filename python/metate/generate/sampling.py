@@ -89,7 +89,7 @@ def probabilities(logits: Tensor, settings: Sequence[Sampling]) -> Tensor:
 
 
 def _cut(p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    ordered, which = p.sort(-1, descending=True, stable=True)
+    ordered, which = p.sort(stable=True, dim=-1, descending=True)
     rank = torch.arange(p.shape[-1], device=p.device)
     ordered = ordered.masked_fill((rank >= top_k) & (top_k > 0), 0.0)
     sums = ordered.cumsum(-1, dtype=torch.float64)

@@ -243,7 +243,7 @@ class Llama(nn.Module):
         """Logits of every token; with a cache the tokens follow those it holds."""
         x = self.embed_tokens(tokens)
         begin = cache.used if cache is not None else 0
-        rotation = self.rotation(torch.arange(begin, begin + tokens.shape[1], device=x.device), x)
+        rotation = self.rotation(begin, begin + tokens.shape[1], x)
         for layer in self.layers:
             x = layer(x, rotation, cache)
         logits: Tensor = self.lm_head(self.norm(x))
@@ -261,17 +261,20 @@ class Llama(nn.Module):
         return CacheLayout(config.num_hidden_layers, heads, width, width, weight.dtype, weight.device)
 
     def forward_paged(self, batch: Batch) -> Tensor:
-        """Logits (rows, vocab_size) of the tokens `batch.rows`; attention is that of the cache, whatever `attention`."""
+        """Logits (rows, vocab_size) of the tokens `batch.rows`; the cache attends, whatever `attention` is."""
         x = self.embed_tokens(batch.tokens)
-        rotation = self.rotation(batch.positions, x)
+        rotation = self._rotation(batch.positions.float(), x)
         for layer in self.layers:
             x = layer(x, rotation, batch)
         logits: Tensor = self.lm_head(self.norm(x[batch.rows]))
         return logits
 
-    def rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of (n) positions, (n, 1, head_dim): the same for every head."""
-        angles = positions[:, None].float() * frequencies(self.config).to(like.device)
+    def rotation(self, begin: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions begin … end-1, (seqlen, 1, head_dim): the same for every head."""
+        return self._rotation(torch.arange(begin, end, device=like.device, dtype=torch.float32), like)
+
+    def _rotation(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None] * frequencies(self.config).to(like.device)
         angles = torch.cat((angles, angles), -1)[:, None]
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 

@@ -475,7 +475,7 @@ class Markov:
 @pytest.mark.parametrize("draft", [None, "ngram", "model"])
 @pytest.mark.parametrize("cut", [{}, {"top_k": 3}], ids=str)
 def test_speculation_keeps_the_distribution_of_whole_texts(draft, cut):
-    model, count, length = Markov(0), 3000, 4
+    model, count, length = Markov(0), 1500, 3
     draft = ModelDraft(Markov(1), tokens=2) if draft == "model" else draft
     prompt = [0, 1, 2, 3, 0, 2]
     found = metate.generate(

@@ -244,11 +244,13 @@ class Scheduler:
                 works.append(work)
                 budget -= len(work.part.tokens)
         if self.totals.preempted == preempted:
-            while budget > 0 and self.waiting and len(self.running) < self.max_sequences and self._room():
+            owed = sum(self._owed(request) for request in self.running)
+            while budget > 0 and self.waiting and len(self.running) < self.max_sequences and self._fits(owed):
                 work = self._admit(budget)
                 if work:
                     works.append(work)
                     budget -= len(work.part.tokens)
+                    owed += self._owed(work.request)
         if not works and not self.running and self.waiting:
             number, room = self.waiting[0].number, self.cache.manager.available()
             raise self._full(
@@ -317,12 +319,14 @@ class Scheduler:
                 work.masks[-1], work.ends = None, True
                 return
 
-    def _room(self) -> bool:
-        """Whether the first who waits fits in, with what the running have yet to compute and a block more for each."""
-        manager, size = self.cache.manager, self.cache.page_size
-        missing, room = manager.missing(self.waiting[0].tokens), manager.available()
-        owed = sum(-(-len(r.tokens) // size) - -(-manager.length(r.number) // size) + 1 for r in self.running)
-        return bool(missing + max(owed, 0) <= room)
+    def _owed(self, request: _Request) -> int:
+        """Blocks that a running request needs for the tokens it has, and one more to grow."""
+        size = self.cache.page_size
+        return -(-len(request.tokens) // size) - -(-self.cache.manager.length(request.number) // size) + 1
+
+    def _fits(self, owed: int) -> bool:
+        """Whether there is room for the first who waits beside what is owed to those who run."""
+        return self.cache.manager.missing(self.waiting[0].tokens) + owed <= self.cache.manager.available()
 
     def _admit(self, budget: int) -> _Work | None:
         """Lets the first who waits run; None where it ended at once."""

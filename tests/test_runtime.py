@@ -218,7 +218,7 @@ def malform(rng: Random, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
             choices = [
                 None, 3, "text", old.to(torch.int8), old.to(torch.complex64), old[None], old.flatten(), old[..., :-1],
                 old[:0], old.new_empty(0), old.to("meta"), torch.cat([old, old]), old.double(),
-                old.to_sparse() if old.dim() and old.device.type == "cpu" else old, torch.full_like(old, -7),
+                old.float().to_sparse() if old.dim() and old.device.type == "cpu" else old, torch.full_like(old, -7),
                 torch.full_like(old, 99), old.flip(0), old.mT if old.dim() > 1 else old,
             ]  # fmt: skip
         else:

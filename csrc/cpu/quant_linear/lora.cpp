@@ -152,6 +152,7 @@ template <class T>
 void outer(const LoraOuter& call, const Runtime& runtime) {
     const int64_t adapters = call.out.size[0], rank = call.out.size[1], columns = call.out.size[2];
     const int64_t rows = call.x.size[0], tiles = ceil_div(columns, outer_columns);
+    if (rank == 0 || columns == 0) return;  // however many adapters
     const int64_t pitch = ceil_div(rank, outer_ranks) * outer_ranks * outer_columns;
     const Runtime workers = runtime_for(runtime, rows * columns * rank);
     Grouped grouped{};
@@ -193,6 +194,7 @@ inline void shrink_exact(const LoraShrink& call, const Runtime& runtime) {
 
 inline void outer_exact(const LoraOuter& call, const Runtime& runtime) {
     const int64_t adapters = call.out.size[0], rank = call.out.size[1];
+    if (rank == 0 || call.out.size[2] == 0) return;
     for_pieces(runtime, adapters * rank, [&](int, int64_t piece) {
         const int64_t adapter = piece / rank, r = piece % rank;
         double* const out = static_cast<double*>(call.out.data) + adapter * call.out.stride[0] + r * call.out.stride[1];

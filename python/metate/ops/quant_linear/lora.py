@@ -61,8 +61,8 @@ def _validate_matmul(x: Tensor, *rest: Any) -> None:
 
 
 def _validate_outer(x: Tensor, low: Tensor, adapter_ids: Tensor | None, adapters: int) -> None:
-    if adapters < 0:
-        raise fail("lora_outer", "adapters", adapters, "0 or more")
+    if not 0 <= adapters < 2**31:
+        raise fail("lora_outer", "adapters", adapters, "0 to 2**31 - 1, as many as adapter_ids can name")
     _validate_ids("lora_outer", adapters, adapter_ids)
     _validate_sums("lora_outer", x, "low", low)
 

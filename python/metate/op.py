@@ -230,7 +230,7 @@ class Op:
     def _run(self, *args: Any) -> Any:
         """The kernel behind the dispatcher entry."""
         state, arity = _state.get(), self.arity
-        key: list[Any] = [state, args[arity:]]
+        key: list[Any] = [state, args[arity:], *map(type, args[arity:])]  # True equals 1, but is none
         for tensor in args[:arity]:
             key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
         result = self._backend(state, tuple(key), args)(*args)

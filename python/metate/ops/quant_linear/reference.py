@@ -156,7 +156,7 @@ def lora_shrink(x: Tensor, A: Tensor, adapter_ids: Tensor | None) -> Tensor:
 
 def lora_outer(x: Tensor, low: Tensor, adapter_ids: Tensor | None, adapters: int) -> Tensor:
     """lowᵀ x over the rows of each adapter: the gradient of `lora_shrink` to A."""
-    out = x.new_zeros(int(adapters), low.shape[1], x.shape[1])
+    out = x.new_zeros(adapters, low.shape[1], x.shape[1])
     for adapter, rows in _rows_by_adapter(adapter_ids, adapters):
         out[adapter] = low[rows].T @ x[rows]
     return out

@@ -574,7 +574,7 @@ class Matcher:
     """What xgrammar.GrammarMatcher offers, for the language (2 3)* 5."""
 
     def __init__(self):
-        self.text, self.calls = [], 0
+        self.text = []
 
     def legal(self):
         if self.text[-1:] == [5]:
@@ -598,9 +598,28 @@ class Matcher:
         return self.text[-1:] == [5]
 
 
+class OtherMatcher:
+    """The same language as llguidance.LLMatcher offers it."""
+
+    def __init__(self):
+        matcher = Matcher()
+        self.consume_token, self.rollback, self.is_stopped = (
+            matcher.accept_token,
+            matcher.rollback,
+            matcher.is_terminated,
+        )
+        self.matcher = matcher
+
+    def compute_bitmask(self):
+        bitmask = torch.empty(1, 2, dtype=torch.int32)
+        self.matcher.fill_next_token_bitmask(bitmask)
+        return bitmask.numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", [Matcher, OtherMatcher])
 @pytest.mark.parametrize("draft", [None, "ngram"])
-def test_matchers_of_grammar_libraries(model, draft):
-    matchers = [Matcher() for _ in range(3)]
+def test_matchers_of_grammar_libraries(model, draft, kind):
+    matchers = [kind() for _ in range(3)]
     found = metate.generate(
         model, prompts(3, shared=[2, 3, 2, 3, 5, 2, 3]), max_new_tokens=12, draft=draft, temperature=1.0,
         constraint=[MatcherConstraint(matcher, VOCAB) for matcher in matchers], eos=5,
@@ -610,3 +629,5 @@ def test_matchers_of_grammar_libraries(model, draft):
         pairs = text[:-1] if text[-1] == 5 else text
         assert pairs == [2, 3] * (len(pairs) // 2) + [2] * (len(pairs) % 2)
         assert generation.finished == ("eos" if text[-1] == 5 else "length")
+    with pytest.raises(ValueError, match="matcher is object, expected one that has accept_token or consume_token"):
+        MatcherConstraint(object(), VOCAB)

@@ -31,20 +31,25 @@ def allowed(constraint: Constraint, tokens: Sequence[int], vocab_size: int) -> T
 
 
 class MatcherConstraint:
-    """A constraint from a matcher that walks along with the text, such as `xgrammar.GrammarMatcher`.
+    """A constraint from a matcher that walks along with the text: `xgrammar.GrammarMatcher`, `llguidance.LLMatcher`.
 
     Args:
-        matcher: has `accept_token(token)`, `rollback(count)` and `fill_next_token_bitmask(bitmask)`, which writes
-            int32 words (1, ceil(vocab / 32)); `is_terminated()` where it can end.
-        vocab_size: of the bitmask that it fills.
+        matcher: has `rollback(count)`, `accept_token(token)` or `consume_token(token)`, and
+            `fill_next_token_bitmask(bitmask)` for int32 words (1, ceil(vocab / 32)) or `compute_bitmask()` that returns
+            their bytes; and `is_terminated()` or `is_stopped()` if it can end.
+        vocab_size: of the bitmask.
 
     Speculation asks about texts that are not kept: the matcher goes back to where a text leaves the one before it, so
     it must allow as many steps back as tokens are speculated. One matcher serves one request.
     """
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self.matcher, self.text = matcher, []  # type: tuple[Any, list[int]]
-        self.bitmask = torch.full((1, -(-vocab_size // 32)), -1, dtype=torch.int32)
+        self.matcher = matcher
+        self.text: list[int] = []
+        self.accept: Callable[[int], bool] = _method(matcher, "accept_token", "consume_token")
+        self.ended: Callable[[], bool] = _method(matcher, "is_terminated", "is_stopped", default=lambda: False)
+        self.fill = getattr(matcher, "fill_next_token_bitmask", None)
+        self.words = -(-vocab_size // 32)
 
     def __call__(self, tokens: Sequence[int]) -> Tensor | None:
         same = len(self.text)
@@ -54,11 +59,20 @@ class MatcherConstraint:
             self.matcher.rollback(len(self.text) - same)
         self.text = list(tokens[:same])
         for token in tokens[same:]:
-            if not self.matcher.accept_token(token):
+            if not self.accept(token):
                 raise ValueError(f"metate.MatcherConstraint: the matcher refuses token {token} after {self.text}")
             self.text.append(token)
-        if getattr(self.matcher, "is_terminated", lambda: False)():
-            return torch.zeros_like(self.bitmask[0])
-        self.bitmask.fill_(-1)
-        self.matcher.fill_next_token_bitmask(self.bitmask)
-        return self.bitmask[0].clone()
+        if self.ended():
+            return torch.zeros(self.words, dtype=torch.int32)
+        if self.fill is None:
+            return torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.int32)
+        bitmask = torch.full((1, self.words), -1, dtype=torch.int32)  # what it leaves untouched is allowed
+        self.fill(bitmask)
+        return bitmask[0]
+
+
+def _method(matcher: Any, *names: str, default: Any = None) -> Any:
+    found = next((getattr(matcher, name) for name in names if hasattr(matcher, name)), default)
+    if found is None:
+        raise fail("MatcherConstraint", "matcher", type(matcher).__name__, f"one that has {' or '.join(names)}")
+    return found

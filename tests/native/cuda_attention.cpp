@@ -7,123 +7,17 @@
 #include <string.h>
 
 #include <algorithm>
-#include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "attention.h"
 #include "emulated.h"
+#include "tensors.h"
 
 using namespace metate;
 
 namespace {
-
-using Random = std::mt19937;
-
-int draw(Random& random, int low, int high) {
-    return std::uniform_int_distribution<int>(low, high)(random);
-}
-bool chance(Random& random, int percent) {
-    return draw(random, 0, 99) < percent;
-}
-double normal(Random& random) {
-    return std::normal_distribution<double>()(random);
-}
-
-const double infinity = INFINITY;
-
-// A tensor with gaps of NaN between its elements. Layouts: 0 contiguous, 1 rows apart by a multiple of 16 bytes,
-// 2 dimensions in another order and nothing aligned.
-template <int N>
-struct Tensor {
-    View<N> view{};
-    std::vector<uint8_t> memory;
-
-    Tensor() = default;
-    Tensor(DType dtype, std::vector<int64_t> size, int layout, Random& random) {
-        view.dtype = dtype;
-        std::vector<int> order(N);
-        for (int i = 0; i < N; ++i) order[i] = N - 1 - i;
-        if (layout == 2) std::shuffle(order.begin(), order.end(), random);
-        int64_t stride = layout == 2 ? draw(random, 1, 2) : 1;
-        for (int i = 0; i < N; ++i) {
-            view.size[order[i]] = size[order[i]];
-            view.stride[order[i]] = stride;
-            stride *= std::max<int64_t>(size[order[i]], 1);
-            if (layout == 1 && i == 0) stride = (stride + 7) / 8 * 8 + 8;
-            if (layout == 2) stride += draw(random, 0, 3);
-        }
-        const int64_t bytes = bytes_of(dtype);
-        memory.assign((stride + 8) * bytes + 16, 0xff);
-        auto start = (reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16;
-        view.data = reinterpret_cast<void*>(start + (layout == 2 ? bytes : 0));
-    }
-    Tensor(Tensor&&) = default;
-    Tensor& operator=(Tensor&&) = default;
-    Tensor(const Tensor&) = delete;
-
-    int64_t offset(const int64_t (&at)[N]) const {
-        int64_t sum = 0;
-        for (int i = 0; i < N; ++i) sum += at[i] * view.stride[i];
-        return sum;
-    }
-    double get(const int64_t (&at)[N]) const {
-        const int64_t o = offset(at);
-        switch (view.dtype) {
-            case DType::bf16:
-                return to_float(static_cast<const bf16*>(view.data)[o]);
-            case DType::f16:
-                return to_float(static_cast<const f16*>(view.data)[o]);
-            case DType::f32:
-                return static_cast<const float*>(view.data)[o];
-            case DType::i32:
-                return static_cast<const int32_t*>(view.data)[o];
-            default:
-                return static_cast<const uint8_t*>(view.data)[o];
-        }
-    }
-    void set(const int64_t (&at)[N], double x) {
-        const int64_t o = offset(at);
-        switch (view.dtype) {
-            case DType::bf16:
-                static_cast<bf16*>(view.data)[o] = from_float<bf16>(static_cast<float>(x));
-                break;
-            case DType::f16:
-                static_cast<f16*>(view.data)[o] = from_float<f16>(static_cast<float>(x));
-                break;
-            case DType::f32:
-                static_cast<float*>(view.data)[o] = static_cast<float>(x);
-                break;
-            case DType::i32:
-                static_cast<uint32_t*>(view.data)[o] = static_cast<uint32_t>(static_cast<int64_t>(x));
-                break;
-            default:
-                static_cast<uint8_t*>(view.data)[o] = static_cast<uint8_t>(x);
-        }
-    }
-    // visit(index) for every element.
-    template <typename Visit>
-    void each(const Visit& visit) const {
-        int64_t at[N] = {};
-        for (int i = 0; i < N; ++i) {
-            if (view.size[i] == 0) return;
-        }
-        for (;;) {
-            visit(at);
-            int i = N - 1;
-            while (i >= 0 && ++at[i] == view.size[i]) at[i--] = 0;
-            if (i < 0) return;
-        }
-    }
-    template <typename Value>
-    Tensor&& fill(const Value& value) && {
-        each([&](const int64_t (&at)[N]) { set(at, value()); });
-        return std::move(*this);
-    }
-    // Repeats dimension i.
-    void broadcast(int i) { view.stride[i] = 0; }
-};
 
 struct Case {
     std::string text;
@@ -184,24 +78,6 @@ bool dropped(const Attention& a, int64_t bh, int64_t i, int64_t j) {
     return x[j >> 4 & 3] < a.dropout_threshold;
 }
 
-// Results in double precision, dense in the order of the contract's sizes.
-template <int N>
-struct Truth {
-    int64_t size[N];
-    std::vector<double> value;
-
-    explicit Truth(const View<N>& view, double start = 0) {
-        int64_t count = 1;
-        for (int i = 0; i < N; ++i) count *= size[i] = view.size[i];
-        value.assign(count, start);
-    }
-    double& operator()(const int64_t (&at)[N]) {
-        int64_t o = 0;
-        for (int i = 0; i < N; ++i) o = o * size[i] + at[i];
-        return value[o];
-    }
-};
-
 struct Row {
     std::vector<int64_t> key;
     std::vector<double> logit, slope, probability;
@@ -234,25 +110,6 @@ Row row_of(const Case& c, const Span& s, int64_t h, int64_t i) {
     row.lse = top + log(total);
     for (double x : row.logit) row.probability.push_back(exp(x - row.lse));
     return row;
-}
-
-// The largest error over a tensor, relative to `budget` times the rounding unit of the results at their largest.
-template <int N>
-void compare(const Case& c, const char* name, const Tensor<N>& got, Truth<N>& truth, double budget, DType rounding) {
-    double largest = 0;
-    for (double x : truth.value) {
-        if (isfinite(x)) largest = std::max(largest, fabs(x));
-    }
-    const double unit = rounding == DType::bf16 ? 0x1p-8 : rounding == DType::f16 ? 0x1p-11 : 0x1p-18;
-    const double allowed = budget * unit * std::max(largest, 1e-3);
-    got.each([&](const int64_t (&at)[N]) {
-        const double x = got.get(at), y = truth(at);
-        if (x == y || (isnan(x) && isnan(y)) || fabs(x - y) <= allowed) return;
-        std::string where;
-        for (int i = 0; i < N; ++i) where += (i ? "," : "") + std::to_string(at[i]);
-        require(false, std::string(name) + "[" + where + "] is " + std::to_string(x) + ", should be " +
-                           std::to_string(y) + " within " + std::to_string(allowed) + " in: " + c.text);
-    });
 }
 
 // ---- Cases ----------------------------------------------------------------------------------------------------------
@@ -432,8 +289,8 @@ void check_forward(Case& c, Random& random, int layout) {
             }
         }
     }
-    compare(c, "out", out, true_out, 1.5, a.q.dtype);
-    compare(c, "lse", lse, true_lse, 1, DType::f32);
+    compare(c.text, "out", out, true_out, 1.5, a.q.dtype);
+    compare(c.text, "lse", lse, true_lse, 1, DType::f32);
 }
 
 void check_column_sums(Case& c, Random& random, int layout) {
@@ -454,7 +311,7 @@ void check_column_sums(Case& c, Random& random, int layout) {
     Attention without_v = a;
     without_v.v = {};
     cuda::attention_column_sums({without_v, lse.view, sums.view}, emulator::device());
-    compare(c, "column sums", sums, truth, 4, DType::f32);
+    compare(c.text, "column sums", sums, truth, 4, DType::f32);
 }
 
 void check_backward(Case& c, Random& random, int layout) {
@@ -520,10 +377,10 @@ void check_backward(Case& c, Random& random, int layout) {
         }
     }
     cuda::attention_backward(b, emulator::device());
-    compare(c, "dq", dq, true_dq, 3, a.q.dtype);
-    compare(c, "dk", dk, true_dk, 3, a.q.dtype);
-    compare(c, "dv", dv, true_dv, 3, a.q.dtype);
-    if (a.alibi_slopes) compare(c, "dalibi", dalibi, true_dalibi, 16, DType::f32);
+    compare(c.text, "dq", dq, true_dq, 3, a.q.dtype);
+    compare(c.text, "dk", dk, true_dk, 3, a.q.dtype);
+    compare(c.text, "dv", dv, true_dv, 3, a.q.dtype);
+    if (a.alibi_slopes) compare(c.text, "dalibi", dalibi, true_dalibi, 16, DType::f32);
     if (!a.bias) return;
     Truth<4> summed(dbias.view);  // over the dimensions along which the bias is broadcast
     const auto collapsed = [&](const int64_t (&at)[4], int64_t (&to)[4]) {
@@ -532,7 +389,7 @@ void check_backward(Case& c, Random& random, int layout) {
     int64_t to[4];
     dbias.each([&](const int64_t (&at)[4]) { collapsed(at, to), summed(to) += true_dbias(at); });
     dbias.each([&](const int64_t (&at)[4]) { collapsed(at, to), true_dbias(at) = summed(to); });
-    compare(c, "dbias", dbias, true_dbias, 16, DType::f32);
+    compare(c.text, "dbias", dbias, true_dbias, 16, DType::f32);
 }
 
 void check_merge(Random& random) {
@@ -563,8 +420,8 @@ void check_merge(Random& random) {
     cuda::merge_attention_states({outs.view, lses.view, out.view, lse.view}, emulator::device());
     Case c;
     c.text = "merge " + std::to_string(n) + " " + std::to_string(s) + " " + std::to_string(d);
-    compare(c, "merged out", out, true_out, 1, dtype);
-    compare(c, "merged lse", lse, true_lse, 1, DType::f32);
+    compare(c.text, "merged out", out, true_out, 1, dtype);
+    compare(c.text, "merged lse", lse, true_lse, 1, DType::f32);
 }
 
 // Shared memory is read and written without bank conflicts where tensors come in vectors.

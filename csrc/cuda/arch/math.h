@@ -84,6 +84,15 @@ METATE_DEVICE float float_of(uint32_t bits) {
 #endif
 }
 
+// a·b, rounded before it meets a sum.
+METATE_DEVICE float product(float a, float b) {
+#if defined(__CUDACC__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
 // The same value, of which the compiler no longer knows where it comes from: what is computed from it inside a loop
 // stays there, instead of holding registers across the loop.
 template <typename T>

@@ -299,10 +299,12 @@ struct Walk {
     }
 };
 
+constexpr int blocks_per_processor(int head, int row_warps) {
+    return head > 128 ? 1 : head > 64 && row_warps > 1 ? 2 : 3;
+}
+
 template <typename T, int head, bool coded, int row_warps>
-METATE_KERNEL((Shape{head, coded, row_warps}.threads()), (head <= 64    ? 3
-                                                          : head == 128 ? 2
-                                                                        : 1))
+METATE_KERNEL((Shape{head, coded, row_warps}.threads()), blocks_per_processor(head, row_warps))
 attend_kernel(METATE_PARAMETER(Attend, f)) {
     METATE_SHARED(unsigned char, shared);
     constexpr Shape c{head, coded, row_warps};

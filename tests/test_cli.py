@@ -14,6 +14,7 @@ from metate import hardware, library
 from metate.cli import app
 from metate.demo import PLAN, play
 from metate.models import LlamaConfig
+from metate.op import REGISTRY
 
 compiled = pytest.mark.skipif(library.load()["cpu"].module is None, reason="no compiled CPU kernels")
 
@@ -125,7 +126,7 @@ def test_the_decoder_learns_and_both_attentions_agree():
     sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     screen = io.StringIO()
-    plan = dataclasses.replace(PLAN, config=config, length=96, compared=6, seconds=0, written=20)
+    plan = dataclasses.replace(PLAN, config=config, length=96, compared=6, seconds=0, written=20, served=(5, 8, 33))
     assert play(Console(file=screen, width=120), plan)
     text = screen.getvalue()
     assert "6 losses of metate and naive attention differ by at most" in text
@@ -133,6 +134,12 @@ def test_the_decoder_learns_and_both_attentions_agree():
     before, after = text.split("held-out ")[1].split(" nats")[0].split(" → ")
     assert float(after) < float(before)
     assert "what it writes" in text
+    if "cpu" not in REGISTRY["paged_attention"].implementations("cpu"):
+        assert "nothing is served: paged attention has no compiled kernel here" in text
+        return
+    for served in ("one by one", "all at once", "beginning once", "from repetitions"):
+        (line,) = (line for line in text.splitlines() if served in line and " of 5" in line)
+        assert "5 of 5" in line or "logits of size" in text
 
 
 def test_importing_metate_stays_light():

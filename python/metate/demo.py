@@ -1,8 +1,8 @@
 """The main job on real input: a Llama-style decoder learns to write Python from the standard library's source.
 
 Bytes are the tokens, every tenth file is held out, order and first weights are fixed. The first steps are taken twice,
-with metate's attention and with naive attention, in turn: the losses must agree within rounding. Then its linear layers
-go to four bits, by three formats, and low-rank adapters learn on top of one of them.
+with metate's attention and with naive attention, in turn: the losses must agree within rounding. Then it serves many
+prompts at once; its linear layers go to four bits, by three formats, and low-rank adapters learn on top of one of them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
+from metate.generate import PagedKVCache, Scheduler
 from metate.models import Llama, LlamaConfig
 from metate.models.quantize import Recipe, quantize_llama
 from metate.nn import LoraLinear, QuantLinear
+from metate.op import REGISTRY
 
 ROUNDING = {"cpu": 1e-4, "cuda": 5e-2}  # of the loss; bfloat16 on a GPU
 FOLDERS = ("asyncio", "collections", "email", "http", "importlib", "json", "logging", "unittest")  # beside the top
@@ -46,6 +48,7 @@ class Plan:
     recipes: tuple[Recipe, ...] = (Recipe("nf4", 4, 64), Recipe("gptq", 4, 64), Recipe("awq", 4, 64))
     adapted: float = 20  # seconds of training adapters on the first of these
     written: int = 320  # bytes of the completion
+    served: tuple[int, int, int] = (32, 48, 384)  # prompts, bytes written for each, bytes that all begin with
     rate: float = 2e-3
 
 
@@ -160,6 +163,7 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
     after = ours.held_out(text)
     console.print(f"{ours.steps} steps, loss {loss:.3f}; held-out {before:.3f} → [bold]{after:.3f}[/] nats a byte")
     console.print(Panel(escape(_complete(ours.model, plan, device)), title="what it writes", title_align="left"))
+    serve(console, plan, text, ours)
     compress(console, plan, text, ours)
     return agree
 
@@ -192,6 +196,85 @@ def _complete(model: Llama, plan: Plan, device: str) -> str:
     prompt = torch.tensor([list(PROMPT.encode())], device=device)
     written = model.complete(prompt, plan.written, 0.6, torch.Generator(device).manual_seed(0))
     return PROMPT + bytes(written[0].tolist()).decode(errors="replace")
+
+
+# How the prompts are served: name, at once, prefixes found again, guesses.
+SERVED = (
+    ("one by one", 1, False, None),
+    ("all at once", 64, False, None),
+    ("… and the common beginning once", 64, True, None),
+    ("… and guesses from repetitions", 64, True, "ngram"),
+)
+
+
+@dataclass
+class Serving:
+    """All prompts served in one way."""
+
+    texts: list[list[int]]
+    seconds: float
+    peak: int  # bytes of the blocks in use at one time, at most
+    scheduler: Scheduler
+
+    @staticmethod
+    def of(
+        model: Llama, prompts: list[list[int]], new: int, at_once: int, prefixes: bool, draft: str | None
+    ) -> Serving:
+        blocks = sum(-(-(len(prompt) + new) // 16) for prompt in prompts)
+        cache = PagedKVCache(model.cache_layout, blocks, prefix_cache=prefixes)
+        scheduler = Scheduler(model, cache, max_sequences=at_once, token_budget=1024, draft=draft)
+        texts: list[list[int]] = [[] for _ in prompts]
+        peak, began = 0, time.perf_counter()
+        for prompt in prompts:
+            scheduler.add(prompt, max_new_tokens=new)
+        while scheduler.waiting or scheduler.running:
+            for event in scheduler.step():
+                texts[event.request].append(event.token or 0)
+            peak = max(peak, cache.used_bytes)
+        return Serving(texts, time.perf_counter() - began, peak, scheduler)
+
+
+def serve(console: Console, plan: Plan, text: Text, trained: Trainer) -> None:
+    """Many prompts with a common beginning, greedily, in four ways; the texts must be the same."""
+    there = REGISTRY["paged_attention"].implementations(trained.device)
+    if trained.device == "cpu" and "cpu" not in there:
+        console.print("nothing is served: paged attention has no compiled kernel here, plain torch would take minutes")
+        return
+    count, new, common = plan.served
+    model = trained.model
+    held_out = text.held_out.tolist()
+    prompts = [held_out[:common] + held_out[i * 1000 : i * 1000 + 32] for i in range(1, count + 1)]
+    Serving.of(model, prompts[:2], 2, 2, True, None)  # warms up
+    table = Table(box=None, pad_edge=False)
+    for name in (f"serving {count} prompts", "tokens/s", "×", "steps", "tokens computed", "cache, MB", "same texts"):
+        table.add_column(name, justify="left" if name.startswith("serving") else "right")
+    first: Serving | None = None
+    remarks = []
+    for name, at_once, prefixes, draft in SERVED:
+        found = Serving.of(model, prompts, new, at_once, prefixes, draft)
+        first = first or found
+        totals, wrong = found.scheduler.totals, [i for i in range(count) if found.texts[i] != first.texts[i]]
+        table.add_row(
+            name, f"{count * new / found.seconds:.0f}", f"{first.seconds / found.seconds:.1f}", f"{totals.steps}",
+            f"{totals.computed}", f"{found.peak / 1e6:.1f}",
+            f"[{'yellow' if wrong else 'green'}]{count - len(wrong)} of {count}[/]",
+        )  # fmt: skip
+        if totals.guessed:
+            remarks.append(f"{totals.right} of {totals.guessed} guesses were right")
+        remarks += [f"{name}: {_where_apart(model, prompts[i], first.texts[i], found.texts[i])}" for i in wrong]
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, highlight=False)
+
+
+@torch.inference_mode()
+def _where_apart(model: Llama, prompt: list[int], a: list[int], b: list[int]) -> str:
+    """How near the two tokens were between which rounding decided."""
+    place = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    tokens = torch.tensor([[*prompt, *a[:place]]], device=model.embed_tokens.weight.device)
+    logits = model(tokens)[0, -1]
+    gap, size = abs(float(logits[a[place]] - logits[b[place]])), float(logits.abs().max())
+    return f"a text differs from byte {place} on, where two logits of size {size:.1f} are {gap:.1e} apart"
 
 
 def compress(console: Console, plan: Plan, text: Text, trained: Trainer) -> None:

@@ -18,7 +18,7 @@ struct Ahead {
 // `block` whole columns of the rows of W in the lanes of `words`; `lane` is the first of them in the panel.
 template <int rows, Values::Kind kind>
 __attribute__((noinline)) void multiply_decoding(const Tile& t, const int32_t* words, int lane, const Values& values,
-                                              Ahead ahead) {
+                                                 Ahead ahead) {
     constexpr int bits = 4, together = rows == 1 ? 4 : 2;
     const Table16 table = table16(values.entries);
     for (int c = 0; c < block / longest; c += together) {

@@ -271,6 +271,30 @@ def test_cancel_frees_everything(model):
         scheduler.cancel(3)
 
 
+def test_a_loop_may_cancel_and_be_taken_up_again(model):
+    scheduler = Scheduler(model, PagedKVCache(model.cache_layout, 50, 4))
+    texts, found = prompts(3), {i: [] for i in range(3)}
+    for text in texts:
+        scheduler.add(text, max_new_tokens=6)
+    for event in scheduler:
+        found[event.request].append(event.token)
+        break  # two events of this step are still to come
+    for event in scheduler:
+        assert event.request != 2
+        found[event.request].append(event.token)
+        scheduler.cancel(2)  # before its first event
+    assert list(found.values()) == [*alone(model, texts, new=6)[:2], []]
+
+
+def test_forced_tokens_that_do_not_fit_beside_others_wait(model):
+    scheduler = Scheduler(model, PagedKVCache(model.cache_layout, 8, 4))
+    scheduler.add([1] * 15, max_new_tokens=8)
+    scheduler.add([2] * 3, max_new_tokens=29, constraint=spelled(*range(27), None, 1))
+    found = run(scheduler)
+    assert found[0] == alone(model, [[1] * 15], new=8)[0]
+    assert found[1][:27] + found[1][28:] == [*range(27), 1]
+
+
 def test_first_come_first_served(model):
     scheduler = Scheduler(model, PagedKVCache(model.cache_layout, 100, 4), max_sequences=2, token_budget=16)
     for text in prompts(6):

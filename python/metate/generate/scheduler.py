@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -137,7 +138,7 @@ class Scheduler:
         self.waiting: list[_Request] = []  # both in the order of their numbers
         self.running: list[_Request] = []
         self.added, self.totals = 0, Totals()
-        self._events: list[Event] = []  # of this step; they outlive one that raises
+        self._events: deque[Event] = deque()  # not given out yet; they outlive a step that raises
         self._full = library.runtime().CacheFull
         if self.draft:
             self.draft.begin(model, cache)
@@ -186,12 +187,13 @@ class Scheduler:
         return request.number
 
     def cancel(self, number: int) -> bool:
-        """Ends a request and frees its blocks; False where it had ended already."""
+        """Ends a request and frees its blocks, no event of it comes any more; False where it had ended already."""
         for requests in (self.waiting, self.running):
             for request in requests:
                 if request.number == number:
                     requests.remove(request)
                     self._release(request, requests is self.running)
+                    self._events = deque(event for event in self._events if event.request != number)
                     return True
         if not 0 <= number < self.added:
             raise fail("Scheduler.cancel", "number", number, "one that add returned")
@@ -204,13 +206,22 @@ class Scheduler:
             self.draft.forget(request.number)
 
     def __iter__(self) -> Iterator[Event]:
-        """Steps until nothing is left to do."""
-        while self.waiting or self.running:
-            yield from self.step()
+        """Steps until nothing is left to do. Who breaks off may go on later with another loop."""
+        while self._events or self.waiting or self.running:
+            if not self._events:
+                self._step()
+            while self._events:
+                yield self._events.popleft()
 
-    @torch.inference_mode()
     def step(self) -> list[Event]:
         """One forward pass at most; the tokens that came of it."""
+        self._step()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    @torch.inference_mode()
+    def _step(self) -> None:
         for request in list(self.running):
             self._force(request)
         works: list[_Work] = []
@@ -226,8 +237,6 @@ class Scheduler:
             self.totals.steps += 1
             for work, text, scores in zip(works, texts, logprobs, strict=True):
                 self._take(work, text, scores)
-        events, self._events = self._events, []
-        return events
 
     # What to compute.
 
@@ -269,6 +278,7 @@ class Scheduler:
                     work = self._work(request, room, [])
                 else:
                     self._preempt(self.running[-1])
+                    self.totals.preempted += 1
         return None
 
     def _append(self, work: _Work) -> _Work:
@@ -329,7 +339,7 @@ class Scheduler:
         return self.cache.manager.missing(self.waiting[0].tokens) + owed <= self.cache.manager.available()
 
     def _admit(self, budget: int) -> _Work | None:
-        """Lets the first who waits run; None where it ended at once."""
+        """Lets the first who waits run; None where it ended at once, or grew too long by tokens without a choice."""
         request = self.waiting.pop(0)
         request.computed = self.cache.manager.allocate(request.number, request.tokens)
         bisect.insort(self.running, request)
@@ -338,6 +348,9 @@ class Scheduler:
             if request not in self.running:
                 return None
             work = self._append(self._work(request, budget, []))
+        except self._full:
+            self._preempt(request)
+            return None
         except BaseException:
             self._preempt(request)
             raise
@@ -350,7 +363,6 @@ class Scheduler:
         self.cache.manager.free(request.number)
         request.computed = 0
         bisect.insort(self.waiting, request)
-        self.totals.preempted += 1
 
     def _undo(self, works: list[_Work]) -> None:
         """Takes back what was not computed; nobody may find it in the cache."""

@@ -34,6 +34,10 @@ def direct(*args):
 @pytest.mark.parametrize("op", WITH_KERNEL, ids=lambda op: op.name)
 def test_both_ways_give_the_same_bits(op):
     """Every case that runs on the CPU's kernels without a look at its values comes directly the second time."""
+    looks = [
+        any(args[i] is not None for i in op._contents)
+        for args in (op.example(c, torch.float32) for c in op.domain.cases)
+    ]
     taken = 0
     for case in op.domain.cases:
         args = op.example(case, torch.float32)
@@ -47,7 +51,7 @@ def test_both_ways_give_the_same_bits(op):
         for a, b in zip(first, result, strict=True) if isinstance(first, tuple) else [(first, result)]:
             assert a.dtype == b.dtype and a.stride() == b.stride() and a.device == b.device
             assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), case
-    assert taken
+    assert taken or all(looks)
 
 
 def test_a_call_comes_directly_once_one_like_it_was_checked():

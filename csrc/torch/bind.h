@@ -12,8 +12,8 @@
 //     METATE_REGISTER(m) { METATE_IMPL(m, double_it); }
 //
 // Python defines the schemas; arguments are Tensor, std::optional<Tensor>, int64_t, double and bool; results Tensor or
-// a tuple of them. On a CPU the function has two doors: torch's dispatcher, and the direct call of direct.h. Only
-// torch's stable ABI is used, so one build serves every later torch.
+// a tuple of them, or void where arguments are written. On a CPU the function has two doors: torch's dispatcher, and
+// the direct call of direct.h. Only torch's stable ABI is used, so one build serves every later torch.
 #pragma once
 
 #include <pthread.h>
@@ -82,6 +82,10 @@ struct Dispatched<std::optional<Tensor>> {
         return tensor ? std::optional(Tensor(*std::move(tensor))) : std::nullopt;
     }
 };
+template <>
+struct Dispatched<void> {
+    using type = void;
+};
 template <class... T>
 struct Dispatched<std::tuple<T...>> {
     using type = std::tuple<typename Dispatched<T>::type...>;
@@ -98,7 +102,10 @@ struct Boxed<fn> {
     template <class T>
     using Of = Dispatched<std::remove_cvref_t<T>>;
     static typename Of<Result>::type call(typename Of<Args>::type... args) {
-        return Of<Result>::to(fn(Of<Args>::from(std::move(args))...));
+        if constexpr (std::is_void_v<Result>)
+            fn(Of<Args>::from(std::move(args))...);
+        else
+            return Of<Result>::to(fn(Of<Args>::from(std::move(args))...));
     }
 };
 

@@ -169,8 +169,13 @@ struct Door<fn> {
             Values values;
             Reader reader(truth(PyObject_CallNoArgs(python.is_grad_enabled)));
             if (!read(reader, args, values) || !binding.admitted.has(reader.key())) Py_RETURN_NOTIMPLEMENTED;
-            Result result = without_lock(values);
-            return to_python(result);
+            if constexpr (std::is_void_v<Result>) {
+                without_lock(values);
+                Py_RETURN_NONE;
+            } else {
+                Result result = without_lock(values);
+                return to_python(result);
+            }
         } catch (const NeedsDispatcher&) {
             Py_RETURN_NOTIMPLEMENTED;
         } catch (const std::exception& error) {

@@ -169,6 +169,16 @@ METATE_FN vi load_wide(const int8_t* p, int64_t n) {
     return _mm256_cvtepi8_epi32(load_eight_bytes(p, n));
 }
 
+// The first n <= width e4m3 numbers, divided by e4m3_unit (finite ones: as f16 they are that much smaller); zeros
+// after.
+constexpr float e4m3_unit = 256.0f;
+METATE_FN vf load_e4m3(const uint8_t* p, int64_t n) {
+    const __m128i codes = load_eight_bytes(p, n), spread = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
+    const vf x = _mm256_cvtph_ps(_mm_and_si128(spread, _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
+    const __m128i nan = _mm_cmpeq_epi8(_mm_or_si128(codes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+    return _mm256_or_ps(x, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(nan)));
+}
+
 // The lowest byte of each lane, side by side.
 METATE_FN void store_bytes(uint8_t* p, vi x) {
     const vi low = _mm256_shuffle_epi8(x, splat(0x0c080400));  // a copy in every dword of its half
@@ -248,6 +258,22 @@ METATE_FN void transpose(vf (&r)[width]) {
         r[i] = _mm256_permute2f128_ps(low, high, 0x20);
         r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
     }
+}
+
+// Lane i is the sum of rows[i].
+METATE_FN vf sum_rows(const vf (&rows)[width]) {
+    const auto pair = [](__m256 a) { return _mm256_castps_pd(a); };
+    __m256 halves[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const vf* r = rows + 4 * i;
+        const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
+        const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3]));
+        halves[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(pair(a), pair(b))),
+                                  _mm256_castpd_ps(_mm256_unpackhi_pd(pair(a), pair(b))));
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(halves[0], halves[1], 0x20),
+                         _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
 }
 
 // What transpose() makes of rows of 32 bytes, `stride` bytes apart: halves of rows are put together as they are loaded.

@@ -158,6 +158,17 @@ METATE_FN vi load_wide(const int8_t* p, int64_t n) {
     return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p));
 }
 
+// The first n <= width e4m3 numbers, divided by e4m3_unit (finite ones: as f16 they are that much smaller); zeros
+// after.
+constexpr float e4m3_unit = 256.0f;
+METATE_FN vf load_e4m3(const uint8_t* p, int64_t n) {
+    const __m128i codes = _mm_maskz_loadu_epi8(first(n), p);
+    const __m256i spread = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+    const vf x = _mm512_cvtph_ps(_mm256_and_si256(spread, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+    const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(codes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+    return _mm512_mask_mov_ps(x, nan, splat(__builtin_nanf("")));
+}
+
 // Sums of neighbouring products: of two 16-bit numbers in each lane, and of two bytes, unsigned times signed, in each
 // half of a lane, clipped to 16 bits.
 METATE_FN vi multiply_words(vi a, vi b) {
@@ -254,6 +265,24 @@ METATE_FN void transpose(vf (&r)[width]) {
         r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
     }
+}
+
+// Lane i is the sum of rows[i].
+METATE_FN vf sum_rows(const vf (&rows)[width]) {
+    const auto pair = [](__m512 a) { return _mm512_castps_pd(a); };
+    __m512 quarters[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const vf* r = rows + 4 * i;
+        const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+        const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+        quarters[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pair(a), pair(b))),
+                                    _mm512_castpd_ps(_mm512_unpackhi_pd(pair(a), pair(b))));
+    }
+    const auto halve = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halve(halve(quarters[0], quarters[1]), halve(quarters[2], quarters[3]));
 }
 
 // What transpose() makes of rows of 64 bytes, `stride` bytes apart: quarters of rows are put together as they are

@@ -165,6 +165,13 @@ METATE_FN vi load_wide(const T* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = p[i];
     return x;
 }
+// The first n <= width e4m3 numbers, divided by e4m3_unit; zeros after them.
+constexpr float e4m3_unit = 0x1p120f;
+METATE_FN vf load_e4m3(const uint8_t* p, int64_t n) {
+    const vi codes = load_wide(p, n), size = codes & 0x7f;
+    const vi nan = (size == 0x7f) & 0x7fc00000;
+    return (vf)(size << 20 | (codes & 0x80) << 24 | nan);
+}
 // The lowest byte of each lane, side by side.
 METATE_FN void store_bytes(uint8_t* p, vi x) {
     for (int i = 0; i < width; ++i) p[i] = static_cast<uint8_t>(x[i]);
@@ -222,6 +229,13 @@ METATE_FN void transpose(vf (&r)[width]) {
     vf t[width];
     for (int i = 0; i < 4; ++i) t[i] = vf{r[0][i], r[1][i], r[2][i], r[3][i]};
     for (int i = 0; i < 4; ++i) r[i] = t[i];
+}
+
+// Lane i is the sum of rows[i].
+METATE_FN vf sum_rows(const vf (&rows)[width]) {
+    vf r[width] = {rows[0], rows[1], rows[2], rows[3]};
+    transpose(r);
+    return (r[0] + r[2]) + (r[1] + r[3]);
 }
 
 // What transpose() makes of rows of 16 bytes, `stride` bytes apart.

@@ -191,6 +191,7 @@ paged_attention_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_attention,
     validate=rules.validate_attention,
+    refuses={"cpu": lambda q, *_: rules.refused_by_cpu(q)},
     contents=("block_table seq_lens left_pad cu_seqlens_q", rules.check_attention),
     gradient="it reads a cache, for inference; train with metate.attention",
 )
@@ -293,6 +294,7 @@ append_op = Op(
     vmap=rules.refuse_vmap,
     sharding=rules.shard_append,
     validate=rules.validate_append,
+    refuses={"cpu": lambda k, *_: rules.refused_by_cpu(k)},
     contents=("slot_mapping", rules.check_append),
     gradient="it writes a cache, for inference; train with metate.attention",
     writes=True,

@@ -24,6 +24,10 @@ def numbers(cache: Tensor) -> Any:
 # Refusals.
 
 
+def refused_by_cpu(x: Tensor) -> str | None:
+    return "float64: up to float32" if x.dtype == torch.float64 else None
+
+
 def validate_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, cu_seqlens_q: Tensor | None, left_pad: Tensor | None, slopes: Tensor | None,

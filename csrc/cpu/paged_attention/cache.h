@@ -1,0 +1,113 @@
+// Where the rows of a paged cache lie, and the reading of what they hold.
+#pragma once
+
+#include "../../paged_attention.h"
+#include "../vec.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t max_head_dim = 576;
+constexpr int block = 2 * width;  // elements read at a time
+
+struct nibbles {  // two 4-bit codes
+    uint8_t bits;
+};
+struct e4m3 {
+    uint8_t bits;
+};
+
+// Elements are read as two vectors. Where they come in pairs, the first vector holds the even elements of a block, the
+// second the odd ones; else they are halves of the block. What is read is the number divided by `unit`.
+template <class S>
+constexpr bool in_pairs = __is_same(S, bf16) || __is_same(S, nibbles);
+template <class S>
+constexpr bool quantised = __is_same(S, int8_t) || __is_same(S, nibbles) || __is_same(S, e4m3);
+template <class S>
+constexpr float unit = __is_same(S, e4m3) ? e4m3_unit : 1.0f;
+template <class S>
+METATE_FN constexpr int64_t bytes_before(int64_t element) {
+    return __is_same(S, nibbles) ? element / 2 : element * static_cast<int64_t>(sizeof(S));
+}
+
+constexpr float nibble_values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+METATE_FN int64_t at_most(int64_t n, int64_t most) {
+    return n < most ? n : most;
+}
+
+// The first n of a block; what follows them is finite.
+template <class S>
+METATE_FN void read(const uint8_t* p, int64_t n, vf& a, vf& b) {
+    if constexpr (__is_same(S, bf16)) {
+        const vi x = n >= block ? load(reinterpret_cast<const int32_t*>(p)) : load_bytes(p, 2 * n);
+        a = as_float(shift_left(x, 16));
+        b = as_float(bit_and(x, splat(static_cast<int32_t>(0xffff0000u))));
+    } else if constexpr (__is_same(S, nibbles)) {
+        const vi x = load_wide(p, at_most((n + 1) / 2, width));
+        const Table16 table = table16(nibble_values);
+        a = lookup(table, x);
+        b = lookup(table, shift_right(x, 4));
+    } else {
+        const auto* from = reinterpret_cast<const S*>(p);
+        const auto one = [](const S* x, int64_t count) {
+            if constexpr (__is_same(S, int8_t))
+                return to_float(load_wide(x, at_most(count, width)));
+            else if constexpr (__is_same(S, e4m3))
+                return load_e4m3(&x->bits, at_most(count, width));
+            else
+                return count >= width ? load(x) : load(x, count);
+        };
+        a = one(from, n);
+        b = n > width ? one(from + width, n - width) : splat(0.0f);
+    }
+}
+
+// Where element i of a block stands when read.
+template <class S>
+METATE_FN constexpr int64_t place(int64_t i) {
+    if (!in_pairs<S>) return i;
+    const int64_t inside = i % block;
+    return i - inside + inside % 2 * width + inside / 2;
+}
+
+METATE_FN int32_t at(const View<1>& view, int64_t i) {
+    return static_cast<const int32_t*>(view.data)[i * view.stride[0]];
+}
+
+// One sequence of the batch.
+struct Sequence {
+    int64_t number;
+    int64_t batch, q0, queries;  // where its queries are in q, out, lse and bits
+    int64_t keys, left_pad;
+};
+
+inline Sequence sequence_of(const PagedAttention& a, int64_t n) {
+    Sequence s{n, n, 0, a.q.size[1], at(a.seq_lens, n), a.left_pad ? at(a.left_pad, n) : 0};
+    if (a.cu_seqlens_q) {
+        s.batch = 0;
+        s.q0 = at(a.cu_seqlens_q, n);
+        s.queries = at(a.cu_seqlens_q, n + 1) - s.q0;
+    }
+    return s;
+}
+
+// The page and row of keys, in units of a cache's elements.
+struct Slot {
+    int64_t page, row;
+};
+
+template <class S>
+METATE_FN const uint8_t* row_of(const View<4>& cache, Slot slot, int64_t head) {
+    return static_cast<const uint8_t*>(cache.data) +
+           (slot.page * cache.stride[0] + slot.row * cache.stride[1] + head * cache.stride[2]) *
+               static_cast<int64_t>(sizeof(S));
+}
+
+METATE_FN float scale_of(const View<3>& scales, Slot slot, int64_t head) {
+    return static_cast<const float*>(
+        scales.data)[slot.page * scales.stride[0] + slot.row * scales.stride[1] + head * scales.stride[2]];
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -1,0 +1,57 @@
+// Binds csrc/paged_attention.h: the operators declared in python/metate/ops/paged_attention.
+#include "paged_attention.h"
+
+#include "bind.h"
+
+namespace metate::bind {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// (heads) for every sequence, or (sequences, heads).
+View<2> per_head(const Optional& tensor, int64_t sequences) {
+    if (!tensor || tensor->dim() == 2) return view<2>(tensor);
+    View<1> heads = view<1>(*tensor);
+    return {heads.data, heads.dtype, {sequences, heads.size[0]}, {0, heads.stride[0]}};
+}
+
+std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                                   const Tensor& block_table, const Tensor& seq_lens,
+                                                   const Optional& k_scale, const Optional& v_scale,
+                                                   const Optional& cu_seqlens_q, const Optional& left_pad,
+                                                   const Optional& alibi_slopes, const Optional& sinks,
+                                                   const Optional& bits, double scale, int64_t window_left,
+                                                   int64_t window_right, double softcap, bool need_sums) {
+    const DType wide = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
+    const int64_t dv = v_cache.size(3) * (v_cache.dtype() == DType::u8 ? 2 : 1);
+    Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), dv});
+    Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, wide);
+    Tensor sums = need_sums ? empty(q, {block_table.size(0), q.size(2), block_table.size(1) * k_cache.size(1)}, wide)
+                            : empty(q, {0}, wide);
+    View<3> shared_bits = view<3>(bits);
+    if (bits && shared_bits.size[0] == 1) shared_bits.stride[0] = 0;
+    METATE_LAUNCH(
+        paged_attention, q,
+        PagedAttention{view<4>(q), view<4>(k_cache), view<4>(v_cache), view<2>(block_table), view<1>(seq_lens),
+                       view<3>(k_scale), view<3>(v_scale), view<1>(cu_seqlens_q), view<1>(left_pad),
+                       per_head(alibi_slopes, seq_lens.size(0)), view<1>(sinks), shared_bits, scale, window_left,
+                       window_right, softcap, view<4>(out), view<3>(lse), need_sums ? view<3>(sums) : View<3>{}});
+    return {out, lse, sums};
+}
+
+void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& slot_mapping, const Optional& k_scale, const Optional& v_scale, const Optional& cos,
+               const Optional& sin, const Optional& positions, bool interleaved) {
+    METATE_LAUNCH(
+        append_kv, k,
+        AppendKv{view<3>(k), view<3>(v), view<4>(k_cache), view<4>(v_cache), view<1>(slot_mapping), view<3>(k_scale),
+                 view<3>(v_scale), view<2>(cos), view<2>(sin), view<1>(positions), interleaved});
+}
+
+METATE_REGISTER(m) {
+    METATE_IMPL(m, paged_attention);
+    METATE_IMPL(m, append_kv);
+}
+
+}  // namespace
+}  // namespace metate::bind

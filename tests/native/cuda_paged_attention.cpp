@@ -278,6 +278,29 @@ void check_not_numbers(Random& random) {
     }
 }
 
+// Tiles are written and read without bank conflicts where caches come in vectors.
+void check_traffic(Random& random) {
+    for (int width : {64, 128, 256}) {
+        for (Store store : {Store{DType::bf16, false}, Store{DType::i8, true}, Store{DType::u8, true}}) {
+            for (int queries : {1, 20}) {
+                Case c = make_case(random, DType::bf16, {1, queries, 300, 16, 1, 4, width, width}, store, "", 0);
+                emulator::count_traffic(true);
+                cuda::paged_attention(c.a, emulator::device());
+                const std::vector<emulator::Traffic> places = emulator::traffic();
+                emulator::count_traffic(false);
+                int counted = 0;
+                for (const emulator::Traffic& t : places) {
+                    if (t.place.find("cache.h") == std::string::npos) continue;
+                    ++counted;
+                    require(t.wavefronts == t.ideal, t.place + " takes " + std::to_string(t.wavefronts) +
+                                                         " wavefronts, not " + std::to_string(t.ideal) + ": " + c.text);
+                }
+                require(counted >= 4, "no traffic was counted");
+            }
+        }
+    }
+}
+
 // ---- Appending ------------------------------------------------------------------------------------------------------
 
 float rotated(const Tensor<3>& k, const Tensor<2>& cos, const Tensor<2>& sin, int64_t t, int64_t h, int64_t d,
@@ -392,7 +415,7 @@ int main(int argc, char** argv) {
             Case c = random_case(random);
             check_attention(c);
             check_append(random);
-            if (n == 0) check_not_numbers(random);
+            if (n == 0) check_not_numbers(random), check_traffic(random);
         } catch (const std::exception& error) {
             printf("cuda_paged_attention 1 %d: %s\n", seed + n, error.what());
             fflush(stdout);

@@ -300,7 +300,7 @@ struct Walk {
 };
 
 constexpr int blocks_per_processor(int head, int row_warps) {
-    return head > 128 ? 1 : head > 64 && row_warps > 1 ? 2 : 3;
+    return head > 128 ? 1 : row_warps > 1 ? 2 : 3;
 }
 
 template <typename T, int head, bool coded, int row_warps>
@@ -343,6 +343,7 @@ attend_kernel(METATE_PARAMETER(Attend, f)) {
             Walk<T, head, format, row_warps>{f, s, visit, rows, shared, tiles, scales, {}}.run(o, largest, sum);
         });
         constexpr int area = c.warps() * 16 * head * 4;
+        static_assert(area + c.warps() * 16 * 8 <= c.ring_bytes());
         finish<T, head, coded, row_warps>(f, s, splits, split, m0, tiles, tiles + area, o, largest, sum);
         sync_threads();
     }

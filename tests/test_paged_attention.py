@@ -178,3 +178,62 @@ def test_gradients_are_refused_before_anything_is_written():
     version = args[2]._version
     metate.append_kv(args[0].detach(), *args[1:5])
     assert args[2]._version > version and not torch.equal(args[2], before)
+
+
+def repaged(k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor, page_size: int, seed: int):
+    """The same sequences in pages of another size and order, beside NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = -(-int(lens.max()) // page_size)
+    order = torch.randperm(len(lens) * pages + 1, generator=generator)[: len(lens) * pages].view(len(lens), pages)
+    caches = []
+    for cache in (k_cache, v_cache):
+        moved = cache.new_full((order.numel() + 1, page_size, *cache.shape[2:]), float("nan"))
+        for b, n in enumerate(lens.tolist()):
+            at = torch.arange(n)
+            moved[order[b][at // page_size], at % page_size] = dense(cache, table[b], n)[0]
+        caches.append(moved)
+    return *caches, order.to(torch.int32), lens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 7])
+def test_bits_do_not_depend_on_pages_batch_or_threads(queries, dtype):
+    k_cache, v_cache, table, lens = paged([1, 1500, 64, 513, 700], 16, 2, 40, 24)
+    k_cache, v_cache, q = k_cache.to(dtype), v_cache.to(dtype), torch.randn(5, queries, 8, 40).to(dtype)
+    expected = metate.paged_attention(q, k_cache, v_cache, table, lens)
+    assert expected.isfinite().all()
+    for page_size in (1, 3, 16, 128, 2048):
+        other = repaged(k_cache, v_cache, table, lens, page_size, page_size)
+        assert torch.equal(metate.paged_attention(q, *other), expected)
+    for b in range(5):
+        one = slice(b, b + 1)
+        assert torch.equal(metate.paged_attention(q[one], k_cache, v_cache, table[one], lens[one]), expected[one])
+    many = [x.repeat(13, *[1] * (x.dim() - 1)) for x in (q, table, lens)]
+    assert torch.equal(metate.paged_attention(many[0], k_cache, v_cache, *many[1:])[:5], expected)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(metate.paged_attention(q, k_cache, v_cache, table, lens), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("cache", [None, "int8", "int4", "fp8", "scaled fp8"])
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+def test_long_ragged_sequences(page_size, cache):
+    case = dict(B=3, Sq=1, max_pages=-(-3000 // page_size), page_size=page_size, Hq=4, Hkv=1, D=64, Dv=64, cache=cache)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = paged_attention_op.example(case, dtype)
+        paged_attention_op.assert_close(paged_attention_op(*args), args)
+
+
+def test_column_sums_are_those_of_probabilities():
+    k_cache, v_cache, table, lens = paged([600, 33], 16, 2, 24, 16)
+    q = torch.randn(2, 5, 4, 24)
+    out, sums = metate.paged_attention(q, k_cache, v_cache, table, lens, return_column_sums=True)
+    for b, n in enumerate(lens.tolist()):
+        k, v = dense(k_cache, table[b], n), dense(v_cache, table[b], n)
+        expected = metate.attention(q[b : b + 1], k, v, causal=True, return_column_sums=True)
+        torch.testing.assert_close(out[b : b + 1], expected[0])
+        torch.testing.assert_close(sums[b, :, :n], expected[1][0])
+        assert not sums[b, :, n:].any()

@@ -1,0 +1,74 @@
+"""Decoding from a paged cache, beside PyTorch on the same keys and values laid out contiguously.
+
+Rivals get the cache gathered (and, where it is quantised, decoded to the dtype of the queries) outside the timing, with
+the query heads of a group as rows, so that no key is read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metate.bench.run import Run, Setup, Skip, Workload, call_op
+from metate.op import Case
+from metate.ops.paged_attention.declaration import paged_attention_op
+from metate.ops.paged_attention.reference import decode
+
+
+def workloads(compile: bool) -> list[Workload]:
+    decoding = [case for case in paged_attention_op.domain.sweep if case["Sq"] == 1]
+    return [
+        Workload(
+            "paged attention, one query",
+            paged_attention_op,
+            decoding,
+            {"torch SDPA, gathered": sdpa, "torch naive, gathered": naive},
+            call_op,
+            flops=paged_attention_op.flops,
+            label=label,
+            checked=1,
+        )
+    ]
+
+
+def label(case: Case) -> str:
+    keys = case["max_pages"] * case["page_size"]
+    return f"B{case['B']} keys {keys} H{case['Hq']}/{case['Hkv']} D{case['D']} {case.get('cache') or ''}".strip()
+
+
+def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
+    """q, k and v as (batch, kv_heads, rows or keys, dim) of full sequences."""
+    sets = []
+    for named in setup.named:
+        q, pages = named["q"], named["block_table"].long()
+        if not (named["seq_lens"] == setup.case["max_pages"] * setup.case["page_size"]).all():
+            raise Skip("sequences of different lengths")
+        k, v = (
+            decode(named[f"{x}_cache"][pages], scale if scale is None else scale[pages], q.dtype).flatten(1, 2)
+            for x, scale in (("k", named["k_scale"]), ("v", named["v_scale"]))
+        )
+        rows = q.view(q.shape[0], k.shape[2], -1, q.shape[3])
+        sets.append((rows, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
+    return sets
+
+
+def _rival(setup: Setup, call: Callable[..., Tensor]) -> Run:
+    sets = gathered(setup)
+
+    @torch.no_grad()
+    def run(i: int) -> Tensor:
+        out = call(*sets[i % len(sets)])
+        return out.reshape(out.shape[0], 1, -1, out.shape[3])
+
+    return run
+
+
+def sdpa(setup: Setup) -> Run:
+    return _rival(setup, F.scaled_dot_product_attention)
+
+
+def naive(setup: Setup) -> Run:
+    return _rival(setup, lambda q, k, v: (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).softmax(-1) @ v)

@@ -191,7 +191,10 @@ paged_attention_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_attention,
     validate=rules.validate_attention,
-    refuses={"cpu": lambda q, *_: rules.refused_by_cpu(q)},
+    refuses={
+        "cpu": lambda q, *_: rules.refused_float64(q),
+        "cuda": lambda q, k_cache, v_cache, *_: rules.refused_by_cuda(q, v_cache),
+    },
     contents=("block_table seq_lens left_pad cu_seqlens_q", rules.check_attention),
     gradient="it reads a cache, for inference; train with metate.attention",
 )
@@ -294,7 +297,7 @@ append_op = Op(
     vmap=rules.refuse_vmap,
     sharding=rules.shard_append,
     validate=rules.validate_append,
-    refuses={"cpu": lambda k, *_: rules.refused_by_cpu(k)},
+    refuses=dict.fromkeys(("cpu", "cuda"), lambda k, *_: rules.refused_float64(k)),
     contents=("slot_mapping", rules.check_append),
     gradient="it writes a cache, for inference; train with metate.attention",
     writes=True,

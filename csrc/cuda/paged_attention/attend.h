@@ -177,7 +177,7 @@ METATE_DEVICE void finish(const Attend& f, const Span& s, const Splits& splits, 
     }
 }
 
-// The ring of tiles: keys, values, and for codes what they count.
+// A walk of one block over the keys of a split, through a ring of tiles: keys, values, and for codes what they count.
 template <typename T, int head, Format format, int row_warps>
 struct Walk {
     static constexpr bool coded = format != Format::plain;

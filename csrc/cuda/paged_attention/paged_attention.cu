@@ -17,7 +17,8 @@ Problem problem_of(const PagedAttention& a, const Device& device) {
     p.packed = static_cast<bool>(a.cu_seqlens_q);
     const int64_t capacity = a.block_table.size[1] * p.page_size, longest = p.tokens + capacity;
     const int64_t rows = static_cast<int64_t>(p.tokens) * p.group;
-    if (longest >= int64_t{1} << 30 || rows >= int64_t{1} << 30) refuse("paged_attention", "2^30 rows or positions");
+    if (longest >= int64_t{1} << 30 || rows >= int64_t{1} << 30)
+        refuse("paged_attention", "2^30 rows of queries or positions of keys; up to 2^30 - 1");
     p.capacity = static_cast<int>(capacity);
     p.left = static_cast<int>(a.window_left < longest ? a.window_left : longest);
     p.right = static_cast<int>(a.window_right < longest ? a.window_right : longest);

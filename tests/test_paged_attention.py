@@ -237,3 +237,25 @@ def test_column_sums_are_those_of_probabilities():
         torch.testing.assert_close(out[b : b + 1], expected[0])
         torch.testing.assert_close(sums[b, :, :n], expected[1][0])
         assert not sums[b, :, n:].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8])
+def test_what_is_not_finite_stays_with_those_who_see_it(cache, bad):
+    """Keys 40 and 41 of 70: only queries behind them may show it, whoever is computed beside them."""
+    k, v, table, lens = paged([70], 16, 2, 24, 16)
+    k, v = k.nan_to_num(0), v.nan_to_num(0)
+    scales = {}
+    if cache == torch.int8:
+        (k, k_scale), (v, v_scale) = (reference.quantise(x, cache, True) for x in (k, v))
+        v_scale[table[0, 2], 8:10] = bad
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+    else:
+        k, v = k.to(cache), v.to(cache)
+        v[table[0, 2], 8:10] = bad
+    q = torch.randn(1, 70, 4, 24).to(torch.bfloat16 if cache == torch.bfloat16 else torch.float32)
+    out = metate.paged_attention(q, k, v, table, lens, **scales)
+    assert out[:, :40].isfinite().all() and not out[:, 40:].isfinite().any()
+    with metate.use("reference"):
+        expected = metate.paged_attention(q, k, v, table, lens, **scales)
+    assert torch.equal(expected.isfinite(), out.isfinite())

@@ -273,6 +273,44 @@ void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, int64_
     }
 }
 
+// Whether what the values of a tile stand for is finite, or every row sees all of them: then a weight of 0 hides one.
+template <class S>
+bool are_safe(const Shape& s, const Piece& piece, const Tile& tile, const uint8_t* const* values, int64_t offset,
+              const float* scales) {
+    bool is_mixed = false;
+    for (int64_t r = 0; r < piece.rows; ++r) is_mixed |= tile.mask[r] != tile.some;
+    if (!is_mixed) return true;
+    vf poison = splat(0.0f);  // NaN once a number is not finite
+    for (uint64_t left = tile.some; left; left &= left - 1) {
+        const int j = __builtin_ctzll(left);
+        if (scales) poison = fma(splat(scales[j]), splat(0.0f), poison);
+        for (int64_t c = 0; c < s.dv; c += block) {
+            vf a, b;
+            read<S>(values[j] + (offset + bytes_before<S>(c)), at_most(s.dv - c, block), a, b);
+            poison = fma(a, splat(0.0f), fma(b, splat(0.0f), poison));
+        }
+    }
+    return sum(poison) == 0.0f;
+}
+
+// What multiply_tile_values adds, a row at a time and of the keys that it sees alone.
+template <class S>
+void multiply_seen_values(const Shape& s, const Piece& piece, const Tile& tile, const uint8_t* const* values,
+                          int64_t offset, const float* p, float* o, const float* factor, Ahead& ahead) {
+    for (int64_t r = 0; r < piece.rows; ++r) {
+        if (!tile.mask[r]) continue;
+        const uint8_t* seen[tile_keys];
+        float weight[tile_keys];
+        for (int j = 0; j < tile_keys; ++j) {
+            const bool is_seen = tile.mask[r] >> j & 1;
+            seen[j] = values[is_seen ? j : __builtin_ctzll(tile.mask[r])];
+            weight[j] = is_seen ? p[r * p_stride + j] : 0.0f;
+        }
+        multiply_tile_values<S, 1>(seen, offset, tile.count, weight, p_stride, s.dv, o + r * s.o_stride, s.o_stride,
+                                   factor + r, ahead);
+    }
+}
+
 template <class S>
 void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, int64_t h, const Tile& tile, const Scratch& my) {
     find_logits<S>(s, seq, piece, h, tile, my);
@@ -283,8 +321,8 @@ void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, int64_t h
         factor[r] = exponentials(my.p + r * p_stride, piece.state.m[first + r], piece.state.l[first + r]);
     }
     const float* p = my.p;
+    alignas(64) float scales[tile_keys];
     if (s.a.v_scale) {
-        alignas(64) float scales[tile_keys];
         gather_scales(s.a.v_scale, head, tile, scales);
         for (int64_t r = 0; r < piece.rows; ++r) {
             for (int j = 0; j < tile_keys; j += width) {
@@ -299,9 +337,13 @@ void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, int64_t h
         values = copies;
         offset = 0;
     }
+    float* const o = piece.state.o + first * s.o_stride;
+    if (!are_safe<S>(s, piece, tile, values, offset, s.a.v_scale ? scales : nullptr)) {
+        return multiply_seen_values<S>(s, piece, tile, values, offset, p, o, factor, *my.ahead);
+    }
     for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
-        multiply_tile_values<S, n>(values, offset, tile.count, p + r * p_stride, p_stride, s.dv,
-                                   piece.state.o + (first + r) * s.o_stride, s.o_stride, factor + r, *my.ahead);
+        multiply_tile_values<S, n>(values, offset, tile.count, p + r * p_stride, p_stride, s.dv, o + r * s.o_stride,
+                                   s.o_stride, factor + r, *my.ahead);
     });
 }
 

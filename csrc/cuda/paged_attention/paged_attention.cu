@@ -26,7 +26,8 @@ Problem problem_of(const PagedAttention& a, const Device& device) {
     while (p.shortest < 16 * p.group) p.shortest *= 2;
     p.splits = (p.capacity + p.shortest - 1) / p.shortest;
     const int64_t wanted = 32 * device.processors, there = static_cast<int64_t>(p.sequences) * p.kv_heads;
-    p.at_once = static_cast<int>(flash::most(1, flash::least(p.splits, static_cast<int>(wanted / (there + 1) + 1))));
+    const int64_t at_once = wanted / (there + 1) + 1;
+    p.at_once = p.splits < 1 ? 1 : static_cast<int>(at_once < p.splits ? at_once : p.splits);
     p.by_group = flash::divider(p.group);
     p.by_page = flash::divider(p.page_size > 0 ? p.page_size : 1);
     p.scale = static_cast<float>(a.scale);

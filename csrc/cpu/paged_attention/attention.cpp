@@ -548,7 +548,8 @@ void add_sums(const Shape& s, const Piece& first, const Scratch& my) {
                 const float lse = *lse_at(a, seq, row.query, row.head);
                 float* sums =
                     static_cast<float*>(a.sums.data) + seq.number * a.sums.stride[0] + row.head * a.sums.stride[1];
-                for (int64_t j = 0; j < tile.count && lse > -INFINITY; ++j) {
+                for (uint64_t left = lse == -INFINITY ? 0 : tile.mask[r]; left; left &= left - 1) {
+                    const int j = __builtin_ctzll(left);
                     sums[(tile.key + j) * a.sums.stride[2]] += exp2f(my.p[r * p_stride + j] - lse * log2_e);
                 }
             }

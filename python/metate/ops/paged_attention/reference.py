@@ -119,7 +119,7 @@ def paged_attention(
     s = s.masked_fill(~allowed[:, None], -math.inf)
     terms = s if sinks is None else torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], -1)
     lse = torch.logsumexp(terms, -1) if terms.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
-    p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).masked_fill(~allowed[:, None], 0.0)
     out = p @ v.nan_to_num(0.0, 0.0, 0.0)
     if not v.isfinite().all():  # what is not finite reaches the queries that see it, and no other by a factor of 0
         out = out.masked_fill(allowed[:, None].to(s.dtype) @ (~v.isfinite()).to(s.dtype) > 0, math.nan)

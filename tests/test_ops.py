@@ -113,7 +113,15 @@ def test_gradgradcheck(op):
             )
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.gradient])
+def has_numbers(op: Op) -> bool:
+    """Torch itself never asks for a gradient of outputs that are all whole numbers."""
+    return any(isinstance(kind, str) or kind.is_floating_point for kind in op.outputs.values())
+
+
+REFUSED = [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.gradient and has_numbers(op)]
+
+
+@pytest.mark.parametrize("op", REFUSED)
 def test_refused_gradient_raises(op):
     args = op.example(op.domain.cases[1], torch.float32)
     with pytest.raises(NotImplementedError, match=f"metate.{op.name}: no gradient"):

@@ -8,6 +8,15 @@ from metate.nn import quantize_model
 from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
 from metate.ops.paged_attention import append_kv, cascade_attention, paged_attention
+from metate.ops.pq import (
+    kmeans,
+    pq_decode,
+    pq_distance_tables,
+    pq_encode,
+    pq_interleave,
+    pq_scan,
+    topk_distances,
+)
 from metate.ops.quant_linear import QuantizedWeight, dequantize, lora_linear, quant_linear
 from metate.quant import load_quantized
 
@@ -25,12 +34,19 @@ __all__ = [
     "dequantize",
     "explain",
     "generate",
+    "kmeans",
     "load_quantized",
     "lora_linear",
     "merge_attention_states",
     "paged_attention",
+    "pq_decode",
+    "pq_distance_tables",
+    "pq_encode",
+    "pq_interleave",
+    "pq_scan",
     "quant_linear",
     "quantize_model",
     "supports",
+    "topk_distances",
     "use",
 ]

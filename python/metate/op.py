@@ -369,7 +369,7 @@ class Op:
         """Float32 results beside float64 arguments are float64."""
         named = dict(zip(self.parameters, args, strict=False))
         wide = torch.float64 if args[0].dtype == torch.float64 else torch.float32
-        kinds = [named[d] if isinstance(d, str) else torch.promote_types(d, wide) for d in self.outputs.values()]
+        kinds = [named[d] if isinstance(d, str) else _widened(d, wide) for d in self.outputs.values()]
         return [kind.dtype if isinstance(kind, Tensor) else kind for kind in kinds if kind is not None]
 
     def assert_close(self, got: Any, args: Args) -> None:
@@ -505,6 +505,10 @@ def _schema(reference: Backend, writes: tuple[str, ...]) -> str:
 
     writer.__signature__ = prototype.replace(return_annotation=None)  # type: ignore[attr-defined]
     return torch.library.infer_schema(writer, mutates_args=writes)
+
+
+def _widened(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, wide) if dtype.is_floating_point else dtype
 
 
 def _castable(arg: Any) -> bool:

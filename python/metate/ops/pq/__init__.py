@@ -1,0 +1,173 @@
+"""Product quantisation (Jégou et al. 2011) and brute-force search: codes, distance tables, scans, k-means.
+
+`csrc/pq.h` states the semantics that every backend shares, reference.py says them in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.ops.pq.codes import interleave, pack_codes, unpack_codes
+from metate.ops.pq.declaration import decode_op, encode_op, scan_op, tables_op, topk_op
+from metate.ops.pq.kmeans import kmeans
+
+__all__ = [
+    "kmeans", "pack_codes", "pq_decode", "pq_distance_tables", "pq_encode", "pq_interleave", "pq_scan",
+    "topk_distances", "unpack_codes",
+]  # fmt: skip
+METRICS = {"l2": 0, "inner_product": 1, "cosine": 1}
+
+
+def pq_distance_tables(queries: Tensor, codebooks: Tensor, *, metric: str = "l2", symmetric: bool = False) -> Tensor:
+    """How far every sub-vector of every query is from each of its centroids.
+
+    Args:
+        queries: (Q, D), float32 (float64 on a CPU), any strides.
+        codebooks: (M, L, D/M) of the same dtype: M sub-vectors, L = 16 to 65536 centroids each, a power of two.
+        metric: "l2" (squared Euclidean distance), "inner_product", or "cosine" (inner product of the normalised query).
+        symmetric: replace every query by the centroids nearest to it first (Jégou et al. 2011, SDC).
+
+    Returns:
+        (Q, M, L): entries that add up, over the codes of a row, to its distance. Gradients reach queries and codebooks
+        (but not the queries of symmetric tables).
+    """
+    number = _metric("pq_distance_tables", metric)
+    if metric == "cosine" and isinstance(queries, Tensor) and queries.is_floating_point():
+        queries = torch.nn.functional.normalize(queries, dim=-1)
+    if symmetric:
+        queries = pq_decode(pq_encode(queries, codebooks), codebooks)
+    tables: Tensor = tables_op(queries, codebooks, number)
+    return tables
+
+
+def pq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
+    """The numbers of the nearest centroids of every vector, packed.
+
+    Args:
+        x: (n, D) float32, any strides.
+        codebooks: (M, L, D/M) float32; a code has log2(L) bits.
+
+    Returns:
+        (n, ⌈M·bits/8⌉) uint8 in the bit order of faiss, least significant first: `unpack_codes(codes, M, bits)` are the
+        numbers. Each is that of the centroid at the least squared distance, computed exactly and rounded to float32,
+        among equals the lowest; 0 where no distance is finite.
+    """
+    codes: Tensor = encode_op(x, codebooks)
+    return codes
+
+
+def pq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """The centroids that codes (n, ⌈M·bits/8⌉) stand for, side by side: (n, D). Gradients reach the codebooks."""
+    x: Tensor = decode_op(codebooks, codes)
+    return x
+
+
+def pq_interleave(codes: Tensor, M: int, bits: int) -> Tensor:
+    """Codes of 4 or 8 bits in the layout that `pq_scan` reads fastest: (⌈n/32⌉, M, 4·bits) uint8.
+
+    A block holds 32 rows, sub-code after sub-code. Of 8 bits, byte j is that of row j. Of 4 bits, byte j holds row j in
+    its low half and row j + 16 in its high half. Rows that fill the last block are zeros.
+    """
+    op = "pq_interleave"
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+        got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+        raise fail(op, "codes", got, "a uint8 tensor", error=TypeError)
+    if bits not in (4, 8):
+        raise fail(op, "bits", bits, "4 or 8")
+    if codes.dim() != 2 or codes.shape[1] != (M * bits + 7) // 8:
+        raise fail(
+            op, "codes", f"of shape {tuple(codes.shape)}", f"(n, {(M * bits + 7) // 8}): {M} codes of {bits} bits"
+        )
+    return interleave(codes, M, bits)
+
+
+def pq_scan(
+    tables: Tensor,
+    codes: Tensor,
+    k: int,
+    *,
+    n: int | None = None,
+    ranges: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_bias: Tensor | None = None,
+    ids: Tensor | None = None,
+    keep: Tensor | None = None,
+    largest: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The k best rows of codes for every query, without ever writing all distances.
+
+    The distance of row i is (Σ_m tables[q, m, code_m(i)] + row_bias[i]) + bias[q, p], summed from left to right in
+    float32: the result is the same, bit for bit, on every backend, in either layout, for any batch and order of ranges.
+
+    Args:
+        tables: (Q, M, L) float32, as from `pq_distance_tables`.
+        codes: (n, ⌈M·bits/8⌉) uint8, packed, or (⌈n/32⌉, M, 4·bits) uint8, interleaved by `pq_interleave`.
+        k: how many, at least 1; more than there are rows is fine.
+        n: the number of rows of interleaved codes.
+        ranges: (Q, P, 2) int64: query q scans rows first <= i < last of its P ranges, which do not overlap and may be
+            empty; None scans all.
+        bias: (Q, P) float32, added to the rows of a range; (Q, 1) without ranges.
+        row_bias: (n) float32, added to a row for every query.
+        ids: (n) int64, what rows are called in the result; None calls them by their number.
+        keep: (⌈n/8⌉) uint8: bit i % 8 of byte i // 8 says whether row i may be found; None keeps all.
+        largest: find the largest instead of the smallest.
+
+    Returns:
+        distances (Q, k) float32 and ids (Q, k) int64, best first, among equal distances the lower id first. Rows whose
+        distance is infinite or NaN are not found; where fewer than k are, the id is -1 and the distance inf (-inf).
+    """
+    if n is None and isinstance(codes, Tensor):
+        if codes.dim() == 3:
+            raise fail("pq_scan", "n", None, "the number of rows beside interleaved codes")
+        n = codes.shape[0] if codes.dim() else 0
+    distances, found = scan_op(tables, codes, ranges, bias, row_bias, ids, keep, n, k, largest)
+    return distances, found
+
+
+def topk_distances(
+    queries: Tensor,
+    base: Tensor,
+    k: int,
+    *,
+    metric: str = "l2",
+    largest: bool | None = None,
+    ranges: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    ids: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of every query, exactly, without ever writing all distances.
+
+    Distances are the exact ones rounded once to float32, near 0 too: products only find the candidates, which are then
+    ranked by their differences in float64.
+
+    Args:
+        queries: (Q, D) float32, any strides.
+        base: (n, D), float32, bfloat16, float16, or int8 that stands for scale * base + offset.
+        k: how many, at least 1; more than there are rows is fine. k = 1 is the assignment of k-means.
+        metric: "l2" (squared Euclidean distance), "inner_product", or "cosine" (inner product of the normalised query;
+            normalise base yourself).
+        largest: find the largest instead of the smallest; None: what is nearest by the metric.
+        ranges, ids, keep: as in `pq_scan`.
+        scale, offset: (D) float32, of an int8 base.
+
+    Returns:
+        distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`.
+    """
+    number = _metric("topk_distances", metric)
+    if metric == "cosine" and isinstance(queries, Tensor) and queries.is_floating_point():
+        queries = torch.nn.functional.normalize(queries, dim=-1)
+    biggest = bool(number) if largest is None else largest
+    distances, found = topk_op(queries, base, ranges, scale, offset, ids, keep, k, number, biggest)
+    return distances, found
+
+
+def _metric(op: str, metric: Any) -> int:
+    if metric not in METRICS:
+        raise fail(op, "metric", repr(metric), " or ".join(map(repr, METRICS)))
+    return METRICS[metric]

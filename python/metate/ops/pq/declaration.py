@@ -1,0 +1,289 @@
+"""The operators of product quantisation, each with everything that is true of it whatever machine runs it."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.op import Case, Domain, Op, loop_vmap
+from metate.ops.pq import reference, rules
+from metate.ops.pq.codes import interleave, pack_codes
+
+SINGLE = (torch.float32,)
+_WIDE = (torch.float32, torch.float64)
+_BYTES = (torch.uint8,)
+_SEARCH = {"ranges": (torch.int64,), "ids": (torch.int64,), "keep": _BYTES}
+_NO_ORDER = "the order of distances has none; train through metate.pq_distance_tables and metate.pq_decode"
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Quantising: n rows or Q queries of M sub-vectors of d columns.
+
+
+def _case(rows: int, M: int, bits: int, d: int, **flags: Any) -> Case:
+    return dict(rows=rows, M=M, bits=bits, d=d, **flags)
+
+
+CASES = [
+    _case(1, 1, 4, 1),
+    _case(5, 3, 8, 5),
+    _case(65, 7, 6, 4, ties=True),
+    _case(63, 4, 8, 8),
+    _case(17, 2, 5, 17),
+    _case(9, 1, 12, 1),
+    _case(3, 33, 4, 4, ties=True),
+    _case(0, 2, 4, 3),
+]
+SWEEP = [_case(rows, M, bits, 128 // M) for rows in (1, 64, 65536) for M, bits in ((16, 8), (32, 4))]
+
+
+def draw(rng: Random) -> Case:
+    """Any legal combination, small."""
+    case = _case(rng.choice([0, 1, 2, 15, 40]), rng.randint(1, 9), rng.choice([4, 4, 8, rng.randint(4, 9)]),
+                 rng.choice([1, 2, 3, 4, 8, 9, 16, 20]))  # fmt: skip
+    return case | {"ties": True} if rng.random() < 0.3 else case
+
+
+def _books(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Vectors and codebooks; `ties` makes them small whole numbers, of which many are equally near."""
+    rows, M, bits, d = (case[name] for name in ("rows", "M", "bits", "d"))
+    x, books = _normal(generator, rows, M * d), _normal(generator, M, 2**bits, d)
+    if case.get("ties"):
+        x, books = x.round(), books.round()
+    return x.to(dtype), books.to(dtype)
+
+
+def _codes(case: Case, rows: int, generator: torch.Generator) -> Tensor:
+    return pack_codes(torch.randint(0, 2 ** case["bits"], (rows, case["M"]), generator=generator), case["bits"])
+
+
+def _table_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
+    return (*_books(case, _working(dtype), generator), case.get("metric", 0))
+
+
+def _decode_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
+    _, books = _books(case, _working(dtype), generator)
+    return books, _codes(case, case["rows"], generator)
+
+
+def _numbers(case: Case) -> float:
+    return float(case["rows"] * case["M"] * case["d"])
+
+
+def _domain(make: Any, cases: list[Case]) -> Domain:
+    return Domain(make, cases, SWEEP, draw, ("rows",), "rows")
+
+
+tables_op = Op(
+    "pq_distance_tables",
+    reference.pq_distance_tables,
+    axes={"queries": "rows D", "codebooks": "M L d"},
+    dtypes={"queries": _WIDE, "codebooks": ("queries",)},
+    outputs={"tables": torch.float32},
+    shapes=lambda queries, codebooks, *_: ((queries.shape[0], *codebooks.shape[:2]),),
+    domain=_domain(_table_inputs, [*CASES, *(case | {"metric": 1} for case in CASES[1:5])]),
+    flops=lambda case: 3 * _numbers(case) * 2 ** case["bits"],
+    autocast=(),
+    vmap=rules.fold_vmap,
+    sharding=rules.shard_rows("tables", "queries"),
+    validate=rules.validate_tables,
+    refuses=dict.fromkeys(("cpu", "cuda"), rules.refused_float64),
+)
+tables_op.differentiable(rules.backward_tables, rules.save)
+
+encode_op = Op(
+    "pq_encode",
+    reference.pq_encode,
+    axes={"x": "rows D", "codebooks": "M L d"},
+    dtypes={"x": SINGLE, "codebooks": SINGLE},
+    outputs={"codes": torch.uint8},
+    shapes=lambda x, books: ((x.shape[0], rules.coded_bytes("pq_encode", books)),),
+    domain=_domain(lambda case, dtype, generator: _books(case, torch.float32, generator), CASES),
+    flops=lambda case: 2 * _numbers(case) * 2 ** case["bits"],
+    autocast=(),
+    vmap=rules.fold_vmap,
+    sharding=rules.shard_rows("codes", "x"),
+    validate=rules.validate_encode,
+    gradient="codes are whole numbers; pass the gradient of the decoded vectors straight through",
+)
+
+decode_op = Op(
+    "pq_decode",
+    reference.pq_decode,
+    axes={"codebooks": "M L d", "codes": "rows code_size"},
+    dtypes={"codebooks": _WIDE, "codes": _BYTES},
+    outputs={"out": "codebooks"},
+    shapes=lambda books, codes: ((codes.shape[0], books.shape[0] * books.shape[2]),),
+    domain=_domain(_decode_inputs, CASES),
+    flops=_numbers,
+    autocast=(),
+    vmap=loop_vmap,
+    sharding=rules.shard_rows("out", "codes"),
+    validate=rules.validate_decode,
+    refuses=dict.fromkeys(("cpu", "cuda"), rules.refused_float64),
+)
+decode_op.differentiable(rules.backward_decode, rules.save)
+
+
+# Searching: Q queries among n rows. P: ranges of a query, absent: all rows.
+
+
+def _search_inputs(case: Case, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Ranges that do not overlap, in any order, some empty; ids in no order, some twice; a bitmap of rows."""
+    Q, n, P = case["Q"], case["n"], case.get("P", 0)
+    cuts = torch.randint(0, n + 1, (Q, 2 * P), generator=generator).sort(1).values.view(Q, P, 2)
+    ids = torch.randint(-5, 2 * n + 1, (n,), generator=generator)
+    keep = torch.randint(0, 256, ((n + 7) // 8,), generator=generator).to(torch.uint8)
+    return cuts.flip(1) if P else None, ids if case.get("ids") else None, keep if case.get("keep") else None
+
+
+def _search(Q: int, n: int, k: int, **sizes: Any) -> Case:
+    return dict(Q=Q, n=n, k=k, **sizes)
+
+
+SCAN_CASES = [
+    _search(1, 1, 1, M=1, bits=4),
+    _search(3, 65, 5, M=3, bits=8, P=2, bias=True, row_bias=True, ids=True),
+    _search(2, 300, 7, M=5, bits=4, ties=True, ids=True),
+    _search(2, 1000, 10, M=8, bits=4, blocks=True),
+    _search(3, 999, 9, M=7, bits=4, blocks=True, P=3, bias=True, row_bias=True, ids=True, keep=True),
+    _search(2, 700, 3, M=4, bits=8, blocks=True, largest=True),
+    _search(9, 333, 65, M=17, bits=8, blocks=True, P=4, bias=True, keep=True, ties=True),
+    _search(2, 63, 100, M=3, bits=8, blocks=True, row_bias=True),
+    _search(1, 200, 1, M=2, bits=12, P=1, largest=True, row_bias=True),
+    _search(2, 130, 4, M=9, bits=5, keep=True, largest=True, ties=True),
+    _search(1, 33, 2, M=3, bits=16),
+    _search(0, 9, 2, M=3, bits=4, blocks=True),
+    _search(2, 0, 3, M=3, bits=8, P=2, bias=True),
+    _search(2, 0, 3, M=4, bits=4, blocks=True),
+]
+SCAN_SWEEP = [_search(Q, 1_000_000, 10, M=M, bits=bits, blocks=True) for Q in (1, 64) for M, bits in ((16, 8), (32, 4))]
+
+
+def _draw_search(rng: Random, *flags: str) -> Case:
+    n = rng.choice([0, 1, 31, 32, 33, 100, 700, 3000])
+    case = _search(rng.choice([0, 1, 2, 5, 9]), n, rng.choice([1, 2, 10, 70]), P=rng.choice([0, 0, 1, 3]))
+    return case | {flag: True for flag in flags if rng.random() < 0.35}
+
+
+def draw_scan(rng: Random) -> Case:
+    case = _draw_search(rng, "ids", "keep", "largest", "ties", "row_bias", "bias", "blocks")
+    bits = rng.choice([4, 8] if "blocks" in case else [4, 8, rng.randint(4, 13)])
+    return case | {"M": rng.randint(1, 24), "bits": bits}
+
+
+def _scan_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
+    Q, n, M, bits, P = case["Q"], case["n"], case["M"], case["bits"], case.get("P", 0)
+    tables = _normal(generator, Q, M, 2**bits)
+    if case.get("ties"):
+        tables = tables.round()
+    ranges, ids, keep = _search_inputs(case, generator)
+    codes = _codes(case, n, generator)
+    return (
+        tables, interleave(codes, M, bits) if case.get("blocks") else codes, ranges,
+        _normal(generator, Q, P or 1) if case.get("bias") else None,
+        _normal(generator, n) if case.get("row_bias") else None, ids, keep, n, case["k"], case.get("largest", False),
+    )  # fmt: skip
+
+
+scan_op = Op(
+    "pq_scan",
+    reference.pq_scan,
+    axes={
+        "tables": "Q M L", "codes": "n code_size or n//32 M block_bytes", "ranges": "Q P 2", "bias": "Q P",
+        "row_bias": "n", "ids": "n", "keep": "n//8",
+    },
+    dtypes={"tables": SINGLE, "codes": _BYTES, **_SEARCH, "bias": SINGLE, "row_bias": SINGLE},
+    outputs={"distances": torch.float32, "ids": torch.int64},
+    shapes=lambda tables, *rest: ((tables.shape[0], rest[-2]),) * 2,
+    domain=Domain(_scan_inputs, SCAN_CASES, SCAN_SWEEP, draw_scan, ("Q",), "Q"),
+    flops=lambda case: float(case["Q"] * case["n"] * case["M"]),
+    autocast=(),
+    vmap=loop_vmap,
+    sharding=rules.shard_queries,
+    validate=rules.validate_scan,
+    contents=("ranges", rules.check_ranges("pq_scan", lambda args: args[7])),
+    gradient=_NO_ORDER,
+)  # fmt: skip
+
+
+TOPK_CASES = [
+    _search(1, 1, 1, D=1),
+    _search(3, 65, 5, D=7, P=2, ids=True, keep=True),
+    _search(5, 300, 10, D=33, near=True),
+    _search(2, 130, 3, D=64, metric=1, largest=True),
+    _search(70, 64, 1, D=8),
+    _search(33, 257, 1, D=20, near=True, ties=True),
+    _search(2, 63, 100, D=16, ids=True),
+    _search(4, 400, 7, D=5, P=3, near=True, metric=1),
+    _search(3, 500, 9, D=40, int8=True, keep=True),
+    _search(9, 1000, 20, D=130, P=1, int8=True, largest=True),
+    _search(2, 100, 2, D=3, ties=True, largest=True),
+    _search(0, 9, 2, D=3),
+    _search(2, 0, 3, D=3, P=2),
+    _search(2, 5, 3, D=0),
+]
+TOPK_SWEEP = [
+    _search(1, 1_000_000, 10, D=128),
+    _search(64, 1_000_000, 10, D=128),
+    _search(65536, 256, 1, D=8),
+    _search(65536, 1024, 1, D=128),
+]
+
+
+def draw_topk(rng: Random) -> Case:
+    case = _draw_search(rng, "ids", "keep", "largest", "ties", "near", "int8")
+    case["n"] = min(case["n"], 700)
+    case["Q"] = rng.choice([case["Q"], case["Q"], 17, 33])
+    return case | {"D": rng.choice([1, 3, 8, 16, 31, 64, 100]), "metric": rng.choice([0, 0, 1])}
+
+
+def _topk_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
+    """`near` puts all vectors close together and far from 0, some queries upon rows."""
+    Q, n, D = case["Q"], case["n"], case["D"]
+    queries, base = _normal(generator, Q, D), _normal(generator, n, D)
+    if case.get("near"):
+        queries, base = 50 + 0.01 * queries, 50 + 0.01 * base
+        same = min(Q // 2, n)
+        queries[:same] = base[:same]
+    if case.get("ties"):
+        queries, base = queries.round(), base.round()
+    scale = offset = None
+    if case.get("int8"):
+        scale, offset = 0.01 + 0.01 * _normal(generator, D).abs(), _normal(generator, D)
+        base = torch.randint(-128, 128, (n, D), generator=generator).to(torch.int8)
+    else:
+        base = base.to(torch.float32 if dtype == torch.float64 else dtype)
+    ranges, ids, keep = _search_inputs(case, generator)
+    return queries, base, ranges, scale, offset, ids, keep, case["k"], case.get("metric", 0), case.get("largest", False)
+
+
+topk_op = Op(
+    "topk_distances",
+    reference.topk_distances,
+    axes={"queries": "Q D", "base": "n D", "ranges": "Q P 2", "scale": "D", "offset": "D", "ids": "n", "keep": "n//8"},
+    dtypes={
+        "queries": SINGLE, "base": (torch.float32, torch.bfloat16, torch.float16, torch.int8), **_SEARCH,
+        "scale": SINGLE, "offset": SINGLE,
+    },
+    outputs={"distances": torch.float32, "ids": torch.int64},
+    shapes=lambda queries, *rest: ((queries.shape[0], rest[-3]),) * 2,
+    domain=Domain(_topk_inputs, TOPK_CASES, TOPK_SWEEP, draw_topk, ("Q", "n"), "Q"),
+    flops=lambda case: 2.0 * case["Q"] * case["n"] * case["D"],
+    autocast=(),
+    vmap=loop_vmap,
+    sharding=rules.shard_queries,
+    validate=rules.validate_topk,
+    contents=("ranges", rules.check_ranges("topk_distances", lambda args: args[1].shape[0])),
+    gradient=_NO_ORDER,
+)  # fmt: skip

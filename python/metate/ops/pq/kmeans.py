@@ -1,0 +1,126 @@
+"""Lloyd's k-means (Lloyd 1982), begun by sampling or by k-means++ (Arthur and Vassilvitskii 2007)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.ops.pq.declaration import topk_op
+
+_PER_CANDIDATE = 32  # points a centroid among which k-means++ chooses
+
+
+def kmeans(
+    x: Tensor,
+    k: int,
+    *,
+    init: str = "k-means++",
+    iterations: int = 25,
+    seed: int = 0,
+    spherical: bool = False,
+    max_points_per_centroid: int | None = 256,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centroids that are the means of the points nearest to them.
+
+    Args:
+        x: (n, D) float32, any strides, n >= k.
+        k: how many centroids.
+        init: "k-means++" (spread over the points) or "sample" (points taken at random, faster).
+        iterations: how often centroids move.
+        seed: the same seed, the same centroids.
+        spherical: centroids of length 1, points assigned to the largest inner product.
+        max_points_per_centroid: train on at most k times as many points, taken at random; None trains on all.
+
+    Returns:
+        centroids (k, D) float32; assignment (n) int64, of all points to the final centroids, exact; objective
+        (iterations) float64: of the points trained on, the sum of squared distances (of inner products if spherical)
+        to the centroids before each move. A centroid that lost its points restarts beside that of the largest cluster.
+    """
+    _check(x, k, init, iterations, max_points_per_centroid)
+    generator = torch.Generator().manual_seed(seed)
+    points = x.detach()
+    if max_points_per_centroid is not None and x.shape[0] > k * max_points_per_centroid:
+        points = points[_sample(x.shape[0], k * max_points_per_centroid, generator).to(x.device)]
+    centroids = _plus_plus(points, k, generator) if init == "k-means++" else None
+    if centroids is None:
+        centroids = points[_sample(points.shape[0], k, generator).to(x.device)]
+    centroids = _unit(centroids) if spherical else centroids.contiguous()
+    objective = torch.zeros(iterations, dtype=torch.float64)
+    for step in range(iterations):
+        distances, nearest = _assign(points, centroids, spherical)
+        objective[step] = distances.sum(dtype=torch.float64).item()
+        centroids = _move(points, centroids, nearest)
+        centroids = _unit(centroids) if spherical else centroids
+    return centroids, _assign(x.detach(), centroids, spherical)[1], objective
+
+
+def _check(x: Tensor, k: int, init: str, iterations: int, most: int | None) -> None:
+    op = "kmeans"
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        got = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+        raise fail(op, "x", got, "a float32 tensor; convert it with .to()", error=TypeError)
+    if x.dim() != 2:
+        raise fail(op, "x", f"of shape {tuple(x.shape)}", "(points, columns)")
+    if not isinstance(k, int) or not 1 <= k <= x.shape[0]:
+        raise fail(op, "k", k, f"1 to {x.shape[0]}, as many as there are points")
+    if init not in ("k-means++", "sample"):
+        raise fail(op, "init", repr(init), "'k-means++' or 'sample'")
+    if iterations < 0:
+        raise fail(op, "iterations", iterations, "at least 0")
+    if most is not None and most < 1:
+        raise fail(op, "max_points_per_centroid", most, "at least 1, or None")
+    if x.shape[1] and not bool((4 * x.shape[1] * x.abs().amax().square()).isfinite()):
+        raise fail(op, "x", "NaN, infinite or huge in places", "numbers whose squared distances are finite in float32")
+
+
+def _sample(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """Different numbers below n, in ascending order, that they are read fast."""
+    return torch.randperm(n, generator=generator)[:count].sort().values
+
+
+def _assign(x: Tensor, centroids: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:
+    metric = int(spherical)
+    distances, nearest = topk_op(x, centroids, None, None, None, None, None, 1, metric, spherical)
+    return distances[:, 0], nearest[:, 0]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Points drawn one after another, each with a chance proportional to its squared distance from those before."""
+    if x.shape[0] > _PER_CANDIDATE * k:
+        x = x[_sample(x.shape[0], _PER_CANDIDATE * k, generator).to(x.device)]
+    chosen = torch.empty(k, dtype=torch.int64)
+    chosen[0] = torch.randint(0, x.shape[0], (1,), generator=generator)
+    nearest = torch.full((x.shape[0],), torch.inf, device=x.device)
+    draws = torch.rand(k, generator=generator, dtype=torch.float64)
+    for i in range(1, k):
+        nearest = torch.minimum(nearest, (x - x[chosen[i - 1]]).square().sum(1))
+        chances = nearest.double().cumsum(0)
+        last = chances[-1].item()
+        if last == 0:  # fewer different points than centroids: any will do
+            chosen[i:] = torch.randint(0, x.shape[0], (k - i,), generator=generator)
+            break
+        place = torch.searchsorted(chances, (draws[i] * last).to(x.device), right=True)
+        chosen[i] = place.clamp_(max=x.shape[0] - 1).item()
+    return x[chosen.to(x.device)]
+
+
+def _move(x: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:
+    """The means of the clusters; where there is none, half of the largest that is left is split off."""
+    k = centroids.shape[0]
+    counts = torch.bincount(nearest, minlength=k)
+    sums = torch.zeros_like(centroids).scatter_add_(0, nearest[:, None].expand(x.shape), x)
+    means = sums / counts.clamp(min=1)[:, None]
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        size = counts.tolist()
+        for lost in empty:
+            largest = max(range(k), key=size.__getitem__)
+            step = means[largest] * (2.0**-10)
+            means[lost], means[largest] = means[largest] + step, means[largest] - step
+            size[lost], size[largest] = size[largest] // 2, size[largest] - size[largest] // 2
+    return means

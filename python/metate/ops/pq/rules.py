@@ -1,0 +1,171 @@
+"""What the operators of product quantisation refuse, their gradients, and how they are batched and sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.op import Op, loop_vmap
+from metate.ops.pq.codes import BLOCK, bits_of, row_bytes, unpack_codes
+
+Args = tuple[Any, ...]
+Splits = list[tuple[dict[str, int], dict[str, int]]]  # dimensions that outputs and arguments are split over
+
+# Refusals.
+
+
+def refused_float64(x: Tensor, *_: Any) -> str | None:
+    return "float64: up to float32" if x.dtype == torch.float64 else None
+
+
+def _validate_books(op: str, columns: Any, codebooks: Tensor) -> int:
+    """Codebooks (M, L, D/M) for vectors of `columns`; the bits of a code."""
+    bits = bits_of(op, "codebooks", codebooks.shape[1])
+    M, width = codebooks.shape[0], codebooks.shape[2]
+    if M < 1 or width < 1:
+        raise fail(op, "codebooks", f"of shape {tuple(codebooks.shape)}", "at least one sub-vector and one column")
+    if columns is not None and M * width != columns:
+        raise fail(op, "codebooks", f"for {M} sub-vectors of {width} columns", f"{columns} columns in all")
+    return bits
+
+
+def _validate_metric(op: str, metric: int) -> None:
+    if metric not in (0, 1):
+        raise fail(op, "metric", metric, "0 (squared Euclidean distance) or 1 (inner product)")
+
+
+def coded_bytes(op: str, codebooks: Tensor) -> int:
+    """Bytes of the codes of a vector."""
+    return row_bytes(codebooks.shape[0], bits_of(op, "codebooks", codebooks.shape[1]))
+
+
+def validate_tables(queries: Tensor, codebooks: Tensor, metric: int) -> None:
+    _validate_books("pq_distance_tables", queries.shape[1], codebooks)
+    _validate_metric("pq_distance_tables", metric)
+
+
+def validate_encode(x: Tensor, codebooks: Tensor) -> None:
+    _validate_books("pq_encode", x.shape[1], codebooks)
+
+
+def validate_decode(codebooks: Tensor, codes: Tensor) -> None:
+    bits = _validate_books("pq_decode", None, codebooks)
+    _validate_row("pq_decode", codes, codebooks.shape[0], bits)
+
+
+def _validate_row(op: str, codes: Tensor, M: Any, bits: int) -> None:
+    if codes.shape[1] != row_bytes(M, bits):
+        expected = f"(…, {row_bytes(M, bits)}) for {M} sub-codes of {bits} bits"
+        raise fail(op, "codes", f"of shape {tuple(codes.shape)}", expected)
+
+
+def _validate_search(op: str, k: int, ranges: Tensor | None, bias: Tensor | None) -> None:
+    if not 1 <= k < 2**31:
+        raise fail(op, "k", k, "1 to 2**31 - 1")
+    if ranges is None and bias is not None and bias.shape[1] != 1:
+        raise fail(op, "bias", f"of shape {tuple(bias.shape)}", f"({bias.shape[0]}, 1) without ranges")
+
+
+def validate_scan(
+    tables: Tensor, codes: Tensor, ranges: Tensor | None, bias: Tensor | None, row_bias: Tensor | None,
+    ids: Tensor | None, keep: Tensor | None, n: int, k: int, largest: bool,
+) -> None:  # fmt: skip
+    op, M = "pq_scan", tables.shape[1]
+    bits = bits_of(op, "tables", tables.shape[2])
+    if M < 1:
+        raise fail(op, "tables", f"of shape {tuple(tables.shape)}", "at least one sub-vector")
+    if len(codes.shape) == 2:
+        _validate_row(op, codes, M, bits)
+    elif bits not in (4, 8):
+        raise fail(op, "codes", "in blocks", f"rows: blocks hold codes of 4 or 8 bits, not {bits}")
+    elif codes.shape[2] != BLOCK * bits // 8:
+        raise fail(op, "codes", f"of shape {tuple(codes.shape)}", f"blocks of {BLOCK * bits // 8} bytes a sub-code")
+    _validate_search(op, k, ranges, bias)
+
+
+def validate_topk(
+    queries: Tensor, base: Tensor, ranges: Tensor | None, scale: Tensor | None, offset: Tensor | None,
+    ids: Tensor | None, keep: Tensor | None, k: int, metric: int, largest: bool,
+) -> None:  # fmt: skip
+    op = "topk_distances"
+    for name, tensor in (("scale", scale), ("offset", offset)):
+        if (tensor is None) == (base.dtype == torch.int8):
+            expected = "a number a column beside an int8 base, None otherwise"
+            raise fail(op, name, "None" if tensor is None else "given", expected)
+    _validate_metric(op, metric)
+    _validate_search(op, k, ranges, None)
+
+
+def check_ranges(op: str, rows: Callable[[Args], Any]) -> Callable[..., None]:
+    """Contents, where looking costs little: on a CPU. Kernels elsewhere cut ranges to the rows that exist."""
+
+    def check(*args: Any) -> None:
+        ranges = args[2]
+        if ranges is None or ranges.device.type != "cpu" or not ranges.numel():
+            return
+        least, most = (int(x) for x in ranges.aminmax())
+        n = rows(args)
+        if least < 0 or most > n:
+            raise fail(op, "ranges", f"{least} to {most}", f"rows from 0 to {n}")
+        if bool((ranges[..., 0] > ranges[..., 1]).any()):
+            raise fail(op, "ranges", "ending before it begins", "[first, last) with first <= last")
+
+    return check
+
+
+# Gradients.
+
+
+def save(ctx: Any, inputs: Args, output: Any) -> None:
+    tensors = [a for a in inputs if isinstance(a, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.scalars = inputs[len(tensors) :]
+
+
+def backward_tables(ctx: Any, grad: Tensor) -> Args:
+    """Of Σ (q - c)², or of Σ q c."""
+    queries, codebooks = ctx.saved_tensors
+    M, _, width = codebooks.shape
+    parts = queries.reshape(queries.shape[0], M, width)
+    by_query = torch.einsum("qml,mld->qmd", grad, codebooks)
+    by_book = torch.einsum("qml,qmd->mld", grad, parts)
+    if ctx.scalars[0] == 0:
+        by_query = 2 * (grad.sum(2)[..., None] * parts - by_query)
+        by_book = 2 * (grad.sum(0)[..., None] * codebooks - by_book)
+    return by_query.reshape(queries.shape), by_book, None
+
+
+def backward_decode(ctx: Any, grad: Tensor) -> Args:
+    """Sums over the rows that have a centroid."""
+    codebooks, codes = ctx.saved_tensors
+    M, levels, width = codebooks.shape
+    indices = unpack_codes(codes, M, bits_of("pq_decode", "codebooks", levels)).long()
+    numbers = (indices + levels * torch.arange(M, device=indices.device)).flatten()
+    total = grad.new_zeros(M * levels, width).index_add(0, numbers, grad.reshape(-1, width))
+    return total.view(codebooks.shape), None
+
+
+# Batching and sharding.
+
+
+def fold_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
+    """Where the rows of the first argument alone are mapped, there are more of them."""
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        return loop_vmap(op, info, in_dims, args)
+    x = args[0].movedim(in_dims[0], 0)
+    return op.torch_op(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
+
+
+def shard_rows(output: str, argument: str) -> Any:
+    return lambda op, args: [({output: 0}, {argument: 0})]
+
+
+def shard_queries(op: Op, args: Args) -> Splits:
+    """Over queries; everything else is everywhere."""
+    named = dict(zip(op.parameters, args, strict=False))
+    split = [name for name in ("tables", "queries", "ranges", "bias") if named.get(name) is not None]
+    return [({"distances": 0, "ids": 0}, dict.fromkeys(split, 0))]

@@ -1,0 +1,158 @@
+"""Product quantisation, beyond what the declaration says: bit order, layouts, exactness near zero, k-means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import metate
+from metate.ops.pq import pack_codes, unpack_codes
+
+
+@pytest.mark.parametrize(
+    "bits,indices,expected",
+    [
+        (4, [1, 2, 3], [0x21, 0x03]),
+        (8, [7, 255], [7, 255]),
+        (5, [0b10101, 0b00011, 0b11111], [0b011_10101, 0b0_11111_00]),
+        (12, [0xABC, 0x123], [0xBC, 0x3A, 0x12]),
+        (16, [0x1234], [0x34, 0x12]),
+    ],
+)
+def test_codes_are_packed_from_the_lowest_bit(bits, indices, expected):
+    """As faiss' BitstringWriter does."""
+    rows = torch.tensor([indices, indices[::-1]])
+    codes = pack_codes(rows, bits)
+    assert codes[0].tolist() == expected
+    assert torch.equal(unpack_codes(codes, len(indices), bits), rows.int())
+
+
+def test_interleaved_rows():
+    codes = torch.arange(40, dtype=torch.uint8)[:, None] % 16
+    blocks = metate.pq_interleave(codes, 1, 4)
+    assert blocks.shape == (2, 1, 16)
+    assert blocks[0, 0, 3] == 3 | (19 % 16) << 4 and blocks[1, 0, 7] == 39 % 16 and blocks[1, 0, 8] == 0
+    assert metate.pq_interleave(codes, 1, 8)[1, 0, :8].tolist() == codes[32:, 0].tolist()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layouts_agree_bit_for_bit(bits):
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randn(3, 7, 2**bits, generator=generator)
+    codes = pack_codes(torch.randint(0, 2**bits, (5000, 7), generator=generator), bits)
+    plain = metate.pq_scan(tables, codes, 20)
+    blocks = metate.pq_scan(tables, metate.pq_interleave(codes, 7, bits), 20, n=5000)
+    assert torch.equal(plain[0], blocks[0]) and torch.equal(plain[1], blocks[1])
+
+
+def test_a_table_that_is_no_number_finds_nothing():
+    tables = torch.zeros(1, 2, 16)
+    tables[0, 0, 3], tables[0, 1, 5], tables[0, 1, 6] = torch.nan, torch.inf, -torch.inf
+    indices = torch.tensor([[3, 0], [0, 5], [0, 6], [0, 0], [1, 1]])
+    for largest, worst in ((False, torch.inf), (True, -torch.inf)):
+        for codes in (pack_codes(indices, 4), metate.pq_interleave(pack_codes(indices, 4), 2, 4)):
+            distances, ids = metate.pq_scan(tables, codes, 4, n=5, largest=largest)
+            assert ids.tolist() == [[3, 4, -1, -1]] and distances.tolist() == [[0, 0, worst, worst]]
+
+
+def test_equal_distances_are_ordered_by_id():
+    base = torch.zeros(100, 4)
+    ids = torch.randperm(100, generator=torch.Generator().manual_seed(1))
+    for k in (1, 7, 100):
+        assert metate.topk_distances(torch.ones(2, 4), base, k, ids=ids)[1].tolist() == [list(range(k))] * 2
+
+
+def test_distances_near_zero_are_exact():
+    """Where |q|² - 2qb + |b|² has no digit left."""
+    queries = 1000 + torch.arange(40.0).view(40, 1).expand(40, 64) * 2**-10
+    distances, ids = metate.topk_distances(queries, queries, 3)
+    assert torch.equal(ids[:, 0], torch.arange(40)) and not distances[:, 0].any()
+    assert torch.equal(distances[1:-1, 1:], torch.full((38, 2), 64 * 2.0**-20))
+    assert torch.equal(ids[1:-1, 1], torch.arange(38)) and torch.equal(ids[1:-1, 2], torch.arange(2, 40))
+
+
+def test_tables_add_up_to_distances():
+    generator = torch.Generator().manual_seed(2)
+    x, books = torch.randn(50, 12, generator=generator), torch.randn(3, 16, 4, generator=generator)
+    codes = metate.pq_encode(x, books)
+    decoded = metate.pq_decode(codes, books)
+    for metric in ("l2", "inner_product", "cosine"):
+        tables = metate.pq_distance_tables(x, books, metric=metric)
+        got = metate.pq_scan(tables, codes, 5, largest=metric != "l2")
+        expected = metate.topk_distances(x, decoded, 5, metric=metric)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    symmetric = metate.pq_distance_tables(x, books, symmetric=True)
+    distances, _ = metate.pq_scan(symmetric, codes, 1)
+    assert distances.abs().max() == 0
+    with pytest.raises(ValueError, match=r"metate.pq_distance_tables: metric is 'dot', expected 'l2'"):
+        metate.pq_distance_tables(x, books, metric="dot")
+
+
+def test_codebooks_learn():
+    generator = torch.Generator().manual_seed(3)
+    x, books = torch.randn(30, 6, generator=generator), torch.randn(2, 16, 3, generator=generator)
+    codes = metate.pq_encode(x, books)
+    learned = books.clone().requires_grad_()
+    (metate.pq_decode(codes, learned) - x).square().sum().backward()
+    better = metate.pq_decode(codes, books - 0.1 * learned.grad)
+    assert (better - x).square().sum() < (metate.pq_decode(codes, books) - x).square().sum()
+
+
+@pytest.mark.parametrize("init", ["k-means++", "sample"])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_kmeans_finds_clusters(init, spherical):
+    generator = torch.Generator().manual_seed(4)
+    truth = 10 * torch.eye(8)
+    member = torch.arange(800) % 8
+    x = truth[member] + 0.1 * torch.randn(800, 8, generator=generator)
+    seed = 0 if init == "k-means++" else 8
+    centroids, assignment, objective = metate.kmeans(x, 8, init=init, iterations=30, seed=seed, spherical=spherical)
+    again = metate.kmeans(x, 8, init=init, iterations=30, seed=seed, spherical=spherical)
+    assert torch.equal(again[0], centroids) and torch.equal(again[1], assignment)
+    improved = objective.diff() * (-1 if spherical else 1)
+    assert centroids.shape == (8, 8) and objective.dtype == torch.float64 and (improved <= 1e-3).all()
+    if spherical:
+        torch.testing.assert_close(centroids.norm(dim=1), torch.ones(8))
+    if init == "k-means++":
+        found = [set(assignment[member == c].tolist()) for c in range(8)]
+        assert all(len(numbers) == 1 for numbers in found) and len(set.union(*found)) == 8
+        expected = torch.stack([x[member == c].mean(0) for c in range(8)])
+        expected = torch.nn.functional.normalize(expected, dim=1) if spherical else expected
+        torch.testing.assert_close(centroids[assignment[:8]], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_kmeans_fills_empty_clusters():
+    x = torch.cat([torch.zeros(50, 2), torch.ones(3, 2)]) + 0.01 * torch.arange(53.0)[:, None]
+    centroids, assignment, _ = metate.kmeans(x, 20, init="sample", seed=1)
+    assert centroids.isfinite().all() and assignment.unique().numel() > 15
+    same = metate.kmeans(torch.ones(30, 3), 4)
+    assert torch.allclose(same[0], torch.ones(4, 3), rtol=1e-2) and same[1].max() < 4
+
+
+def test_kmeans_refuses():
+    x = torch.randn(10, 3)
+    for wrong, arguments, error in (
+        (x.double(), {}, TypeError),
+        (x[0], {}, ValueError),
+        (x * torch.nan, {}, ValueError),
+        (x, {"init": "best"}, ValueError),
+        (x, {"iterations": -1}, ValueError),
+        (x, {"max_points_per_centroid": 0}, ValueError),
+        (x[:1], {}, ValueError),
+    ):
+        with pytest.raises(error, match=r"metate.kmeans: \w+ is .*, expected"):
+            metate.kmeans(wrong, 2, **arguments)
+
+
+def test_refusals_say_what_to_do():
+    tables, codes = torch.zeros(2, 3, 16), torch.zeros(5, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"ranges is 0 to 6, expected rows from 0 to 5"):
+        metate.pq_scan(tables, codes, 1, ranges=torch.tensor([[[0, 6]], [[0, 1]]]))
+    with pytest.raises(ValueError, match="ranges is ending before it begins"):
+        metate.pq_scan(tables, codes, 1, ranges=torch.tensor([[[3, 2]], [[0, 1]]]))
+    with pytest.raises(ValueError, match="n is None, expected the number of rows"):
+        metate.pq_scan(tables, metate.pq_interleave(codes, 3, 4), 1)
+    with pytest.raises(ValueError, match="codebooks is of 20 centroids"):
+        metate.pq_encode(torch.zeros(2, 6), torch.zeros(3, 20, 2))
+    with pytest.raises(ValueError, match="scale is None, expected a number a column"):
+        metate.topk_distances(torch.zeros(2, 6), torch.zeros(3, 6, dtype=torch.int8), 1)

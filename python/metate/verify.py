@@ -75,8 +75,9 @@ def fuzz(
     """`count` configurations of every operator: those of the seeds from `seed` on, one dtype each, on every backend."""
     kinds = list(dtypes)
     for op, device, backend, dtype in _places(ops, kinds, where):
+        taken = [kind for kind in kinds if kind in _accepted(op)]
         for number in range(seed, seed + count):
-            if kinds[number % len(kinds)] == dtype:
+            if taken[number % len(taken)] == dtype:
                 yield Check(op, device, backend, dtype, number, drawn=True)
 
 

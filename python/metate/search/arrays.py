@@ -1,0 +1,86 @@
+"""numpy or torch in, the same out; nothing is copied where the layout allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+
+Array: TypeAlias = "npt.NDArray[Any] | Tensor"
+
+_BLOCK = 1 << 22  # numbers that are converted, checked and encoded at a time
+
+
+class _Writable:
+    """A read-only array as torch would have it; nobody writes there."""
+
+    def __init__(self, x: npt.NDArray[Any]) -> None:
+        self.kept = x
+        self.__array_interface__ = {**x.__array_interface__, "data": (x.__array_interface__["data"][0], False)}
+
+
+def tensor_of(op: str, argument: str, x: Any) -> Tensor:
+    """The same memory as a tensor."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    if not isinstance(x, np.ndarray):
+        raise fail(op, argument, type(x).__name__, "a numpy array or a torch tensor", error=TypeError)
+    if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
+        raise fail(op, argument, x.dtype, "numbers that torch has too", error=TypeError)
+    if not x.dtype.isnative or any(stride < 0 or stride % x.itemsize for stride in x.strides):
+        x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
+    if not x.flags.writeable and x.size:
+        x = np.asarray(_Writable(x))
+    return torch.from_numpy(x)
+
+
+def bytes_of(x: Tensor) -> memoryview:
+    """The memory of a tensor, which is copied where it is not in one piece or not the CPU's."""
+    return x.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Vectors:
+    """(n, dim) vectors of any real dtype, given out as blocks of finite float32."""
+
+    def __init__(self, op: str, argument: str, x: Any, dim: int, device: torch.device, single: bool = False) -> None:
+        self.op, self.argument, self.device = op, argument, device
+        self.numpy = isinstance(x, np.ndarray)
+        tensor = tensor_of(op, argument, x)
+        self.single = single and tensor.dim() == 1
+        tensor = tensor[None] if self.single else tensor
+        if tensor.dim() != 2 or tensor.shape[1] != dim:
+            shapes = f"({dim},) or (n, {dim})" if single else f"(n, {dim})"
+            raise fail(op, argument, f"of shape {tuple(tensor.shape)}", f"{shapes}, for the index has {dim} dimensions")
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            raise fail(op, argument, tensor.dtype, "real numbers", error=TypeError)
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def take(self, rows: Tensor) -> Tensor:
+        return self._checked(self.tensor[rows.to(self.tensor.device)])
+
+    def blocks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        rows = rows or max(1, _BLOCK // max(1, self.tensor.shape[1]))
+        for a in range(0, len(self), rows):
+            part = slice(a, min(a + rows, len(self)))
+            yield part, self._checked(self.tensor[part])
+
+    def _checked(self, x: Tensor) -> Tensor:
+        x = x.to(self.device, torch.float32)
+        if not bool(x.isfinite().all()):
+            raise fail(self.op, self.argument, "not finite everywhere", "finite float32 numbers")
+        return x.contiguous()
+
+    def results(self, *tensors: Tensor) -> tuple[Any, ...]:
+        """As the caller gave the vectors: numpy or torch, one or many."""
+        shaped = [t[0] if self.single else t for t in tensors]
+        home = self.tensor.device
+        return tuple(t.cpu().numpy() if self.numpy else t.to(home) for t in shaped)

@@ -1,0 +1,129 @@
+"""The indexes: vectors as they are or product-quantised, of which a search scans all or the lists nearest to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from metate.errors import fail
+from metate.search.codecs import STORED, Product, Vectors
+from metate.search.index import METRICS, Index
+
+_MOST_BITS = 16
+
+
+class FlatIndex(Index):
+    """All vectors, compared exactly.
+
+    Args:
+        dim: dimensions of a vector.
+        metric: "l2" (squared distance), "inner_product", or "cosine".
+        storage: "float32", "float16", "bfloat16", or "sq8" (a byte a dimension, trained).
+        device: where the vectors lie.
+    """
+
+    def __init__(
+        self, dim: int, metric: str = "l2", *, storage: str = "float32", device: str | torch.device = "cpu"
+    ) -> None:
+        op = "search.FlatIndex"
+        _check(op, dim=dim, metric=metric, storage=storage)
+        super().__init__(dim, metric, Vectors(dim, storage), device=device)
+        self.storage = storage
+
+    def settings(self) -> dict[str, Any]:
+        return {"dim": self.dim, "metric": self.metric, "storage": self.storage}
+
+
+class PQIndex(Index):
+    """Product-quantised vectors (Jégou, Douze, Schmid 2011), all of them scanned.
+
+    Args:
+        dim, metric, device: as of FlatIndex.
+        M: sub-vectors; dim is a multiple of it.
+        bits: of a sub-code, 4 to 16. A vector takes M × bits / 8 bytes.
+        opq: rotate first, so that less is lost (Ge et al. 2013). Trained.
+        refine: None, or how full vectors are kept beside the codes, to rank candidates by: a `storage` of FlatIndex.
+        seed: of the sample and of k-means.
+    """
+
+    def __init__(
+        self, dim: int, M: int, bits: int = 8, metric: str = "l2", *, opq: bool = False, refine: str | None = None,
+        seed: int = 0, device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        _check("search.PQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine)
+        super().__init__(dim, metric, Product(dim, M, bits), opq=opq, refine=refine, seed=seed, device=device)
+        self.M, self.bits = M, bits
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "dim": self.dim, "M": self.M, "bits": self.bits, "metric": self.metric, "opq": self.opq,
+            "refine": None if self.refine is None else self.refine.storage, "seed": self.seed,
+        }  # fmt: skip
+
+
+class IVFFlatIndex(Index):
+    """Vectors in the list of the nearest of `nlist` centroids; a search looks into `nprobe` lists.
+
+    Args:
+        dim, metric, storage, device: as of FlatIndex.
+        nlist: lists, each with a centroid that training finds.
+        seed: of the sample and of k-means.
+    """
+
+    def __init__(
+        self, dim: int, nlist: int, metric: str = "l2", *, storage: str = "float32", seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        _check("search.IVFFlatIndex", dim=dim, metric=metric, storage=storage, nlist=nlist)
+        super().__init__(dim, metric, Vectors(dim, storage), nlist=nlist, seed=seed, device=device)
+        self.storage = storage
+
+    def settings(self) -> dict[str, Any]:
+        assert self.nlist is not None
+        return {
+            "dim": self.dim, "nlist": self.nlist, "metric": self.metric, "storage": self.storage, "seed": self.seed,
+        }  # fmt: skip
+
+
+class IVFPQIndex(Index):
+    """Product-quantised vectors in lists (Jégou, Douze, Schmid 2011).
+
+    Args:
+        dim, nlist, metric, device: as of IVFFlatIndex.
+        M, bits, opq, refine, seed: as of PQIndex.
+        residual: quantise what is left of a vector when the centroid of its list is subtracted.
+    """
+
+    def __init__(
+        self, dim: int, nlist: int, M: int, bits: int = 8, metric: str = "l2", *, residual: bool = True,
+        opq: bool = False, refine: str | None = None, seed: int = 0, device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        _check("search.IVFPQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine, nlist=nlist)
+        codec = Product(dim, M, bits, residual, row_bias=residual and metric == "l2")
+        super().__init__(dim, metric, codec, nlist=nlist, opq=opq, refine=refine, seed=seed, device=device)
+        self.M, self.bits, self.residual = M, bits, residual
+
+    def settings(self) -> dict[str, Any]:
+        assert self.nlist is not None
+        return {
+            "dim": self.dim, "nlist": self.nlist, "M": self.M, "bits": self.bits, "metric": self.metric,
+            "residual": self.residual, "opq": self.opq, "refine": None if self.refine is None else self.refine.storage,
+            "seed": self.seed,
+        }  # fmt: skip
+
+
+def _check(op: str, **given: Any) -> None:
+    for name in ("dim", "nlist", "M", "bits"):
+        value = given.get(name, 8)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise fail(op, name, repr(value), "an integer from 1 on")
+    if given["metric"] not in METRICS:
+        raise fail(op, "metric", repr(given["metric"]), " or ".join(map(repr, METRICS)))
+    for name in ("storage", "refine"):
+        if given.get(name) is not None and given[name] not in STORED:
+            raise fail(op, name, repr(given[name]), " or ".join(map(repr, STORED)))
+    if "M" in given and given["dim"] % given["M"]:
+        raise fail(op, "M", given["M"], f"a divisor of dim, {given['dim']}")
+    if "bits" in given and not 4 <= given["bits"] <= _MOST_BITS:
+        raise fail(op, "bits", given["bits"], f"4 to {_MOST_BITS}")

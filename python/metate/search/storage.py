@@ -1,0 +1,243 @@
+"""Rows of an index in lists, as immutable snapshots over shared memory.
+
+One pool of rows serves all lists. Each list owns an extent of the pool, contiguous, a multiple of 32 rows, with room at
+its end. A snapshot says where the extents lie and how long the lists are; rows behind those lengths belong to no
+snapshot, so adding writes there in place while older snapshots are being read, and publishes new lengths. A list that
+outgrows its extent moves to a larger one at the end of the pool; when the pool is full everything moves to a new pool:
+adding costs amortised O(rows added). Removing clears bits in a copy of a bitmap; when a quarter of the rows is dead
+they are dropped.
+
+Only the newest snapshot may be extended: two that extend the same one would write the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Integers = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.uint8]
+
+_ALIGN = 32  # rows; whole bytes of a bitmap, and whole blocks of interleaved codes
+_MOVED = 1 << 18  # rows that are copied at a time
+_OFFSET = 40  # bits of a place that count rows within a list
+
+
+def spans(start: Integers, length: Integers) -> Integers:
+    """The rows start[i] … start[i] + length[i] - 1 of every i, one after another."""
+    ends = np.cumsum(length)
+    rows: Integers = np.repeat(start - (ends - length), length)
+    rows += np.arange(len(rows))
+    return rows
+
+
+def _aligned(rows: Integers) -> Integers:
+    return -(-rows // _ALIGN) * _ALIGN
+
+
+def is_set(bitmap: Bits, rows: Integers) -> npt.NDArray[np.bool_]:
+    set_: npt.NDArray[np.bool_] = (bitmap[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 != 0
+    return set_
+
+
+def _clear(bitmap: Bits, rows: Integers) -> None:
+    np.bitwise_and.at(bitmap, rows >> 3, ~np.left_shift(np.uint8(1), (rows & 7).astype(np.uint8)))
+
+
+class Places:
+    """id -> list and offset in it, as sorted runs of falling size, the newest last; never changed once made."""
+
+    def __init__(self, runs: tuple[tuple[Integers, Integers], ...] = ()) -> None:
+        self.runs = runs
+
+    def plus(self, ids: Integers, places: Integers) -> Places:
+        """With more of them; runs of like size are merged, so that there are few."""
+        order = np.argsort(ids, kind="stable")
+        run, older = (ids[order], places[order]), list(self.runs)
+        while older and 2 * len(run[0]) >= len(older[-1][0]):
+            ids, places = (np.concatenate(pair) for pair in zip(older.pop(), run, strict=True))
+            order = np.argsort(ids, kind="stable")
+            ids = ids[order]
+            newest = np.append(ids[1:] != ids[:-1], True) if len(ids) else np.zeros(0, bool)
+            run = ids[newest], places[order][newest]
+        return Places((*older, run))
+
+    def find(self, ids: Integers) -> Integers:
+        """The newest place of each id, -1 where it has none."""
+        found = np.full(len(ids), -1, np.int64)
+        for known, places in reversed(self.runs):
+            if len(known):
+                at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+                found = np.where((found < 0) & (known[at] == ids), places[at], found)
+        return found
+
+
+@dataclass(frozen=True)
+class Lists:
+    """One snapshot. Columns are (capacity, …) tensors; "ids" is absent while ids are row numbers (one list alone)."""
+
+    columns: Mapping[str, Tensor]
+    start: Integers
+    length: Integers
+    room: Integers
+    used: int  # rows of the pool that extents have had
+    capacity: int
+    live: Bits | None = None  # over the pool; rows that nobody has used yet count as alive
+    dead: int = 0
+    _cache: dict[str, Places] = field(default_factory=dict)
+
+    @staticmethod
+    def empty(count: int, prototypes: Mapping[str, Tensor]) -> Lists:
+        """No rows in `count` lists; a prototype is a column of no rows."""
+        none = np.zeros(count, np.int64)
+        return Lists(prototypes, none, none, none, 0, 0)
+
+    @staticmethod
+    def packed(length: Integers, columns: Mapping[str, Tensor]) -> Lists:
+        """Lists that lie one after another without room, as a file has them."""
+        total = int(length.sum())
+        return Lists(columns, np.cumsum(length) - length, length, length, total, total)
+
+    @property
+    def total(self) -> int:
+        return int(self.length.sum()) - self.dead
+
+    @property
+    def implicit(self) -> bool:
+        """Whether ids are row numbers."""
+        return "ids" not in self.columns
+
+    def rows(self, lists: slice = slice(None)) -> Integers:
+        """Rows that are alive, list by list."""
+        rows = spans(self.start[lists], self.length[lists])
+        return rows if self.live is None else rows[is_set(self.live, rows)]
+
+    def ids(self, rows: Integers) -> Integers:
+        if self.implicit:
+            return rows
+        ids = self.columns["ids"]
+        return ids[torch.from_numpy(rows).to(ids.device)].cpu().numpy()
+
+    def list_of(self, rows: Integers) -> Integers:
+        """The list that each row lies in."""
+        held = np.flatnonzero(self.room)
+        order = held[np.argsort(self.start[held])]
+        return order[np.searchsorted(self.start[order], rows, side="right") - 1]
+
+    def find(self, ids: Integers) -> Integers:
+        """The row of each id, -1 where there is none."""
+        if self.implicit:
+            rows = np.where((ids >= 0) & (ids < self.length[0]), ids, -1)
+        else:
+            places = self._places().find(ids)
+            rows = np.where(places < 0, -1, self.start[places >> _OFFSET] + (places & ((1 << _OFFSET) - 1)))
+        if self.live is not None and len(rows):
+            rows = np.where((rows >= 0) & is_set(self.live, np.maximum(rows, 0)), rows, -1)
+        return rows
+
+    def _places(self) -> Places:
+        """Made when first asked for, kept up to date from then on."""
+        if "places" not in self._cache:
+            rows = self.rows()
+            self._cache["places"] = Places().plus(self.ids(rows), self._place(rows))
+        return self._cache["places"]
+
+    def _place(self, rows: Integers) -> Integers:
+        lists = self.list_of(rows) if len(rows) else rows
+        return (lists << _OFFSET) + rows - self.start[lists]
+
+    def append(self, lists: Integers, values: Mapping[str, Tensor]) -> Lists:
+        """The next snapshot, with row i of the values in lists[i]. Only for the newest snapshot."""
+        count = np.bincount(lists, minlength=len(self.start)).astype(np.int64)
+        new = self.with_room(count)
+        order = np.argsort(lists, kind="stable")
+        rows = np.empty(len(lists), np.int64)
+        rows[order] = spans(new.start + new.length, count)
+        at = torch.from_numpy(rows)
+        for name, column in new.columns.items():
+            if len(count) == 1:
+                begin = int(new.start[0] + new.length[0])
+                column[begin : begin + len(rows)] = values[name]
+            else:
+                column.index_copy_(0, at.to(column.device), values[name])
+        cache = {}
+        if not new.implicit and (known := new._cache.get("places")) is not None:
+            cache["places"] = known.plus(values["ids"].cpu().numpy(), new._place(rows))
+        return replace(new, length=new.length + count, _cache=cache)
+
+    def with_room(self, count: Integers) -> Lists:
+        """The same rows, with room for so many more in each list."""
+        need = self.length + count
+        over = np.flatnonzero(need > self.room)
+        if not len(over):
+            return self
+        first = self.used == 0
+        room = _aligned(need[over] if first else need[over] + need[over] // 4)
+        if self.used + int(room.sum()) > self.capacity:
+            return self.rebuilt(count, tight=first)
+        start, rooms = self.start.copy(), self.room.copy()
+        start[over] = self.used + np.cumsum(room) - room
+        rooms[over] = room
+        moved = replace(self, start=start, room=rooms, used=self.used + int(room.sum()))
+        source, target = spans(self.start[over], self.length[over]), spans(start[over], self.length[over])
+        for a in range(0, len(source), _MOVED):
+            _copy_rows(self.columns, source[a : a + _MOVED], self.columns, target[a : a + _MOVED])
+        if self.live is not None:  # in place: these bits belong to no snapshot yet
+            _clear(self.live, target[~is_set(self.live, source)])
+        return moved
+
+    def rebuilt(self, count: Integers | int = 0, tight: bool = False) -> Lists:
+        """The living rows in a new pool, with room for `count` more in each list; `tight`: and for no others."""
+        rows, length = self.rows(), self.living()
+        need = length + count
+        room = _aligned(need if tight else need + need // 4)
+        used = int(room.sum())
+        capacity = used if tight or len(room) == 1 else used + used // 4
+        columns = {name: column.new_empty((capacity, *column.shape[1:])) for name, column in self.columns.items()}
+        start = np.cumsum(room) - room
+        target = spans(start, length)
+        for a in range(0, len(rows), _MOVED):
+            _copy_rows(self.columns, rows[a : a + _MOVED], columns, target[a : a + _MOVED])
+        kept = self._cache if not self.dead else {}  # offsets hold where no row was dropped
+        return Lists(columns, start, length, room, used, capacity, _cache=dict(kept))
+
+    def explicit(self) -> Lists:
+        """With a column of ids."""
+        if not self.implicit:
+            return self
+        device = next(iter(self.columns.values())).device
+        ids = torch.arange(self.capacity, dtype=torch.int64, device=device)
+        return replace(self, columns={**self.columns, "ids": ids}, _cache={})
+
+    def without(self, rows: Integers) -> Lists:
+        """The next snapshot, in which these rows, alive until now, are dead."""
+        if not len(rows):
+            return self
+        new = self.explicit()
+        live = np.full(-(-self.capacity // 8), 255, np.uint8) if self.live is None else self.live.copy()
+        _clear(live, rows)
+        new = replace(new, live=live, dead=self.dead + len(rows), _cache=dict(new._cache))
+        return new.rebuilt() if 4 * new.dead > int(new.length.sum()) else new
+
+    def living(self) -> Integers:
+        """How many rows of each list are alive."""
+        rows = self.rows()
+        return np.bincount(self.list_of(rows), minlength=len(self.length)) if len(rows) else np.zeros_like(self.length)
+
+    def packed_blocks(self, name: str) -> Iterator[Tensor]:
+        """The living rows of a column, list by list, some at a time."""
+        rows = self.rows()
+        for a in range(0, len(rows), _MOVED):
+            column = self.columns[name]
+            yield column[torch.from_numpy(rows[a : a + _MOVED]).to(column.device)]
+
+
+def _copy_rows(source: Mapping[str, Tensor], rows: Integers, target: Mapping[str, Tensor], to: Integers) -> None:
+    for name, column in source.items():
+        here, there = torch.from_numpy(rows).to(column.device), torch.from_numpy(to).to(column.device)
+        target[name].index_copy_(0, there, column.index_select(0, here))

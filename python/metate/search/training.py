@@ -1,0 +1,68 @@
+"""Codebooks of product quantisation, and the rotation before it (OPQ: Ge, He, Ke, Sun 2013)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metate.ops.pq import kmeans, pq_decode, pq_encode
+from metate.ops.pq.codes import unpack_codes
+
+_FIRST = 8  # iterations of k-means before the first rotation is fitted
+
+
+def train_codebooks(
+    x: Tensor, M: int, bits: int, seed: int, iterations: int = 25, tick: Callable[[], None] = lambda: None
+) -> Tensor:
+    """(M, 2**bits, D/M): k-means of every sub-vector by itself."""
+    books = []
+    for m, part in enumerate(x.split(x.shape[1] // M, 1)):
+        books.append(kmeans(part.contiguous(), 1 << bits, iterations=iterations, seed=seed + m)[0])
+        tick()
+    return torch.stack(books)
+
+
+def train_rotation(
+    x: Tensor, M: int, bits: int, seed: int, iterations: int, tick: Callable[[], None] = lambda: None
+) -> Tensor:
+    """An orthonormal (D, D) matrix R such that x Rᵀ loses little by product quantisation.
+
+    It begins with the principal axes, dealt out so that every sub-vector has about the same product of variances, and
+    goes on in turns: codebooks for the rotated vectors, then the rotation that leads nearest to what was decoded.
+    """
+    rotation = _principal_axes(x, M)
+    books = train_codebooks(x @ rotation.T, M, bits, seed, _FIRST)
+    for _ in range(iterations):
+        rotated = x @ rotation.T
+        codes = pq_encode(rotated, books)
+        books = _means(rotated, codes, books, bits)
+        left, _, right = torch.linalg.svd((x.T @ pq_decode(codes, books)).double())
+        rotation = (left @ right).T.to(x.dtype).contiguous()
+        tick()
+    return rotation
+
+
+def _principal_axes(x: Tensor, M: int) -> Tensor:
+    centred = (x - x.mean(0)).double()
+    values, axes = torch.linalg.eigh(centred.T @ centred / max(len(x), 1))
+    logs = values.clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
+    dealt: list[list[int]] = [[] for _ in range(M)]
+    products = [0.0] * M
+    for axis in reversed(range(len(logs))):  # the largest variance first
+        m = min((m for m in range(M) if len(dealt[m]) < len(logs) // M), key=products.__getitem__)
+        dealt[m].append(axis)
+        products[m] += logs[axis]
+    rotation: Tensor = axes.T[[axis for part in dealt for axis in part]].to(x.dtype).contiguous()
+    return rotation
+
+
+def _means(x: Tensor, codes: Tensor, books: Tensor, bits: int) -> Tensor:
+    """One step of Lloyd's for all sub-vectors; a centroid without points stays."""
+    M, levels, width = books.shape
+    numbers = (unpack_codes(codes, M, bits).long() + levels * torch.arange(M, device=x.device)).flatten()
+    total = x.new_zeros(M * levels, width).index_add_(0, numbers, x.reshape(-1, width))
+    count = torch.bincount(numbers, minlength=M * levels)[:, None]
+    means: Tensor = torch.where(count > 0, total / count.clamp_min(1), books.view(-1, width))
+    return means.view(books.shape)

@@ -1,0 +1,547 @@
+"""Indexes against brute force over what they decode, whatever was added, removed and asked, in whatever order."""
+
+import contextlib
+import itertools
+import json
+import os
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metate import FormatError
+from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, load
+from metate.search.storage import Lists, Places
+
+D = 8
+RANDOM = np.random.default_rng(0)
+X = RANDOM.standard_normal((70, D)).astype(np.float32)
+Q = RANDOM.standard_normal((3, D)).astype(np.float32)
+
+
+def filled(index, seed=0):
+    """The index with made-up centroids and codebooks: as good as trained ones where only consistency is asked."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in index.trained_shapes().items():
+        tensors[name] = random.standard_normal(shape).astype(np.float32)
+        if name == "rotation":
+            tensors[name] = np.linalg.qr(tensors[name])[0]
+        elif name.endswith("scale"):
+            tensors[name] = np.full(shape, 8 / 255, np.float32)
+    index.set_trained(tensors)
+    return index
+
+
+KINDS = {
+    "flat": lambda metric: FlatIndex(D, metric),
+    "half": lambda metric: FlatIndex(D, metric, storage="bfloat16"),
+    "sq8": lambda metric: FlatIndex(D, metric, storage="sq8"),
+    "pq": lambda metric: PQIndex(D, 4, 4, metric),
+    "opq": lambda metric: PQIndex(D, 2, 5, metric, opq=True),
+    "ivf": lambda metric: IVFFlatIndex(D, 5, metric),
+    "ivfpq": lambda metric: IVFPQIndex(D, 5, 2, 8, metric, opq=True),
+    "ivfpq, whole": lambda metric: IVFPQIndex(D, 5, 4, 4, metric, residual=False),
+    "refined": lambda metric: IVFPQIndex(D, 5, 4, 4, metric, refine="float32"),
+}
+METRICS = ("l2", "inner_product", "cosine")
+
+
+def everything(index):
+    return {} if index.nlist is None else {"nprobe": index.nlist}
+
+
+def brute_force(x, ids, queries, k, metric):
+    """(distances, ids) of the k nearest in float64; x decoded, of unit length already for cosines."""
+    x, queries, ids = x.astype(np.float64), queries.astype(np.float64), np.asarray(ids, np.int64)
+    if metric == "cosine":
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    worst = np.inf if metric == "l2" else -np.inf
+    key = ((queries[:, None] - x) ** 2).sum(2) if metric == "l2" else -(queries @ x.T)
+    order = np.array([np.lexsort((ids, row)) for row in key]).reshape(len(key), -1)[:, :k]
+    best = np.take_along_axis(key, order, 1) * (1 if metric == "l2" else -1)
+    pad = ((0, 0), (0, k - order.shape[1]))
+    return np.pad(best, pad, constant_values=worst), np.pad(ids[order], pad, constant_values=-1)
+
+
+def assert_finds(index, ids, queries=Q, k=6, x=None, **how):
+    x = index.reconstruct(np.array(ids, np.int64)) if x is None else x
+    distances, found = index.search(queries, k, **everything(index), **how)
+    expected, named = brute_force(x, ids, queries, k, index.metric)
+    np.testing.assert_allclose(distances, expected, rtol=2e-5, atol=2e-5)
+    apart = found != named  # where rounding decides
+    assert np.allclose(np.where(apart, distances, 0), np.where(apart, expected, 0), rtol=1e-6, atol=1e-6)
+    assert apart.mean() < 0.1
+    return distances, found
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_brute_force_over_what_it_decodes(kind, metric):
+    index = filled(KINDS[kind](metric))
+    index.add(X[:40])
+    index.add_with_ids(X[40:], np.arange(100, 130))
+    ids = np.r_[0:40, 100:130]
+    how = {"refine_factor": 100} if kind == "refined" else {}
+    assert index.ntotal == 70 and index.is_trained
+    assert_finds(index, ids, **how)
+    assert index.remove_ids(range(0, 110, 3)) == 14 + 3
+    ids = ids[(ids >= 110) | (ids % 3 != 0)]
+    assert_finds(index, ids, **how)
+    assert_finds(index, ids, k=80, **how)  # more than there are
+    one = index.search(Q[0], 4, **everything(index))
+    many = index.search(Q, 4, **everything(index))
+    assert all(a.shape == (4,) for a in one) and np.array_equal(one[1], many[1][0])
+    np.testing.assert_allclose(one[0], many[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_decodes_what_was_added():
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    for kind, metric, x, bound in [
+        ("flat", "l2", X, 0), ("flat", "cosine", unit, 1e-6), ("half", "l2", X, 0.02), ("sq8", "l2", X, 0.02),
+        ("ivf", "inner_product", X, 0), ("refined", "l2", X, 0),
+    ]:  # fmt: skip
+        index = filled(KINDS[kind](metric))
+        index.set_trained({**index._state.model, **({"vectors.offset": np.zeros(D, "f")} if kind == "sq8" else {})})
+        index.add(x)
+        assert np.abs(index.reconstruct(np.arange(70)) - x).max() <= bound, kind
+    assert index.reconstruct(3).shape == (D,) and isinstance(index.reconstruct(torch.tensor([3, 4])), torch.Tensor)
+
+
+def test_training_finds_structure():
+    """Where coordinates of different sub-vectors depend on each other, rotation and residuals lose less."""
+    random = np.random.default_rng(1)
+    mixed = random.standard_normal((600, 4)) @ random.standard_normal((4, D))
+    x = (mixed + 0.05 * random.standard_normal((600, D))).astype(np.float32)
+    errors = {}
+    for name, index in {
+        "pq": PQIndex(D, 2, 4), "opq": PQIndex(D, 2, 4, opq=True), "ivfpq": IVFPQIndex(D, 8, 2, 4, opq=True),
+    }.items():  # fmt: skip
+        index.train(x, progress=False)
+        index.add(x)
+        errors[name] = float(((index.reconstruct(np.arange(600)) - x) ** 2).sum(1).mean())
+        if index.opq:
+            rotation = index._state.model["rotation"]
+            assert torch.allclose(rotation @ rotation.T, torch.eye(D), atol=1e-5)
+    spread = float(((x - x.mean(0)) ** 2).sum(1).mean())
+    assert errors["ivfpq"] < errors["opq"] < errors["pq"] < 0.6 * spread
+    a, b = PQIndex(D, 2, 4), PQIndex(D, 2, 4)
+    for index in (a, b):
+        index.train(torch.from_numpy(x))
+    assert torch.equal(a._state.model["codebooks"], b._state.model["codebooks"])
+
+
+def test_nprobe_is_the_nearest_lists():
+    index = filled(IVFFlatIndex(D, 5))
+    index.add(X)
+    centroids = index._state.model["centroids"].numpy()
+    home = ((X[:, None] - centroids) ** 2).sum(2).argmin(1)
+    for q in Q:
+        nearest = ((q - centroids) ** 2).sum(1).argsort()[:2]
+        inside = np.flatnonzero(np.isin(home, nearest))
+        _, found = index.search(q, 5, nprobe=2)
+        assert found.tolist() == brute_force(X[inside], inside, q[None], 5, "l2")[1][0].tolist()
+    index.nprobe = 2
+    assert np.array_equal(index.search(q, 5)[1], found)
+
+
+# Filters.
+
+
+def test_filters_say_the_same_in_every_way():
+    index = filled(IVFPQIndex(D, 5, 4, 4))
+    ids = RANDOM.permutation(200)[:70]
+    index.add_with_ids(X, ids)
+    index.remove_ids([int(ids[0]), 10_000])
+    wanted = np.arange(40, 160, 4)
+    mask = np.zeros(160, bool)
+    mask[wanted] = True
+    ways = [
+        wanted, wanted.tolist(), torch.from_numpy(wanted), range(40, 160, 4), range(156, 39, -4), mask, mask.tolist(),
+        torch.from_numpy(mask), np.packbits(mask, bitorder="little"), lambda ids: np.isin(ids, wanted),
+        lambda ids: torch.from_numpy(np.isin(ids, wanted)),
+    ]  # fmt: skip
+    there = np.intersect1d(wanted, ids[1:])
+    results = [assert_finds(index, there, k=len(there) + 2, filter=way) for way in ways]
+    assert all(np.array_equal(found, results[0][1]) for _, found in results)
+    assert (index.search(Q, 3, filter=[], **everything(index))[1] == -1).all()
+    lims, _, _ = index.range_search(Q, np.inf, filter=wanted, **everything(index))
+    assert lims.tolist() == [0, *(len(there) * (q + 1) for q in range(3))]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["flat", "ivfpq", "refined"])
+def test_range_search(kind, metric):
+    index = filled(KINDS[kind](metric))
+    x = np.concatenate([X, X + 0.01])  # more than one turn's worth
+    index.add(x)
+    all_distances, all_ids = index.search(Q, 140, **everything(index))
+    radius = float(np.median(all_distances))
+    lims, distances, ids = index.range_search(Q, radius, **everything(index))
+    inside = all_distances > radius if index.largest else all_distances < radius
+    assert lims.tolist() == np.append(0, inside.sum(1).cumsum()).tolist() and lims.dtype == np.int64
+    np.testing.assert_allclose(distances, all_distances[inside], rtol=1e-5, atol=1e-6)
+    assert np.array_equal(ids, all_ids[inside])
+
+
+# Any order of changes.
+
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 9)),
+        st.tuples(st.just("ids"), st.sets(st.integers(0, 60), max_size=6)),
+        st.tuples(st.just("remove"), st.sets(st.integers(0, 60), max_size=9)),
+        st.tuples(st.just("few"), st.integers(2, 5)),
+        st.tuples(st.just("reset"), st.just(0)),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(CHANGES, st.sampled_from(["flat", "ivf", "pq"]), st.integers(0, 9))
+def test_any_changes_equal_a_dictionary(changes, kind, seed):
+    random = np.random.default_rng(seed)
+    index, model, fresh = filled(KINDS[kind]("l2")), {}, 0
+    for what, how in [*changes, ("add", 1)]:
+        if what == "add":
+            x = random.standard_normal((how, D)).astype(np.float32)
+            index.add(x)
+            model.update(zip(range(fresh, fresh + how), x, strict=True))
+        elif what == "ids":
+            x, before = random.standard_normal((len(how), D)).astype(np.float32), index.search(Q, 3)
+            if how & set(model):
+                with pytest.raises(ValueError, match="new to the index"):
+                    index.add_with_ids(x, list(how))
+                assert all(np.array_equal(a, b) for a, b in zip(before, index.search(Q, 3), strict=True))
+            else:
+                index.add_with_ids(x, np.array(list(how), np.int64))
+                model.update(zip(how, x, strict=True))
+        elif what == "remove":
+            assert index.remove_ids(list(how)) == len(how & set(model))
+            model = {i: x for i, x in model.items() if i not in how}
+        elif what == "few":
+            gone = {i for i in model if i % how == 0}
+            assert index.remove_ids(lambda ids, how=how: ids % how == 0) == len(gone)
+            model = {i: x for i, x in model.items() if i not in gone}
+        else:
+            index.reset()
+            model, fresh = {}, 0
+        fresh = max([fresh, *(i + 1 for i in model)])
+        assert index.ntotal == len(model)
+        if model:
+            x = None if kind == "pq" else np.stack(list(model.values()))
+            assert_finds(index, list(model), k=4, x=x)
+    with pytest.raises(KeyError, match="ids in the index"):
+        index.reconstruct(10_000)
+
+
+def test_storage_keeps_rows_of_older_snapshots():
+    """Lists that grow, move and lose rows, each snapshot read again at the end."""
+    random = np.random.default_rng(0)
+    lists = Lists.empty(3, {"ids": torch.empty(0, dtype=torch.int64)})
+    truth, history, fresh = {}, [], 0
+    for turn in range(60):
+        count = int(random.integers(0, 90 if turn % 7 == 0 else 9))
+        where = random.choice(3, count, p=[0.7, 0.3, 0])
+        lists = lists.append(where, {"ids": torch.arange(fresh, fresh + count)})
+        truth = {**truth, **dict(zip(range(fresh, fresh + count), where.tolist(), strict=True))}
+        fresh += count
+        gone = random.permutation(list(truth))[: int(random.integers(0, 4))]
+        rows = lists.find(gone.astype(np.int64))
+        lists = lists.without(rows)
+        truth = {i: place for i, place in truth.items() if i not in gone}
+        history.append((lists, truth))
+    for lists, truth in history:
+        rows = lists.rows()
+        assert dict(zip(lists.ids(rows).tolist(), lists.list_of(rows).tolist(), strict=True)) == truth
+        assert lists.total == len(truth) and (lists.find(np.array(sorted(truth))) >= 0).all()
+        assert (lists.find(np.arange(fresh, fresh + 5)) < 0).all()
+    assert lists.capacity < 4 * lists.total
+
+
+def test_places_are_few_sorted_runs():
+    places = Places()
+    for i in range(200):
+        places = places.plus(np.array([i, i // 2]), np.array([i, 1000 + i]))
+    assert len(places.runs) < 12
+    assert places.find(np.array([199, 50, 400])).tolist() == [199, 1101, -1]
+
+
+def test_threads_see_snapshots():
+    """Writers add and remove whole groups of ten; a reader sees groups whole, and what it sees is there."""
+    index = filled(IVFFlatIndex(D, 4))
+    group = np.repeat(RANDOM.standard_normal((400, 1, D)).astype(np.float32), 10, 1)
+    index.add_with_ids(group[0], np.arange(10))
+    stop, faults, counts, turn = threading.Event(), [], [0, 0], itertools.count()
+
+    def guarded(work):
+        try:
+            while not stop.is_set():
+                work()
+        except Exception as error:
+            faults.append(error)
+            stop.set()
+
+    def write(lane):
+        g = 1 + next(turn) % 199 + 200 * lane
+        ids = np.arange(10 * g, 10 * g + 10)
+        index.add_with_ids(group[g], ids)
+        counts[lane] += 1
+        if counts[lane] % 3:
+            assert index.remove_ids(ids) == 10
+        elif counts[lane] > 60:
+            counts[lane] = 0
+            index.remove_ids(lambda ids: (ids > 9) & (ids // 2000 == lane))
+        else:
+            index.remove_ids(ids)
+
+    def read():
+        distances, ids = index.search(group[0, 0], 25, nprobe=4)
+        found = ids[ids >= 0]
+        assert found[:10].tolist() == list(range(10)) and (distances[:10] == 0).all()
+        whole = np.unique(found[10:20] // 10)
+        assert len(found) < 20 or (len(whole) == 1 and len(np.unique(found[10:20])) == 10)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in
+               (lambda: write(0), lambda: write(1), read, read)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    time.sleep(2)
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert not faults, faults[0]
+    index.remove_ids(lambda ids: ids > 9)
+    assert index.ntotal == 10
+    assert_finds(index, range(10), k=10)
+
+
+# Arrays in and out.
+
+
+def test_arrays_of_every_layout_and_type():
+    plain = filled(KINDS["ivfpq"]("l2"))
+    plain.add(X)
+    expected = plain.search(Q, 5, nprobe=5)
+    frozen = X.copy()
+    frozen.flags.writeable = False
+    wide = np.zeros((70, 2 * D), np.float32)
+    wide[:, ::2] = X
+    for x in (frozen, wide[:, ::2], np.asfortranarray(X), X[::-1][::-1], X.astype(">f4"), X.astype(np.float64),
+              torch.from_numpy(X), torch.from_numpy(X).double(), torch.from_numpy(X).T.contiguous().T):  # fmt: skip
+        index = filled(KINDS["ivfpq"]("l2"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            index.add(x)
+        assert all(np.array_equal(a, b) for a, b in zip(index.search(Q, 5, nprobe=5), expected, strict=True))
+    found = plain.search(torch.from_numpy(Q), 5, nprobe=5)
+    assert all(isinstance(t, torch.Tensor) and np.array_equal(t, e) for t, e in zip(found, expected, strict=True))
+    assert isinstance(plain.range_search(torch.from_numpy(Q), 1.0)[0], torch.Tensor)
+    assert [a.shape for a in plain.search(Q[:0], 5)] == [(0, 5), (0, 5)]
+    integers = FlatIndex(D)
+    integers.add(np.arange(D, dtype=np.uint8)[None])
+    assert integers.search(np.arange(D, dtype=np.int64), 1)[0].tolist() == [0]
+
+
+def test_empty_indexes_find_nothing():
+    for kind in KINDS:
+        index = filled(KINDS[kind]("l2"))
+        for _ in range(2):
+            distances, ids = index.search(Q, 3)
+            assert (ids == -1).all() and (distances == np.inf).all()
+            assert index.range_search(Q, 1.0)[0].tolist() == [0, 0, 0, 0] and index.remove_ids([1]) == 0
+            index.add(X[:0])
+            index.add(X[:2])
+            assert index.remove_ids(range(10)) == 2
+    assert (filled(FlatIndex(D, "cosine")).search(Q, 1)[0] == -np.inf).all()
+
+
+# Refusals: they say what is wrong, and change nothing.
+
+NAN = X.copy()
+NAN[69, 3] = np.nan
+BAD = {
+    "dimension": (lambda i: i.add(X[:, :5]), ValueError, r"add: x is of shape \(70, 5\), expected \(n, 8\)"),
+    "query dimension": (lambda i: i.search(Q[:, :5], 1), ValueError, "search: queries is of shape"),
+    "kind": (lambda i: i.add(X.tolist()), TypeError, "a numpy array or a torch tensor"),
+    "complex": (lambda i: i.add(X.astype(np.complex64)), TypeError, "numbers"),
+    "NaN": (lambda i: i.add(NAN), ValueError, "add: x is not finite everywhere"),
+    "NaN query": (lambda i: i.search(NAN, 1), ValueError, "queries is not finite"),
+    "k": (lambda i: i.search(Q, 0), ValueError, "k is 0, expected an integer from 1 on"),
+    "k bool": (lambda i: i.search(Q, True), ValueError, "k is True"),
+    "nprobe 0": (lambda i: i.search(Q, 1, nprobe=0), ValueError, "nprobe is 0, expected an integer from 1 to 5"),
+    "nprobe 6": (lambda i: i.search(Q, 1, nprobe=6), ValueError, "nprobe is 6"),
+    "factor": (lambda i: i.search(Q, 1, refine_factor=0), ValueError, "refine_factor is 0"),
+    "negative id": (lambda i: i.add_with_ids(X[:1], [-1]), ValueError, "holding -1"),
+    "ids twice": (lambda i: i.add_with_ids(X[:2], [99, 99]), ValueError, "holding 99 twice"),
+    "ids again": (lambda i: i.add_with_ids(X[:2], [99, 7]), ValueError, "holding 7 twice or again"),
+    "ids short": (lambda i: i.add_with_ids(X[:2], [99]), ValueError, "1 ids, expected 2"),
+    "ids float": (lambda i: i.add_with_ids(X[:1], np.array([0.5])), ValueError, "one dimension of integers"),
+    "filter kind": (lambda i: i.search(Q, 1, filter="all"), TypeError, "filter is str"),
+    "filter float": (lambda i: i.search(Q, 1, filter=np.array([0.5])), ValueError, "integer ids"),
+    "filter answer": (lambda i: i.search(Q, 1, filter=lambda ids: ids), ValueError, "one boolean for each id"),
+    "radius": (lambda i: i.range_search(Q, float("nan")), ValueError, "radius is nan"),
+    "unknown id": (lambda i: i.reconstruct(99), KeyError, "ids is holding 99"),
+    "train full": (lambda i: i.train(X), RuntimeError, "holding 70 vectors, expected empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_changes_nothing(case):
+    call, error, message = BAD[case]
+    index = filled(IVFPQIndex(D, 5, 4, 4))
+    index.add(X)
+    before = index.search(Q, 9)
+    with pytest.raises(error, match=message):
+        call(index)
+    assert index.ntotal == 70 and all(np.array_equal(a, b) for a, b in zip(before, index.search(Q, 9), strict=True))
+
+
+def test_bad_settings_and_untrained():
+    for make, message in [
+        (lambda: PQIndex(D, 3), "M is 3, expected a divisor of dim, 8"),
+        (lambda: PQIndex(D, 4, 3), "bits is 3, expected 4 to 16"),
+        (lambda: FlatIndex(0), "dim is 0"),
+        (lambda: FlatIndex(D, "L2"), "metric is 'L2', expected 'l2' or 'inner_product' or 'cosine'"),
+        (lambda: FlatIndex(D, storage="int4"), "storage is 'int4'"),
+        (lambda: IVFFlatIndex(D, 0), "nlist is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    index = IVFPQIndex(D, 5, 4, 4)
+    for call in (lambda: index.add(X), lambda: index.search(Q, 1), lambda: index.reconstruct(0)):
+        with pytest.raises(RuntimeError, match="not trained"):
+            call()
+    for x, message in [(X[:15], "15 vectors, expected at least 16"), (NAN, "not finite")]:
+        with pytest.raises(ValueError, match=message):
+            index.train(x)
+    assert not index.is_trained and index.ntotal == 0
+    with pytest.raises(ValueError, match="nprobe is 1, expected None"):
+        FlatIndex(D).search(Q, 1, nprobe=1)
+
+
+# Files.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_hold_everything(kind, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    index, path = filled(KINDS[kind]("l2")), tmp_path / "index"
+    for turn in range(3):  # empty, full, with holes
+        if turn == 1:
+            index.add(X)
+        if turn == 2:
+            index.remove_ids(range(5, 15))
+        index.save(path)
+        for mmap in (False, True):
+            found = load(path, mmap=mmap)
+            assert type(found) is type(index) and found.settings() == index.settings()
+            for a, b in zip(found.search(Q, 9), index.search(Q, 9), strict=True):
+                assert np.array_equal(a, b)
+            found.add(X[:3])
+            index_ids = found.search(X[:3], 70, **everything(index))[1]
+            assert {70, 71, 72} <= set(index_ids.ravel().tolist()) or turn == 0
+        assert "length" in safetensors.load_file(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["index"]
+
+
+def test_untrained_indexes_have_files(tmp_path):
+    index = IVFPQIndex(D, 5, 4, 4, "cosine", residual=False, refine="sq8", seed=3)
+    index.save(tmp_path / "index")
+    found = load(tmp_path / "index")
+    assert not found.is_trained and found.settings() == index.settings()
+    found.train(X)
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    index, path = filled(FlatIndex(D)), tmp_path / "index"
+    index.add(X)
+    index.save(path)
+    index.add(X)
+    for broken in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+            patch.setattr(os, broken, lambda *_: (_ for _ in ()).throw(OSError("disk")))
+            index.save(path)
+        assert [file.name for file in tmp_path.iterdir()] == ["index"] and load(path).ntotal == 70
+
+
+def _header(data):
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def _with_header(data, change):
+    """The file with a header that was changed; what lies behind stays aligned."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = _header(data)
+    about = json.loads(header["__metadata__"]["metate.search"])
+    change(header, about)
+    if "__metadata__" in header:
+        header["__metadata__"]["metate.search"] = json.dumps(about)
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+HOSTILE = {
+    "version": lambda h, a: a.update(version=2),
+    "kind": lambda h, a: a.update(index="Index"),
+    "setting": lambda h, a: a["settings"].update(M=2),
+    "setting missing": lambda h, a: a["settings"].pop("opq"),
+    "setting more": lambda h, a: a["settings"].update(device="cuda"),
+    "huge": lambda h, a: a["settings"].update(dim=2**60),
+    "many lists": lambda h, a: a["settings"].update(nlist=2**40),
+    "bool": lambda h, a: a["settings"].update(residual=1),
+    "next id": lambda h, a: a.update(next_id=-1),
+    "next id low": lambda h, a: a.update(next_id=3),
+    "no checksum": lambda h, a: a["crc32"].pop("length"),
+    "wrong checksum": lambda h, a: a["crc32"].update(length="00000000"),
+    "no metadata": lambda h, a: h.pop("__metadata__"),
+    "dtype": lambda h, a: h["column.codes"].update(dtype="I8"),
+    "shape": lambda h, a: h["column.codes"].update(shape=[35, 4]),
+    "shape negative": lambda h, a: h["column.codes"].update(shape=[-70, -2]),
+    "offsets": lambda h, a: h["column.codes"].update(data_offsets=[0, 140]),
+    "offsets beyond": lambda h, a: h["column.codes"].update(data_offsets=[2**62, 2**62 + 140]),
+    "tensor missing": lambda h, a: h.pop("length"),
+    "entry": lambda h, a: h.update(length=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_are_refused(case, tmp_path):
+    index, path = filled(IVFPQIndex(D, 5, 4, 4)), tmp_path / "index"
+    index.add(X)
+    index.save(path)
+    path.write_bytes(_with_header(path.read_bytes(), HOSTILE[case]))
+    with pytest.raises(FormatError, match=r"metate\.search\.load: "):
+        load(path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    """Any byte changed, any end cut off: refused, or, without comparing checksums, searched without a crash."""
+    index, path = filled(IVFPQIndex(D, 5, 4, 4)), tmp_path / "index"
+    index.add(X)
+    index.save(path)
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        at, damaged = int(random.integers(len(data))), bytearray(data)
+        damaged[at] ^= int(random.integers(1, 256))
+        path.write_bytes(damaged if random.random() < 0.7 else data[:at])
+        try:
+            load(path)
+            assert len(damaged) == len(data) and at < 8 + int.from_bytes(data[:8], "little")  # spaces, a seed
+        except FormatError:
+            pass
+        with contextlib.suppress(FormatError):
+            load(path, mmap=True).search(Q, 3)
+    for text in (b"", b"x", b"\xff" * 9, (2).to_bytes(8, "little") + b"{}", (4).to_bytes(8, "little") + b"[[[["):
+        path.write_bytes(text)
+        with pytest.raises(FormatError):
+            load(path)
+    with pytest.raises(FileNotFoundError, match="a file that exists"):
+        load(tmp_path / "none")

@@ -18,6 +18,8 @@
 #include "vec/baseline.h"
 #endif
 
+#include "arithmetic.h"
+
 namespace metate::cpu::METATE_ISA {
 namespace {
 

@@ -36,12 +36,6 @@ void with_words(DType dtype, const Run& run) {
     }
 }
 
-METATE_FN constexpr int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-METATE_FN constexpr int64_t round_up(int64_t n, int64_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
 template <class Word>
 METATE_FN constexpr int64_t steps_of(int64_t elements) {
     return (elements + elements_of<Word> - 1) / elements_of<Word>;

@@ -53,7 +53,7 @@ inline int64_t queries_of_piece(const Attention& a, int threads) {
     const int64_t rows = clamp(a.q.size[0] * a.q.size[1] * a.q.size[2] / (pieces_of_worker * threads), least, most);
     int64_t unit = 1;  // queries that fill whole tiles
     while (unit * group % tile_rows) ++unit;
-    const int64_t queries = ceil_div(rows / group, unit) * unit;
+    const int64_t queries = round_up(rows / group, unit);
     return queries * group <= 2 * most ? queries : 1;
 }
 

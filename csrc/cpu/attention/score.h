@@ -65,10 +65,6 @@ struct Row {
     float slope;
 };
 
-METATE_FN int64_t clamp(int64_t x, int64_t low, int64_t high) {
-    return x < low ? low : x > high ? high : x;
-}
-
 // The keys that the window allows query i.
 METATE_FN void window_of(const Attention& a, const Sequence& s, int64_t i, int64_t& begin, int64_t& end) {
     const int64_t at = i + s.diagonal;

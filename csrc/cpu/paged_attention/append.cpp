@@ -148,8 +148,8 @@ void append_head(const AppendKv& a, int64_t token, int64_t head, Slot slot) {
 template <class T>
 void run(const AppendKv& a, const Runtime& runtime) {
     const int64_t tokens = a.k.size[0], page_size = a.k_cache.size[1];
-    for_pieces(runtime, (tokens + piece_tokens - 1) / piece_tokens, [&](int, int64_t piece) {
-        const int64_t end = at_most((piece + 1) * piece_tokens, tokens);
+    for_pieces(runtime, ceil_div(tokens, piece_tokens), [&](int, int64_t piece) {
+        const int64_t end = smaller((piece + 1) * piece_tokens, tokens);
         for (int64_t token = piece * piece_tokens; token < end; ++token) {
             const int64_t slot = integer_at(a.slot_mapping, token);
             if (slot < 0) continue;

@@ -32,10 +32,6 @@ METATE_FN constexpr int64_t bytes_before(int64_t element) {
 
 constexpr float nibble_values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-METATE_FN int64_t at_most(int64_t n, int64_t most) {
-    return n < most ? n : most;
-}
-
 // The first n of a block; what follows them is finite.
 template <class S>
 METATE_FN void read(const uint8_t* p, int64_t n, vf& a, vf& b) {
@@ -44,7 +40,7 @@ METATE_FN void read(const uint8_t* p, int64_t n, vf& a, vf& b) {
         a = as_float(shift_left(x, 16));
         b = as_float(bit_and(x, splat(static_cast<int32_t>(0xffff0000u))));
     } else if constexpr (__is_same(S, nibbles)) {
-        const vi x = load_wide(p, at_most((n + 1) / 2, width));
+        const vi x = load_wide(p, smaller((n + 1) / 2, width));
         const Table16 table = table16(nibble_values);
         a = lookup(table, x);
         b = lookup(table, shift_right(x, 4));
@@ -52,9 +48,9 @@ METATE_FN void read(const uint8_t* p, int64_t n, vf& a, vf& b) {
         const auto* from = reinterpret_cast<const S*>(p);
         const auto one = [](const S* x, int64_t count) {
             if constexpr (__is_same(S, int8_t))
-                return to_float(load_wide(x, at_most(count, width)));
+                return to_float(load_wide(x, smaller(count, width)));
             else if constexpr (__is_same(S, e4m3))
-                return load_e4m3(&x->bits, at_most(count, width));
+                return load_e4m3(&x->bits, smaller(count, width));
             else
                 return count >= width ? load(x) : load(x, count);
         };

@@ -15,7 +15,7 @@ struct Run {
     const uint8_t* at;
     int64_t lines;
 };
-class Ahead {
+class Prefetch {
   public:
     // `steps` calls of fetch() are to ask for everything.
     METATE_FN void begin(const Run* runs, int64_t count, int64_t lines, int64_t steps) {
@@ -28,7 +28,7 @@ class Ahead {
         const uint8_t* at = at_;
         int64_t left = left_;
         for (int64_t wanted = quota_;;) {
-            const int64_t lines = at_most(wanted, left);
+            const int64_t lines = smaller(wanted, left);
             for (const uint8_t* const until = at + 64 * lines; at != until; at += 64) __builtin_prefetch(at, 0, 2);
             left -= lines;
             wanted -= lines;
@@ -51,7 +51,7 @@ class Ahead {
 // c[r · stride + key] = q_r · k_key for `rows` rows and as many keys as fill the accumulators: `width` sums at a time.
 template <class S, int rows>
 __attribute__((noinline)) void multiply_keys(const uint8_t* const* keys, int64_t offset, const float* q,
-                                             int64_t q_stride, int64_t d, float* c, int64_t stride, Ahead& ahead) {
+                                             int64_t q_stride, int64_t d, float* c, int64_t stride, Prefetch& ahead) {
     constexpr int count = width / rows;
     vf sums[width];
 #pragma GCC unroll 16
@@ -86,7 +86,7 @@ __attribute__((noinline)) void multiply_keys(const uint8_t* const* keys, int64_t
 // c = q kᵀ for a tile: `keys` pointers to rows, readable up to a multiple of width.
 template <class S, int rows>
 METATE_FN void multiply_tile_keys(const uint8_t* const* keys, int64_t offset, int64_t count, const float* q,
-                                  int64_t q_stride, int64_t d, float* c, int64_t stride, Ahead& ahead) {
+                                  int64_t q_stride, int64_t d, float* c, int64_t stride, Prefetch& ahead) {
     for (int64_t k = 0; k < count; k += width / rows) {
         multiply_keys<S, rows>(keys + k, offset, q, q_stride, d, c + k, stride, ahead);
     }
@@ -96,7 +96,7 @@ METATE_FN void multiply_tile_keys(const uint8_t* const* keys, int64_t offset, in
 template <class S, int rows, int blocks, bool whole>
 __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int64_t offset, int64_t count,
                                                const float* p, int64_t stride, int64_t at, int64_t n, float* o,
-                                               int64_t o_stride, const float* factor, Ahead& ahead) {
+                                               int64_t o_stride, const float* factor, Prefetch& ahead) {
     vf sums[rows][2 * blocks];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
@@ -138,7 +138,7 @@ constexpr int blocks_of = width == 16 ? (rows == 4 ? 2 : 4) : 1;
 template <class S, int rows>
 METATE_FN void multiply_tile_values(const uint8_t* const* values, int64_t offset, int64_t count, const float* p,
                                     int64_t stride, int64_t dv, float* o, int64_t o_stride, const float* factor,
-                                    Ahead& ahead) {
+                                    Prefetch& ahead) {
     constexpr int blocks = blocks_of<rows>;
     int64_t at = 0;
     for (; at + blocks * block <= dv; at += blocks * block) {

@@ -16,13 +16,6 @@ constexpr int block = 128;        // columns decoded at a time
 constexpr int longest = 32;       // columns of a chunk: the longest chain of additions
 constexpr int panel = 2 * width;  // rows of a panel: with tile_rows rows of x they fill the registers
 
-METATE_FN constexpr int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-METATE_FN constexpr int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 // What a code stands for before its scale.
 struct Values {
     enum Kind { table, whole, codebook } kind;

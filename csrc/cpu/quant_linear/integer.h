@@ -85,7 +85,7 @@ struct IntegerRows {
     METATE_FN int64_t sums_at() const { return most_quads * digits; }
     METATE_FN int64_t steps_at() const { return sums_at() + most_segments * digits; }
     METATE_FN int64_t totals_at() const { return steps_at() + most_segments; }
-    METATE_FN int64_t stride() const { return ceil_div(totals_at() + most_segments, 16) * 16; }
+    METATE_FN int64_t stride() const { return round_up(totals_at() + most_segments, 16); }
     METATE_FN int32_t* line(int64_t k, int64_t row) const { return lines + (k * rows + row) * stride(); }
 };
 

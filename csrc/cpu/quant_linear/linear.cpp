@@ -60,7 +60,7 @@ struct Problem {
           integer_plans(nullptr),
           blocks(ceil_div(c.w.columns, block)) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
-        window = ceil_div(groups_of_block, width) * width;
+        window = round_up(groups_of_block, width);
         sums_scaled = c.w.group_size >= small_group;
         x = {nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;

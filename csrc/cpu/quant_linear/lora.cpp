@@ -67,7 +67,7 @@ METATE_FN void clear_row(const LoraShrink& call, int64_t row) {
 // Few rows are shared out by slices, many by rows; slices are added in one order either way.
 template <class T>
 void shrink(const LoraShrink& call, const Runtime& runtime) {
-    const int64_t rows = call.x.size[0], rank = call.a.size[1], pitch = ceil_div(rank, width) * width;
+    const int64_t rows = call.x.size[0], rank = call.a.size[1], pitch = round_up(rank, width);
     const int64_t slices = ceil_div(call.x.size[1], slice), few = 16;
     const int64_t row_pieces = ceil_div(rows, shrink_rows), pieces = rows <= few ? slices : row_pieces;
     const int64_t piece_floats = smaller(rows, shrink_rows) * pitch;
@@ -153,7 +153,7 @@ void outer(const LoraOuter& call, const Runtime& runtime) {
     const int64_t adapters = call.out.size[0], rank = call.out.size[1], columns = call.out.size[2];
     const int64_t rows = call.x.size[0], tiles = ceil_div(columns, outer_columns);
     if (rank == 0 || columns == 0) return;  // however many adapters
-    const int64_t pitch = ceil_div(rank, outer_ranks) * outer_ranks * outer_columns;
+    const int64_t pitch = round_up(rank, outer_ranks) * outer_columns;
     const Runtime workers = runtime_for(runtime, rows * columns * rank);
     Grouped grouped{};
     const auto own = lay_out(

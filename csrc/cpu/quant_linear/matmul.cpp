@@ -43,7 +43,7 @@ void decode_strip(const Problem& p, const Workspace& at, int64_t row, int64_t k,
     load_scales(at.scales, corrections, width, w, p.values.center, row, first_group,
                 (k * block + columns - 1) / w.group_size - first_group + 1);
     scale_values(at.strip, at.scales, corrections, width, k * block, columns, w.group_size);
-    for (int64_t c = columns; c < ceil_div(columns, width) * width; ++c) store(at.strip + c * width, splat(0.0f));
+    for (int64_t c = columns; c < round_up(columns, width); ++c) store(at.strip + c * width, splat(0.0f));
     for (int64_t c = 0; c < columns; c += width) {
         vf square[width];
 #pragma GCC unroll 16

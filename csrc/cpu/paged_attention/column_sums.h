@@ -1,0 +1,46 @@
+// Column sums of paged attention: the products anew, for lse was not known when they were first found.
+#pragma once
+
+#include "piece.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+// sums[b, h, j] = Σ_i 2^(logit_ij - lse_i) of one split and some heads: the products anew, for lse was not known.
+template <class T, class S>
+void add_sums(const Shape& s, const Piece& first, const Scratch& my) {
+    const PagedAttention& a = s.a;
+    const Sequence seq = sequence_of(a, first.sequence);
+    Piece piece = first;
+    for (; piece.row < seq.queries * s.group; piece.row += piece_rows) {
+        piece.rows = smaller(seq.queries * s.group - piece.row, piece_rows);
+        for_tiles<T, S>(s, seq, piece, my, [&](int64_t h, const Tile& tile) {
+            find_logits<S>(s, seq, piece, h, tile, my);
+            for (int64_t r = 0; r < piece.rows; ++r) {
+                const Row& row = my.row[h * piece_rows + r];
+                const float lse = *lse_at(a, seq, row.query, row.head);
+                float* sums =
+                    static_cast<float*>(a.sums.data) + seq.number * a.sums.stride[0] + row.head * a.sums.stride[1];
+                for (uint64_t left = lse == -INFINITY ? 0 : tile.mask[r]; left; left &= left - 1) {
+                    const int j = __builtin_ctzll(left);
+                    sums[(tile.key + j) * a.sums.stride[2]] += exp2f(my.p[r * p_stride + j] - lse * log2_e);
+                }
+            }
+        });
+    }
+}
+
+// The sums of some heads over one split, from nothing.
+template <class T, class S>
+void find_sums(const Shape& s, int64_t n, int64_t split, int64_t head, const Scratch& my) {
+    const View<3>& sums = s.a.sums;
+    const int64_t heads = smaller(s.a.k_cache.size[2] - head, s.heads), first = split * split_keys;
+    for (int64_t h = head * s.group; h < (head + heads) * s.group; ++h) {
+        float* to = static_cast<float*>(sums.data) + n * sums.stride[0] + h * sums.stride[1];
+        for (int64_t j = first; j < first + split_keys && j < sums.size[2]; ++j) to[j * sums.stride[2]] = 0.0f;
+    }
+    add_sums<T, S>(s, Piece{n, head, heads, 0, 0, first, first + split_keys, {}}, my);
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

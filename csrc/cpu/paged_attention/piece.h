@@ -1,0 +1,325 @@
+// A piece of paged attention: a few query rows of some neighbouring heads over one split of the keys, taken a tile of
+// keys at a time, and the logits of such a tile.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "../parallel.h"
+#include "tile.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t split_keys = 512, piece_rows = 16, line_floats = 16;
+constexpr int64_t piece_bytes = 2048;  // of neighbouring heads in a row of keys: long enough to stream
+constexpr int max_heads = 8;
+static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0);
+
+// What the whole call shares.
+struct Shape {
+    const PagedAttention& a;
+    int64_t group, heads;  // query heads of a key head; key heads of a piece
+    int64_t d, dv;
+    int64_t q_stride, o_stride;  // floats of a row of q, of a row of results
+    bool plain;                  // logits are products times scale and nothing else
+    float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
+};
+
+// One query of one head.
+struct Row {
+    int64_t query, head;
+    int64_t begin, end;  // the keys it may see, but for bits
+    const int32_t* bits;
+    float slope;
+};
+
+// Rows of a sequence count r = query · group + head within the group.
+inline Row row_at(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t r) {
+    const PagedAttention& a = s.a;
+    Row row{r / s.group, kv_head * s.group + r % s.group, 0, 0, nullptr, 0.0f};
+    const int64_t position = seq.keys - seq.queries + row.query;
+    row.begin = a.window_left >= 0 ? clamp(position - a.window_left, 0, seq.keys) : 0;
+    row.end = a.window_right >= 0 ? clamp(position + a.window_right + 1, 0, seq.keys) : seq.keys;
+    if (seq.left_pad > row.begin) row.begin = seq.left_pad;
+    if (a.bits) {
+        const int64_t batch = a.bits.size[0] == 1 ? 0 : seq.batch;
+        row.bits = static_cast<const int32_t*>(a.bits.data) + batch * a.bits.stride[0] +
+                   (seq.q0 + row.query) * a.bits.stride[1];
+    }
+    if (a.alibi_slopes) {
+        row.slope = static_cast<const float*>(
+            a.alibi_slopes.data)[seq.number * a.alibi_slopes.stride[0] + row.head * a.alibi_slopes.stride[1]];
+    }
+    return row;
+}
+
+// Which keys of the tile that starts at `key` a row may see.
+inline uint64_t visible(const Shape& s, const Sequence& seq, const Row& row, int64_t key) {
+    static_assert(tile_keys == 64);
+    const int64_t low = clamp(row.begin - key, 0, 64), high = clamp(row.end - key, 0, 64);
+    if (low >= high) return 0;
+    uint64_t mask = (high == 64 ? ~uint64_t{0} : (uint64_t{1} << high) - 1) & ~uint64_t{0} << low;
+    if (!row.bits) return mask;
+    const int64_t first = seq.keys - seq.queries;  // the key of bit 0
+    for (int64_t j = clamp(first - key, 0, 64); j < high; ++j) {
+        const int64_t t = key + j - first;
+        if (!(static_cast<uint32_t>(row.bits[t / 32 * s.a.bits.stride[2]]) >> t % 32 & 1)) mask &= ~(uint64_t{1} << j);
+    }
+    return mask;
+}
+
+// Results over some of the keys: Σ 2^(logit - m) v, with logits in powers of 2, and the sum of those powers.
+struct State {
+    float *o, *m, *l;
+};
+
+struct Piece {
+    int64_t sequence, head, heads, row, rows, key_begin, key_end;
+    State state;  // row r of head h is its row h · state_rows(rows) + r
+};
+
+// Where the rows of a tile lie: of the piece's first head, and the bytes to the next head.
+struct Rows {
+    const uint8_t* at[tile_keys];
+    int64_t next_head;
+};
+
+// The keys of a tile.
+struct Tile {
+    int64_t key, count;
+    uint64_t some, mask[piece_rows];  // the keys that some row sees, that a row sees
+    Slot slot[tile_keys];
+    Rows k, v;
+};
+
+struct Scratch {
+    float *q, *p, *weight;
+    uint8_t* rows;  // room for rows whose elements do not stand side by side
+    Tile* tile;
+    Row* row;
+    Run* runs;
+    Prefetch* ahead;
+};
+
+constexpr int64_t p_stride = tile_keys + line_floats;
+
+template <class S>
+Shape shape_of(const PagedAttention& a) {
+    Shape s{
+        a, 1, 1, a.q.size[3], a.out.size[3], 0, 0, false, static_cast<float>(a.scale), static_cast<float>(a.softcap)};
+    s.group = a.q.size[2] / a.k_cache.size[2];
+    s.heads = clamp(piece_bytes / (bytes_before<S>(s.d) + 1), 1, smaller(max_heads, a.k_cache.size[2]));
+    s.q_stride = round_up(s.d, block);
+    s.o_stride = round_up(s.dv, block);
+    s.plain = !(s.softcap > 0) && !a.alibi_slopes;
+    return s;
+}
+
+inline Scratch take_scratch(const Shape& s, Arena& arena) {
+    Scratch my;
+    my.q = arena.take<float>(s.heads * piece_rows * s.q_stride);
+    my.p = arena.take<float>(piece_rows * p_stride);
+    my.weight = arena.take<float>(piece_rows * p_stride);
+    my.rows = arena.take<uint8_t>(tile_keys * max_head_dim * 4);
+    my.tile = arena.take<Tile>(2);
+    my.row = arena.take<Row>(s.heads * piece_rows);
+    my.runs = arena.take<Run>(2 * tile_keys * s.heads);
+    my.ahead = arena.take<Prefetch>(1);
+    return my;
+}
+
+// Queries.
+
+template <class T, class S>
+void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) {
+    const View<4>& q = s.a.q;
+    const T* from = static_cast<const T*>(q.data) + seq.batch * q.stride[0] + (seq.q0 + row.query) * q.stride[1] +
+                    row.head * q.stride[2];
+    memset(to, 0, static_cast<size_t>(s.q_stride) * sizeof(float));
+    for (int64_t i = 0; i < s.d; ++i) to[place<S>(i)] = to_float(from[i * q.stride[3]]);
+}
+
+// Tiles.
+
+template <class S>
+void place_rows(const View<4>& cache, int64_t head, const Tile& tile, Rows& rows) {
+    for (int64_t j = 0; j < tile_keys; ++j) rows.at[j] = row_of<S>(cache, tile.slot[j], head);
+    rows.next_head = cache.stride[2] * static_cast<int64_t>(sizeof(S));
+}
+
+// A key that no query sees takes the place of one that is seen: its row may be read, and its weight is 0.
+template <class S>
+void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece& piece, int64_t key, int64_t end,
+                Tile& tile) {
+    tile.key = key;
+    tile.count = smaller(end - key, tile_keys);
+    tile.some = 0;
+    for (int64_t r = 0; r < piece.rows; ++r) tile.some |= tile.mask[r] = visible(s, seq, row[r], key);
+    if (!tile.some) return;
+    const int64_t page_size = s.a.k_cache.size[1], seen = __builtin_ctzll(tile.some);
+    const auto* table = static_cast<const int32_t*>(s.a.block_table.data) + seq.number * s.a.block_table.stride[0];
+    int64_t page = (key + seen) / page_size, at = (key + seen) % page_size;
+    for (int64_t j = seen; j < tile.count; ++j, ++at) {
+        if (at == page_size) {
+            at = 0;
+            ++page;
+        }
+        if (tile.some >> j & 1) tile.slot[j] = {table[page * s.a.block_table.stride[1]], at};
+    }
+    for (int64_t j = 0; j < tile_keys; ++j) {
+        if (!(tile.some >> j & 1)) tile.slot[j] = tile.slot[seen];
+    }
+    place_rows<S>(s.a.k_cache, piece.head, tile, tile.k);
+    place_rows<S>(s.a.v_cache, piece.head, tile, tile.v);
+}
+
+// Copies of the rows of one head whose elements do not stand side by side.
+template <class S>
+void copy_rows(const View<4>& cache, const Rows& rows, int64_t h, uint8_t* to, const uint8_t** at) {
+    const int64_t columns = cache.size[3];
+    for (int64_t j = 0; j < tile_keys; ++j) {
+        const S* from = reinterpret_cast<const S*>(rows.at[j] + h * rows.next_head);
+        S* line = reinterpret_cast<S*>(to) + j * columns;
+        for (int64_t i = 0; i < columns; ++i) line[i] = from[i * cache.stride[3]];
+        at[j] = reinterpret_cast<const uint8_t*>(line);
+    }
+}
+
+// Scales of the rows of a tile, 0 where nothing is seen.
+inline void gather_scales(const View<3>& scales, int64_t head, const Tile& tile, float* to) {
+    for (int64_t j = 0; j < tile_keys; ++j) {
+        to[j] = j < tile.count && tile.some >> j & 1 ? scale_of(scales, tile.slot[j], head) : 0.0f;
+    }
+}
+
+// The logits, as powers of 2, of a row over a tile, in place of its products; -inf where it does not see.
+template <class S>
+void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint64_t mask, int64_t key, const float* scales,
+               float* x) {
+    const float scale = s.plain ? static_cast<float>(s.a.scale * 1.4426950408889634) : s.scale;
+    for (int j = 0; j < tile_keys; j += width) {
+        vf y = load(x + j);
+        if constexpr (unit<S> != 1.0f) y = y * splat(unit<S>);
+        if (scales) y = y * load(scales + j);
+        y = y * splat(scale);
+        if (!s.plain) {
+            if (s.softcap > 0) y = tanh(y / splat(s.softcap)) * splat(s.softcap);
+            const auto ahead = static_cast<int32_t>(seq.keys - seq.queries + row.query - key - j);
+            y = y - splat(row.slope) * to_float(abs(sub(splat(ahead), lanes())));
+            y = y * splat(log2_e);
+        }
+        store(x + j, select(mask_of(static_cast<uint32_t>(mask >> j)), y, splat(-INFINITY)));
+    }
+}
+
+// The products of a tile's keys with the rows of a piece, as logits.
+template <class S>
+void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, int64_t h, const Tile& tile,
+                 const Scratch& my) {
+    const uint8_t *copies[tile_keys], *const *keys = tile.k.at;
+    const int64_t head = piece.head + h;
+    const float* q = my.q + h * piece_rows * s.q_stride;
+    int64_t offset = h * tile.k.next_head;
+    if (s.a.k_cache.stride[3] != 1) {
+        copy_rows<S>(s.a.k_cache, tile.k, h, my.rows, copies);
+        keys = copies;
+        offset = 0;
+    }
+    for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
+        multiply_tile_keys<S, n>(keys, offset, tile.count, q + r * s.q_stride, s.q_stride, s.d, my.p + r * p_stride,
+                                 p_stride, *my.ahead);
+    });
+    alignas(64) float scales[tile_keys];
+    if (s.a.k_scale) gather_scales(s.a.k_scale, head, tile, scales);
+    for (int64_t r = 0; r < piece.rows; ++r) {
+        const Row& row = my.row[h * piece_rows + r];
+        to_logits<S>(s, seq, row, tile.mask[r], tile.key, s.a.k_scale ? scales : nullptr, my.p + r * p_stride);
+    }
+}
+
+// The keys that some row of a piece sees, from a whole tile on.
+inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t& end) {
+    begin = piece.key_end;
+    end = 0;
+    for (int64_t r = 0; r < piece.rows; ++r) {
+        if (row[r].begin >= row[r].end) continue;
+        begin = smaller(row[r].begin, begin);
+        if (row[r].end > end) end = row[r].end;
+    }
+    begin = (begin > piece.key_begin ? begin : piece.key_begin) / tile_keys * tile_keys;
+    end = smaller(end, piece.key_end);
+}
+
+// Rows and queries of a piece, and scratch without anything that could be NaN.
+template <class T, class S>
+void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my) {
+    const auto clear = [](auto* at, int64_t count) { memset(at, 0, static_cast<size_t>(count) * sizeof *at); };
+    clear(my.q, s.heads * piece_rows * s.q_stride);
+    clear(my.p, piece_rows * p_stride);
+    clear(my.weight, piece_rows * p_stride);
+    for (int64_t h = 0; h < piece.heads; ++h) {
+        for (int64_t r = 0; r < piece.rows; ++r) {
+            const Row& row = my.row[h * piece_rows + r] = row_at(s, seq, piece.head + h, piece.row + r);
+            load_query<T, S>(s, seq, row, my.q + (h * piece_rows + r) * s.q_stride);
+        }
+    }
+}
+
+// The rows of a tile of keys as runs of memory: heads that lie beside each other are one. Returns the end of the runs.
+template <class S>
+Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, Run* to) {
+    const int64_t bytes = cache.size[3] * static_cast<int64_t>(sizeof(S)), heads = piece.heads;
+    const bool beside = cache.stride[3] == 1 && cache.stride[2] == cache.size[3];
+    for (int64_t j = 0; j < tile.count; ++j) {
+        if (!(tile.some >> j & 1)) continue;
+        for (int64_t h = 0; h < heads; h += beside ? heads : 1) {
+            *to++ = {rows.at[j] + h * rows.next_head, ceil_div(beside ? heads * bytes : bytes, 64)};
+        }
+    }
+    return to;
+}
+
+// How often the products of a tile ask for lines that will be read.
+inline int64_t steps_of(const Shape& s, const Piece& piece, const Tile& tile) {
+    int64_t steps = 0;
+    for_row_tiles(piece.rows, [&]<int n>(int64_t) {
+        steps +=
+            ceil_div(tile.count, width / n) * ceil_div(s.d, block) + tile.count * ceil_div(s.dv, blocks_of<n> * block);
+    });
+    return piece.heads * steps;
+}
+
+// Runs body(head, tile) for the tiles and heads of a piece; meanwhile the next tile comes into the second cache.
+template <class T, class S, class Body>
+void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my, const Body& body) {
+    begin_piece<T, S>(s, seq, piece, my);
+    int64_t begin, end;
+    range_of(my.row, piece, begin, end);
+    Tile *tile = my.tile, *next = my.tile + 1;
+    if (begin < end) place_tile<S>(s, seq, my.row, piece, begin, end, *tile);
+    for (int64_t key = begin; key < end; key += tile_keys) {
+        next->some = 0;
+        if (key + tile_keys < end) place_tile<S>(s, seq, my.row, piece, key + tile_keys, end, *next);
+        Run* runs = my.runs;
+        if (next->some) {
+            runs = runs_of<S>(s.a.k_cache, next->k, piece, *next, runs);
+            runs = runs_of<S>(s.a.v_cache, next->v, piece, *next, runs);
+        }
+        int64_t lines = 0;
+        for (const Run* run = my.runs; run != runs; ++run) lines += run->lines;
+        my.ahead->begin(my.runs, runs - my.runs, lines, steps_of(s, piece, *tile));
+        for (int64_t h = 0; h < piece.heads && tile->some; ++h) body(h, *tile);
+        Tile* done = tile;
+        tile = next;
+        next = done;
+    }
+}
+
+METATE_FN float* lse_at(const PagedAttention& a, const Sequence& seq, int64_t query, int64_t head) {
+    return static_cast<float*>(a.lse.data) + seq.batch * a.lse.stride[0] + head * a.lse.stride[1] +
+           (seq.q0 + query) * a.lse.stride[2];
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

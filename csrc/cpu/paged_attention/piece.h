@@ -109,7 +109,7 @@ Shape shape_of(const PagedAttention& a) {
     Shape s{
         a, 1, 1, a.q.size[3], a.out.size[3], 0, 0, false, static_cast<float>(a.scale), static_cast<float>(a.softcap)};
     s.group = a.q.size[2] / a.k_cache.size[2];
-    s.heads = clamp(piece_bytes / (bytes_before<S>(s.d) + 1), 1, smaller(max_heads, a.k_cache.size[2]));
+    s.heads = clamp(piece_bytes / larger(bytes_before<S>(s.d), 1), 1, smaller(max_heads, a.k_cache.size[2]));
     s.q_stride = round_up(s.d, block);
     s.o_stride = round_up(s.dv, block);
     s.plain = !(s.softcap > 0) && !a.alibi_slopes;

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
+from metate.low_bit import stored_weight, unpack_codes
 from metate.op import Case
-from metate.ops.quant_linear import reference
 from metate.ops.quant_linear.declaration import int8_op, linear_op, matmul_op
-from metate.ops.quant_linear.weight import unpack_codes
 
 PACKABLE = (32, 64, 128, 256)
 
@@ -39,7 +38,7 @@ def label(case: Case) -> str:
 def dense_weight(named: dict[str, Any], columns: int, dtype: torch.dtype) -> Tensor:
     fields = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "codebook")
     scalars = (named["bits"], named["group_size"], named["super_groups"], named["zero"], columns)
-    return reference.stored_weight(*(named[field] for field in fields), *scalars).to(dtype)
+    return stored_weight(*(named[field] for field in fields), *scalars).to(dtype)
 
 
 def dense(setup: Setup) -> Run:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import metate
-from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes, unpack_codes
+from metate.low_bit import QuantizedWeight, pack_codes, unpack_codes
 from metate.quant import (
     awq,
     bitsandbytes,

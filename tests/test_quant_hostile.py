@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 import metate
-from metate.ops.quant_linear.weight import QuantizedWeight
+from metate.low_bit import QuantizedWeight
 from metate.quant import awq, bitsandbytes, canonical, gptq, quantize_hqq, quantize_int8, quantize_rtn
 from metate.quant.checkpoint import QuantizedCheckpoint
 from metate.quant.gguf_blocks import TYPES

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import metate
 from metate import QuantizedWeight, library
+from metate.low_bit import pack_codes
 from metate.ops.quant_linear.declaration import int8_op, linear_op
-from metate.ops.quant_linear.weight import pack_codes
 
 LINEAR = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "quant_linear"]
 everywhere = pytest.mark.parametrize("device,backend", LINEAR, ids=lambda value: value)

@@ -366,7 +366,7 @@ class Op:
         return tuple(self.written(args))
 
     def _out_dtypes(self, args: Args) -> list[torch.dtype]:
-        """Float32 results beside float64 arguments are float64."""
+        """Float32 results beside float64 arguments are float64; integers are what they are."""
         named = dict(zip(self.parameters, args, strict=False))
         wide = torch.float64 if args[0].dtype == torch.float64 else torch.float32
         kinds = [named[d] if isinstance(d, str) else _widened(d, wide) for d in self.outputs.values()]
@@ -395,7 +395,9 @@ class Op:
         tiny = torch.finfo(torch.float32).tiny if dtype != torch.float64 else 0.0  # kernels may flush what is smaller
         roundings = 4 if dtype == torch.float64 else 1  # there the truth is rounded too
         ulps = [
-            roundings * torch.finfo(kind).eps * size + tiny if kind.is_floating_point else 1.0  # a code beside a tie
+            roundings * torch.finfo(kind).eps * size + tiny
+            if kind.is_floating_point
+            else float(kind.itemsize == 1)  # a code beside a tie; other integers are exact
             for kind, size in zip(kinds, _distances(truth), strict=True)
         ]
         budgets = [0.0] * len(errors)

@@ -1,5 +1,5 @@
 """One file or folder a family of operators, registered in this order whoever imports one first."""
 
-from metate.ops import attention, quant_linear
+from metate.ops import attention, moe, quant_linear
 
-__all__ = ["attention", "quant_linear"]
+__all__ = ["attention", "moe", "quant_linear"]

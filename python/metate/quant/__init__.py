@@ -1,6 +1,6 @@
 """Low-bit formats: reading, lowering to the canonical form, quantising, writing. One file a format."""
 
-from metate.ops.quant_linear.weight import QuantizedWeight
+from metate.low_bit import QuantizedWeight
 from metate.quant.awq_search import fold_scale, quantize_awq, search_awq_scale
 from metate.quant.bitsandbytes import quantize_fp4, quantize_int8, quantize_nf4
 from metate.quant.calibration import Calibration

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail
-from metate.ops.quant_linear.weight import FLOATS, QuantizedWeight, pack_codes, unpack_codes
+from metate.low_bit import FLOATS, QuantizedWeight, pack_codes, unpack_codes
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of a word of gemm -> hence nibble i holds column _ORDER[i]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes, packed_bytes
+from metate.low_bit import QuantizedWeight, pack_codes, packed_bytes
 from metate.quant.calibration import Calibration
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.rtn import affine

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail
-from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes
+from metate.low_bit import QuantizedWeight, pack_codes
 from metate.quant.settings import Settings, as_bytes, blocks, complain, parse_json, take
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

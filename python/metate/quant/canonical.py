@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metate.ops.quant_linear.weight import FLOATS, QuantizedWeight
+from metate.low_bit import FLOATS, QuantizedWeight
 from metate.quant.settings import Settings, complain, parse_json, take
 
 MARK = "quantized_weight"

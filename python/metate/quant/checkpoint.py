@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from metate.errors import fail
-from metate.ops.quant_linear.weight import QuantizedWeight
+from metate.low_bit import QuantizedWeight
 from metate.quant import awq, bitsandbytes, canonical, fp8, gptq
 from metate.quant.gguf import MAGIC, GGUFFile
 from metate.quant.settings import Settings, complain, parse_json

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.ops.quant_linear.weight import FLOATS, QuantizedWeight
+from metate.low_bit import FLOATS, QuantizedWeight
 from metate.quant.grid import checked
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.ops.quant_linear.weight import QuantizedWeight
+from metate.low_bit import QuantizedWeight
 from metate.quant.gguf_blocks import TYPES, lower
 from metate.quant.settings import complain
 

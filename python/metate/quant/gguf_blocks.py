@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes
+from metate.low_bit import QuantizedWeight, pack_codes
 from metate.quant.settings import blocks as slices
 
 Fields = dict[str, Tensor]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from metate.ops.quant_linear.weight import QuantizedWeight
+from metate.low_bit import QuantizedWeight
 from metate.quant.gguf import GGUFFile
 from metate.quant.settings import Settings, complain
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail
-from metate.ops.quant_linear.weight import FLOATS, QuantizedWeight, pack_codes, unpack_codes
+from metate.low_bit import FLOATS, QuantizedWeight, pack_codes, unpack_codes
 from metate.quant.patterns import Patterns
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.ops.quant_linear.weight import FLOATS
+from metate.low_bit import FLOATS
 
 _SHRINKS = 80  # ranges that the search by error tries, from the whole one down to a fifth
 _NORM = 2.4  # exponent of the error (Frantar et al. 2022, code)

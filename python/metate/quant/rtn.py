@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metate.ops.quant_linear.weight import QuantizedWeight, pack_codes, packed_bytes
+from metate.low_bit import QuantizedWeight, pack_codes, packed_bytes
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.settings import blocks
 

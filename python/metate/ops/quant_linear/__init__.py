@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
+from metate.low_bit import QuantizedWeight
 from metate.op import use
 from metate.ops.quant_linear.declaration import int8_op, linear_op
 from metate.ops.quant_linear.lora import check_adapter_ids, factors_of, shrink_op
 from metate.ops.quant_linear.lora import linear_op as lora_op
-from metate.ops.quant_linear.weight import QuantizedWeight
 
 __all__ = ["QuantizedWeight", "dequantize", "lora_linear", "quant_linear"]
 

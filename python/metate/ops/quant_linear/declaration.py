@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.low_bit import pack_codes
 from metate.op import Case, Domain, Op
 from metate.ops.quant_linear import reference, rules
-from metate.ops.quant_linear.weight import pack_codes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WEIGHT = {

@@ -8,40 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.ops.quant_linear.weight import unpack_codes
-
-
-def per_column(value: Tensor, group: int, columns: int) -> Tensor:
-    """(N, groups of `group` columns) → (N, columns)."""
-    return value.repeat_interleave(max(1, min(group, columns)), 1)[:, :columns]
-
-
-def both_levels(fine: Tensor, coarse: Tensor | None, super_groups: int) -> Tensor:
-    """(N, G) scales or offsets, with the super ones multiplied in."""
-    return fine if coarse is None else fine.to(coarse.dtype) * per_column(coarse, super_groups, fine.shape[1])
-
-
-def integers(codes: Tensor, zeros: Tensor | None, group_size: int, zero: int) -> Tensor:
-    """code - zero - zeros[n, g] of unpacked codes: (N, K) int32."""
-    values = codes.int() - zero
-    return values if zeros is None else values - per_column(zeros.int(), group_size, codes.shape[1])
-
-
-def stored_weight(
-    codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None, offsets: Tensor | None,
-    super_offsets: Tensor | None, codebook: Tensor | None, bits: int, group_size: int, super_groups: int, zero: int,
-    columns: int,
-) -> Tensor:  # fmt: skip
-    """W with its columns as they are stored, (N, columns), in the dtype of the scales (of the super scales)."""
-    unpacked = unpack_codes(codes, bits, columns)
-    scale = per_column(both_levels(scales, super_scales, super_groups), group_size, columns)
-    if codebook is not None:
-        weight = codebook[unpacked.int()].to(scale.dtype) * scale
-    else:
-        weight = integers(unpacked, zeros, group_size, zero).to(scale.dtype) * scale
-    if offsets is None:
-        return weight
-    return weight + per_column(both_levels(offsets, super_offsets, super_groups), group_size, columns)
+from metate.low_bit import stored_weight
 
 
 def quant_linear(

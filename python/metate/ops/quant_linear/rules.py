@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metate.errors import fail
+from metate.low_bit import level_gradients, validate_weight
 from metate.op import Op, loop_vmap
-from metate.ops.quant_linear import reference
-from metate.ops.quant_linear.weight import packed_bytes, unpack_codes
 
 Args = tuple[Any, ...]
 Splits = list[tuple[dict[str, int], dict[str, int]]]  # dimensions that outputs and arguments are split over
@@ -43,41 +42,6 @@ def validate_matmul(op: str) -> Callable[..., None]:
         validate_weight(op, x, rest[:_PERMUTATION], *rest[-5:])
 
     return validate
-
-
-def validate_weight(
-    op: str, x: Tensor, tensors: Any, bits: int, group_size: int, super_groups: int, zero: int, columns: Any
-) -> None:
-    codes, scales, super_scales, zeros, offsets, super_offsets, codebook, _ = tensors
-    for name, value, least, most in (("bits", bits, 1, 8), ("group_size", group_size, 1, 2**62),
-                                     ("super_groups", super_groups, 0, 2**62), ("zero", zero, 0, 255)):  # fmt: skip
-        if not least <= value <= most:
-            raise fail(op, name, value, f"{least} to {most}")
-    groups = _ceil(columns, group_size)
-    supers = _ceil(groups, super_groups) if super_groups else 0
-    widths = [("codes", codes, packed_bytes(columns, bits)), ("scales", scales, groups), ("zeros", zeros, groups),
-              ("offsets", offsets, groups), ("super_scales", super_scales, supers),
-              ("super_offsets", super_offsets, supers)]  # fmt: skip
-    for name, tensor, width in widths:
-        if tensor is not None and tensor.shape[1] != width:
-            expected = f"({codes.shape[0]}, {width}) for {columns} columns of {bits} bits in groups of {group_size}"
-            raise fail(op, name, f"of shape {tuple(tensor.shape)}", expected)
-    if codebook is not None and codebook.shape[0] != 2**bits:
-        raise fail(op, "codebook", f"of {codebook.shape[0]} values", f"2**bits = {2**bits}")
-    if codebook is not None and (zero or zeros is not None):
-        raise fail(op, "codebook", "given beside zero or zeros", "one or the other")
-    for name, fine, coarse in (("scales", scales, super_scales), ("offsets", offsets, super_offsets)):
-        if (fine is not None and fine.dtype == torch.int8) != (coarse is not None):
-            got = "None" if coarse is None else "given"
-            raise fail(op, f"super_{name}", got, f"a tensor beside int8 {name}, None otherwise")
-    for name, tensor in (("scales", scales), ("offsets", offsets), ("super_scales", super_scales),
-                         ("super_offsets", super_offsets), ("codebook", codebook)):  # fmt: skip
-        if tensor is not None and tensor.dtype == torch.float64 and x.dtype != torch.float64:
-            raise fail(op, name, "float64", f"float32 beside {x.dtype}", error=TypeError)
-
-
-def _ceil(a: Any, b: int) -> Any:
-    return (a + b - 1) // b
 
 
 _PERMUTATION = 8  # its place among the arguments of every product
@@ -145,46 +109,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def weight_gradients(rows: Tensor, columns: Tensor, tensors: Any, scalars: Args, needed: Any) -> list[Tensor | None]:
     """Of scales, offsets and codebook, from d W = rowsᵀ columns: memory of (N, K), taken only where they learn."""
-    codes, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation = tensors
     if not any(needed):
         return [None] * 8
-    bits, group_size, super_groups, zero = scalars
+    *parts, permutation = tensors
     wide = _wide(rows)
     columns = columns if permutation is None else columns[:, permutation.long()]
-    d_weight = rows.to(wide).T @ columns.to(wide)
-    unpacked = unpack_codes(codes, bits, d_weight.shape[1])
-    if codebook is not None:
-        values = codebook.to(wide)[unpacked.int()]
-    else:
-        values = reference.integers(unpacked, zeros, group_size, zero).to(wide)
-    d_scale = _sum_groups(d_weight * values, group_size)
-    found: list[Tensor | None] = [None] * 8
-    found[1], found[2] = _both_gradients(d_scale, scales, super_scales, super_groups)
-    if offsets is not None:
-        d_offset = _sum_groups(d_weight, group_size)
-        found[4], found[5] = _both_gradients(d_offset, offsets, super_offsets, super_groups)
-    if codebook is not None and needed[6]:
-        level = reference.both_levels(scales, super_scales, super_groups).to(wide)
-        shares = d_weight * reference.per_column(level, group_size, d_weight.shape[1])
-        zero_sum = torch.zeros(codebook.shape[0], dtype=wide, device=codebook.device)
-        found[6] = zero_sum.index_add(0, unpacked.flatten().int(), shares.flatten()).to(codebook.dtype)
-    return found
-
-
-def _both_gradients(
-    d_level: Tensor, fine: Tensor, coarse: Tensor | None, super_groups: int
-) -> tuple[Tensor | None, Tensor | None]:
-    if coarse is None:
-        return d_level.to(fine.dtype), None
-    return None, _sum_groups(d_level * fine.to(d_level.dtype), super_groups).to(coarse.dtype)
-
-
-def _sum_groups(x: Tensor, group: int) -> Tensor:
-    """(N, columns) → (N, groups): sums over the columns of each group."""
-    columns = x.shape[1]
-    group = max(1, min(group, columns))
-    padded: Tensor = torch.nn.functional.pad(x, (0, -columns % group))
-    return padded.reshape(x.shape[0], padded.shape[1] // group, group).sum(2)
+    return [*level_gradients(rows.to(wide).T @ columns.to(wide), parts, scalars, needed[6]), None]
 
 
 # Batching and sharding.

@@ -50,6 +50,117 @@ def packed_bytes(columns: int, bits: int) -> int:
     return -(-columns * bits // 8)
 
 
+def per_column(value: Tensor, group: int, columns: int) -> Tensor:
+    """(N, groups of `group` columns) → (N, columns)."""
+    return value.repeat_interleave(max(1, min(group, columns)), 1)[:, :columns]
+
+
+def both_levels(fine: Tensor, coarse: Tensor | None, super_groups: int) -> Tensor:
+    """(N, G) scales or offsets, with the super ones multiplied in."""
+    return fine if coarse is None else fine.to(coarse.dtype) * per_column(coarse, super_groups, fine.shape[1])
+
+
+def integers(codes: Tensor, zeros: Tensor | None, group_size: int, zero: int) -> Tensor:
+    """code - zero - zeros[n, g] of unpacked codes: (N, K) int32."""
+    values = codes.int() - zero
+    return values if zeros is None else values - per_column(zeros.int(), group_size, codes.shape[1])
+
+
+def stored_weight(
+    codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None, offsets: Tensor | None,
+    super_offsets: Tensor | None, codebook: Tensor | None, bits: int, group_size: int, super_groups: int, zero: int,
+    columns: int,
+) -> Tensor:  # fmt: skip
+    """W with its columns as they are stored, (N, columns), in the dtype of the scales (of the super scales)."""
+    unpacked = unpack_codes(codes, bits, columns)
+    scale = per_column(both_levels(scales, super_scales, super_groups), group_size, columns)
+    if codebook is not None:
+        weight = codebook[unpacked.int()].to(scale.dtype) * scale
+    else:
+        weight = integers(unpacked, zeros, group_size, zero).to(scale.dtype) * scale
+    if offsets is None:
+        return weight
+    return weight + per_column(both_levels(offsets, super_offsets, super_groups), group_size, columns)
+
+
+def level_gradients(
+    d_weight: Tensor, tensors: Any, scalars: tuple[int, ...], codebook_learns: bool
+) -> list[Tensor | None]:
+    """Of the tensors from codes to codebook, from the gradient of W with its columns as they are stored."""
+    codes, scales, super_scales, zeros, offsets, super_offsets, codebook = tensors
+    bits, group_size, super_groups, zero = scalars
+    wide = d_weight.dtype
+    unpacked = unpack_codes(codes, bits, d_weight.shape[1])
+    if codebook is not None:
+        values = codebook.to(wide)[unpacked.int()]
+    else:
+        values = integers(unpacked, zeros, group_size, zero).to(wide)
+    d_scale = _sum_groups(d_weight * values, group_size)
+    found: list[Tensor | None] = [None] * 7
+    found[1], found[2] = _both_gradients(d_scale, scales, super_scales, super_groups)
+    if offsets is not None:
+        d_offset = _sum_groups(d_weight, group_size)
+        found[4], found[5] = _both_gradients(d_offset, offsets, super_offsets, super_groups)
+    if codebook is not None and codebook_learns:
+        level = both_levels(scales, super_scales, super_groups).to(wide)
+        shares = d_weight * per_column(level, group_size, d_weight.shape[1])
+        zero_sum = torch.zeros(codebook.shape[0], dtype=wide, device=codebook.device)
+        found[6] = zero_sum.index_add(0, unpacked.flatten().int(), shares.flatten()).to(codebook.dtype)
+    return found
+
+
+def _both_gradients(
+    d_level: Tensor, fine: Tensor, coarse: Tensor | None, super_groups: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if coarse is None:
+        return d_level.to(fine.dtype), None
+    return None, _sum_groups(d_level * fine.to(d_level.dtype), super_groups).to(coarse.dtype)
+
+
+def _sum_groups(x: Tensor, group: int) -> Tensor:
+    """(N, columns) → (N, groups): sums over the columns of each group."""
+    columns = x.shape[1]
+    group = max(1, min(group, columns))
+    padded: Tensor = torch.nn.functional.pad(x, (0, -columns % group))
+    return padded.reshape(x.shape[0], padded.shape[1] // group, group).sum(2)
+
+
+def validate_weight(
+    op: str, x: Tensor, tensors: Any, bits: int, group_size: int, super_groups: int, zero: int, columns: Any
+) -> None:
+    """What the tensors of a weight, or of a stack of weights, must be to each other and to the columns of x."""
+    codes, scales, super_scales, zeros, offsets, super_offsets, codebook, _ = tensors
+    for name, value, least, most in (("bits", bits, 1, 8), ("group_size", group_size, 1, 2**62),
+                                     ("super_groups", super_groups, 0, 2**62), ("zero", zero, 0, 255)):  # fmt: skip
+        if not least <= value <= most:
+            raise fail(op, name, value, f"{least} to {most}")
+    groups = ceil_div(columns, group_size)
+    supers = ceil_div(groups, super_groups) if super_groups else 0
+    widths = [("codes", codes, packed_bytes(columns, bits)), ("scales", scales, groups), ("zeros", zeros, groups),
+              ("offsets", offsets, groups), ("super_scales", super_scales, supers),
+              ("super_offsets", super_offsets, supers)]  # fmt: skip
+    for name, tensor, width in widths:
+        if tensor is not None and tensor.shape[-1] != width:
+            expected = f"({codes.shape[-2]}, {width}) for {columns} columns of {bits} bits in groups of {group_size}"
+            raise fail(op, name, f"of shape {tuple(tensor.shape)}", expected)
+    if codebook is not None and codebook.shape[0] != 2**bits:
+        raise fail(op, "codebook", f"of {codebook.shape[0]} values", f"2**bits = {2**bits}")
+    if codebook is not None and (zero or zeros is not None):
+        raise fail(op, "codebook", "given beside zero or zeros", "one or the other")
+    for name, fine, coarse in (("scales", scales, super_scales), ("offsets", offsets, super_offsets)):
+        if (fine is not None and fine.dtype == torch.int8) != (coarse is not None):
+            got = "None" if coarse is None else "given"
+            raise fail(op, f"super_{name}", got, f"a tensor beside int8 {name}, None otherwise")
+    for name, tensor in (("scales", scales), ("offsets", offsets), ("super_scales", super_scales),
+                         ("super_offsets", super_offsets), ("codebook", codebook)):  # fmt: skip
+        if tensor is not None and tensor.dtype == torch.float64 and x.dtype != torch.float64:
+            raise fail(op, name, "float64", f"float32 beside {x.dtype}", error=TypeError)
+
+
+def ceil_div(a: Any, b: int) -> Any:
+    return (a + b - 1) // b
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class QuantizedWeight:
     """A weight [out_features N, in_features K] in low-bit codes. Checked as it is made: FormatError names the field.

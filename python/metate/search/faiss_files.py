@@ -1,0 +1,422 @@
+"""faiss' own files of flat, PQ, IVF-flat and IVF-PQ indexes, with rotations, id maps and refinement: read and written.
+
+A file is a tree of four-letter nodes. Reading makes the tree first, bounds-checked: a length is compared with what is
+left of the file before anything is made of it. Layout: faiss/impl/index_write.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from metate.errors import FormatError, fail
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Head: TypeAlias = "tuple[int, int, int, bool]"  # d, ntotal, metric, is_trained
+Integers = npt.NDArray[np.int64]
+
+L2, INNER_PRODUCT = 1, 0
+_DEPTH = 8  # nodes within nodes
+_MOST_DIMENSIONS = 1 << 20
+_UNUSED = 1 << 20  # what faiss writes into two fields of every header
+_HEADER = "<iqqq?i"
+
+
+@dataclass
+class Node:
+    """What every index has: dimensions, number of vectors, metric."""
+
+    d: int
+    ntotal: int
+    metric: int
+    is_trained: bool = True
+
+
+@dataclass
+class Flat(Node):
+    vectors: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+
+@dataclass
+class PQ(Node):
+    """codebooks (M, 2**bits, d/M); codes (ntotal, code_size)."""
+
+    codebooks: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+    codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+
+
+@dataclass
+class IVF(Node):
+    """Vectors or codes as bytes (rows, code_size), with their ids, list by list; codebooks: of IVF-PQ."""
+
+    nprobe: int = 1
+    quantizer: Any = None
+    length: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
+    codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    ids: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
+    codebooks: Floats | None = None
+    by_residual: bool = False
+
+
+@dataclass
+class Transform:
+    """x → A x + b."""
+
+    A: Floats
+    b: Floats | None
+    is_trained: bool = True
+
+
+@dataclass
+class PreTransform(Node):
+    chain: list[Transform] = field(default_factory=list)
+    index: Any = None
+
+
+@dataclass
+class Refine(Node):
+    base: Any = None
+    refine: Any = None
+    k_factor: float = 1.0
+
+
+@dataclass
+class IDMap(Node):
+    index: Any = None
+    ids: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
+    two_way: bool = False
+
+
+def complain(what: str, got: object, expected: str) -> FormatError:
+    error = fail("search.read_faiss", what, str(got)[:100], expected, error=FormatError)
+    assert isinstance(error, FormatError)
+    return error
+
+
+# Reading.
+
+
+class _Reader:
+    """A position in the file that never passes its end. Arrays are views of it."""
+
+    def __init__(self, data: bytes | mmap.mmap) -> None:
+        self.data, self.at, self.end = data, 0, len(data)
+
+    def skip(self, size: int, what: str) -> int:
+        if size > self.end - self.at:
+            raise complain(what, f"{size} bytes at {self.at}", f"at most {self.end - self.at}: the file ends there")
+        self.at += size
+        return self.at - size
+
+    def values(self, layout: str, what: str) -> tuple[Any, ...]:
+        return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout), what))
+
+    def number(self, code: str, what: str, least: int, most: int) -> int:
+        (value,) = self.values("<" + code, what)
+        if not least <= value <= most:
+            raise complain(what, value, f"{least} to {most}")
+        return int(value)
+
+    def flag(self, what: str) -> bool:
+        return self.number("B", what, 0, 1) == 1
+
+    def array(self, dtype: npt.DTypeLike, count: int, what: str) -> npt.NDArray[Any]:
+        kind = np.dtype(dtype)
+        return np.frombuffer(self.data, kind, count, self.skip(count * kind.itemsize, what))
+
+    def vector(self, dtype: npt.DTypeLike, what: str, count: int, unit: int = 1) -> npt.NDArray[Any]:
+        """A length, in units of so many elements, and elements."""
+        self.number("Q", f"length of {what}", count, count)
+        return self.array(dtype, count * unit, what)
+
+    def finite(self, what: str, count: int) -> Floats:
+        numbers: Floats = self.vector(np.float32, what, count)
+        if not np.isfinite(numbers).all():
+            raise complain(what, "not finite everywhere", "finite numbers")
+        return numbers
+
+    def fourcc(self) -> str:
+        return bytes(self.array(np.uint8, 4, "a node")).decode("latin-1")
+
+
+def parse(data: bytes | mmap.mmap) -> Node:
+    """The tree of a whole file."""
+    reader = _Reader(data)
+    node = _node(reader, 0)
+    if reader.at != reader.end:
+        raise complain("file", f"{reader.end} bytes", f"{reader.at}, where the index ends")
+    return node
+
+
+def _node(reader: _Reader, depth: int) -> Node:
+    kind = reader.fourcc()
+    if kind not in _READERS:
+        raise complain("a node", repr(kind), f"one of {', '.join(_READERS)}")
+    if depth > _DEPTH:
+        raise complain("the tree", f"{depth} nodes deep", f"at most {_DEPTH}")
+    d = reader.number("i", "d", 1, _MOST_DIMENSIONS)
+    ntotal = reader.number("q", "ntotal", 0, reader.end)
+    reader.values("<qq", "the header")
+    trained, metric = reader.flag("is_trained"), reader.number("i", "metric", INNER_PRODUCT, L2)
+    return _READERS[kind](reader, kind, (d, ntotal, metric, trained), depth)
+
+
+def _flat(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, metric, _ = head
+    if (kind == "IxFI") != (metric == INNER_PRODUCT):
+        raise complain("metric", metric, f"that of {kind}")
+    return Flat(*head, reader.vector(np.float32, "vectors", ntotal * d).reshape(ntotal, d))
+
+
+def _codebooks(reader: _Reader, d: int, trained: bool) -> Floats:
+    reader.number("Q", "d of the quantizer", d, d)
+    M, bits = reader.number("Q", "M", 1, d), reader.number("Q", "nbits", 4, 16)
+    if d % M:
+        raise complain("M", M, f"a divisor of {d}")
+    centroids = reader.vector(np.float32, "centroids", d << bits)
+    if trained and not np.isfinite(centroids).all():
+        raise complain("centroids", "not finite everywhere", "finite numbers")
+    return centroids.reshape(M, 1 << bits, d // M)
+
+
+def _pq(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, _, trained = head
+    codebooks = _codebooks(reader, d, trained)
+    size = code_size(codebooks)
+    codes = reader.vector(np.uint8, "codes", ntotal * size).reshape(ntotal, size)
+    reader.number("i", "search_type", 0, 0)
+    reader.flag("encode_signs")
+    reader.values("<i", "polysemous_ht")
+    return PQ(*head, codebooks, codes)
+
+
+def code_size(codebooks: Floats) -> int:
+    M, levels, _ = codebooks.shape
+    return int(M * (levels.bit_length() - 1) + 7) // 8
+
+
+def _ivf(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, _, trained = head
+    nlist, nprobe = reader.number("Q", "nlist", 1, reader.end), reader.number("Q", "nprobe", 1, 2**63)
+    quantizer = _node(reader, depth + 1)
+    if (
+        not isinstance(quantizer, Flat)
+        or quantizer.d != d
+        or quantizer.ntotal not in ({nlist} if trained else {0, nlist})
+    ):
+        raise complain("quantizer", type(quantizer).__name__, f"a flat index of {nlist} vectors of {d} dimensions")
+    if not np.isfinite(quantizer.vectors).all():
+        raise complain("centroids of lists", "not finite everywhere", "finite numbers")
+    _pass_direct_map(reader)
+    residual, codebooks, size = False, None, 4 * d
+    if kind == "IwPQ":
+        residual = reader.flag("by_residual")
+        (size,) = reader.values("<Q", "code_size")
+        codebooks = _codebooks(reader, d, trained)
+        if size != code_size(codebooks):
+            raise complain("code_size", size, f"{code_size(codebooks)}")
+    length, codes, ids = _lists(reader, nlist, size, ntotal)
+    return IVF(*head, nprobe, quantizer, length, codes, ids, codebooks, residual)
+
+
+def _pass_direct_map(reader: _Reader) -> None:
+    kind = reader.number("B", "direct map", 0, 2)
+    count = reader.number("Q", "direct map", 0, (reader.end - reader.at) // 8)
+    reader.array(np.int64, count, "direct map")
+    if kind == 2:
+        count = reader.number("Q", "direct map", 0, (reader.end - reader.at) // 16)
+        reader.array(np.int64, 2 * count, "direct map")
+
+
+def _lists(reader: _Reader, nlist: int, size: int, ntotal: int) -> tuple[Integers, Bytes, Integers]:
+    if (kind := reader.fourcc()) != "ilar":
+        raise complain("inverted lists", repr(kind), "'ilar', lists in memory")
+    reader.number("Q", "nlist of the lists", nlist, nlist)
+    reader.number("Q", "code_size of the lists", size, size)
+    length = np.zeros(nlist, np.int64)
+    if (layout := reader.fourcc()) == "full":
+        sizes = reader.vector(np.uint64, "list sizes", nlist)
+        numbers = np.arange(nlist)
+    elif layout == "sprs":
+        count = reader.number("Q", "list sizes", 0, 2 * nlist)
+        pairs = reader.array(np.uint64, count - count % 2, "list sizes").reshape(-1, 2)
+        numbers, sizes = pairs[:, 0], pairs[:, 1]
+        if count % 2 or (numbers >= nlist).any() or (numbers[1:] <= numbers[:-1]).any():
+            raise complain("list sizes", "out of order", "pairs of ascending list numbers and sizes")
+        numbers = numbers.astype(np.int64)
+    else:
+        raise complain("list sizes", repr(layout), "'full' or 'sprs'")
+    if (sizes > ntotal).any() or sum(sizes.tolist()) != ntotal:
+        raise complain("list sizes", "numbers", f"sizes that add up to {ntotal}")
+    length[numbers] = sizes.astype(np.int64)
+    codes, ids = np.empty((ntotal, size), np.uint8), np.empty(ntotal, np.int64)
+    reader.skip(ntotal * (size + 8), "the lists")
+    reader.at -= ntotal * (size + 8)
+    at = 0
+    for n in length[length > 0].tolist():
+        codes[at : at + n] = reader.array(np.uint8, n * size, "codes of a list").reshape(n, size)
+        ids[at : at + n] = reader.array(np.int64, n, "ids of a list")
+        at += n
+    return length, codes, ids
+
+
+def _transform(reader: _Reader) -> Transform:
+    if (kind := reader.fourcc()) not in ("LTra", "rrot"):
+        raise complain("transform", repr(kind), "'LTra' or 'rrot', a linear one")
+    biased = reader.flag("have_bias")
+    at = reader.at
+    for _ in range(2):  # the dimensions come last
+        reader.array(np.float32, reader.number("Q", "size of A or b", 0, reader.end // 4), "A or b")
+    d_in, d_out = (reader.number("i", name, 1, _MOST_DIMENSIONS) for name in ("d_in", "d_out"))
+    trained, end = reader.flag("is_trained"), reader.at
+    reader.at = at
+    A = reader.finite("A", d_in * d_out if trained else 0)
+    (count,) = struct.unpack_from("<Q", reader.data, reader.at)
+    b = reader.finite("b", d_out if biased and trained else int(count))
+    reader.at = end
+    return Transform(
+        A.reshape(d_out, d_in) if trained else np.zeros((d_out, d_in), np.float32), b if biased else None, trained
+    )
+
+
+def _pretransform(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, metric, _ = head
+    chain = [_transform(reader) for _ in range(reader.number("i", "transforms", 0, _DEPTH))]
+    inner = _within(reader, depth, ntotal)
+    sizes = [d, *(size for step in chain for size in reversed(step.A.shape)), inner.d]
+    if sizes[::2] != sizes[1::2] or inner.metric != metric:
+        raise complain("transforms", sizes, "each to take what the one before it gives")
+    return PreTransform(*head, chain, inner)
+
+
+def _refine(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, _, _ = head
+    base, refine = _within(reader, depth, ntotal), _within(reader, depth, ntotal)
+    (factor,) = reader.values("<f", "k_factor")
+    if not isinstance(refine, Flat) or refine.d != d or base.d != d:
+        raise complain("refine index", type(refine).__name__, f"a flat index of {d} dimensions")
+    if not math.isfinite(factor) or not 1 <= factor <= 1000:
+        raise complain("k_factor", factor, "1 to 1000")
+    return Refine(*head, base, refine, factor)
+
+
+def _idmap(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+    inner = _within(reader, depth, head[1])
+    if inner.d != head[0]:
+        raise complain("dimensions of the mapped index", inner.d, f"{head[0]}")
+    return IDMap(*head, inner, reader.vector(np.int64, "id_map", head[1]), kind == "IxM2")
+
+
+def _within(reader: _Reader, depth: int, ntotal: int) -> Node:
+    inner = _node(reader, depth + 1)
+    if inner.ntotal != ntotal:
+        raise complain("vectors of the inner index", inner.ntotal, f"{ntotal}")
+    return inner
+
+
+_READERS: dict[str, Callable[[_Reader, str, Head, int], Node]] = {
+    "IxF2": _flat, "IxFI": _flat, "IxPq": _pq, "IwFl": _ivf, "IwPQ": _ivf, "IxPT": _pretransform, "IxRF": _refine,
+    "IxMp": _idmap, "IxM2": _idmap,
+}  # fmt: skip
+
+
+def read_tree(path: str | Path) -> Node:
+    """The tree of a file, whose arrays are views of it, mapped into memory."""
+    with open(path, "rb") as file:
+        if not file.seek(0, 2):
+            raise complain("file", "empty", "an index of faiss")
+        return parse(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+# Writing.
+
+
+def write_tree(node: Node, file: BinaryIO) -> None:
+    """The bytes that faiss writes for such an index."""
+    kind, body = _WRITERS[type(node)]
+    file.write((kind(node) if callable(kind) else kind).encode())
+    file.write(struct.pack(_HEADER, node.d, node.ntotal, _UNUSED, _UNUSED, node.is_trained, node.metric))
+    body(node, file)
+
+
+def _put(file: BinaryIO, dtype: npt.DTypeLike, x: npt.NDArray[Any], units: int | None = None) -> None:
+    """A length and elements."""
+    file.write(struct.pack("<Q", x.size if units is None else units))
+    file.write(np.ascontiguousarray(x, dtype).data)
+
+
+def _put_codebooks(file: BinaryIO, books: Floats) -> None:
+    M, levels, width = books.shape
+    file.write(struct.pack("<QQQ", M * width, M, levels.bit_length() - 1))
+    _put(file, np.float32, books)
+
+
+def _write_pq(node: PQ, file: BinaryIO) -> None:
+    _put_codebooks(file, node.codebooks)
+    _put(file, np.uint8, node.codes)
+    M, levels, _ = node.codebooks.shape
+    file.write(struct.pack("<i?i", 0, False, M * (levels.bit_length() - 1) + 1))  # what faiss has until it is told
+
+
+def _write_ivf(node: IVF, file: BinaryIO) -> None:
+    file.write(struct.pack("<QQ", len(node.length), node.nprobe))
+    write_tree(node.quantizer, file)
+    file.write(struct.pack("<BQ", 0, 0))  # no direct map
+    if node.codebooks is not None:
+        file.write(struct.pack("<?Q", node.by_residual, node.codes.shape[1]))
+        _put_codebooks(file, node.codebooks)
+    file.write(b"ilar" + struct.pack("<QQ", len(node.length), node.codes.shape[1]))
+    filled = np.flatnonzero(node.length)
+    if len(filled) > len(node.length) // 2:
+        file.write(b"full")
+        _put(file, np.uint64, node.length)
+    else:
+        file.write(b"sprs")
+        _put(file, np.uint64, np.stack([filled, node.length[filled]], 1))
+    at = 0
+    for n in node.length[filled].tolist():
+        file.write(np.ascontiguousarray(node.codes[at : at + n]).data)
+        file.write(np.ascontiguousarray(node.ids[at : at + n]).data)
+        at += n
+
+
+def _write_pretransform(node: PreTransform, file: BinaryIO) -> None:
+    file.write(struct.pack("<i", len(node.chain)))
+    for step in node.chain:
+        d_out, d_in = step.A.shape
+        file.write(b"LTra" + struct.pack("<?", step.b is not None))
+        _put(file, np.float32, step.A if step.is_trained else step.A[:0])
+        _put(file, np.float32, np.zeros(0) if step.b is None else step.b)
+        file.write(struct.pack("<ii?", d_in, d_out, step.is_trained))
+    write_tree(node.index, file)
+
+
+def _write_refine(node: Refine, file: BinaryIO) -> None:
+    write_tree(node.base, file)
+    write_tree(node.refine, file)
+    file.write(struct.pack("<f", node.k_factor))
+
+
+def _write_idmap(node: IDMap, file: BinaryIO) -> None:
+    write_tree(node.index, file)
+    _put(file, np.int64, node.ids)
+
+
+_WRITERS: dict[type[Node], tuple[Any, Callable[[Any, BinaryIO], None]]] = {
+    Flat: (lambda node: "IxFI" if node.metric == INNER_PRODUCT else "IxF2",
+           lambda node, file: _put(file, np.float32, node.vectors)),
+    PQ: ("IxPq", _write_pq),
+    IVF: (lambda node: "IwFl" if node.codebooks is None else "IwPQ", _write_ivf),
+    PreTransform: ("IxPT", _write_pretransform),
+    Refine: ("IxRF", _write_refine),
+    IDMap: (lambda node: "IxM2" if node.two_way else "IxMp", _write_idmap),
+}  # fmt: skip

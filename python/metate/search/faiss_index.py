@@ -1,0 +1,185 @@
+"""Indexes from faiss' files and back: the tree of a file becomes one index with its rotation, refinement and ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metate.search import faiss_files as files
+from metate.search.codecs import Product, Vectors
+from metate.search.files import replacing
+from metate.search.index import Index, State
+from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
+from metate.search.storage import Integers, Lists
+
+_AT_ONCE = 1 << 16  # rows
+
+
+def read_faiss(path: str | Path) -> Index:
+    """The index in a file that faiss wrote: flat, PQ, IVF-flat or IVF-PQ, also rotated (OPQ), refined by full vectors,
+    or with an id map.
+
+    Raises:
+        FormatError: the file is damaged, or holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"metate.search.read_faiss: path is {path}, expected a file that exists")
+    return from_tree(files.read_tree(path))
+
+
+def write_faiss(index: Index, path: str | Path) -> None:
+    """Writes a file that faiss reads. Vectors kept in fewer bits are written as float32; an index of cosines as one of
+    inner products, over the normalised vectors."""
+    tree = to_tree(index)
+    with replacing(Path(path)) as file:
+        files.write_tree(tree, file)
+
+
+def from_tree(node: files.Node) -> Index:
+    """One index of the nodes; its arrays are copies."""
+    names = refined = rotation = None
+    if isinstance(node, files.IDMap):
+        names, node = node.ids, node.index
+    if isinstance(node, files.Refine):
+        refined, node = node.refine.vectors, node.base
+    if isinstance(node, files.PreTransform):
+        rotation, node = _rotation(node), node.index
+    index = _like(node, rotation is not None, refined is not None)
+    if not node.is_trained:
+        return index
+    found = {"rotation": rotation, "centroids": None, "codebooks": None}
+    if isinstance(node, files.IVF):
+        found["centroids"], found["codebooks"] = node.quantizer.vectors, node.codebooks
+    elif isinstance(node, files.PQ):
+        found["codebooks"] = node.codebooks
+    index.set_trained({name: array.copy() for name, array in found.items() if array is not None})
+    index._state = _filled(index, node, names, refined)
+    return index
+
+
+def _rotation(node: files.PreTransform) -> files.Floats:
+    """The matrix of a rotation; of an untrained one nothing but its shape."""
+    if len(node.chain) != 1 or node.chain[0].b is not None or node.d != node.index.d:
+        raise files.complain("transforms", f"{len(node.chain)} of them", "one rotation without bias")
+    A = node.chain[0].A
+    if node.is_trained and not (np.abs(A).max() < 2 and np.allclose(A @ A.T, np.eye(node.d), atol=1e-3)):
+        raise files.complain("transform", "not a rotation", "an orthonormal matrix")
+    return A
+
+
+def _like(node: files.Node, rotated: bool, refined: bool) -> Index:
+    """An empty index of the kind."""
+    metric, refine = "l2" if node.metric == files.L2 else "inner_product", "float32" if refined else None
+    if isinstance(node, files.PQ):
+        M, levels, _ = node.codebooks.shape
+        return PQIndex(node.d, M, levels.bit_length() - 1, metric, opq=rotated, refine=refine)
+    index: Index
+    if isinstance(node, files.IVF) and node.codebooks is not None:
+        M, levels, _ = node.codebooks.shape
+        index = IVFPQIndex(
+            node.d, len(node.length), M, levels.bit_length() - 1, metric, residual=node.by_residual, opq=rotated,
+            refine=refine,
+        )  # fmt: skip
+    elif rotated or refined:
+        raise files.complain("index", type(node).__name__, "PQ or IVF-PQ below a rotation or refinement")
+    elif isinstance(node, files.IVF):
+        index = IVFFlatIndex(node.d, len(node.length), metric)
+    elif isinstance(node, files.Flat):
+        return FlatIndex(node.d, metric)
+    else:
+        raise files.complain("index", type(node).__name__, "one id map, refinement and rotation, in this order")
+    index.nprobe = min(node.nprobe, len(node.length)) if isinstance(node, files.IVF) else 1
+    return index
+
+
+def _filled(index: Index, node: files.Node, names: Integers | None, refined: files.Floats | None) -> State:
+    """The snapshot that holds the rows."""
+    model, columns, places = index._state.model, {}, np.arange(node.ntotal)
+    length = np.array([node.ntotal])
+    if isinstance(node, files.IVF):
+        places, length = node.ids, node.length
+        stored = node.codes if node.codebooks is not None else node.codes.view(np.float32)
+    else:
+        stored = node.codes if isinstance(node, files.PQ) else node.vectors  # type: ignore[attr-defined]
+    columns["codes" if isinstance(index.codec, Product) else "vectors"] = torch.from_numpy(stored.copy())
+    if (names is not None or refined is not None) and ((places < 0) | (places >= node.ntotal)).any():
+        raise files.complain("ids", "beyond the vectors", f"0 to {node.ntotal - 1} below a map or refinement")
+    if refined is not None:
+        columns["refine"] = torch.from_numpy(refined[places])
+    if "bias" in index.column_types():
+        columns["bias"] = _bias(index, model["centroids"], columns["codes"], length)
+    ids = places if names is None else names[places]
+    if len(np.unique(ids)) != len(ids) or (ids < 0).any():
+        raise files.complain("ids", "negative or given twice", "each once, from 0 on")
+    if names is not None or isinstance(node, files.IVF):
+        columns["ids"] = torch.from_numpy(ids.copy())
+    return State(model, Lists.packed(length, columns), int(ids.max()) + 1 if len(ids) else 0)
+
+
+def _bias(index: Index, centroids: Tensor, codes: Tensor, length: Integers) -> Tensor:
+    assert isinstance(index.codec, Product)
+    home = torch.from_numpy(np.repeat(np.arange(len(length)), length))
+    parts = [
+        index.codec.bias(index._state.model, c, centroids[h])
+        for c, h in zip(codes.split(_AT_ONCE), home.split(_AT_ONCE), strict=True)
+    ]
+    return torch.cat([torch.empty(0), *parts])
+
+
+def to_tree(index: Index) -> files.Node:
+    """The nodes that faiss has for it."""
+    state = index._state
+    lists, model = state.lists, {name: tensor.cpu().numpy() for name, tensor in state.model.items()}
+    rows, trained, metric = lists.rows(), index.is_trained, files.INNER_PRODUCT if index.largest else files.L2
+    ids, n = lists.ids(rows), len(rows)
+    head = index.dim, n, metric, trained
+    sequential = bool(np.array_equal(ids, np.arange(n)))
+    node: files.Node
+    if isinstance(index.codec, Product):
+        stored = _rows(state, "codes").numpy()
+        shape = index.codec.trained["codebooks"]
+        books = model.get("codebooks", np.zeros(shape, np.float32))
+    else:
+        stored, books = _full(index, state, index.codec), None
+    if index.nlist is not None:
+        centroids = model.get("centroids", np.zeros((0, index.dim), np.float32))
+        quantizer = files.Flat(index.dim, len(centroids), metric, trained, centroids)
+        inner = ids if index.refine is None else np.arange(n)
+        node = files.IVF(
+            *head, index.nprobe, quantizer, lists.living(), _as_bytes(stored), inner, books,
+            isinstance(index.codec, Product) and index.codec.residual,
+        )  # fmt: skip
+    elif books is not None:
+        node = files.PQ(*head, books, stored)
+    else:
+        node = files.Flat(*head, stored)
+    if index.opq:
+        A = model.get("rotation", np.zeros((index.dim, index.dim), np.float32))
+        node = files.PreTransform(*head, [files.Transform(A, None, trained)], node)
+    if index.refine is not None:
+        full = _full(index, state, index.refine)
+        node = files.Refine(*head, node, files.Flat(index.dim, n, metric, True, full), 4.0)
+    if not sequential and (index.nlist is None or index.refine is not None):
+        node = files.IDMap(*head, node, ids)
+    return node
+
+
+def _rows(state: State, name: str) -> Tensor:
+    """The living rows of a column, list by list."""
+    column = state.lists.columns[name]
+    return torch.cat([column[:0].cpu(), *(block.cpu() for block in state.lists.packed_blocks(name))])
+
+
+def _full(index: Index, state: State, codec: Vectors) -> files.Floats:
+    """Full vectors as float32."""
+    rows = _rows(state, codec.name).to(index.device)
+    x: files.Floats = (codec.decode(state.model, {codec.name: rows}) if len(rows) else rows.float()).cpu().numpy()
+    return x
+
+
+def _as_bytes(x: Any) -> files.Bytes:
+    return np.ascontiguousarray(x).view(np.uint8) if len(x) else np.zeros((0, x.itemsize * x.shape[1]), np.uint8)

@@ -1,0 +1,86 @@
+"""Files that faiss 1.15 wrote (tests/data/faiss) are read, searched and written again; damaged ones are refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metate import FormatError
+from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, read_faiss, write_faiss
+
+FOLDER = Path(__file__).parent / "data" / "faiss"
+FILES = sorted(FOLDER.glob("*.index"))
+EXPECTED = np.load(FOLDER / "expected.npz")  # x: what was added; q: queries; and faiss' answers
+LENGTHS = [2**63, 2**62, 2**31, 0, 2**64 - 1]
+KINDS = {
+    "flat": FlatIndex, "idmap2": FlatIndex, "ivfflat": IVFFlatIndex, "ivfpq": IVFPQIndex, "opq": IVFPQIndex,
+    "refine": PQIndex, "idmap": PQIndex, "pq": PQIndex,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_answers_are_those_of_faiss(path, tmp_path):
+    name, index = path.stem, read_faiss(path)
+    assert type(index) is KINDS[name.split("_")[0]] and index.ntotal == 40
+    distances, ids = index.search(EXPECTED["q"], 5)
+    there, answer = ids >= 0, EXPECTED[f"{name}.I"]
+    np.testing.assert_allclose(distances[there], EXPECTED[f"{name}.D"][there], rtol=1e-5, atol=2e-6)
+    assert np.array_equal(np.sort(ids, 1), np.sort(answer, 1)) and (ids != answer).mean() <= 0.1  # near ties
+    write_faiss(index, tmp_path / "index")
+    written = (tmp_path / "index").read_bytes()
+    assert written == path.read_bytes() if name != "idmap2" else written[:4] == b"IxMp"
+    again = read_faiss(tmp_path / "index")
+    assert np.array_equal(again.search(EXPECTED["q"], 5)[1], ids)
+    index.add(EXPECTED["x"][:3])
+    assert index.ntotal == 43
+
+
+def test_what_we_train_goes_there_and_back(tmp_path):
+    x, q = EXPECTED["x"], EXPECTED["q"]
+    for index in (
+        IVFPQIndex(8, 3, 2, 4, opq=True, refine="sq8"), PQIndex(8, 2, 4, "inner_product", opq=True),
+        IVFFlatIndex(8, 3, "cosine", storage="float16"), IVFPQIndex(8, 3, 4, 4, residual=False),
+    ):  # fmt: skip
+        write_faiss(index, tmp_path / "untrained")
+        assert not read_faiss(tmp_path / "untrained").is_trained
+        index.train(x)
+        index.add_with_ids(x, 3 * np.arange(40)[::-1] + 1)
+        index.remove_ids(range(0, 30, 5))
+        write_faiss(index, tmp_path / "index")
+        found = read_faiss(tmp_path / "index")
+        unit = q / np.linalg.norm(q, axis=1, keepdims=True)
+        for a, b in zip(index.search(unit, 9), found.search(unit, 9), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [FOLDER / f"{name}.index" for name in ("ivfpq", "opq", "refine", "idmap2")],
+                         ids=lambda path: path.stem)  # fmt: skip
+def test_damaged_files_are_refused_or_searched(path, tmp_path):
+    data, random = path.read_bytes(), np.random.default_rng(0)
+    for turn in range(150):
+        at, damaged = int(random.integers(len(data))), bytearray(data)
+        if turn < 100:
+            damaged[at] ^= int(random.integers(1, 256))
+        else:
+            damaged[at & ~7 : (at & ~7) + 8] = LENGTHS[turn % 5].to_bytes(8, "little")
+        (tmp_path / "index").write_bytes(damaged[:at] if turn % 5 == 0 else damaged)
+        try:
+            index = read_faiss(tmp_path / "index")
+        except FormatError as error:
+            assert str(error).startswith("metate.search.read_faiss: ")
+            continue
+        if index.is_trained:
+            index.search(EXPECTED["q"], 5)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    for data, message in [
+        (b"", "file is empty"),
+        (b"IxHN" + bytes(60), "a node is 'IxHN'"),
+        (FILES[0].read_bytes() + b"x", "where the index ends"),
+    ]:
+        (tmp_path / "index").write_bytes(data)
+        with pytest.raises(FormatError, match=message):
+            read_faiss(tmp_path / "index")
+    with pytest.raises(FileNotFoundError):
+        read_faiss(tmp_path / "none")

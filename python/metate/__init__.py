@@ -7,6 +7,18 @@ from metate.masks import AttentionMask
 from metate.nn import quantize_model
 from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
+from metate.ops.moe import (
+    QuantizedExperts,
+    Route,
+    gated_activation,
+    grouped_linear,
+    moe_mlp,
+    moe_permute,
+    moe_route,
+    moe_sort,
+    moe_unpermute,
+    update_bias,
+)
 from metate.ops.paged_attention import append_kv, cascade_attention, paged_attention
 from metate.ops.pq import (
     kmeans,
@@ -26,18 +38,27 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionMask",
     "FormatError",
+    "QuantizedExperts",
     "QuantizedWeight",
+    "Route",
     "append_kv",
     "attention",
     "attention_varlen",
     "cascade_attention",
     "dequantize",
     "explain",
+    "gated_activation",
     "generate",
+    "grouped_linear",
     "kmeans",
     "load_quantized",
     "lora_linear",
     "merge_attention_states",
+    "moe_mlp",
+    "moe_permute",
+    "moe_route",
+    "moe_sort",
+    "moe_unpermute",
     "paged_attention",
     "pq_decode",
     "pq_distance_tables",
@@ -48,5 +69,6 @@ __all__ = [
     "quantize_model",
     "supports",
     "topk_distances",
+    "update_bias",
     "use",
 ]

@@ -1,3 +1,200 @@
-"""Mixtures of experts."""
+"""Mixtures of experts: routing, permutation, grouped products dense and low-bit, and the layer made of them.
 
-from metate.ops.moe import declaration, grouped  # noqa: F401
+`csrc/moe.h` states the semantics that every backend shares, reference.py says them in plain torch.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from metate.errors import fail
+from metate.op import use
+from metate.ops.moe import grouped
+from metate.ops.moe.declaration import activation_op, permute_op, sort_op, unpermute_op
+from metate.ops.moe.experts import QuantizedExperts
+from metate.ops.moe.routing import Route, moe_route, update_bias
+
+__all__ = [
+    "QuantizedExperts", "Route", "gated_activation", "grouped_linear", "moe_mlp", "moe_permute", "moe_route",
+    "moe_sort", "moe_unpermute", "update_bias",
+]  # fmt: skip
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+GATINGS = ("gate_up", "up_gate", "interleaved", "none")
+Lora = tuple[Tensor, Tensor]
+
+
+def moe_sort(experts: Tensor, num_experts: int, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts the choices of all tokens by expert, stably.
+
+    Args:
+        experts: (tokens, k) int32. Numbers outside [0, num_experts) belong to no expert and get no row.
+
+    Returns:
+        order: (tokens · k) int32: the choice (token · k + j) that stands at each row; -1 behind the last row of any.
+        inverse: (tokens, k) int32: the row of each choice, -1 for none.
+        offsets: (num_experts + 1) int32: rows of expert e are offsets[e] … offsets[e+1] - 1.
+    """
+    with nullcontext() if backend is None else use(backend):
+        order, inverse, offsets = sort_op(experts, num_experts)
+    return order, inverse, offsets
+
+
+def moe_permute(x: Tensor, order: Tensor, k: int = 1, *, backend: str | None = None) -> Tensor:
+    """Row r of the result is x[order[r] // k], zeros where order[r] is -1; no choice stands in an order twice."""
+    with nullcontext() if backend is None else use(backend):
+        out: Tensor = permute_op(x, order, k)
+    return out
+
+
+def moe_unpermute(y: Tensor, inverse: Tensor, weights: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Σ_j weights[t, j] · y[inverse[t, j]] for every token t; -1 adds nothing. Sums are float32.
+
+    Args:
+        y: (rows, hidden). inverse: (tokens, k) int32, as from `moe_sort`. weights: (tokens, k), float32 or the dtype of
+            y; None: all 1.
+    """
+    with nullcontext() if backend is None else use(backend):
+        out: Tensor = unpermute_op(y, inverse, weights)
+    return out
+
+
+def grouped_linear(
+    x: Tensor,
+    w: Tensor | QuantizedExperts,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: Tensor | None = None,
+    k: int = 1,
+    lora: Lora | None = None,
+    scaling: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The rows of each expert times its own weight: row r of expert e gives row r · w[e]ᵀ + bias[e].
+
+    Args:
+        x: (rows, in_features), sorted by expert; or, with an order, (tokens, in_features). float32, bfloat16, float16.
+        w: (experts, out_features, in_features), dtype of x, any strides; or QuantizedExperts: no dense copy is made.
+        offsets: (experts + 1) int32: rows of expert e are offsets[e] … offsets[e+1] - 1; they do not decrease. Rows
+            before the first and behind the last give zeros and are not read.
+        bias: (experts, out_features), float32 or the dtype of x.
+        order: (rows) int32: row r is x[order[r] // k], gathered in the product: no permuted copy of x exists.
+        lora: A (experts, rank, in_features) and B (experts, out_features, rank), dtype of x: scaling · (row Aᵀ) Bᵀ is
+            added (Hu et al. 2022).
+
+    Returns:
+        (rows, out_features), dtype of x. A row depends on no other row, bit for bit. Gradients reach x, dense w, bias,
+        A, B, and, of low-bit weights, float scales, offsets and codebooks that ask for one.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
+    """
+    with nullcontext() if backend is None else use(backend):
+        if isinstance(w, QuantizedExperts):
+            if isinstance(x, Tensor) and x.shape[-1:] != (w.shape[2],):
+                raise fail("grouped_linear", "x", f"of shape {tuple(x.shape)}", f"(rows, {w.shape[2]}) for {w!r}")
+            out: Tensor = grouped.quant_linear_op(x, *w.arguments(), bias, offsets, order, *w.scalars(), k)
+        else:
+            out = grouped.linear_op(x, w, offsets, bias, order, k)
+        if lora is None:
+            return out
+        low = grouped.linear_op(x, lora[0], offsets, None, order, k)
+        update: Tensor = grouped.linear_op(low, lora[1], offsets, None, None, 1)
+    return out + scaling * update
+
+
+def gated_activation(
+    x: Tensor,
+    activation: str = "silu",
+    *,
+    gating: str = "gate_up",
+    limit: float | None = None,
+    alpha: float = 1.0,
+    shift: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """f(gate) · (up + shift): SwiGLU, GeGLU and their like in one pass.
+
+    Args:
+        x: (…, 2 · width): gate and up. float32, bfloat16, float16.
+        activation: "silu": x · sigmoid(alpha · x); "gelu"; "gelu_tanh"; "relu"; "relu2": relu(x)².
+        gating: "gate_up": the gate is the first half; "up_gate": the second; "interleaved": gate and up by turns;
+            "none": x is (…, width), and the result f(x).
+        limit: gate at most this, up within ± this. GPT-OSS: limit 7, alpha 1.702, shift 1, interleaved.
+
+    Returns:
+        (…, width), dtype of x.
+    """
+    number, layout, most = _numbers("gated_activation", activation, gating, limit)
+    if not isinstance(x, Tensor):
+        raise fail("gated_activation", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    with nullcontext() if backend is None else use(backend):
+        out: Tensor = activation_op(rows, number, layout, most, float(alpha), float(shift))
+    return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1])
+
+
+def _numbers(op: str, activation: str, gating: str, limit: float | None) -> tuple[int, int, float]:
+    for name, value, allowed in (("activation", activation, ACTIVATIONS), ("gating", gating, GATINGS)):
+        if value not in allowed:
+            raise fail(op, name, repr(value), " or ".join(map(repr, allowed)))
+    return ACTIVATIONS.index(activation), GATINGS.index(gating), math.inf if limit is None else float(limit)
+
+
+def moe_mlp(
+    x: Tensor,
+    route: Route,
+    w_gate_up: Tensor | QuantizedExperts,
+    w_down: Tensor | QuantizedExperts,
+    *,
+    activation: str = "silu",
+    gating: str = "gate_up",
+    limit: float | None = None,
+    alpha: float = 1.0,
+    shift: float = 0.0,
+    bias_gate_up: Tensor | None = None,
+    bias_down: Tensor | None = None,
+    lora_gate_up: Lora | None = None,
+    lora_down: Lora | None = None,
+    scaling: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """A layer of experts: Σ_j weight_j · W_down[e_j] f(W_gate_up[e_j] x) of every token, e_j its choices.
+
+    Args:
+        x: (…, hidden), as many tokens as `route` has.
+        route: from `moe_route`. Dropped choices add nothing.
+        w_gate_up: (experts, 2 · width, hidden), or (experts, width, hidden) with gating "none"; w_down: (experts,
+            hidden, width): tensors in the dtype of x with any strides, or QuantizedExperts.
+        activation, gating, limit, alpha, shift: as in `gated_activation`.
+        bias_gate_up, bias_down, lora_gate_up, lora_down, scaling: as in `grouped_linear`.
+
+    Returns:
+        Like x. A token depends on no other, bit for bit. No permuted copy of x is made.
+    """
+    _check_tokens(x, route)
+    options: dict[str, Any] = dict(scaling=scaling, backend=backend)
+    tokens = x.reshape(-1, x.shape[-1])
+    order, inverse, offsets = moe_sort(route.experts, route.num_experts, backend=backend)
+    order = order[: route.rows]
+    hidden = grouped_linear(
+        tokens, w_gate_up, offsets, bias_gate_up, order=order, k=inverse.shape[1], lora=lora_gate_up, **options
+    )
+    hidden = gated_activation(hidden, activation, gating=gating, limit=limit, alpha=alpha, shift=shift, backend=backend)
+    y = grouped_linear(hidden, w_down, offsets, bias_down, lora=lora_down, **options)
+    return moe_unpermute(y, inverse, route.weights, backend=backend).view(x.shape)
+
+
+def _check_tokens(x: Tensor, route: Route) -> None:
+    if not isinstance(route, Route):
+        raise fail("moe_mlp", "route", type(route).__name__, "what metate.moe_route returns", error=TypeError)
+    if not isinstance(x, Tensor):
+        raise fail("moe_mlp", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    tokens = route.experts.shape[0]
+    if x.dim() < 2 or x.numel() != tokens * x.shape[-1]:
+        raise fail("moe_mlp", "x", f"of shape {tuple(x.shape)}", f"(…, hidden) of the {tokens} tokens of the route")

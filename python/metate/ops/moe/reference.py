@@ -25,7 +25,7 @@ def _wide(x: Tensor) -> Tensor:
 # Routing.
 
 
-def _scores(logits: Tensor, score: int) -> Tensor:
+def scores_of(logits: Tensor, score: int) -> Tensor:
     if score == SOFTMAX:
         return torch.softmax(logits, -1)
     if score == SIGMOID:
@@ -39,7 +39,7 @@ def moe_topk(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights and numbers of the k chosen experts of every row, best first."""
     logits = _wide(logits)
-    scores = _scores(logits, score)
+    scores = scores_of(logits, score)
     choice = logits if bias is None else scores + bias.to(scores.dtype)
     order = choice.argsort(dim=-1, descending=True, stable=True)
     if groups > 1:
@@ -51,10 +51,10 @@ def moe_topk(
         barred = barred.repeat_interleave(logits.shape[-1] // groups, -1)
         order = order.gather(-1, barred.gather(-1, order).int().argsort(dim=-1, stable=True))
     chosen = order[..., :k]
-    return _weights(scores, chosen, score, renormalise, scaling), chosen.int()
+    return weights_of(scores, chosen, score, renormalise, scaling), chosen.int()
 
 
-def _weights(scores: Tensor, chosen: Tensor, score: int, renormalise: bool, scaling: float) -> Tensor:
+def weights_of(scores: Tensor, chosen: Tensor, score: int, renormalise: bool, scaling: float) -> Tensor:
     weights = scores.gather(-1, chosen)
     if score == SOFTMAX_CHOSEN:
         weights = torch.softmax(weights, -1)
@@ -69,7 +69,7 @@ def moe_topk_backward(
     """The gradient of the weights to the logits: the choice is given."""
     logits = _wide(logits)
     chosen = experts.long()
-    scores = _scores(logits, score)
+    scores = scores_of(logits, score)
     weights = scores.gather(-1, chosen)
     if score == SOFTMAX_CHOSEN:
         weights = torch.softmax(weights, -1)

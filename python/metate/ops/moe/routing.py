@@ -1,0 +1,257 @@
+"""Which experts a token goes to: the policies of the literature over one operator, and their losses."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.op import use
+from metate.ops.moe import reference
+from metate.ops.moe.declaration import topk_op
+
+SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
+POLICIES = ("topk", "switch", "gshard", "expert_choice", "sinkhorn", "mixture_of_depths")
+_ITERATIONS = 50  # of Sinkhorn's normalisation, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Where every token goes.
+
+    weights: (tokens, k) float32: what the result of each choice is multiplied by; 0 for a dropped one.
+    experts: (tokens, k) int32: `num_experts` marks a choice that was dropped or that there is not.
+    chosen: the same before anything was dropped.
+    logits: (tokens, num_experts), as they were given, noise included.
+    rows: how many choices at most have an expert.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    chosen: Tensor
+    logits: Tensor
+    num_experts: int
+    score: str
+    rows: int
+
+    def counts(self) -> Tensor:
+        """(num_experts) float32: how many choices fell on each expert, before anything was dropped."""
+        return _counts(self.chosen, self.num_experts)
+
+    def probabilities(self) -> Tensor:
+        """(tokens, num_experts): the scores of each token, as shares of their sum."""
+        logits = self.logits.to(self.weights.dtype)
+        if self.score in ("softmax", "softmax_topk"):
+            return torch.softmax(logits, -1)
+        scores = reference.scores_of(logits, SCORES.index(self.score))
+        return scores / scores.sum(-1, keepdim=True)
+
+    def load_balance_loss(self, kind: str = "switch", *, sequences: int = 1, counts: Tensor | None = None) -> Tensor:
+        """num_experts · Σ_e share of choices · mean probability: 1 where all is balanced, num_experts at worst.
+
+        Args:
+            kind: "switch" counts all choices (Fedus et al. 2022, and k times less than transformers' for top-k);
+                "gshard" the first choices only (Lepikhin et al. 2021).
+            sequences: of how many sequences of one length the tokens are: the loss is the mean of theirs
+                (DeepSeek-V3).
+            counts: (num_experts): choices counted over more tokens than these, such as the sum of `counts()` over all
+                processes: the loss of the global batch (Qiu et al. 2025).
+        """
+        if kind not in ("switch", "gshard"):
+            raise fail("load_balance_loss", "kind", repr(kind), "'switch' or 'gshard'")
+        tokens = self.chosen.shape[0]
+        if sequences < 1 or tokens % sequences:
+            raise fail("load_balance_loss", "sequences", sequences, f"a divisor of the {tokens} tokens")
+        chosen = self.chosen if kind == "switch" else self.chosen[:, :1]
+        if counts is None:
+            parts = [_counts(part, self.num_experts) for part in chosen.view(sequences, -1, chosen.shape[1])]
+            loads = torch.stack(parts)
+        else:
+            loads = counts.to(self.weights.dtype).expand(sequences, -1)
+        shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
+        means = self.probabilities().unflatten(0, (sequences, -1)).mean(1)
+        loss: Tensor = self.num_experts * (shares.to(means.dtype) * means).sum(-1).mean()
+        return loss
+
+    def z_loss(self) -> Tensor:
+        """mean log²Σexp(logits): keeps logits small (Zoph et al. 2022, ST-MoE)."""
+        return torch.logsumexp(self.logits.to(self.weights.dtype), -1).square().mean()
+
+    def importance_loss(self) -> Tensor:
+        """The squared coefficient of variation of the weights that experts get (Shazeer et al. 2017)."""
+        flat, index = self.weights.flatten(), self.experts.flatten().long()
+        sums = flat.new_zeros(self.num_experts + 1).index_add(0, index, flat)[:-1]
+        return sums.var(unbiased=False) / (sums.mean().square() + reference.TINY)
+
+
+def update_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> None:
+    """Balances without a loss (Wang et al. 2024): the bias of an overloaded expert sinks by `rate`, others rise."""
+    with torch.no_grad():
+        counts = counts.to(bias.dtype)
+        bias += rate * torch.sign(counts.mean() - counts)
+
+
+def moe_route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    renormalise: bool = False,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_rule: str = "max",
+    scaling: float = 1.0,
+    noise: Tensor | None = None,
+    policy: str = "topk",
+    capacity_factor: float | None = None,
+    drop: str = "position",
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Route:
+    """Chooses experts for every token from the logits of a router.
+
+    Args:
+        logits: (…, num_experts), float32, bfloat16, float16 (float64 on a CPU).
+        top_k: experts of a token.
+        score: "softmax" over all experts, then the choice (Mixtral, DeepSeek-V2); "softmax_topk": softmax over the
+            chosen (GPT-OSS); "sigmoid" (DeepSeek-V3, Llama 4); "sqrt_softplus" (DeepSeek-V4).
+        renormalise: weights are divided by their sum. scaling: then multiplied by this.
+        bias: (num_experts) float32, added to the scores for the choice, never to the weights; see `update_bias`.
+        groups, top_groups: only the `top_groups` best of `groups` runs of experts are chosen from; a run is worth its
+            best expert (group_rule "max", DeepSeek-V2) or its two best together ("sum", DeepSeek-V3).
+        noise: standard deviation of noise on the logits, of a shape that broadcasts (noisy top-k, Shazeer et al. 2017).
+        policy: "topk"; "switch": top-1 (Fedus et al. 2022); "gshard": top-2, renormalised, the second by chance with a
+            probability of twice its weight (Lepikhin et al. 2021); "expert_choice": each expert takes its best tokens
+            · top_k / num_experts (Zhou et al. 2022); "sinkhorn": top_k of the doubly normalised logits (Clark et al.
+            2022); "mixture_of_depths": logits (…, length, 1), of each sequence the best capacity_factor · length
+            tokens (Raposo et al. 2024).
+        capacity_factor: an expert takes at most ⌈capacity_factor · tokens · top_k / num_experts⌉ choices; None: all.
+        drop: which choices an expert drops: those behind its capacity in order of position, first choices before
+            second ones, or those of least weight ("probability").
+        generator: of the random numbers.
+
+    Returns:
+        Route. Of equal scores the lower expert number is chosen. Gradients reach logits through the weights.
+    """
+    _check(logits, score, group_rule, policy, capacity_factor, drop)
+    if noise is not None:
+        logits = logits + noise * _random(torch.randn, logits, generator)
+    flat = logits.reshape(-1, logits.shape[-1])
+    with nullcontext() if backend is None else use(backend):
+        if policy == "mixture_of_depths":
+            return _mixture_of_depths(logits, 0.125 if capacity_factor is None else capacity_factor)
+        if policy == "expert_choice":
+            return _expert_choice(flat, top_k, score, scaling, 1.0 if capacity_factor is None else capacity_factor)
+        if policy == "sinkhorn":
+            weights, experts = _sinkhorn(flat, top_k, score, renormalise, scaling)
+        else:
+            k = {"switch": 1, "gshard": 2}.get(policy, top_k)
+            if k != top_k:
+                raise fail("moe_route", "top_k", top_k, f"{k} for policy {policy!r}")
+            weights, experts = topk_op(
+                flat, bias, k, SCORES.index(score), groups, top_groups, ("max", "sum").index(group_rule),
+                renormalise or policy == "gshard", scaling,
+            )  # fmt: skip
+    chosen, number = experts, flat.shape[1]
+    if policy == "gshard":
+        second = 2 * weights[:, 1] / (weights.sum(-1) + reference.TINY)
+        kept = _random(torch.rand, second, generator) < second
+        experts = torch.stack([experts[:, 0], experts[:, 1].where(kept, number)], 1)
+    if capacity_factor is not None:
+        capacity = math.ceil(capacity_factor * experts.numel() / number)
+        experts = _within_capacity(experts, weights, number, capacity, drop)
+    if experts is not chosen:
+        weights = weights.where(experts < number, 0)
+    return Route(weights, experts, chosen, flat, number, score, experts.numel())
+
+
+def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_factor: float | None, drop: str) -> None:
+    if not isinstance(logits, Tensor):
+        raise fail("moe_route", "logits", type(logits).__name__, "a torch.Tensor", error=TypeError)
+    if logits.dim() < 2:
+        raise fail("moe_route", "logits", f"of shape {tuple(logits.shape)}", "(…, num_experts)")
+    choices = {"score": (score, SCORES), "group_rule": (group_rule, ("max", "sum")), "policy": (policy, POLICIES),
+               "drop": (drop, ("position", "probability"))}  # fmt: skip
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise fail("moe_route", name, repr(value), " or ".join(map(repr, allowed)))
+    if capacity_factor is not None and not (capacity_factor > 0 and math.isfinite(capacity_factor)):
+        raise fail("moe_route", "capacity_factor", capacity_factor, "a positive number, or None: nothing is dropped")
+
+
+def _random(draw: object, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    numbers: Tensor = draw(like.shape, generator=generator, dtype=like.dtype, device=like.device)  # type: ignore[operator]
+    return numbers
+
+
+def _counts(experts: Tensor, number: int) -> Tensor:
+    return torch.bincount(experts.flatten(), minlength=number + 1)[:number].float()
+
+
+def _within_capacity(experts: Tensor, weights: Tensor, number: int, capacity: int, drop: str) -> Tensor:
+    """Experts with the number of none where an expert has `capacity` choices that come before."""
+    slots = experts.T.flatten().long()  # first choices of all tokens, then the second ones
+    order = torch.arange(slots.shape[0], device=slots.device)
+    if drop == "probability":
+        order = weights.detach().T.flatten().argsort(descending=True, stable=True)
+    by_expert = order[slots[order].argsort(stable=True)]
+    ordered = slots[by_expert]
+    starts = torch.searchsorted(ordered, torch.arange(number + 1, device=slots.device))
+    rank = torch.arange(slots.shape[0], device=slots.device) - starts[ordered.clamp(max=number)]
+    kept = torch.empty_like(rank, dtype=torch.bool).scatter(0, by_expert, rank < capacity)
+    return experts.where(kept.view(experts.shape[1], -1).T, number)
+
+
+def _expert_choice(logits: Tensor, top_k: int, score: str, scaling: float, factor: float) -> Route:
+    """A slot for every pair of token and expert; no expert where it did not choose the token."""
+    tokens, number = logits.shape
+    capacity = min(math.ceil(factor * tokens * top_k / number), tokens)
+    scores = _all_scores(logits, score)
+    best = scores.detach().argsort(dim=0, descending=True, stable=True)[:capacity]
+    taken = torch.zeros_like(scores, dtype=torch.bool).scatter(0, best, True)
+    numbers = torch.arange(number, dtype=torch.int32, device=logits.device).expand(tokens, -1)
+    experts = numbers.where(taken, number)
+    weights = (scores * scaling).where(taken, 0)
+    return Route(weights, experts, experts, logits, number, score, capacity * number)
+
+
+def _all_scores(logits: Tensor, score: str) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return reference.scores_of(wide, SCORES.index("softmax" if score == "softmax_topk" else score))
+
+
+def _sinkhorn(logits: Tensor, top_k: int, score: str, renormalise: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """The choice by logits normalised over experts and tokens by turns; the weights by the logits themselves."""
+    with torch.no_grad():
+        wide = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+        log_p = wide.clone()
+        for _ in range(_ITERATIONS):
+            before = log_p
+            log_p = log_p - torch.logsumexp(log_p, 0, keepdim=True) if log_p.shape[0] else log_p
+            log_p = log_p - torch.logsumexp(log_p, 1, keepdim=True)
+            if torch.allclose(before, log_p, atol=1e-4):
+                break
+        chosen = log_p.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    number = SCORES.index(score)
+    weights = reference.weights_of(reference.scores_of(wide, number), chosen, number, renormalise, scaling)
+    return weights, chosen.int()
+
+
+def _mixture_of_depths(logits: Tensor, factor: float) -> Route:
+    if logits.shape[-1] != 1:
+        raise fail("moe_route", "logits", f"of shape {tuple(logits.shape)}", "(…, length, 1) for 'mixture_of_depths'")
+    length = logits.shape[-2]
+    capacity = min(math.ceil(factor * length), length)
+    flat = logits.reshape(-1, length)
+    best = flat.detach().argsort(dim=-1, descending=True, stable=True)[:, :capacity]
+    taken = torch.zeros_like(flat, dtype=torch.bool).scatter(1, best, True).view(-1, 1)
+    rows = flat.reshape(-1, 1)
+    experts = torch.where(taken, 0, 1).int()
+    weights = torch.sigmoid(rows if rows.dtype == torch.float64 else rows.float()).where(taken, 0)
+    return Route(weights, experts, experts, rows, 1, "sigmoid", capacity * flat.shape[0])

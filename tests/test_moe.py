@@ -1,0 +1,245 @@
+"""Mixtures of experts: what the declarations of the operators cannot say."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BACKENDS
+from torch import Tensor
+
+import metate
+from metate import FormatError, QuantizedExperts
+from metate.quant.rtn import quantize_rtn
+
+ROUTERS = {
+    "mixtral": ("MixtralTopKRouter", dict(renormalise=True)),
+    "deepseek_v2": ("DeepseekV2TopkRouter", dict(groups=4, top_groups=2, scaling=3.0)),
+    "deepseek_v3": (
+        "DeepseekV3TopkRouter",
+        dict(score="sigmoid", groups=4, top_groups=2, group_rule="sum", renormalise=True, scaling=2.5),
+    ),
+    "gpt_oss": ("GptOssTopKRouter", dict(score="softmax_topk")),
+}
+LINEAR = [p.values[1:] for p in BACKENDS if p.values[0].name == "grouped_linear"]
+SORT = [p.values[1:] for p in BACKENDS if p.values[0].name == "moe_sort"]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def chosen(route: metate.Route, number: int) -> Tensor:
+    """(tokens, experts) weights."""
+    dense = torch.zeros(route.experts.shape[0], number + 1, dtype=route.weights.dtype)
+    return dense.scatter_add(1, route.experts.long(), route.weights)[:, :number]
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_routes_as_transformers_does(family):
+    import importlib
+
+    name, options = ROUTERS[family]
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    config = SimpleNamespace(
+        num_experts_per_tok=3, num_local_experts=16, num_experts=16, hidden_size=24, routed_scaling_factor=3.0,
+        n_group=4, topk_group=2, norm_topk_prob=options.get("renormalise", False), topk_method="group_limited_greedy",
+    )  # fmt: skip
+    config.routed_scaling_factor = options.get("scaling", 1.0)
+    router = getattr(module, name)(config)
+    for i, tensor in enumerate([*router.parameters(), *router.buffers()]):
+        tensor.data.copy_(0.3 * random(*tensor.shape, seed=i))
+    logits, weights, experts = router(random(50, 24, seed=9))
+    bias = getattr(router, "e_score_correction_bias", None)
+    route = metate.moe_route(logits, 3, bias=bias, **options)
+    expected = torch.zeros(50, 16).scatter_add(1, experts, weights)
+    torch.testing.assert_close(chosen(route, 16), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_of_equal_experts_the_first_is_chosen():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-math.inf, 1.0, -math.inf, 1.0]])
+    for score in ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus"):
+        experts = metate.moe_route(logits, 3, score=score).experts
+        assert experts.tolist() == [[1, 2, 3], [0, 1, 2], [1, 3, 0]]
+    grouped = metate.moe_route(torch.zeros(1, 6), 2, score="sigmoid", groups=3, top_groups=1, group_rule="sum")
+    assert grouped.experts.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("device,backend", SORT, ids=lambda value: value)
+def test_sorts_exactly(device, backend):
+    experts = torch.randint(-1, 8, (300, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    with metate.use(backend):
+        order, inverse, offsets = (x.cpu() for x in metate.moe_sort(experts.to(device), 7))
+    flat = experts.flatten().tolist()
+    expected = sorted((e, slot) for slot, e in enumerate(flat) if 0 <= e < 7)
+    assert order[: len(expected)].tolist() == [slot for _, slot in expected]
+    assert (order[len(expected) :] == -1).all()
+    assert offsets.tolist() == [sum(e < limit for e, _ in expected) for limit in range(8)]
+    rows = {slot: row for row, (_, slot) in enumerate(expected)}
+    assert inverse.flatten().tolist() == [rows.get(slot, -1) for slot in range(len(flat))]
+
+
+def test_capacity_drops_by_position_and_by_probability():
+    logits = torch.tensor([[0.0, 3.0, 0.1], [0.0, 5.0, 0.2], [4.0, 0.0, 0.3], [0.0, 4.0, 0.4]])
+    route = metate.moe_route(logits, 1, policy="switch", capacity_factor=1.0)  # two of each expert
+    assert route.experts.flatten().tolist() == [1, 1, 0, 3] and route.weights[3] == 0
+    assert route.counts().tolist() == [1, 3, 0]
+    route = metate.moe_route(logits, 1, policy="switch", capacity_factor=1.0, drop="probability")
+    assert route.experts.flatten().tolist() == [3, 1, 0, 1]
+    both = metate.moe_route(logits, 2, capacity_factor=0.75)  # two of each; first choices go before second ones
+    assert both.experts.tolist() == [[1, 2], [1, 2], [0, 3], [3, 3]]
+    assert (both.weights[both.experts == 3] == 0).all()
+
+
+def test_gshard_keeps_the_second_by_chance():
+    logits = random(4000, 8)
+    route = metate.moe_route(logits, 2, policy="gshard", generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(metate.moe_route(logits, 2, renormalise=True).experts, route.chosen)
+    second = metate.moe_route(logits, 2, renormalise=True).weights[:, 1]
+    kept = (route.experts[:, 1] < 8).float()
+    assert abs(float(kept.mean() - (2 * second).clamp(max=1).mean())) < 0.03
+    assert (route.experts[:, 0] < 8).all()
+
+
+def test_experts_choose_their_tokens():
+    logits = random(40, 5)
+    route = metate.moe_route(logits, 2, policy="expert_choice")
+    scores = torch.softmax(logits, -1)
+    dense = chosen(route, 5)
+    for expert in range(5):
+        best = scores[:, expert].topk(16).indices
+        assert dense[:, expert].nonzero().flatten().tolist() == sorted(best.tolist())
+        torch.testing.assert_close(dense[best, expert], scores[best, expert])
+    assert route.rows == 80 and int((route.experts < 5).sum()) == 80
+
+
+def test_sinkhorn_balances():
+    logits = random(600, 6) + torch.tensor([3.0, 0, 0, 0, 0, 0])
+    greedy, even = (metate.moe_route(logits, 1, policy=policy).counts() for policy in ("topk", "sinkhorn"))
+    assert greedy.max() > 400 and even.max() < 180
+    route = metate.moe_route(logits, 2, policy="sinkhorn", score="sigmoid")
+    torch.testing.assert_close(route.weights, torch.sigmoid(logits).gather(1, route.experts.long()))
+
+
+def test_mixture_of_depths_takes_the_best_of_each_sequence():
+    logits = random(3, 16, 1)
+    route = metate.moe_route(logits, 1, policy="mixture_of_depths", capacity_factor=0.25)
+    assert (route.experts.view(3, 16) == 0).sum(1).tolist() == [4, 4, 4]
+    x, w = random(3, 16, 8), random(1, 8, 8, seed=1)
+    out = metate.moe_mlp(x, route, w, torch.eye(8)[None], gating="none", activation="relu")
+    expected = (x @ w[0].T).relu() * torch.sigmoid(logits)
+    best = logits.squeeze(2).topk(4, 1).indices
+    taken = torch.zeros(3, 16, 1).scatter(1, best[..., None], 1.0)
+    torch.testing.assert_close(out, expected * taken, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_that_of_the_generator():
+    logits, std = random(30, 4), random(30, 4, seed=1).abs()
+    route = metate.moe_route(logits, 2, noise=std, generator=torch.Generator().manual_seed(3))
+    noisy = logits + std * torch.randn(30, 4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(route.experts, metate.moe_route(noisy, 2).experts)
+
+
+def test_losses_are_their_formulas():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = random(60, 7).requires_grad_()
+    route = metate.moe_route(logits, 3)
+    torch.testing.assert_close(3 * route.load_balance_loss(), load_balancing_loss_func((logits,), 7, 3))
+    first = torch.softmax(logits, -1).argmax(-1).bincount(minlength=7) / 60
+    torch.testing.assert_close(route.load_balance_loss("gshard"), 7 * (first * torch.softmax(logits, -1).mean(0)).sum())
+    halves = [metate.moe_route(half, 3).load_balance_loss() for half in logits.chunk(2)]
+    torch.testing.assert_close(route.load_balance_loss(sequences=2), sum(halves) / 2)
+    torch.testing.assert_close(route.load_balance_loss(counts=route.counts()), route.load_balance_loss())
+    torch.testing.assert_close(route.z_loss(), torch.logsumexp(logits, -1).square().mean())
+    route.load_balance_loss().backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0
+    scores = torch.sigmoid(logits)
+    probabilities = metate.moe_route(logits, 3, score="sigmoid").probabilities()
+    torch.testing.assert_close(probabilities, scores / scores.sum(-1, keepdim=True))
+    bias = torch.zeros(3)
+    metate.update_bias(bias, torch.tensor([9, 3, 6]), rate=0.5)
+    assert bias.tolist() == [-0.5, 0.5, 0.0]
+
+
+def expected_layer(x: Tensor, route: metate.Route, w1: Tensor, w2: Tensor) -> Tensor:
+    """Every expert on every token, and of that what was chosen."""
+    gate, up = torch.einsum("td,end->ten", x, w1).chunk(2, -1)
+    y = torch.einsum("ten,edn->ted", torch.nn.functional.silu(gate) * up, w2)
+    return (chosen(route, w1.shape[0])[..., None] * y).sum(1)
+
+
+def test_layer_and_its_gradients_equal_every_expert_on_every_token():
+    leaves = [random(40, 24), random(40, 5, seed=1), 0.2 * random(5, 36, 24, seed=2), 0.2 * random(5, 24, 18, seed=3)]
+    gradients = []
+    for layer in (metate.moe_mlp, expected_layer):
+        x, logits, w1, w2 = mine = [leaf.clone().requires_grad_() for leaf in leaves]
+        route = metate.moe_route(logits, 2, capacity_factor=1.0, renormalise=True)
+        out = layer(x, route, w1, w2)
+        out.square().sum().backward()
+        gradients.append([out, *(leaf.grad for leaf in mine)])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device,backend", LINEAR, ids=lambda value: value)
+def test_rows_of_no_expert_are_zeros_and_never_read(device, backend):
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    x, w = random(20, 40).to(dtype), random(3, 24, 40, seed=1).to(dtype)
+    offsets = torch.tensor([2, 9, 9, 15], dtype=torch.int32)
+    clean = x.clone()
+    x[:2] = x[15:] = math.nan
+    with metate.use(backend):
+        out = metate.grouped_linear(x.to(device), w.to(device), offsets.to(device)).cpu()
+        few = metate.grouped_linear(x[:3].to(device), w.to(device), (offsets.clamp(max=3)).to(device)).cpu()
+    assert (out[:2] == 0).all() and (out[15:] == 0).all()
+    if backend != "reference":
+        assert torch.equal(out[2], few[2]), "a row's bits depend on its neighbours"
+    expected = torch.cat([clean[2:9] @ w[0].T, clean[9:15] @ w[2].T])
+    torch.testing.assert_close(out[2:15], expected, rtol=2e-2 if backend == "cuda" else 1e-4, atol=1e-1)
+
+
+def test_offsets_and_orders_that_are_wrong_are_refused():
+    x, w = random(6, 8), random(2, 4, 8)
+    for offsets in ([0, 4, 3], [-1, 2, 6], [0, 3, 7]):
+        with pytest.raises(ValueError, match=r"metate.grouped_linear: offsets is .*non-decreasing"):
+            metate.grouped_linear(x, w, torch.tensor(offsets, dtype=torch.int32))
+    good = torch.tensor([0, 3, 6], dtype=torch.int32)
+    for order, problem in (([0, 1, 2, 3, 4, 6], "order is 6"), ([0, 1, 1, 2, 3, 4], "1 twice")):
+        with pytest.raises(ValueError, match=problem):
+            metate.grouped_linear(x, w, good, order=torch.tensor(order, dtype=torch.int32))
+
+
+def test_quantised_experts_multiply_as_their_dense_weights():
+    dense = random(4, 12, 64)
+    experts = QuantizedExperts.quantize(dense, lambda w: quantize_rtn(w, bits=4, group_size=32))
+    assert len(experts) == 4 and experts.shape == (4, 12, 64)
+    torch.testing.assert_close(experts.dequantize()[2], metate.dequantize(experts[2]))
+    x = random(10, 64, seed=1).requires_grad_()
+    order, _, offsets = metate.moe_sort(torch.tensor([[i % 3, 3] for i in range(10)], dtype=torch.int32), 4)
+    lora = 0.1 * random(4, 3, 64, seed=2), 0.1 * random(4, 12, 3, seed=3)
+    arguments = dict(order=order, k=2, lora=lora, scaling=0.5)
+    out = metate.grouped_linear(x, experts, offsets, **arguments)
+    other = x.detach().clone().requires_grad_()
+    expected = metate.grouped_linear(other, experts.dequantize(), offsets, **arguments)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    out.cos().sum().backward()
+    expected.cos().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_differ_are_not_stacked():
+    a, b = (quantize_rtn(random(8, 64), bits=bits, group_size=32) for bits in (4, 3))
+    with pytest.raises(FormatError, match=r"weights\[1\] .* bits differs"):
+        QuantizedExperts.stack([a, b])
+    with pytest.raises(FormatError, match="a QuantizedWeight for each expert"):
+        QuantizedExperts.stack([])
+
+
+def test_gpt_oss_activation():
+    x = 8 * random(9, 20)
+    gate, up = x[:, ::2].clamp(max=7), x[:, 1::2].clamp(-7, 7)
+    out = metate.gated_activation(x, gating="interleaved", limit=7.0, alpha=1.702, shift=1.0)
+    torch.testing.assert_close(out, gate * torch.sigmoid(1.702 * gate) * (up + 1))

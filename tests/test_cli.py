@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from metate import hardware, library
 from metate.cli import app
-from metate.demo import PLAN, play
+from metate.demo.train import PLAN, play
 from metate.models import LlamaConfig
 from metate.op import REGISTRY
 

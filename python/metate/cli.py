@@ -333,10 +333,20 @@ def quantize(
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    part: Annotated[str | None, typer.Argument(help="search: only that over this machine's docstrings")] = None,
+    questions: Annotated[list[str] | None, typer.Argument(help="what to search for; default: five examples")] = None,
+) -> None:
     """The machine, a check, a short benchmark; then a decoder learns to write Python from the standard library."""
+    if part is not None:
+        _known("PART", part, {"search": None})
+        from metate.demo import search
+
+        if not search.play(console, tuple(questions or ())):
+            raise typer.Exit(1)
+        return
     from metate.bench import run
-    from metate.demo import play
+    from metate.demo.train import play
 
     console.rule("machine", align="left")
     show_info()

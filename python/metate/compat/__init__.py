@@ -21,7 +21,7 @@ from typing import Any
 __all__ = ["install", "uninstall"]
 
 # What `install` knows: name to import -> name of its distribution.
-PACKAGES = {"flash_attn": "flash-attn", "bitsandbytes": "bitsandbytes"}
+PACKAGES = {"flash_attn": "flash-attn", "bitsandbytes": "bitsandbytes", "faiss": "faiss-cpu"}
 _installed: dict[str, _Alias] = {}
 
 
@@ -32,7 +32,7 @@ def install(name: str, *, force: bool = False) -> ModuleType:
     were imported before (transformers among them) may have remembered that the package is absent, so install first.
 
     Args:
-        name: "flash_attn" or "bitsandbytes".
+        name: "flash_attn", "bitsandbytes" or "faiss".
         force: shadow a package of that name that is really installed, until `uninstall`.
 
     Raises:

@@ -116,11 +116,12 @@ class Index:
     # Training.
 
     @torch.no_grad()
-    def train(self, x: Array, *, progress: bool | None = None) -> None:
+    def train(self, x: Array, *, centroids: Array | None = None, progress: bool | None = None) -> None:
         """Fits rotation, centroids and codebooks to a sample of vectors like those to come.
 
         Args:
             x: (n, dim). At most 256 vectors for each centroid are used, chosen by the index' seed.
+            centroids: (nlist, dim) of the lists, where they are known already; behind the rotation, if there is one.
             progress: a bar on stderr; None: where that is a terminal and it takes more than a second.
 
         Raises:
@@ -128,9 +129,11 @@ class Index:
         """
         op = self._op("train")
         vectors = Vectors(op, "x", x, self.dim, self.device)
-        least = max([self.codec.least, self.nlist or 0, *([] if self.refine is None else [self.refine.least])])
+        lists = 0 if centroids is not None else self.nlist or 0
+        least = max(self.codec.least, lists, 0 if self.refine is None else self.refine.least)
         if len(vectors) < least:
             raise fail(op, "x", f"{len(vectors)} vectors", f"at least {least}: one for each centroid")
+        known = {} if centroids is None else {"centroids": self._given_centroids(op, centroids)}
         with self._lock:
             if self._state.lists.total:
                 raise fail(op, "the index", f"holding {self.ntotal} vectors", "empty: reset() it", error=RuntimeError)
@@ -138,12 +141,21 @@ class Index:
             if len(rows) > _SAMPLE * max(least, 256):
                 generator = torch.Generator().manual_seed(self.seed)
                 rows = torch.randperm(len(rows), generator=generator)[: _SAMPLE * max(least, 256)].sort().values
-            self._state = State(self._fit(vectors.take(rows), progress), self._no_rows())
+            self._state = State(self._fit(vectors.take(rows), known, progress), self._no_rows())
 
-    def _fit(self, x: Tensor, progress: bool | None) -> dict[str, Tensor]:
+    def _given_centroids(self, op: str, centroids: Any) -> Tensor:
+        if self.nlist is None:
+            raise fail(op, "centroids", "given", "None: this index has no lists")
+        vectors = Vectors(op, "centroids", centroids, self.dim, self.device)
+        if len(vectors) != self.nlist:
+            raise fail(op, "centroids", f"{len(vectors)} of them", f"{self.nlist}, one for each list")
+        return vectors.take(torch.arange(self.nlist))
+
+    def _fit(self, x: Tensor, known: Model, progress: bool | None) -> dict[str, Tensor]:
+        """What training finds beside what is known."""
         if self.metric == "cosine":
             x = torch.nn.functional.normalize(x)
-        model: dict[str, Tensor] = {}
+        model = dict(known)
         turns = 20 if self.opq else 0
         M = self.codec.M if isinstance(self.codec, Product) else 0
         with Steps("training", turns + M + (self.nlist is not None), progress) as steps:
@@ -152,7 +164,7 @@ class Index:
             if self.opq and isinstance(self.codec, Product):
                 model["rotation"] = train_rotation(x, M, self.codec.bits, self.seed, turns, steps.advance)
                 x = x @ model["rotation"].T
-            if self.nlist is not None:
+            if self.nlist is not None and "centroids" not in model:
                 model["centroids"] = kmeans(x, self.nlist, seed=self.seed, spherical=self.largest)[0]
                 steps.advance()
             if isinstance(self.codec, Product) and self.codec.residual:
@@ -272,6 +284,17 @@ class Index:
             rows = matching(op, state.lists, which)
             self._state = replace(state, lists=state.lists.without(rows))
         return len(rows)
+
+    def renumber(self) -> None:
+        """Gives the vectors of an index without lists the ids 0, 1, 2, … in their order, as if just added."""
+        if self.nlist is not None:
+            raise fail(self._op("renumber"), "the index", "one of lists", "one without: its vectors have an order")
+        with self._lock:
+            state = self._state
+            lists = state.lists.rebuilt()
+            columns = {name: column for name, column in lists.columns.items() if name != "ids"}
+            lists = replace(lists, columns=columns, _cache={})
+            self._state = State(state.model, lists, lists.total)
 
     def reset(self) -> None:
         """Removes all vectors; what was trained stays."""

@@ -1,0 +1,77 @@
+"""faiss' indexes, selectors, transforms and files over metate.search, with numpy arrays or tensors.
+
+Import it as it is, or let `metate.compat.install("faiss")` put it under the name `faiss`.
+"""
+
+from metate.compat.faiss.clustering import Clustering, ClusteringParameters, Kmeans, kmin, knn, normalize_L2
+from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
+from metate.compat.faiss.factory import (
+    ParameterSpace,
+    clone_index,
+    deserialize_index,
+    downcast_index,
+    extract_index_ivf,
+    index_factory,
+    read_index,
+    serialize_index,
+    write_index,
+)
+from metate.compat.faiss.indexes import (
+    METRIC_INNER_PRODUCT,
+    METRIC_L2,
+    Index,
+    IndexFlat,
+    IndexFlatIP,
+    IndexFlatL2,
+    IndexIVF,
+    IndexIVFFlat,
+    IndexIVFPQ,
+    IndexPQ,
+    ProductQuantizer,
+)
+from metate.compat.faiss.selectors import (
+    IDSelector,
+    IDSelectorAll,
+    IDSelectorAnd,
+    IDSelectorArray,
+    IDSelectorBatch,
+    IDSelectorBitmap,
+    IDSelectorNot,
+    IDSelectorOr,
+    IDSelectorRange,
+    IDSelectorXOr,
+    IndexRefineSearchParameters,
+    IVFSearchParameters,
+    SearchParameters,
+    SearchParametersIVF,
+    SearchParametersPQ,
+    SearchParametersPreTransform,
+)
+from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, RandomRotationMatrix, VectorTransform
+
+__version__ = "1.15.1"  # the faiss release whose interface this is
+
+
+def omp_get_max_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def omp_set_num_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+__all__ = [
+    "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "IDSelector", "IDSelectorAll",
+    "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot", "IDSelectorOr",
+    "IDSelectorRange", "IDSelectorXOr", "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatIP", "IndexFlatL2",
+    "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexPQ", "IndexPreTransform",
+    "IndexRefine", "IndexRefineFlat", "IndexRefineSearchParameters", "Kmeans", "LinearTransform", "OPQMatrix",
+    "ParameterSpace", "ProductQuantizer", "RandomRotationMatrix", "SearchParameters", "SearchParametersIVF",
+    "SearchParametersPQ", "SearchParametersPreTransform", "VectorTransform", "clone_index", "deserialize_index",
+    "downcast_index", "extract_index_ivf", "index_factory", "kmin", "knn", "normalize_L2", "omp_get_max_threads",
+    "omp_set_num_threads", "read_index", "serialize_index", "write_index",
+]  # fmt: skip

@@ -1,0 +1,106 @@
+"""k-means and brute force by faiss' names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from metate.compat.faiss.indexes import METRIC_L2, Index, IndexFlat, IndexFlatIP, IndexFlatL2, as_array, metric_name
+from metate.ops.pq import kmeans, topk_distances
+
+Floats = npt.NDArray[np.float32]
+
+
+class ClusteringParameters:
+    """How k-means runs. Fields may be given by name."""
+
+    def __init__(self, **given: Any) -> None:
+        self.niter, self.nredo, self.verbose, self.spherical = 25, 1, False, False
+        self.seed, self.max_points_per_centroid, self.min_points_per_centroid = 1234, 256, 39
+        for name, value in given.items():
+            if not hasattr(self, name):
+                raise AttributeError(f"metate.compat.faiss: k-means has no parameter {name}")
+            setattr(self, name, value)
+
+    def run(self, x: Floats, k: int) -> tuple[Floats, Floats]:
+        """The centroids of the best of `nredo` runs, and the objective after each iteration."""
+        runs = [
+            kmeans(
+                torch.from_numpy(x), k, iterations=self.niter, seed=self.seed + turn, spherical=self.spherical,
+                max_points_per_centroid=self.max_points_per_centroid,
+            )
+            for turn in range(self.nredo)
+        ]  # fmt: skip
+        last = [float(objective[-1]) if len(objective) else 0.0 for _, _, objective in runs]
+        best = runs[int(np.argmax(last) if self.spherical else np.argmin(last))]
+        return best[0].numpy(), best[2].numpy()
+
+
+class Kmeans:
+    """`Kmeans(d, k).train(x)`, then centroids, obj, index, assign."""
+
+    def __init__(self, d: int, k: int, **given: Any) -> None:
+        given.pop("gpu", None)
+        self.d, self.k, self.cp = d, k, ClusteringParameters(**given)
+        self.centroids: Floats | None = None
+        self.obj: Floats | None = None
+        self.index: Index | None = None
+
+    def train(self, x: Any) -> float:
+        points = as_array(x)
+        if points.ndim != 2 or points.shape[1] != self.d:
+            raise AssertionError(f"Kmeans: x of shape {points.shape}, expected (n, {self.d})")
+        if len(points) < self.k:
+            raise RuntimeError(f"Kmeans: {len(points)} points, expected at least k={self.k}")
+        self.centroids, self.obj = self.cp.run(points, self.k)
+        self.index = IndexFlatIP(self.d) if self.cp.spherical else IndexFlatL2(self.d)
+        self.index.add(self.centroids)
+        return float(self.obj[-1]) if len(self.obj) else 0.0
+
+    def assign(self, x: Any) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """(distances, numbers) of the nearest centroids."""
+        if self.index is None:
+            raise AssertionError("Kmeans: train before assigning")
+        distances, ids = self.index.search(as_array(x), 1)
+        return distances[:, 0], ids[:, 0]
+
+
+class Clustering(ClusteringParameters):
+    """`train(x, index)` leaves the centroids in the index."""
+
+    def __init__(self, d: int, k: int, cp: ClusteringParameters | None = None) -> None:
+        super().__init__(**({} if cp is None else cp.__dict__))
+        self.d, self.k = d, k
+        self.centroids: Floats = np.zeros(0, np.float32)
+
+    def train(self, x: Any, index: Index) -> None:
+        found, _ = self.run(as_array(x), self.k)
+        self.centroids = found.reshape(-1)
+        index.reset()
+        index.add(found)
+
+
+def kmin(array: Any, k: int) -> tuple[Any, Any]:
+    """The k least of every row, and where they are."""
+    values, places = torch.from_numpy(as_array(array)).sort(stable=True, dim=1)
+    return values[:, :k].numpy(), places[:, :k].numpy()
+
+
+def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[Any, Any]:
+    """(distances, places) of the k nearest."""
+    queries, base = torch.from_numpy(as_array(xq)), torch.from_numpy(as_array(xb))
+    distances, places = topk_distances(queries, base, k, metric=metric_name(metric))
+    return distances.numpy(), places.numpy()
+
+
+def normalize_L2(x: Any) -> None:
+    """Scales rows to length 1, in place; zeros stay."""
+    rows = x if isinstance(x, torch.Tensor) else torch.from_numpy(x)
+    rows.div_(rows.norm(dim=1, keepdim=True).masked_fill_((rows == 0).all(1, keepdim=True), 1))
+
+
+def flat_like(d: int, metric: int) -> IndexFlat:
+    return IndexFlatL2(d) if metric == METRIC_L2 else IndexFlatIP(d)

@@ -1,0 +1,237 @@
+"""Indexes around other indexes: with ids of one's own, behind transforms, refined by full vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metate.compat.faiss.indexes import METRIC_INNER_PRODUCT, Index, IndexFlat, as_array, like
+from metate.compat.faiss.selectors import (
+    IDSelectorBatch,
+    IndexRefineSearchParameters,
+    Integers,
+    SearchParameters,
+    SearchParametersPreTransform,
+    selector,
+)
+from metate.compat.faiss.transforms import VectorTransform
+
+
+class _Around(Index):
+    """What is passed on to the index within."""
+
+    def __init__(self, index: Index, d: int | None = None) -> None:
+        super().__init__(index.d if d is None else d, index.metric_type)
+        self.index, self.own_fields = index, True
+
+    @property
+    def ntotal(self) -> int:
+        return self.index.ntotal
+
+    @property
+    def is_trained(self) -> bool:
+        return self.index.is_trained
+
+    @is_trained.setter
+    def is_trained(self, trained: bool) -> None:
+        """It is what the index within is."""
+
+    def train(self, x: Any) -> None:
+        self.index.train(self._checked(x))
+
+    def reset(self) -> None:
+        self.index.reset()
+
+
+class IndexIDMap(_Around):
+    """Ids of one's own for an index that numbers vectors."""
+
+    def __init__(self, index: Index) -> None:
+        super().__init__(index)
+        if index.ntotal:
+            raise RuntimeError(f"IndexIDMap: index holds {index.ntotal} vectors, expected an empty one")
+        self._ids: Integers = np.zeros(0, np.int64)
+
+    @property
+    def id_map(self) -> Integers:
+        return self._ids
+
+    def add(self, x: Any) -> None:
+        raise RuntimeError("IndexIDMap: add is not there, use add_with_ids")
+
+    def add_with_ids(self, x: Any, ids: Any) -> None:
+        numbers = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids, np.int64)
+        if numbers.shape != (len(x),):
+            raise AssertionError(f"IndexIDMap: ids of shape {numbers.shape}, expected ({len(x)},)")
+        self.index.add(x)
+        self._ids = np.concatenate([self._ids, numbers])
+
+    def _named(self, places: Any) -> Any:
+        """Ids of places, -1 for -1."""
+        at = np.asarray(places)
+        return like(places, np.append(self._ids, -1)[at])
+
+    def _params(self, params: SearchParameters | None) -> SearchParameters | None:
+        """The selector over places instead of ids."""
+        if params is None or params.sel is None:
+            return params
+        places = np.flatnonzero(params.sel(self._ids))
+        return type(params)(**{**params.__dict__, "sel": IDSelectorBatch(places)})
+
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        distances, places = self.index._search(x, k, self._params(params))
+        return distances, self._named(places)
+
+    def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
+        lims, distances, places = self.index._range(x, radius, self._params(params))
+        return lims, distances, self._named(places)
+
+    def remove_ids(self, x: Any) -> int:
+        gone = selector(x)(self._ids)
+        removed = self.index.remove_ids(np.flatnonzero(gone))
+        self._ids = self._ids[~gone]
+        return removed
+
+    def reset(self) -> None:
+        self.index.reset()
+        self._ids = self._ids[:0]
+
+    def reconstruct_batch(self, keys: Any) -> Any:
+        raise RuntimeError("IndexIDMap: reconstruct is not there, use IndexIDMap2")
+
+
+class IndexIDMap2(IndexIDMap):
+    """The same, and vectors are reconstructed by id."""
+
+    def reconstruct_batch(self, keys: Any) -> Any:
+        order = np.argsort(self._ids, kind="stable")
+        wanted = np.asarray(keys, np.int64)
+        at = np.minimum(np.searchsorted(self._ids, wanted, sorter=order), max(len(order) - 1, 0))
+        if not len(order) or (self._ids[order[at]] != wanted).any():
+            raise RuntimeError("IndexIDMap2: a key is not in the index")
+        return self.index.reconstruct_batch(order[at])
+
+
+class IndexPreTransform(_Around):
+    """Transforms, one after another, before an index."""
+
+    def __init__(self, *parts: Any) -> None:
+        *chain, index = parts
+        super().__init__(index, chain[0].d_in if chain else index.d)
+        self.chain: list[VectorTransform] = list(chain)
+
+    def prepend_transform(self, transform: VectorTransform) -> None:
+        self.chain.insert(0, transform)
+        self.d = transform.d_in
+
+    @property
+    def is_trained(self) -> bool:
+        return self.index.is_trained and all(step.is_trained for step in self.chain)
+
+    @is_trained.setter
+    def is_trained(self, trained: bool) -> None:
+        """It is what the parts are."""
+
+    def train(self, x: Any) -> None:
+        self._checked(x)
+        for step in self.chain:
+            if not step.is_trained:
+                step.train(x)
+            x = step.apply(x)
+        if not self.index.is_trained:
+            self.index.train(x)
+
+    def apply_chain(self, x: Any) -> Any:
+        for step in self.chain:
+            x = step.apply(x)
+        return x
+
+    def reverse_chain(self, x: Any) -> Any:
+        for step in reversed(self.chain):
+            x = step.reverse_transform(x)
+        return x
+
+    def add(self, x: Any) -> None:
+        self.index.add(self.apply_chain(self._checked(x)))
+
+    def add_with_ids(self, x: Any, ids: Any) -> None:
+        self.index.add_with_ids(self.apply_chain(self._checked(x)), ids)
+
+    def remove_ids(self, x: Any) -> int:
+        return self.index.remove_ids(x)
+
+    @staticmethod
+    def _params(params: SearchParameters | None) -> SearchParameters | None:
+        return params.index_params if isinstance(params, SearchParametersPreTransform) else params
+
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        return self.index._search(self.apply_chain(x), k, self._params(params))
+
+    def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
+        return self.index._range(self.apply_chain(x), radius, self._params(params))
+
+    def reconstruct_batch(self, keys: Any) -> Any:
+        return self.reverse_chain(self.index.reconstruct_batch(keys))
+
+
+class IndexRefine(Index):
+    """Candidates of one index, ranked by the vectors of another."""
+
+    def __init__(self, base_index: Index, refine_index: Index) -> None:
+        super().__init__(base_index.d, base_index.metric_type)
+        if base_index.ntotal != refine_index.ntotal:
+            raise RuntimeError(f"IndexRefine: {base_index.ntotal} and {refine_index.ntotal} vectors, expected as many")
+        self.base_index, self.refine_index, self.k_factor, self.own_fields = base_index, refine_index, 1.0, True
+
+    @property
+    def ntotal(self) -> int:
+        return self.base_index.ntotal
+
+    @property
+    def is_trained(self) -> bool:
+        return self.base_index.is_trained and self.refine_index.is_trained
+
+    def train(self, x: Any) -> None:
+        self.base_index.train(x)
+        self.refine_index.train(x)
+
+    def add(self, x: Any) -> None:
+        self.base_index.add(x)
+        self.refine_index.add(x)
+
+    def reset(self) -> None:
+        self.base_index.reset()
+        self.refine_index.reset()
+
+    def reconstruct_batch(self, keys: Any) -> Any:
+        return self.refine_index.reconstruct_batch(keys)
+
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        factor, inner = self.k_factor, params
+        if isinstance(params, IndexRefineSearchParameters):
+            factor, inner = params.k_factor, params.base_index_params
+        ids = np.asarray(self.base_index._search(x, max(k, int(k * factor)), inner)[1])
+        vectors = np.zeros((*ids.shape, self.d), np.float32)
+        vectors[ids >= 0] = as_array(self.refine_index.reconstruct_batch(ids[ids >= 0]))
+        queries, product = as_array(x)[:, None], self.metric_type == METRIC_INNER_PRODUCT
+        distances = (vectors * queries).sum(2) if product else ((vectors - queries) ** 2).sum(2)
+        distances[ids < 0] = -np.inf if product else np.inf
+        order = np.lexsort((ids, -distances if product else distances))[:, :k]
+        return tuple(like(x, np.take_along_axis(a, order, 1)) for a in (distances, ids))
+
+    def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
+        inner = params.base_index_params if isinstance(params, IndexRefineSearchParameters) else params
+        return self.base_index._range(x, radius, inner)
+
+
+class IndexRefineFlat(IndexRefine):
+    """Refined by full vectors; those that the base index holds already must be given."""
+
+    def __init__(self, base_index: Index, vectors: Any = None) -> None:
+        flat = IndexFlat(base_index.d, base_index.metric_type)
+        if vectors is not None:
+            flat.add(torch.as_tensor(vectors))
+        super().__init__(base_index, flat)

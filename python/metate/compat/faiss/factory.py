@@ -1,0 +1,205 @@
+"""Indexes from strings and files, and back to files."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from metate.compat.faiss.clustering import flat_like
+from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
+from metate.compat.faiss.indexes import (
+    METRIC_L2,
+    Index,
+    IndexIVF,
+    IndexIVFFlat,
+    IndexIVFPQ,
+    IndexPQ,
+    as_array,
+)
+from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, RandomRotationMatrix, VectorTransform
+from metate.search import faiss_files as files
+from metate.search.faiss_index import from_tree, to_tree
+from metate.search.files import replacing
+
+
+def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
+    """The index of a string such as "OPQ16_64,IVF256,PQ16x4,RFlat" or "IDMap,Flat"."""
+    parts, chain, wrap, refine = description.split(","), [], None, False
+    if parts[0] in ("IDMap", "IDMap2"):
+        wrap = parts.pop(0)
+    elif parts[-1] in ("IDMap", "IDMap2"):
+        wrap = parts.pop()
+    if parts and parts[-1] in ("RFlat", "Refine(Flat)"):
+        refine = bool(parts.pop())
+    width = d
+    while parts and (match := re.fullmatch(r"(OPQ|RR)(\d*)(?:_(\d+))?", parts[0])):
+        kind, number, size = match.groups()
+        out = int(size or (number if kind == "RR" and number else width))
+        chain.append(OPQMatrix(width, int(number or 1), out) if kind == "OPQ" else RandomRotationMatrix(width, out))
+        width = out
+        parts.pop(0)
+    index = _elementary(width, parts, metric, description)
+    for step in chain:
+        if isinstance(step, OPQMatrix) and isinstance(index, (IndexPQ, IndexIVFPQ)):
+            step.pq = index.pq  # type: ignore[assignment]
+    index = IndexPreTransform(*chain, index) if chain else index
+    index = IndexRefineFlat(index) if refine else index
+    if wrap is not None:
+        index = IndexIDMap(index) if wrap == "IDMap" else IndexIDMap2(index)
+    return index
+
+
+def _elementary(d: int, parts: list[str], metric: int, description: str) -> Index:
+    lists = re.fullmatch(r"IVF(\d+)", parts[0]) if len(parts) == 2 else None
+    code = parts[-1] if len(parts) == (2 if lists else 1) else ""
+    match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(np)?", code)
+    if code != "Flat" and not match:
+        raise RuntimeError(
+            f"index_factory: {description!r}, expected [IDMap,][OPQ…|RR…,][IVFn,]Flat|PQm[xb][,RFlat], which metate has"
+        )
+    if match:
+        M, bits = int(match[1]), int(match[2] or 8)
+        if d % M:
+            raise RuntimeError(f"index_factory: {M} sub-vectors of {d} dimensions, expected a divisor")
+        if lists:
+            return IndexIVFPQ(flat_like(d, metric), d, int(lists[1]), M, bits, metric)
+        return IndexPQ(d, M, bits, metric)
+    if lists:
+        return IndexIVFFlat(flat_like(d, metric), d, int(lists[1]), metric)
+    return flat_like(d, metric)
+
+
+# Files.
+
+
+def write_index(index: Index, path: str) -> None:
+    """In faiss' own format, whole or not at all."""
+    from pathlib import Path
+
+    tree = _tree(index)
+    with replacing(Path(path)) as file:
+        files.write_tree(tree, file)
+
+
+def read_index(path: str, *flags: Any) -> Index:
+    """An index that faiss or `write_index` wrote; FormatError for anything else."""
+    return _index(files.read_tree(path))
+
+
+def serialize_index(index: Index) -> npt.NDArray[np.uint8]:
+    file = io.BytesIO()
+    files.write_tree(_tree(index), file)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def deserialize_index(data: npt.NDArray[np.uint8]) -> Index:
+    return _index(files.parse(data.tobytes()))
+
+
+def clone_index(index: Index) -> Index:
+    return deserialize_index(serialize_index(index))
+
+
+def _tree(index: Index) -> files.Node:
+    head = index.d, index.ntotal, index.metric_type, index.is_trained
+    if isinstance(index, IndexIDMap):
+        return files.IDMap(*head, _tree(index.index), index.id_map, isinstance(index, IndexIDMap2))
+    if isinstance(index, IndexPreTransform):
+        return files.PreTransform(*head, [_step(step) for step in index.chain], _tree(index.index))
+    if isinstance(index, IndexRefine):
+        return files.Refine(*head, _tree(index.base_index), _tree(index.refine_index), index.k_factor)
+    if isinstance(index, IndexIVF):
+        index._inner.nprobe = min(index.nprobe, index.nlist)
+    return to_tree(index._inner)  # type: ignore[attr-defined]
+
+
+def _step(step: VectorTransform) -> files.Transform:
+    if not isinstance(step, LinearTransform):
+        raise RuntimeError(f"write_index: a transform is {type(step).__name__}, expected a linear one")
+    A = step.A.reshape(step.d_out, step.d_in) if step.is_trained else np.zeros((step.d_out, step.d_in), np.float32)
+    return files.Transform(A, step.b if step.have_bias else None, step.is_trained)
+
+
+def _index(node: files.Node) -> Index:
+    if isinstance(node, files.IDMap):
+        mapped = (IndexIDMap2 if node.two_way else IndexIDMap).__new__(IndexIDMap2 if node.two_way else IndexIDMap)
+        inner = _index(node.index)
+        Index.__init__(mapped, inner.d, inner.metric_type)
+        mapped.index, mapped.own_fields, mapped._ids = inner, True, node.ids.copy()
+        return mapped
+    if isinstance(node, files.PreTransform):
+        return IndexPreTransform(*map(_transform, node.chain), _index(node.index))
+    if isinstance(node, files.Refine):
+        base, flat = _index(node.base), _index(node.refine)
+        refined = IndexRefineFlat(base, flat.reconstruct_n())
+        refined.k_factor = node.k_factor
+        return refined
+    return _leaf(from_tree(node), node)
+
+
+def _transform(step: files.Transform) -> LinearTransform:
+    d_out, d_in = step.A.shape
+    transform = LinearTransform(d_in, d_out)
+    if step.is_trained:
+        transform.set(step.A, step.b)
+    return transform
+
+
+def _leaf(inner: Any, node: files.Node) -> Index:
+    found: Index
+    if isinstance(node, files.IVF):
+        quantizer = flat_like(node.d, node.metric)
+        if inner.is_trained:
+            quantizer.add(as_array(inner._state.model["centroids"]))
+        if node.codebooks is None:
+            found = IndexIVFFlat(quantizer, node.d, inner.nlist, node.metric)
+        else:
+            found = IndexIVFPQ(quantizer, node.d, inner.nlist, inner.M, inner.bits, node.metric)
+            found.by_residual = inner.residual
+        found.nprobe = node.nprobe
+    elif isinstance(node, files.PQ):
+        found = IndexPQ(node.d, inner.M, inner.bits, node.metric)
+    else:
+        found = flat_like(node.d, node.metric)
+    found._inner = inner
+    if isinstance(found, (IndexPQ, IndexIVFPQ)):
+        found.pq._inner = inner
+    return found
+
+
+# Ways into an index.
+
+
+def downcast_index(index: Index) -> Index:
+    return index
+
+
+def extract_index_ivf(index: Index) -> IndexIVF:
+    """The index of lists within others."""
+    while not isinstance(index, IndexIVF):
+        inner = getattr(index, "index", None) or getattr(index, "base_index", None)
+        if inner is None:
+            raise RuntimeError(f"extract_index_ivf: {type(index).__name__} has no lists")
+        index = inner
+    return index
+
+
+class ParameterSpace:
+    """`ParameterSpace().set_index_parameter(index, "nprobe", 8)`"""
+
+    def set_index_parameter(self, index: Index, name: str, value: float) -> None:
+        if name == "nprobe":
+            extract_index_ivf(index).nprobe = int(value)
+        elif name == "k_factor_rf" and isinstance(index, IndexRefine):
+            index.k_factor = float(value)
+        else:
+            raise RuntimeError(f"ParameterSpace: {name!r}, expected nprobe or k_factor_rf")
+
+    def set_index_parameters(self, index: Index, text: str) -> None:
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            self.set_index_parameter(index, name, float(value))

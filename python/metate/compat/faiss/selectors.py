@@ -1,0 +1,136 @@
+"""Which ids a search or a removal concerns, and the parameters of one search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
+
+
+class IDSelector:
+    """A set of ids: `selector(ids)` is a mask."""
+
+    def __call__(self, ids: Integers) -> Booleans:
+        raise NotImplementedError
+
+    def is_member(self, i: int) -> bool:
+        return bool(self(np.array([i]))[0])
+
+
+@dataclass
+class IDSelectorRange(IDSelector):
+    """imin <= id < imax."""
+
+    imin: int
+    imax: int
+    assume_sorted: bool = False
+
+    def __call__(self, ids: Integers) -> Booleans:
+        inside: Booleans = (ids >= self.imin) & (ids < self.imax)
+        return inside
+
+
+class IDSelectorBatch(IDSelector):
+    """The ids of an array."""
+
+    def __init__(self, indices: Any) -> None:
+        self.ids = np.asarray(indices, np.int64).reshape(-1)
+
+    def __call__(self, ids: Integers) -> Booleans:
+        return np.isin(ids, self.ids)
+
+
+class IDSelectorArray(IDSelectorBatch):
+    """The same; faiss compares one by one."""
+
+
+class IDSelectorBitmap(IDSelector):
+    """Bit i % 8 of byte i // 8 says whether i is in."""
+
+    def __init__(self, bitmap: Any) -> None:
+        self.mask = np.unpackbits(np.asarray(bitmap, np.uint8), bitorder="little").view(np.bool_)
+
+    def __call__(self, ids: Integers) -> Booleans:
+        known = (ids >= 0) & (ids < len(self.mask))
+        found = np.zeros(len(ids), np.bool_)
+        found[known] = self.mask[ids[known]]
+        return found
+
+
+class IDSelectorAll(IDSelector):
+    def __call__(self, ids: Integers) -> Booleans:
+        return np.ones(len(ids), np.bool_)
+
+
+@dataclass
+class IDSelectorNot(IDSelector):
+    sel: IDSelector
+
+    def __call__(self, ids: Integers) -> Booleans:
+        return ~self.sel(ids)
+
+
+@dataclass
+class _Pair(IDSelector):
+    lhs: IDSelector
+    rhs: IDSelector
+
+
+class IDSelectorAnd(_Pair):
+    def __call__(self, ids: Integers) -> Booleans:
+        return self.lhs(ids) & self.rhs(ids)
+
+
+class IDSelectorOr(_Pair):
+    def __call__(self, ids: Integers) -> Booleans:
+        return self.lhs(ids) | self.rhs(ids)
+
+
+class IDSelectorXOr(_Pair):
+    def __call__(self, ids: Integers) -> Booleans:
+        return self.lhs(ids) ^ self.rhs(ids)
+
+
+def selector(which: Any) -> IDSelector:
+    """A selector, or the ids of an array."""
+    return which if isinstance(which, IDSelector) else IDSelectorBatch(which)
+
+
+@dataclass
+class SearchParameters:
+    sel: IDSelector | None = None
+
+
+@dataclass
+class SearchParametersPQ(SearchParameters):
+    search_type: int = 0
+
+
+@dataclass
+class SearchParametersIVF(SearchParameters):
+    nprobe: int = 1
+    max_codes: int = 0
+    quantizer_params: SearchParameters | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_codes:
+            raise NotImplementedError("metate.compat.faiss: max_codes is not there; use nprobe")
+
+
+IVFSearchParameters = SearchParametersIVF
+
+
+@dataclass
+class SearchParametersPreTransform(SearchParameters):
+    index_params: SearchParameters | None = None
+
+
+@dataclass
+class IndexRefineSearchParameters(SearchParameters):
+    k_factor: float = 1.0
+    base_index_params: SearchParameters | None = field(default=None)

@@ -1,0 +1,1 @@
+"""What `metate demo` shows on real input: a decoder that learns to write Python, and a search over docstrings."""

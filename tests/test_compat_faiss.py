@@ -1,0 +1,175 @@
+"""metate.compat.faiss says what faiss says: search by every class, factory strings, selectors, files, and refusals."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metate import compat
+from metate.compat import faiss
+
+FOLDER = Path(__file__).parent / "data" / "faiss"
+EXPECTED = np.load(FOLDER / "expected.npz")
+RANDOM = np.random.default_rng(0)
+D = 8
+X, Q = (RANDOM.standard_normal((n, D)).astype(np.float32) for n in (60, 5))
+
+
+def brute_force(x, ids, k, product=False):
+    key = -(Q @ x.T) if product else ((Q[:, None] - x) ** 2).sum(2)
+    return np.asarray(ids)[key.argsort(1)[:, :k]]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.index")), ids=lambda path: path.stem)
+def test_files_of_faiss(path, tmp_path):
+    index = faiss.read_index(str(path))
+    distances, ids = index.search(EXPECTED["q"], 5)
+    np.testing.assert_allclose(distances, EXPECTED[f"{path.stem}.D"], rtol=1e-5, atol=2e-6)
+    assert np.array_equal(np.sort(ids, 1), np.sort(EXPECTED[f"{path.stem}.I"], 1))
+    faiss.write_index(index, str(tmp_path / "index"))
+    assert (tmp_path / "index").read_bytes() == path.read_bytes()
+    assert np.array_equal(faiss.clone_index(index).search(EXPECTED["q"], 5)[1], ids)
+
+
+@pytest.mark.parametrize(
+    "description",
+    ["Flat", "PQ4x4", "IVF4,Flat", "IVF4,PQ4x4np", "OPQ4_4,IVF4,PQ4x4", "RR4,PQ2x4", "PQ2x4,RFlat", "IDMap,Flat",
+     "IDMap2,PQ2x4,RFlat"],
+)  # fmt: skip
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_factory(description, metric):
+    index, product = faiss.index_factory(D, description, metric), metric == faiss.METRIC_INNER_PRODUCT
+    index.train(X)
+    assert index.is_trained and index.d == D and index.metric_type == metric
+    ids = np.arange(60) * 3 if "IDMap" in description else np.arange(60)
+    (index.add_with_ids if "IDMap" in description else lambda x, ids: index.add(x))(X, ids)
+    if "IVF" in description:
+        faiss.ParameterSpace().set_index_parameter(index, "nprobe", 4)
+    if "RFlat" in description:
+        (index.index if "IDMap" in description else index).k_factor = 60
+    distances, found = index.search(Q, 6)
+    if "Flat" in description:
+        assert np.array_equal(found, brute_force(X, ids, 6, product))
+    if "IDMap," not in description:
+        vectors = index.reconstruct_batch(ids)
+        assert np.array_equal(vectors[7], index.reconstruct(int(ids[7])))
+        if "OPQ" not in description and "RR" not in description:
+            assert (found == brute_force(vectors, ids, 6, product)).mean() > 0.9
+    tensors = index.search(torch.from_numpy(Q), 6)
+    assert all(
+        isinstance(t, torch.Tensor) and np.allclose(t, e) for t, e in zip(tensors, (distances, found), strict=True)
+    )
+    lims, near, _ = index.range_search(Q, float(np.median(distances)))
+    assert lims[-1] == len(near)
+    assert index.search(Q, 61)[1][:, 60].tolist() == [-1] * 5
+    assert set(np.abs(index.search(Q, 61)[0][:, 60]).tolist()) == {float(np.finfo(np.float32).max)}
+    assert index.ntotal == 60
+    index.reset()
+    assert index.ntotal == 0 and index.is_trained
+
+
+def test_removing_shifts_flat_ids_and_keeps_those_of_lists():
+    flat, lists = faiss.IndexFlatL2(D), faiss.index_factory(D, "IVF2,Flat")
+    lists.train(X)
+    for index in (flat, lists):
+        index.add(X)
+        assert index.remove_ids(faiss.IDSelectorRange(5, 10)) == 5
+        assert index.remove_ids(np.array([0, 100])) == 1
+    kept = np.r_[1:5, 10:60]
+    assert np.array_equal(flat.reconstruct_n(), X[kept])
+    flat.add(X[:1])
+    assert flat.ntotal == 55 and np.array_equal(flat.reconstruct(54), X[0])
+    assert np.array_equal(lists.reconstruct(59), X[59])
+    with pytest.raises(RuntimeError):
+        lists.reconstruct(7)
+
+
+def test_selectors():
+    chosen = [
+        (faiss.IDSelectorRange(10, 20), range(10, 20)),
+        (faiss.IDSelectorBatch([3, 5, 99]), [3, 5]),
+        (faiss.IDSelectorArray(np.array([3, 5])), [3, 5]),
+        (faiss.IDSelectorBitmap(np.packbits(np.arange(16) % 2, bitorder="little")), range(1, 16, 2)),
+        (faiss.IDSelectorNot(faiss.IDSelectorRange(3, 60)), range(3)),
+        (faiss.IDSelectorAnd(faiss.IDSelectorRange(0, 9), faiss.IDSelectorBatch([2, 30])), [2]),
+        (faiss.IDSelectorOr(faiss.IDSelectorRange(0, 2), faiss.IDSelectorBatch([2, 30])), [0, 1, 2, 30]),
+        (faiss.IDSelectorXOr(faiss.IDSelectorRange(0, 3), faiss.IDSelectorBatch([2, 30])), [0, 1, 30]),
+        (faiss.IDSelectorAll(), range(60)),
+    ]
+    flat, ivf, mapped = faiss.IndexFlatL2(D), faiss.index_factory(D, "IVF3,Flat"), faiss.index_factory(D, "IDMap,Flat")
+    ivf.train(X)
+    flat.add(X)
+    ivf.add(X)
+    mapped.add_with_ids(X, np.arange(60))
+    for sel, ids in chosen:
+        ids = np.array(ids)
+        for index, params in [
+            (flat, faiss.SearchParameters(sel=sel)),
+            (ivf, faiss.SearchParametersIVF(sel=sel, nprobe=3)),
+            (mapped, faiss.SearchParameters(sel=sel)),
+        ]:
+            found = index.search(Q, 3, params=params)[1]
+            assert np.array_equal(found[:, : len(ids)], brute_force(X[ids], ids, 3)), type(sel)
+        assert sel.is_member(int(ids[0])) and len(ids) == sum(map(sel.is_member, range(60)))
+    with pytest.raises(RuntimeError, match="SearchParametersIVF"):
+        flat.search(Q, 1, params=faiss.SearchParametersIVF())
+
+
+def test_a_quantizer_that_comes_filled_is_kept():
+    quantizer = faiss.IndexFlatL2(D)
+    quantizer.add(X[:4])
+    index = faiss.IndexIVFPQ(quantizer, D, 4, 2, 4)
+    index.by_residual = False
+    index.train(X)
+    index.add_with_ids(X, np.arange(60) + 5)
+    assert np.array_equal(quantizer.reconstruct_n(), X[:4])
+    assert sum(index.invlists.list_size(i) for i in range(4)) == 60
+    home = ((X[:, None] - X[:4]) ** 2).sum(2).argmin(1)
+    assert np.array_equal(index.invlists.get_ids(2), np.flatnonzero(home == 2) + 5)
+    assert np.array_equal(index.quantizer.assign(X, 1)[:, 0], home)
+    assert index.pq.decode(index.pq.compute_codes(X)).shape == X.shape and index.pq.centroids.shape == (16 * D,)
+
+
+def test_kmeans_and_helpers():
+    means = faiss.Kmeans(D, 5, niter=8, seed=3)
+    means.train(X)
+    distances, near = means.assign(X)
+    assert np.array_equal(near, ((X[:, None] - means.centroids) ** 2).sum(2).argmin(1)) and len(means.obj) == 8
+    assert distances.sum() <= means.obj[-1] * 1.0001 and (np.diff(means.obj) <= 1e-3).all()
+    x = np.vstack([X, np.zeros((1, D), np.float32)])
+    faiss.normalize_L2(x)
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), [1] * 60 + [0], rtol=1e-6)
+    assert np.array_equal(faiss.knn(Q, X, 4)[1], brute_force(X, np.arange(60), 4))
+    clustering, index = faiss.Clustering(D, 4), faiss.IndexFlatL2(D)
+    clustering.train(X, index)
+    assert index.ntotal == 4 and len(clustering.centroids) == 4 * D
+
+
+def test_refusals():
+    index = faiss.index_factory(D, "IVF3,PQ2x4")
+    for call, error in [
+        (lambda: index.add(X), RuntimeError),
+        (lambda: index.search(Q, 1), RuntimeError),
+        (lambda: index.train(X[:, :3]), AssertionError),
+        (lambda: faiss.index_factory(D, "HNSW32"), RuntimeError),
+        (lambda: faiss.index_factory(D, "PQ3x4"), RuntimeError),
+        (lambda: faiss.IndexFlatL2(D).add_with_ids(X, np.arange(60)), RuntimeError),
+        (lambda: faiss.IndexIVFFlat(faiss.IndexPQ(D, 2, 4), D, 3), NotImplementedError),
+        (lambda: faiss.IndexFlat(D, 2), NotImplementedError),
+        (lambda: faiss.index_factory(D, "IDMap,Flat").add(X), RuntimeError),
+    ]:
+        with pytest.raises(error):
+            call()
+    assert index.ntotal == 0 and not index.is_trained
+
+
+def test_installed_under_its_name():
+    compat.install("faiss", force=True)
+    try:
+        index = importlib.import_module("faiss").IndexFlatL2(D)
+        index.add(X)
+        assert index.search(X[:1], 1)[1].item() == 0
+    finally:
+        compat.uninstall("faiss")

@@ -23,7 +23,7 @@ def test_example(title):
     try:
         exec(EXAMPLES[title], {})
     finally:
-        if title in ("flash-attn", "bitsandbytes"):
+        if title in ("flash-attn", "bitsandbytes", "faiss"):
             compat.uninstall(title.replace("-", "_"))
         if title == "transformers":
             route.disable()

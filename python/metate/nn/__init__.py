@@ -4,6 +4,7 @@ dequantize_model, which takes them out), and attention over a cache of latents (
 from metate.nn.latent_attention import LatentAttention
 from metate.nn.lora import LoraLinear
 from metate.nn.model import dequantize_model, quantize_model
+from metate.nn.product_quantizer import ProductQuantizer
 from metate.nn.quant_linear import QuantLinear
 
-__all__ = ["LatentAttention", "LoraLinear", "QuantLinear", "dequantize_model", "quantize_model"]
+__all__ = ["LatentAttention", "LoraLinear", "ProductQuantizer", "QuantLinear", "dequantize_model", "quantize_model"]

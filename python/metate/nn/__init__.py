@@ -1,5 +1,6 @@
 """Modules: low-bit linear layers (QuantLinear, LoraLinear on top of it, quantize_model, which puts them in place, and
-dequantize_model, which takes them out), and attention over a cache of latents (LatentAttention)."""
+dequantize_model, which takes them out), attention over a cache of latents (LatentAttention), and product quantisation
+that learns (ProductQuantizer)."""
 
 from metate.nn.latent_attention import LatentAttention
 from metate.nn.lora import LoraLinear

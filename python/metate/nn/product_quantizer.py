@@ -25,8 +25,8 @@ class ProductQuantizer(nn.Module):
             evaluation mode what the codes decode to.
         temperature: of "soft"; may be lowered while training.
 
-    `codebooks` (M, 2**bits, dim / M) begin at random; `fit` begins them by k-means. An index of metate.search takes them
-    by `index.set_trained({"codebooks": quantizer.codebooks})`.
+    `codebooks` (M, 2**bits, dim / M) begin at random, or by k-means with `fit`. An index of metate.search takes them by
+    `index.set_trained({"codebooks": quantizer.codebooks})`.
     """
 
     def __init__(

@@ -66,6 +66,11 @@ class Index:
         return self.ntotal
 
     @property
+    def next_id(self) -> int:
+        """The id that `add` gives next."""
+        return self._state.next_id
+
+    @property
     def is_trained(self) -> bool:
         return self._is_trained(self._state)
 
@@ -153,8 +158,7 @@ class Index:
 
     def _fit(self, x: Tensor, known: Model, progress: bool | None) -> dict[str, Tensor]:
         """What training finds beside what is known."""
-        if self.metric == "cosine":
-            x = torch.nn.functional.normalize(x)
+        x = self._scaled(x)
         model = dict(known)
         turns = 20 if self.opq else 0
         M = self.codec.M if isinstance(self.codec, Product) else 0
@@ -188,6 +192,10 @@ class Index:
             if self._state.lists.total:
                 raise fail(op, "the index", f"holding {self.ntotal} vectors", "empty: reset() it", error=RuntimeError)
             self._state = State(model, self._no_rows())
+
+    def trained(self) -> dict[str, Tensor]:
+        """What `set_trained` takes."""
+        return dict(self._state.model)
 
     # Adding and removing.
 
@@ -248,8 +256,7 @@ class Index:
         }
         with Steps("adding", len(vectors), progress) as steps:
             for part, x in vectors.blocks():
-                if self.metric == "cosine":
-                    x = torch.nn.functional.normalize(x)
+                x = self._scaled(x)
                 columns = {} if self.refine is None else self.refine.encode(model, x)
                 x = self._rotated(model, x)
                 columns.update(self._coded(model, x, lists[part]))
@@ -269,8 +276,22 @@ class Index:
                 return self.codec.encode(model, x - centroids, centroids)
         return self.codec.encode(model, x)
 
+    @torch.no_grad()
+    def assign(self, x: Array) -> Integers:
+        """The list that each vector of (n, dim) goes to."""
+        op = self._op("assign")
+        if self.nlist is None:
+            raise fail(op, "the index", "without lists", "one with lists")
+        model, lists = self._trained(op).model, [np.zeros(0, np.int64)]
+        for _, rows in Vectors(op, "x", x, self.dim, self.device).blocks():
+            lists.append(self._assign(model, self._rotated(model, self._scaled(rows))).cpu().numpy())
+        return np.concatenate(lists)
+
     def _assign(self, model: Model, x: Tensor) -> Tensor:
         return topk_distances(x, model["centroids"], 1, metric=self._scan_metric)[1][:, 0]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(x) if self.metric == "cosine" else x
 
     def _rotated(self, model: Model, x: Tensor) -> Tensor:
         """In float64, so that a row does not depend on how many rows are rotated with it."""
@@ -354,8 +375,7 @@ class Index:
     def _search(
         self, state: State, x: Tensor, k: int, nprobe: int, keep: Tensor | None, factor: int
     ) -> tuple[Tensor, Tensor]:
-        if self.metric == "cosine":
-            x = torch.nn.functional.normalize(x)
+        x = self._scaled(x)
         ids = state.lists.columns.get("ids")
         ids = None if ids is None or self.refine is not None else ids[: state.lists.used]
         wide = k if self.refine is None else min(k * factor, max(k, state.lists.total))
@@ -436,8 +456,7 @@ class Index:
         self, state: State, x: Tensor, radius: float, nprobe: int, keep: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
         """For every query, those within: more and more are asked for until the last one is outside."""
-        if self.metric == "cosine":
-            x = torch.nn.functional.normalize(x)
+        x = self._scaled(x)
         codec, ids = self.refine or self.codec, state.lists.columns.get("ids")
         ids = None if ids is None else ids[: state.lists.used]
         results: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(x)

@@ -1,11 +1,24 @@
 """Modules: low-bit linear layers (QuantLinear, LoraLinear on top of it, quantize_model, which puts them in place, and
-dequantize_model, which takes them out), attention over a cache of latents (LatentAttention), and product quantisation
-that learns (ProductQuantizer)."""
+dequantize_model, which takes them out), attention over a cache of latents (LatentAttention), mixtures of experts (MoE,
+of GroupedLinear layers, which have low-bit and LoRA forms too), and product quantisation that learns (ProductQuantizer).
+"""
 
 from metate.nn.latent_attention import LatentAttention
-from metate.nn.lora import LoraLinear
+from metate.nn.lora import LoraGroupedLinear, LoraLinear
 from metate.nn.model import dequantize_model, quantize_model
+from metate.nn.moe import GroupedLinear, MoE
 from metate.nn.product_quantizer import ProductQuantizer
-from metate.nn.quant_linear import QuantLinear
+from metate.nn.quant_linear import QuantGroupedLinear, QuantLinear
 
-__all__ = ["LatentAttention", "LoraLinear", "ProductQuantizer", "QuantLinear", "dequantize_model", "quantize_model"]
+__all__ = [
+    "GroupedLinear",
+    "LatentAttention",
+    "LoraGroupedLinear",
+    "LoraLinear",
+    "MoE",
+    "ProductQuantizer",
+    "QuantGroupedLinear",
+    "QuantLinear",
+    "dequantize_model",
+    "quantize_model",
+]

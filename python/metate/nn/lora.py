@@ -1,4 +1,5 @@
-"""LoraLinear: a frozen linear layer plus trained low-rank updates, one adapter or several in a batch."""
+"""LoraLinear: a frozen linear layer plus trained low-rank updates, one adapter or several in a batch; and
+LoraGroupedLinear: one for every expert."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from metate.errors import fail
+from metate.nn.moe import GroupedLinear
 from metate.nn.quant_linear import QuantLinear
+from metate.ops.moe import grouped_linear
 from metate.ops.quant_linear import lora_linear, low_rank_update
 
 
@@ -50,12 +53,9 @@ class LoraLinear(nn.Module):
         self.adapter: int | Tensor = 0
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """A as nn.Linear begins, B zero: the update begins as nothing."""
-        for matrix in self.lora_A:
-            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        _begin(self.lora_A, self.lora_B)
 
     def forward(self, x: Tensor, adapter: int | Tensor | None = None) -> Tensor:
         A: Tensor = self.lora_A
@@ -80,3 +80,60 @@ class LoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, adapters={self.lora_A.shape[0]}"
+
+
+class LoraGroupedLinear(nn.Module):
+    """base(x) + (alpha / r) · dropout(x) Aₑᵀ Bₑᵀ, with A and B of the expert e that a row goes to.
+
+    Args:
+        base: QuantGroupedLinear or GroupedLinear. Its parameters are frozen.
+        r, alpha, dropout, dtype: as of LoraLinear. `lora_A` is (num_experts, r, in_features), `lora_B` (num_experts,
+            out_features, r).
+    """
+
+    def __init__(
+        self, base: GroupedLinear, r: int, alpha: float | None = None, dropout: float = 0.0, *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not isinstance(base, GroupedLinear):
+            expected = "a QuantGroupedLinear or GroupedLinear"
+            raise fail("nn.LoraGroupedLinear", "base", type(base).__name__, expected, error=TypeError)
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise fail("nn.LoraGroupedLinear", "r", r, "1 or more")
+        self.base, self.r, self.scale = base.requires_grad_(False), r, (r if alpha is None else alpha) / r
+        self.num_experts, self.in_features, self.out_features = base.num_experts, base.in_features, base.out_features
+        self.dropout = nn.Dropout(dropout)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(self.num_experts, r, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.num_experts, self.out_features, r, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As LoraLinear begins."""
+        _begin(self.lora_A, self.lora_B)
+
+    def forward(self, x: Tensor, offsets: Tensor, order: Tensor | None = None, k: int = 1) -> Tensor:
+        A, B, base = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.base
+        if not (self.training and self.dropout.p > 0):
+            return grouped_linear(x, base.weight, offsets, base.bias, order=order, k=k, lora=(A, B), scaling=self.scale)
+        update = grouped_linear(grouped_linear(self.dropout(x), A, offsets, order=order, k=k), B, offsets)
+        out: Tensor = base(x, offsets, order, k) + self.scale * update
+        return out
+
+    def part(self, first: int, last: int) -> LoraGroupedLinear:
+        """A copy with the experts first … last - 1."""
+        found = LoraGroupedLinear(self.base.part(first, last), self.r, self.scale * self.r, self.dropout.p)
+        for name in ("lora_A", "lora_B"):
+            setattr(found, name, nn.Parameter(getattr(self, name)[first:last].detach().clone()))
+        return found
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale:g}, num_experts={self.num_experts}"
+
+
+@torch.no_grad()
+def _begin(A: Tensor, B: Tensor) -> None:
+    for matrix in A:
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+    nn.init.zeros_(B)

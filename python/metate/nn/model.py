@@ -7,19 +7,23 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metate.errors import fail
-from metate.nn.quant_linear import METHODS, QuantLinear
+from metate.nn.low_bit import METHODS, LowBit
+from metate.nn.moe import GroupedLinear
+from metate.nn.quant_linear import QuantGroupedLinear, QuantLinear
 
 Module = TypeVar("Module", bound=nn.Module)
+_LOW_BIT: dict[type, Any] = {nn.Linear: QuantLinear, GroupedLinear: QuantGroupedLinear}
 
 
 def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = (), **options: Any) -> Module:
-    """Replaces the nn.Linear layers of a model by QuantLinear, in place, one at a time; returns the model.
+    """Replaces the nn.Linear layers of a model by QuantLinear, and the experts of metate.nn.MoE by QuantGroupedLinear,
+    in place, one at a time; returns the model.
 
-    Left dense: subclasses of nn.Linear, layers whose weight another module uses too (an output layer tied to the
-    embedding), and what `skip` names.
+    Left dense: subclasses of nn.Linear (routers are such), layers whose weight another module uses too (an output layer
+    tied to the embedding), and what `skip` names.
 
     Args:
         method: "nf4", "fp4", "int8" or "int4".
@@ -37,19 +41,19 @@ def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = 
     for pattern in skip:
         if not any(_names(pattern, name) for name, _ in named):
             raise fail("quantize_model", "skip", repr(pattern), f"the name of a module of {type(model).__name__}")
-    if type(model) is nn.Linear:
-        return model if skip else QuantLinear.from_linear(model, method, **options)  # type: ignore[arg-type, return-value]
-    layers = {name: m for name, m in named if type(m) is nn.Linear and not any(_names(s, name) for s in skip)}
+    if type(model) in _LOW_BIT:
+        return model if skip else _low_bit(model, method, options)  # type: ignore[return-value]
+    layers = {name: m for name, m in named if type(m) in _LOW_BIT and not any(_names(s, name) for s in skip)}
     chosen = set(map(id, layers.values()))
     elsewhere = {
         id(parameter) for _, m in named if id(m) not in chosen for parameter in m.parameters(recurse=False)
     }  # fmt: skip
-    made: dict[int, QuantLinear] = {}
+    made: dict[int, nn.Module] = {}
     for name, layer in layers.items():
         if id(layer.weight) in elsewhere:
             continue
         if id(layer) not in made:
-            made[id(layer)] = QuantLinear.from_linear(layer, method, **options)
+            made[id(layer)] = _low_bit(layer, method, options)
         model.set_submodule(name, made[id(layer)])
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -58,8 +62,8 @@ def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = 
 
 
 def dequantize_model(model: Module, dtype: torch.dtype = torch.float32) -> Module:
-    """Replaces the QuantLinear layers of a model by nn.Linear, in place, one at a time; returns the model. Their
-    weights can learn.
+    """Replaces the low-bit layers of a model by dense ones, in place, one at a time; returns the model. Their weights
+    can learn.
 
     Layers inside of others count too: after it, PEFT's `merge_and_unload` adds adapters to dense weights, without the
     rounding that going back to low bits would cost.
@@ -67,25 +71,31 @@ def dequantize_model(model: Module, dtype: torch.dtype = torch.float32) -> Modul
     Args:
         dtype: of the weights. Biases stay what they are.
     """
-    if isinstance(model, QuantLinear):
+    if isinstance(model, LowBit):
         return _dense(model, dtype)  # type: ignore[return-value]
-    made: dict[int, nn.Linear] = {}
+    made: dict[int, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, LowBit):
             if id(layer) not in made:
                 made[id(layer)] = _dense(layer, dtype)
             model.set_submodule(name, made[id(layer)])
     return model
 
 
-def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    dense = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+def _low_bit(layer: nn.Module, method: str, options: dict[str, Any]) -> nn.Module:
+    made: nn.Module = _LOW_BIT[type(layer)].from_linear(layer, method, **options)
+    return made
+
+
+def _dense(layer: LowBit, dtype: torch.dtype) -> nn.Module:
+    *experts, out_features, in_features = layer.weight.shape
+    kind: Any = GroupedLinear if experts else nn.Linear
+    dense: Any = kind(*experts, in_features, out_features, False, device="meta")
     dense.weight = nn.Parameter(layer.dequantize(dtype))
-    if isinstance(layer.bias, nn.Parameter) or layer.bias is None:
-        dense.bias = layer.bias
-    else:
-        dense.bias = nn.Parameter(layer.bias, requires_grad=False)
-    return dense.train(layer.training)
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    dense.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    made: nn.Module = dense.train(layer.training)
+    return made
 
 
 def _names(pattern: str, name: str) -> bool:

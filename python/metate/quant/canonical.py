@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metate.low_bit import FLOATS, QuantizedWeight
+from metate.ops.moe import QuantizedExperts
 from metate.quant.settings import Settings, complain, parse_json, take
 
 MARK = "quantized_weight"
@@ -19,23 +21,25 @@ FIELDS = {
 }  # fmt: skip
 
 
-def lower(tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedWeight:
-    """A module's tensors, named by the field."""
+def lower(tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedWeight | QuantizedExperts:
+    """A module's tensors, named by the field; experts where the shape has three sizes."""
     text = take(tensors, MARK, torch.uint8, shape=(None,))
     numbers = Settings(MARK, parse_json(text.numpy().tobytes(), MARK, 1 << 12))
     shape = numbers.values.get("shape")
-    if not isinstance(shape, list) or len(shape) != 2:
-        raise complain(f"{MARK} shape", shape, "[out_features, in_features]")
+    if not isinstance(shape, list) or len(shape) not in (2, 3) or any(type(size) is not int for size in shape):
+        raise complain(f"{MARK} shape", shape, "[out_features, in_features], or [experts, out_features, in_features]")
     found = {name: take(tensors, name, *dtypes) for name, dtypes in FIELDS.items() if name in tensors}
     if not {"codes", "scales"} <= found.keys():
         raise complain("codes or scales", "missing", "a tensor")
-    return QuantizedWeight(
-        (shape[0], shape[1]), numbers.integer("bits", None, 1, 8), numbers.integer("group_size", None, 1, 2**31),
+    kind: Any = QuantizedWeight if len(shape) == 2 else QuantizedExperts
+    lowered: QuantizedWeight | QuantizedExperts = kind(
+        tuple(shape), numbers.integer("bits", None, 1, 8), numbers.integer("group_size", None, 1, 2**31),
         zero=numbers.integer("zero", 0, 0, 255), super_groups=numbers.integer("super_groups", 0, 0, 2**31), **found,
     )  # fmt: skip
+    return lowered
 
 
-def write(weight: QuantizedWeight) -> dict[str, Tensor]:
+def write(weight: QuantizedWeight | QuantizedExperts) -> dict[str, Tensor]:
     """The inverse of `lower`."""
     numbers = {
         "shape": list(weight.shape), "bits": weight.bits, "group_size": weight.group_size, "zero": weight.zero,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.low_bit import QuantizedWeight
+from metate.ops.moe import QuantizedExperts
 from metate.quant import awq, bitsandbytes, canonical, fp8, gptq
 from metate.quant.gguf import MAGIC, GGUFFile
 from metate.quant.settings import Settings, complain, parse_json
@@ -70,7 +71,7 @@ def _guarded(what: str, read: Callable[[], Any]) -> Any:
         raise complain(what, f"unreadable ({error})", "a safetensors file") from None
 
 
-class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
+class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | QuantizedExperts | Tensor"]):
     """Module name -> QuantizedWeight, and tensor name -> dense tensor for what is not quantised; made when asked for.
 
     config: the configuration found beside the tensors, unchecked.
@@ -116,7 +117,7 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
             raise complain(module, "quantised twice over", "one format")
         self._modules[module] = {part: name for part, name in parts.items() if name in self._tensors}
 
-    def __getitem__(self, name: str) -> QuantizedWeight | Tensor:
+    def __getitem__(self, name: str) -> QuantizedWeight | QuantizedExperts | Tensor:
         if name not in self._modules:
             if name not in self._dense:
                 raise KeyError(name)
@@ -127,7 +128,7 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | Tensor"]):
         except ValueError as error:
             raise complain(f"module {name!r}", f"unreadable: {error}", "a consistent state") from None
 
-    def _lower(self, module: str, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    def _lower(self, module: str, tensors: dict[str, Tensor]) -> QuantizedWeight | QuantizedExperts:
         if "qweight" not in tensors:
             if canonical.MARK in tensors:
                 return canonical.lower(tensors, self._settings)
@@ -173,8 +174,8 @@ def load_quantized(path: str | Path, *, checkpoint_format: str | None = None) ->
             label and the data, and refuses what is ambiguous.
 
     Returns:
-        a mapping from module name (in GGUF: tensor name) to QuantizedWeight, and from tensor name to dense tensor for
-        the rest, lazily.
+        a mapping from module name (in GGUF: tensor name) to QuantizedWeight (QuantizedExperts, where one of metate's
+        own holds a layer's experts), and from tensor name to dense tensor for the rest, lazily.
 
     Raises:
         FormatError: what the files hold is not what their format promises. Also raised by access to a module.
@@ -253,23 +254,31 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 
 def save_quantized(
     folder: str | Path,
-    weights: Mapping[str, QuantizedWeight | Tensor],
+    weights: Mapping[str, QuantizedWeight | QuantizedExperts | Tensor],
     method: str = "metate",
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes model.safetensors and config.json, for `load_quantized` and for the readers of the method's own ecosystem.
 
     Args:
-        weights: module name -> QuantizedWeight, tensor name -> dense tensor.
-        method: "gptq", "awq", "bitsandbytes" (NF4, FP4), or "metate" for any weight.
+        weights: module name -> QuantizedWeight or QuantizedExperts, tensor name -> dense tensor.
+        method: "gptq", "awq", "bitsandbytes" (NF4, FP4), or "metate" for any weight; experts stacked in one have no
+            place in the others.
         config: other members of config.json.
     """
-    writers = {"gptq": gptq.write, "awq": awq.write, "bitsandbytes": bitsandbytes.write, "metate": canonical.write}
+    writers: dict[str, Any] = {
+        "gptq": gptq.write,
+        "awq": awq.write,
+        "bitsandbytes": bitsandbytes.write,
+        "metate": canonical.write,
+    }
     if method not in writers:
         raise fail("save_quantized", "method", method, " or ".join(writers))
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedExperts) and method != "metate":
+            raise fail("save_quantized", name, weight, f"a QuantizedWeight for {method}: one expert at a time")
+        if not isinstance(weight, Tensor):
             for part, tensor in writers[method](weight).items():
                 inside = method == "bitsandbytes" and part != "weight"  # weight, weight.absmax, …
                 tensors[f"{name}.weight.{part}" if inside else f"{name}.{part}"] = tensor

@@ -1,0 +1,114 @@
+"""What layers with low-bit weights share: tensors as buffers, states that are checkpoints, dtypes that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metate.errors import FormatError, fail
+from metate.ops.quant_linear import QuantizedWeight
+from metate.quant import canonical, quantize_fp4, quantize_nf4, quantize_rtn
+from metate.quant.settings import Settings
+
+METHODS: dict[str, Callable[..., QuantizedWeight]] = {
+    "nf4": quantize_nf4,
+    "fp4": quantize_fp4,
+    "int8": partial(quantize_rtn, bits=8, group_size=-1),
+    "int4": quantize_rtn,
+}
+_NUMBERS = ("shape", "bits", "group_size", "super_groups", "zero")
+_PARTS = (*canonical.FIELDS, canonical.MARK)
+
+
+class LowBit(nn.Module):
+    """A module whose `weight` is a QuantizedWeight, or QuantizedExperts, on its buffers."""
+
+    def _take(self, weight: Any, bias: Tensor | None) -> None:
+        """Makes the weight's tensors buffers; the bias too, unless it is a Parameter."""
+        self._hold(weight, canonical.write(weight))
+        self._weight: Any = weight
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.register_parameter("bias", bias)
+        else:
+            self.register_buffer("bias", bias)
+
+    def _hold(self, weight: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Makes the tensors buffers in place of those that are there, and takes the numbers."""
+        self._kind = type(weight)
+        for name in _PARTS:
+            self._buffers.pop(name, None)
+        for name in _PARTS:
+            if name in tensors:
+                shared = name == "codebook"  # by all layers of a format; files refuse tensors that layers share
+                self.register_buffer(name, tensors[name].clone() if shared else tensors[name].contiguous())
+        self._fields = tuple(name for name in canonical.FIELDS if name in tensors)
+        self._numbers = {name: getattr(weight, name) for name in _NUMBERS}
+
+    @property
+    def weight(self) -> Any:
+        """W, on the buffers as they are now."""
+        built = self._weight
+        if built is None or any(self._buffers[name] is not getattr(built, name) for name in self._fields):
+            tensors: dict[str, Any] = {name: self._buffers[name] for name in self._fields}
+            built = self._weight = self._kind(**self._numbers, **tensors)
+        return built
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W as a dense tensor."""
+        dense: Tensor = self.weight.dequantize(dtype)
+        return dense
+
+    def reset_parameters(self) -> None:
+        name = type(self).__name__
+        raise NotImplementedError(f"metate.nn.{name}: a quantised weight is not initialised; make one from_linear")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowBit:
+        own = {id(self._buffers[name]) for name in _PARTS if name in self._buffers}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in own:
+                return fn(tensor)
+            data = tensor.flatten().view(torch.uint8)  # integers keep their dtype
+            result = fn(data)
+            return tensor if result is data else result.view(tensor.dtype).view(tensor.shape)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._weight = None
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        if prefix + canonical.MARK in state_dict:
+            try:
+                self._expect({name: state_dict[prefix + name] for name in _PARTS if prefix + name in state_dict})
+            except FormatError as error:
+                error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._weight = None
+
+    def _expect(self, tensors: dict[str, Tensor]) -> None:
+        """Makes room for a checked state, which may be of another format."""
+        mark = tensors[canonical.MARK].cpu()
+        weight = canonical.lower({**tensors, canonical.MARK: mark}, Settings("state", {}))
+        if weight.shape != self._numbers["shape"]:
+            raise fail(
+                f"nn.{type(self).__name__}", "state", weight, f"of shape {self._numbers['shape']}", error=FormatError
+            )
+        device = self._buffers["codes"].device  # type: ignore[union-attr]
+        self._hold(weight, {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()})
+
+
+def quantized(weight: Tensor, method: str, options: Mapping[str, Any]) -> QuantizedWeight:
+    """A dense weight by one of METHODS."""
+    if method not in METHODS:
+        raise fail("quantize_model", "method", repr(method), " or ".join(map(repr, METHODS)))
+    return METHODS[method](weight.detach(), **options)

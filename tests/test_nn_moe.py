@@ -1,0 +1,206 @@
+"""nn.MoE: values against a plain loop, routing options, losses, low-bit experts, adapters, life as a module."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import metate
+from metate.nn import GroupedLinear, LoraGroupedLinear, MoE, QuantGroupedLinear, dequantize_model
+from metate.quant import quantize_hqq, quantize_rtn
+
+HIDDEN, INNER, EXPERTS = 12, 20, 5
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return MoE(HIDDEN, INNER, EXPERTS, options.pop("top_k", 2), **options)
+
+
+def plain(moe, x):
+    """Every expert on every token, most of it thrown away. The route is taken as it is."""
+    rows = x.reshape(-1, HIDDEN)
+    out = torch.zeros_like(rows)
+    gate_up, down = moe.experts.gate_up, moe.experts.down
+    for e in range(EXPERTS):
+        hidden = F.linear(rows, gate_up.weight[e], None if gate_up.bias is None else gate_up.bias[e])
+        gate, up = hidden.chunk(2, -1)
+        y = F.linear(F.silu(gate) * up, down.weight[e], None if down.bias is None else down.bias[e])
+        weight = torch.where(moe.route.experts == e, moe.route.weights, 0).sum(1, keepdim=True)
+        out = out + weight * y
+    if moe.shared is not None:
+        out = out + moe.shared(rows)
+    return out.view(x.shape)
+
+
+def gradients(module, out):
+    grad = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    found = torch.autograd.grad(out, [p for p in module.parameters() if p.requires_grad], grad)
+    return dict(zip((n for n, p in module.named_parameters() if p.requires_grad), found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True, "shared_size": 8, "shared_gate": True, "router_bias": True},
+        {"top_k": 3, "score": "sigmoid", "renormalise": True, "scaling": 2.5, "correction": True},
+        {"top_k": 1, "policy": "switch", "capacity_factor": 0.6},
+    ],
+    ids=["plain", "biases, shared", "sigmoid", "switch"],
+)
+def test_equals_every_expert_on_every_token(options):
+    moe = build(**options).double()
+    if moe.correction_bias is not None:
+        moe.correction_bias.copy_(torch.linspace(-1, 1, EXPERTS))
+    x = torch.randn(2, 9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    y = moe(x)
+    truth = plain(moe, x)
+    torch.testing.assert_close(y, truth)
+    if "capacity_factor" in options:
+        assert (moe.route.experts == EXPERTS).any(), "nothing was dropped"
+    grad = torch.randn_like(y)
+    got, want = (torch.autograd.grad(out, [x, *moe.parameters()], grad, retain_graph=True) for out in (y, truth))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("activation", "gating"), [("relu2", "none"), ("gelu", "none"), ("gelu", "gate_up")])
+def test_activations_reach_experts_and_the_shared_one(activation, gating):
+    moe = build(activation=activation, gating=gating, shared_size=8)
+    widths = [layer.weight.shape[-2] for layer in (moe.experts.gate_up, moe.shared.gate_up)]
+    assert widths == ([INNER, 8] if gating == "none" else [2 * INNER, 16])
+    assert moe(torch.randn(4, HIDDEN)).isfinite().all()
+
+
+def test_losses_come_from_the_last_route():
+    moe = build()
+    moe(torch.randn(50, HIDDEN))
+    loss = moe.route.load_balance_loss() + 1e-3 * moe.route.z_loss()
+    loss.backward()
+    assert moe.router.weight.grad.any()
+    copied = copy.deepcopy(moe)
+    assert copied.route is None
+    pickled = io.BytesIO()
+    torch.save(moe, pickled)
+    pickled.seek(0)
+    assert torch.load(pickled, weights_only=False).route is None
+
+
+def test_correction_bias_evens_the_load_out():
+    moe = build(top_k=1, correction=True, score="sigmoid")
+    x = torch.randn(200, HIDDEN) + 1
+    moe(x)
+    before = moe.route.counts().max()
+    for _ in range(200):
+        moe(x)
+        moe.update_bias(0.01)
+    assert moe.route.counts().max() < min(before, 60)
+
+
+def test_noise_is_of_training():
+    moe = build(noisy=True)
+    x = torch.randn(30, HIDDEN)
+    assert not torch.equal(moe(x), moe(x))
+    assert torch.equal(moe.eval()(x), moe(x))
+
+
+METHODS = {"nf4": {}, "int4": {"group_size": 8, "symmetric": False}, "int8": {}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_low_bit_experts(method):
+    """Those of the dequantised weights, gradients to x, to the router and to biases included."""
+    moe = metate.quantize_model(build(bias=True, shared_size=8), method, **METHODS[method])
+    assert type(moe.experts.gate_up) is type(moe.experts.down) is QuantGroupedLinear
+    assert type(moe.router).__name__ == "Router", "the router stays dense"
+    dense = dequantize_model(copy.deepcopy(moe))
+    assert type(dense.experts.down) is GroupedLinear
+    x = torch.randn(7, HIDDEN, requires_grad=True)
+    low, full = moe(x), dense(x)
+    torch.testing.assert_close(low, full, rtol=1e-4, atol=1e-5)
+    names = {name for name, _ in moe.named_parameters()}
+    assert {"experts.gate_up.bias", "router.weight"} <= names
+    got = torch.autograd.grad(low.square().sum(), [x, *moe.parameters()])
+    want = torch.autograd.grad(full.square().sum(), [x, *(p for n, p in dense.named_parameters() if n in names)])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_states_come_back_into_another_format(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    x = torch.randn(3, HIDDEN)
+    first = metate.quantize_model(build(), "nf4")
+    other = metate.quantize_model(build(), "int8")
+    save_file(first.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other(x), first(x))
+    found = metate.load_quantized(tmp_path)
+    assert torch.equal(found["experts.down"].dequantize(), first.experts.down.dequantize())
+    fewer = metate.quantize_model(MoE(HIDDEN, INNER, 3), "nf4")
+    with pytest.raises(RuntimeError, match=r"experts.down.*expected of shape \(3, 12, 20\)"):
+        fewer.load_state_dict(first.state_dict())
+
+
+def test_every_format_of_a_weight_can_be_stacked():
+    moe = build().double()
+    for quantize in (lambda w: quantize_hqq(w, group_size=4), lambda w: quantize_rtn(w, 3, 8, symmetric=False)):
+        low = copy.deepcopy(moe)
+        for name in ("gate_up", "down"):
+            dense = getattr(moe.experts, name).weight.detach().float()
+            stacked = metate.QuantizedExperts.stack([quantize(one) for one in dense])
+            setattr(low.experts, name, QuantGroupedLinear(stacked))
+        full = dequantize_model(copy.deepcopy(low), torch.float64)
+        x = torch.randn(6, HIDDEN, dtype=torch.float64)
+        torch.testing.assert_close(low(x), full(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("low_bit", [False, True])
+def test_adapters(low_bit):
+    """What they add is scaling · B A of each expert; they alone learn."""
+    moe = build(bias=True)
+    if low_bit:
+        metate.quantize_model(moe, "nf4")
+    merged = dequantize_model(copy.deepcopy(moe))
+    before = moe(x := torch.randn(9, HIDDEN, requires_grad=True))
+    moe.requires_grad_(False)
+    for name in ("gate_up", "down"):
+        layer = LoraGroupedLinear(getattr(moe.experts, name), 4, alpha=8)
+        setattr(moe.experts, name, layer)
+    assert torch.equal(moe(x), before), "adapters begin as nothing"
+    for name in ("gate_up", "down"):
+        layer = getattr(moe.experts, name)
+        nn.init.normal_(layer.lora_B, 0, 0.1)
+        getattr(merged.experts, name).weight.data += 2 * (layer.lora_B @ layer.lora_A).detach()
+    out, want = moe(x), merged(x)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    learned = {name for name, p in moe.named_parameters() if p.requires_grad}
+    assert learned == {f"experts.{layer}.lora_{m}" for layer in ("gate_up", "down") for m in "AB"}
+    (dx,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+    torch.testing.assert_close(
+        dx, torch.autograd.grad(want.square().sum(), x, retain_graph=True)[0], rtol=1e-3, atol=1e-3
+    )
+    found, dense = gradients(moe, out), gradients(merged, want)
+    for name in ("gate_up", "down"):
+        layer, d_weight = getattr(moe.experts, name), dense[f"experts.{name}.weight"]
+        torch.testing.assert_close(
+            found[f"experts.{name}.lora_A"], 2 * layer.lora_B.mT @ d_weight, rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(
+            found[f"experts.{name}.lora_B"], 2 * d_weight @ layer.lora_A.mT, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"nn.MoE: top_k is 6, expected 1 to num_experts, 5"):
+        build(top_k=6)
+    with pytest.raises(TypeError, match=r"nn.QuantGroupedLinear: weight is Tensor"):
+        QuantGroupedLinear(torch.zeros(2, 3, 4))
+    with pytest.raises(TypeError, match=r"nn.LoraGroupedLinear: base is Linear"):
+        LoraGroupedLinear(nn.Linear(2, 2), 4)
+    with pytest.raises(ValueError, match=r"nn.QuantGroupedLinear: bias is of shape \(2,\)"):
+        QuantGroupedLinear(metate.quantize_model(build(), "nf4").experts.down.weight, torch.zeros(2))

@@ -1,4 +1,5 @@
-"""metate in Hugging Face transformers: `attn_implementation="metate"`, and quantised checkpoints by `quantised()`.
+"""metate in Hugging Face transformers: `attn_implementation="metate"`, `experts_implementation="metate"`, and quantised
+checkpoints by `quantised()`.
 
 For attention two functions are registered, the attention and the mask. The mask function lowers what transformers
 describes by closures (causal, sliding window, chunks, packed sequences) and the 2-D padding mask to one interval of
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from metate.compat import experts
+from metate.compat.experts import quantize_experts, use_experts
 from metate.masks import AttentionMask
 from metate.ops.attention import attention, attention_varlen
 from metate.ops.paged_attention import append_kv, paged_attention
 
-__all__ = ["disable", "disable_quantised", "enable", "enable_quantised", "quantised"]
+__all__ = ["disable", "disable_quantised", "enable", "enable_quantised", "quantised", "quantize_experts", "use_experts"]
 
 _NAME = "metate"
 _FAR = 2**30  # beyond any position
@@ -31,12 +34,14 @@ Runs = tuple[Tensor, Tensor]  # of every query the first visible key and the one
 
 
 def enable() -> None:
-    """Makes `attn_implementation="metate"` known to transformers; it changes no model that does not ask for it.
+    """Makes `attn_implementation="metate"` and `experts_implementation="metate"` known to transformers; it changes no
+    model that does not ask for them.
 
-    Continuous batching (`model.generate_batch`) takes it too.
+    Continuous batching (`model.generate_batch`) takes the attention too.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    experts.register()
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, _mask)
     for module in _continuous_batching():
@@ -49,6 +54,7 @@ def disable() -> None:
     """Takes the registration back; models that were told to use it raise from then on."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    experts.unregister()
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(_NAME, None)
     for module in _continuous_batching():

@@ -1,4 +1,5 @@
-"""metate over torch.distributed: DTensor placements for every operator. Importing this registers them."""
+"""metate over torch.distributed: DTensor placements for every operator, which importing this registers, and experts
+spread over processes (ExpertParallel, spread_experts)."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
 
 from metate.op import REGISTRY, Op
+from metate.parallel.experts import ExpertParallel, spread_experts
+
+__all__ = ["ExpertParallel", "distribute", "spread_experts"]
 
 
 def distribute(op: Op, args: tuple[Any, ...], dims: Mapping[str, int], mesh: DeviceMesh) -> tuple[Any, ...]:

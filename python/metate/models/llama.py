@@ -1,14 +1,13 @@
 """Llama-style decoders: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023).
 
-Reads Hugging Face checkpoints (config.json beside model.safetensors, or beside shards and their index) and GGUF files.
+With mixtures of experts in place of SwiGLU they are Mixtral (Jiang et al. 2024), Qwen3-MoE and OLMoE. Reads Hugging
+Face checkpoints (config.json beside model.safetensors, or beside shards and their index) and, of dense models, GGUF.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,112 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metate import FormatError, QuantizedWeight, load_quantized
+from metate import FormatError, QuantizedExperts, QuantizedWeight, load_quantized
 from metate import attention as metate_attention
 from metate.errors import fail
 from metate.generate import Batch, CacheLayout
-from metate.nn import QuantLinear
+from metate.models.config import LLAMA3, LlamaConfig
+from metate.models.experts import Weight, inner_names, stacked_experts
+from metate.nn import GroupedLinear, MoE, QuantGroupedLinear, QuantLinear
 from metate.quant import GGUFFile
 from metate.quant.gguf_model import GGUFModel
-
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim",
-)  # fmt: skip
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The names are those of config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, float] = field(default_factory=dict)  # of Llama 3.1, or empty
-    rope_factors: tuple[float, ...] = ()  # the same as GGUF has it: divisors of the frequencies, or empty
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 2**31:
-                raise FormatError(f"metate.LlamaConfig: {name} is {value!r}, expected a positive integer")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise FormatError(
-                f"metate.LlamaConfig: num_key_value_heads is {self.num_key_value_heads}, expected a divisor of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise FormatError(
-                f"metate.LlamaConfig: head_dim is {self.head_dim}, expected an even number (rotary positions)"
-            )
-
-    @staticmethod
-    def read(path: str | Path) -> LlamaConfig:
-        """config.json of a Hugging Face Llama; FormatError names what this model does not have."""
-        raw = json.loads(Path(path).read_text())
-        if not isinstance(raw, dict) or raw.get("model_type") != "llama":
-            got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise FormatError(f"metate.LlamaConfig: model_type is {got!r}, expected 'llama'")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise FormatError(f"metate.LlamaConfig: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
-        try:
-            heads = raw["num_attention_heads"]
-            known = LlamaConfig.__dataclass_fields__.keys() - {"rope_factors"}
-            given = {name: raw[name] for name in known if raw.get(name) is not None}
-            given.setdefault("num_key_value_heads", heads)
-            given.setdefault("head_dim", raw["hidden_size"] // heads)
-            given["rope_theta"], given["rope_scaling"] = _rope(raw)
-            return LlamaConfig(**given)
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise FormatError(f"metate.LlamaConfig: {path} lacks or garbles {error}") from error
-
-    @staticmethod
-    def of_gguf(model: GGUFModel) -> LlamaConfig:
-        """The metadata of a GGUF file."""
-        settings, embedding = model.settings, model.get("model.embed_tokens.weight")
-        if model.architecture != "llama" or embedding is None:
-            raise FormatError(
-                f"metate.LlamaConfig: a {model.architecture} model, expected llama with token_embd.weight"
-            )
-        settings.text("rope.scaling.type", None, "none")
-        width = settings.integer("embedding_length", None, 1, 2**31 - 1)
-        head_dim = settings.integer("attention.key_length", width // model.heads, 1, 2**16)
-        settings.integer("rope.dimension_count", head_dim, head_dim, head_dim)
-        settings.integer("attention.value_length", head_dim, head_dim, head_dim)
-        factors = model.rotary_factors
-        if factors is not None and factors.numel() != head_dim // 2:
-            raise FormatError(f"metate.LlamaConfig: {factors.numel()} rotary factors, expected {head_dim // 2}")
-        return LlamaConfig(
-            embedding.shape[0], width, settings.integer("feed_forward_length", None, 1, 2**31 - 1),
-            settings.integer("block_count", None, 1, 10**6), model.heads, model.heads_kv, head_dim,
-            settings.number("attention.layer_norm_rms_epsilon"),
-            settings.number("rope.freq_base") if "rope.freq_base" in settings.values else 10000.0,
-            rope_factors=() if factors is None else tuple(factors.tolist()),
-            attention_bias="model.layers.0.self_attn.o_proj.bias" in model,
-            mlp_bias="model.layers.0.mlp.down_proj.bias" in model, tie_word_embeddings="lm_head.weight" not in model,
-        )  # fmt: skip
-
-
-def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, float]]:
-    """Base and scaling of the rotary positions, from either spelling of config.json."""
-    rope = {
-        "rope_theta": raw.get("rope_theta", 10000.0),
-        **(raw.get("rope_parameters") or raw.get("rope_scaling") or {}),
-    }
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise FormatError(f"metate.LlamaConfig: rope_type is {kind!r}, expected 'default' or 'llama3'")
-    return float(rope["rope_theta"]), {name: float(rope[name]) for name in _LLAMA3} if kind == "llama3" else {}
 
 
 class Cache:
@@ -164,9 +66,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, inner_kv, bias=bias)
         self.v_proj = nn.Linear(width, inner_kv, bias=bias)
         self.o_proj = nn.Linear(inner, width, bias=bias)
+        if config.qk_norm:
+            widths = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (inner, inner_kv)
+            self.q_norm, self.k_norm = (RMSNorm(width, config.rms_norm_eps) for width in widths)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | Batch | None) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.config.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self._project(x)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if isinstance(cache, Batch):
             attended = cache.attend(self.layer, q, k, v)
@@ -176,6 +81,19 @@ class Attention(nn.Module):
             attended = self.attend(q, k, v)
         out: Tensor = self.o_proj(attended.flatten(-2))
         return out
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values by head."""
+        found = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        config = self.config
+        if config.qk_norm == "all":
+            found[:2] = self.q_norm(found[0]), self.k_norm(found[1])
+        if config.clip_qkv:
+            found = [tensor.clamp(-config.clip_qkv, config.clip_qkv) for tensor in found]
+        found = [tensor.unflatten(-1, (-1, config.head_dim)) for tensor in found]
+        if config.qk_norm == "head":
+            found[:2] = self.q_norm(found[0]), self.k_norm(found[1])
+        return found
 
 
 class MLP(nn.Module):
@@ -191,13 +109,21 @@ class MLP(nn.Module):
         return out
 
 
+def mixture(config: LlamaConfig) -> MoE:
+    return MoE(
+        config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok,
+        renormalise=config.norm_topk_prob,
+    )  # fmt: skip
+
+
 class Layer(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int, attention: str) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        sparse = config.num_experts and layer not in config.mlp_only_layers
+        self.mlp = mixture(config) if sparse else MLP(config)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | Batch | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
@@ -232,8 +158,10 @@ class Llama(nn.Module):
         residual = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.dim() == 2:
-                    deviation = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                if parameter.dim() > 1:
+                    deviation = (
+                        residual if name.endswith(("o_proj.weight", "down_proj.weight", "down.weight")) else 0.02
+                    )
                     parameter.normal_(0, deviation, generator=generator)
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -294,14 +222,14 @@ class Llama(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str | Path, attention: str = "metate", dtype: torch.dtype | None = None) -> Llama:
-        """A Hugging Face Llama checkpoint, also GPTQ, AWQ or bitsandbytes, or a GGUF file.
+        """A Hugging Face Llama, Mixtral, Qwen3-MoE or OLMoE, also GPTQ, AWQ or bitsandbytes, or a Llama's GGUF file.
 
         Args:
             path: a folder, or a .gguf file.
             dtype: of what is not quantised; that of the file (of the embedding, if GGUF) unless given.
         """
         path = Path(path)
-        found: Mapping[str, QuantizedWeight | Tensor] = load_quantized(path)
+        found: Mapping[str, Weight] = load_quantized(path)
         if isinstance(found, GGUFFile):
             found = GGUFModel(found)
             config = LlamaConfig.of_gguf(found)
@@ -312,13 +240,13 @@ class Llama(nn.Module):
         with torch.device("meta"):
             model = Llama(config, attention)
         weights: dict[str, Tensor] = {}
-        for name, weight in found.items():
-            inner = name.removeprefix("model.")
-            if isinstance(weight, QuantizedWeight) and inner != "embed_tokens.weight":
+        for inner, weight in stacked_experts(found, config) if config.num_experts else inner_names(found):
+            if isinstance(weight, Tensor):
+                weights[inner] = weight.to(dtype or weight.dtype)
+            elif inner == "embed_tokens.weight":
+                weights[inner] = weight.dequantize(dtype or torch.float32)
+            else:
                 put_quantized(model, inner.removesuffix(".weight"), weight)
-            elif not name.endswith("rotary_emb.inv_freq"):
-                dense = weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
-                weights[inner] = dense.to(dtype or dense.dtype)
         if config.tie_word_embeddings:
             weights["lm_head.weight"] = weights.get("embed_tokens.weight", torch.empty(0))
         expected = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
@@ -333,17 +261,18 @@ class Llama(nn.Module):
         return model.eval()
 
 
-def put_quantized(model: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    """Puts a low-bit layer in the place of the linear layer `name`, whose bias it keeps."""
+def put_quantized(model: nn.Module, name: str, weight: QuantizedWeight | QuantizedExperts) -> None:
+    """Puts a low-bit layer in the place of the linear layer, or the experts', `name`, whose bias it keeps."""
     parent, _, child = name.rpartition(".")
     try:
-        linear = model.get_submodule(name)
+        linear: Any = model.get_submodule(name)
     except AttributeError:
         linear = None
-    if not isinstance(linear, nn.Linear) or weight.shape != (linear.out_features, linear.in_features):
+    if not isinstance(linear, (nn.Linear, GroupedLinear)) or weight.shape != tuple(linear.weight.shape):
         expected = "a linear layer of its shape"
         raise fail("Llama", name, f"a weight of {weight.shape}", expected, error=FormatError)
-    setattr(model.get_submodule(parent), child, QuantLinear(weight, linear.bias))
+    low_bit = QuantLinear(weight, linear.bias) if isinstance(weight, QuantizedWeight) else QuantGroupedLinear(weight)
+    setattr(model.get_submodule(parent), child, low_bit)
 
 
 def frequencies(config: LlamaConfig) -> Tensor:
@@ -353,7 +282,7 @@ def frequencies(config: LlamaConfig) -> Tensor:
         return plain / torch.tensor(config.rope_factors)
     if not config.rope_scaling:
         return plain
-    factor, low, high, context = (config.rope_scaling[name] for name in _LLAMA3)
+    factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3)
     turns = context * plain / (2 * math.pi)  # within the first context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return plain * (keep + (1 - keep) / factor)

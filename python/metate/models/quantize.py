@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metate.errors import fail
+from metate.models.experts import Weight
 from metate.models.llama import Layer, Llama, put_quantized
 from metate.nn import QuantLinear
 from metate.quant import (
@@ -71,7 +72,7 @@ def quantize_llama(
     *,
     store: Path | None = None,
     report: Callable[[int], None] = lambda done: None,
-) -> dict[str, QuantizedWeight | Tensor]:
+) -> dict[str, Weight]:
     """Replaces the linear layers of `model` by low-bit ones.
 
     Args:
@@ -82,6 +83,9 @@ def quantize_llama(
     Returns:
         all weights by the names of a Hugging Face checkpoint, for `save_quantized(…, METHODS[recipe.method])`.
     """
+    if model.config.num_experts:
+        expected = "a dense decoder; metate.quantize_model takes experts to low bits"
+        raise fail("quantize_llama", "model", "a mixture of experts", expected)
     if recipe.method in CALIBRATED and (tokens is None or not tokens.numel()):
         raise fail(
             "quantize_llama", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
@@ -121,11 +125,9 @@ def _calibrate(model: Llama, layer: Layer, hidden: list[Tensor]) -> dict[str, Ca
     return statistics
 
 
-def _quantize_layer(
-    layer: Layer, recipe: Recipe, statistics: dict[str, Calibration]
-) -> dict[str, QuantizedWeight | Tensor]:
+def _quantize_layer(layer: Layer, recipe: Recipe, statistics: dict[str, Calibration]) -> dict[str, Weight]:
     scales = _fold(layer, recipe, statistics) if recipe.method == "awq" else {}
-    found: dict[str, QuantizedWeight | Tensor] = {}
+    found: dict[str, Weight] = {}
     for first, *others in _SHARED:
         for name in (first, *others):
             linear = layer.get_submodule(name)
@@ -170,17 +172,17 @@ def _fold(layer: Layer, recipe: Recipe, statistics: dict[str, Calibration]) -> d
     return scales
 
 
-def _put(layer: Layer, finished: dict[str, QuantizedWeight | Tensor]) -> None:
+def _put(layer: Layer, finished: dict[str, Weight]) -> None:
     for name, weight in finished.items():
-        if isinstance(weight, QuantizedWeight):
-            put_quantized(layer, name, weight)
-        else:
+        if isinstance(weight, Tensor):
             layer.get_parameter(name).data.copy_(weight)
+        else:
+            put_quantized(layer, name, weight)
 
 
-def _weights(model: Llama) -> dict[str, QuantizedWeight | Tensor]:
+def _weights(model: Llama) -> dict[str, Weight]:
     """Every weight by the name that it has in a Hugging Face checkpoint."""
-    found: dict[str, QuantizedWeight | Tensor] = {}
+    found: dict[str, Weight] = {}
     low_bit = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     for name, module in low_bit.items():
         found[f"model.{name}"] = module.weight
@@ -261,14 +263,14 @@ def _folder(store: Path, i: int) -> Path:
     return store / f"layer-{i:03d}"
 
 
-def _keep(store: Path, i: int, recipe: Recipe, finished: dict[str, QuantizedWeight | Tensor]) -> None:
+def _keep(store: Path, i: int, recipe: Recipe, finished: dict[str, Weight]) -> None:
     """Under another name first: a layer that is there is whole."""
     partial = store / "partial"
     save_quantized(partial, finished, "metate", {"recipe": vars(recipe)})
     partial.rename(_folder(store, i))
 
 
-def _finished(store: Path, i: int, recipe: Recipe) -> dict[str, QuantizedWeight | Tensor] | None:
+def _finished(store: Path, i: int, recipe: Recipe) -> dict[str, Weight] | None:
     folder = _folder(store, i)
     if not folder.is_dir():
         return None

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from metate import hardware, library
 from metate.cli import app
+from metate.demo import mixture
 from metate.demo.train import PLAN, play
 from metate.models import LlamaConfig
 from metate.op import REGISTRY
@@ -140,6 +141,21 @@ def test_the_decoder_learns_and_both_attentions_agree():
     for served in ("one by one", "all at once", "beginning once", "from repetitions"):
         (line,) = (line for line in text.splitlines() if served in line and " of 5" in line)
         assert "5 of 5" in line or "logits of size" in text
+
+
+def test_the_mixture_learns_and_tells_its_load():
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = LlamaConfig(**sizes, **experts, num_attention_heads=4, num_key_value_heads=2)
+    screen = io.StringIO()
+    plan = dataclasses.replace(mixture.PLAN, config=config, length=96, seconds=0, written=8)
+    assert mixture.play(Console(file=screen, width=150), plan)
+    lines = [line.split() for line in screen.getvalue().splitlines()]
+    (title,) = (i for i, line in enumerate(lines) if line[:2] == ["seconds", "loss"])
+    for line in lines[title + 1 : title + 9]:
+        shares = [float(cell.removesuffix("%")) for cell in line[2:6]]
+        assert abs(sum(shares) - 100) < 0.5
+    assert any(line[:3] == ["nf4,", "experts", "too"] and float(line[3]) < 6 for line in lines)
 
 
 def test_importing_metate_stays_light():

@@ -336,6 +336,7 @@ def quantize(
 def demo(
     part: Annotated[str | None, typer.Argument(help="search: only that over this machine's docstrings")] = None,
     questions: Annotated[list[str] | None, typer.Argument(help="what to search for; default: five examples")] = None,
+    moe: Annotated[bool, typer.Option("--moe", help="only the decoder as a mixture of experts")] = False,
 ) -> None:
     """The machine, a check, a short benchmark; then a decoder learns to write Python from the standard library."""
     if part is not None:
@@ -345,6 +346,10 @@ def demo(
         if not search.play(console, tuple(questions or ())):
             raise typer.Exit(1)
         return
+    if moe:
+        from metate.demo import mixture
+
+        raise typer.Exit(0 if mixture.play(console) else 1)
     from metate.bench import run
     from metate.demo.train import play
 

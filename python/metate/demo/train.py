@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from metate.generate import PagedKVCache, Scheduler
 from metate.models import Llama, LlamaConfig
 from metate.models.quantize import Recipe, quantize_llama
-from metate.nn import LoraLinear, QuantLinear
+from metate.nn import GroupedLinear, LoraLinear, QuantLinear
 from metate.op import REGISTRY
 
 ROUNDING = {"cpu": 1e-4, "cuda": 5e-2}  # of the loss; bfloat16 on a GPU
@@ -109,13 +109,17 @@ class Trainer:
             logits = self.model(tokens[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
+    def objective(self, tokens: Tensor) -> Tensor:
+        """What a step makes less."""
+        return self.loss(tokens)
+
     def step(self, tokens: Tensor) -> float:
         began = time.perf_counter()
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate * min(1.0, self.steps / 20)
         self.optimizer.zero_grad()
-        loss = self.loss(tokens)
+        loss = self.objective(tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -162,7 +166,7 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
     )
     after = ours.held_out(text)
     console.print(f"{ours.steps} steps, loss {loss:.3f}; held-out {before:.3f} → [bold]{after:.3f}[/] nats a byte")
-    console.print(Panel(escape(_complete(ours.model, plan, device)), title="what it writes", title_align="left"))
+    console.print(Panel(escape(complete(ours.model, plan, device)), title="what it writes", title_align="left"))
     serve(console, plan, text, ours)
     compress(console, plan, text, ours)
     return agree
@@ -192,7 +196,7 @@ def _train(bar: Progress, name: str, seconds: float, windows: Iterator[Tensor], 
     return statistics.fmean(losses[-20:])
 
 
-def _complete(model: Llama, plan: Plan, device: str) -> str:
+def complete(model: Llama, plan: Plan, device: str) -> str:
     prompt = torch.tensor([list(PROMPT.encode())], device=device)
     written = model.complete(prompt, plan.written, 0.6, torch.Generator(device).manual_seed(0))
     return PROMPT + bytes(written[0].tolist()).decode(errors="replace")
@@ -284,17 +288,7 @@ def compress(console: Console, plan: Plan, text: Text, trained: Trainer) -> None
     for recipe in plan.recipes:
         models[recipe.method] = copy.deepcopy(trained.model)
         quantize_llama(models[recipe.method], recipe, calibration)
-    table = Table(box=None, pad_edge=False)
-    for name in ("linear layers", "bits a weight", "MB", "held-out loss", "tokens/s, one by one"):
-        table.add_column(name, justify="left" if name == "linear layers" else "right")
-    for name, model in models.items():
-        size, weights = _linear_size(model)
-        began = time.perf_counter()
-        _complete(model, plan, trained.device)
-        speed = plan.written / (time.perf_counter() - began)
-        loss = Trainer(plan, model, trained.device).held_out(text)
-        table.add_row(name, f"{8 * size / weights:.2f}", f"{size / 1e6:.2f}", f"{loss:.4f}", f"{speed:.0f}")
-    console.print(table)
+    compare(console, plan, text, trained.device, models)
     model = adapt(models[plan.recipes[0].method])
     trainer = Trainer(plan, model, trained.device)
     before = trainer.held_out(text)
@@ -308,16 +302,28 @@ def compress(console: Console, plan: Plan, text: Text, trained: Trainer) -> None
     )
 
 
-def _linear_size(model: Llama) -> tuple[int, int]:
+def compare(console: Console, plan: Plan, text: Text, device: str, models: dict[str, Llama]) -> None:
+    """Models beside one another: size, loss, speed of writing."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("linear layers", "bits a weight", "MB", "held-out loss", "tokens/s, one by one"):
+        table.add_column(name, justify="left" if name == "linear layers" else "right")
+    for name, model in models.items():
+        size, weights = linear_size(model)
+        began = time.perf_counter()
+        complete(model, plan, device)
+        speed = plan.written / (time.perf_counter() - began)
+        loss = Trainer(plan, model, device).held_out(text)
+        table.add_row(name, f"{8 * size / weights:.2f}", f"{size / 1e6:.2f}", f"{loss:.4f}", f"{speed:.0f}")
+    console.print(table)
+
+
+def linear_size(model: Llama) -> tuple[int, int]:
     """Bytes and weights of the linear layers inside the decoder's layers."""
     size = weights = 0
     for module in model.layers.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, (nn.Linear, GroupedLinear)):
             size += module.weight.nbytes
-            weights += module.in_features * module.out_features
-        elif isinstance(module, nn.Linear):
-            size += module.weight.nbytes
-            weights += module.weight.numel()
+            weights += math.prod(module.weight.shape)
     return size, weights
 
 

@@ -1,2 +1,2 @@
-"""What `metate demo` shows on real input: a decoder that learns to write Python, the same as a mixture of experts, and a
-search over docstrings."""
+"""What `metate demo` shows on real input: a decoder that learns to write Python, alone and as a mixture of experts, and
+a search over docstrings."""

@@ -1,7 +1,6 @@
 """Modules: low-bit linear layers (QuantLinear, LoraLinear on top of it, quantize_model, which puts them in place, and
 dequantize_model, which takes them out), attention over a cache of latents (LatentAttention), mixtures of experts (MoE,
-of GroupedLinear layers, which have low-bit and LoRA forms too), and product quantisation that learns (ProductQuantizer).
-"""
+of GroupedLinear layers, which have low-bit and LoRA forms too), and product quantisation (ProductQuantizer)."""
 
 from metate.nn.latent_attention import LatentAttention
 from metate.nn.lora import LoraGroupedLinear, LoraLinear

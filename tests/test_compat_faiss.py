@@ -129,6 +129,10 @@ def test_a_quantizer_that_comes_filled_is_kept():
     home = ((X[:, None] - X[:4]) ** 2).sum(2).argmin(1)
     assert np.array_equal(index.invlists.get_ids(2), np.flatnonzero(home == 2) + 5)
     assert np.array_equal(index.quantizer.assign(X, 1)[:, 0], home)
+    assert faiss.IndexIVFFlat(quantizer, D, 4).is_trained
+    index.update_vectors(np.array([9, 7]), X[:2])
+    assert index.ntotal == 60 and index.search(X[:1], 60)[1].shape == (1, 60)
+    assert np.array_equal(index.reconstruct(9), index.reconstruct(5))
     assert index.pq.decode(index.pq.compute_codes(X)).shape == X.shape and index.pq.centroids.shape == (16 * D,)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from metate import FormatError
 from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, load
+from metate.search.interleaved import Interleaved
 from metate.search.storage import Lists, Places
 
 D = 8
@@ -545,3 +546,24 @@ def test_damaged_files_are_refused(tmp_path):
             load(path)
     with pytest.raises(FileNotFoundError, match="a file that exists"):
         load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("M", [1, 3, 4])
+def test_interleaved_codes_are_rows(bits, M):
+    """Written row by row, in stretches that begin and end anywhere, and as a whole: the same codes are read."""
+    size = (M * bits + 7) // 8
+    codes = torch.from_numpy(RANDOM.integers(0, 256, (150, size), dtype=np.uint8))
+    if M * bits % 8:
+        codes[:, -1] &= 15
+    whole = Interleaved.of(codes, M, bits)
+    pieces, scattered = whole.new_empty((150, size)), whole.new_empty((150, size))
+    cuts = [0, 1, 1, 31, 64, 97, 100, 150]
+    for a, b in itertools.pairwise(cuts):
+        pieces[a:b] = codes[a:b]
+    order = torch.from_numpy(RANDOM.permutation(150))
+    for part in order.split(40):
+        scattered.index_copy_(0, part, codes[part])
+    for found in (whole, pieces, scattered):
+        assert torch.equal(found[order], codes[order]) and found.shape == (150, size)
+        assert torch.equal(found.first(70)[torch.arange(70)], codes[:70])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode, pq_scan, topk_distances
+from metate.search.interleaved import Column, Interleaved
 from metate.search.training import train_codebooks
 
 Model = Mapping[str, Tensor]
@@ -19,7 +20,7 @@ STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Probe:
     """What a scan looks at: rows of `columns`, for each query the ranges with their biases, of all the kept ones."""
 
-    columns: Mapping[str, Tensor]
+    columns: Mapping[str, Column]
     ranges: Tensor | None
     bias: Tensor | None
     ids: Tensor | None
@@ -49,6 +50,10 @@ class Vectors:
         """Vectors that training needs."""
         return 1 if self.trained else 0
 
+    def laid_out(self, columns: Mapping[str, Tensor]) -> dict[str, Column]:
+        """Columns as scans read them fastest."""
+        return dict(columns)
+
     def fit(self, x: Tensor, seed: int, tick: Callable[[], None]) -> dict[str, Tensor]:
         if not self.trained:
             return {}
@@ -69,8 +74,10 @@ class Vectors:
         return x
 
     def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
+        base = probe.columns[self.name]
+        assert isinstance(base, Tensor)
         return topk_distances(
-            queries, probe.columns[self.name], probe.k, metric=metric, ranges=probe.ranges, ids=probe.ids,
+            queries, base, probe.k, metric=metric, ranges=probe.ranges, ids=probe.ids,
             keep=probe.keep, scale=model.get(f"{self.name}.scale"), offset=model.get(f"{self.name}.offset"),
         )  # fmt: skip
 
@@ -106,6 +113,12 @@ class Product:
     def least(self) -> int:
         return 1 << self.bits
 
+    def laid_out(self, columns: Mapping[str, Tensor]) -> dict[str, Column]:
+        """Columns as scans read them fastest."""
+        if self.bits not in (4, 8):
+            return dict(columns)
+        return {**columns, "codes": Interleaved.of(columns["codes"], self.M, self.bits)}
+
     def fit(self, x: Tensor, seed: int, tick: Callable[[], None]) -> dict[str, Tensor]:
         return {"codebooks": train_codebooks(x, self.M, self.bits, seed, tick=tick)}
 
@@ -127,8 +140,10 @@ class Product:
     def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
         product = metric == "inner_product" or self.row_bias
         tables = pq_distance_tables(queries, model["codebooks"], metric="inner_product" if product else "l2")
+        codes, row_bias = probe.columns["codes"], probe.columns.get("bias")
+        assert row_bias is None or isinstance(row_bias, Tensor)
         return pq_scan(
-            tables.mul_(-2) if self.row_bias else tables, probe.columns["codes"], probe.k, ranges=probe.ranges,
-            bias=probe.bias, row_bias=probe.columns.get("bias"), ids=probe.ids, keep=probe.keep,
-            largest=metric == "inner_product",
+            tables.mul_(-2) if self.row_bias else tables, codes.blocks if isinstance(codes, Interleaved) else codes,
+            probe.k, n=len(codes), ranges=probe.ranges, bias=probe.bias, row_bias=row_bias, ids=probe.ids,
+            keep=probe.keep, largest=metric == "inner_product",
         )  # fmt: skip

@@ -117,7 +117,7 @@ def _filled(index: Index, node: files.Node, names: Integers | None, refined: fil
         raise files.complain("ids", "negative or given twice", "each once, from 0 on")
     if names is not None or isinstance(node, files.IVF):
         columns["ids"] = torch.from_numpy(ids.copy())
-    return State(model, Lists.packed(length, columns), int(ids.max()) + 1 if len(ids) else 0)
+    return State(model, Lists.packed(length, index.codec.laid_out(columns)), int(ids.max()) + 1 if len(ids) else 0)
 
 
 def _bias(index: Index, centroids: Tensor, codes: Tensor, length: Integers) -> Tensor:
@@ -171,7 +171,8 @@ def to_tree(index: Index) -> files.Node:
 def _rows(state: State, name: str) -> Tensor:
     """The living rows of a column, list by list."""
     column = state.lists.columns[name]
-    return torch.cat([column[:0].cpu(), *(block.cpu() for block in state.lists.packed_blocks(name))])
+    none = torch.empty((0, *column.shape[1:]), dtype=column.dtype)
+    return torch.cat([none, *(block.cpu() for block in state.lists.packed_blocks(name))])
 
 
 def _full(index: Index, state: State, codec: Vectors) -> files.Floats:

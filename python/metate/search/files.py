@@ -174,7 +174,8 @@ def load(
         if int(ids.min()) < 0 or int(ids.max()) >= next_id:
             raise _complain("ids", f"{int(ids.min())} to {int(ids.max())}", f"numbers from 0 to {next_id - 1}")
     index.device = torch.device(device)
-    index._state = State(model, Lists.packed(lists.numpy().copy(), columns), next_id)
+    laid_out = columns if mmap else index.codec.laid_out(columns)
+    index._state = State(model, Lists.packed(lists.numpy().copy(), laid_out), next_id)
     return index
 
 

@@ -18,6 +18,7 @@ from metate.search.arrays import Array, Vectors, tensor_of
 from metate.search.codecs import Model, Probe, Product
 from metate.search.codecs import Vectors as Raw
 from metate.search.filters import Filter, keep_bitmap, matching, torch_bits
+from metate.search.interleaved import first_rows
 from metate.search.progress import Steps
 from metate.search.storage import Integers, Lists
 from metate.search.training import train_rotation
@@ -104,7 +105,7 @@ class Index:
             name: torch.empty((0, *shape), dtype=dtype, device=self.device)
             for name, (shape, dtype) in self.column_types().items()
         }
-        return Lists.empty(self.nlist or 1, columns)
+        return Lists.empty(self.nlist or 1, self.codec.laid_out(columns))
 
     def _is_trained(self, state: State) -> bool:
         return all(name in state.model for name in self.trained_shapes())
@@ -376,8 +377,7 @@ class Index:
         self, state: State, x: Tensor, k: int, nprobe: int, keep: Tensor | None, factor: int
     ) -> tuple[Tensor, Tensor]:
         x = self._scaled(x)
-        ids = state.lists.columns.get("ids")
-        ids = None if ids is None or self.refine is not None else ids[: state.lists.used]
+        ids = state.lists.ids_column() if self.refine is None else None
         wide = k if self.refine is None else min(k * factor, max(k, state.lists.total))
         distances, found = self._scan(state, x, wide, nprobe, keep, ids, self.codec)
         if self.refine is None:
@@ -390,7 +390,7 @@ class Index:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """By a codec's columns; ids, or rows where none are given."""
         lists, bias = state.lists, None
-        columns = {name: column[: lists.used] for name, column in lists.columns.items()}
+        columns = {name: first_rows(column, lists.used) for name, column in lists.columns.items()}
         ranges = torch.tensor([[[0, int(lists.length[0])]]]).expand(len(x), 1, 2)
         rotated = self._rotated(state.model, x)
         if self.nlist is not None:
@@ -405,7 +405,7 @@ class Index:
     def _refined(self, state: State, x: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best of candidate rows (Q, C) by their full vectors."""
         distances = self._exact(state, x, rows)
-        ids = state.lists.columns.get("ids")
+        ids = state.lists.ids_column()
         if ids is not None and len(ids):
             rows = torch.where(rows < 0, rows, ids[rows.clamp_min(0)])
         order = rows.argsort(dim=1, stable=True)
@@ -457,8 +457,7 @@ class Index:
     ) -> list[tuple[Tensor, Tensor]]:
         """For every query, those within: more and more are asked for until the last one is outside."""
         x = self._scaled(x)
-        codec, ids = self.refine or self.codec, state.lists.columns.get("ids")
-        ids = None if ids is None else ids[: state.lists.used]
+        codec, ids = self.refine or self.codec, state.lists.ids_column()
         results: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(x)
         open_, k = torch.arange(len(x)), 64
         while len(open_):

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metate.search.interleaved import Column
+
 Integers = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
 
@@ -81,7 +83,7 @@ class Places:
 class Lists:
     """One snapshot. Columns are (capacity, …) tensors; "ids" is absent while ids are row numbers (one list alone)."""
 
-    columns: Mapping[str, Tensor]
+    columns: Mapping[str, Column]
     start: Integers
     length: Integers
     room: Integers
@@ -92,13 +94,13 @@ class Lists:
     _cache: dict[str, Places] = field(default_factory=dict)
 
     @staticmethod
-    def empty(count: int, prototypes: Mapping[str, Tensor]) -> Lists:
+    def empty(count: int, prototypes: Mapping[str, Column]) -> Lists:
         """No rows in `count` lists; a prototype is a column of no rows."""
         none = np.zeros(count, np.int64)
         return Lists(prototypes, none, none, none, 0, 0)
 
     @staticmethod
-    def packed(length: Integers, columns: Mapping[str, Tensor]) -> Lists:
+    def packed(length: Integers, columns: Mapping[str, Column]) -> Lists:
         """Lists that lie one after another without room, as a file has them."""
         total = int(length.sum())
         return Lists(columns, np.cumsum(length) - length, length, length, total, total)
@@ -117,10 +119,15 @@ class Lists:
         rows = spans(self.start[lists], self.length[lists])
         return rows if self.live is None else rows[is_set(self.live, rows)]
 
+    def ids_column(self) -> Tensor | None:
+        """The ids of the rows that extents have had; None: row numbers."""
+        column = self.columns.get("ids")
+        return column[: self.used] if isinstance(column, Tensor) else None
+
     def ids(self, rows: Integers) -> Integers:
-        if self.implicit:
+        ids = self.ids_column()
+        if ids is None:
             return rows
-        ids = self.columns["ids"]
         return ids[torch.from_numpy(rows).to(ids.device)].cpu().numpy()
 
     def list_of(self, rows: Integers) -> Integers:
@@ -237,7 +244,7 @@ class Lists:
             yield column[torch.from_numpy(rows[a : a + _MOVED]).to(column.device)]
 
 
-def _copy_rows(source: Mapping[str, Tensor], rows: Integers, target: Mapping[str, Tensor], to: Integers) -> None:
+def _copy_rows(source: Mapping[str, Column], rows: Integers, target: Mapping[str, Column], to: Integers) -> None:
     for name, column in source.items():
         here, there = torch.from_numpy(rows).to(column.device), torch.from_numpy(to).to(column.device)
         target[name].index_copy_(0, there, column.index_select(0, here))

@@ -3,7 +3,7 @@
 Import it as it is, or let `metate.compat.install("faiss")` put it under the name `faiss`.
 """
 
-from metate.compat.faiss.clustering import Clustering, ClusteringParameters, Kmeans, kmin, knn, normalize_L2
+from metate.compat.faiss.clustering import Clustering, Kmeans, kmin, knn, normalize_L2
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
 from metate.compat.faiss.factory import (
     ParameterSpace,
@@ -29,6 +29,7 @@ from metate.compat.faiss.indexes import (
     IndexPQ,
     ProductQuantizer,
 )
+from metate.compat.faiss.parameters import ClusteringParameters
 from metate.compat.faiss.selectors import (
     IDSelector,
     IDSelectorAll,

@@ -9,34 +9,8 @@ import numpy.typing as npt
 import torch
 
 from metate.compat.faiss.indexes import METRIC_L2, Index, IndexFlat, IndexFlatIP, IndexFlatL2, as_array, metric_name
-from metate.ops.pq import kmeans, topk_distances
-
-Floats = npt.NDArray[np.float32]
-
-
-class ClusteringParameters:
-    """How k-means runs. Fields may be given by name."""
-
-    def __init__(self, **given: Any) -> None:
-        self.niter, self.nredo, self.verbose, self.spherical = 25, 1, False, False
-        self.seed, self.max_points_per_centroid, self.min_points_per_centroid = 1234, 256, 39
-        for name, value in given.items():
-            if not hasattr(self, name):
-                raise AttributeError(f"metate.compat.faiss: k-means has no parameter {name}")
-            setattr(self, name, value)
-
-    def run(self, x: Floats, k: int) -> tuple[Floats, Floats]:
-        """The centroids of the best of `nredo` runs, and the objective after each iteration."""
-        runs = [
-            kmeans(
-                torch.from_numpy(x), k, iterations=self.niter, seed=self.seed + turn, spherical=self.spherical,
-                max_points_per_centroid=self.max_points_per_centroid,
-            )
-            for turn in range(self.nredo)
-        ]  # fmt: skip
-        last = [float(objective[-1]) if len(objective) else 0.0 for _, _, objective in runs]
-        best = runs[int(np.argmax(last) if self.spherical else np.argmin(last))]
-        return best[0].numpy(), best[2].numpy()
+from metate.compat.faiss.parameters import ClusteringParameters, Floats
+from metate.ops.pq import topk_distances
 
 
 class Kmeans:
@@ -53,8 +27,6 @@ class Kmeans:
         points = as_array(x)
         if points.ndim != 2 or points.shape[1] != self.d:
             raise AssertionError(f"Kmeans: x of shape {points.shape}, expected (n, {self.d})")
-        if len(points) < self.k:
-            raise RuntimeError(f"Kmeans: {len(points)} points, expected at least k={self.k}")
         self.centroids, self.obj = self.cp.run(points, self.k)
         self.index = IndexFlatIP(self.d) if self.cp.spherical else IndexFlatL2(self.d)
         self.index.add(self.centroids)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metate.compat.faiss.parameters import ClusteringParameters
 from metate.compat.faiss.selectors import SearchParameters, SearchParametersIVF, SearchParametersPQ, selector
 from metate.ops.pq import pq_decode, pq_encode
 from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
@@ -94,8 +95,11 @@ class Index:
         return distances if D is None else D, ids if I is None else I
 
     def range_search(self, x: Any, thresh: float, *, params: SearchParameters | None = None) -> tuple[Any, Any, Any]:
-        """(lims, distances, ids) of all nearer than a threshold."""
-        return self._range(self._checked(x), float(thresh), params)
+        """(lims, distances, ids) of all nearer than a threshold, for each query by ascending id."""
+        lims, distances, ids = self._range(self._checked(x), float(thresh), params)
+        query = np.repeat(np.arange(len(lims) - 1), np.diff(np.asarray(lims)))
+        order = np.lexsort((np.asarray(ids), query))
+        return lims, distances[order], ids[order]
 
     def assign(self, x: Any, k: int, labels: Any = None) -> Any:
         return self.search(x, k, I=labels)[1]
@@ -288,21 +292,28 @@ class IndexIVF(_Elementary):
             )
         self.quantizer, self.nlist, self.nprobe = quantizer, int(nlist), 1
         self.own_fields = True
+        self.cp = ClusteringParameters(niter=10, spherical=metric == METRIC_INNER_PRODUCT)
         self._inner = self._make()
 
     def _make(self) -> Any:
         raise NotImplementedError
 
     def train(self, x: Any) -> None:
-        known = self.quantizer.reconstruct_n() if self.quantizer.ntotal == self.nlist else None
-        self._inner.train(self._checked(x), centroids=known, progress=False)
-        if known is None:
+        if self.quantizer.ntotal != self.nlist:
+            centroids, _ = self.cp.run(as_array(self._checked(x)), self.nlist)
             self.quantizer.reset()
-            self.quantizer.add(as_array(self._inner._state.model["centroids"]))
+            self.quantizer.add(centroids)
+        self._inner.train(self._checked(x), centroids=self.quantizer.reconstruct_n(), progress=False)
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
         self._ready()
         self._inner.add_with_ids(self._checked(x), ids, progress=False)
+
+    def update_vectors(self, keys: Any, x: Any) -> None:
+        """Other vectors under ids that are there."""
+        if self.remove_ids(keys) != len(keys):
+            raise RuntimeError("update_vectors: keys are not all in the index")
+        self.add_with_ids(x, keys)
 
     @property
     def invlists(self) -> InvertedLists:
@@ -328,6 +339,8 @@ class IndexIVFFlat(IndexIVF):
     def __init__(self, quantizer: Index, d: int, nlist: int, metric: int = METRIC_L2) -> None:
         super().__init__(quantizer, d, nlist, metric)
         self.code_size = 4 * self.d
+        if quantizer.ntotal == self.nlist:  # there is nothing else to train
+            self._inner.set_trained({"centroids": quantizer.reconstruct_n()})
 
     def _make(self) -> IVFFlatIndex:
         return IVFFlatIndex(self.d, self.nlist, metric_name(self.metric_type), seed=1234)

@@ -1,7 +1,7 @@
-"""Decoding from a paged cache, beside PyTorch on the same keys and values laid out contiguously.
+"""Decoding from a paged cache, beside PyTorch on the same keys and values laid out contiguously; and writing one.
 
-Rivals get the cache gathered (and, where it is quantised, decoded to the dtype of the queries) outside the timing, with
-the query heads of a group as rows, so that no key is read twice.
+Rivals of decoding get the cache gathered (and, where it is quantised, decoded to the dtype of the queries) outside the
+timing, with the query heads of a group as rows, so that no key is read twice.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import metate
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.op import Case
-from metate.ops.paged_attention.declaration import paged_attention_op
+from metate.ops.paged_attention.declaration import append_op, paged_attention_op
 from metate.ops.paged_attention.reference import decode
 
 
@@ -30,7 +31,17 @@ def workloads(compile: bool) -> list[Workload]:
             flops=paged_attention_op.flops,
             label=label,
             checked=1,
-        )
+        ),
+        Workload(
+            "append to a paged cache, rotated",
+            append_op,
+            [case for case in append_op.domain.sweep if not case.get("cache")],
+            {"torch, eager": index_put},
+            append,
+            flops=append_op.flops,
+            label=lambda case: f"tokens {case['tokens']} H{case['Hkv']} D{case['D']}",
+            checked=2,
+        ),
     ]
 
 
@@ -72,3 +83,26 @@ def sdpa(setup: Setup) -> Run:
 
 def naive(setup: Setup) -> Run:
     return _rival(setup, lambda q, k, v: (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).softmax(-1) @ v)
+
+
+def append(setup: Setup, backend: str) -> Run:
+    def run(i: int) -> tuple[Tensor, Tensor]:
+        args, named = setup.sets[i % len(setup.sets)], setup.named[i % len(setup.sets)]
+        with metate.use(backend):
+            setup.op(*args)
+        return named["k_cache"], named["v_cache"]
+
+    return run
+
+
+def index_put(setup: Setup) -> Run:
+    def run(i: int) -> tuple[Tensor, Tensor]:
+        named = setup.named[i % len(setup.sets)]
+        cos, sin = (named[name][named["positions"]][:, None] for name in ("cos", "sin"))
+        a, b = named["k"].float().chunk(2, -1)
+        k = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        for cache, x in ((named["k_cache"], k), (named["v_cache"], named["v"])):
+            cache.flatten(0, 1)[named["slot_mapping"]] = x.to(cache.dtype)
+        return named["k_cache"], named["v_cache"]
+
+    return run

@@ -33,17 +33,28 @@ void store_line(const float* from, int64_t n, T* to, int64_t stride) {
 }
 
 // Rotates pairs of a head by one row of angles.
-void rotate(const AppendKv& a, int64_t position, float* x) {
-    const auto* cos = static_cast<const float*>(a.cos.data) + position * a.cos.stride[0];
-    const auto* sin = static_cast<const float*>(a.sin.data) + position * a.sin.stride[0];
-    const int64_t half = a.cos.size[1], gap = a.interleaved ? 1 : half, step = a.interleaved ? 2 : 1;
+template <int64_t step>
+void rotate_pairs(const float* cos, const float* sin, int64_t half, int64_t gap, float* x) {
     for (int64_t i = 0; i < half; ++i) {
-        const float c = cos[i * a.cos.stride[1]], s = sin[i * a.sin.stride[1]];
-        float &first = x[i * step], &second = x[i * step + gap];
-        const float rotated = first * c - second * s;
-        second = second * c + first * s;
-        first = rotated;
+        const float first = x[i * step], second = x[i * step + gap];
+        x[i * step] = first * cos[i] - second * sin[i];
+        x[i * step + gap] = second * cos[i] + first * sin[i];
     }
+}
+
+void rotate(const AppendKv& a, int64_t position, float* x) {
+    const int64_t half = a.cos.size[1];
+    float room[2][max_head_dim / 2];
+    const float* angles[2];
+    for (int i = 0; i < 2; ++i) {
+        const View<2>& view = i ? a.sin : a.cos;
+        angles[i] = static_cast<const float*>(view.data) + position * view.stride[0];
+        if (view.stride[1] == 1) continue;
+        for (int64_t j = 0; j < half; ++j) room[i][j] = angles[i][j * view.stride[1]];
+        angles[i] = room[i];
+    }
+    if (a.interleaved) return rotate_pairs<2>(angles[0], angles[1], half, 1, x);
+    rotate_pairs<1>(angles[0], angles[1], half, half, x);
 }
 
 // The largest magnitude; NaN where an element is NaN: as whole numbers, magnitudes are ordered and NaN comes last.
@@ -56,23 +67,20 @@ float largest_magnitude(const float* x, int64_t n) {
     return bit_cast<float>(most);
 }
 
-// x / scale to the nearest whole number within a range; anything where that is no number.
-METATE_FN int32_t code_of(float x, float scale, float least, float most) {
-    const float y = scale == 0.0f ? 0.0f : x / scale;
-    return static_cast<int32_t>(nearbyintf(y < most ? y > least ? y : least : most));
+// x to the nearest whole number within a range; anything where it is no number.
+METATE_FN int32_t code_of(float x, float least, float most) {
+    return static_cast<int32_t>(nearbyintf(x < most ? x > least ? x : least : most));
 }
 
-uint8_t to_e4m3(float x) {
+METATE_FN uint8_t to_e4m3(float x) {
     const uint32_t bits = bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;
-    const uint8_t sign = static_cast<uint8_t>(bits >> 24 & 0x80);
-    if (size > 0x7f800000u) return sign | 0x7f;
-    if (size >= 0x43e00000u) return sign | 0x7e;  // 448
-    if (size < 0x3c800000u) {                     // below 2^-6 the step is 2^-9: adding 2^14 rounds to it
-        const float shifted = bit_cast<float>(size) + 0x1p14f;
-        return static_cast<uint8_t>(sign | (bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(0x1p14f)));
-    }
-    const uint32_t rounded = size + 0x7ffffu + (size >> 20 & 1);
-    return static_cast<uint8_t>(sign | ((rounded >> 20) - (120u << 3)));
+    const float shifted = bit_cast<float>(size) + 0x1p14f;  // below 2^-6 the step is 2^-9: this addition rounds to it
+    const uint32_t tiny = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(0x1p14f);
+    const uint32_t rounded = ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120u << 3);
+    uint32_t code = size < 0x3c800000u ? tiny : rounded;
+    code = size >= 0x43e00000u ? 0x7eu : code;  // 448
+    code = size > 0x7f800000u ? 0x7fu : code;
+    return static_cast<uint8_t>(code | (bits >> 24 & 0x80));
 }
 
 // Writes a head to its row of a cache: `step` numbers fit the largest magnitude where there are scales.
@@ -86,39 +94,51 @@ struct Place {
     S* row() const {
         return const_cast<S*>(reinterpret_cast<const S*>(row_of<S>(cache, slot, head)));
     }
-    float set_scale(const float* x, int64_t n, float step) const {
+    void put(const uint8_t* codes, int64_t n) const {
+        uint8_t* to = row<uint8_t>();
+        if (cache.stride[3] == 1) {
+            memcpy(to, codes, static_cast<size_t>(n));
+        } else {
+            for (int64_t i = 0; i < n; ++i) to[i * cache.stride[3]] = codes[i];
+        }
+    }
+    // Makes x, n numbers, steps of the scale; a scale of 0 leaves zeros.
+    void divide_by_scale(float* x, int64_t n, float step) const {
         const float scale = largest_magnitude(x, n) / step;
-        static_cast<float*>(
-            scales.data)[slot.page * scales.stride[0] + slot.row * scales.stride[1] + head * scales.stride[2]] = scale;
-        return scale;
+        *scale_at(scales, slot, head) = scale;
+        if (scale == 0.0f)
+            memset(x, 0, static_cast<size_t>(n) * sizeof(float));
+        else
+            for (int64_t i = 0; i < n; ++i) x[i] = x[i] / scale;
     }
 };
 
-void write_int8(const float* x, int64_t n, const Place& place) {
-    const float scale = place.set_scale(x, n, 127.0f);
-    int8_t* to = place.row<int8_t>();
-    for (int64_t i = 0; i < n; ++i) {
-        to[i * place.cache.stride[3]] = static_cast<int8_t>(code_of(x[i], scale, -127.0f, 127.0f));
-    }
+void write_int8(float* x, int64_t n, const Place& place) {
+    uint8_t codes[max_head_dim];
+    place.divide_by_scale(x, n, 127.0f);
+    for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(code_of(x[i], -127.0f, 127.0f));
+    place.put(codes, n);
 }
 
-void write_nibbles(const float* x, int64_t n, const Place& place) {
-    const float scale = place.set_scale(x, n, 7.0f);
-    uint8_t* to = place.row<uint8_t>();
-    for (int64_t i = 0; i < n; i += 2) {
-        const int32_t low = code_of(x[i], scale, -8.0f, 7.0f) + 8, high = code_of(x[i + 1], scale, -8.0f, 7.0f) + 8;
-        to[i / 2 * place.cache.stride[3]] = static_cast<uint8_t>(low | high << 4);
+void write_nibbles(float* x, int64_t n, const Place& place) {
+    uint8_t codes[max_head_dim / 2];
+    place.divide_by_scale(x, n, 7.0f);
+    for (int64_t i = 0; i < n / 2; ++i) {
+        const int32_t low = code_of(x[2 * i], -8.0f, 7.0f) + 8, high = code_of(x[2 * i + 1], -8.0f, 7.0f) + 8;
+        codes[i] = static_cast<uint8_t>(low | high << 4);
     }
+    place.put(codes, n / 2);
 }
 
-void write_e4m3(const float* x, int64_t n, const Place& place) {
-    const float scale = place.scales ? place.set_scale(x, n, 448.0f) : 1.0f;
-    uint8_t* to = place.row<uint8_t>();
-    for (int64_t i = 0; i < n; ++i) to[i * place.cache.stride[3]] = to_e4m3(scale == 0.0f ? 0.0f : x[i] / scale);
+void write_e4m3(float* x, int64_t n, const Place& place) {
+    uint8_t codes[max_head_dim];
+    if (place.scales) place.divide_by_scale(x, n, 448.0f);
+    for (int64_t i = 0; i < n; ++i) codes[i] = to_e4m3(x[i]);
+    place.put(codes, n);
 }
 
 template <class T>
-void write(const float* x, int64_t n, const Place& place) {
+void write(float* x, int64_t n, const Place& place) {
     switch (place.cache.dtype) {
         case DType::i8:
             return write_int8(x, n, place);
@@ -132,17 +152,23 @@ void write(const float* x, int64_t n, const Place& place) {
 }
 
 template <class T>
-void append_head(const AppendKv& a, int64_t token, int64_t head, Slot slot) {
+void append_row(const View<3>& x, int64_t token, const Place& place, const AppendKv* rotation) {
+    const T* from = static_cast<const T*>(x.data) + token * x.stride[0] + place.head * x.stride[1];
+    const int64_t n = x.size[2];
+    if (place.cache.dtype == x.dtype && !rotation && x.stride[2] == 1 && place.cache.stride[3] == 1) {
+        memcpy(place.row<T>(), from, static_cast<size_t>(n) * sizeof(T));
+        return;
+    }
     float line[max_head_dim];
-    const auto from = [&](const View<3>& x) {
-        return static_cast<const T*>(x.data) + token * x.stride[0] + head * x.stride[1];
-    };
-    load_line(from(a.k), a.k.stride[2], a.k.size[2], line);
-    if (a.cos) rotate(a, integer_at(a.positions, token), line);
-    write<T>(line, a.k.size[2], {a.k_cache, a.k_scale, slot, head});
-    if (a.v.size[2] == 0) return;
-    load_line(from(a.v), a.v.stride[2], a.v.size[2], line);
-    write<T>(line, a.v.size[2], {a.v_cache, a.v_scale, slot, head});
+    load_line(from, x.stride[2], n, line);
+    if (rotation) rotate(*rotation, integer_at(rotation->positions, token), line);
+    write<T>(line, n, place);
+}
+
+template <class T>
+void append_head(const AppendKv& a, int64_t token, int64_t head, Slot slot) {
+    append_row<T>(a.k, token, {a.k_cache, a.k_scale, slot, head}, a.cos ? &a : nullptr);
+    if (a.v.size[2] > 0) append_row<T>(a.v, token, {a.v_cache, a.v_scale, slot, head}, nullptr);
 }
 
 template <class T>

@@ -7,16 +7,22 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// Turns logits into 2^(logit - m) for the new maximum m, and returns by which factor old results shrink.
-float exponentials(float* x, float& m, float& l) {
-    constexpr int vectors = tile_keys / width;
-    vf top = load(x);
-    for (int j = width; j < tile_keys; j += width) top = max(load(x + j), top);
-    const float highest = largest(top), old = m;
-    if (highest > m) m = highest;
-    const float reference = m == -INFINITY ? 0.0f : m;
+// The largest of each row, lane by lane; NaN counts for nothing.
+vf largest_of_rows(vf (&rows)[width]) {
+    transpose(rows);
+#pragma GCC unroll 4
+    for (int step = width / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < step; ++i) rows[i] = max(rows[i], rows[i + step]);
+    }
+    return rows[0];
+}
+
+// Turns the logits of a row into 2^(logit - reference), each times its scale where there are scales. Returns the sum
+// of the powers.
+METATE_FN vf to_powers(float* x, float reference, const float* scales) {
+    constexpr int vectors = tile_keys / width, batch = vectors < 4 ? vectors : 4;
     vf total = splat(0.0f);
-    constexpr int batch = vectors < 4 ? vectors : 4;
     for (int j = 0; j < tile_keys; j += batch * width) {
         vf y[batch];
 #pragma GCC unroll 4
@@ -25,92 +31,140 @@ float exponentials(float* x, float& m, float& l) {
 #pragma GCC unroll 4
         for (int i = 0; i < batch; ++i) {
             total = total + y[i];
+            if (scales) y[i] = y[i] * load(scales + j + i * width);
             store(x + j + i * width, y[i]);
         }
     }
-    const float factor = exp2f(old - reference);
-    l = l * factor + sum(total);
-    return factor;
+    return total;
 }
 
-// Whether what the values of a tile stand for is finite, or every row sees all of them: then a weight of 0 hides one.
+constexpr int soft_steps = 4;  // between products, how often a row asks for what will be read
+
+// Turns logits into weights of the values, for the new maximum m of each row, and finds by which factor old results
+// shrink: `width` rows at a time, for one alone waits for its own results most of the time.
+void to_weights(const Piece& piece, const float* scales, const Scratch& my) {
+    const int64_t pitch = piece.pitch(), count = piece.heads * pitch;
+    for (int64_t first = 0; first < count; first += width) {
+        vf rows[width];
+        for (int i = 0; i < width; ++i) {
+            const int64_t row = first + i;
+            rows[i] = splat(-INFINITY);
+            if (row >= count || row % pitch >= piece.rows) continue;
+            for (int j = 0; j < tile_keys; j += width) rows[i] = max(load(my.p + row * p_stride + j), rows[i]);
+        }
+        const vf old = load(piece.state.m + first), m = max(largest_of_rows(rows), old);
+        const vf reference = select(equal(m, splat(-INFINITY)), splat(0.0f), m), factor = exp2(old - reference);
+        float references[width];
+        store(references, reference);
+        store(piece.state.m + first, m);
+        store(my.factor + first, factor);
+        for (int i = 0; i < width; ++i) {
+            const int64_t row = first + i;
+            rows[i] = splat(0.0f);
+            if (row >= count || row % pitch >= piece.rows) continue;
+            for (int step = 0; step < soft_steps; ++step) my.ahead->fetch();
+            rows[i] =
+                to_powers(my.p + row * p_stride, references[i], scales ? scales + row / pitch * tile_keys : nullptr);
+        }
+        store(piece.state.l + first, fma(load(piece.state.l + first), factor, sum_rows(rows)));
+    }
+}
+
+// Whether what the seen values of a tile stand for is finite.
 template <class S>
-bool are_safe(const Shape& s, const Piece& piece, const Tile& tile, const uint8_t* const* values, int64_t offset,
-              const float* scales) {
-    bool is_mixed = false;
-    for (int64_t r = 0; r < piece.rows; ++r) is_mixed |= tile.mask[r] != tile.some;
-    if (!is_mixed) return true;
+bool are_finite(const Shape& s, const Tile& tile, const Lines& values, const float* scales) {
     vf poison = splat(0.0f);  // NaN once a number is not finite
     for (uint64_t left = tile.some; left; left &= left - 1) {
         const int j = __builtin_ctzll(left);
         if (scales) poison = fma(splat(scales[j]), splat(0.0f), poison);
         for (int64_t c = 0; c < s.dv; c += block) {
             vf a, b;
-            read<S>(values[j] + (offset + bytes_before<S>(c)), smaller(s.dv - c, block), a, b);
+            read<S>(values.at[j] + (values.offset + bytes_before<S>(c)), smaller(s.dv - c, block), a, b);
             poison = fma(a, splat(0.0f), fma(b, splat(0.0f), poison));
         }
     }
     return sum(poison) == 0.0f;
 }
 
-// What multiply_tile_values adds, a row at a time and of the keys that it sees alone.
+// What products of a whole tile add to the rows of a head, a row at a time and of the keys that it sees alone.
 template <class S>
-void multiply_seen_values(const Shape& s, const Piece& piece, const Tile& tile, const uint8_t* const* values,
-                          int64_t offset, const float* p, float* o, const float* factor, Prefetch& ahead) {
+void add_seen_values(const Shape& s, const Piece& piece, int64_t h, const Tile& tile, const Lines& values,
+                     const Scratch& my) {
     for (int64_t r = 0; r < piece.rows; ++r) {
+        const int64_t row = h * piece.pitch() + r;
         if (!tile.mask[r]) continue;
         const uint8_t* seen[tile_keys];
         float weight[tile_keys];
         for (int j = 0; j < tile_keys; ++j) {
             const bool is_seen = tile.mask[r] >> j & 1;
-            seen[j] = values[is_seen ? j : __builtin_ctzll(tile.mask[r])];
-            weight[j] = is_seen ? p[r * p_stride + j] : 0.0f;
+            seen[j] = values.at[is_seen ? j : __builtin_ctzll(tile.mask[r])];
+            weight[j] = is_seen ? my.p[row * p_stride + j] : 0.0f;
         }
-        multiply_tile_values<S, 1>(seen, offset, tile.count, weight, p_stride, s.dv, o + r * s.o_stride, s.o_stride,
-                                   factor + r, ahead);
+        const Sums to{my.sums, piece.state.o + row * s.o_stride, s.o_stride, my.factor + row, true, true};
+        multiply_all_values<S, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
+    }
+}
+
+// Adds the values of a head where a weight of 0 would not hide one from the rows that do not see it: one that is not
+// finite, seen by others. Returns whether there is such a value.
+template <class S>
+bool add_unsafe_values(const Shape& s, const Piece& piece, int64_t h, const Tile& tile, const Scratch& my) {
+    bool is_mixed = false;
+    for (int64_t r = 0; r < piece.rows; ++r) is_mixed |= tile.mask[r] != tile.some;
+    if (!is_mixed) return false;
+    const uint8_t* copies[tile_keys];
+    const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, 0, tile_keys, my.rows, copies);
+    if (are_finite<S>(s, tile, values, s.a.v_scale ? my.v_scale + h * tile_keys : nullptr)) return false;
+    add_seen_values<S>(s, piece, h, tile, values, my);
+    return true;
+}
+
+// Adds the values of a tile to the rows of a piece.
+template <class S>
+void add_values(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
+    const Tile& tile = *stream.tile;
+    const int64_t pitch = piece.pitch(), groups = groups_of(tile), steps = steps_of(s, piece, true);
+    const uint8_t* copies[group_keys];
+    uint32_t done = 0;
+    for (int64_t h = 0; h < piece.heads; ++h) {
+        if (add_unsafe_values<S>(s, piece, h, tile, my)) done |= 1u << h;
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+        if (g > 0) stream.advance<S>(s, piece, groups + g, steps, my);
+        const int64_t first = g * group_keys;
+        for (int64_t h = 0; h < piece.heads; ++h) {
+            if (done >> h & 1) continue;
+            const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, first, group_keys, my.rows, copies);
+            for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
+                const int64_t row = h * pitch + r;
+                const Sums to{my.sums + row * s.o_stride,
+                              piece.state.o + row * s.o_stride,
+                              s.o_stride,
+                              my.factor + row,
+                              g == 0,
+                              g + 1 == groups};
+                multiply_all_values<S, n>(values.at, values.offset, smaller(tile.count - first, group_keys),
+                                          my.p + row * p_stride + first, p_stride, s.dv, to, *my.ahead);
+            });
+        }
     }
 }
 
 template <class S>
-void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, int64_t h, const Tile& tile, const Scratch& my) {
-    find_logits<S>(s, seq, piece, h, tile, my);
-    const uint8_t *copies[tile_keys], *const *values = tile.v.at;
-    const int64_t head = piece.head + h, first = h * round_up(piece.rows, 4);
-    float factor[piece_rows] = {};
-    for (int64_t r = 0; r < piece.rows; ++r) {
-        factor[r] = exponentials(my.p + r * p_stride, piece.state.m[first + r], piece.state.l[first + r]);
-    }
-    const float* p = my.p;
-    alignas(64) float scales[tile_keys];
-    if (s.a.v_scale) {
-        gather_scales(s.a.v_scale, head, tile, scales);
-        for (int64_t r = 0; r < piece.rows; ++r) {
-            for (int j = 0; j < tile_keys; j += width) {
-                store(my.weight + r * p_stride + j, load(my.p + r * p_stride + j) * load(scales + j));
-            }
-        }
-        p = my.weight;
-    }
-    int64_t offset = h * tile.v.next_head;
-    if (s.a.v_cache.stride[3] != 1) {
-        copy_rows<S>(s.a.v_cache, tile.v, h, my.rows, copies);
-        values = copies;
-        offset = 0;
-    }
-    float* const o = piece.state.o + first * s.o_stride;
-    if (!are_safe<S>(s, piece, tile, values, offset, s.a.v_scale ? scales : nullptr)) {
-        return multiply_seen_values<S>(s, piece, tile, values, offset, p, o, factor, *my.ahead);
-    }
-    for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
-        multiply_tile_values<S, n>(values, offset, tile.count, p + r * p_stride, p_stride, s.dv, o + r * s.o_stride,
-                                   s.o_stride, factor + r, *my.ahead);
-    });
+void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
+    find_logits<S>(s, seq, piece, stream, my);
+    const bool has_scales = bool(s.a.v_scale);
+    if (has_scales) gather_scales(s.a.v_scale, piece, *stream.tile, my.v_scale);
+    const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of(s, piece, true);
+    stream.advance<S>(s, piece, groups_of(*stream.tile), steps, my);
+    to_weights(piece, has_scales ? my.v_scale : nullptr, my);
+    add_values<S>(s, piece, stream, my);
 }
 
 // Pieces.
 
 State take_state(const Shape& s, int64_t heads, int64_t rows, Arena& arena) {
-    const int64_t count = heads * round_up(rows, 4);
+    const int64_t count = round_up(heads * round_up(rows, 4), width);
     return {arena.take<float>(count * s.o_stride), arena.take<float>(count), arena.take<float>(count)};
 }
 
@@ -145,14 +199,14 @@ void for_pieces_of(const Shape& s, const Sequence& seq, const Run& run) {
 
 template <class T, class S>
 void run_piece(const Shape& s, const Piece& piece, const Scratch& my) {
-    const int64_t rows = piece.heads * round_up(piece.rows, 4);
+    const int64_t rows = round_up(piece.heads * piece.pitch(), width);
     memset(piece.state.o, 0, static_cast<size_t>(rows * s.o_stride) * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) {
-        piece.state.m[r] = -INFINITY;
-        piece.state.l[r] = 0.0f;
+    for (int64_t r = 0; r < rows; r += width) {
+        store(piece.state.m + r, splat(-INFINITY));
+        store(piece.state.l + r, splat(0.0f));
     }
     const Sequence seq = sequence_of(s.a, piece.sequence);
-    for_tiles<T, S>(s, seq, piece, my, [&](int64_t h, const Tile& tile) { add_tile<S>(s, seq, piece, h, tile, my); });
+    for_tiles<T, S>(s, seq, piece, true, my, [&](const Stream& stream) { add_tile<S>(s, seq, piece, stream, my); });
 }
 
 // Results.
@@ -162,7 +216,11 @@ void store_out(const Shape& s, const Sequence& seq, int64_t query, int64_t head,
     const View<4>& out = s.a.out;
     T* to =
         static_cast<T*>(out.data) + seq.batch * out.stride[0] + (seq.q0 + query) * out.stride[1] + head * out.stride[2];
-    for (int64_t c = 0; c < s.dv; ++c) to[c * out.stride[3]] = from_float<T>(o[c]);
+    int64_t c = 0;
+    if (out.stride[3] == 1) {
+        for (; c + width <= s.dv; c += width) store(to + c, load(o + c));
+    }
+    for (; c < s.dv; ++c) to[c * out.stride[3]] = from_float<T>(o[c]);
 }
 
 // Merges what the splits found for the rows of the first piece; later splits are `step` pieces apart.
@@ -171,7 +229,7 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
     const Sequence seq = sequence_of(s.a, piece->sequence);
     alignas(64) float o[max_head_dim + 2 * block], line[max_head_dim + 2 * block];
     for (int64_t i = 0; i < piece->heads * piece->rows; ++i) {
-        const int64_t h = i / piece->rows, r = i % piece->rows, at = h * round_up(piece->rows, 4) + r;
+        const int64_t h = i / piece->rows, r = i % piece->rows, at = h * piece->pitch() + r;
         const int64_t query = (piece->row + r) / s.group,
                       head = (piece->head + h) * s.group + (piece->row + r) % s.group;
         float sink = -INFINITY;
@@ -192,7 +250,12 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
         }
         *lse_at(s.a, seq, query, head) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
         const float scale = l == 0.0f ? 0.0f : unit<S> / l;
-        for (int64_t c = 0; c < s.dv; ++c) line[c] = o[place<S>(c)] * scale;
+        for (int64_t c = 0; c < s.o_stride; c += block) {
+            for (int j = 0; j < width; ++j) {
+                line[c + (in_pairs<S> ? 2 * j : j)] = o[c + j] * scale;
+                line[c + (in_pairs<S> ? 2 * j + 1 : j + width)] = o[c + width + j] * scale;
+            }
+        }
         store_out<T>(s, seq, query, head, line);
     }
 }

@@ -100,9 +100,9 @@ METATE_FN const uint8_t* row_of(const View<4>& cache, Slot slot, int64_t head) {
                static_cast<int64_t>(sizeof(S));
 }
 
-METATE_FN float scale_of(const View<3>& scales, Slot slot, int64_t head) {
-    return static_cast<const float*>(
-        scales.data)[slot.page * scales.stride[0] + slot.row * scales.stride[1] + head * scales.stride[2]];
+METATE_FN float* scale_at(const View<3>& scales, Slot slot, int64_t head) {
+    return static_cast<float*>(scales.data) + slot.page * scales.stride[0] + slot.row * scales.stride[1] +
+           head * scales.stride[2];
 }
 
 }  // namespace

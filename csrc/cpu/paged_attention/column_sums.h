@@ -14,16 +14,19 @@ void add_sums(const Shape& s, const Piece& first, const Scratch& my) {
     Piece piece = first;
     for (; piece.row < seq.queries * s.group; piece.row += piece_rows) {
         piece.rows = smaller(seq.queries * s.group - piece.row, piece_rows);
-        for_tiles<T, S>(s, seq, piece, my, [&](int64_t h, const Tile& tile) {
-            find_logits<S>(s, seq, piece, h, tile, my);
-            for (int64_t r = 0; r < piece.rows; ++r) {
+        for_tiles<T, S>(s, seq, piece, false, my, [&](const Stream& stream) {
+            find_logits<S>(s, seq, piece, stream, my);
+            const Tile& tile = *stream.tile;
+            for (int64_t i = 0; i < piece.heads * piece.rows; ++i) {
+                const int64_t h = i / piece.rows, r = i % piece.rows;
                 const Row& row = my.row[h * piece_rows + r];
+                const float* logits = my.p + (h * piece.pitch() + r) * p_stride;
                 const float lse = *lse_at(a, seq, row.query, row.head);
                 float* sums =
                     static_cast<float*>(a.sums.data) + seq.number * a.sums.stride[0] + row.head * a.sums.stride[1];
                 for (uint64_t left = lse == -INFINITY ? 0 : tile.mask[r]; left; left &= left - 1) {
                     const int j = __builtin_ctzll(left);
-                    sums[(tile.key + j) * a.sums.stride[2]] += exp2f(my.p[r * p_stride + j] - lse * log2_e);
+                    sums[(tile.key + j) * a.sums.stride[2]] += exp2f(logits[j] - lse * log2_e);
                 }
             }
         });

@@ -76,7 +76,9 @@ struct State {
 
 struct Piece {
     int64_t sequence, head, heads, row, rows, key_begin, key_end;
-    State state;  // row r of head h is its row h · state_rows(rows) + r
+    State state;
+    // Row r of head h is row h · pitch() + r of what a piece computes: rows of a head fill the products' tiles.
+    int64_t pitch() const { return round_up(rows, 4); }
 };
 
 // Where the rows of a tile lie: of the piece's first head, and the bytes to the next head.
@@ -94,8 +96,9 @@ struct Tile {
 };
 
 struct Scratch {
-    float *q, *p, *weight;
-    uint8_t* rows;  // room for rows whose elements do not stand side by side
+    float *q, *p, *sums, *factor;
+    float *k_scale, *v_scale;  // of the rows of a tile, a head after the other
+    uint8_t* rows;             // room for rows whose elements do not stand side by side
     Tile* tile;
     Row* row;
     Run* runs;
@@ -117,14 +120,18 @@ Shape shape_of(const PagedAttention& a) {
 }
 
 inline Scratch take_scratch(const Shape& s, Arena& arena) {
+    const int64_t rows = round_up(s.heads * piece_rows, width);
     Scratch my;
-    my.q = arena.take<float>(s.heads * piece_rows * s.q_stride);
-    my.p = arena.take<float>(piece_rows * p_stride);
-    my.weight = arena.take<float>(piece_rows * p_stride);
+    my.q = arena.take<float>(rows * s.q_stride);
+    my.p = arena.take<float>(rows * p_stride);
+    my.sums = arena.take<float>(rows * s.o_stride);
+    my.factor = arena.take<float>(rows);
+    my.k_scale = arena.take<float>(s.heads * tile_keys);
+    my.v_scale = arena.take<float>(s.heads * tile_keys);
     my.rows = arena.take<uint8_t>(tile_keys * max_head_dim * 4);
     my.tile = arena.take<Tile>(2);
     my.row = arena.take<Row>(s.heads * piece_rows);
-    my.runs = arena.take<Run>(2 * tile_keys * s.heads);
+    my.runs = arena.take<Run>(group_keys * s.heads);
     my.ahead = arena.take<Prefetch>(1);
     return my;
 }
@@ -136,8 +143,17 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
     const View<4>& q = s.a.q;
     const T* from = static_cast<const T*>(q.data) + seq.batch * q.stride[0] + (seq.q0 + row.query) * q.stride[1] +
                     row.head * q.stride[2];
-    memset(to, 0, static_cast<size_t>(s.q_stride) * sizeof(float));
-    for (int64_t i = 0; i < s.d; ++i) to[place<S>(i)] = to_float(from[i * q.stride[3]]);
+    int64_t i = 0;
+    if (q.stride[3] == 1 && in_pairs<T> == in_pairs<S>) {
+        for (; i + block <= s.d; i += block) {
+            vf a, b;
+            read<T>(reinterpret_cast<const uint8_t*>(from + i), block, a, b);
+            store(to + i, a);
+            store(to + i + width, b);
+        }
+    }
+    memset(to + i, 0, static_cast<size_t>(s.q_stride - i) * sizeof(float));
+    for (; i < s.d; ++i) to[place<S>(i)] = to_float(from[i * q.stride[3]]);
 }
 
 // Tiles.
@@ -172,24 +188,40 @@ void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece
     }
     place_rows<S>(s.a.k_cache, piece.head, tile, tile.k);
     place_rows<S>(s.a.v_cache, piece.head, tile, tile.v);
-}
-
-// Copies of the rows of one head whose elements do not stand side by side.
-template <class S>
-void copy_rows(const View<4>& cache, const Rows& rows, int64_t h, uint8_t* to, const uint8_t** at) {
-    const int64_t columns = cache.size[3];
-    for (int64_t j = 0; j < tile_keys; ++j) {
-        const S* from = reinterpret_cast<const S*>(rows.at[j] + h * rows.next_head);
-        S* line = reinterpret_cast<S*>(to) + j * columns;
-        for (int64_t i = 0; i < columns; ++i) line[i] = from[i * cache.stride[3]];
-        at[j] = reinterpret_cast<const uint8_t*>(line);
+    if (!s.a.k_scale) return;
+    for (int64_t j = 0; j < tile.count; ++j) {
+        __builtin_prefetch(scale_at(s.a.k_scale, tile.slot[j], piece.head));
+        __builtin_prefetch(scale_at(s.a.v_scale, tile.slot[j], piece.head));
     }
 }
 
+// Rows of one head: of key j at[j], `offset` bytes on.
+struct Lines {
+    const uint8_t* const* at;
+    int64_t offset;
+};
+
+// `count` rows from `first` on; copies where elements do not stand side by side.
+template <class S>
+METATE_FN Lines lines_of(const View<4>& cache, const Rows& rows, int64_t h, int64_t first, int64_t count, uint8_t* room,
+                         const uint8_t** copies) {
+    if (cache.stride[3] == 1) return {rows.at + first, h * rows.next_head};
+    const int64_t columns = cache.size[3];
+    for (int64_t j = 0; j < count; ++j) {
+        const S* from = reinterpret_cast<const S*>(rows.at[first + j] + h * rows.next_head);
+        S* line = reinterpret_cast<S*>(room) + j * columns;
+        for (int64_t i = 0; i < columns; ++i) line[i] = from[i * cache.stride[3]];
+        copies[j] = reinterpret_cast<const uint8_t*>(line);
+    }
+    return {copies, 0};
+}
+
 // Scales of the rows of a tile, 0 where nothing is seen.
-inline void gather_scales(const View<3>& scales, int64_t head, const Tile& tile, float* to) {
+inline void gather_scales(const View<3>& scales, const Piece& piece, const Tile& tile, float* to) {
     for (int64_t j = 0; j < tile_keys; ++j) {
-        to[j] = j < tile.count && tile.some >> j & 1 ? scale_of(scales, tile.slot[j], head) : 0.0f;
+        const bool is_seen = tile.some >> j & 1;
+        const float* from = scale_at(scales, tile.slot[j], piece.head);
+        for (int64_t h = 0; h < piece.heads; ++h) to[h * tile_keys + j] = is_seen ? from[h * scales.stride[2]] : 0.0f;
     }
 }
 
@@ -213,31 +245,6 @@ void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint64_t mas
     }
 }
 
-// The products of a tile's keys with the rows of a piece, as logits.
-template <class S>
-void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, int64_t h, const Tile& tile,
-                 const Scratch& my) {
-    const uint8_t *copies[tile_keys], *const *keys = tile.k.at;
-    const int64_t head = piece.head + h;
-    const float* q = my.q + h * piece_rows * s.q_stride;
-    int64_t offset = h * tile.k.next_head;
-    if (s.a.k_cache.stride[3] != 1) {
-        copy_rows<S>(s.a.k_cache, tile.k, h, my.rows, copies);
-        keys = copies;
-        offset = 0;
-    }
-    for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
-        multiply_tile_keys<S, n>(keys, offset, tile.count, q + r * s.q_stride, s.q_stride, s.d, my.p + r * p_stride,
-                                 p_stride, *my.ahead);
-    });
-    alignas(64) float scales[tile_keys];
-    if (s.a.k_scale) gather_scales(s.a.k_scale, head, tile, scales);
-    for (int64_t r = 0; r < piece.rows; ++r) {
-        const Row& row = my.row[h * piece_rows + r];
-        to_logits<S>(s, seq, row, tile.mask[r], tile.key, s.a.k_scale ? scales : nullptr, my.p + r * p_stride);
-    }
-}
-
 // The keys that some row of a piece sees, from a whole tile on.
 inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t& end) {
     begin = piece.key_end;
@@ -251,48 +258,117 @@ inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t
     end = smaller(end, piece.key_end);
 }
 
-// Rows and queries of a piece, and scratch without anything that could be NaN.
+// Rows and queries of a piece.
 template <class T, class S>
 void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my) {
-    const auto clear = [](auto* at, int64_t count) { memset(at, 0, static_cast<size_t>(count) * sizeof *at); };
-    clear(my.q, s.heads * piece_rows * s.q_stride);
-    clear(my.p, piece_rows * p_stride);
-    clear(my.weight, piece_rows * p_stride);
+    const int64_t pitch = piece.pitch();
     for (int64_t h = 0; h < piece.heads; ++h) {
+        float* q = my.q + h * pitch * s.q_stride;
         for (int64_t r = 0; r < piece.rows; ++r) {
             const Row& row = my.row[h * piece_rows + r] = row_at(s, seq, piece.head + h, piece.row + r);
-            load_query<T, S>(s, seq, row, my.q + (h * piece_rows + r) * s.q_stride);
+            load_query<T, S>(s, seq, row, q + r * s.q_stride);
         }
+        memset(q + piece.rows * s.q_stride, 0, static_cast<size_t>((pitch - piece.rows) * s.q_stride) * sizeof(float));
     }
 }
 
-// The rows of a tile of keys as runs of memory: heads that lie beside each other are one. Returns the end of the runs.
+// What is read of a tile: its keys, a group after the other, and where there are values its values likewise.
+METATE_FN int64_t groups_of(const Tile& tile) {
+    return ceil_div(tile.count, group_keys);
+}
+
+// A group of keys of a tile, or of values, as runs of memory: rows and heads that lie beside each other are one.
+// Returns the end of the runs.
 template <class S>
-Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, Run* to) {
-    const int64_t bytes = cache.size[3] * static_cast<int64_t>(sizeof(S)), heads = piece.heads;
+Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, int64_t group, Run* to) {
+    const int64_t bytes = cache.size[3] * static_cast<int64_t>(sizeof(S));
     const bool beside = cache.stride[3] == 1 && cache.stride[2] == cache.size[3];
-    for (int64_t j = 0; j < tile.count; ++j) {
+    const int64_t heads = beside ? 1 : piece.heads, length = beside ? piece.heads * bytes : bytes;
+    const uint8_t* end = nullptr;
+    for (int64_t j = group * group_keys; j < smaller((group + 1) * group_keys, tile.count); ++j) {
         if (!(tile.some >> j & 1)) continue;
-        for (int64_t h = 0; h < heads; h += beside ? heads : 1) {
-            *to++ = {rows.at[j] + h * rows.next_head, ceil_div(beside ? heads * bytes : bytes, 64)};
+        for (int64_t h = 0; h < heads; ++h) {
+            const uint8_t* at = rows.at[j] + h * rows.next_head;
+            if (at == end)
+                to[-1].end += length;
+            else
+                *to++ = {at, at + length};
+            end = at + length;
         }
     }
     return to;
 }
 
-// How often the products of a tile ask for lines that will be read.
-inline int64_t steps_of(const Shape& s, const Piece& piece, const Tile& tile) {
+// How often the products of a group of keys, of values, ask for lines that will be read.
+inline int64_t steps_of(const Shape& s, const Piece& piece, bool values) {
     int64_t steps = 0;
     for_row_tiles(piece.rows, [&]<int n>(int64_t) {
-        steps +=
-            ceil_div(tile.count, width / n) * ceil_div(s.d, block) + tile.count * ceil_div(s.dv, blocks_of<n> * block);
+        constexpr int64_t columns = blocks_of<n> * block;
+        steps += values ? group_keys * (s.dv / columns + ceil_div(s.dv % columns, block))
+                        : group_keys * n / width * ceil_div(s.d, block);
     });
     return piece.heads * steps;
 }
 
-// Runs body(head, tile) for the tiles and heads of a piece; meanwhile the next tile comes into the second cache.
+// Tiles one after the other, and what is to be read of them while they are computed.
+struct Stream {
+    const Tile *tile, *next;
+    bool has_values;
+
+    // Before the `stage`-th group is read, in `steps` steps: starts to ask for the group after the next.
+    template <class S>
+    void advance(const Shape& s, const Piece& piece, int64_t stage, int64_t steps, const Scratch& my) const {
+        const Tile* of = tile;
+        int64_t ahead = stage + 2;
+        for (int i = 0; i < 2; ++i) {
+            const int64_t groups = groups_of(*of);
+            if (ahead < groups) {
+                return my.ahead->begin(my.runs, runs_of<S>(s.a.k_cache, of->k, piece, *of, ahead, my.runs), steps);
+            }
+            ahead -= groups;
+            if (has_values && ahead < groups) {
+                return my.ahead->begin(my.runs, runs_of<S>(s.a.v_cache, of->v, piece, *of, ahead, my.runs), steps);
+            }
+            ahead -= has_values ? groups : 0;
+            of = next;
+            if (!next->some) break;
+        }
+        my.ahead->begin(my.runs, my.runs, steps);
+    }
+};
+
+// The products of a tile's keys with the rows of a piece, as logits.
+template <class S>
+void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
+    const Tile& tile = *stream.tile;
+    const int64_t pitch = piece.pitch(), steps = steps_of(s, piece, false);
+    const uint8_t* copies[group_keys];
+    for (int64_t g = 0; g < groups_of(tile); ++g) {
+        stream.advance<S>(s, piece, g, steps, my);
+        const int64_t first = g * group_keys;
+        for (int64_t h = 0; h < piece.heads; ++h) {
+            const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, first, group_keys, my.rows, copies);
+            for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
+                multiply_keys<S, n>(keys.at, keys.offset, smaller(tile.count - first, group_keys),
+                                    my.q + (h * pitch + r) * s.q_stride, s.q_stride, s.d,
+                                    my.p + (h * pitch + r) * p_stride + first, p_stride, *my.ahead);
+            });
+        }
+    }
+    if (s.a.k_scale) gather_scales(s.a.k_scale, piece, tile, my.k_scale);
+    for (int64_t h = 0; h < piece.heads; ++h) {
+        const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
+        for (int64_t r = 0; r < piece.rows; ++r) {
+            const Row& row = my.row[h * piece_rows + r];
+            to_logits<S>(s, seq, row, tile.mask[r], tile.key, scales, my.p + (h * pitch + r) * p_stride);
+        }
+    }
+}
+
+// Runs body(stream) for the tiles of a piece.
 template <class T, class S, class Body>
-void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my, const Body& body) {
+void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, bool has_values, const Scratch& my,
+               const Body& body) {
     begin_piece<T, S>(s, seq, piece, my);
     int64_t begin, end;
     range_of(my.row, piece, begin, end);
@@ -301,15 +377,7 @@ void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Sc
     for (int64_t key = begin; key < end; key += tile_keys) {
         next->some = 0;
         if (key + tile_keys < end) place_tile<S>(s, seq, my.row, piece, key + tile_keys, end, *next);
-        Run* runs = my.runs;
-        if (next->some) {
-            runs = runs_of<S>(s.a.k_cache, next->k, piece, *next, runs);
-            runs = runs_of<S>(s.a.v_cache, next->v, piece, *next, runs);
-        }
-        int64_t lines = 0;
-        for (const Run* run = my.runs; run != runs; ++run) lines += run->lines;
-        my.ahead->begin(my.runs, runs - my.runs, lines, steps_of(s, piece, *tile));
-        for (int64_t h = 0; h < piece.heads && tile->some; ++h) body(h, *tile);
+        if (tile->some) body(Stream{tile, next, has_values});
         Tile* done = tile;
         tile = next;
         next = done;

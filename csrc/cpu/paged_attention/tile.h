@@ -8,100 +8,112 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 constexpr int tile_keys = 64;
+constexpr int group_keys = 16;  // keys of a tile whose products are found for all heads before those of the next keys
 
-// What will be read next, in the order in which it lies in memory: asked for a few lines at a time between products,
-// for a core waits once more than a dozen lines are on their way.
+// Memory that will be read, in its order.
 struct Run {
-    const uint8_t* at;
-    int64_t lines;
+    const uint8_t *at, *end;
 };
+
+// Asks for what will be read next, a few lines at a time between products: a core waits once more than a dozen lines
+// are on their way.
 class Prefetch {
   public:
     // `steps` calls of fetch() are to ask for everything.
-    METATE_FN void begin(const Run* runs, int64_t count, int64_t lines, int64_t steps) {
+    void begin(const Run* runs, const Run* end, int64_t steps) {
+        int64_t lines = 0;
+        for (const Run* run = runs; run != end; ++run) lines += ceil_div(run->end - run->at, 64);
         next_ = runs;
-        end_ = runs + count;
-        left_ = 0;
-        quota_ = (lines + steps - 1) / steps;
+        end_ = end;
+        at_ = until_ = nullptr;
+        due_ = 0;
+        pace_ = ceil_div(unit * lines, larger(steps, 1));
     }
     METATE_FN void fetch() {
-        const uint8_t* at = at_;
-        int64_t left = left_;
-        for (int64_t wanted = quota_;;) {
-            const int64_t lines = smaller(wanted, left);
-            for (const uint8_t* const until = at + 64 * lines; at != until; at += 64) __builtin_prefetch(at, 0, 2);
-            left -= lines;
-            wanted -= lines;
-            if (wanted == 0 || next_ == end_) break;
-            at = next_->at;
-            left = next_->lines;
-            ++next_;
+        for (due_ += pace_; due_ >= unit; due_ -= unit) {
+            if (at_ >= until_) {
+                if (next_ == end_) return;
+                at_ = next_->at;
+                until_ = next_->end;
+                ++next_;
+            }
+            __builtin_prefetch(at_, 0, 2);
+            at_ += 64;
         }
-        at_ = at;
-        left_ = left;
     }
 
   private:
+    static constexpr int64_t unit = 256;  // of a line
     const Run *next_ = nullptr, *end_ = nullptr;
-    const uint8_t* at_ = nullptr;
-    int64_t left_ = 0;
-    int64_t quota_ = 0;
+    const uint8_t *at_ = nullptr, *until_ = nullptr;
+    int64_t due_ = 0, pace_ = 0;
 };
 
-// c[r · stride + key] = q_r · k_key for `rows` rows and as many keys as fill the accumulators: `width` sums at a time.
+// c[r · stride + key] = q_r · k_key for `rows` rows and `count` keys: pointers to rows, readable up to a multiple of
+// width.
 template <class S, int rows>
-__attribute__((noinline)) void multiply_keys(const uint8_t* const* keys, int64_t offset, const float* q,
-                                             int64_t q_stride, int64_t d, float* c, int64_t stride, Prefetch& ahead) {
-    constexpr int count = width / rows;
-    vf sums[width];
+__attribute__((noinline)) void multiply_keys(const uint8_t* const* keys, int64_t offset, int64_t count, const float* q,
+                                             int64_t q_stride, int64_t d, float* c, int64_t stride, Prefetch& shared) {
+    constexpr int together = width / rows;  // keys whose sums fill the accumulators
+    Prefetch ahead = shared;
+    for (int64_t first = 0; first < count; first += together) {
+        const uint8_t* key[together];
+        vf sums[width];
 #pragma GCC unroll 16
-    for (int i = 0; i < width; ++i) sums[i] = splat(0.0f);
-    const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
-        ahead.fetch();
-        vf qa[rows], qb[rows];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-            qa[r] = load(q + r * q_stride + at);
-            qb[r] = load(q + r * q_stride + at + width);
-        }
+        for (int k = 0; k < together; ++k) key[k] = keys[first + k] + offset;
 #pragma GCC unroll 16
-        for (int k = 0; k < count; ++k) {
-            vf a, b;
-            read<S>(keys[k] + (offset + bytes_before<S>(at)), n, a, b);
+        for (int i = 0; i < width; ++i) sums[i] = splat(0.0f);
+        const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+            ahead.fetch();
+            vf qa[rows], qb[rows];
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) sums[r * count + k] = fma(a, qa[r], sums[r * count + k]);
+            for (int r = 0; r < rows; ++r) {
+                qa[r] = load(q + r * q_stride + at);
+                qb[r] = load(q + r * q_stride + at + width);
+            }
+#pragma GCC unroll 16
+            for (int k = 0; k < together; ++k) {
+                vf a, b;
+                read<S>(key[k] + bytes_before<S>(at), n, a, b);
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) sums[r * count + k] = fma(b, qb[r], sums[r * count + k]);
-        }
-    };
-    int64_t at = 0;
-    for (; at + block <= d; at += block) step(at, block);
-    if (at < d) step(at, d - at);
-    float line[width];
-    store(line, sum_rows(sums));
+                for (int r = 0; r < rows; ++r) sums[r * together + k] = fma(a, qa[r], sums[r * together + k]);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) __builtin_memcpy(c + r * stride, line + r * count, count * sizeof(float));
-}
-
-// c = q kᵀ for a tile: `keys` pointers to rows, readable up to a multiple of width.
-template <class S, int rows>
-METATE_FN void multiply_tile_keys(const uint8_t* const* keys, int64_t offset, int64_t count, const float* q,
-                                  int64_t q_stride, int64_t d, float* c, int64_t stride, Prefetch& ahead) {
-    for (int64_t k = 0; k < count; k += width / rows) {
-        multiply_keys<S, rows>(keys + k, offset, q, q_stride, d, c + k, stride, ahead);
+                for (int r = 0; r < rows; ++r) sums[r * together + k] = fma(b, qb[r], sums[r * together + k]);
+            }
+        };
+        int64_t at = 0;
+        for (; at + block <= d; at += block) step(at, block);
+        if (at < d) step(at, d - at);
+        float line[width];
+        store(line, sum_rows(sums));
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r)
+            __builtin_memcpy(c + r * stride + first, line + r * together, together * sizeof(float));
     }
+    shared = ahead;
 }
 
-// o_r = o_r · factor_r + Σ_key p[r · stride + key] v_key for `vectors` · width columns from `at` on, `n` of them real.
+// Sums over the keys of a tile, group after group, and what they are added to when they are complete:
+// o = o · factor + sum. Rows are `stride` apart.
+struct Sums {
+    float *sum, *o;
+    int64_t stride;
+    const float* factor;
+    bool is_first, is_last;
+};
+
+// Adds Σ_key p[r · stride + key] v_key for `blocks` blocks of columns from `at` on, `n` columns of them real.
 template <class S, int rows, int blocks, bool whole>
 __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int64_t offset, int64_t count,
-                                               const float* p, int64_t stride, int64_t at, int64_t n, float* o,
-                                               int64_t o_stride, const float* factor, Prefetch& ahead) {
+                                               const float* p, int64_t stride, int64_t at, int64_t n, const Sums& to,
+                                               Prefetch& shared) {
+    Prefetch ahead = shared;
     vf sums[rows][2 * blocks];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * blocks; ++i) sums[r][i] = splat(0.0f);
+        for (int i = 0; i < 2 * blocks; ++i)
+            sums[r][i] = to.is_first ? splat(0.0f) : load(to.sum + r * to.stride + at + i * width);
     }
     for (int64_t k = 0; k < count; ++k) {
         ahead.fetch();
@@ -120,12 +132,17 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
             }
         }
     }
+    shared = ahead;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
+        const vf factor = splat(to.factor[r]);
 #pragma GCC unroll 8
         for (int i = 0; i < 2 * blocks; ++i) {
-            float* to = o + r * o_stride + at + i * width;
-            store(to, fma(load(to), splat(factor[r]), sums[r][i]));
+            const int64_t place = r * to.stride + at + i * width;
+            if (to.is_last)
+                store(to.o + place, fma(load(to.o + place), factor, sums[r][i]));
+            else
+                store(to.sum + place, sums[r][i]);
         }
     }
 }
@@ -136,20 +153,17 @@ constexpr int blocks_of = width == 16 ? (rows == 4 ? 2 : 4) : 1;
 
 // The same for all dv columns.
 template <class S, int rows>
-METATE_FN void multiply_tile_values(const uint8_t* const* values, int64_t offset, int64_t count, const float* p,
-                                    int64_t stride, int64_t dv, float* o, int64_t o_stride, const float* factor,
-                                    Prefetch& ahead) {
+METATE_FN void multiply_all_values(const uint8_t* const* values, int64_t offset, int64_t count, const float* p,
+                                   int64_t stride, int64_t dv, const Sums& to, Prefetch& ahead) {
     constexpr int blocks = blocks_of<rows>;
     int64_t at = 0;
     for (; at + blocks * block <= dv; at += blocks * block) {
-        multiply_values<S, rows, blocks, true>(values, offset, count, p, stride, at, blocks * block, o, o_stride,
-                                               factor, ahead);
+        multiply_values<S, rows, blocks, true>(values, offset, count, p, stride, at, blocks * block, to, ahead);
     }
     for (; at + block <= dv; at += block) {
-        multiply_values<S, rows, 1, true>(values, offset, count, p, stride, at, block, o, o_stride, factor, ahead);
+        multiply_values<S, rows, 1, true>(values, offset, count, p, stride, at, block, to, ahead);
     }
-    if (at < dv)
-        multiply_values<S, rows, 1, false>(values, offset, count, p, stride, at, dv - at, o, o_stride, factor, ahead);
+    if (at < dv) multiply_values<S, rows, 1, false>(values, offset, count, p, stride, at, dv - at, to, ahead);
 }
 
 // Calls run<n>(r) for tiles of n = 4, 2 or 1 rows from r on; rows are readable and writable up to a multiple of 4.

@@ -389,17 +389,16 @@ class Index:
         codec: Raw | Product,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """By a codec's columns; ids, or rows where none are given."""
-        lists, bias = state.lists, None
-        columns = {name: first_rows(column, lists.used) for name, column in lists.columns.items()}
-        ranges = torch.tensor([[[0, int(lists.length[0])]]]).expand(len(x), 1, 2)
-        rotated = self._rotated(state.model, x)
+        lists, rotated = state.lists, self._rotated(state.model, x)
+        ranges = bias = None
         if self.nlist is not None:
             bias, probed = topk_distances(rotated, state.model["centroids"], nprobe, metric=self._scan_metric)
             start, length = torch.from_numpy(lists.start)[probed.cpu()], torch.from_numpy(lists.length)[probed.cpu()]
-            ranges = torch.stack([start, start + length], 2)
+            ranges = torch.stack([start, start + length], 2).to(self.device)
             bias = bias if isinstance(codec, Product) and codec.residual else None
-        keep = None if keep is None else keep[: (lists.used + 7) // 8]
-        probe = Probe(columns, ranges.to(self.device).contiguous(), bias, ids, keep, k)
+        columns = {name: first_rows(column, lists.scanned) for name, column in lists.columns.items()}
+        keep = None if keep is None else keep[: (lists.scanned + 7) // 8]
+        probe = Probe(columns, ranges, bias, ids, keep, k)
         return codec.scan(state.model, rotated if codec is self.codec else x, probe, self._scan_metric)
 
     def _refined(self, state: State, x: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

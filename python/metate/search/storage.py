@@ -110,6 +110,11 @@ class Lists:
         return int(self.length.sum()) - self.dead
 
     @property
+    def scanned(self) -> int:
+        """The rows before this one hold all lists; where there is one list, nothing else."""
+        return int(self.length[0]) if len(self.length) == 1 else self.used
+
+    @property
     def implicit(self) -> bool:
         """Whether ids are row numbers."""
         return "ids" not in self.columns
@@ -120,9 +125,9 @@ class Lists:
         return rows if self.live is None else rows[is_set(self.live, rows)]
 
     def ids_column(self) -> Tensor | None:
-        """The ids of the rows that extents have had; None: row numbers."""
+        """The ids of the rows that scans see; None: row numbers."""
         column = self.columns.get("ids")
-        return column[: self.used] if isinstance(column, Tensor) else None
+        return column[: self.scanned] if isinstance(column, Tensor) else None
 
     def ids(self, rows: Integers) -> Integers:
         ids = self.ids_column()

@@ -49,21 +49,18 @@ bench: install
 TORCH := $(BIN)/python -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
 comma := ,
 
-build/native/CMakeCache.txt: $(VENV)/requirements
-	$(BIN)/cmake -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DMETATE_TESTS=ON \
-	  -DMETATE_ARCHS= -DMETATE_TORCH="$$($(TORCH))"
-
 build/sanitize/CMakeCache.txt: $(VENV)/requirements
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DMETATE_TESTS=ON \
 	  -DMETATE_ARCHS= -DMETATE_SANITIZE=address$(comma)undefined
 
-build-%: build/%/CMakeCache.txt
-	$(BIN)/cmake --build build/$* -j$(JOBS)
+# Beside the kernels that the installation built, of which they are made.
+native: install
+	$(BIN)/cmake -S . -B build/kernels -DMETATE_TESTS=ON -DMETATE_TORCH="$$($(TORCH))"
+	$(BIN)/cmake --build build/kernels -j$(JOBS)
+	$(BIN)/ctest --test-dir build/kernels --output-on-failure -j$(JOBS)
 
-native: build-native
-	$(BIN)/ctest --test-dir build/native --output-on-failure -j$(JOBS)
-
-sanitize: build-sanitize
+sanitize: build/sanitize/CMakeCache.txt
+	$(BIN)/cmake --build build/sanitize -j$(JOBS)
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j$(JOBS)
 
 # The part of it that CI has time for.

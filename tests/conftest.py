@@ -24,7 +24,7 @@ if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
 
 if not torch.cuda.is_available():
-    for emulated in (Path(__file__).parent.parent / "build" / "native").glob("emulated*.so"):
+    for emulated in (Path(__file__).parent.parent / "build" / "kernels").glob("emulated*.so"):
         torch.ops.load_library(emulated)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -25,7 +25,7 @@ enum class Metric : int8_t { l2, inner_product };
 
 struct PqDistanceTables {
     View<2> queries;    // (Q, M · d) f32
-    View<3> codebooks;  // (M, L, d) f32
+    View<3> codebooks;  // (M, L, d) f32, contiguous
     Metric metric;
     View<3> tables;  // (Q, M, L) f32: Σ (q - c)² or Σ q · c over the d columns
 };

@@ -47,9 +47,10 @@ struct Searching {
 };
 
 Tensor pq_distance_tables(const Tensor& queries, const Tensor& codebooks, int64_t metric) {
+    const Tensor books = dense(codebooks);
     Tensor tables = empty(queries, {queries.size(0), codebooks.size(0), codebooks.size(1)});
     METATE_LAUNCH(pq_distance_tables, queries,
-                  PqDistanceTables{view<2>(queries), view<3>(codebooks), static_cast<Metric>(metric), view<3>(tables)});
+                  PqDistanceTables{view<2>(queries), view<3>(books), static_cast<Metric>(metric), view<3>(tables)});
     return tables;
 }
 

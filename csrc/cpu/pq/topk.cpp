@@ -117,7 +117,7 @@ void by_products(const TopkDistances& c, const Runtime& runtime) {
     const Vectors<T> v = vectors_of<T>(c);
     const int64_t Q = c.queries.size[0], steps = steps_of_rows(v.columns, l2);
     const bool split = Q <= shared_queries && Q * room(s) <= shared_room;
-    const int64_t blocks = ceil_div(Q, query_rows), segments = split ? ceil_div(s.n, segment_rows) : 1;
+    const int64_t blocks = ceil_div(Q, query_rows), segments = split && s.n ? ceil_div(s.n, segment_rows) : 1;
     const int64_t pieces = blocks * segments, length = split ? segment_rows : s.n;
     Heaps heaps{nullptr, nullptr, nullptr, workers_of(runtime, pieces), split ? Q : query_rows, room(s)};
     if (!split) heaps.queries = heaps.workers * query_rows, heaps.workers = 1;

@@ -151,37 +151,31 @@ struct Heaps {
     }
 };
 
-constexpr int64_t rows_alone = 4096;     // rows of a query that are worth a piece of their own
-constexpr int64_t split_queries = 64;    // fewer queries are cut by rows
-constexpr int64_t split_room = 1 << 20;  // and only where heaps for every worker are small
+constexpr int64_t rows_alone = 8192;     // rows of a query that are worth a piece of their own
+constexpr int64_t split_queries = 64;    // fewer queries are cut by rows, and any number that scan the same rows
+constexpr int64_t split_room = 1 << 20;  // but only where heaps for every worker are small
 
 // Calls scan(memory, q, p, span, best) for parts of every range of every query and writes the results. `memory` is what
-// own(arena) takes for each worker; `prepare` takes what all workers share and sees it before they begin.
-template <class Shared, class Own, class Prepare, class Scan>
-void search_rows(const Search& s, const Runtime& runtime, const Shared& shared, const Own& own, const Prepare& prepare,
-                 const Scan& scan) {
+// own(arena) takes for each worker; prepare(memory) sees it before they begin.
+template <class Own, class Prepare, class Scan>
+void search_rows(const Search& s, const Runtime& runtime, const Own& own, const Prepare& prepare, const Scan& scan) {
     const int64_t Q = s.distances.size[0];
-    const bool split = Q < split_queries && Q * room(s) <= split_room;
+    const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
     int64_t parts = 1;
-    if (split)
-        for (int64_t q = 0; q < Q; ++q) {
-            const int64_t wanted = (rows_of(s, q) + rows_alone - 1) / rows_alone;
-            parts = wanted > parts ? wanted : parts;
-        }
+    for (int64_t q = 0; split && q < (s.ranges ? Q : 1); ++q) {
+        const int64_t wanted = (rows_of(s, q) + rows_alone - 1) / rows_alone;
+        parts = wanted > parts ? wanted : parts;
+    }
     const int64_t pieces = Q * parts;
-    Heaps heaps{nullptr, nullptr, nullptr, workers_of(runtime, pieces), split ? Q : 1, room(s)};
-    if (!split) heaps.queries = heaps.workers, heaps.workers = 1;  // one query at a time for each worker
-    const auto memory = lay_out(
-        runtime, pieces,
-        [&](Arena& arena) {
-            heaps.take(arena);
-            shared(arena);
-        },
-        own);
+    if (pieces == 0) return;
+    const int workers = workers_of(runtime, pieces);
+    Heaps heaps{nullptr, nullptr, nullptr, workers, split ? Q : 1, room(s)};
+    if (!split) heaps.queries = workers, heaps.workers = 1;  // one query at a time for each worker
+    const auto memory = lay_out(runtime, pieces, [&](Arena& arena) { heaps.take(arena); }, own);
     heaps.clear();
-    prepare();
+    for (int worker = 0; worker < workers; ++worker) prepare(memory(worker));
     for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
-        const int64_t q = piece % (Q ? Q : 1), part = piece / (Q ? Q : 1);
+        const int64_t q = piece % Q, part = piece / Q;  // queries that scan the same rows follow one another
         const int64_t lane = split ? worker : 0, slot = split ? q : worker;
         Best best = heaps.open(lane, slot);
         const int64_t all = rows_of(s, q), begin = all * part / parts, end = all * (part + 1) / parts;

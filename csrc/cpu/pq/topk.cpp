@@ -89,7 +89,7 @@ template <bool l2, class T>
 void by_rows(const TopkDistances& c, const Runtime& runtime) {
     const Vectors<T> v = vectors_of<T>(c);
     search_rows(
-        c.search, runtime, [](Arena&) {}, [](Arena& arena) { return arena.take<char>(0); }, [] {},
+        c.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, int64_t q, int64_t, Span span, Best& best) {
             const float* const query = query_of(c, q);
             const Vectors<float> queries{query, 0, v.columns, nullptr, nullptr};

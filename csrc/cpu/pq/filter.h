@@ -12,16 +12,13 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-#if defined(METATE_HAS_WORD_SHUFFLES)
-constexpr int most_filtered_bits = 8;
-#elif defined(METATE_HAS_BYTE_SHUFFLES)
-constexpr int most_filtered_bits = 4;
-#else
-constexpr int most_filtered_bits = 0;
-#endif
-
 #if defined(METATE_HAS_BYTE_SHUFFLES)
 
+#if defined(METATE_HAS_WORD_SHUFFLES)
+constexpr int most_filtered_bits = 8;
+#else
+constexpr int most_filtered_bits = 4;
+#endif
 constexpr int64_t most_columns_4 = 64;   // more, and a byte is too coarse a sum
 constexpr int64_t most_columns_8 = 256;  // more, and a word is too small for one
 constexpr int64_t chunk_rows = 4096;     // between two looks at the limit
@@ -204,6 +201,7 @@ METATE_FN void scan_chunk(const Chunk<4>& c, Survivors<4>& found) {
             low = add_clipped_bytes(low, lookup_bytes(table, bit_and(codes, halves)));
             high = add_clipped_bytes(high, lookup_bytes(table, bit_and(shift_right_words(codes, 4), halves)));
         };
+#pragma GCC unroll 4
         for (int64_t m = 0; m < whole; m += at_once) add(m, 64);
         if (whole < M) add(whole, 16 * (M - whole));
         if (c.terms.bias) {

@@ -23,18 +23,18 @@ void scan_packed(const Scan& scan, int64_t q, int64_t p, Span span, Best& best) 
 // Interleaved codes.
 template <int bits>
 void scan_interleaved(const Scan& scan, const Runtime& runtime) {
-    if constexpr (bits <= most_filtered_bits) {
-        search_rows(
+#if defined(METATE_HAS_BYTE_SHUFFLES)
+    if constexpr (bits <= most_filtered_bits)
+        return search_rows(
             scan.call.search, runtime, [&](Arena& arena) { return take_filter<bits>(arena, scan.M); },
             [](Filter* filter) { filter->query = -1; },
             [&](Filter* filter, int64_t q, int64_t p, Span span, Best& best) {
                 scan_filtered<bits>(scan, *filter, q, p, span, best);
             });
-    } else {
-        search_rows(
-            scan.call.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
-            [&](char*, int64_t q, int64_t p, Span span, Best& best) { scan_blocks<bits>(scan, q, p, span, best); });
-    }
+#endif
+    search_rows(
+        scan.call.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        [&](char*, int64_t q, int64_t p, Span span, Best& best) { scan_blocks<bits>(scan, q, p, span, best); });
 }
 
 }  // namespace

@@ -197,6 +197,27 @@ METATE_FN vi add_words(vi a, vi b) {
     return _mm256_add_epi16(a, b);
 }
 
+#define METATE_HAS_BYTE_SHUFFLES 1
+// In every 16 bytes, those of `table` that the low four bits of `index` name; indices are below 128.
+METATE_FN vi lookup_bytes(vi table, vi index) {
+    return _mm256_shuffle_epi8(table, index);
+}
+METATE_FN vi add_clipped_bytes(vi a, vi b) {  // unsigned
+    return _mm256_adds_epu8(a, b);
+}
+METATE_FN vi shift_right_words(vi a, int n) {
+    return _mm256_srli_epi16(a, n);
+}
+// The sums over all 16 bytes of a, then those of b.
+METATE_FN __m256i fold_clipped_bytes(vi a, vi b) {
+    return add_clipped_bytes(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+// Bit i: byte i of a + b is below 255.
+METATE_FN uint32_t below_clip(__m256i a, const uint8_t* b) {
+    const __m256i sum = add_clipped_bytes(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(sum, _mm256_set1_epi8(-1))));
+}
+
 // Sixteen floats, looked up by the low four bits of each lane.
 struct Table16 {
     vf low, high;

@@ -185,6 +185,71 @@ METATE_FN void store_bytes(uint8_t* p, vi x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
 
+#define METATE_HAS_BYTE_SHUFFLES 1
+// In every 16 bytes, those of `table` that the low four bits of `index` name; indices are below 128.
+METATE_FN vi lookup_bytes(vi table, vi index) {
+    return _mm512_shuffle_epi8(table, index);
+}
+METATE_FN vi add_clipped_bytes(vi a, vi b) {  // unsigned
+    return _mm512_adds_epu8(a, b);
+}
+METATE_FN vi shift_right_words(vi a, int n) {
+    return _mm512_srli_epi16(a, static_cast<unsigned>(n));
+}
+// The sums over all 16 bytes of a, then those of b.
+METATE_FN __m256i fold_clipped_bytes(vi a, vi b) {
+    const vi halves = add_clipped_bytes(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee));
+    return _mm512_castsi512_si256(
+        add_clipped_bytes(_mm512_shuffle_i64x2(halves, halves, 0x88), _mm512_shuffle_i64x2(halves, halves, 0xdd)));
+}
+// Bit i: byte i of a + b is below 255.
+METATE_FN uint32_t below_clip(__m256i a, const uint8_t* b) {
+    const __m256i more = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    return _mm256_cmpneq_epi8_mask(_mm256_adds_epu8(a, more), _mm256_set1_epi8(-1));
+}
+
+#define METATE_HAS_WORD_SHUFFLES 1
+// 256 bytes to look up: word w of the four vectors holds entry w in its low and entry w + 128 in its high byte.
+struct Table256 {
+    vi words[4];
+};
+// In every word, the entry that the low byte of `low` and the high byte of `high` name, which are the same number.
+METATE_FN vi lookup_words(const Table256& table, vi low, vi high) {
+    const vi first = _mm512_permutex2var_epi16(table.words[0], low, table.words[1]);
+    const vi second = _mm512_permutex2var_epi16(table.words[2], low, table.words[3]);
+    const vi pair = _mm512_mask_blend_epi16(_mm512_movepi16_mask(_mm512_slli_epi16(high, 1)), first, second);
+    const vi byte = _mm512_mask_blend_epi16(_mm512_movepi16_mask(high), _mm512_set1_epi16(1), _mm512_set1_epi16(256));
+    return _mm512_maddubs_epi16(pair, byte);
+}
+METATE_FN vi shift_left_words(vi a, int n) {
+    return _mm512_slli_epi16(a, static_cast<unsigned>(n));
+}
+// 32 bytes from a, then 32 from b.
+METATE_FN vi load_halves(const uint8_t* a, const uint8_t* b) {
+    const vi low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+    return _mm512_inserti64x4(low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
+}
+// The low halves of the lanes, side by side.
+METATE_FN void store_words(uint16_t* p, vi x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
+}
+// The even words of 64 at p, or the odd ones.
+METATE_FN vi load_every_other(const uint16_t* p, int odd) {
+    const vi index = _mm512_add_epi16(_mm512_set1_epi16(static_cast<int16_t>(odd)),
+                                      _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32,
+                                                       30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0));
+    return _mm512_permutex2var_epi16(_mm512_loadu_si512(p), index, _mm512_loadu_si512(p + 32));
+}
+// Bit 2 i: word i of `even` is at most `most`, unsigned; bit 2 i + 1: that of `odd`.
+METATE_FN uint64_t at_most(vi even, vi odd, uint16_t most) {
+    const vi bound = _mm512_set1_epi16(static_cast<int16_t>(most));
+    return _pdep_u64(_mm512_cmple_epu16_mask(even, bound), 0x5555555555555555u) |
+           _pdep_u64(_mm512_cmple_epu16_mask(odd, bound), 0xaaaaaaaaaaaaaaaau);
+}
+METATE_FN vi add_clipped_words(vi a, vi b) {  // unsigned
+    return _mm512_adds_epu16(a, b);
+}
+
 #define METATE_HAS_VNNI_FORMS 1
 // sum + the products of four bytes, unsigned times signed: where isa() is avx512vnni or more.
 METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {

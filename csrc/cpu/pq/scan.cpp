@@ -1,0 +1,54 @@
+// Scans of codes: packed rows, and the choice between exact sums and the filter of interleaved ones.
+#include "filter.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+template <int known_bits>
+void scan_packed(const Scan& scan, int64_t q, int64_t p, Span span, Best& best) {
+    const int64_t bits = known_bits ? known_bits : scan.call.bits;
+    const float* const table = scan.table(q);
+    for (int64_t first = span.first; first < span.last; first += rows_together) {
+        const int count = static_cast<int>(smaller(rows_together, span.last - first));
+        const uint8_t* rows[rows_together];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows_together; ++i) rows[i] = scan.packed(first + (i < count ? i : 0));
+        float sum[rows_together];
+        add_entries(sum, scan, table, [&](int i, int64_t m) { return code_at(rows[i], m, bits); });
+        const float limit = best.limit();
+        for (int i = 0; i < count; ++i) scan.offer(sum[i], first + i, q, p, limit, best);
+    }
+}
+
+// Interleaved codes.
+template <int bits>
+void scan_interleaved(const Scan& scan, const Runtime& runtime) {
+#if defined(METATE_HAS_BYTE_SHUFFLES)
+    if constexpr (bits <= most_filtered_bits)
+        return search_rows(
+            scan.call.search, runtime, [&](Arena& arena) { return take_filter<bits>(arena, scan.M); },
+            [](Filter* filter) { filter->query = -1; },
+            [&](Filter* filter, int64_t q, int64_t p, Span span, Best& best) {
+                scan_filtered<bits>(scan, *filter, q, p, span, best);
+            });
+#endif
+    search_rows(
+        scan.call.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        [&](char*, int64_t q, int64_t p, Span span, Best& best) { scan_blocks<bits>(scan, q, p, span, best); });
+}
+
+}  // namespace
+
+void pq_scan(const PqScan& c, const Runtime& runtime) {
+    const Scan scan(c);
+    if (c.blocks) return c.bits == 4 ? scan_interleaved<4>(scan, runtime) : scan_interleaved<8>(scan, runtime);
+    with_bits(c.bits, [&]<int bits>() {
+        search_rows(
+            c.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+            [&](char*, int64_t q, int64_t p, Span span, Best& best) { scan_packed<bits>(scan, q, p, span, best); });
+    });
+}
+
+}  // namespace metate::cpu::METATE_ISA
+
+METATE_DISPATCH(pq_scan, PqScan, p.tables.dtype)

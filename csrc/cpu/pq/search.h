@@ -1,0 +1,201 @@
+// What every search shares: the best k so far of a query, and the rows of all queries cut into pieces.
+#pragma once
+
+#include "../../pq.h"
+#include "../parallel.h"
+#include "../vec.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr float infinity = __builtin_inff();
+
+METATE_FN int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+// key: the distance, negated where the largest are sought.
+struct Hit {
+    float key;
+    int64_t id;
+};
+
+METATE_FN bool worse(const Hit& a, const Hit& b) {
+    return a.key > b.key || (a.key == b.key && a.id > b.id);
+}
+
+METATE_FN void sink(Hit* heap, int64_t count, int64_t at, Hit hit) {
+    for (;;) {
+        int64_t child = 2 * at + 1;
+        if (child >= count) break;
+        if (child + 1 < count && worse(heap[child + 1], heap[child])) ++child;
+        if (!worse(heap[child], hit)) break;
+        heap[at] = heap[child];
+        at = child;
+    }
+    heap[at] = hit;
+}
+
+// The best of one query that one worker has seen: a heap with the worst on top. `shared` bounds what any worker need
+// look at: the least k-th best key of all of them. Which value of it is read changes the work, never the result.
+struct Best {
+    Hit* heap;
+    int64_t k, count;
+    uint32_t* shared;
+
+    METATE_FN float limit() const { return bit_cast<float>(__atomic_load_n(shared, __ATOMIC_RELAXED)); }
+
+    METATE_FN void lower(float key) {
+        uint32_t seen = __atomic_load_n(shared, __ATOMIC_RELAXED);
+        while (key < bit_cast<float>(seen) && !__atomic_compare_exchange_n(shared, &seen, bit_cast<uint32_t>(key), true,
+                                                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    }
+
+    void offer(Hit hit) {
+        if (!(hit.key - hit.key == 0.0f)) return;  // infinite or NaN
+        if (count < k) {
+            int64_t at = count++;
+            for (; at > 0 && worse(hit, heap[(at - 1) / 2]); at = (at - 1) / 2) heap[at] = heap[(at - 1) / 2];
+            heap[at] = hit;
+            if (count < k) return;
+        } else {
+            if (!worse(heap[0], hit)) return;
+            sink(heap, k, 0, hit);
+        }
+        lower(heap[0].key);
+    }
+};
+
+METATE_FN bool kept(const Search& s, int64_t row) {
+    const uint8_t* const keep = static_cast<const uint8_t*>(s.keep.data);
+    return !keep || (keep[row >> 3] >> (row & 7) & 1);
+}
+METATE_FN int64_t id_of(const Search& s, int64_t row) {
+    return s.ids ? static_cast<const int64_t*>(s.ids.data)[row] : row;
+}
+METATE_FN float key_of(const Search& s, float distance) {
+    return s.largest ? -distance : distance;
+}
+// How many hits of a query are worth room.
+METATE_FN int64_t room(const Search& s) {
+    return smaller(s.k, s.n);
+}
+
+void write_best(const Search& s, int64_t q, Best& best) {
+    float* const distances = static_cast<float*>(s.distances.data) + q * s.k;
+    int64_t* const found = static_cast<int64_t*>(s.found.data) + q * s.k;
+    for (int64_t i = best.count; i < s.k; ++i) {
+        distances[i] = s.largest ? -infinity : infinity;
+        found[i] = -1;
+    }
+    for (int64_t left = best.count; left > 0; --left) {
+        const Hit worst = best.heap[0];
+        sink(best.heap, left - 1, 0, best.heap[left - 1]);
+        distances[left - 1] = key_of(s, worst.key);
+        found[left - 1] = worst.id;
+    }
+}
+
+struct Span {
+    int64_t first, last;
+};
+
+METATE_FN int64_t spans_of(const Search& s) {
+    return s.ranges ? s.ranges.size[1] : 1;
+}
+METATE_FN Span span_of(const Search& s, int64_t q, int64_t p) {
+    if (!s.ranges) return {0, s.n};
+    const int64_t* const at =
+        static_cast<const int64_t*>(s.ranges.data) + q * s.ranges.stride[0] + p * s.ranges.stride[1];
+    const int64_t first = at[0] < 0 ? 0 : at[0], last = smaller(at[s.ranges.stride[2]], s.n);
+    return {first, last < first ? first : last};
+}
+METATE_FN int64_t rows_of(const Search& s, int64_t q) {
+    int64_t rows = 0;
+    for (int64_t p = 0; p < spans_of(s); ++p) rows += span_of(s, q, p).last - span_of(s, q, p).first;
+    return rows;
+}
+
+// The heaps of `queries` queries for each of `workers` workers, and the bound that workers share.
+struct Heaps {
+    Hit* hits;
+    int64_t* counts;
+    uint32_t* shared;
+    int64_t workers, queries, k;
+
+    void take(Arena& arena) {
+        hits = arena.take<Hit>(workers * queries * k);
+        counts = arena.take<int64_t>(workers * queries);
+        shared = arena.take<uint32_t>(queries);
+    }
+    void clear() const {
+        for (int64_t i = 0; i < workers * queries; ++i) counts[i] = 0;
+        for (int64_t q = 0; q < queries; ++q) shared[q] = bit_cast<uint32_t>(infinity);
+    }
+    Best open(int64_t worker, int64_t q) const {
+        const int64_t i = worker * queries + q;
+        return {hits + i * k, k, counts[i], shared + q};
+    }
+    void close(int64_t worker, int64_t q, const Best& best) const { counts[worker * queries + q] = best.count; }
+
+    // Writes the results of the queries first, first + 1 …
+    void write(const Search& s, int64_t first, int64_t count) const {
+        for (int64_t q = 0; q < count; ++q) {
+            Best all = open(0, q);
+            for (int64_t worker = 1; worker < workers; ++worker) {
+                const Best one = open(worker, q);
+                for (int64_t i = 0; i < one.count; ++i) all.offer(one.heap[i]);
+            }
+            write_best(s, first + q, all);
+        }
+    }
+};
+
+constexpr int64_t rows_alone = 8192;     // rows of a query that are worth a piece of their own
+constexpr int64_t split_queries = 64;    // fewer queries are cut by rows, and any number that scan the same rows
+constexpr int64_t split_room = 1 << 20;  // but only where heaps for every worker are small
+
+// Calls scan(memory, q, p, span, best) for parts of every range of every query and writes the results. `memory` is what
+// own(arena) takes for each worker; prepare(memory) sees it before they begin.
+template <class Own, class Prepare, class Scan>
+void search_rows(const Search& s, const Runtime& runtime, const Own& own, const Prepare& prepare, const Scan& scan) {
+    const int64_t Q = s.distances.size[0];
+    const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
+    int64_t parts = 1;
+    for (int64_t q = 0; split && q < (s.ranges ? Q : 1); ++q) {
+        const int64_t wanted = (rows_of(s, q) + rows_alone - 1) / rows_alone;
+        parts = wanted > parts ? wanted : parts;
+    }
+    const int64_t pieces = Q * parts;
+    if (pieces == 0) return;
+    const int workers = workers_of(runtime, pieces);
+    Heaps heaps{nullptr, nullptr, nullptr, workers, split ? Q : 1, room(s)};
+    if (!split) heaps.queries = workers, heaps.workers = 1;  // one query at a time for each worker
+    const auto memory = lay_out(runtime, pieces, [&](Arena& arena) { heaps.take(arena); }, own);
+    heaps.clear();
+    for (int worker = 0; worker < workers; ++worker) prepare(memory(worker));
+    for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
+        const int64_t q = piece % Q, part = piece / Q;  // queries that scan the same rows follow one another
+        const int64_t lane = split ? worker : 0, slot = split ? q : worker;
+        Best best = heaps.open(lane, slot);
+        const int64_t all = rows_of(s, q), begin = all * part / parts, end = all * (part + 1) / parts;
+        int64_t before = 0;
+        for (int64_t p = 0; p < spans_of(s); ++p) {
+            const Span span = span_of(s, q, p);
+            const int64_t length = span.last - span.first;
+            const int64_t from = begin > before ? begin - before : 0, to = smaller(end - before, length);
+            if (from < to) scan(memory(worker), q, p, Span{span.first + from, span.first + to}, best);
+            before += length;
+        }
+        if (!split) {
+            write_best(s, q, best);
+            best.count = 0;
+            *best.shared = bit_cast<uint32_t>(infinity);
+        }
+        heaps.close(lane, slot, best);
+    });
+    if (split) heaps.write(s, 0, Q);
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

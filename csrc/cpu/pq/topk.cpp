@@ -1,0 +1,185 @@
+// Brute-force search: many queries by products (nearest.h), few, or those with ranges of their own, row by row.
+#include "nearest.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+template <class T>
+Vectors<T> vectors_of(const TopkDistances& c) {
+    return {static_cast<const T*>(c.base.data), c.base.stride[0], c.base.size[1],
+            static_cast<const float*>(c.scale.data), static_cast<const float*>(c.offset.data)};
+}
+
+METATE_FN const float* query_of(const TopkDistances& c, int64_t q) {
+    return static_cast<const float*>(c.queries.data) + q * c.queries.stride[0];
+}
+
+// Row by row.
+
+// Sums over the columns of one row: of the distance, and, of an inner product, of the magnitudes of its terms.
+template <bool l2, class T>
+METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* row, vf& sum, vf& size) {
+    vf other = splat(0.0f), other_size = splat(0.0f);
+    const auto add = [&](int64_t i, int64_t n, vf& to, vf& to_size) __attribute__((always_inline)) {
+        const vf a = load_numbers(query + i, n), b = load_values(v, row, i, n);
+        if (l2) {
+            const vf gap = a - b;
+            to = fma(gap, gap, to);
+        } else {
+            const vf term = a * b;
+            to = to + term;
+            to_size = to_size + abs(term);
+        }
+    };
+    int64_t i = 0;
+    for (; i + 2 * width <= v.columns; i += 2 * width) {
+        add(i, width, sum, size);
+        add(i + width, width, other, other_size);
+    }
+    for (; i < v.columns; i += width) add(i, smaller(width, v.columns - i), sum, size);
+    sum = sum + other;
+    size = size + other_size;
+}
+
+// How far off the sum of a squared distance of `distance` may be, u (columns / width + 16) of it; of int8, whose values
+// are rounded, as far as that moves the row.
+template <class T>
+METATE_FN double rounding(const Vectors<T>& v, double distance, double query) {
+    const double chain = unit * 2 * (static_cast<double>(v.columns / width) + 16);
+    const double gap = __builtin_sqrt(distance);
+    return chain * distance + (__is_same(T, int8_t) ? 16 * unit * gap * (query + gap) + 1e-12 * query * query : 0.0);
+}
+
+template <bool l2, class T>
+METATE_FN float row_bound(const Vectors<T>& v, float limit, double query) {
+    const double distance = l2 && limit - limit == 0.0f ? __builtin_fabs(static_cast<double>(limit)) : 0.0;
+    return bound_of(limit, 0.0, rounding(v, distance, query) + 0x1p-140);
+}
+
+template <bool l2, class T>
+void compare_rows(const Search& s, const Vectors<T>& v, const float* query, double size, Span span, Best& best) {
+    const vf sign = splat(s.largest ? -1.0f : 1.0f);
+    const vf share = splat(static_cast<float>(-unit * 2 * (static_cast<double>(v.columns / width) + 16)));
+    for (int64_t first = span.first; first < span.last; first += width) {
+        const int64_t count = smaller(width, span.last - first);
+        vf sums[width], sizes[width];
+#pragma GCC unroll 1
+        for (int i = 0; i < width; ++i) {
+            sums[i] = sizes[i] = splat(0.0f);
+            if (i < count) add_columns<l2>(v, query, v.row(first + i), sums[i], sizes[i]);
+        }
+        vf key = sum_rows(sums) * sign;
+        if (!l2) key = fma(sum_rows(sizes), share, key);
+        float bound = row_bound<l2>(v, best.limit(), size);
+        uint32_t near = bits_of(not_less(splat(bound), key));
+        if (!near) continue;
+        float keys[width];
+        store(keys, key);
+        for (; near; near &= near - 1) {
+            const int64_t at = __builtin_ctz(near), row = first + at;
+            if (at >= count || keys[at] > bound || !kept(s, row)) continue;
+            const float distance = static_cast<float>(exact_distance<l2>(v, query, v.row(row)));
+            best.offer({key_of(s, distance), id_of(s, row)});
+            bound = row_bound<l2>(v, best.limit(), size);
+        }
+    }
+}
+
+template <bool l2, class T>
+void by_rows(const TopkDistances& c, const Runtime& runtime) {
+    const Vectors<T> v = vectors_of<T>(c);
+    search_rows(
+        c.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        [&](char*, int64_t q, int64_t, Span span, Best& best) {
+            const float* const query = query_of(c, q);
+            const Vectors<float> queries{query, 0, v.columns, nullptr, nullptr};
+            const double square = exact_distance<false>(queries, query, query);
+            compare_rows<l2>(c.search, v, query, __builtin_sqrt(square), span, best);
+        });
+}
+
+// By products.
+
+constexpr int64_t few_queries = 4;        // fewer go row by row
+constexpr int64_t segment_rows = 4096;    // rows of a piece of work
+constexpr int64_t shared_queries = 2048;  // more queries are cut, but not the rows
+constexpr int64_t shared_room = 1 << 20;
+
+struct Workspace {
+    PackedRows rows;
+    PackedQueries queries;
+    float* keys;
+};
+
+template <bool l2, class T>
+void by_products(const TopkDistances& c, const Runtime& runtime) {
+    const Search& s = c.search;
+    const Vectors<T> v = vectors_of<T>(c);
+    const int64_t Q = c.queries.size[0], steps = steps_of_rows(v.columns, l2);
+    const bool split = Q <= shared_queries && Q * room(s) <= shared_room;
+    const int64_t blocks = ceil_div(Q, query_rows), segments = split && s.n ? ceil_div(s.n, segment_rows) : 1;
+    const int64_t pieces = blocks * segments, length = split ? segment_rows : s.n;
+    Heaps heaps{nullptr, nullptr, nullptr, workers_of(runtime, pieces), split ? Q : query_rows, room(s)};
+    if (!split) heaps.queries = heaps.workers * query_rows, heaps.workers = 1;
+    const auto memory = lay_out(
+        runtime, pieces, [&](Arena& arena) { heaps.take(arena); },
+        [&](Arena& arena) {
+            Workspace at{
+                {arena.take<float>(base_rows * steps), steps, 0.0}, {}, arena.take<float>(tile_rows * base_rows)};
+            at.queries.take(arena, steps);
+            return at;
+        });
+    heaps.clear();
+    for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
+        Workspace at = memory(worker);
+        const int64_t first_query = piece % blocks * query_rows, segment = piece / blocks;
+        const int64_t count = smaller(query_rows, Q - first_query);
+        const int64_t lane = split ? worker : 0, slot = split ? first_query : worker * query_rows;
+        at.queries.fill(query_of(c, first_query), c.queries.stride[0], count, v.columns, steps);
+        const int64_t end = smaller(s.n, (segment + 1) * length);
+        for (int64_t first = segment * length; first < end; first += base_rows) {
+            const int64_t rows = smaller(base_rows, end - first);
+            pack_rows_of<l2>(at.rows, v, first, rows, s.largest);
+            compare_block<l2>(
+                s, Block<T>{v, at.rows, first, rows}, at.queries, count, at.keys,
+                [&](int64_t r) { return heaps.open(lane, slot + r); },
+                [&](int64_t r, const Best& best) { heaps.close(lane, slot + r, best); });
+        }
+        for (int64_t r = 0; !split && r < count; ++r) {
+            Best best = heaps.open(0, slot + r);
+            write_best(s, first_query + r, best);
+            best.count = 0;
+            *best.shared = bit_cast<uint32_t>(infinity);
+            heaps.close(0, slot + r, best);
+        }
+    });
+    if (split) heaps.write(s, 0, Q);
+}
+
+template <class T>
+void run(const TopkDistances& c, const Runtime& runtime) {
+    const int64_t Q = c.queries.size[0];
+    const bool alone = c.search.ranges || Q < few_queries || query_rows * room(c.search) > int64_t{1} << 24;
+    const bool l2 = c.metric == Metric::l2;
+    if (alone) return l2 ? by_rows<true, T>(c, runtime) : by_rows<false, T>(c, runtime);
+    return l2 ? by_products<true, T>(c, runtime) : by_products<false, T>(c, runtime);
+}
+
+}  // namespace
+
+void topk_distances(const TopkDistances& c, const Runtime& runtime) {
+    switch (c.base.dtype) {
+        case DType::bf16:
+            return run<bf16>(c, runtime);
+        case DType::f16:
+            return run<f16>(c, runtime);
+        case DType::i8:
+            return run<int8_t>(c, runtime);
+        default:
+            return run<float>(c, runtime);
+    }
+}
+
+}  // namespace metate::cpu::METATE_ISA
+
+METATE_DISPATCH(topk_distances, TopkDistances, p.base.dtype)

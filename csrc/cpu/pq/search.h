@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../pq.h"
+#include "../arithmetic.h"
 #include "../parallel.h"
 #include "../vec.h"
 
@@ -9,10 +10,6 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 constexpr float infinity = __builtin_inff();
-
-METATE_FN int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
 
 // key: the distance, negated where the largest are sought.
 struct Hit {

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 
 import pytest
 import torch
@@ -204,3 +205,17 @@ def test_wrong_arguments_are_named():
         LoraGroupedLinear(nn.Linear(2, 2), 4)
     with pytest.raises(ValueError, match=r"nn.QuantGroupedLinear: bias is of shape \(2,\)"):
         QuantGroupedLinear(metate.quantize_model(build(), "nf4").experts.down.weight, torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "shape", [[10**9, 12, 20], [0, 12, 20], [True, 12, 20], [2.0, 12, 20], [5, 12], [1, 5, 12, 20]]
+)
+def test_states_that_lie_about_their_shape_are_refused(shape):
+    layer = metate.quantize_model(build(), "nf4").experts.down
+    state = layer.state_dict()
+    numbers = {**json.loads(bytes(state["quantized_weight"].tolist())), "shape": shape}
+    state["quantized_weight"] = torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)
+    before = layer.weight.dequantize()
+    with pytest.raises(RuntimeError, match="QuantGroupedLinear: metate"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight.dequantize(), before)

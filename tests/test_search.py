@@ -380,6 +380,8 @@ BAD = {
     "nprobe 6": (lambda i: i.search(Q, 1, nprobe=6), ValueError, "nprobe is 6"),
     "factor": (lambda i: i.search(Q, 1, refine_factor=0), ValueError, "refine_factor is 0"),
     "negative id": (lambda i: i.add_with_ids(X[:1], [-1]), ValueError, "holding -1"),
+    "huge id": (lambda i: i.add_with_ids(X[:1], [2**63 - 1]), ValueError, "holding 9223372036854775807"),
+    "huge": (lambda i: i.add(X * np.float32(1e30)), ValueError, "x is huge in places"),
     "ids twice": (lambda i: i.add_with_ids(X[:2], [99, 99]), ValueError, "holding 99 twice"),
     "ids again": (lambda i: i.add_with_ids(X[:2], [99, 7]), ValueError, "holding 7 twice or again"),
     "ids short": (lambda i: i.add_with_ids(X[:2], [99]), ValueError, "1 ids, expected 2"),

@@ -52,6 +52,11 @@ def work(rank, ranks, folder, expected):
             again = ShardedIndex(MAKE[name](), by=name.split()[-1])
             again.load(f"{folder}/{name}", mmap=True)
             index = again
+        before = index.local.ntotal
+        for ids in ([2000, 2001, 2002, 1002], [2000, 2000, 2001, 2002]):
+            with pytest.raises(ValueError, match=r"holding (1002|2000) twice|by another rank"):
+                index.add_with_ids(x[:4], np.array(ids))
+            assert index.local.ntotal == before and index.ntotal == counts[1]
         index.add(x[1:2])
         assert index.search(x[1:2], 90, **({} if index.local.nlist is None else {"nprobe": 6}))[1].max() == 1041
     with pytest.raises(ValueError, match="5 vectors"):

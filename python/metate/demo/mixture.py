@@ -21,7 +21,7 @@ from metate.demo.train import Plan, Text, Trainer, compare, complete
 from metate.models import Llama
 from metate.nn import MoE, quantize_model
 
-BALANCE = 0.01  # how much the loss of uneven loads counts
+BALANCE = 0.1  # how much the loss of uneven loads counts, in each layer
 PLAN = dataclasses.replace(
     DENSE,
     config=dataclasses.replace(
@@ -42,7 +42,7 @@ class Mixture(Trainer):
         loss = self.loss(tokens)
         for i, layer in enumerate(self.layers):
             assert layer.route is not None
-            loss = loss + BALANCE / len(self.layers) * layer.route.load_balance_loss()
+            loss = loss + BALANCE * layer.route.load_balance_loss()
             self.load[i] += torch.bincount(layer.route.experts.flatten(), minlength=self.load.shape[1]).cpu()
         return loss
 
@@ -84,26 +84,21 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
 
 def _train(bar: Progress, plan: Plan, windows: Iterator[Tensor], trainer: Mixture, rows: int = 8) -> Table:
     """Steps until the time is up; a row of the table after each part of it."""
-    table = Table(box=None, pad_edge=False)
-    for name in (
-        "seconds",
-        "loss",
-        *(f"expert {i}" for i in range(plan.config.num_experts)),
-        "least",
-        "most, any layer",
-    ):
+    title = "where the bytes go, by expert of the first layer; least and most of any layer"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name in ("seconds", "objective", *map(str, range(plan.config.num_experts)), "least", "most"):
         table.add_column(name, justify="right")
     task = bar.add_task("mixture", total=plan.seconds, state="")
     for row in range(1, rows + 1):
         losses: list[float] = []
         while not losses or math.fsum(trainer.times) < plan.seconds * row / rows:
             losses.append(trainer.step(next(windows)))
-            state = f"step {trainer.steps}, loss {losses[-1]:.3f}, {trainer.tokens_per_second():.0f} tokens/s"
+            state = f"step {trainer.steps}, objective {losses[-1]:.3f}, {trainer.tokens_per_second():.0f} tokens/s"
             bar.update(task, completed=min(math.fsum(trainer.times), plan.seconds), state=state)
         shares = trainer.shares()
-        first = (f"{share:.1%}" for share in shares[0].tolist())
+        first = (f"{share:.0%}" for share in shares[0].tolist())
         loss = math.fsum(losses) / len(losses)
         table.add_row(
-            f"{math.fsum(trainer.times):.0f}", f"{loss:.3f}", *first, f"{shares.min():.1%}", f"{shares.max():.1%}"
+            f"{math.fsum(trainer.times):.0f}", f"{loss:.3f}", *first, f"{shares.min():.0%}", f"{shares.max():.0%}"
         )
     return table

@@ -77,7 +77,16 @@ class ShardedIndex:
         numbers = np.asarray(tensor_of("parallel.ShardedIndex", "ids", ids).cpu())
         owner = (self.local.assign(x) if self.by == "list" else numbers) % self.ranks
         mine = np.flatnonzero(owner == self.rank)
-        self.local.add_with_ids(tensor_of("parallel.ShardedIndex", "x", x)[torch.from_numpy(mine)], numbers[mine])
+        refused: Exception | None = None
+        try:  # all ids, for another rank may have been given one of them
+            self.local._check_new("parallel.ShardedIndex", self.local._state, numbers)
+            self.local.add_with_ids(tensor_of("parallel.ShardedIndex", "x", x)[torch.from_numpy(mine)], numbers[mine])
+        except (ValueError, TypeError, RuntimeError) as error:
+            refused = error
+        if self._sum(refused is not None):  # all ranks add, or none
+            if refused is None:
+                self.local.remove_ids(numbers[mine])
+            raise refused or fail("parallel.ShardedIndex", "x or ids", "refused by another rank", "what all ranks take")
         self._next_id = max(self._next_id, int(numbers.max()) + 1 if len(numbers) else 0)
 
     def remove_ids(self, which: Filter) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from metate.search import faiss_files as files
 from metate.search.codecs import Product, Vectors
 from metate.search.files import replacing
-from metate.search.index import Index, State
+from metate.search.index import MOST_ID, Index, State
 from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.storage import Integers, Lists
 
@@ -113,8 +113,8 @@ def _filled(index: Index, node: files.Node, names: Integers | None, refined: fil
     if "bias" in index.column_types():
         columns["bias"] = _bias(index, model["centroids"], columns["codes"], length)
     ids = places if names is None else names[places]
-    if len(np.unique(ids)) != len(ids) or (ids < 0).any():
-        raise files.complain("ids", "negative or given twice", "each once, from 0 on")
+    if len(np.unique(ids)) != len(ids) or ((ids < 0) | (ids > MOST_ID)).any():
+        raise files.complain("ids", "out of range or given twice", f"each once, from 0 to {MOST_ID}")
     if names is not None or isinstance(node, files.IVF):
         columns["ids"] = torch.from_numpy(ids.copy())
     return State(model, Lists.packed(length, index.codec.laid_out(columns)), int(ids.max()) + 1 if len(ids) else 0)

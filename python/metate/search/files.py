@@ -27,7 +27,7 @@ from torch import Tensor
 
 from metate.errors import FormatError, fail
 from metate.search.arrays import bytes_of
-from metate.search.index import Index, State
+from metate.search.index import MOST_ID, Index, State
 from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.storage import Lists
 
@@ -254,7 +254,7 @@ def _places(entries: dict[str, Any], begin: int, size: int) -> dict[str, tuple[t
 def _about(about: dict[str, Any], names: set[str]) -> dict[str, Any]:
     if about.get("version") != VERSION:
         raise _complain("version", about.get("version"), f"{VERSION}; a newer metate may read it")
-    if not _natural(about.get("next_id"), 2**63 - 1):
+    if not _natural(about.get("next_id"), MOST_ID + 1):
         raise _complain("next_id", about.get("next_id"), "a number from 0 on")
     crc = about.get("crc32")
     if not isinstance(crc, dict) or set(crc) != names:

@@ -24,6 +24,7 @@ from metate.search.storage import Integers, Lists
 from metate.search.training import train_rotation
 
 METRICS = ("l2", "inner_product", "cosine")
+MOST_ID = 2**62
 _SAMPLE = 256  # training vectors a centroid
 _QUERIES = 1 << 24  # numbers of the tables, and of the vectors to refine, of the queries that are searched at a time
 _REFINE = "refine"  # the column of full vectors beside codes
@@ -230,8 +231,9 @@ class Index:
     def _check_new(self, op: str, state: State, ids: Integers) -> None:
         if not len(ids):
             return
-        if ids.min() < 0:
-            raise fail(op, "ids", f"holding {ids.min()}", "0 and more, for -1 marks what is not found")
+        if ids.min() < 0 or ids.max() > MOST_ID:
+            got = ids.min() if ids.min() < 0 else ids.max()
+            raise fail(op, "ids", f"holding {got}", f"0 to {MOST_ID}; -1 marks what is not found")
         ordered = np.sort(ids)
         twice = ordered[1:][ordered[1:] == ordered[:-1]]
         if not len(twice) and ordered[0] < state.next_id:
@@ -272,6 +274,8 @@ class Index:
         if self.nlist is not None:
             assigned = self._assign(model, x)
             lists[:] = assigned.cpu().numpy()
+            if len(lists) and lists.min() < 0:
+                raise fail(self._op("add"), "x", "huge in places", "numbers whose squared distances float32 can hold")
             if isinstance(self.codec, Product) and self.codec.residual:
                 centroids = model["centroids"][assigned]
                 return self.codec.encode(model, x - centroids, centroids)

@@ -215,6 +215,11 @@ class IndexFlat(_Sequential):
     def get_xb(self) -> Any:
         return self.reconstruct_n()
 
+    @property
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """The bytes of all vectors."""
+        return as_array(self.reconstruct_n()).reshape(-1).view(np.uint8)
+
 
 class IndexFlatL2(IndexFlat):
     def __init__(self, d: int) -> None:

@@ -96,7 +96,7 @@ def check_attention(*args: Any) -> None:
     op, keys = "paged_attention", table.shape[1] * k_cache.shape[1]
     longest = 0
     if seq_lens.shape[0]:
-        shortest, longest = (int(x) for x in seq_lens.aminmax())
+        shortest, longest = _extremes(seq_lens)
         if shortest < 0 or longest > keys:
             raise fail(op, "seq_lens", f"{shortest} to {longest}", f"0 to {keys}, what {table.shape[1]} pages hold")
     if longest:
@@ -116,9 +116,18 @@ def check_attention(*args: Any) -> None:
             raise fail(op, "bits", f"{bits.shape[2]} words a row", f"{-(-most // 32)} for {most} queries of a sequence")
 
 
+def _extremes(x: Tensor) -> tuple[int, int]:
+    """The least and the largest of some whole numbers. A few of them are looked at sooner than torch is called."""
+    if x.numel() > 64:
+        least, most = x.aminmax()
+        return int(least), int(most)
+    values = x.flatten().tolist()
+    return min(values), max(values)
+
+
 def _check_pages(table: Tensor, k_cache: Tensor, seq_lens: Tensor) -> None:
     pages = k_cache.shape[0]
-    least, most = (int(x) for x in table.aminmax())
+    least, most = _extremes(table)
     if least >= 0 and most < pages:
         return
     first = torch.arange(table.shape[1]) * k_cache.shape[1]

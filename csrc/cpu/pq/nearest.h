@@ -176,15 +176,6 @@ METATE_FN void offer_rows(const Search& s, const Block<T>& block, const float* q
     }
 }
 
-METATE_FN float least(const float* keys, int64_t count) {
-    vf low = splat(infinity);
-    int64_t c = 0;
-    for (; c + width <= count; c += width) low = min(load(keys + c), low);
-    float key = -largest(splat(0.0f) - low);
-    for (; c < count; ++c) key = keys[c] < key ? keys[c] : key;
-    return key;
-}
-
 // Compares query r of a block of queries with a block of rows, given their approximate keys.
 template <bool l2, class T>
 METATE_FN void compare_query(const Search& s, const Block<T>& block, const PackedQueries& queries, int64_t r,
@@ -194,13 +185,7 @@ METATE_FN void compare_query(const Search& s, const Block<T>& block, const Packe
                          (l2 ? static_cast<double>(block.v.columns + 8) * 2.2 * unit * far * far : 0.0);
     const double shift = l2 ? (s.largest ? -queries.square[r] : queries.square[r]) : 0.0;
     const float* const query = queries.rows + r * block.packed.steps;
-    float bound = bound_of(best.limit(), shift, error);
-    if (best.k == 1 && !s.keep) {  // the least of all first: then there is little else to look at
-        const double key = static_cast<double>(least(keys, block.count));
-        const double rounding = 4 * unit * ((size + far) * (size + far));
-        const float near = bound_of(static_cast<float>(key), 0.0, 2 * error + rounding);
-        bound = near < bound ? near : bound;
-    }
+    const float bound = bound_of(best.limit(), shift, error);
     offer_rows<l2>(s, block, query, keys, bound, shift, error, best);
 }
 

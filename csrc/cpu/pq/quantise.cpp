@@ -1,6 +1,6 @@
 // Distance tables, codes of vectors and vectors of codes.
+#include "assign.h"
 #include "codes.h"
-#include "nearest.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -8,6 +8,7 @@ namespace {
 // Tables: `width` centroids at a time, turned so that each has a lane, against a block of queries.
 
 constexpr int64_t table_queries = 64;
+constexpr int64_t worth_workers = 1 << 18;  // products; fewer, and starting workers costs more
 
 METATE_FN void turn_centroids(float* to, const float* from, int64_t columns) {
     for (int64_t first = 0; first < columns; first += width) {
@@ -36,9 +37,11 @@ template <bool l2>
 void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
     const int64_t Q = c.queries.size[0], M = c.codebooks.size[0], L = c.codebooks.size[1], d = c.codebooks.size[2];
     const int64_t blocks = ceil_div(Q, table_queries), stride = c.queries.stride[1];
+    Runtime workers = runtime;
+    if (Q * L * M * d < worth_workers) workers.threads = 1;
     const auto memory =
-        lay_out(runtime, M * blocks, [](Arena&) {}, [&](Arena& arena) { return arena.take<float>(d * width); });
-    for_pieces(runtime, M * blocks, [&](int worker, int64_t piece) {
+        lay_out(workers, M * blocks, [](Arena&) {}, [&](Arena& arena) { return arena.take<float>(d * width); });
+    for_pieces(workers, M * blocks, [&](int worker, int64_t piece) {
         float* const centroids = memory(worker);
         const int64_t m = piece % M, first = piece / M * table_queries, end = smaller(Q, first + table_queries);
         const float* const book = static_cast<const float*>(c.codebooks.data) + m * L * d;
@@ -54,52 +57,7 @@ void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
     });
 }
 
-// Encoding: sub-vectors are queries, and the centroids of their codebook the rows.
-
-struct PackedBooks {
-    PackedRows* blocks;  // (M, blocks of a codebook)
-    float* panels;
-    int64_t M, L, d, count;
-
-    int64_t floats_of_block() const { return base_rows * (d + 1); }
-    void take(Arena& arena) {
-        blocks = arena.take<PackedRows>(M * count);
-        panels = arena.take<float>(M * count * floats_of_block());
-    }
-};
-
-struct Workspace {
-    PackedQueries queries;
-    float* keys;
-};
-
-// The codes of `rows` vectors from number `first` on.
-void encode_rows(const PqEncode& c, const PackedBooks& books, const Workspace& at, const Heaps& heaps, int64_t slot,
-                 int64_t first, int64_t rows) {
-    const int64_t L = books.L, d = books.d, bytes = c.codes.size[1];
-    const Search s{L, {}, {}, {}, 1, false, {}, {}};
-    uint8_t* const codes = static_cast<uint8_t*>(c.codes.data) + first * bytes;
-    for (int64_t i = 0; i < rows * bytes; ++i) codes[i] = 0;
-    for (int64_t m = 0; m < books.M; ++m) {
-        const Vectors<float> v{static_cast<const float*>(c.codebooks.data) + m * L * d, d, d, nullptr, nullptr};
-        at.queries.fill(static_cast<const float*>(c.x.data) + first * c.x.stride[0] + m * d, c.x.stride[0], rows, d,
-                        d + 1);
-        for (int64_t r = 0; r < rows; ++r) {
-            heaps.counts[slot + r] = 0;
-            heaps.shared[slot + r] = bit_cast<uint32_t>(infinity);
-        }
-        for (int64_t b = 0; b < books.count; ++b) {
-            const int64_t begin = b * base_rows;
-            compare_block<true>(
-                s, Block<float>{v, books.blocks[m * books.count + b], begin, smaller(base_rows, L - begin)}, at.queries,
-                rows, at.keys, [&](int64_t r) { return heaps.open(0, slot + r); },
-                [&](int64_t r, const Best& best) { heaps.close(0, slot + r, best); });
-        }
-        for (int64_t r = 0; r < rows; ++r)
-            if (heaps.counts[slot + r])
-                put_code(codes + r * bytes, m, c.bits, static_cast<uint32_t>(heaps.hits[slot + r].id));
-    }
-}
+constexpr int64_t encode_together = 256;  // rows of a piece, whole panels
 
 }  // namespace
 
@@ -109,30 +67,38 @@ void pq_distance_tables(const PqDistanceTables& c, const Runtime& runtime) {
 
 void pq_encode(const PqEncode& c, const Runtime& runtime) {
     const int64_t n = c.x.size[0], M = c.codebooks.size[0], L = c.codebooks.size[1], d = c.codebooks.size[2];
-    const int64_t pieces = ceil_div(n, query_rows);
+    const int64_t pieces = ceil_div(n, encode_together), bytes = c.codes.size[1];
     if (pieces == 0) return;
-    PackedBooks books{nullptr, nullptr, M, L, d, ceil_div(L, base_rows)};
-    Heaps heaps{nullptr, nullptr, nullptr, 1, workers_of(runtime, pieces) * query_rows, 1};
+    Centroids* books = nullptr;
+    float* rows = nullptr;
     const auto memory = lay_out(
         runtime, pieces,
         [&](Arena& arena) {
-            books.take(arena);
-            heaps.take(arena);
+            books = arena.take<Centroids>(M);
+            rows = arena.take<float>(M * Centroids::floats(L, d));
         },
-        [&](Arena& arena) {
-            Workspace at{{}, arena.take<float>(tile_rows * base_rows)};
-            at.queries.take(arena, d + 1);
-            return at;
-        });
-    for_pieces(runtime, M * books.count, [&](int, int64_t piece) {
-        const int64_t m = piece / books.count, begin = piece % books.count * base_rows;
-        const Vectors<float> v{static_cast<const float*>(c.codebooks.data) + m * L * d, d, d, nullptr, nullptr};
-        books.blocks[piece] = {books.panels + piece * books.floats_of_block(), d + 1, 0.0};
-        pack_rows_of<true>(books.blocks[piece], v, begin, smaller(base_rows, L - begin), false);
+        [&](Arena& arena) { return AssignSpace::take(arena, d); });
+    const auto book = [&](int64_t m) {
+        return Vectors<float>{static_cast<const float*>(c.codebooks.data) + m * L * d, d, d, nullptr, nullptr};
+    };
+    for_pieces(runtime, M, [&](int, int64_t m) {
+        books[m] = {rows + m * Centroids::floats(L, d), L, d + 1, 0.0};
+        pack_centroids<true>(books[m], book(m), false);
     });
     for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
-        const int64_t first = piece * query_rows;
-        encode_rows(c, books, memory(worker), heaps, worker * query_rows, first, smaller(query_rows, n - first));
+        const AssignSpace at = memory(worker);
+        const int64_t begin = piece * encode_together, end = smaller(n, begin + encode_together);
+        uint8_t* const codes = static_cast<uint8_t*>(c.codes.data);
+        for (int64_t i = begin * bytes; i < end * bytes; ++i) codes[i] = 0;
+        for (int64_t m = 0; m < M; ++m) {
+            const Vectors<float> x{static_cast<const float*>(c.x.data) + m * d, c.x.stride[0], d, nullptr, nullptr};
+            for (int64_t first = begin; first < end; first += panel)
+                assign_points<true>(books[m], book(m), false, at, x, first, smaller(panel, end - first),
+                                    [&](int64_t row, int64_t number) {
+                                        if (number > 0)
+                                            put_code(codes + row * bytes, m, c.bits, static_cast<uint32_t>(number));
+                                    });
+        }
     });
 }
 

@@ -1,5 +1,5 @@
 // Brute-force search: many queries by products (nearest.h), few, or those with ranges of their own, row by row.
-#include "nearest.h"
+#include "assign.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -156,11 +156,51 @@ void by_products(const TopkDistances& c, const Runtime& runtime) {
     if (split) heaps.write(s, 0, Q);
 }
 
+// k = 1 of many queries and few rows: the assignment of k-means.
+
+constexpr int64_t most_centroids = 1 << 16;
+constexpr int64_t assign_together = 256;  // queries of a piece, whole panels
+
+bool is_assignment(const TopkDistances& c) {
+    const Search& s = c.search;
+    return s.k == 1 && c.base.dtype == DType::f32 && !s.ranges && !s.keep && !s.ids && s.n > 0 &&
+           s.n <= most_centroids && c.queries.size[0] >= few_queries && s.n <= 4 * c.queries.size[0];
+}
+
+template <bool l2>
+void assign(const TopkDistances& c, const Runtime& runtime) {
+    const Search& s = c.search;
+    const int64_t Q = c.queries.size[0], D = c.base.size[1], pieces = ceil_div(Q, assign_together);
+    const Vectors<float> v = vectors_of<float>(c), x{query_of(c, 0), c.queries.stride[0], D, nullptr, nullptr};
+    Centroids centroids{nullptr, s.n, D + 1, 0.0};
+    const auto memory = lay_out(
+        runtime, pieces, [&](Arena& arena) { centroids.rows = arena.take<float>(Centroids::floats(s.n, D)); },
+        [&](Arena& arena) { return AssignSpace::take(arena, D); });
+    pack_centroids<l2>(centroids, v, s.largest);
+    for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
+        const int64_t end = smaller(Q, (piece + 1) * assign_together);
+        for (int64_t first = piece * assign_together; first < end; first += panel)
+            assign_points<l2>(centroids, v, s.largest, memory(worker), x, first, smaller(panel, end - first),
+                              [&](int64_t q, int64_t number) {
+                                  float distance = infinity;
+                                  for (int again = 0; number >= 0 && again < 2; ++again) {
+                                      distance = static_cast<float>(exact_distance<l2>(v, x.row(q), v.row(number)));
+                                      if (distance - distance == 0.0f) break;
+                                      number = best_of_all<l2>(v, s.n, x.row(q), s.largest).id;
+                                  }
+                                  if (number < 0) distance = s.largest ? -infinity : infinity;
+                                  static_cast<float*>(s.distances.data)[q] = distance;
+                                  static_cast<int64_t*>(s.found.data)[q] = number;
+                              });
+    });
+}
+
 template <class T>
 void run(const TopkDistances& c, const Runtime& runtime) {
     const int64_t Q = c.queries.size[0];
     const bool alone = c.search.ranges || Q < few_queries || query_rows * room(c.search) > int64_t{1} << 24;
     const bool l2 = c.metric == Metric::l2;
+    if (is_assignment(c)) return l2 ? assign<true>(c, runtime) : assign<false>(c, runtime);
     if (alone) return l2 ? by_rows<true, T>(c, runtime) : by_rows<false, T>(c, runtime);
     return l2 ? by_products<true, T>(c, runtime) : by_products<false, T>(c, runtime);
 }

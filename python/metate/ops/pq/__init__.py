@@ -108,8 +108,8 @@ def pq_scan(
         codes: (n, ⌈M·bits/8⌉) uint8, packed, or (⌈n/32⌉, M, 4·bits) uint8, interleaved by `pq_interleave`.
         k: how many, at least 1; more than there are rows is fine.
         n: the number of rows of interleaved codes.
-        ranges: (Q, P, 2) int64: query q scans rows first <= i < last of its P ranges, which do not overlap and may be
-            empty; None scans all.
+        ranges: (Q, P, 2) int64: query q scans rows first <= i < last of its P ranges, which do not overlap, may be
+            empty and are cut to the rows that exist; None scans all.
         bias: (Q, P) float32, added to the rows of a range; (Q, 1) without ranges.
         row_bias: (n) float32, added to a row for every query.
         ids: (n) int64, what rows are called in the result; None calls them by their number.

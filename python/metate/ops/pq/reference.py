@@ -85,7 +85,7 @@ def topk_distances(
 
 def _rows(ranges: Tensor | None, keep: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rows that a query compares with, and the number of the range that each is in."""
-    spans = [[0, n]] if ranges is None else ranges.tolist()
+    spans = [(0, n)] if ranges is None else [(max(a, 0), max(a, 0, min(b, n))) for a, b in ranges.tolist()]
     rows = torch.cat([torch.arange(first, last, device=device) for first, last in spans] or [torch.arange(0)])
     lengths = torch.tensor([last - first for first, last in spans], dtype=torch.int64)
     place = torch.repeat_interleave(lengths).to(device)

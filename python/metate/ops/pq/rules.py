@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,23 +97,6 @@ def validate_topk(
             raise fail(op, name, "None" if tensor is None else "given", expected)
     _validate_metric(op, metric)
     _validate_search(op, k, ranges, None)
-
-
-def check_ranges(op: str, rows: Callable[[Args], Any]) -> Callable[..., None]:
-    """Contents, where looking costs little: on a CPU. Kernels elsewhere cut ranges to the rows that exist."""
-
-    def check(*args: Any) -> None:
-        ranges = args[2]
-        if ranges is None or ranges.device.type != "cpu" or not ranges.numel():
-            return
-        least, most = (int(x) for x in ranges.aminmax())
-        n = rows(args)
-        if least < 0 or most > n:
-            raise fail(op, "ranges", f"{least} to {most}", f"rows from 0 to {n}")
-        if bool((ranges[..., 0] > ranges[..., 1]).any()):
-            raise fail(op, "ranges", "ending before it begins", "[first, last) with first <= last")
-
-    return check
 
 
 # Gradients.

@@ -1,0 +1,123 @@
+// The nearest of a few thousand centroids for many points: products with the points in lanes, so that the least key,
+// its number and the second least are kept without looking back. Where the second is too near to tell, all are compared
+// exactly.
+#pragma once
+
+#include "nearest.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+// Centroids as products want them: -2 c and |c|² (or -c and 0) in rows of `steps`, negated where the largest are
+// sought.
+struct Centroids {
+    float* rows;
+    int64_t count, steps;
+    double size;  // the largest |c|
+
+    METATE_FN static int64_t floats(int64_t count, int64_t columns) {
+        return round_up(count, tile_rows) * (columns + 1);
+    }
+};
+
+template <bool l2>
+void pack_centroids(Centroids& c, const Vectors<float>& v, bool largest) {
+    const float sign = largest ? -1.0f : 1.0f;
+    double most = 0.0;
+    for (int64_t r = 0; r < c.count; ++r) {
+        const double square = exact_distance<false>(v, v.row(r), v.row(r));
+        float* const to = c.rows + r * c.steps;
+        for (int64_t i = 0; i < v.columns; ++i) to[i] = v.row(r)[i] * (l2 ? -2.0f : 1.0f) * sign;
+        to[v.columns] = l2 ? static_cast<float>(square) * sign : 0.0f;
+        most = square > most ? square : most;
+    }
+    c.size = __builtin_sqrt(most);
+}
+
+// Memory of a worker: a panel of points, and the keys of a tile of centroids.
+struct AssignSpace {
+    float *points, *keys;
+
+    METATE_FN static AssignSpace take(Arena& arena, int64_t columns) {
+        return {arena.take<float>((columns + 1) * panel), arena.take<float>(tile_rows * panel)};
+    }
+};
+
+// Points first … first + count, count <= panel, turned so that each has a lane, and their squares.
+METATE_FN void pack_points(float* to, vf (&squares)[2], const Vectors<float>& x, int64_t first, int64_t count) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        squares[half] = splat(0.0f);
+        for (int64_t column = 0; column < x.columns; column += width) {
+            const int64_t n = smaller(width, x.columns - column);
+            vf square[width];
+#pragma GCC unroll 16
+            for (int i = 0; i < width; ++i) {
+                const int64_t at = half * width + i;
+                square[i] = at < count ? load_numbers(x.row(first + at) + column, n) : splat(0.0f);
+            }
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < width; ++i) {
+                if (i >= n) break;
+                squares[half] = fma(square[i], square[i], squares[half]);
+                store(to + (column + i) * panel + half * width, square[i]);
+            }
+        }
+        store(to + x.columns * panel + half * width, splat(1.0f));
+    }
+}
+
+// The exact best of all centroids; id -1 where no distance is finite.
+template <bool l2>
+Hit best_of_all(const Vectors<float>& v, int64_t count, const float* point, bool largest) {
+    Hit best{infinity, -1};
+    for (int64_t i = 0; i < count; ++i) {
+        const float distance = static_cast<float>(exact_distance<l2>(v, point, v.row(i)));
+        const float key = largest ? -distance : distance;
+        if (key < best.key && key > -infinity) best = {key, i};
+    }
+    return best;
+}
+
+// found(point, centroid) for points first … first + count, count <= panel; centroid -1 where there is none.
+template <bool l2, class Found>
+METATE_FN void assign_points(const Centroids& c, const Vectors<float>& v, bool largest, const AssignSpace& at,
+                             const Vectors<float>& x, int64_t first, int64_t count, const Found& found) {
+    vf squares[2], best[2], second[2];
+    vi number[2] = {splat(0), splat(0)};
+    pack_points(at.points, squares, x, first, count);
+    for (int h = 0; h < 2; ++h) best[h] = second[h] = splat(infinity);
+    for (int64_t row = 0; row < c.count; row += tile_rows) {
+        const int rows = static_cast<int>(smaller(tile_rows, c.count - row));
+        multiply<Left::rows, Into::set>(
+            rows, panel, Product<float>{c.rows + row * c.steps, c.steps, at.points, c.steps, at.keys, panel, nullptr});
+        for (int r = 0; r < rows; ++r) {
+            const vi own = splat(static_cast<int32_t>(row + r));
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) {
+                const vf key = load(at.keys + r * panel + h * width);
+                second[h] = min(max(key, best[h]), second[h]);
+                number[h] = select(less(key, best[h]), own, number[h]);
+                best[h] = min(key, best[h]);
+            }
+        }
+    }
+    // Twice the error of nearest.h, with |x| |c| <= (|x|² + |c|²) / 2, and the rounding of distances.
+    const vf share = splat(static_cast<float>((static_cast<double>(v.columns + 8) * 6.6 + 16) * unit));
+    const vf far = splat(static_cast<float>(c.size * c.size));
+    int32_t numbers[panel];
+    uint32_t sure = 0;
+    for (int h = 0; h < 2; ++h) {
+        const vf near = fma(share, squares[h] + far, best[h]);
+        sure |= bits_of(less(near, second[h])) << (h * width);
+        store(numbers + h * width, number[h]);
+    }
+    for (int i = 0; i < count; ++i) {
+        const bool known = c.count > 1 && (sure >> i & 1);
+        found(first + i, known ? numbers[i] : best_of_all<l2>(v, c.count, x.row(first + i), largest).id);
+    }
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

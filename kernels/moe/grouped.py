@@ -52,10 +52,13 @@ def expert_of(stack, expert):
 def source_rows(order, k, slots, row, end):
     """(row of x, whether there is one) for each row of the product."""
     if order is None:
-        return tl.minimum(row, end - 1), row < end
-    slot = tl.load(order[0] + row.to(tl.int64) * order[1], mask=row < end, other=-1)
-    there = (slot >= 0) & (slot < slots)
-    return tl.where(there, slot // k, 0), there
+        source = tl.minimum(row, end - 1)
+        there = row < end
+    else:
+        slot = tl.load(order[0] + row.to(tl.int64) * order[1], mask=row < end, other=-1)
+        there = (slot >= 0) & (slot < slots)
+        source = tl.where(there, slot // k, 0)
+    return source, there
 
 
 @triton.jit

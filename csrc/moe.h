@@ -150,7 +150,7 @@ struct QuantGroupedLinear {
     View<2> x;  // (T, columns); (R, columns) without an order
     LowBitExperts w;
     View<2> bias;            // (E, rows) f32 or the dtype of x, or absent
-    View<1> offsets, order;  // of experts, as above
+    View<1> offsets, order;  // of experts, as above; cpu:: takes no order
     int64_t k;
     View<2> out;  // (R, rows), dtype of x
 };

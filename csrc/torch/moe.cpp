@@ -113,6 +113,12 @@ Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& 
                             const Tensor& expert_offsets, const Optional& order, int64_t bits, int64_t group_size,
                             int64_t super_groups, int64_t zero, int64_t k) {
     const Tensor bytes = rows_of_bytes(codes);
+#if !defined(METATE_CUDA)
+    if (order)  // low-bit kernels of the CPU read rows that stand one after another
+        return quant_grouped_linear(moe_permute(x, *order, k), codes, scales, super_scales, zeros, offsets,
+                                    super_offsets, codebook, permutation, bias, expert_offsets, {}, bits, group_size,
+                                    super_groups, zero, 1);
+#endif
     Tensor out = empty(x, {rows_of(x, order), codes.size(1)});
     METATE_LAUNCH(quant_grouped_linear, x,
                   QuantGroupedLinear{view<2>(x),

@@ -1,6 +1,5 @@
-"""Products of the rows of each expert, beside PyTorch: a loop over the experts, its grouped product, one dense product.
+"""Products of the rows of each expert, beside PyTorch: a loop over the experts, and its grouped product.
 
-The dense product has as many operations and one weight for all rows: what is lost to it is the price of having experts.
 Low-bit rivals get their weights dequantised outside the timing.
 """
 
@@ -23,14 +22,14 @@ _STACKED = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offset
 
 
 def workloads(compile: bool) -> list[Workload]:
-    rivals = {"torch loop": loop, "torch._grouped_mm": grouped_mm, "torch dense": dense}
+    rivals = {"torch loop": loop, "torch._grouped_mm": grouped_mm}
     many = [case for case in outer_op.domain.sweep if case["T"] > 1]
     return [
         Workload("grouped linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label),
         Workload("grouped linear, low-bit", quant_linear_op, quant_linear_op.domain.sweep, rivals, call_op,
                  quant_linear_op.flops, label=label),
         Workload("grouped outer (weight gradient)", outer_op, many,
-                 {"torch loop": outer_loop, "torch dense": dense_outer}, call_op, outer_op.flops, label=label),
+                 {"torch loop": outer_loop}, call_op, outer_op.flops, label=label),
     ]  # fmt: skip
 
 
@@ -92,11 +91,6 @@ def grouped_mm(setup: Setup) -> Run:
     )
 
 
-def dense(setup: Setup) -> Run:
-    """Right where all rows go to the first expert; elsewhere its speed alone is of interest."""
-    return _rival(problems(setup), lambda x, order, k, w, offsets: gather(x, order, k) @ w[0].T)
-
-
 def outer_loop(setup: Setup) -> Run:
     def call(a: Tensor, b: Tensor, offsets: Tensor, order: Tensor | None, k: int) -> Tensor:
         rows = gather(b, order, k)
@@ -106,7 +100,3 @@ def outer_loop(setup: Setup) -> Run:
         return out
 
     return _rival(list(setup.sets), call)
-
-
-def dense_outer(setup: Setup) -> Run:
-    return _rival(list(setup.sets), lambda a, b, offsets, order, k: a.T @ gather(b, order, k))

@@ -1,246 +1,191 @@
 // The rows of each expert times its weight.
 //
-// Every result is one dot product in the same order: lane i of a vector adds the products of the columns i, i + width,
-// … in ascending order, then the lanes are added as a tree. Tiles of rows and columns only share what they load.
-// Few rows read the weight as it lies, once, which memory bounds; many rows use packed blocks of it again and again.
+// Every result is the sum of chains of `depth` fused multiply-adds in ascending order, added one after another. Few
+// rows take the weight as it lies, transposed in registers: memory bounds them. Many rows share packed panels of it.
+#include "../attention/gemm.h"
 #include "rows.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int tile_rows = width == 16 ? 4 : 3, tile_columns = width == 16 ? 6 : 4;  // they fill the registers
-constexpr int64_t depth = 512;  // columns of a packed block: two tiles of it fit the first-level cache
-constexpr int64_t piece_columns = 8 * tile_columns;
-constexpr int64_t rows_at_once = 16 * tile_rows;  // whose sums stay in the second-level cache
-constexpr int64_t few = tile_rows;
+constexpr int64_t depth = long_chain;         // columns of a packed panel, which stays in the first-level cache
+constexpr int64_t piece_columns = 4 * panel;  // of the result, where there are many rows
+constexpr int64_t rows_at_once = 8 * tile_rows;
+constexpr int64_t few = 4;
 constexpr int64_t few_bytes = 1 << 19;  // of the weight in a piece of few rows
-
-// A tile of sums: `sums` goes on from earlier blocks if `goes_on`.
-struct Tile {
-    const float* x;               // (step, row of tile_rows, lane)
-    const char* w[tile_columns];  // where each column begins, steps `step` bytes apart
-    int64_t step, columns;        // columns of the product: the last step may be short
-    float* sums;                  // (row, column, lane)
-    bool goes_on;
-    int64_t ahead;  // bytes behind each step that are fetched too; 0: none
-};
-
-template <int rows, class T>
-METATE_FN void add_step(vf (&sum)[rows][tile_columns], const Tile& t, int64_t step, int64_t left) {
-    vf x[rows];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) x[r] = load(t.x + (step * tile_rows + r) * width);
-#pragma GCC unroll 6
-    for (int c = 0; c < tile_columns; ++c) {
-        const T* const at = reinterpret_cast<const T*>(t.w[c] + step * t.step);
-        const vf w = left >= width ? load(at) : load(at, left);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) sum[r][c] = fma(x[r], w, sum[r][c]);
-    }
-}
-
-template <int rows, class T, bool fetches>
-__attribute__((noinline)) void multiply(const Tile& t) {
-    vf sum[rows][tile_columns];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 6
-        for (int c = 0; c < tile_columns; ++c)
-            sum[r][c] = t.goes_on ? load(t.sums + (r * tile_columns + c) * width) : splat(0.0f);
-    }
-    const int64_t whole = t.columns / width;
-    for (int64_t step = 0; step < whole; ++step) {
-        if (fetches && step * t.step % 64 == 0) {
-#pragma GCC unroll 6
-            for (int c = 0; c < tile_columns; ++c) __builtin_prefetch(t.w[c] + step * t.step + t.ahead, 0, 2);
-        }
-        add_step<rows, T>(sum, t, step, width);
-    }
-    if (t.columns % width) add_step<rows, T>(sum, t, whole, t.columns % width);
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 6
-        for (int c = 0; c < tile_columns; ++c) store(t.sums + (r * tile_columns + c) * width, sum[r][c]);
-    }
-}
-
-template <class T, bool fetches, int rows = tile_rows>
-METATE_FN void multiply_rows(int64_t n, const Tile& tile) {
-    if constexpr (rows > 1) {
-        if (n < rows) return multiply_rows<T, fetches, rows - 1>(n, tile);
-    }
-    multiply<rows, T, fetches>(tile);
-}
+constexpr int64_t ahead = 512;          // bytes of each row of the weight that are on their way
 
 struct Problem {
     const GroupedLinear& call;
     Rows rows;
-    int64_t depth_steps, steps;  // vectors of a whole block and of a row
-    float* x;                    // packed rows of all spans, (tile of rows, step, row, lane)
-    int64_t* starts;             // of each span, in tiles
+    float* x;         // rows of all spans, float32, `pitch` apart
+    int64_t* pieces;  // before each span
+    int64_t pitch;
 
     explicit Problem(const GroupedLinear& c)
         : call(c),
           rows{c.x, c.order, c.k},
-          depth_steps(depth / width),
-          steps(ceil_div(c.x.size[1], width)),
           x(nullptr),
-          starts(nullptr) {}
+          pieces(nullptr),
+          pitch(round_up(c.x.size[1], width) + width) {}  // not a power of two: rows would share lines of the cache
     int64_t columns() const { return call.x.size[1]; }
-    float* tile_of_x(int64_t tile) const { return x + tile * steps * tile_rows * width; }
+    template <class T>
+    const T* weight(int64_t expert, int64_t n, int64_t k) const {
+        const View<3>& w = call.w;
+        return static_cast<const T*>(w.data) + expert * w.stride[0] + n * w.stride[1] + k * w.stride[2];
+    }
 };
 
-// The rows of a tile side by side, step by step.
 template <class T>
-void pack_rows(const Problem& p, int64_t first, int64_t n, float* to) {
-    const int64_t columns = p.columns(), stride = p.call.x.stride[1];
-    for (int64_t r = 0; r < n; ++r) {
-        const T* const from = p.rows.at<T>(first + r);
-        for (int64_t step = 0, left = columns; step < p.steps; ++step, left -= width)
-            store(to + (step * tile_rows + r) * width,
-                  from ? load_any(from + step * width * stride, stride, left) : splat(0.0f));
-    }
+void widen_row(const Problem& p, int64_t row) {
+    const T* const from = p.rows.at<T>(row);
+    const int64_t stride = p.call.x.stride[1];
+    float* const to = p.x + row * p.pitch;
+    for (int64_t k = 0; k < p.pitch; k += width)
+        store(to + k, from && k < p.columns() ? load_any(from + k * stride, stride, p.columns() - k) : splat(0.0f));
 }
 
-// Columns n … n + count of expert e from column `first` of the product on, as tiles of (step, column, lane).
+// The bias of n columns and zeros behind.
 template <class T>
-void pack_weight(const Problem& p, int64_t expert, int64_t n, int64_t first, int64_t count, float* to) {
-    const View<3>& w = p.call.w;
-    const T* const base = static_cast<const T*>(w.data) + expert * w.stride[0] + first * w.stride[2];
-    const int64_t columns = smaller(depth, p.columns() - first), stride = w.stride[2];
-    for (int64_t c = 0; c < count; ++c) {
-        const T* const from = base + smaller(n + c, w.size[1] - 1) * w.stride[1];
-        float* out = to + c * width;
-        int64_t k = 0;
-        for (; stride == 1 && k + width <= columns; k += width, out += tile_columns * width) store(out, load(from + k));
-        for (; k < columns; k += width, out += tile_columns * width)
-            store(out, load_any(from + k * stride, stride, columns - k));
-    }
+METATE_FN vf bias_at(const GroupedLinear& call, int64_t expert, int64_t column, int64_t n) {
+    if (!call.bias) return splat(0.0f);
+    const int64_t at = expert * call.bias.stride[0] + column * call.bias.stride[1];
+    if (call.bias.dtype == DType::f32)
+        return load_any(static_cast<const float*>(call.bias.data) + at, call.bias.stride[1], n);
+    return load_any(static_cast<const T*>(call.bias.data) + at, call.bias.stride[1], n);
 }
 
-// The same where the columns of the product lie far apart and its rows close together, `width` columns at a time.
 template <class T>
-void pack_across(const Problem& p, int64_t expert, int64_t n, int64_t first, int64_t count, float* to) {
-    const View<3>& w = p.call.w;
-    const T* const base = static_cast<const T*>(w.data) + expert * w.stride[0] + first * w.stride[2];
-    const int64_t columns = smaller(depth, p.columns() - first), last = smaller(n + count, w.size[1]);
-    for (int64_t k = 0; k < columns; k += width) {
-        for (int64_t c = 0; c < count; c += width) {
-            vf square[width];
+METATE_FN void write(const GroupedLinear& call, int64_t row, int64_t column, vf x, int64_t n) {
+    T* const out = static_cast<T*>(call.out.data) + row * call.out.stride[0] + column * call.out.stride[1];
+    store_any(out, call.out.stride[1], x, n);
+}
+
+// Few rows.
+
+// Row i of `square`: column k + i of `width` rows of the weight, of which there are n; zeros behind the columns.
+template <class T>
+METATE_FN void load_columns(vf (&square)[width], const T* from, int64_t stride, int64_t n, int64_t left) {
 #pragma GCC unroll 16
-            for (int i = 0; i < width; ++i) {
-                const T* const from = base + (k + i) * w.stride[2] + n + c;
-                __builtin_prefetch(from + 2 * width * w.stride[2], 0, 2);
-                square[i] = k + i < columns && n + c < last ? load_any(from, 1, last - n - c) : splat(0.0f);
-            }
-            transpose(square);
-            for (int i = 0; i < width && c + i < count; ++i) {
-                const int64_t column = c + i;
-                store(to + column / tile_columns * depth * tile_columns + k * tile_columns +
-                          column % tile_columns * width,
-                      square[i]);
-            }
-        }
+    for (int i = 0; i < width; ++i) {
+        const T* const row = from + (i < n ? i : n - 1) * stride;
+        square[i] = left >= width ? load(row) : load(row, left);
     }
+    transpose(square);
 }
 
-// Adds the lanes of the sums of a tile, and the bias.
-template <class T>
-void write_tile(const GroupedLinear& call, const float* sums, int64_t expert, int64_t row, int64_t rows, int64_t n) {
-    const int64_t count = smaller(tile_columns, call.out.size[1] - n);
-    float bias[tile_columns + width] = {};
-    for (int64_t c = 0; c < count && call.bias; ++c) {
-        const int64_t at = expert * call.bias.stride[0] + (n + c) * call.bias.stride[1];
-        bias[c] = call.bias.dtype == DType::f32 ? static_cast<const float*>(call.bias.data)[at]
-                                                : to_float(static_cast<const T*>(call.bias.data)[at]);
-    }
-    constexpr int all = tile_rows * tile_columns, most = (all + width - 1) / width * width;
-    float totals[most + width];
+template <int rows>
+METATE_FN void add_columns(vf (&sum)[rows], const vf (&square)[width], const float* x, int64_t pitch) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) {
 #pragma GCC unroll 4
-    for (int i = 0; i < most; i += width) {
-        vf lines[width];
-#pragma GCC unroll 16
-        for (int j = 0; j < width; ++j) lines[j] = i + j < all ? load(sums + (i + j) * width) : splat(0.0f);
-        store(totals + i, sum_rows(lines));
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        T* const out = static_cast<T*>(call.out.data) + (row + r) * call.out.stride[0] + n * call.out.stride[1];
-        for (int64_t c = 0; c < count; c += width)
-            store_any(out + c * call.out.stride[1], call.out.stride[1],
-                      load(totals + r * tile_columns + c) + load(bias + c), count - c);
+        for (int r = 0; r < rows; ++r) sum[r] = fma(splat(x[r * pitch + i]), square[i], sum[r]);
     }
 }
 
-// `count` columns from n on of at most `few` rows, the weight read as it lies.
-template <class T>
-void compute_few(const Problem& p, const Span& span, const float* x, int64_t n, int64_t count) {
-    const View<3>& w = p.call.w;
-    const char* const base = static_cast<const char*>(w.data) + span.expert * w.stride[0] * bytes_of(w.dtype);
-    const int64_t row_bytes = w.stride[1] * bytes_of(w.dtype);
-    float sums[tile_rows * tile_columns * width];
-    for (int64_t c = 0; c < count; c += tile_columns) {
-        const bool more = c + 2 * tile_columns <= count;
-        Tile tile{x, {}, width * bytes_of(w.dtype), p.columns(), sums, false, more ? tile_columns * row_bytes : 0};
-        for (int i = 0; i < tile_columns; ++i) tile.w[i] = base + smaller(n + c + i, w.size[1] - 1) * row_bytes;
-        more ? multiply_rows<T, true>(span.rows, tile) : multiply_rows<T, false>(span.rows, tile);
-        write_tile<T>(p.call, sums, span.expert, span.first, span.rows, n + c);
+METATE_FN void fetch_rows(const char* at, int64_t stride, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(at + i * stride, 0, 2);
+}
+
+// `width` columns of the result of few rows; `next`: the weight of the columns after them, or null.
+template <int rows, class T>
+void multiply_few(const Problem& p, const float* x, const T* w, int64_t n, const T* next, vf (&total)[rows]) {
+    const int64_t stride = p.call.w.stride[1], columns = p.columns(), line = 64 / static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = stride * static_cast<int64_t>(sizeof(T)), far = ahead / static_cast<int64_t>(sizeof(T));
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) total[r] = splat(0.0f);
+    for (int64_t first = 0; first < columns; first += depth) {
+        vf sum[rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) sum[r] = splat(0.0f);
+        for (int64_t k = first; k < smaller(columns, first + depth); k += width) {
+            if (k % line == 0) {
+                const T* const soon = k + far < columns ? w + k + far : next ? next + (k + far - columns) : nullptr;
+                if (soon) fetch_rows(reinterpret_cast<const char*>(soon), bytes, n);
+            }
+            vf square[width];
+            load_columns(square, w + k, stride, n, columns - k);
+            add_columns<rows>(sum, square, x + k, p.pitch);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) total[r] = total[r] + sum[r];
     }
 }
+
+template <class T, int rows = few>
+void compute_few(const Problem& p, const Span& span, int64_t n, int64_t end) {
+    if constexpr (rows > 1) {
+        if (span.rows < rows) return compute_few<T, rows - 1>(p, span, n, end);
+    }
+    for (; n < end; n += width) {
+        const int64_t count = smaller(width, end - n), after = n + 2 * width <= end ? n + width : -1;
+        vf total[rows];
+        multiply_few<rows, T>(p, p.x + span.first * p.pitch, p.weight<T>(span.expert, n, 0), count,
+                              after < 0 ? nullptr : p.weight<T>(span.expert, after, 0), total);
+        const vf bias = bias_at<T>(p.call, span.expert, n, count);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) write<T>(p.call, span.first + r, n, total[r] + bias, count);
+    }
+}
+
+// Many rows.
 
 struct Workspace {
-    float *w, *sums;
+    float *w, *totals;  // a panel; (row, column), `piece_columns` columns
 };
 
 Workspace workspace(Arena& arena) {
-    return {arena.take<float>(piece_columns * depth), arena.take<float>(rows_at_once * piece_columns * width)};
+    return {arena.take<float>(panel * depth), arena.take<float>(rows_at_once * piece_columns)};
 }
 
-// Fetches part `part` of `parts` of what the next tile will pack of the weight.
+// A panel of the weight: columns n … n + count, `steps` columns of the product from k on.
 template <class T>
-METATE_FN void fetch_weight(const Problem& p, int64_t expert, int64_t n, int64_t first, int64_t part, int64_t parts) {
+void pack_panel(const Problem& p, int64_t expert, int64_t n, int64_t count, int64_t k, int64_t steps, float* to) {
     const View<3>& w = p.call.w;
-    if (w.stride[2] != 1 || n >= w.size[1]) return;
-    const int64_t columns = smaller(depth, p.columns() - first), line = 64 / static_cast<int64_t>(sizeof(T));
-    const int64_t lines = ceil_div(columns, line), begin = lines * part / parts, end = lines * (part + 1) / parts;
-    const T* row = static_cast<const T*>(w.data) + expert * w.stride[0] + n * w.stride[1] + first;
-    for (int64_t c = 0; c < smaller(tile_columns, w.size[1] - n); ++c, row += w.stride[1])
-        for (int64_t i = begin; i < end; ++i) __builtin_prefetch(row + i * line, 0, 2);
+    const T* const from = p.weight<T>(expert, n, k);
+    if (w.stride[1] == 1 && w.stride[2] != 1)
+        pack_rows(to, from, w.stride[2], 1, steps, count, steps, 0);
+    else
+        pack_transposed(to, from, w.stride[1], w.stride[2], count, steps);
 }
 
-// piece_columns columns from n on of many rows, block by block of the columns of the product.
+// Part `part` of `parts` of the panel that begins with columns c and k.
 template <class T>
-void compute_many(const Problem& p, const Span& span, const float* x, int64_t n, const Workspace& at) {
+METATE_FN void fetch_panel(const Problem& p, int64_t expert, int64_t c, int64_t k, int64_t part, int64_t parts) {
     const View<3>& w = p.call.w;
-    const int64_t count = smaller(piece_columns, w.size[1] - n), tiles = ceil_div(count, tile_columns);
-    const int64_t row_tiles = ceil_div(span.rows, tile_rows);
-    constexpr int64_t tile_sums = tile_rows * tile_columns * width;
-    for (int64_t first = 0; first < p.columns() || first == 0; first += depth) {
-        const int64_t columns = smaller(depth, p.columns() - first);
-        const bool across = w.stride[2] != 1 && w.stride[1] == 1;
-        if (across) pack_across<T>(p, span.expert, n, first, round_up(count, tile_columns), at.w);
-        for (int64_t c = 0; c < tiles; ++c) {
-            float* const packed = at.w + c * depth * tile_columns;
-            if (!across) pack_weight<T>(p, span.expert, n + c * tile_columns, first, tile_columns, packed);
-            for (int64_t r = 0; r < row_tiles; ++r) {
-                const bool last = c + 1 == tiles;
-                fetch_weight<T>(p, span.expert, last ? n : n + (c + 1) * tile_columns, last ? first + depth : first, r,
-                                row_tiles);
-                Tile tile{x + (r * p.steps + first / width) * tile_rows * width,
-                          {},
-                          tile_columns * width * static_cast<int64_t>(sizeof(float)),
-                          columns,
-                          at.sums + (r * tiles + c) * tile_sums,
-                          first > 0,
-                          0};
-                for (int i = 0; i < tile_columns; ++i) tile.w[i] = reinterpret_cast<const char*>(packed + i * width);
-                multiply_rows<float, false>(smaller(tile_rows, span.rows - r * tile_rows), tile);
+    if (w.stride[2] != 1 || k >= p.columns()) return;
+    const int64_t size = static_cast<int64_t>(sizeof(T)), count = smaller(panel, w.size[1] - c);
+    const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+    const char* row = reinterpret_cast<const char*>(p.weight<T>(expert, c + begin, k));
+    for (int64_t i = begin; i < end; ++i, row += w.stride[1] * size)
+        for (int64_t at = 0; at < smaller(depth, p.columns() - k) * size; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+template <class T>
+void compute_many(const Problem& p, const Span& span, int64_t n, const Workspace& at) {
+    const int64_t N = p.call.out.size[1], last = smaller(n + piece_columns, N),
+                  row_tiles = ceil_div(span.rows, tile_rows);
+    for (int64_t i = 0; i < row_tiles * tile_rows * piece_columns; i += width) store(at.totals + i, splat(0.0f));
+    for (int64_t k = 0; k < p.columns(); k += depth) {
+        const int64_t steps = smaller(depth, p.columns() - k);
+        for (int64_t c = n; c < last; c += panel) {
+            const int64_t count = smaller(panel, last - c);
+            pack_panel<T>(p, span.expert, c, count, k, steps, at.w);
+            for (int64_t i = 0; i < row_tiles; ++i) {
+                const int64_t row = i * tile_rows;
+                c + panel < last ? fetch_panel<T>(p, span.expert, c + panel, k, i, row_tiles)
+                                 : fetch_panel<T>(p, span.expert, n, k + depth, i, row_tiles);
+                multiply<Left::rows, Into::add>(
+                    static_cast<int>(smaller(tile_rows, span.rows - row)), count,
+                    Product<float>{p.x + (span.first + row) * p.pitch + k, p.pitch, at.w, steps,
+                                   at.totals + row * piece_columns + c - n, piece_columns, nullptr});
             }
         }
     }
-    for (int64_t r = 0; r < row_tiles; ++r) {
-        for (int64_t c = 0; c < tiles; ++c)
-            write_tile<T>(p.call, at.sums + (r * tiles + c) * tile_sums, span.expert, span.first + r * tile_rows,
-                          smaller(tile_rows, span.rows - r * tile_rows), n + c * tile_columns);
+    for (int64_t c = n; c < last; c += width) {
+        const vf bias = bias_at<T>(p.call, span.expert, c, last - c);
+        for (int64_t r = 0; r < span.rows; ++r)
+            write<T>(p.call, span.first + r, c, load(at.totals + r * piece_columns + c - n) + bias, last - c);
     }
 }
 
@@ -251,45 +196,35 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
     if (spans == 0 || N == 0) return;
     Problem p(call);
     Span* list = nullptr;
-    const int64_t row_bytes = larger(p.columns() * static_cast<int64_t>(sizeof(T)), 1);
-    const int64_t few_columns = round_up(clamp(few_bytes / row_bytes, tile_columns, N), tile_columns);
-    const int64_t all_rows = p.rows.count();
+    const int64_t all_rows = p.rows.count(), row_bytes = larger(p.columns() * static_cast<int64_t>(sizeof(T)), 1);
+    const int64_t few_columns = round_up(clamp(few_bytes / row_bytes, width, N), width);
     const Runtime workers = worth(runtime, N * p.columns());
-    const bool direct = call.w.stride[2] == 1;
     const auto own = lay_out(
-        workers, spans * ceil_div(N, tile_columns),
+        workers, spans * ceil_div(N, width),
         [&](Arena& arena) {
             list = arena.take<Span>(spans);
-            p.starts = arena.take<int64_t>(2 * (spans + 1));
-            p.x = arena.take<float>((all_rows / tile_rows + spans) * p.steps * tile_rows * width);
+            p.pieces = arena.take<int64_t>(spans + 1);
+            p.x = arena.take<float>((all_rows + tile_rows) * p.pitch);  // tiles run on behind the last row
         },
         workspace);
     spans_of(call.offsets, rows_at_once, list);
-    // Row tiles and pieces before each span.
-    int64_t *const tiles = p.starts, *const pieces = p.starts + spans + 1;
-    tiles[0] = pieces[0] = 0;
-    for (int64_t i = 0; i < spans; ++i) {
-        const bool is_few = list[i].rows <= few && direct;
-        tiles[i + 1] = tiles[i] + ceil_div(list[i].rows, tile_rows);
-        pieces[i + 1] = pieces[i] + ceil_div(N, is_few ? few_columns : piece_columns);
-    }
-    const auto span_of = [&](const int64_t* starts, int64_t i) {
-        int64_t low = 0, high = spans;
-        while (high - low > 1) (starts[(low + high) / 2] <= i ? low : high) = (low + high) / 2;
-        return low;
-    };
-    for_pieces(worth(runtime, all_rows * p.columns()), tiles[spans], [&](int, int64_t tile) {
-        const int64_t i = span_of(tiles, tile), first = (tile - tiles[i]) * tile_rows;
-        pack_rows<T>(p, list[i].first + first, smaller(tile_rows, list[i].rows - first), p.tile_of_x(tile));
+    const auto is_few = [&](const Span& span) { return span.rows <= few && call.w.stride[2] == 1; };
+    p.pieces[0] = 0;
+    for (int64_t i = 0; i < spans; ++i)
+        p.pieces[i + 1] = p.pieces[i] + ceil_div(N, is_few(list[i]) ? few_columns : piece_columns);
+    for_pieces(worth(runtime, all_rows * p.columns()), ceil_div(all_rows, few), [&](int, int64_t piece) {
+        for (int64_t r = piece * few; r < smaller(all_rows, (piece + 1) * few); ++r) widen_row<T>(p, r);
     });
-    for_pieces(workers, pieces[spans], [&](int worker, int64_t piece) {
-        const int64_t i = span_of(pieces, piece), number = piece - pieces[i];
-        const float* const x = p.tile_of_x(tiles[i]);
-        if (list[i].rows <= few && direct) {
+    for_pieces(workers, p.pieces[spans], [&](int worker, int64_t piece) {
+        int64_t low = 0, high = spans;
+        while (high - low > 1) (p.pieces[(low + high) / 2] <= piece ? low : high) = (low + high) / 2;
+        const Span& span = list[low];
+        const int64_t number = piece - p.pieces[low];
+        if (is_few(span)) {
             const int64_t n = number * few_columns;
-            compute_few<T>(p, list[i], x, n, smaller(few_columns, N - n));
+            compute_few<T>(p, span, n, smaller(N, n + few_columns));
         } else {
-            compute_many<T>(p, list[i], x, number * piece_columns, own(worker));
+            compute_many<T>(p, span, number * piece_columns, own(worker));
         }
     });
 }

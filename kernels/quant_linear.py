@@ -30,18 +30,18 @@ SHAPES = {
 }
 
 
-def _config(shape: tuple[int, int, int, int]) -> triton.Config:
+def config_of(shape: tuple[int, int, int, int]) -> triton.Config:
     outputs, summed, warps, stages = shape
     return triton.Config({"BLOCK_N": outputs, "BLOCK_K": summed}, num_warps=warps, num_stages=stages)
 
 
-def _class(named: dict[str, Any]) -> str:
+def class_of(named: dict[str, Any]) -> str:
     return f"{'float' if named['x'].element_size() == 4 else 'half'} {named['BLOCK_M']}"
 
 
-def _rows_of_a_tile(x: Tensor) -> int:
-    sizes = (4, 16, 64) if x.dtype == torch.float32 else (16, 32, 64, 128)
-    return next((size for size in sizes if x.shape[0] <= size), sizes[-1])
+def rows_of_a_tile(rows: int, dtype: torch.dtype) -> int:
+    sizes = (4, 16, 64) if dtype == torch.float32 else (16, 32, 64, 128)
+    return next((size for size in sizes if rows <= size), sizes[-1])
 
 
 # Tiles of W. Its tensors are None or (pointer, strides); sizes = (rows, columns, row_bytes, group_size, super_groups,
@@ -135,9 +135,9 @@ def store_outputs(out, value, n, m, x_rows, outputs, bias, places):
 
 
 @shared.tuned(
-    {name: [_config(shape) for shape in shapes] for name, shapes in SHAPES.items()},
-    _class,
-    _config((64, 64, 1, 1)),
+    {name: [config_of(shape) for shape in shapes] for name, shapes in SHAPES.items()},
+    class_of,
+    config_of((64, 64, 1, 1)),
     key=["outputs", "summed", "BLOCK_M", "BITS", "GRAIN", "TRANSPOSED"],
 )
 @triton.jit(do_not_specialize=["x_rows", "slices", "zero"])
@@ -214,7 +214,7 @@ def round_kernel(x, out, x_strides, x_rows, columns, group_size, BLOCK_M: tl.con
 # Launchers.
 
 
-def _strided(tensor: Tensor | None) -> tuple[Any, ...] | None:
+def strided(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor, *tensor.stride())
 
 
@@ -224,6 +224,20 @@ def _slices(outputs: int, summed: int) -> tuple[int, int]:
     wanted = min(triton.cdiv(256, triton.cdiv(outputs, 64)), triton.cdiv(steps, 4))
     length = triton.cdiv(steps, max(wanted, 1))
     return (triton.cdiv(steps, length) if steps else 0), length * STEP
+
+
+def sizes_of(
+    summed: int, rows: int, columns: int, row_bytes: int, bits: int, group_size: int, super_groups: int, zero: int
+) -> dict[str, int | bool]:
+    """What kernels are told of the sizes of W, and of what is summed of it."""
+    if group_size >= columns:  # one group a row
+        group_size = triton.next_power_of_2(max(columns, STEP))
+    return {
+        "summed": summed, "rows": rows, "columns": columns, "row_bytes": row_bytes, "group_size": group_size,
+        "super_groups": min(max(super_groups, 1), triton.cdiv(columns, group_size) or 1), "zero": zero, "BITS": bits,
+        "GRAIN": min(group_size & -group_size, STEP), "WHOLE_COLUMNS": columns % STEP == 0,
+        "WHOLE_SUM": summed % STEP == 0,
+    }  # fmt: skip
 
 
 def _product(
@@ -236,7 +250,6 @@ def _product(
     transposed: bool,
 ) -> Tensor:
     """x Wᵀ + bias, or x W with output n at column places[n] where `transposed`."""
-    bits, group_size, super_groups, zero = scalars
     codes = tensors["codes"]
     assert codes is not None
     rows = codes.shape[0]
@@ -244,21 +257,15 @@ def _product(
     out = x.new_empty(x.shape[0], outputs)
     if not out.numel():
         return out
-    if group_size >= columns:  # one group a row
-        group_size = triton.next_power_of_2(max(columns, STEP))
     slices, slice_size = _slices(outputs, summed)
     split = slices > 1 and x.shape[0] <= 64
-    block = _rows_of_a_tile(x)
-    end = {"out": out, "bias": _strided(bias), "places": _strided(places)}
+    block = rows_of_a_tile(x.shape[0], x.dtype)
+    end = {"out": out, "bias": strided(bias), "places": strided(places)}
     sizes = {"x_rows": x.shape[0], "outputs": outputs, "slices": slices}
     problem = {
-        **{name: _strided(tensor) for name, tensor in tensors.items()}, **sizes, **end,
-        "x": x, "x_strides": x.stride(), "summed": summed, "rows": rows, "columns": columns,
-        "row_bytes": codes.shape[1], "group_size": group_size,
-        "super_groups": min(max(super_groups, 1), triton.cdiv(columns, group_size) or 1), "zero": zero,
-        "slice_size": slice_size, "BITS": bits, "GRAIN": min(group_size & -group_size, STEP),
-        "TRANSPOSED": transposed, "WHOLE_COLUMNS": columns % STEP == 0, "WHOLE_SUM": summed % STEP == 0,
-        "BLOCK_M": block,
+        **{name: strided(tensor) for name, tensor in tensors.items()}, **sizes, **end,
+        **sizes_of(summed, rows, columns, codes.shape[1], *scalars), "x": x, "x_strides": x.stride(),
+        "slice_size": slice_size, "TRANSPOSED": transposed, "BLOCK_M": block,
     }  # fmt: skip
     if split:
         partial = torch.empty((slices, x.shape[0], outputs), dtype=torch.float32, device=x.device)

@@ -164,6 +164,36 @@ def compile_paged_attention(everything: bool) -> None:
             paged_attention.append_kv(k, k, cache, cache, slots, scale, scale, *rotation)
 
 
+def compile_moe(everything: bool) -> None:
+    from metate.kernels import moe
+
+    take_first_shape(moe)
+    half = torch.float16 if everything else torch.bfloat16
+    int32 = {"dtype": torch.int32}
+    tokens, k, experts, width = 64, 4, 32, 1000 if everything else 1024
+    offsets, order, numbers = tensor(experts + 1, **int32), tensor(tokens * k, **int32), tensor(tokens, k, **int32)
+    x, rows = tensor(tokens, width, dtype=half), tensor(tokens * k, width, dtype=half)
+    score = (2, 4, 2, 1, True, 2.5) if everything else (0, 1, 1, 0, False, 1.0)
+    logits, weights = tensor(tokens, experts), tensor(tokens, k)
+    moe.moe_topk(logits, tensor(experts) if everything else None, k, *score)
+    moe.moe_topk_backward(weights, logits, numbers, score[0], *score[-2:])
+    moe.moe_sort(numbers, experts)
+    moe.moe_permute(x, order, k)
+    moe.moe_unpermute(rows, numbers, weights)
+    moe.moe_unpermute_backward(x, rows, numbers, weights)
+    activation = (2, 2, 7.0, 1.702, 1.0) if everything else (0, 0, float("inf"), 1.0, 0.0)
+    moe.gated_activation(rows, *activation)
+    moe.gated_activation_backward(rows[:, : width // 2], rows, *activation)
+    w, bias = tensor(experts, 512, width, dtype=half), tensor(experts, 512)
+    moe.grouped_linear(x, w, offsets, bias, order, k)
+    moe.grouped_outer(tensor(tokens * k, 512, dtype=half), x, offsets, order, k)
+    codes, levels = tensor(experts, 512, width // 2, dtype=torch.uint8), tensor(experts, 512, -(-width // 64))
+    weight: list[Any] = [codes, levels, None, None, None, None, tensor(16)]
+    permutation = tensor(experts, width, **int32) if everything else None
+    moe.quant_grouped_linear(x, *weight, permutation, None, offsets, order, 4, 64, 0, 0, k)
+    moe.quant_grouped_matmul(tensor(tokens * k, 512, dtype=half), *weight, permutation, offsets, 4, 64, 0, 0, width)
+
+
 @pytest.mark.parametrize("capability,everything", [(80, True), (90, False)], ids=["sm_80-everything", "sm_90-plain"])
 def test_compiles_without_a_gpu(capability, everything, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -183,6 +213,16 @@ def test_compiles_without_a_gpu(capability, everything, tmp_path):
         "merge_kernel",
         "attend_kernel",
         "append_kernel",
+        "topk_kernel",
+        "topk_backward_kernel",
+        "sort_kernel",
+        "permute_kernel",
+        "unpermute_kernel",
+        "place_kernel",
+        "unpermute_backward_kernel",
+        "linear_kernel",
+        "outer_kernel",
+        "backward_kernel",
     }
     names |= {"bias_kernel", "slopes_kernel", "round_kernel", "sums_kernel"} if everything else set()
     assert {kernel["kernel"] for kernel in built} == names
@@ -371,3 +411,4 @@ if __name__ == "__main__":
     compile_attention(bool(int(sys.argv[2])))
     compile_quant_linear(bool(int(sys.argv[2])))
     compile_paged_attention(bool(int(sys.argv[2])))
+    compile_moe(bool(int(sys.argv[2])))

@@ -6,26 +6,10 @@
 
 #include "../../attention.h"
 #include "../parallel.h"
-#include "../vec.h"
+#include "../strided.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
-
-template <class T>
-METATE_FN vf load_any(const T* from, int64_t stride, int64_t n) {
-    if (stride == 1) return n >= width ? load(from) : load(from, n);
-    float line[width] = {};
-    for (int64_t i = 0; i < n && i < width; ++i) line[i] = to_float(from[i * stride]);
-    return load(line);
-}
-
-template <class T>
-METATE_FN void store_any(T* to, int64_t stride, vf x, int64_t n) {
-    if (stride == 1) return n >= width ? store(to, x) : store(to, x, n);
-    float line[width];
-    store(line, x);
-    for (int64_t i = 0; i < n && i < width; ++i) to[i * stride] = from_float<T>(line[i]);
-}
 
 // Σ weight[i · width] · part i of n over `vectors` vectors of columns, the last of which may be short; a part of weight
 // 0 is not looked at. Part after part, so that memory is read in runs of whole cache lines.

@@ -1,4 +1,5 @@
 // The small products of low-rank updates: x Aᵀ by adapter, and the gradients of A and B, sums over each adapter's rows.
+#include "../strided.h"
 #include "exact.h"
 #include "product.h"
 
@@ -7,14 +8,6 @@ namespace {
 
 constexpr int64_t slice = 512;       // columns of x that are summed by themselves
 constexpr int64_t shrink_rows = 32;  // rows of x that share a square of A
-
-template <class T>
-METATE_FN vf load_strided(const T* from, int64_t stride, int64_t n) {
-    if (stride == 1) return n >= width ? load(from) : load(from, n);
-    float line[width] = {};
-    for (int64_t i = 0; i < n && i < width; ++i) line[i] = to_float(from[i * stride]);
-    return load(line);
-}
 
 // x Aᵀ.
 
@@ -35,7 +28,7 @@ void add_slice(const LoraShrink& call, int64_t number, int64_t first, int64_t ro
                 for (int64_t m = begin; m < end; ++m) {
                     const T* const x = static_cast<const T*>(call.x.data) + m * call.x.stride[0] + k * call.x.stride[1];
                     float line[width];
-                    store(line, load_strided(x, call.x.stride[1], last - k));
+                    store(line, load_any(x, call.x.stride[1], last - k));
                     vf even = splat(0.0f), odd = even;
 #pragma GCC unroll 8
                     for (int i = 0; i < width; i += 2) {
@@ -132,7 +125,7 @@ void add_rows(const LoraOuter& call, const int64_t* rows, int64_t n, int64_t r, 
 #pragma GCC unroll 4
         for (int v = 0; v < outer_vectors; ++v) {
             const vf part = whole ? load(x + v * width)
-                                  : load_strided(x + v * width * call.x.stride[1], call.x.stride[1],
+                                  : load_any(x + v * width * call.x.stride[1], call.x.stride[1],
                                                  left > v * width ? left - v * width : 0);
 #pragma GCC unroll 4
             for (int i = 0; i < outer_ranks; ++i) sum[i][v] = fma(splat(factors[i]), part, sum[i][v]);

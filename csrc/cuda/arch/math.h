@@ -116,6 +116,7 @@ METATE_DEVICE int lowest_bit(uint32_t word) {
 #endif
 }
 
+// How many bits of a word are set.
 METATE_DEVICE int count_bits(uint32_t word) {
 #if defined(__CUDACC__)
     return __popc(word);

@@ -16,8 +16,16 @@
 namespace metate::cuda::lowbit {
 
 // direct: 4 bits and groups of whole parts, decoded into registers. staged: anything, decoded into shared memory first.
-// transposed: staged, and summed over the rows of W.
-enum class Kind { direct, staged, transposed };
+// transposed: staged, and summed over the rows of W. dense: weights of 16 bits, that are codes and values at once;
+// dense_transposed: summed over their rows.
+enum class Kind { direct, staged, transposed, dense, dense_transposed };
+
+METATE_INLINE constexpr bool is_dense(Kind kind) {
+    return kind == Kind::dense || kind == Kind::dense_transposed;
+}
+METATE_INLINE constexpr bool is_transposed(Kind kind) {
+    return kind == Kind::transposed || kind == Kind::dense_transposed;
+}
 
 constexpr int step = 128;     // columns (or rows) of W summed at a time, and outputs of a block
 constexpr int threads = 128;  // four warps, each with 32 outputs
@@ -37,14 +45,14 @@ struct Product {
 };
 
 METATE_INLINE constexpr int stages_of(Kind kind, int rows) {
-    return kind != Kind::direct ? 2 : rows == 8 ? 4 : 3;
+    return is_dense(kind) ? (rows == 8 ? 3 : 2) : kind != Kind::direct ? 2 : rows == 8 ? 4 : 3;
 }
 METATE_INLINE constexpr int stage_bytes(int bits, int rows) {
     return step * step / 8 * bits + rows * pitch;
 }
 constexpr size_t shared_bytes(Kind kind, int bits, int rows) {
-    return static_cast<size_t>(stages_of(kind, rows)) * stage_bytes(bits, rows) +
-           (kind == Kind::direct ? 0 : step * pitch) + (4 << bits);
+    const size_t stages = static_cast<size_t>(stages_of(kind, rows)) * stage_bytes(bits, rows);
+    return is_dense(kind) ? stages : stages + (kind == Kind::direct ? 0 : step * pitch) + (4 << bits);
 }
 
 // Rows of 128 elements in chunks of 16 bytes, permuted so that eight lanes always meet eight groups of banks: the
@@ -65,14 +73,15 @@ METATE_DEVICE int code_row(int row) {
     return row ^ (row >> 2 & 1);
 }
 
-template <int rows>
-METATE_DEVICE void load_x(unsigned char* tile, const Product& p, int first, int column) {
+// source(row) is the row of x for a row of the tile, -1 for none.
+template <int rows, typename Source>
+METATE_DEVICE void load_x(unsigned char* tile, const Product& p, const Source& source, int column) {
     const int thread = opaque(thread_index());
     METATE_UNROLL
     for (int i = 0; i < rows * 16 / threads; ++i) {
         const int index = i * threads + thread, row = index / 16, chunk = index % 16, at = column + chunk * 8;
-        const int bytes = first + row < p.x_rows ? most(least(p.summed - at, 8), 0) * 2 : 0;
-        cp_async_16(tile + RowTile::x(row, chunk), p.x + ((first + row) * p.x_pitch + at) * 2, bytes);
+        const int from = source(row), bytes = from >= 0 ? most(least(p.summed - at, 8), 0) * 2 : 0;
+        cp_async_16(tile + RowTile::x(row, chunk), p.x + (from * p.x_pitch + at) * 2, bytes);
     }
 }
 
@@ -100,6 +109,33 @@ METATE_DEVICE void load_codes(unsigned char* tile, const Weight& w, int bits, in
             word |= static_cast<uint32_t>(load_global<uint8_t>(at)) << (8 * i);
         }
         store_shared(tile + code_row(row) * bits * 16 + chunk, word);
+    }
+}
+
+// 128 rows and 128 columns of weights of 16 bits, zeros outside the matrix.
+template <bool transposed>
+METATE_DEVICE void load_weights(unsigned char* tile, const Weight& w, int first, int column) {
+    const View<2>& m = w.m.codes;
+    const auto* const data = static_cast<const uint16_t*>(m.data);
+    const auto place = [&](int row, int chunk) {
+        return tile + (transposed ? RowTile::transposed(row, chunk) : RowTile::w(row, chunk));
+    };
+    if (w.vectors) {
+        const int thread = opaque(thread_index());
+        METATE_UNROLL
+        for (int i = 0; i < step * 16 / threads; ++i) {
+            const int index = i * threads + thread, row = index / 16, chunk = index % 16, at = column + chunk * 8;
+            const int bytes = first + row < w.rows ? most(least(w.columns - at, 8), 0) * 2 : 0;
+            cp_async_16(place(row, chunk), data + (first + row) * m.stride[0] + at, bytes);
+        }
+        return;
+    }
+    METATE_NO_UNROLL
+    for (int index = thread_index(); index < step * step; index += threads) {
+        const int row = index / step, at = index % step;
+        const bool inside = first + row < w.rows && column + at < w.columns;
+        const auto* const from = data + (first + row) * m.stride[0] + (column + at) * m.stride[1];
+        store_shared(place(row, at / 8) + at % 8 * 2, inside ? load_global<uint16_t>(from) : uint16_t{0});
     }
 }
 
@@ -144,7 +180,7 @@ METATE_DEVICE void multiply(float (&sum)[2][fragments][4], const Left& left, con
 template <Kind kind>
 METATE_DEVICE int output_of(int r) {
     const int base = warp() * 32, g = lane() >> 2;
-    return base + (kind == Kind::transposed ? 8 * r + g : 4 * g + r);
+    return base + (is_transposed(kind) ? 8 * r + g : 4 * g + r);
 }
 
 // One step of this warp, from tiles of x and of codes (direct) or weights.
@@ -160,7 +196,7 @@ METATE_DEVICE void multiply_step(float (&sum)[2][fragments][4], const unsigned c
     METATE_UNROLL
     for (int w = 0; w < 4; ++w) {
         Left left;
-        if constexpr (kind == Kind::transposed) {
+        if constexpr (is_transposed(kind)) {
             METATE_UNROLL
             for (int i = 0; i < 4; ++i) {  // lane 8·m + r: row r of matrix m; bit 1 of m is the half of the sum
                 const int r = lane() & 7, row = 32 * (r >> 1) + 8 * w + 4 * (i & 1) + 2 * (lane() >> 4) + (r & 1);
@@ -169,7 +205,7 @@ METATE_DEVICE void multiply_step(float (&sum)[2][fragments][4], const unsigned c
             }
         } else {
             uint32_t pairs[4][4];
-            if constexpr (kind == Kind::staged) {
+            if constexpr (kind == Kind::staged || kind == Kind::dense) {
                 METATE_UNROLL
                 for (int r = 0; r < 4; ++r) {
                     const auto weights = load_shared<Words<4>>(tile + RowTile::w(output_of<kind>(r), 4 * t + w));
@@ -230,7 +266,7 @@ METATE_DEVICE void write(const Product& p, const float (&sum)[2][fragments][4], 
         for (int r = 0; r < 4; ++r) value[r] = sum[r / 2][j / 2][r % 2 * 2 + j % 2] + bias[r];
         if (p.partial) {
             float* const to = p.partial + (static_cast<int64_t>(block_index().z) * p.x_rows + row) * partial_pitch;
-            if constexpr (kind == Kind::transposed) {
+            if constexpr (is_transposed(kind)) {
                 METATE_UNROLL
                 for (int r = 0; r < 4; ++r) store_global(to + output[r], value[r]);
             } else {
@@ -239,7 +275,7 @@ METATE_DEVICE void write(const Product& p, const float (&sum)[2][fragments][4], 
             }
             continue;
         }
-        if (kind != Kind::transposed && p.vector_out && output[3] < p.outputs) {
+        if (!is_transposed(kind) && p.vector_out && output[3] < p.outputs) {
             store_global(place_of<T>(p, row, output[0]),
                          Words<2>{{pack<T>(value[0], value[1]), pack<T>(value[2], value[3])}});
             continue;
@@ -316,27 +352,28 @@ METATE_DEVICE void add_low_rank(float (&total)[2][fragments][4], const Product& 
     if constexpr (at + count < fragments) add_low_rank<T, fragments, kind, at + count>(total, p, first, first_output);
 }
 
-template <typename T, int fragments, Kind kind>
-METATE_KERNEL(threads, fragments == 1 ? 5 : 2)
-product_kernel(METATE_PARAMETER(Product, p)) {
-    METATE_SHARED(unsigned char, shared);
+// What this warp's outputs from `first_output` on sum up over the steps begin … end - 1, for rows that source names.
+template <typename T, int fragments, Kind kind, typename Source>
+METATE_DEVICE void sum_steps(float (&total)[2][fragments][4], const Product& p, unsigned char* shared,
+                             const Source& source, int first_output, int begin, int end) {
     constexpr int rows = fragments * 8, stages = stages_of(kind, rows);
     const Weight& w = p.w;
-    const int bits = kind == Kind::direct ? 4 : w.bits, bytes = stage_bytes(bits, rows);
+    const int bits = is_dense(kind) ? 16 : kind == Kind::direct ? 4 : w.bits, bytes = stage_bytes(bits, rows);
     unsigned char* const weights = shared + stages * bytes;
     unsigned char* const entries = weights + (kind == Kind::direct ? 0 : step * pitch);
-    const unsigned char* const table = w.m.codebook ? entries : nullptr;
+    const unsigned char* const table = !is_dense(kind) && w.m.codebook ? entries : nullptr;
 
-    const int first = block_index().x % p.x_tiles * rows, first_output = block_index().x / p.x_tiles * step;
-    const int begin = p.partial ? block_index().z * p.slice_steps : 0;
-    const int end = p.partial ? least(begin + p.slice_steps, p.steps) : p.steps;
-    const auto row_of = [&](int n) { return kind == Kind::transposed ? n * step : first_output; };
-    const auto column_of = [&](int n) { return kind == Kind::transposed ? first_output : n * step; };
+    const auto row_of = [&](int n) { return is_transposed(kind) ? n * step : first_output; };
+    const auto column_of = [&](int n) { return is_transposed(kind) ? first_output : n * step; };
     const auto load = [&](int n) {
         if (n < end) {
             unsigned char* const stage = shared + (n - begin) % stages * bytes;
-            load_codes(stage, w, bits, row_of(n), column_of(n));
-            load_x<rows>(stage + bits * step * step / 8, p, first, n * step);
+            if constexpr (is_dense(kind)) {
+                load_weights<is_transposed(kind)>(stage, w, row_of(n), column_of(n));
+            } else {
+                load_codes(stage, w, bits, row_of(n), column_of(n));
+            }
+            load_x<rows>(stage + bits * step * step / 8, p, source, n * step);
         }
         cp_async_commit();
     };
@@ -349,7 +386,7 @@ product_kernel(METATE_PARAMETER(Product, p)) {
         }
     }
 
-    float sum[2][fragments][4], total[2][fragments][4];
+    float sum[2][fragments][4];
     clear(sum);
     clear(total);
     METATE_NO_UNROLL
@@ -367,13 +404,17 @@ product_kernel(METATE_PARAMETER(Product, p)) {
         const unsigned char *const codes = shared + (n - begin) % stages * bytes, *tile = codes;
         if constexpr (kind == Kind::direct) {
             make_levels(levels, w, raw);
-        } else {
-            stage_weights<T, kind == Kind::transposed>(weights, codes, w, row_of(n), column_of(n), table);
+        } else if constexpr (!is_dense(kind)) {
+            stage_weights<T, is_transposed(kind)>(weights, codes, w, row_of(n), column_of(n), table);
             sync_threads();
             tile = weights;
         }
-        multiply_step<T, fragments, kind>(sum, codes + bits * step * step / 8, tile, levels, table);
-        if ((n + 1) % p.slice_steps == 0 || n + 1 == end) {
+        const unsigned char* const x = codes + bits * step * step / 8;
+        if constexpr (is_dense(kind)) {
+            multiply_step<T, fragments, kind>(total, x, tile, levels, table);
+        } else {
+            multiply_step<T, fragments, kind>(sum, x, tile, levels, table);
+            if ((n + 1) % p.slice_steps != 0 && n + 1 != end) continue;
             METATE_UNROLL
             for (int i = 0; i < 8 * fragments; ++i)
                 total[i / 4 / fragments][i / 4 % fragments][i % 4] += sum[i / 4 / fragments][i / 4 % fragments][i % 4];
@@ -381,6 +422,18 @@ product_kernel(METATE_PARAMETER(Product, p)) {
         }
     }
     cp_async_wait<0>();
+}
+
+template <typename T, int fragments, Kind kind>
+METATE_KERNEL(threads, fragments == 1 ? 5 : 2)
+product_kernel(METATE_PARAMETER(Product, p)) {
+    METATE_SHARED(unsigned char, shared);
+    const int first = block_index().x % p.x_tiles * fragments * 8, first_output = block_index().x / p.x_tiles * step;
+    const int begin = p.partial ? block_index().z * p.slice_steps : 0;
+    const int end = p.partial ? least(begin + p.slice_steps, p.steps) : p.steps;
+    const auto source = [&](int row) { return first + row < p.x_rows ? first + row : -1; };
+    float total[2][fragments][4];
+    sum_steps<T, fragments, kind>(total, p, shared, source, first_output, begin, end);
     if (p.update.low && (!p.partial || begin >= p.steps))
         add_low_rank<T, fragments, kind>(total, p, first, first_output);
     write<T, fragments, kind>(p, total, first, first_output);

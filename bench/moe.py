@@ -1,0 +1,102 @@
+"""Products of the rows of each expert, beside PyTorch: a loop over the experts, and its grouped product.
+
+Low-bit rivals get their weights dequantised outside the timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.bench.run import Run, Setup, Skip, Workload, call_op
+from metate.low_bit import stored_weight
+from metate.op import Case
+from metate.ops.moe.grouped import linear_op, outer_op, quant_linear_op
+from metate.ops.moe.reference import gather
+
+_STACKED = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets")
+
+
+def workloads(compile: bool) -> list[Workload]:
+    rivals = {"torch loop": loop, "torch._grouped_mm": grouped_mm}
+    many = [case for case in outer_op.domain.sweep if case["T"] > 1]
+    return [
+        Workload("grouped linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label),
+        Workload("grouped linear, low-bit", quant_linear_op, quant_linear_op.domain.sweep, rivals, call_op,
+                 quant_linear_op.flops, label=label),
+        Workload("grouped outer (weight gradient)", outer_op, many,
+                 {"torch loop": outer_loop}, call_op, outer_op.flops, label=label),
+    ]  # fmt: skip
+
+
+def label(case: Case) -> str:
+    form = f" {case['bits']}-bit {case['form']}" if "bits" in case else ""
+    return f"T{case['T']}·{case['k']} E{case['E']} N{case['N']} K{case['K']}{form}"
+
+
+def weights_of(setup: Setup, named: dict[str, Any]) -> Tensor:
+    if "w" in named:
+        weights: Tensor = named["w"]
+        return weights
+    numbers = [named[name] for name in ("bits", "group_size", "super_groups", "zero")]
+    experts = (
+        stored_weight(
+            *(None if named[field] is None else named[field][e] for field in _STACKED),
+            named["codebook"], *numbers, setup.case["K"],
+        )
+        for e in range(setup.case["E"])
+    )  # fmt: skip
+    return torch.stack([weight.to(setup.dtype) for weight in experts])
+
+
+def problems(setup: Setup) -> list[tuple[Tensor, Tensor | None, int, Tensor, Tensor]]:
+    """x, order, k, weights and offsets of experts of every set of inputs."""
+    return [
+        (named["x"], named["order"], named["k"], weights_of(setup, named),
+         named["expert_offsets" if "codes" in named else "offsets"])
+        for named in setup.named
+    ]  # fmt: skip
+
+
+def _rival(sets: list[Any], call: Callable[..., Tensor]) -> Run:
+    @torch.no_grad()
+    def run(i: int) -> Tensor:
+        return call(*sets[i % len(sets)])
+
+    return run
+
+
+def loop(setup: Setup) -> Run:
+    def call(x: Tensor, order: Tensor | None, k: int, w: Tensor, offsets: Tensor) -> Tensor:
+        rows = gather(x, order, k)
+        out = x.new_zeros(rows.shape[0], w.shape[1])
+        for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
+            if stop > start:
+                torch.mm(rows[start:stop], w[expert].T, out=out[start:stop])
+        return out
+
+    return _rival(problems(setup), call)
+
+
+def grouped_mm(setup: Setup) -> Run:
+    if not hasattr(torch, "_grouped_mm"):
+        raise Skip("this torch has no _grouped_mm")
+    return _rival(
+        problems(setup),
+        lambda x, order, k, w, offsets: torch._grouped_mm(gather(x, order, k), w.mT, offs=offsets[1:]),
+    )
+
+
+def outer_loop(setup: Setup) -> Run:
+    def call(a: Tensor, b: Tensor, offsets: Tensor, order: Tensor | None, k: int) -> Tensor:
+        rows = gather(b, order, k)
+        out = a.new_zeros(offsets.shape[0] - 1, a.shape[1], b.shape[1])
+        for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
+            torch.mm(a[start:stop].T, rows[start:stop], out=out[expert])
+        return out
+
+    return _rival(list(setup.sets), call)

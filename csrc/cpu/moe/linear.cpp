@@ -1,0 +1,240 @@
+// The rows of each expert times its weight.
+//
+// Every result is the sum of chains of `depth` fused multiply-adds in ascending order, added one after another. Few
+// rows take the weight as it lies, transposed in registers: memory bounds them. Many rows share packed panels of it.
+#include "../attention/gemm.h"
+#include "rows.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t depth = long_chain;         // columns of a packed panel, which stays in the first-level cache
+constexpr int64_t piece_columns = 4 * panel;  // of the result, where there are many rows
+constexpr int64_t rows_at_once = 8 * tile_rows;
+constexpr int64_t few = 4;
+constexpr int64_t few_bytes = 1 << 19;  // of the weight in a piece of few rows
+constexpr int64_t ahead = 512;          // bytes of each row of the weight that are on their way
+
+struct Problem {
+    const GroupedLinear& call;
+    Rows rows;
+    float* x;         // rows of all spans, float32, `pitch` apart
+    int64_t* pieces;  // before each span
+    int64_t pitch;
+
+    explicit Problem(const GroupedLinear& c)
+        : call(c),
+          rows{c.x, c.order, c.k},
+          x(nullptr),
+          pieces(nullptr),
+          pitch(round_up(c.x.size[1], width) + width) {}  // not a power of two: rows would share lines of the cache
+    int64_t columns() const { return call.x.size[1]; }
+    template <class T>
+    const T* weight(int64_t expert, int64_t n, int64_t k) const {
+        const View<3>& w = call.w;
+        return static_cast<const T*>(w.data) + expert * w.stride[0] + n * w.stride[1] + k * w.stride[2];
+    }
+};
+
+template <class T>
+void widen_row(const Problem& p, int64_t row) {
+    const T* const from = p.rows.at<T>(row);
+    const int64_t stride = p.call.x.stride[1];
+    float* const to = p.x + row * p.pitch;
+    for (int64_t k = 0; k < p.pitch; k += width)
+        store(to + k, from && k < p.columns() ? load_any(from + k * stride, stride, p.columns() - k) : splat(0.0f));
+}
+
+// The bias of n columns and zeros behind.
+template <class T>
+METATE_FN vf bias_at(const GroupedLinear& call, int64_t expert, int64_t column, int64_t n) {
+    if (!call.bias) return splat(0.0f);
+    const int64_t at = expert * call.bias.stride[0] + column * call.bias.stride[1];
+    if (call.bias.dtype == DType::f32)
+        return load_any(static_cast<const float*>(call.bias.data) + at, call.bias.stride[1], n);
+    return load_any(static_cast<const T*>(call.bias.data) + at, call.bias.stride[1], n);
+}
+
+template <class T>
+METATE_FN void write(const GroupedLinear& call, int64_t row, int64_t column, vf x, int64_t n) {
+    T* const out = static_cast<T*>(call.out.data) + row * call.out.stride[0] + column * call.out.stride[1];
+    store_any(out, call.out.stride[1], x, n);
+}
+
+// Few rows.
+
+// Row i of `square`: column k + i of `width` rows of the weight, of which there are n; zeros behind the columns.
+template <class T>
+METATE_FN void load_columns(vf (&square)[width], const T* from, int64_t stride, int64_t n, int64_t left) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) {
+        const T* const row = from + (i < n ? i : n - 1) * stride;
+        square[i] = left >= width ? load(row) : load(row, left);
+    }
+    transpose(square);
+}
+
+template <int rows>
+METATE_FN void add_columns(vf (&sum)[rows], const vf (&square)[width], const float* x, int64_t pitch) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) sum[r] = fma(splat(x[r * pitch + i]), square[i], sum[r]);
+    }
+}
+
+METATE_FN void fetch_rows(const char* at, int64_t stride, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(at + i * stride, 0, 2);
+}
+
+// `width` columns of the result of few rows; `next`: the weight of the columns after them, or null.
+template <int rows, class T>
+void multiply_few(const Problem& p, const float* x, const T* w, int64_t n, const T* next, vf (&total)[rows]) {
+    const int64_t stride = p.call.w.stride[1], columns = p.columns(), line = 64 / static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = stride * static_cast<int64_t>(sizeof(T)), far = ahead / static_cast<int64_t>(sizeof(T));
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) total[r] = splat(0.0f);
+    for (int64_t first = 0; first < columns; first += depth) {
+        vf sum[rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) sum[r] = splat(0.0f);
+        for (int64_t k = first; k < smaller(columns, first + depth); k += width) {
+            if (k % line == 0) {
+                const T* const soon = k + far < columns ? w + k + far : next ? next + (k + far - columns) : nullptr;
+                if (soon) fetch_rows(reinterpret_cast<const char*>(soon), bytes, n);
+            }
+            vf square[width];
+            load_columns(square, w + k, stride, n, columns - k);
+            add_columns<rows>(sum, square, x + k, p.pitch);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) total[r] = total[r] + sum[r];
+    }
+}
+
+template <class T, int rows = few>
+void compute_few(const Problem& p, const Span& span, int64_t n, int64_t end) {
+    if constexpr (rows > 1) {
+        if (span.rows < rows) return compute_few<T, rows - 1>(p, span, n, end);
+    }
+    for (; n < end; n += width) {
+        const int64_t count = smaller(width, end - n), after = n + 2 * width <= end ? n + width : -1;
+        vf total[rows];
+        multiply_few<rows, T>(p, p.x + span.first * p.pitch, p.weight<T>(span.expert, n, 0), count,
+                              after < 0 ? nullptr : p.weight<T>(span.expert, after, 0), total);
+        const vf bias = bias_at<T>(p.call, span.expert, n, count);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) write<T>(p.call, span.first + r, n, total[r] + bias, count);
+    }
+}
+
+// Many rows.
+
+struct Workspace {
+    float *w, *totals;  // a panel; (row, column), `piece_columns` columns
+};
+
+Workspace workspace(Arena& arena) {
+    return {arena.take<float>(panel * depth), arena.take<float>(rows_at_once * piece_columns)};
+}
+
+// A panel of the weight: columns n … n + count, `steps` columns of the product from k on.
+template <class T>
+void pack_panel(const Problem& p, int64_t expert, int64_t n, int64_t count, int64_t k, int64_t steps, float* to) {
+    const View<3>& w = p.call.w;
+    const T* const from = p.weight<T>(expert, n, k);
+    if (w.stride[1] == 1 && w.stride[2] != 1)
+        pack_rows(to, from, w.stride[2], 1, steps, count, steps, 0);
+    else
+        pack_transposed(to, from, w.stride[1], w.stride[2], count, steps);
+}
+
+// Part `part` of `parts` of the panel that begins with columns c and k.
+template <class T>
+METATE_FN void fetch_panel(const Problem& p, int64_t expert, int64_t c, int64_t k, int64_t part, int64_t parts) {
+    const View<3>& w = p.call.w;
+    if (w.stride[2] != 1 || k >= p.columns()) return;
+    const int64_t size = static_cast<int64_t>(sizeof(T)), count = smaller(panel, w.size[1] - c);
+    const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+    const char* row = reinterpret_cast<const char*>(p.weight<T>(expert, c + begin, k));
+    for (int64_t i = begin; i < end; ++i, row += w.stride[1] * size)
+        for (int64_t at = 0; at < smaller(depth, p.columns() - k) * size; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+template <class T>
+void compute_many(const Problem& p, const Span& span, int64_t n, const Workspace& at) {
+    const int64_t N = p.call.out.size[1], last = smaller(n + piece_columns, N),
+                  row_tiles = ceil_div(span.rows, tile_rows);
+    for (int64_t i = 0; i < row_tiles * tile_rows * piece_columns; i += width) store(at.totals + i, splat(0.0f));
+    for (int64_t k = 0; k < p.columns(); k += depth) {
+        const int64_t steps = smaller(depth, p.columns() - k);
+        for (int64_t c = n; c < last; c += panel) {
+            const int64_t count = smaller(panel, last - c);
+            pack_panel<T>(p, span.expert, c, count, k, steps, at.w);
+            for (int64_t i = 0; i < row_tiles; ++i) {
+                const int64_t row = i * tile_rows;
+                c + panel < last ? fetch_panel<T>(p, span.expert, c + panel, k, i, row_tiles)
+                                 : fetch_panel<T>(p, span.expert, n, k + depth, i, row_tiles);
+                multiply<Left::rows, Into::add>(
+                    static_cast<int>(smaller(tile_rows, span.rows - row)), count,
+                    Product<float>{p.x + (span.first + row) * p.pitch + k, p.pitch, at.w, steps,
+                                   at.totals + row * piece_columns + c - n, piece_columns, nullptr});
+            }
+        }
+    }
+    for (int64_t c = n; c < last; c += width) {
+        const vf bias = bias_at<T>(p.call, span.expert, c, last - c);
+        for (int64_t r = 0; r < span.rows; ++r)
+            write<T>(p.call, span.first + r, c, load(at.totals + r * piece_columns + c - n) + bias, last - c);
+    }
+}
+
+template <class T>
+void run(const GroupedLinear& call, const Runtime& runtime) {
+    clear_outside(call.out, call.offsets);
+    const int64_t spans = spans_of(call.offsets, rows_at_once, nullptr), N = call.out.size[1];
+    if (spans == 0 || N == 0) return;
+    Problem p(call);
+    Span* list = nullptr;
+    const int64_t all_rows = p.rows.count(), row_bytes = larger(p.columns() * static_cast<int64_t>(sizeof(T)), 1);
+    const int64_t few_columns = round_up(clamp(few_bytes / row_bytes, width, N), width);
+    const Runtime workers = worth(runtime, N * p.columns());
+    const auto own = lay_out(
+        workers, spans * ceil_div(N, width),
+        [&](Arena& arena) {
+            list = arena.take<Span>(spans);
+            p.pieces = arena.take<int64_t>(spans + 1);
+            p.x = arena.take<float>((all_rows + tile_rows) * p.pitch);  // tiles run on behind the last row
+        },
+        workspace);
+    spans_of(call.offsets, rows_at_once, list);
+    const auto is_few = [&](const Span& span) { return span.rows <= few && call.w.stride[2] == 1; };
+    p.pieces[0] = 0;
+    for (int64_t i = 0; i < spans; ++i)
+        p.pieces[i + 1] = p.pieces[i] + ceil_div(N, is_few(list[i]) ? few_columns : piece_columns);
+    for_pieces(worth(runtime, all_rows * p.columns()), ceil_div(all_rows, few), [&](int, int64_t piece) {
+        for (int64_t r = piece * few; r < smaller(all_rows, (piece + 1) * few); ++r) widen_row<T>(p, r);
+    });
+    for_pieces(workers, p.pieces[spans], [&](int worker, int64_t piece) {
+        int64_t low = 0, high = spans;
+        while (high - low > 1) (p.pieces[(low + high) / 2] <= piece ? low : high) = (low + high) / 2;
+        const Span& span = list[low];
+        const int64_t number = piece - p.pieces[low];
+        if (is_few(span)) {
+            const int64_t n = number * few_columns;
+            compute_few<T>(p, span, n, smaller(N, n + few_columns));
+        } else {
+            compute_many<T>(p, span, number * piece_columns, own(worker));
+        }
+    });
+}
+
+}  // namespace
+
+void grouped_linear(const GroupedLinear& call, const Runtime& runtime) {
+    with_floats(call.x.dtype, [&]<class T>() { run<T>(call, runtime); });
+}
+
+}  // namespace metate::cpu::METATE_ISA
+
+METATE_DISPATCH(grouped_linear, GroupedLinear, p.x.dtype)

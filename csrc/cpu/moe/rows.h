@@ -1,0 +1,92 @@
+// What every grouped product knows of its rows: where those of an expert lie, and where each comes from.
+#pragma once
+
+#include <string.h>
+
+#include "../../moe.h"
+#include "../parallel.h"
+#include "../strided.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+METATE_FN int64_t index_at(const View<1>& numbers, int64_t i) {
+    return static_cast<const int32_t*>(numbers.data)[i * numbers.stride[0]];
+}
+METATE_FN int64_t index_at(const View<2>& numbers, int64_t i, int64_t j) {
+    return static_cast<const int32_t*>(numbers.data)[i * numbers.stride[0] + j * numbers.stride[1]];
+}
+
+// Rows of x by an order, or as they stand.
+struct Rows {
+    const View<2>& x;
+    const View<1>& order;
+    int64_t k;
+
+    int64_t count() const { return order ? order.size[0] : x.size[0]; }
+
+    // Null where a row is zeros.
+    template <class T>
+    METATE_FN const T* at(int64_t row) const {
+        if (order) {
+            const int64_t slot = index_at(order, row);
+            if (slot < 0 || slot >= x.size[0] * k) return nullptr;
+            row = slot / k;
+        }
+        return static_cast<const T*>(x.data) + row * x.stride[0];
+    }
+};
+
+// A run of rows of one expert.
+struct Span {
+    int64_t expert, first, rows;
+};
+
+// Cuts the rows of every expert that has any into runs of at most `most`; returns how many, and writes them if asked.
+inline int64_t spans_of(const View<1>& offsets, int64_t most, Span* spans) {
+    int64_t n = 0;
+    for (int64_t e = 0; e + 1 < offsets.size[0]; ++e) {
+        const int64_t begin = index_at(offsets, e), end = index_at(offsets, e + 1);
+        for (int64_t at = begin; at < end; at += most, ++n)
+            if (spans) spans[n] = {e, at, smaller(most, end - at)};
+    }
+    return n;
+}
+
+// Clears n elements of any dtype.
+METATE_FN void clear_line(char* to, int64_t n, int64_t stride, int64_t bytes) {
+    if (stride == 1) {
+        memset(to, 0, static_cast<size_t>(n * bytes));
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) memset(to + i * stride * bytes, 0, static_cast<size_t>(bytes));
+}
+
+// Zeros in the rows of no expert.
+inline void clear_outside(const View<2>& out, const View<1>& offsets) {
+    const int64_t first = index_at(offsets, 0), last = index_at(offsets, offsets.size[0] - 1),
+                  bytes = bytes_of(out.dtype);
+    for (int64_t r = 0; r < out.size[0]; ++r) {
+        if (r == first && last > first) r = last;
+        if (r < out.size[0])
+            clear_line(static_cast<char*>(out.data) + r * out.stride[0] * bytes, out.size[1], out.stride[1], bytes);
+    }
+}
+
+// Few numbers are not worth waking the workers.
+inline Runtime worth(const Runtime& runtime, int64_t elements) {
+    Runtime one = runtime;
+    if (elements < 1 << 15) one.threads = 1;
+    return one;
+}
+
+// run<T>() with the elements of a dtype.
+template <class Run>
+METATE_FN void with_floats(DType dtype, const Run& run) {
+    if (dtype == DType::bf16) return run.template operator()<bf16>();
+    if (dtype == DType::f16) return run.template operator()<f16>();
+    run.template operator()<float>();
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -1,0 +1,180 @@
+// Binds csrc/moe.h: the operators declared in python/metate/ops/moe.
+#include "moe.h"
+
+#include "bind.h"
+
+namespace metate::bind {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> moe_topk(const Tensor& logits, const Optional& bias, int64_t k, int64_t score,
+                                    int64_t groups, int64_t top_groups, int64_t group_rule, bool renormalise,
+                                    double scaling) {
+    Tensor weights = empty(logits, {logits.size(0), k}, DType::f32);
+    Tensor experts = empty(logits, {logits.size(0), k}, DType::i32);
+    METATE_LAUNCH(moe_topk, logits,
+                  MoeTopk{view<2>(logits), view<1>(bias), static_cast<Score>(score), groups, top_groups, group_rule,
+                          renormalise, static_cast<float>(scaling), view<2>(weights), view<2>(experts)});
+    return {weights, experts};
+}
+
+Tensor moe_topk_backward(const Tensor& grad, const Tensor& logits, const Tensor& experts, int64_t score,
+                         bool renormalise, double scaling) {
+    Tensor d_logits = empty(logits, {logits.size(0), logits.size(1)});
+    METATE_LAUNCH(moe_topk_backward, logits,
+                  MoeTopkBackward{view<2>(grad), view<2>(logits), view<2>(experts), static_cast<Score>(score),
+                                  renormalise, static_cast<float>(scaling), view<2>(d_logits)});
+    return d_logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor> moe_sort(const Tensor& experts, int64_t num_experts) {
+    Tensor order = empty(experts, {experts.size(0) * experts.size(1)});
+    Tensor inverse = empty(experts, {experts.size(0), experts.size(1)});
+    Tensor offsets = empty(experts, {num_experts + 1});
+    METATE_LAUNCH(moe_sort, experts,
+                  MoeSort{view<2>(experts), num_experts, view<1>(order), view<2>(inverse), view<1>(offsets)});
+    return {order, inverse, offsets};
+}
+
+Tensor moe_permute(const Tensor& x, const Tensor& order, int64_t k) {
+    Tensor out = empty(x, {order.size(0), x.size(1)});
+    METATE_LAUNCH(moe_permute, x, MoePermute{view<2>(x), view<1>(order), k, view<2>(out)});
+    return out;
+}
+
+Tensor moe_unpermute(const Tensor& y, const Tensor& inverse, const Optional& weights) {
+    Tensor out = empty(y, {inverse.size(0), y.size(1)});
+    METATE_LAUNCH(moe_unpermute, y, MoeUnpermute{view<2>(y), view<2>(inverse), view<2>(weights), view<2>(out)});
+    return out;
+}
+
+std::tuple<Tensor, Tensor> moe_unpermute_backward(const Tensor& dout, const Tensor& y, const Tensor& inverse,
+                                                  const Optional& weights) {
+    const DType sums = dout.dtype() == DType::f64 ? DType::f64 : DType::f32;
+    Tensor dy = empty(y, {y.size(0), y.size(1)});
+    Tensor d_weights = weights ? empty(y, {inverse.size(0), inverse.size(1)}, sums) : empty(y, {0}, sums);
+    METATE_LAUNCH(moe_unpermute_backward, y,
+                  MoeUnpermuteBackward{view<2>(dout), view<2>(y), view<2>(inverse), view<2>(weights), view<2>(dy),
+                                       weights ? view<2>(d_weights) : View<2>{}});
+    return {dy, d_weights};
+}
+
+int64_t rows_of(const Tensor& x, const Optional& order) {
+    return order ? order->size(0) : x.size(0);
+}
+
+Tensor grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, const Optional& bias,
+                      const Optional& order, int64_t k) {
+    Tensor out = empty(x, {rows_of(x, order), w.size(1)});
+    METATE_LAUNCH(
+        grouped_linear, x,
+        GroupedLinear{view<2>(x), view<3>(w), view<1>(offsets), view<2>(bias), view<1>(order), k, view<2>(out)});
+    return out;
+}
+
+Tensor grouped_outer(const Tensor& a, const Tensor& b, const Tensor& offsets, const Optional& order, int64_t k) {
+    Tensor out = empty(a, {offsets.size(0) - 1, a.size(1), b.size(1)});
+    METATE_LAUNCH(grouped_outer, a,
+                  GroupedOuter{view<2>(a), view<2>(b), view<1>(offsets), view<1>(order), k, view<3>(out)});
+    return out;
+}
+
+// Kernels read rows of bytes; other layouts of the codes are copied.
+Tensor rows_of_bytes(const Tensor& codes) {
+    return codes.size(2) < 2 || codes.stride(2) == 1 ? codes : contiguous(codes);
+}
+
+LowBitExperts experts_of(int64_t columns, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                         const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
+                         const Optional& codebook, const Optional& permutation, int64_t bits, int64_t group_size,
+                         int64_t super_groups, int64_t zero) {
+    return {
+        .rows = codes.size(1),
+        .columns = columns,
+        .bits = bits,
+        .group_size = group_size,
+        .super_groups = super_groups,
+        .zero = zero,
+        .codes = view<3>(codes),
+        .scales = view<3>(scales),
+        .super_scales = view<3>(super_scales),
+        .zeros = view<3>(zeros),
+        .offsets = view<3>(offsets),
+        .super_offsets = view<3>(super_offsets),
+        .codebook = view<1>(codebook),
+        .permutation = view<2>(permutation),
+    };
+}
+
+Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                            const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
+                            const Optional& codebook, const Optional& permutation, const Optional& bias,
+                            const Tensor& expert_offsets, const Optional& order, int64_t bits, int64_t group_size,
+                            int64_t super_groups, int64_t zero, int64_t k) {
+    const Tensor bytes = rows_of_bytes(codes);
+#if !defined(METATE_CUDA)
+    if (order)  // low-bit kernels of the CPU read rows that stand one after another
+        return quant_grouped_linear(moe_permute(x, *order, k), codes, scales, super_scales, zeros, offsets,
+                                    super_offsets, codebook, permutation, bias, expert_offsets, {}, bits, group_size,
+                                    super_groups, zero, 1);
+#endif
+    Tensor out = empty(x, {rows_of(x, order), codes.size(1)});
+    METATE_LAUNCH(quant_grouped_linear, x,
+                  QuantGroupedLinear{view<2>(x),
+                                     experts_of(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                                codebook, permutation, bits, group_size, super_groups, zero),
+                                     view<2>(bias), view<1>(expert_offsets), view<1>(order), k, view<2>(out)});
+    return out;
+}
+
+Tensor quant_grouped_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                            const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
+                            const Optional& codebook, const Optional& permutation, const Tensor& expert_offsets,
+                            int64_t bits, int64_t group_size, int64_t super_groups, int64_t zero, int64_t in_features) {
+    const Tensor bytes = rows_of_bytes(codes);
+    Tensor out = empty(x, {x.size(0), in_features});
+    METATE_LAUNCH(quant_grouped_matmul, x,
+                  QuantGroupedMatmul{view<2>(x),
+                                     experts_of(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                                codebook, permutation, bits, group_size, super_groups, zero),
+                                     view<1>(expert_offsets), view<2>(out)});
+    return out;
+}
+
+Tensor gated_activation(const Tensor& x, int64_t activation, int64_t layout, double limit, double alpha, double shift) {
+    const Gating gating = static_cast<Gating>(layout);
+    Tensor out = empty(x, {x.size(0), gating == Gating::none ? x.size(1) : x.size(1) / 2});
+    METATE_LAUNCH(gated_activation, x,
+                  GatedActivation{view<2>(x), static_cast<Activation>(activation), gating, static_cast<float>(limit),
+                                  static_cast<float>(alpha), static_cast<float>(shift), view<2>(out)});
+    return out;
+}
+
+Tensor gated_activation_backward(const Tensor& grad, const Tensor& x, int64_t activation, int64_t layout, double limit,
+                                 double alpha, double shift) {
+    Tensor dx = empty(x, {x.size(0), x.size(1)});
+    METATE_LAUNCH(gated_activation_backward, x,
+                  GatedActivationBackward{view<2>(grad), view<2>(x), static_cast<Activation>(activation),
+                                          static_cast<Gating>(layout), static_cast<float>(limit),
+                                          static_cast<float>(alpha), static_cast<float>(shift), view<2>(dx)});
+    return dx;
+}
+
+METATE_REGISTER(m) {
+    METATE_IMPL(m, moe_topk);
+    METATE_IMPL(m, moe_topk_backward);
+    METATE_IMPL(m, moe_sort);
+    METATE_IMPL(m, moe_permute);
+    METATE_IMPL(m, moe_unpermute);
+    METATE_IMPL(m, moe_unpermute_backward);
+    METATE_IMPL(m, grouped_linear);
+    METATE_IMPL(m, grouped_outer);
+    METATE_IMPL(m, quant_grouped_linear);
+    METATE_IMPL(m, quant_grouped_matmul);
+    METATE_IMPL(m, gated_activation);
+    METATE_IMPL(m, gated_activation_backward);
+}
+
+}  // namespace
+}  // namespace metate::bind

@@ -1,0 +1,109 @@
+"""Gated activations and their gradients."""
+
+import triton
+import triton.language as tl
+
+from .rows import store_rows, tile_of
+from .route import sigmoid
+
+SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(activation) for activation in range(5))
+GATE_UP, UP_GATE, INTERLEAVED, UNGATED = (tl.constexpr(layout) for layout in range(4))
+
+
+@triton.jit
+def gelu_argument(x):
+    """0.5 (1 + tanh(u)) is sigmoid(2 u)."""
+    return 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+
+
+@triton.jit
+def activate(x, alpha, ACTIVATION: tl.constexpr):
+    if ACTIVATION == SILU:
+        x = x * sigmoid(alpha * x)
+    elif ACTIVATION == GELU:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        x = x * sigmoid(gelu_argument(x))
+    else:
+        x = tl.where(x <= 0.0, 0.0, x)
+        if ACTIVATION == RELU2:
+            x = x * x
+    return x
+
+
+@triton.jit
+def slope_of(x, alpha, ACTIVATION: tl.constexpr):
+    if ACTIVATION == SILU:
+        s = sigmoid(alpha * x)
+        x = s + alpha * x * s * (1.0 - s)
+    elif ACTIVATION == GELU:
+        bell = x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        x = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + bell
+    elif ACTIVATION == GELU_TANH:
+        s = sigmoid(gelu_argument(x))
+        x = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif ACTIVATION == RELU:
+        x = tl.where(x > 0.0, 1.0, 0.0)
+    else:
+        x = tl.where(x <= 0.0, 0.0, 2.0 * x)
+    return x
+
+
+@triton.jit
+def places_of(column, width, LAYOUT: tl.constexpr):
+    """Columns of x in which gate and up stand."""
+    gate = column
+    up = column + width
+    if LAYOUT == UP_GATE:
+        gate = column + width
+        up = column
+    elif LAYOUT == INTERLEAVED:
+        gate = 2 * column
+        up = 2 * column + 1
+    return gate, up
+
+
+@triton.jit
+def load_at(x, strides, row, column, inside):
+    pointers = x + (row.to(tl.int64) * strides[0])[:, None] + (column.to(tl.int64) * strides[1])[None, :]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """Leaves NaN as it is."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(x, out, x_strides, rows, width, limit, alpha, shift, ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr,
+                   BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    row, column = tile_of(width, BLOCK_R, BLOCK_D)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    at_gate, at_up = places_of(column, width, LAYOUT)
+    gate = load_at(x, x_strides, row, at_gate, inside)
+    value = activate(tl.where(gate > limit, limit, gate), alpha, ACTIVATION)
+    if LAYOUT != UNGATED:
+        value *= clamp(load_at(x, x_strides, row, at_up, inside), -limit, limit) + shift
+    store_rows(out, value, row, rows, column, width)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(grad, x, dx, grad_strides, x_strides, rows, width, columns, limit, alpha, shift,
+                    ACTIVATION: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_R: tl.constexpr,
+                    BLOCK_D: tl.constexpr):  # fmt: skip
+    row, column = tile_of(width, BLOCK_R, BLOCK_D)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    at_gate, at_up = places_of(column, width, LAYOUT)
+    slope = load_at(grad, grad_strides, row, column, inside)
+    given = load_at(x, x_strides, row, at_gate, inside)
+    gate = tl.where(given > limit, limit, given)
+    d_gate = slope * slope_of(gate, alpha, ACTIVATION)
+    at_row = dx + (row.to(tl.int64) * columns)[:, None]
+    if LAYOUT != UNGATED:
+        up = load_at(x, x_strides, row, at_up, inside)
+        d_gate *= clamp(up, -limit, limit) + shift
+        d_up = tl.where(tl.abs(up) <= limit, slope * activate(gate, alpha, ACTIVATION), 0.0)
+        tl.store(at_row + at_up[None, :], d_up.to(dx.dtype.element_ty), mask=inside)
+    d_gate = tl.where(given <= limit, d_gate, 0.0)
+    tl.store(at_row + at_gate[None, :], d_gate.to(dx.dtype.element_ty), mask=inside)

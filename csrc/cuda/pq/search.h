@@ -61,8 +61,8 @@ METATE_DEVICE void load_span(const Rows& rows, int64_t q, int p, int64_t& first,
     const auto* const at =
         static_cast<const int64_t*>(rows.ranges.data) + q * rows.ranges.stride[0] + p * rows.ranges.stride[1];
     const int64_t begin = load_global<int64_t>(at), end = load_global<int64_t>(at + rows.ranges.stride[2]);
-    first = begin > 0 ? begin : 0;
-    last = end < last ? end : last;
+    first = begin < 0 ? 0 : begin < rows.n ? begin : rows.n;
+    last = end < 0 ? 0 : end < rows.n ? end : rows.n;
 }
 
 METATE_DEVICE bool is_kept(const Rows& rows, int64_t row) {

@@ -289,7 +289,7 @@ void check_refusals(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? atoi(argv[1]) : 40, seed = argc > 2 ? atoi(argv[2]) : 1;
+    const int cases = argc > 1 ? atoi(argv[1]) : 30, seed = argc > 2 ? atoi(argv[2]) : 1;
     int failed = 0;
     for (int n = 0; n < cases; ++n) {
         Random random(seed + n);

@@ -47,8 +47,8 @@ def span(ranges, ranges_strides, q, p, n):
     last = tl.cast(n, tl.int64)
     if ranges is not None:
         at = ranges + q * ranges_strides[0] + p * ranges_strides[1]
-        first = tl.maximum(tl.load(at), first)
-        last = tl.minimum(tl.load(at + ranges_strides[2]), last)
+        first = tl.minimum(tl.maximum(tl.load(at), 0), last)
+        last = tl.minimum(tl.maximum(tl.load(at + ranges_strides[2]), 0), last)
     return first, last
 
 
@@ -156,7 +156,8 @@ def scan_kernel(tables, codes, codes_strides, ranges, ranges_strides, bias, bias
 
 @triton.jit(do_not_specialize=["Q", "n"])
 def bounds_kernel(queries, base, squares, keep, out, Q, n, D, groups, L2: tl.constexpr, LARGEST: tl.constexpr,
-                  GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                  GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr):  # fmt: skip
     """The least of every group of rows of |b|² - 2 q b, or of q b, or of their opposites; -inf where one is no number.
     Both operands are contiguous bfloat16."""
     GROUPS: tl.constexpr = BLOCK_N // GROUP
@@ -205,8 +206,8 @@ def exact_distance(query, base, base_stride, row, inside, scale, offset, D, L2: 
 
 @triton.jit(do_not_specialize=["n", "P", "k", "slices"])
 def exact_kernel(queries, base, base_stride, scale, offset, ranges, ranges_strides, ranks, keep, bounds, limits, out, n,
-                 P, D, k, groups, slices, L2: tl.constexpr, LARGEST: tl.constexpr, ONE: tl.constexpr, GROUP: tl.constexpr,
-                 BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                 P, D, k, groups, slices, L2: tl.constexpr, LARGEST: tl.constexpr, ONE: tl.constexpr,
+                 GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The k best rows for a query, first of BLOCK, among every `slices`-th chunk of its ranges; where groups of rows
     have bounds, those count alone whose bound is not above the query's limit."""
     q, part = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -194,6 +194,26 @@ def compile_moe(everything: bool) -> None:
     moe.quant_grouped_matmul(tensor(tokens * k, 512, dtype=half), *weight, permutation, offsets, 4, 64, 0, 0, width)
 
 
+def compile_pq(everything: bool) -> None:
+    from metate.kernels import pq
+
+    int64, uint8 = {"dtype": torch.int64}, {"dtype": torch.uint8}
+    n, Q, M, bits, k = (3001, 33, 7, 6, 100) if everything else (100000, 64, 16, 8, 10)
+    books = tensor(M, 2**bits, 8)
+    pq.pq_distance_tables(tensor(Q, M * 8), books, int(everything))
+    codes = pq.pq_encode(tensor(n, M * 8), books)
+    pq.pq_decode(books, codes)
+    terms: list[Any] = [None] * 5
+    scale, dtype = None, torch.bfloat16
+    if everything:
+        terms = [tensor(Q, 5, 2, **int64), tensor(Q, 5), tensor(n), tensor(n, **int64), tensor(-(-n // 8), **uint8)]
+        scale, dtype = tensor(100), torch.int8
+    blocks = codes if everything else tensor(-(-n // 32), M, 4 * bits, **uint8)
+    pq.pq_scan(tensor(Q, M, 2**bits), blocks, *terms, n, k, everything)
+    base = tensor(n, 100, dtype=dtype)
+    pq.topk_distances(tensor(Q, 100), base, terms[0], scale, scale, *terms[3:], k, int(everything), everything)
+
+
 @pytest.mark.parametrize("capability,everything", [(80, True), (90, False)], ids=["sm_80-everything", "sm_90-plain"])
 def test_compiles_without_a_gpu(capability, everything, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -223,8 +243,14 @@ def test_compiles_without_a_gpu(capability, everything, tmp_path):
         "linear_kernel",
         "outer_kernel",
         "backward_kernel",
+        "tables_kernel",
+        "encode_kernel",
+        "pack_kernel",
+        "decode_kernel",
+        "scan_kernel",
+        "exact_kernel",
     }
-    names |= {"bias_kernel", "slopes_kernel", "round_kernel", "sums_kernel"} if everything else set()
+    names |= {"bias_kernel", "slopes_kernel", "round_kernel", "sums_kernel"} if everything else {"bounds_kernel"}
     assert {kernel["kernel"] for kernel in built} == names
     if not everything:
         assert not [kernel for kernel in built if kernel["spilled"]]
@@ -412,3 +438,4 @@ if __name__ == "__main__":
     compile_quant_linear(bool(int(sys.argv[2])))
     compile_paged_attention(bool(int(sys.argv[2])))
     compile_moe(bool(int(sys.argv[2])))
+    compile_pq(bool(int(sys.argv[2])))

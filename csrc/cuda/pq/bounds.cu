@@ -106,8 +106,8 @@ METATE_DEVICE int offset_of(int row, int piece) {
 }
 
 METATE_DEVICE void load_step(unsigned char* shared, const Product& f, int step) {
-    METATE_UNROLL
-    for (int i = 0; i < 2 * tile * 8 / threads; ++i) {
+    METATE_NO_UNROLL  // addresses of several copies would take the registers of sums
+        for (int i = 0; i < 2 * tile * 8 / threads; ++i) {
         const int index = i * threads + thread_index(), row = index / 8 % tile, piece = index % 8;
         const bool of_base = i >= tile * 8 / threads;
         const int64_t at = static_cast<int64_t>(of_base ? block_index().x : block_index().y) * tile + row;

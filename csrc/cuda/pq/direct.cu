@@ -94,9 +94,13 @@ METATE_DEVICE float over_lanes(float x) {
     return x;
 }
 
-// Row number i of a lane, from the first of its chunk.
-METATE_DEVICE int row_at(int i) {
-    return warp() * each * warp_size + (i * row_lanes + lane() % row_lanes) * 4 + lane() / row_lanes;
+// Of a warp's rows in a chunk, 32 beside each other belong to turn i: its lanes own one each.
+METATE_DEVICE int first_row(int i) {
+    return (warp() * each + i) * warp_size;
+}
+
+METATE_DEVICE int own_row(int i) {
+    return first_row(i) + lane() % row_lanes * (warp_size / row_lanes) + lane() / row_lanes;
 }
 
 METATE_DEVICE void stage_query(unsigned char* shared, const Direct& f, int64_t q) {
@@ -109,18 +113,19 @@ METATE_DEVICE void stage_query(unsigned char* shared, const Direct& f, int64_t q
     sync_threads();
 }
 
-// The least key that each of a lane's rows may have.
+// The least key that a lane's row of turn i may have.
 template <typename T>
-METATE_DEVICE void bound_rows(uint32_t (&bound)[each], const Direct& f, const unsigned char* shared, int64_t first,
-                              int64_t last, int64_t begin) {
+METATE_DEVICE uint32_t bound_row(const Direct& f, const unsigned char* shared, int64_t first, int64_t last,
+                                 int64_t begin) {
     const float error = static_cast<float>(f.v.D + 16) * 0x1p-22f;
+    uint32_t bound = none;
     METATE_NO_UNROLL
-    for (int step = 0; step < each * row_lanes; step += beside) {
+    for (int step = 0; step < row_lanes; step += beside) {
         const T* row[beside];
         Sum sum[beside];
         METATE_UNROLL
         for (int r = 0; r < beside; ++r) {
-            const int64_t at = begin + warp() * each * warp_size + (step + r) * 4 + lane() / row_lanes;
+            const int64_t at = begin + (step + r) * (warp_size / row_lanes) + lane() / row_lanes;
             const bool inside = at >= first && at < last && is_kept(f.rows, at);
             row[r] = inside ? static_cast<const T*>(f.v.base.data) + at * f.v.base.stride[0] : nullptr;
         }
@@ -131,11 +136,10 @@ METATE_DEVICE void bound_rows(uint32_t (&bound)[each], const Direct& f, const un
             const float size = over_lanes(sum[r].size) + (f.v.l2 ? value : 0.f);
             const float least = (f.v.largest ? -value : value) - (error * size + 0x1p-120f * (f.v.D + 1));
             const uint32_t key = !row[r] ? none : is_finite(least) ? key_of(least, false) : 0;
-            METATE_UNROLL
-            for (int i = 0; i < each; ++i)
-                if ((step + r) / row_lanes == i && (step + r) % row_lanes == lane() % row_lanes) bound[i] = key;
+            if (step + r == lane() % row_lanes) bound = key;
         }
     }
+    return bound;
 }
 
 template <typename T>
@@ -146,18 +150,14 @@ direct_kernel(METATE_PARAMETER(Direct, f)) {
     stage_query(shared, f, q);
     Selection list(shared + f.pitch * (f.v.scale ? 12 : 4), f.sink.k);
     each_chunk(f.rows, q, block_index().y, f.sink.slices, 1, [&](int, int64_t first, int64_t last, int64_t begin) {
-        uint32_t key[each];
-        bound_rows<T>(key, f, shared, first, last, begin);
         METATE_NO_UNROLL
         for (int i = 0; i < each; ++i) {
-            uint32_t bound = none, exact = none;
-            METATE_UNROLL
-            for (int j = 0; j < each; ++j) bound = j == i ? key[j] : bound;
-            if (bound != none && bound <= list.last_key()) exact = exact_key(f.v, q, begin + row_at(i));
-            METATE_UNROLL
-            for (int j = 0; j < each; ++j) key[j] = j == i ? exact : key[j];
+            const uint32_t bound = bound_row<T>(f, shared, first, last, begin + first_row(i));
+            const int64_t row = begin + own_row(i);
+            const bool near = bound != none && bound <= list.last_key();
+            const uint32_t key[1] = {near ? exact_key(f.v, q, row) : none};
+            list.offer(key, [&](int) { return id_of(f.rows, row); });
         }
-        list.offer(key, [&](int i) { return id_of(f.rows, begin + row_at(i)); });
     });
     list.finish();
     write_list(f.sink, list, q, block_index().y);

@@ -61,8 +61,8 @@ METATE_DEVICE void load_span(const Rows& rows, int64_t q, int p, int64_t& first,
     const auto* const at =
         static_cast<const int64_t*>(rows.ranges.data) + q * rows.ranges.stride[0] + p * rows.ranges.stride[1];
     const int64_t begin = load_global<int64_t>(at), end = load_global<int64_t>(at + rows.ranges.stride[2]);
-    first = begin > 0 ? begin : 0;
-    last = end < last ? end : last;
+    first = begin < 0 ? 0 : begin < rows.n ? begin : rows.n;
+    last = end < 0 ? 0 : end < rows.n ? end : rows.n;
 }
 
 METATE_DEVICE bool is_kept(const Rows& rows, int64_t row) {
@@ -142,20 +142,20 @@ class Selection {
     METATE_DEVICE uint32_t last_key() const { return last_key_; }
 
     // Offers this thread's rows, id(i) being what row i is called. Every thread calls it.
-    template <typename Id>
-    METATE_DEVICE void offer(const uint32_t (&key)[each], const Id& id) {
-        bool chosen[each];
-        int64_t ids[each];
-        int place[each];
+    template <int n, typename Id>
+    METATE_DEVICE void offer(const uint32_t (&key)[n], const Id& id) {
+        bool chosen[n];
+        int64_t ids[n];
+        int place[n];
         METATE_UNROLL
-        for (int i = 0; i < each; ++i) {
+        for (int i = 0; i < n; ++i) {
             chosen[i] = key[i] != none && key[i] <= last_key_;
             ids[i] = chosen[i] ? id(i) : 0;
             chosen[i] = chosen[i] && comes_before(key[i], ids[i], last_key_, last_id_);
         }
         const int total = places_.assign(chosen, place);
         METATE_UNROLL
-        for (int i = 0; i < each; ++i)
+        for (int i = 0; i < n; ++i)
             if (chosen[i]) put(size_ + count_ + place[i], key[i], ids[i]);
         count_ += total;
         const int wanted = k_ < 64 ? 64 : k_;

@@ -212,6 +212,7 @@ scan_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_queries,
     validate=rules.validate_scan,
+    refuses={"cuda": rules.refused_by_cuda(-2, 2**20)},
     gradient=_NO_ORDER,
 )  # fmt: skip
 
@@ -283,5 +284,6 @@ topk_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_queries,
     validate=rules.validate_topk,
+    refuses={"cuda": rules.refused_by_cuda(-3, 4096)},
     gradient=_NO_ORDER,
 )  # fmt: skip

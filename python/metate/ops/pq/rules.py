@@ -21,6 +21,18 @@ def refused_float64(x: Tensor, *_: Any) -> str | None:
     return "float64: up to float32" if x.dtype == torch.float64 else None
 
 
+def refused_by_cuda(place: int, columns: int) -> Callable[..., str | None]:
+    """Searches whose lists, and queries beside them, do not fit shared memory; k is the argument at a place."""
+
+    def refusal(*args: Any) -> str | None:
+        k, queries = args[place], args[0]
+        if k > 2048:
+            return f"k = {k}: up to 2048"
+        return f"{queries.shape[1]} columns: up to {columns}" if queries.shape[1] > columns else None
+
+    return refusal
+
+
 def _validate_books(op: str, columns: Any, codebooks: Tensor) -> int:
     """Codebooks (M, L, D/M) for vectors of `columns`; the bits of a code."""
     bits = bits_of(op, "codebooks", codebooks.shape[1])

@@ -15,11 +15,6 @@ void run(const Grouped& f, int rows, Kind kind, const Device& device) {
     launcher(f, device);
 }
 
-template <int N>
-int64_t expert_bytes(const View<N>& stack) {
-    return stack ? stack.stride[0] * bytes_of(stack.dtype) : 0;
-}
-
 void run(const Call& call, const LowBitExperts& w, const Device& device) {
     const int64_t experts = call.offsets.size[0] - 1;
     Grouped f{};

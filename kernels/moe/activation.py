@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .rows import store_rows, tile_of
 from .route import sigmoid
+from .rows import store_rows, tile_of
 
 SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(activation) for activation in range(5))
 GATE_UP, UP_GATE, INTERLEAVED, UNGATED = (tl.constexpr(layout) for layout in range(4))

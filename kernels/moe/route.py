@@ -99,9 +99,7 @@ def topk_kernel(logits, bias, weights, experts, strides, tokens, group_size, gro
     key = tl.where(real[None, :], keys_of(choice, number[None, :]), WORST)
     if GROUPS > 1:
         values = scores if GROUP_RULE == 1 and bias is None else choice
-        key = tl.where(
-            allowed_groups(values, number, real, groups, top_groups, GROUP_RULE, GROUPS, SIZE), key, WORST
-        )
+        key = tl.where(allowed_groups(values, number, real, groups, top_groups, GROUP_RULE, GROUPS, SIZE), key, WORST)
 
     j = tl.arange(0, K)[None, :]
     weight = tl.zeros((BLOCK_T, K), tl.float32)

@@ -203,8 +203,10 @@ Shape shape_of(const Call& c, const View<2>& x, int64_t width) {
     const int64_t size = 16 / bytes_of(x.dtype);
     const bool halves = c.gating == Gating::gate_up || c.gating == Gating::up_gate;
     const int pieces = static_cast<int>(ceil_div(width, warp_size * size));
-    return {c.activation, c.gating, c.limit, c.alpha, c.shift, static_cast<int>(width), pieces,
-            has_vectors(x) && (!halves || width % size == 0)};
+    return {c.activation, c.gating,
+            c.limit,      c.alpha,
+            c.shift,      static_cast<int>(width),
+            pieces,       has_vectors(x) && (!halves || width % size == 0)};
 }
 
 template <typename Body>

@@ -46,11 +46,6 @@ gather_kernel(METATE_PARAMETER(Gather, f)) {
     }
 }
 
-template <int N>
-int64_t expert_bytes(const View<N>& stack) {
-    return stack ? stack.stride[0] * bytes_of(stack.dtype) : 0;
-}
-
 }  // namespace
 
 bool prepare(Grouped& f, const Call& c, int tile_rows, const Device& device) {

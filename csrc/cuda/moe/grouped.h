@@ -77,7 +77,7 @@ grouped_kernel(METATE_PARAMETER(Grouped, f)) {
 template <typename T, int fragments, Kind kind>
 void launch_grouped(const Grouped& f, const Device& device) {
     const int64_t blocks = f.tiles * ceil_div(f.product.outputs, step), at_once = device.processors * 4;
-    if (blocks > 0x7fffffff) refuse("grouped product", "more than 2^31 tiles of results");
+    if (blocks > 0x7f000000) refuse("grouped product", "about 2^31 tiles of results");  // indices step beyond the last
     const size_t bytes = lowbit::shared_bytes(kind, f.product.w.bits, fragments * 8) + fragments * 8 * 4;
     launch(grouped_kernel<T, fragments, kind>, {static_cast<int>(blocks < at_once ? blocks : at_once)}, lowbit::threads,
            bytes, device.stream, f);
@@ -95,6 +95,11 @@ struct Call {
     View<2> out;
     bool over_rows;  // of w, instead of its columns
 };
+
+template <int N>
+int64_t expert_bytes(const View<N>& stack) {
+    return stack ? stack.stride[0] * bytes_of(stack.dtype) : 0;
+}
 
 // Adds what the host knows of a call to f, makes the table of tiles, and gathers rows that cannot be read as they lie.
 // False where there is nothing to do.

@@ -85,8 +85,8 @@ METATE_DEVICE void write(const Outer& f, const float (&sum)[2][8][4], int expert
         const int row = first_row + warp() / 2 * 32 + n * 16 + half * 8 + (lane() >> 2);
         const int column = first_column + warp() % 2 * 64 + j * 8 + (lane() & 3) * 2;
         if (row >= rows || column >= columns) continue;
-        T* const to = static_cast<T*>(f.out.data) + expert * f.out.stride[0] + row * f.out.stride[1] +
-                      column * f.out.stride[2];
+        T* const to =
+            static_cast<T*>(f.out.data) + expert * f.out.stride[0] + row * f.out.stride[1] + column * f.out.stride[2];
         const float first = sum[n][j][half * 2], second = sum[n][j][half * 2 + 1];
         if (f.pairs) {
             store_global(to, pack<T>(first, second));

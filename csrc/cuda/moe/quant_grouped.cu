@@ -9,16 +9,10 @@ using namespace moe;
 template <typename T>
 void run(const Grouped& f, int rows, Kind kind, const Device& device) {
     const auto launcher = kind == Kind::transposed ? launch_grouped<T, 8, Kind::transposed>
-                        : kind == Kind::direct     ? (rows == 8 ? launch_grouped<T, 1, Kind::direct>
-                                                                : launch_grouped<T, 8, Kind::direct>)
-                                                   : (rows == 8 ? launch_grouped<T, 1, Kind::staged>
-                                                                : launch_grouped<T, 8, Kind::staged>);
+                        : kind == Kind::direct
+                            ? (rows == 8 ? launch_grouped<T, 1, Kind::direct> : launch_grouped<T, 8, Kind::direct>)
+                            : (rows == 8 ? launch_grouped<T, 1, Kind::staged> : launch_grouped<T, 8, Kind::staged>);
     launcher(f, device);
-}
-
-template <int N>
-int64_t expert_bytes(const View<N>& stack) {
-    return stack ? stack.stride[0] * bytes_of(stack.dtype) : 0;
 }
 
 void run(const Call& call, const LowBitExperts& w, const Device& device) {

@@ -165,7 +165,8 @@ topk_kernel(METATE_PARAMETER(Topk, f)) {
         METATE_NO_UNROLL
         for (int i = lane(); i < candidates; i += warp_size) {
             int expert = i;
-            if (f.groups > 1) expert = load_shared<int>(groups + i / f.group_size * 4) * f.group_size + i % f.group_size;
+            if (f.groups > 1)
+                expert = load_shared<int>(groups + i / f.group_size * 4) * f.group_size + i % f.group_size;
             const auto c = Candidate::of(value_of(f, row, expert), expert);
             if (last.better_than(c) && c.better_than(best)) best = c;
         }
@@ -278,7 +279,7 @@ void moe_topk(const MoeTopk& call, const Device& device) {
     if (call.logits.dtype == DType::f64) refuse("moe_topk", "logits are float64");
     if (shared > most_shared) refuse("moe_topk", "more than 3072 groups are chosen");
     const int size = static_cast<int>(call.logits.size[1]), groups = static_cast<int>(call.groups);
-    const Topk f{call,   size, static_cast<int>(call.weights.size[1]),
+    const Topk f{call,   size,          static_cast<int>(call.weights.size[1]),
                  groups, size / groups, static_cast<int>(call.top_groups)};
     launch_warps("moe_topk", topk_kernel, call.logits.size[0], static_cast<size_t>(shared), device, f);
 }

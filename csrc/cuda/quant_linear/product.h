@@ -50,7 +50,7 @@ METATE_INLINE constexpr int stages_of(Kind kind, int rows) {
 METATE_INLINE constexpr int stage_bytes(int bits, int rows) {
     return step * step / 8 * bits + rows * pitch;
 }
-constexpr size_t shared_bytes(Kind kind, int bits, int rows) {
+METATE_INLINE constexpr size_t shared_bytes(Kind kind, int bits, int rows) {
     const size_t stages = static_cast<size_t>(stages_of(kind, rows)) * stage_bytes(bits, rows);
     return is_dense(kind) ? stages : stages + (kind == Kind::direct ? 0 : step * pitch) + (4 << bits);
 }

@@ -97,7 +97,7 @@ topk_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_rows,
     validate=rules.validate_topk,
-    refuses={"cpu": rules.refused_float64, "cuda": rules.refused_float64},
+    refuses={"cpu": rules.refused_float64, "cuda": rules.refused_topk_by_cuda},
 )
 
 topk_backward_op = Op(
@@ -113,7 +113,7 @@ topk_backward_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_rows,
     validate=rules.validate_topk_backward,
-    refuses={"cpu": rules.refused_float64, "cuda": rules.refused_float64},
+    refuses={"cpu": rules.refused_float64, "cuda": rules.refused_topk_backward_by_cuda},
     contents=("experts", rules.check_topk_backward),
 )
 

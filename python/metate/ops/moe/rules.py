@@ -25,10 +25,23 @@ def refused_float64(x: Tensor, *_: Any) -> str | None:
     return "float64: up to float32" if x.dtype == torch.float64 else None
 
 
-def refused_by_cuda(x: Tensor, *_: Any) -> str | None:
+def refused_by_cuda(x: Tensor, *rest: Any) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(x.dtype).removeprefix('torch.')}: bfloat16 or float16 (tensor cores)"
-    return None
+    largest = max(rest[-1], *(size for a in (x, *rest) if isinstance(a, Tensor) for size in a.shape))
+    return f"{largest} rows or columns: fewer than 2**27" if largest >= 2**27 else None
+
+
+def refused_topk_by_cuda(
+    logits: Tensor, bias: Tensor | None, k: int, score: int, groups: int, top_groups: int, *_: Any
+) -> str | None:
+    few = top_groups <= 3072
+    return refused_float64(logits) or (None if few else f"{top_groups} groups chosen: up to 3072")
+
+
+def refused_topk_backward_by_cuda(grad: Tensor, *_: Any) -> str | None:
+    few = grad.shape[1] <= 1536
+    return refused_float64(grad) or (None if few else f"{grad.shape[1]} experts of a row: up to 1536")
 
 
 def _whole(op: str, name: str, value: Any, least: int, most: int) -> None:

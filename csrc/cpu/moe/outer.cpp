@@ -9,7 +9,7 @@ namespace {
 
 constexpr int tile_rows = width == 16 ? 12 : 6, tile_columns = 2 * width;  // of the result: they fill the registers
 constexpr int64_t longest = 128;
-constexpr int64_t piece_rows = 8 * tile_rows, piece_columns = 16 * tile_columns;
+constexpr int64_t piece_rows = 4 * tile_rows, piece_columns = 32 * tile_columns;
 
 struct Workspace {
     float *a, *b, *sums;
@@ -55,6 +55,17 @@ void pack(const Rows& rows, int64_t row, int64_t n, int64_t first, int64_t count
     }
 }
 
+// One tile of sums to rows n … and columns k … of the result of an expert.
+template <class T>
+void write_tile(const View<3>& out, int64_t expert, int64_t n, int64_t k, const float* sums) {
+    for (int64_t i = 0; i < smaller(tile_rows, out.size[1] - n); ++i, sums += tile_columns) {
+        T* const line =
+            static_cast<T*>(out.data) + expert * out.stride[0] + (n + i) * out.stride[1] + k * out.stride[2];
+        for (int64_t c = 0; c < smaller(tile_columns, out.size[2] - k); c += width)
+            store_any(line + c * out.stride[2], out.stride[2], load(sums + c), out.size[2] - k - c);
+    }
+}
+
 template <class T>
 void compute_piece(const GroupedOuter& call, int64_t expert, int64_t n, int64_t k, const Workspace& at) {
     const View<3>& out = call.out;
@@ -62,29 +73,24 @@ void compute_piece(const GroupedOuter& call, int64_t expert, int64_t n, int64_t 
     const int64_t rows = smaller(piece_rows, out.size[1] - n), columns = smaller(piece_columns, out.size[2] - k);
     const View<1> sorted{};
     const Rows left{call.a, sorted, 1}, right{call.b, call.order, call.k};
+    constexpr int64_t tile = tile_rows * tile_columns;
     const int64_t row_tiles = ceil_div(rows, tile_rows), column_tiles = ceil_div(columns, tile_columns);
-    for (int64_t i = 0; i < row_tiles * column_tiles * tile_rows * tile_columns; i += width)
-        store(at.sums + i, splat(0.0f));
-    for (int64_t r = begin; r < end; r += longest) {
+    int64_t r = begin;
+    do {  // once for no rows: zeros
         const int64_t count = smaller(longest, end - r);
         pack<tile_rows, T>(left, r, count, n, rows, at.a);
         pack<tile_columns, T>(right, r, count, k, columns, at.b);
-        for (int64_t c = 0; c < column_tiles; ++c) {
-            for (int64_t i = 0; i < row_tiles; ++i)
-                add_tile(at.a + i * count * tile_rows, at.b + c * count * tile_columns, count,
-                         at.sums + (c * row_tiles + i) * tile_rows * tile_columns);
+        for (int64_t i = 0; i < row_tiles; ++i) {
+            for (int64_t c = 0; c < column_tiles; ++c) {
+                // One chunk needs no sums of its own for every tile.
+                float* const sums = at.sums + (end - begin > longest ? (i * column_tiles + c) * tile : 0);
+                for (int64_t j = 0; j < tile && r == begin; j += width) store(sums + j, splat(0.0f));
+                add_tile(at.a + i * count * tile_rows, at.b + c * count * tile_columns, count, sums);
+                if (r + count == end) write_tile<T>(out, expert, n + i * tile_rows, k + c * tile_columns, sums);
+            }
         }
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-        T* const line =
-            static_cast<T*>(out.data) + expert * out.stride[0] + (n + i) * out.stride[1] + k * out.stride[2];
-        for (int64_t c = 0; c < columns; c += width) {
-            const float* const sums = at.sums +
-                                      (c / tile_columns * row_tiles + i / tile_rows) * tile_rows * tile_columns +
-                                      i % tile_rows * tile_columns + c % tile_columns;
-            store_any(line + c * out.stride[2], out.stride[2], load(sums), columns - c);
-        }
-    }
+        r += longest;
+    } while (r < end);
 }
 
 template <class T>

@@ -126,7 +126,7 @@ void add_rows(const LoraOuter& call, const int64_t* rows, int64_t n, int64_t r, 
         for (int v = 0; v < outer_vectors; ++v) {
             const vf part = whole ? load(x + v * width)
                                   : load_any(x + v * width * call.x.stride[1], call.x.stride[1],
-                                                 left > v * width ? left - v * width : 0);
+                                             left > v * width ? left - v * width : 0);
 #pragma GCC unroll 4
             for (int i = 0; i < outer_ranks; ++i) sum[i][v] = fma(splat(factors[i]), part, sum[i][v]);
         }

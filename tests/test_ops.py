@@ -18,9 +18,17 @@ from metate.op import REGISTRY, Op
 FUZZ = int(os.environ.get("METATE_TEST_FUZZ", "40"))  # configurations an op and backend; more in the long target
 
 
+def has_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> bool:
+    return any(isinstance(a, Tensor) and a.dtype == dtype for a in args)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("op,device,backend", BACKENDS)
 def test_parity(op, device, backend, dtype):
+    if dtype != torch.float32 and not has_dtype(op.example(op.domain.cases[1], dtype, device), dtype):
+        pytest.skip(f"takes no {dtype}: its inputs are those of float32")
+    if (device, backend, dtype) == ("cpu", "triton", torch.float16):
+        pytest.skip("the interpreter computes it as it does bfloat16; test_fuzz draws it")
     ran = 0
     for _, args in examples(op, backend, device, [dtype]):
         op.assert_close(run(op, backend, args), args)

@@ -413,10 +413,10 @@ def test_sound_gguf_stays_sound(tmp_path):
     ["(a+)+$", "(.*)(.*)(.*)(.*)x" * 50, "((a?){900}){900}b", "(?=" * 60 + ")" * 60, "((((a{50}){50}){50}){50})"],
 )
 def test_patterns_cost_little(pattern):
-    start = time.perf_counter()
+    start = time.process_time()
     with contextlib.suppress(metate.FormatError):
         Patterns([pattern] * 20).first("a" * 200 + "!")
-    assert time.perf_counter() - start < SLOW
+    assert time.process_time() - start < SLOW
 
 
 @pytest.mark.parametrize(

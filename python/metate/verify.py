@@ -75,7 +75,7 @@ def fuzz(
     """`count` configurations of every operator: those of the seeds from `seed` on, one dtype each, on every backend."""
     kinds = list(dtypes)
     for op, device, backend, dtype in _places(ops, kinds, where):
-        taken = [kind for kind in kinds if kind in _accepted(op)]
+        taken = _accepted(op, kinds)
         for number in range(seed, seed + count):
             if taken[number % len(taken)] == dtype:
                 yield Check(op, device, backend, dtype, number, drawn=True)
@@ -88,13 +88,17 @@ def _places(
     for op in ops:
         for device, backend in places:
             if backend in op.implementations(device):
-                yield from ((op, device, backend, dtype) for dtype in kinds if dtype in _accepted(op))
+                yield from ((op, device, backend, dtype) for dtype in _accepted(op, kinds))
 
 
-def _accepted(op: Op) -> set[str | torch.dtype]:
-    """What the first argument may be, directly or because the argument that it follows may."""
+def _accepted(op: Op, kinds: list[torch.dtype]) -> list[torch.dtype]:
+    """Those that the first argument may be, directly or because the argument that it follows may; whole numbers are the
+    same beside every dtype."""
     rules = op.dtypes[next(iter(op.axes))]
-    return {dtype for rule in rules for dtype in (op.dtypes[rule] if isinstance(rule, str) else [rule])}
+    accepted = {dtype for rule in rules for dtype in (op.dtypes[rule] if isinstance(rule, str) else [rule])}
+    if not any(isinstance(dtype, torch.dtype) and dtype.is_floating_point for dtype in accepted):
+        return kinds[:1]
+    return [kind for kind in kinds if kind in accepted]
 
 
 def run(check: Check) -> Result:

@@ -195,7 +195,7 @@ def test_rows_of_no_expert_are_zeros_and_never_read(device, backend):
         out = metate.grouped_linear(x.to(device), w.to(device), offsets.to(device)).cpu()
         few = metate.grouped_linear(x[:3].to(device), w.to(device), (offsets.clamp(max=3)).to(device)).cpu()
     assert (out[:2] == 0).all() and (out[15:] == 0).all()
-    if backend in ("cpu", "cuda"):  # Triton's interpreter multiplies with BLAS
+    if backend != "reference" and (device, backend) != ("cpu", "triton"):  # its interpreter multiplies with BLAS
         assert torch.equal(out[2], few[2]), "a row's bits depend on its neighbours"
     expected = torch.cat([clean[2:9] @ w[0].T, clean[9:15] @ w[2].T])
     torch.testing.assert_close(out[2:15], expected, rtol=2e-2 if backend == "cuda" else 1e-4, atol=1e-1)

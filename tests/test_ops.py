@@ -27,8 +27,8 @@ def has_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> bool:
 def test_parity(op, device, backend, dtype):
     if dtype != torch.float32 and not has_dtype(op.example(op.domain.cases[1], dtype, device), dtype):
         pytest.skip(f"takes no {dtype}: its inputs are those of float32")
-    if (device, backend) == ("cpu", "triton") and dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("the interpreter is slow, and computes every dtype alike; test_fuzz draws them all")
+    if (device, backend) == ("cpu", "triton") and dtype in (torch.bfloat16, torch.float16) and FUZZ <= 40:
+        pytest.skip("Triton's interpreter is slow: test_fuzz draws these dtypes, the long target runs all cases")
     ran = 0
     for _, args in examples(op, backend, device, [dtype]):
         op.assert_close(run(op, backend, args), args)

@@ -74,8 +74,9 @@ test: install native sanitize-emulator
 
 # The same with far more random configurations, reruns and malformed calls: hours.
 long: install native sanitize
+	METATE_TEST_SOAK=120 $(BIN)/ctest --test-dir build/kernels --output-on-failure -R "^threads"
 	METATE_TEST_FUZZ=20000 METATE_TEST_RERUNS=10000 METATE_TEST_MALFORMED=1000000 METATE_TEST_BLOCKS=10000000 \
-	  $(BIN)/python -m pytest -q -n 2 tests
+	  METATE_TEST_SOAK=120 $(BIN)/python -m pytest -q -n 2 tests
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Brute-force search, codes and their scans, beside PyTorch and faiss.
+"""Brute-force search, codes, their scans and the indexes over them, beside PyTorch and faiss.
 
 faiss takes vectors where a scan takes tables: with centroids that are unit vectors, the tables are their own queries.
 """
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metate.bench import indexes
+from metate.bench.indexes import faiss_module
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.op import Case
 from metate.ops.pq.codes import bits_of, pack_codes, separate
@@ -30,20 +32,12 @@ def workloads(compile: bool) -> list[Workload]:
                  call_op, scan_op.flops, SINGLE, label),
         Workload("encode", encode_op, encode_op.domain.sweep, {"torch": torch_encode, "faiss": faiss_encode},
                  call_op, encode_op.flops, SINGLE, label),
+        *([indexes.workload()] if compile else []),  # which take minutes to train
     ]  # fmt: skip
 
 
 def label(case: Case) -> str:
     return " ".join(f"{name}{size}" for name, size in case.items() if not isinstance(size, bool))
-
-
-def faiss_module() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise Skip("faiss is not installed: pip install faiss-cpu") from None
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    return faiss
 
 
 # Vectors.

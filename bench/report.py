@@ -67,6 +67,11 @@ def timed(record: dict[str, Any]) -> list[Row]:
     return [row for row in record["rows"] if row["status"] == "ok" and "p50" in row]
 
 
+def plotted(record: dict[str, Any]) -> list[Row]:
+    """Those that do all the work that is counted: results are exact."""
+    return [row for row in timed(record) if row.get("recall") is None]
+
+
 def groups(record: dict[str, Any]) -> dict[tuple[str, str, str], list[Row]]:
     """Rows of one case together, ours first, the rivals from fast to slow."""
     found: dict[tuple[str, str, str], list[Row]] = {}
@@ -85,10 +90,16 @@ def _time(seconds: float) -> str:
 
 
 def _speed(row: Row) -> str:
+    if row.get("recall") is not None:
+        return f"recall {row['recall']:.3f}"
     if row["bound"] == "memory":
         return f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
     flops = row["flops_per_second"]
     return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
+
+
+def _limit(row: Row) -> str:
+    return f"{row['of_limit']:.0%}" if row.get("recall") is None else ""
 
 
 def _geometric_mean(values: list[float]) -> float:
@@ -102,7 +113,7 @@ class Axes:
     """Where a point of the roofline lies on the canvas; the ranges hold every point and the ridge of every ceiling."""
 
     def __init__(self, record: dict[str, Any]) -> None:
-        rows, ceiling = timed(record), record["ceilings"]["all"]
+        rows, ceiling = plotted(record), record["ceilings"]["all"]
         peaks = [ceiling[name] for name in COMPUTE if name in ceiling]
         intensities = [row["flops"] / row["bytes"] for row in rows] or [1.0]
         ridges = [peak / ceiling["memory"] for peak in peaks]
@@ -148,9 +159,9 @@ def flats(record: dict[str, Any]) -> list[tuple[str, float, str]]:
 def svg(record: dict[str, Any]) -> str:
     axes = Axes(record)
     parts = [*_grid(axes), *_ceilings(record, axes)]
-    for rows in groups(record).values():
-        parts += _points([row for row in rows if row["status"] == "ok" and "p50" in row], axes)
-    parts += _shares(timed(record), axes)
+    for rows in groups({"rows": plotted(record)}).values():
+        parts += _points(rows, axes)
+    parts += _shares(plotted(record), axes)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="roofline">{"".join(parts)}</svg>'
 
 
@@ -251,9 +262,10 @@ def _cards(record: dict[str, Any]) -> str:
         ours = [row for row in timed(record) if row["ours"] and row["workload"] == workload]
         ratios = [row["times_best_rival"] for row in ours if "times_best_rival" in row]
         if ratios:
-            best = max(row["of_limit"] for row in ours)
             text = f"{escape(workload)}: speed over the best rival's, geometric mean of {len(ratios)}"
-            cards.append(_card(f"<b>{_geometric_mean(ratios):.2f}×</b>", f"{text}; up to {best:.0%} of the limit"))
+            if ours[0].get("recall") is None:
+                text += f"; up to {max(row['of_limit'] for row in ours):.0%} of the limit"
+            cards.append(_card(f"<b>{_geometric_mean(ratios):.2f}×</b>", text))
     wrong = sum(row["status"] == "wrong" and row["ours"] for row in record["rows"])
     checked = sum(row["error"] is not None and row["ours"] for row in record["rows"])
     verdict = f'<b class="bad">{wrong} wrong</b>' if wrong else f'<b class="good">{checked} of {checked}</b>'
@@ -303,9 +315,9 @@ def _table_row(row: Row, best: float, color: str) -> str:
         _time(row["p50"]),
         f"{_time(row['p20'])} – {_time(row['p80'])}",
         _speed(row),
-        f"{row['of_limit']:.0%}",
+        _limit(row),
         f'<b class="{tone}">{ratio}</b>',
-        f"{row['error']:.1e} / {row['allowed']:.1e}",
+        "" if row["error"] is None else f"{row['error']:.1e} / {row['allowed']:.1e}",
         f'<span class="soft">{note}</span>',
     ]
     return f"<tr{kind}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -340,7 +352,7 @@ def markdown(record: dict[str, Any]) -> str:
         if ours and others:
             best = min(others, key=lambda row: row["p50"])
             rival = f"{best['contender']}, {_time(best['p50'])}"
-            speed = f"{_time(ours[0]['p50'])}, {_speed(ours[0])} | {ours[0]['of_limit']:.0%}"
+            speed = f"{_time(ours[0]['p50'])}, {_speed(ours[0])} | {_limit(ours[0])}"
             lines.append(f"| {workload}, {label} | {dtype} | {speed} | {rival} | {ours[0]['times_best_rival']:.2f} |")
     return "\n".join(lines)
 
@@ -370,12 +382,12 @@ def png(record: dict[str, Any], path: Path) -> None:
         plot.axhline(speed / 1e9, color=COLORS.get(name, GREY), lw=1.4, ls="-" if threads == "all" else ":", zorder=1)
         label, right = f"{name} {speed / 1e9:.4g} GFLOP/s", axes_range.x[1] / 1.05
         plot.text(right, speed / 1e9, label, ha="right", va="bottom", fontsize=8, color=GREY)
-    for row in sorted(timed(record), key=lambda row: row["ours"]):
+    for row in sorted(plotted(record), key=lambda row: row["ours"]):
         x, y, color = row["flops"] / row["bytes"], row["flops_per_second"] / 1e9, COLORS.get(row["dtype"], "black")
         spread = [[max(y - row["flops"] / row["p80"] / 1e9, 0)], [max(row["flops"] / row["p20"] / 1e9 - y, 0)]]
         size, fill, layer = (7.0, color, 3) if row["ours"] else (4.5, "white", 2)
         plot.errorbar(x, y, yerr=spread, fmt="o", ms=size, color=color, mfc=fill, lw=1, zorder=layer)
-    for name in dict.fromkeys(row["dtype"] for row in timed(record)):
+    for name in dict.fromkeys(row["dtype"] for row in plotted(record)):
         plot.plot([], [], "o", color=COLORS.get(name, "black"), label=name)
     plot.plot([], [], "o", color=GREY, mfc="white", ms=4.5, label="rivals")
     plot.set(xscale="log", yscale="log", xlim=axes_range.x, ylim=[y / 1e9 for y in axes_range.y])

@@ -39,7 +39,19 @@ QUIET = 0.02  # share of a repetition that our threads may wait for a core
 PATIENCE = 4  # how many times its length a block may take to find quiet repetitions
 LARGE = 4e9  # operations: above, correctness looks at the first and the last part that the sharding rules give
 DIFFERING = 1e-4  # share of whole numbers, codes and ids of near ties, that may not be those of the truth
+RECALL_SLACK = 0.01  # by how much our recall may lie below a rival's
 RIVAL_SLACK = 10  # how much more error a rival may have than ours before its speed is not shown
+
+
+@dataclass(frozen=True)
+class Approximate:
+    """A run whose results are not exact, and which share of the right ones it finds."""
+
+    run: Run
+    recall: float
+
+    def __call__(self, i: int) -> Any:
+        return self.run(i)
 
 
 class Skip(Exception):
@@ -74,6 +86,7 @@ class Workload:
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     label: Callable[[Case], str] = str
     checked: int | None = None  # how many outputs are compared; None: all
+    inputs: Callable[[Case], Args] | None = None  # instead of the op's examples, for contenders that are Approximate
 
 
 @dataclass
@@ -87,6 +100,7 @@ class Contender:
     detail: str = ""
     error: float | None = None
     budget: float | None = None
+    recall: float | None = None
     estimate: float = 0.0
     calls: int = 0
     times: list[float] = field(default_factory=list)
@@ -131,12 +145,16 @@ def measure(
     """The rows of one case: ours on every compiled backend, then the rivals."""
     seed = int.from_bytes(os.urandom(4), "little")
     count = 2 if workload.flops(case) < 5e11 else 1
-    sets = [workload.op.example(case, dtype, device, seed + i) for i in range(count)]
+    if workload.inputs:
+        sets = [workload.inputs(case)]
+    else:
+        sets = [workload.op.example(case, dtype, device, seed + i) for i in range(count)]
     setup = Setup(workload.op, case, dtype, device, sets)
     contenders = [*_ours(workload, setup), *_rivals(workload, setup)]
-    truths = _truth(workload, setup)
+    truths = [] if workload.inputs else _truth(workload, setup)
     for contender in contenders:
         _first_calls(contender, workload, setup, truths)
+    _judge_recall(contenders)
     live = [contender for contender in contenders if contender.run is not None]
     for contender in live:
         if contender.estimate > effort.seconds:  # too slow to be called again
@@ -268,6 +286,17 @@ def _judge(contender: Contender, workload: Workload, got: Any, truths: list[Trut
         contender.detail = f"error {contender.error:.1e}, allowed {slack * contender.budget:.1e}"
 
 
+def _judge_recall(contenders: list[Contender]) -> None:
+    """Ours are wrong where a rival finds more."""
+    recalls = {c.name: c.run.recall for c in contenders if isinstance(c.run, Approximate)}
+    best = max((recalls[c.name] for c in contenders if c.name in recalls and not c.ours), default=0.0)
+    for contender in contenders:
+        contender.recall = recalls.get(contender.name)
+        if contender.ours and contender.recall is not None and contender.recall < best - RECALL_SLACK:
+            contender.run, contender.status = None, "wrong"
+            contender.detail = f"recall {contender.recall:.3f}, a rival's {best:.3f}"
+
+
 def _distance(x: Tensor, truth: Tensor) -> float:
     """The largest difference, relative to the largest true value; infinite where only one of both is finite."""
     finite = truth.isfinite()
@@ -284,7 +313,9 @@ def _first_calls(contender: Contender, workload: Workload, setup: Setup, truths:
     if contender.run is None:
         return
     try:
-        _judge(contender, workload, contender.run(0), truths)
+        got = contender.run(0)
+        if not isinstance(contender.run, Approximate):
+            _judge(contender, workload, got, truths)
         _synchronize(setup.device)
         began = time.perf_counter()
         contender.run(1)
@@ -381,6 +412,7 @@ def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machi
         "detail": contender.detail,
         "error": contender.error,
         "allowed": contender.budget,
+        "recall": contender.recall,
     }
     if not contender.times:
         return row

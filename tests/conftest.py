@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -80,3 +81,29 @@ def gloo():
     init_process_group("gloo", store=store, rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     destroy_process_group()
+
+
+def damaged(data: bytes, random: np.random.Generator, head: int) -> bytes:
+    """A file with bytes changed, another number or word, a stretch twice or missing, or an end cut off: more often than
+    elsewhere in its first `head` bytes, which say what the others are."""
+    at, what, found = (
+        int(random.integers(head if random.random() < 0.6 else len(data))),
+        random.random(),
+        bytearray(data),
+    )
+    length = int(random.choice([1, 2, 4, 8]))
+    if what < 0.4:
+        for place in [at, *random.integers(len(data), size=int(random.integers(3))).tolist()]:
+            found[place] ^= int(random.integers(1, 256))
+    elif what < 0.6:
+        number = int(random.choice([0, 1, 2**31, 2**62, 2**63 - 1])) >> int(random.integers(3))
+        found[at : at + length] = number.to_bytes(8, "little")[:length]
+    elif what < 0.7:
+        found[at : at + 1] = str(random.choice(["-1", "0", str(2**62), str(2**64), "1e9", "[", "}", '"'])).encode()
+    elif what < 0.8:
+        found[at:at] = found[at : at + length]
+    elif what < 0.9:
+        del found[at : at + length]
+    else:
+        del found[at:]
+    return bytes(found)

@@ -1,7 +1,10 @@
 """`metate demo search` on a few modules of the standard library."""
 
+import importlib.machinery
 import importlib.util
+import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,16 @@ from rich.console import Console
 from metate.demo import search
 
 
-def test_answers_from_docstrings(tmp_path, capsys):
-    plan = search.Plan(
+def small(tmp_path):
+    return search.Plan(
         folders=(Path(sysconfig.get_path("stdlib")) / "json",), most=60, dim=64, M=8, bits=4, nlist=2, nprobes=(1, 2),
         queries=8, plot=tmp_path / "plot.png",
     )  # fmt: skip
+
+
+def test_answers_from_docstrings(tmp_path, capsys, monkeypatch):
+    plan = small(tmp_path)
+    monkeypatch.setattr(search, "installed_model", lambda: None)
     assert search.play(Console(width=200), ("serialise an object to a JSON document",), plan)
     shown = capsys.readouterr().out
     assert " docstrings" in shown and "2 of 2 lists" in shown
@@ -22,6 +30,31 @@ def test_answers_from_docstrings(tmp_path, capsys):
     exact = next(line for line in shown.splitlines() if line.startswith("exact"))
     assert "1.000" in exact
     assert plan.plot.exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+class SentenceTransformer:
+    """Its interface: vectors of 12 dimensions."""
+
+    def __init__(self, path, device=None, local_files_only=False):
+        assert (Path(path) / "modules.json").exists() and device == "cpu" and local_files_only
+
+    def encode(self, sentences, normalize_embeddings=False, convert_to_numpy=True, show_progress_bar=None):
+        assert normalize_embeddings and convert_to_numpy and show_progress_bar is False
+        return search.Embedding(["JSON"], 12)(sentences)
+
+
+def test_a_model_of_sentence_transformers_is_used(tmp_path, capsys, monkeypatch):
+    library = types.ModuleType("sentence_transformers")
+    library.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
+    library.SentenceTransformer = SentenceTransformer
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert search.installed_model() is None
+    folder = tmp_path / "models--sentence-transformers--all-small" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    (folder / "modules.json").touch()
+    search.play(Console(width=200), ("what writes JSON",), small(tmp_path))
+    assert "12 dimensions by sentence-transformers/all-small" in capsys.readouterr().out
 
 
 def test_embedding_survives_spelling():

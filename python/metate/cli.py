@@ -271,10 +271,12 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
 
 
 def _bench_table(rows: list[dict[str, Any]]) -> Table:
-    """The contenders of one case: time, speed, share of the limit; ~ where others used our cores meanwhile."""
+    """The contenders of one case: time, and speed and share of the limit, or recall; ~ where others used our cores."""
+    approximate = any(row["recall"] is not None for row in rows)
+    columns = ("ms", "recall") if approximate else ("ms", "GFLOP/s", "limit")
     table = Table(
         Column("", min_width=44, no_wrap=True),
-        *(Column(name, justify="right", no_wrap=True) for name in ("ms", "GFLOP/s", "limit", "× best")),
+        *(Column(name, justify="right", no_wrap=True) for name in (*columns, "× best")),
         title="{workload} [dim]{label} {dtype}[/]".format(**rows[0]),
         title_justify="left",
         title_style="bold",
@@ -288,8 +290,10 @@ def _bench_table(rows: list[dict[str, Any]]) -> Table:
         ratio = f"{row['times_best_rival']:.2f}" if "times_best_rival" in row and row["ours"] else ""
         color = "green" if ratio and row["times_best_rival"] >= 1 else "yellow"
         noise = " [yellow]~[/]" if row["disturbed"] else ""
-        speed, limit = f"{row['flops_per_second'] / 1e9:.1f}", f"{row['of_limit']:.0%}"
-        table.add_row(name + noise, f"{row['p50'] * 1e3:.3g}", speed, limit, f"[{color}]{ratio}[/]")
+        shown = [f"{row['flops_per_second'] / 1e9:.1f}", f"{row['of_limit']:.0%}"]
+        if approximate:
+            shown = ["" if row["recall"] is None else f"{row['recall']:.3f}"]
+        table.add_row(name + noise, f"{row['p50'] * 1e3:.3g}", *shown, f"[{color}]{ratio}[/]")
     return table
 
 

@@ -31,6 +31,7 @@ struct Filter {
     double size;       // the sum of the largest magnitudes
     double range;      // of the widest table
     double inverse;    // of `entries`
+    uint16_t most;     // of a sum, with 8 bits
     uint8_t* entries;  // rounded tables
 
     METATE_FN bool usable() const { return base - base == 0.0 && size < 1e37; }
@@ -41,19 +42,25 @@ METATE_FN constexpr int64_t padded_columns(int64_t M) {
     return bits == 4 ? (M + width / 4 - 1) / (width / 4) * (width / 4) : M;
 }
 
+// Queries that share the loads of codes; with 8 bits the tables fill the registers.
 template <int bits>
-METATE_FN Filter* take_filter(Arena& arena, int64_t M) {
-    Filter* const f = arena.take<Filter>(1);
-    float* const least = arena.take<float>(M);
-    uint8_t* const entries = arena.take<uint8_t>(padded_columns<bits>(M) << bits);
-    if (f) f->least = least, f->entries = entries;
-    return f;
+constexpr int filters_together = bits == 4 ? most_together : 1;
+
+template <int bits>
+METATE_FN Filter* take_filters(Arena& arena, int64_t M) {
+    Filter* const filters = arena.take<Filter>(filters_together<bits>);
+    for (int i = 0; i < filters_together<bits>; ++i) {
+        float* const least = arena.take<float>(M);
+        uint8_t* const entries = arena.take<uint8_t>(padded_columns<bits>(M) << bits);
+        if (filters) filters[i].least = least, filters[i].entries = entries;
+    }
+    return filters;
 }
 
 void measure(Filter& f, const Scan& scan, int64_t q) {
     const vf sign = splat(scan.call.search.largest ? -1.0f : 1.0f);
     const float* table = scan.table(q);
-    f = {q, f.least, 0.0, 0.0, 0.0, 0.0, f.entries};
+    f = {q, f.least, 0.0, 0.0, 0.0, 0.0, 0, f.entries};
     for (int64_t m = 0; m < scan.M; ++m, table += scan.L) {
         vf low = load(table) * sign, high = low;
         bool numbers = true;
@@ -103,28 +110,30 @@ void round_tables(Filter& f, const Scan& scan, double inverse) {
 // Rows whose exact distance is wanted, a few at a time.
 template <int bits>
 struct Survivors {
-    const Scan& scan;
+    const Scan* scan;
     int64_t q, p;
-    Best& best;
+    Best* best;
+    int count;
     int64_t rows[rows_together];
-    int count = 0;
 
     void flush() {
+        if (count == 0) return;
         const uint8_t* blocks[rows_together];
         int64_t places[rows_together];
         for (int i = 0; i < rows_together; ++i) {
             const int64_t row = rows[i < count ? i : 0];
-            blocks[i] = scan.block(row);
+            blocks[i] = scan->block(row);
             places[i] = row % block_codes;
         }
         float sum[rows_together];
-        add_entries(sum, scan, scan.table(q), [&](int i, int64_t m) { return code_in<bits>(blocks[i], places[i], m); });
-        const float limit = best.limit();
-        for (int i = 0; i < count; ++i) scan.offer(sum[i], rows[i], q, p, limit, best);
+        add_entries(sum, *scan, scan->table(q),
+                    [&](int i, int64_t m) { return code_in<bits>(blocks[i], places[i], m); });
+        const float limit = best->limit();
+        for (int i = 0; i < count; ++i) scan->offer(sum[i], rows[i], q, p, limit, *best);
         count = 0;
     }
     METATE_FN void add(int64_t row) {
-        if (!kept(scan.call.search, row)) return;
+        if (!kept(scan->call.search, row)) return;
         rows[count++] = row;
         if (count == rows_together) flush();
     }
@@ -170,14 +179,17 @@ METATE_FN void round_terms(T* to, const RowTerms& t, int64_t row, int64_t last, 
 }
 
 // Rows first … last of one range. A chunk begins with the limit that it finds.
-template <int bits>
 struct Chunk {
     const Scan& scan;
-    const Filter& filter;
     const RowTerms& terms;
-    int64_t first, last;
-    uint16_t most;  // of a sum, with 8 bits
+    Span rows;
+
+    METATE_FN int64_t begin() const { return rows.first / block_codes * block_codes; }
 };
+
+METATE_FN float inverse_of(const Filter& f) {
+    return static_cast<float>(f.inverse * (1 - 0x1p-18));
+}
 
 // Bit i: row i of the block is first … last.
 METATE_FN uint32_t inside(int64_t block, int64_t first, int64_t last) {
@@ -187,103 +199,139 @@ METATE_FN uint32_t inside(int64_t block, int64_t first, int64_t last) {
     return rows;
 }
 
-METATE_FN void scan_chunk(const Chunk<4>& c, Survivors<4>& found) {
+// For `queries` queries: what codes have to be taken apart for is done once.
+template <int queries>
+METATE_FN void scan_nibbles(const Chunk& c, Filter* const* filters, Survivors<4>* const* found) {
     constexpr int at_once = width / 4;
     const vi halves = splat(0x0f0f0f0f);
     const int64_t M = c.scan.M, whole = M / at_once * at_once;
-    uint8_t terms[2 * block_codes] = {};
-    const float inverse = static_cast<float>(c.filter.inverse * (1 - 0x1p-18));
-    for (int64_t row = c.first / block_codes * block_codes; row < c.last; row += block_codes) {
+    uint8_t terms[queries][2 * block_codes] = {};
+    const uint8_t* tables[queries];
+    for (int q = 0; q < queries; ++q) tables[q] = filters[q]->entries;
+    for (int64_t row = c.begin(); row < c.rows.last; row += block_codes) {
         const uint8_t* const block = c.scan.block(row);
-        vi low = splat(0), high = splat(0);
-        const auto add = [&](int64_t m, int64_t bytes) __attribute__((always_inline)) {
-            const vi codes = load_bytes(block + 16 * m, bytes), table = load_bytes(c.filter.entries + 16 * m, 64);
-            low = add_clipped_bytes(low, lookup_bytes(table, bit_and(codes, halves)));
-            high = add_clipped_bytes(high, lookup_bytes(table, bit_and(shift_right_words(codes, 4), halves)));
-        };
+        vi low[queries], high[queries];
 #pragma GCC unroll 4
+        for (int q = 0; q < queries; ++q) low[q] = high[q] = splat(0);
+        const auto add = [&](int64_t m, int64_t bytes) __attribute__((always_inline)) {
+            const vi codes = load_bytes(block + 16 * m, bytes), lower = bit_and(codes, halves);
+            const vi upper = bit_and(shift_right_words(codes, 4), halves);
+#pragma GCC unroll 4
+            for (int q = 0; q < queries; ++q) {
+                const vi table = load_bytes(tables[q] + 16 * m, 64);
+                low[q] = add_clipped_bytes(low[q], lookup_bytes(table, lower));
+                high[q] = add_clipped_bytes(high[q], lookup_bytes(table, upper));
+            }
+        };
+#pragma GCC unroll 2
         for (int64_t m = 0; m < whole; m += at_once) add(m, 64);
         if (whole < M) add(whole, 16 * (M - whole));
-        if (c.terms.bias) {
-            const int64_t begin = row < c.first ? c.first - row : 0;
-            round_terms(terms + begin, c.terms, row + begin, c.last, block_codes - begin, inverse);
-        }
-        uint32_t near = below_clip(fold_clipped_bytes(low, high), terms);
-        if (__builtin_expect(near != 0, 0)) {
-            near &= inside(row, c.first, c.last);
-            for (; near; near &= near - 1) found.add(row + __builtin_ctz(near));
+        const int64_t begin = row < c.rows.first ? c.rows.first - row : 0;
+#pragma GCC unroll 4
+        for (int q = 0; q < queries; ++q) {
+            if (c.terms.bias)
+                round_terms(terms[q] + begin, c.terms, row + begin, c.rows.last, block_codes - begin,
+                            inverse_of(*filters[q]));
+            uint32_t near = below_clip(fold_clipped_bytes(low[q], high[q]), terms[q]);
+            if (__builtin_expect(near != 0, 0)) {
+                near &= inside(row, c.rows.first, c.rows.last);
+                for (; near; near &= near - 1) found[q]->add(row + __builtin_ctz(near));
+            }
         }
     }
 }
 
+void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<4>* const* found, int queries) {
+    for (; queries >= 4; queries -= 4, filters += 4, found += 4) scan_nibbles<4>(c, filters, found);
+    for (; queries >= 2; queries -= 2, filters += 2, found += 2) scan_nibbles<2>(c, filters, found);
+    if (queries) scan_nibbles<1>(c, filters, found);
+}
+
 #if defined(METATE_HAS_WORD_SHUFFLES)
-METATE_FN void scan_chunk(const Chunk<8>& c, Survivors<8>& found) {
+void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<8>* const* found, int queries) {
+    if (queries == 0) return;
     constexpr int64_t together = 2 * block_codes;
-    const float inverse = static_cast<float>(c.filter.inverse * (1 - 0x1p-18));
-    const int64_t M = c.scan.M;
-    for (int64_t row = c.first / block_codes * block_codes; row < c.last; row += together) {
+    const Filter& f = *filters[0];
+    const int64_t M = c.scan.M, last = c.rows.last;
+    for (int64_t row = c.begin(); row < last; row += together) {
         const uint8_t* const block = c.scan.block(row);
-        const uint8_t* const next = row + block_codes < c.last ? block + M * block_codes : block;
+        const uint8_t* const next = row + block_codes < last ? block + M * block_codes : block;
         vi even = splat(0), odd = splat(0);
         for (int64_t m = 0; m < M; ++m) {
             const vi codes = load_halves(block + m * block_codes, next + m * block_codes);
             Table256 table;
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) table.words[i] = load_bytes(c.filter.entries + 256 * m + 64 * i, 64);
+            for (int i = 0; i < 4; ++i) table.words[i] = load_bytes(f.entries + 256 * m + 64 * i, 64);
             even = add_words(even, lookup_words(table, codes, shift_left_words(codes, 8)));
             odd = add_words(odd, lookup_words(table, shift_right_words(codes, 8), codes));
         }
         if (c.terms.bias) {
-            const int64_t begin = row < c.first ? c.first - row : 0;
+            const int64_t begin = row < c.rows.first ? c.rows.first - row : 0;
             uint16_t terms[2 * together] = {};
-            round_terms(terms + begin, c.terms, row + begin, c.last, together - begin, inverse);
+            round_terms(terms + begin, c.terms, row + begin, last, together - begin, inverse_of(f));
             even = add_clipped_words(even, load_every_other(terms, 0));
             odd = add_clipped_words(odd, load_every_other(terms, 1));
         }
-        uint64_t near = at_most(even, odd, c.most);
+        uint64_t near = at_most(even, odd, f.most);
         if (__builtin_expect(near != 0, 0)) {
-            const uint64_t second = row + block_codes < c.last ? inside(row + block_codes, c.first, c.last) : 0;
-            near &= second << 32 | inside(row, c.first, c.last);
-            for (; near; near &= near - 1) found.add(row + __builtin_ctzll(near));
+            const uint64_t second = row + block_codes < last ? inside(row + block_codes, c.rows.first, last) : 0;
+            near &= second << 32 | inside(row, c.rows.first, last);
+            for (; near; near &= near - 1) found[0]->add(row + __builtin_ctzll(near));
         }
     }
 }
 #endif
 
+// Makes a query's filter for a chunk. False: its rows were compared without, or none of them can be near.
 template <int bits>
-void scan_filtered(const Scan& scan, Filter& f, int64_t q, int64_t p, Span span, Best& best) {
-    if (f.query != q) measure(f, scan, q);
-    if (!f.usable() || scan.M > (bits == 4 ? most_columns_4 : most_columns_8))
-        return scan_blocks<bits>(scan, q, p, span, best);
-    const double sign = scan.call.search.largest ? -1.0 : 1.0;
-    const double bias = scan.call.bias ? sign * static_cast<double>(scan.bias(q, p)) : 0.0;
-    Survivors<bits> found{scan, q, p, best, {}};
-    for (int64_t length = 4 * block_codes; span.first < span.last; length = smaller(4 * length, chunk_rows)) {
-        const int64_t end = smaller(span.last, (span.first + length) / block_codes * block_codes);
-        if (best.limit() == infinity) {  // until the best are as many as are wanted
-            scan_blocks<bits>(scan, q, p, {span.first, end}, best);
-            span.first = end;
-            continue;
-        }
-        const RowTerms terms = terms_of(scan, span.first, end);
-        const double base = f.base + bias + static_cast<double>(terms.least);
-        const double size = f.size + __builtin_fabs(bias) + static_cast<double>(terms.size);
-        const double limit = static_cast<double>(best.limit());
-        const double room = limit + static_cast<double>(scan.M + 4) * 0x1p-23 * (size + __builtin_fabs(limit)) - base;
-        if (!(room - room == 0.0)) {
-            scan_blocks<bits>(scan, q, p, {span.first, end}, best);
-        } else if (room >= 0.0) {
-            const double widest = bits == 4 || f.range > room ? room : f.range;
-            const double inverse = (bits == 4 ? 254.0 : 255.0) / (widest > 1e-30 ? widest : 1e-30);
-            if (bits == 4 ? f.inverse != inverse : f.inverse * 1.5 < inverse || f.inverse > 1.5 * inverse)
-                round_tables<bits>(f, scan, inverse);
-            const double most = room * f.inverse;
-            scan_chunk(
-                Chunk<bits>{scan, f, terms, span.first, end, static_cast<uint16_t>(most < 65535.0 ? most : 65535.0)},
-                found);
-            if (found.count) found.flush();
-        }
-        span.first = end;
+bool filter_helps(const Chunk& c, Filter& f, int64_t p, Best& best) {
+    const Scan& scan = c.scan;
+    const double sign = scan.call.search.largest ? -1.0 : 1.0, limit = static_cast<double>(best.limit());
+    const double bias = scan.call.bias ? sign * static_cast<double>(scan.bias(f.query, p)) : 0.0;
+    const double base = f.base + bias + static_cast<double>(c.terms.least);
+    const double size = f.size + __builtin_fabs(bias) + static_cast<double>(c.terms.size);
+    const double room = limit + static_cast<double>(scan.M + 4) * 0x1p-23 * (size + __builtin_fabs(limit)) - base;
+    if (!f.usable() || !(room - room == 0.0)) {  // no limit yet: until the best are as many as are wanted
+        scan_blocks<bits>(scan, f.query, p, c.rows, best);
+        return false;
+    }
+    if (room < 0.0) return false;
+    const double widest = bits == 4 || f.range > room ? room : f.range;
+    const double inverse = (bits == 4 ? 254.0 : 255.0) / (widest > 1e-30 ? widest : 1e-30);
+    if (bits == 4 ? f.inverse != inverse : f.inverse * 1.5 < inverse || f.inverse > 1.5 * inverse)
+        round_tables<bits>(f, scan, inverse);
+    const double most = room * f.inverse;
+    f.most = static_cast<uint16_t>(most < 65535.0 ? most : 65535.0);
+    return true;
+}
+
+template <int bits>
+void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
+    if (scan.M > (bits == 4 ? most_columns_4 : most_columns_8)) {
+        for (int64_t i = 0; i < turn.count; ++i)
+            scan_blocks<bits>(scan, turn.first + i, turn.p, turn.span, turn.best[i]);
+        return;
+    }
+    constexpr int together = filters_together<bits>;
+    Survivors<bits> found[together], *near[together];
+    Filter* used[together];
+    for (int64_t i = 0; i < turn.count; ++i) {
+        if (filters[i].query != turn.first + i) measure(filters[i], scan, turn.first + i);
+        found[i] = {&scan, turn.first + i, turn.p, turn.best + i, 0, {}};
+    }
+    Span rows = turn.span;
+    int64_t length = turn.best[0].limit() < infinity ? chunk_rows : 4 * block_codes;
+    for (; rows.first < turn.span.last; length = smaller(4 * length, chunk_rows)) {
+        rows.last = smaller(turn.span.last, (rows.first + length) / block_codes * block_codes);
+        const RowTerms terms = terms_of(scan, rows.first, rows.last);
+        const Chunk chunk{scan, terms, rows};
+        int count = 0;
+        for (int64_t i = 0; i < turn.count; ++i)
+            if (filter_helps<bits>(chunk, filters[i], turn.p, turn.best[i]))
+                used[count] = filters + i, near[count++] = found + i;
+        scan_chunk(chunk, used, near, count);
+        for (int i = 0; i < count; ++i) near[i]->flush();
+        rows.first = rows.last;
     }
 }
 

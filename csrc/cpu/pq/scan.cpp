@@ -26,15 +26,16 @@ void scan_interleaved(const Scan& scan, const Runtime& runtime) {
 #if defined(METATE_HAS_BYTE_SHUFFLES)
     if constexpr (bits <= most_filtered_bits)
         return search_rows(
-            scan.call.search, runtime, [&](Arena& arena) { return take_filter<bits>(arena, scan.M); },
-            [](Filter* filter) { filter->query = -1; },
-            [&](Filter* filter, int64_t q, int64_t p, Span span, Best& best) {
-                scan_filtered<bits>(scan, *filter, q, p, span, best);
-            });
+            scan.call.search, runtime, filters_together<bits>,
+            [&](Arena& arena) { return take_filters<bits>(arena, scan.M); },
+            [](Filter* filters) {
+                for (int i = 0; i < filters_together<bits>; ++i) filters[i].query = -1;
+            },
+            [&](Filter* filters, const Turn& turn) { scan_filtered<bits>(scan, filters, turn); });
 #endif
     search_rows(
-        scan.call.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
-        [&](char*, int64_t q, int64_t p, Span span, Best& best) { scan_blocks<bits>(scan, q, p, span, best); });
+        scan.call.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        [&](char*, const Turn& t) { scan_blocks<bits>(scan, t.first, t.p, t.span, t.best[0]); });
 }
 
 }  // namespace
@@ -44,8 +45,8 @@ void pq_scan(const PqScan& c, const Runtime& runtime) {
     if (c.blocks) return c.bits == 4 ? scan_interleaved<4>(scan, runtime) : scan_interleaved<8>(scan, runtime);
     with_bits(c.bits, [&]<int bits>() {
         search_rows(
-            c.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
-            [&](char*, int64_t q, int64_t p, Span span, Best& best) { scan_packed<bits>(scan, q, p, span, best); });
+            c.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+            [&](char*, const Turn& t) { scan_packed<bits>(scan, t.first, t.p, t.span, t.best[0]); });
     });
 }
 

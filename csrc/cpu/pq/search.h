@@ -148,14 +148,24 @@ struct Heaps {
     }
 };
 
+// What a scan is told to do: queries first … first + count - 1 look at the rows of `span`, in range p.
+struct Turn {
+    int64_t first, count, p;
+    Span span;
+    Best* best;  // of each query
+};
+
 constexpr int64_t rows_alone = 8192;     // rows of a query that are worth a piece of their own
 constexpr int64_t split_queries = 64;    // fewer queries are cut by rows, and any number that scan the same rows
 constexpr int64_t split_room = 1 << 20;  // but only where heaps for every worker are small
+constexpr int most_together = 4;         // queries of a turn
 
-// Calls scan(memory, q, p, span, best) for parts of every range of every query and writes the results. `memory` is what
-// own(arena) takes for each worker; prepare(memory) sees it before they begin.
+// Calls scan(memory, turn) for parts of every range of every query and writes the results. `memory` is what own(arena)
+// takes for each worker; prepare(memory) sees it before they begin. A turn has up to `together` queries where these
+// scan the same rows and there are enough of them for all workers, else one.
 template <class Own, class Prepare, class Scan>
-void search_rows(const Search& s, const Runtime& runtime, const Own& own, const Prepare& prepare, const Scan& scan) {
+void search_rows(const Search& s, const Runtime& runtime, int64_t together, const Own& own, const Prepare& prepare,
+                 const Scan& scan) {
     const int64_t Q = s.distances.size[0];
     const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
     int64_t parts = 1;
@@ -163,7 +173,8 @@ void search_rows(const Search& s, const Runtime& runtime, const Own& own, const 
         const int64_t wanted = (rows_of(s, q) + rows_alone - 1) / rows_alone;
         parts = wanted > parts ? wanted : parts;
     }
-    const int64_t pieces = Q * parts;
+    const int64_t group = split && !s.ranges && Q * parts >= 2 * together * runtime.threads ? together : 1;
+    const int64_t groups = ceil_div(Q, group), pieces = groups * parts;
     if (pieces == 0) return;
     const int workers = workers_of(runtime, pieces);
     Heaps heaps{nullptr, nullptr, nullptr, workers, split ? Q : 1, room(s)};
@@ -172,24 +183,27 @@ void search_rows(const Search& s, const Runtime& runtime, const Own& own, const 
     heaps.clear();
     for (int worker = 0; worker < workers; ++worker) prepare(memory(worker));
     for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
-        const int64_t q = piece % Q, part = piece / Q;  // queries that scan the same rows follow one another
+        const int64_t q = piece % groups * group, part = piece / groups;  // the same rows for one after another
         const int64_t lane = split ? worker : 0, slot = split ? q : worker;
-        Best best = heaps.open(lane, slot);
+        Best best[most_together];
+        Turn turn{q, smaller(group, Q - q), 0, {}, best};
+        for (int64_t i = 0; i < turn.count; ++i) best[i] = heaps.open(lane, slot + i);
         const int64_t all = rows_of(s, q), begin = all * part / parts, end = all * (part + 1) / parts;
         int64_t before = 0;
-        for (int64_t p = 0; p < spans_of(s); ++p) {
-            const Span span = span_of(s, q, p);
+        for (; turn.p < spans_of(s); ++turn.p) {
+            const Span span = span_of(s, q, turn.p);
             const int64_t length = span.last - span.first;
             const int64_t from = begin > before ? begin - before : 0, to = smaller(end - before, length);
-            if (from < to) scan(memory(worker), q, p, Span{span.first + from, span.first + to}, best);
+            turn.span = {span.first + from, span.first + to};
+            if (from < to) scan(memory(worker), turn);
             before += length;
         }
         if (!split) {
-            write_best(s, q, best);
-            best.count = 0;
-            *best.shared = bit_cast<uint32_t>(infinity);
+            write_best(s, q, best[0]);
+            best[0].count = 0;
+            *best[0].shared = bit_cast<uint32_t>(infinity);
         }
-        heaps.close(lane, slot, best);
+        for (int64_t i = 0; i < turn.count; ++i) heaps.close(lane, slot + i, best[i]);
     });
     if (split) heaps.write(s, 0, Q);
 }

@@ -89,12 +89,12 @@ template <bool l2, class T>
 void by_rows(const TopkDistances& c, const Runtime& runtime) {
     const Vectors<T> v = vectors_of<T>(c);
     search_rows(
-        c.search, runtime, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
-        [&](char*, int64_t q, int64_t, Span span, Best& best) {
-            const float* const query = query_of(c, q);
+        c.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        [&](char*, const Turn& turn) {
+            const float* const query = query_of(c, turn.first);
             const Vectors<float> queries{query, 0, v.columns, nullptr, nullptr};
             const double square = exact_distance<false>(queries, query, query);
-            compare_rows<l2>(c.search, v, query, __builtin_sqrt(square), span, best);
+            compare_rows<l2>(c.search, v, query, __builtin_sqrt(square), turn.span, turn.best[0]);
         });
 }
 

@@ -1,19 +1,24 @@
 """Questions answered from the docstrings of this machine's Python: exact search beside product quantisation.
 
-A text is a bag of character n-grams, hashed, weighted by how rare they are, and projected by signs to a few hundred
-dimensions (Weinberger et al. 2009): no model, no download, and a spelling mistake costs little.
+Where sentence-transformers and one of its models are on this machine, that model makes the vectors. Elsewhere a text is
+a bag of character n-grams, hashed, weighted by how rare they are, and projected by signs to a few hundred dimensions
+(Weinberger et al. 2009): no model, no download, and a spelling mistake costs little.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import math
+import os
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +31,7 @@ from rich.table import Table
 from metate.search import FlatIndex, Index, IVFPQIndex, PQIndex
 
 Floats = npt.NDArray[np.float32]
+Embed: TypeAlias = "Callable[[list[str]], Floats]"  # texts to unit vectors
 
 QUESTIONS = (
     "how do I run a function in several processes",
@@ -44,6 +50,7 @@ class Plan:
 
     folders: tuple[Path, ...] = tuple(dict.fromkeys(Path(sysconfig.get_path(p)) for p in ("stdlib", "purelib")))
     most: int = 40_000  # docstrings
+    most_for_model: int = 4_000  # where a model reads them
     seconds: float = 40  # of reading
     dim: int = 256
     M: int = 32
@@ -97,6 +104,27 @@ def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
             ]
 
 
+def installed_model() -> tuple[str, Any] | None:
+    """Name and model: the first of sentence-transformers that the cache of Hugging Face holds."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        return None
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    for folder in sorted(hub.glob("models--sentence-transformers--*/snapshots/*/modules.json")):
+        name = folder.parts[-4].removeprefix("models--").replace("--", "/", 1)
+        library = importlib.import_module("sentence_transformers")
+        return name, library.SentenceTransformer(str(folder.parent), device="cpu", local_files_only=True)
+    return None
+
+
+def _model_embedding(model: Any) -> Embed:
+    def embed(texts: list[str]) -> Floats:
+        found = model.encode(texts, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
+        return np.asarray(found, np.float32)
+
+    return embed
+
+
 class Embedding:
     """Texts to unit vectors; which n-grams are rare it learns from the texts that are searched."""
 
@@ -134,19 +162,25 @@ def _grams(text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
 
 def play(console: Console, questions: tuple[str, ...] = (), plan: Plan | None = None) -> bool:
     """Reads, indexes, measures, answers; whether exact search found every docstring by itself."""
-    plan = plan or Plan()
-    entries = _read(console, plan)
-    embed = Embedding([entry.text for entry in entries], plan.dim)
-    x = embed([f"{entry.name} {entry.text}" for entry in entries])
+    plan, found = plan or Plan(), installed_model()
+    entries = _read(console, plan, plan.most if found is None else plan.most_for_model)
+    embed: Embed = (
+        Embedding([entry.text for entry in entries], plan.dim) if found is None else _model_embedding(found[1])
+    )
+    with console.status("embedding them"):
+        x = embed([f"{entry.name} {entry.text}" for entry in entries])
+    dim = x.shape[1]
+    console.print(f"{len(x)} docstrings, as vectors of {dim} dimensions by {found[0] if found else 'hashed n-grams'}")
     queries = embed([entry.text.partition("\n")[0] for entry in entries[:: max(1, len(entries) // plan.queries)]])
-    exact = FlatIndex(plan.dim, "cosine")
+    exact = FlatIndex(dim, "cosine")
     exact.add(x)
     rows = [_measured("exact", exact, queries, None, exact)]
-    nlist, size = min(plan.nlist, len(entries) // 4), plan.M * plan.bits // 8
+    nlist, M = min(plan.nlist, len(entries) // 4), math.gcd(plan.M, dim)
+    size = M * plan.bits // 8
     for name, index in {
-        f"PQ, {size} bytes": PQIndex(plan.dim, plan.M, plan.bits, "cosine"),
-        f"OPQ, {size} bytes, refined": PQIndex(plan.dim, plan.M, plan.bits, "cosine", opq=True, refine="sq8"),
-        f"IVF-PQ, {size} bytes": IVFPQIndex(plan.dim, nlist, plan.M, plan.bits, "cosine", refine="sq8"),
+        f"PQ, {size} bytes": PQIndex(dim, M, plan.bits, "cosine"),
+        f"OPQ, {size} bytes, refined": PQIndex(dim, M, plan.bits, "cosine", opq=True, refine="sq8"),
+        f"IVF-PQ, {size} bytes": IVFPQIndex(dim, nlist, M, plan.bits, "cosine", refine="sq8"),
     }.items():
         with console.status(f"{name}: training and adding"):
             index.train(x, progress=False)
@@ -161,18 +195,17 @@ def play(console: Console, questions: tuple[str, ...] = (), plan: Plan | None = 
     return bool((best > 0.999).all())
 
 
-def _read(console: Console, plan: Plan) -> list[Entry]:
+def _read(console: Console, plan: Plan, most: int) -> list[Entry]:
     entries: list[Entry] = []
     with Progress(
         TextColumn("reading docstrings"), BarColumn(), TextColumn("{task.completed}"), console=console
     ) as bar:
-        task = bar.add_task("", total=plan.most)
+        task = bar.add_task("", total=most)
         for entry in documented(plan):
             entries.append(entry)
             bar.advance(task)
-            if len(entries) == plan.most:
+            if len(entries) == most:
                 break
-    console.print(f"{len(entries)} docstrings, as vectors of {plan.dim} dimensions")
     return entries
 
 
@@ -226,7 +259,7 @@ def _plot(rows: list[Measured], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _answer(console: Console, question: str, embed: Embedding, index: Index, entries: list[Entry]) -> None:
+def _answer(console: Console, question: str, embed: Embed, index: Index, entries: list[Entry]) -> None:
     console.print(f"\n[bold]{escape(question)}[/]")
     for score, at in zip(*(part.tolist() for part in index.search(embed([question])[0], 3)), strict=True):
         if at >= 0:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metate.errors import fail
-from metate.ops.pq import kmeans, pq_decode, pq_distance_tables, pq_encode
+from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
+from metate.ops.pq.kmeans import fit_centroids
 
 ASSIGNMENTS = ("straight-through", "soft")
 
@@ -56,7 +57,8 @@ class ProductQuantizer(nn.Module):
     def fit(self, x: Tensor, iterations: int = 25, seed: int = 0) -> None:
         """Codebooks by k-means of the parts of x (…, dim), at least 2**bits vectors."""
         for m, part in enumerate(self._rows(x).split(self.dim // self.M, 1)):
-            self.codebooks[m] = kmeans(part.contiguous(), 1 << self.bits, iterations=iterations, seed=seed + m)[0]
+            books, _ = fit_centroids(part.contiguous(), 1 << self.bits, iterations=iterations, seed=seed + m)
+            self.codebooks[m] = books
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, dim), quantised."""

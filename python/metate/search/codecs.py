@@ -139,11 +139,12 @@ class Product:
 
     def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
         product = metric == "inner_product" or self.row_bias
-        tables = pq_distance_tables(queries, model["codebooks"], metric="inner_product" if product else "l2")
+        asked = -2 * queries if self.row_bias else queries
+        tables = pq_distance_tables(asked, model["codebooks"], metric="inner_product" if product else "l2")
         codes, row_bias = probe.columns["codes"], probe.columns.get("bias")
         assert row_bias is None or isinstance(row_bias, Tensor)
         return pq_scan(
-            tables.mul_(-2) if self.row_bias else tables, codes.blocks if isinstance(codes, Interleaved) else codes,
+            tables, codes.blocks if isinstance(codes, Interleaved) else codes,
             probe.k, n=len(codes), ranges=probe.ranges, bias=probe.bias, row_bias=row_bias, ids=probe.ids,
             keep=probe.keep, largest=metric == "inner_product",
         )  # fmt: skip

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from metate.search import faiss_files as files
+from metate.search.base import State
 from metate.search.codecs import Product, Vectors
 from metate.search.files import replacing
-from metate.search.index import MOST_ID, Index, State
+from metate.search.index import MOST_ID, Index
 from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.storage import Integers, Lists
 

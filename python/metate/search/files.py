@@ -27,7 +27,8 @@ from torch import Tensor
 
 from metate.errors import FormatError, fail
 from metate.search.arrays import bytes_of
-from metate.search.index import MOST_ID, Index, State
+from metate.search.base import State
+from metate.search.index import MOST_ID, Index
 from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.storage import Lists
 

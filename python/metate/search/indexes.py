@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from metate.errors import fail
+from metate.search.base import METRICS
 from metate.search.codecs import STORED, Product, Vectors
-from metate.search.index import METRICS, Index
+from metate.search.index import Index
 
 _MOST_BITS = 16
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metate.search.interleaved import Column
+from metate.search.interleaved import Column, first_rows
 
 Integers = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
@@ -114,6 +115,17 @@ class Lists:
         """The rows before this one hold all lists; where there is one list, nothing else."""
         return int(self.length[0]) if len(self.length) == 1 else self.used
 
+    @cached_property
+    def extents(self) -> Tensor:
+        """(lists + 1, 2): the first row of a list and the one behind its last. List -1 has no rows."""
+        ends = np.stack([self.start, self.start + self.length], 1)
+        return torch.from_numpy(np.concatenate([ends, np.zeros((1, 2), np.int64)]))
+
+    @cached_property
+    def seen(self) -> dict[str, Column]:
+        """The columns as scans see them."""
+        return {name: first_rows(column, self.scanned) for name, column in self.columns.items()}
+
     @property
     def implicit(self) -> bool:
         """Whether ids are row numbers."""
@@ -126,8 +138,8 @@ class Lists:
 
     def ids_column(self) -> Tensor | None:
         """The ids of the rows that scans see; None: row numbers."""
-        column = self.columns.get("ids")
-        return column[: self.scanned] if isinstance(column, Tensor) else None
+        column = self.seen.get("ids")
+        return column if isinstance(column, Tensor) else None
 
     def ids(self, rows: Integers) -> Integers:
         ids = self.ids_column()

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metate.ops.pq import kmeans, pq_decode, pq_encode
+from metate.ops.pq import pq_decode, pq_encode
 from metate.ops.pq.codes import unpack_codes
+from metate.ops.pq.kmeans import fit_centroids
 
 _FIRST = 8  # iterations of k-means before the first rotation is fitted
 
@@ -19,7 +20,7 @@ def train_codebooks(
     """(M, 2**bits, D/M): k-means of every sub-vector by itself."""
     books = []
     for m, part in enumerate(x.split(x.shape[1] // M, 1)):
-        books.append(kmeans(part.contiguous(), 1 << bits, iterations=iterations, seed=seed + m)[0])
+        books.append(fit_centroids(part.contiguous(), 1 << bits, iterations=iterations, seed=seed + m)[0])
         tick()
     return torch.stack(books)
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from metate.ops.pq import kmeans
+from metate.ops.pq.kmeans import fit_centroids
 
 Floats = npt.NDArray[np.float32]
 
@@ -29,12 +29,12 @@ class ClusteringParameters:
         if len(x) < k:
             raise RuntimeError(f"k-means: {len(x)} points, expected at least k={k}")
         runs = [
-            kmeans(
+            fit_centroids(
                 torch.from_numpy(x), k, iterations=self.niter, seed=self.seed + turn, spherical=self.spherical,
-                max_points_per_centroid=self.max_points_per_centroid,
+                most=self.max_points_per_centroid,
             )
             for turn in range(self.nredo)
         ]  # fmt: skip
-        last = [float(objective[-1]) if len(objective) else 0.0 for _, _, objective in runs]
+        last = [float(objective[-1]) if len(objective) else 0.0 for _, objective in runs]
         best = runs[int(np.argmax(last) if self.spherical else np.argmin(last))]
-        return best[0].numpy(), best[2].numpy()
+        return best[0].numpy(), best[1].numpy()

@@ -9,6 +9,7 @@ from metate.errors import fail
 from metate.ops.pq.declaration import topk_op
 
 _PER_CANDIDATE = 32  # points a centroid among which k-means++ chooses
+_PROPOSALS = 64  # that k-means++ draws at a time
 
 
 def kmeans(
@@ -37,11 +38,20 @@ def kmeans(
         (iterations) float64: of the points trained on, the sum of squared distances (of inner products if spherical)
         to the centroids before each move. A centroid that lost its points restarts beside that of the largest cluster.
     """
-    _check(x, k, init, iterations, max_points_per_centroid)
+    centroids, objective = fit_centroids(x, k, init, iterations, seed, spherical, max_points_per_centroid)
+    return centroids, _assign(x.detach(), centroids, spherical)[1], objective
+
+
+def fit_centroids(
+    x: Tensor, k: int, init: str = "k-means++", iterations: int = 25, seed: int = 0, spherical: bool = False,
+    most: int | None = 256,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The centroids and the objective of `kmeans`, for whom the assignment of all points would be work in vain."""
+    _check(x, k, init, iterations, most)
     generator = torch.Generator().manual_seed(seed)
     points = x.detach()
-    if max_points_per_centroid is not None and x.shape[0] > k * max_points_per_centroid:
-        points = points[_sample(x.shape[0], k * max_points_per_centroid, generator).to(x.device)]
+    if most is not None and x.shape[0] > k * most:
+        points = points[_sample(x.shape[0], k * most, generator).to(x.device)]
     centroids = _plus_plus(points, k, generator) if init == "k-means++" else None
     if centroids is None:
         centroids = points[_sample(points.shape[0], k, generator).to(x.device)]
@@ -52,7 +62,7 @@ def kmeans(
         objective[step] = distances.sum(dtype=torch.float64).item()
         centroids = _move(points, centroids, nearest)
         centroids = _unit(centroids) if spherical else centroids
-    return centroids, _assign(x.detach(), centroids, spherical)[1], objective
+    return centroids, objective
 
 
 def _check(x: Tensor, k: int, init: str, iterations: int, most: int | None) -> None:
@@ -90,23 +100,40 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Points drawn one after another, each with a chance proportional to its squared distance from those before."""
+    """Points drawn one after another, each with a chance proportional to its squared distance from those before.
+
+    Proposals are drawn some at a time, by the distances from all points before them, and each is kept with the chance
+    to which its own distance has shrunk since. That is the same distribution, and all points are compared once a time.
+    """
     if x.shape[0] > _PER_CANDIDATE * k:
         x = x[_sample(x.shape[0], _PER_CANDIDATE * k, generator).to(x.device)]
-    chosen = torch.empty(k, dtype=torch.int64)
-    chosen[0] = torch.randint(0, x.shape[0], (1,), generator=generator)
-    nearest = torch.full((x.shape[0],), torch.inf, device=x.device)
-    draws = torch.rand(k, generator=generator, dtype=torch.float64)
-    for i in range(1, k):
-        nearest = torch.minimum(nearest, (x - x[chosen[i - 1]]).square().sum(1))
+    chosen = torch.randint(0, x.shape[0], (1,), generator=generator)
+    nearest = _assign(x, x[chosen.to(x.device)], False)[0]
+    while len(chosen) < k:
         chances = nearest.double().cumsum(0)
         last = chances[-1].item()
         if last == 0:  # fewer different points than centroids: any will do
-            chosen[i:] = torch.randint(0, x.shape[0], (k - i,), generator=generator)
+            chosen = torch.cat([chosen, torch.randint(0, x.shape[0], (k - len(chosen),), generator=generator)])
             break
-        place = torch.searchsorted(chances, (draws[i] * last).to(x.device), right=True)
-        chosen[i] = place.clamp_(max=x.shape[0] - 1).item()
+        draws = torch.rand(2, _PROPOSALS, generator=generator, dtype=torch.float64)
+        places = torch.searchsorted(chances, (draws[0] * last).to(x.device), right=True).clamp_(max=x.shape[0] - 1)
+        kept = _kept(x[places], nearest[places], draws[1])[: k - len(chosen)]
+        places = places[kept.to(x.device)]
+        chosen = torch.cat([chosen, places.cpu()])
+        nearest = torch.minimum(nearest, _assign(x, x[places], False)[0])
     return x[chosen.to(x.device)]
+
+
+def _kept(proposals: Tensor, before: Tensor, draws: Tensor) -> Tensor:
+    """Which proposals stay, given their squared distances from the points before all of them."""
+    gaps = torch.cdist(proposals, proposals, compute_mode="donot_use_mm_for_euclid_dist").double().square_().cpu()
+    nearest, bars = before.double().cpu(), (draws * before.double().cpu()).tolist()
+    kept = []
+    for i, bar in enumerate(bars):
+        if bar < nearest[i]:
+            kept.append(i)
+            nearest = torch.minimum(nearest, gaps[i])
+    return torch.tensor(kept)
 
 
 def _move(x: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:

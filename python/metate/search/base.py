@@ -1,0 +1,115 @@
+"""What every index is made of: its settings, what training finds, and the newest snapshot of its rows."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.ops.pq import topk_distances
+from metate.search.codecs import Model, Product
+from metate.search.codecs import Vectors as Raw
+from metate.search.storage import Lists
+
+METRICS = ("l2", "inner_product", "cosine")
+REFINE = "refine"  # the column of full vectors beside codes
+
+
+@dataclass(frozen=True)
+class State:
+    """One snapshot: what training found, the rows, and the id that `add` gives next."""
+
+    model: Model
+    lists: Lists
+    next_id: int = 0
+
+
+class Base:
+    """Settings and state; searching.py and index.py add what is done with them."""
+
+    def __init__(
+        self, dim: int, metric: str, codec: Raw | Product, *, nlist: int | None = None, opq: bool = False,
+        refine: str | None = None, seed: int = 0, device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        self.dim, self.metric, self.codec = dim, metric, codec
+        self.nlist, self.opq, self.seed = nlist, opq, seed
+        self.refine = None if refine is None else Raw(dim, refine, REFINE)
+        self.device = torch.device(device)
+        self.nprobe = 1
+        self._lock = threading.Lock()
+        self._state = State({}, self._no_rows())
+
+    # What it is.
+
+    @property
+    def ntotal(self) -> int:
+        return self._state.lists.total
+
+    def __len__(self) -> int:
+        return self.ntotal
+
+    @property
+    def next_id(self) -> int:
+        """The id that `add` gives next."""
+        return self._state.next_id
+
+    @property
+    def is_trained(self) -> bool:
+        return self._is_trained(self._state)
+
+    @property
+    def largest(self) -> bool:
+        """Whether the best "distance" is the largest: it is a product or a cosine."""
+        return self.metric != "l2"
+
+    @property
+    def _scan_metric(self) -> str:
+        return "inner_product" if self.largest else "l2"
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that training finds."""
+        shapes = dict(self.codec.trained)
+        if self.opq:
+            shapes["rotation"] = self.dim, self.dim
+        if self.nlist is not None:
+            shapes["centroids"] = self.nlist, self.dim
+        if self.refine is not None:
+            shapes.update(self.refine.trained)
+        return shapes
+
+    def column_types(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Names, shapes of a row and dtypes of what is kept for each vector."""
+        refined = {} if self.refine is None else self.refine.columns
+        return {**self.codec.columns, **refined, **({} if self.nlist is None else {"ids": ((), torch.int64)})}
+
+    def _no_rows(self) -> Lists:
+        columns = {
+            name: torch.empty((0, *shape), dtype=dtype, device=self.device)
+            for name, (shape, dtype) in self.column_types().items()
+        }
+        return Lists.empty(self.nlist or 1, self.codec.laid_out(columns))
+
+    def _is_trained(self, state: State) -> bool:
+        return all(name in state.model for name in self.trained_shapes())
+
+    def _op(self, method: str) -> str:
+        return f"search.{type(self).__name__}.{method}"
+
+    def _trained(self, op: str) -> State:
+        state = self._state
+        if not self._is_trained(state):
+            raise fail(op, "the index", "not trained", "trained: call train(x) first", error=RuntimeError)
+        return state
+
+    def _assign(self, model: Model, x: Tensor) -> Tensor:
+        return topk_distances(x, model["centroids"], 1, metric=self._scan_metric)[1][:, 0]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(x) if self.metric == "cosine" else x
+
+    def _rotated(self, model: Model, x: Tensor) -> Tensor:
+        """In float64, so that a row does not depend on how many rows are rotated with it."""
+        return (x.double() @ model["rotation"].double().T).float() if self.opq else x

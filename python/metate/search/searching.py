@@ -1,0 +1,192 @@
+"""How every index is searched: a scan of the rows of one snapshot, and what is made of its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metate.errors import fail
+from metate.ops.pq import topk_distances
+from metate.search.arrays import Array, Vectors, tensor_of
+from metate.search.base import REFINE, Base, State
+from metate.search.codecs import Probe, Product
+from metate.search.codecs import Vectors as Raw
+from metate.search.filters import Filter, keep_bitmap, torch_bits
+from metate.search.storage import Integers
+
+_QUERIES = 1 << 24  # numbers of the tables, and of the vectors to refine, of the queries that are searched at a time
+
+
+class Searching(Base):
+    """Reads one snapshot from beginning to end, whatever writers do meanwhile."""
+
+    @torch.no_grad()
+    def search(
+        self, queries: Array, k: int, *, nprobe: int | None = None, filter: Filter | None = None,
+        refine_factor: int = 4,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """The k nearest vectors of every query.
+
+        Args:
+            queries: (Q, dim), or (dim,) for one.
+            k: how many; there may be fewer in the index.
+            nprobe: lists to look into, of an index that has lists; default: `index.nprobe`.
+            filter: what may be found: ids (a list, an integer array), a range of ids, a boolean mask or a uint8 bitmap
+                indexed by id, or a function from an array of ids to an array of booleans.
+            refine_factor: of an index with refinement: k × refine_factor candidates are ranked by their full vectors.
+
+        Returns:
+            (distances, ids), each (Q, k) or (k,), best first, of equal ones the lower id; numpy for numpy. Distances
+            are squared (metric "l2"), or products or cosines, of which larger is better. What is not there has id -1 at
+            +inf (-inf).
+        """
+        op = self._op("search")
+        vectors, k, nprobe = self._checked_search(op, queries, k, nprobe)
+        if not isinstance(refine_factor, int) or refine_factor < 1:
+            raise fail(op, "refine_factor", refine_factor, "an integer from 1 on")
+        state = self._trained(op)
+        keep = torch_bits(keep_bitmap(op, state.lists, filter), self.device)
+        found = [self._search(state, x, k, nprobe, keep, refine_factor) for _, x in vectors.blocks(self._at_once(k))]
+        if not found:
+            return vectors.results(torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
+        if len(found) == 1:
+            return vectors.results(*found[0])
+        return vectors.results(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+    def _checked_search(self, op: str, queries: Any, k: int, nprobe: int | None) -> tuple[Vectors, int, int]:
+        if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+            raise fail(op, "k", k, "an integer from 1 on")
+        chosen = self.nprobe if nprobe is None else nprobe
+        if self.nlist is None and nprobe is not None:
+            raise fail(op, "nprobe", nprobe, "None: this index has no lists")
+        if not isinstance(chosen, (int, np.integer)) or not 1 <= chosen <= (self.nlist or 1):
+            raise fail(op, "nprobe", chosen, f"an integer from 1 to {self.nlist}, the number of lists")
+        return Vectors(op, "queries", queries, self.dim, self.device, single=True), int(k), int(chosen)
+
+    def _at_once(self, k: int) -> int:
+        """Queries to search in one call of the kernels."""
+        each = self.codec.M << self.codec.bits if isinstance(self.codec, Product) else self.dim
+        if self.refine is not None:
+            each = max(each, 4 * k * self.dim)
+        return max(1, _QUERIES // each)
+
+    def _search(
+        self, state: State, x: Tensor, k: int, nprobe: int, keep: Tensor | None, factor: int
+    ) -> tuple[Tensor, Tensor]:
+        x = self._scaled(x)
+        ids = state.lists.ids_column() if self.refine is None else None
+        wide = k if self.refine is None else min(k * factor, max(k, state.lists.total))
+        distances, found = self._scan(state, x, wide, nprobe, keep, ids, self.codec)
+        if self.refine is None:
+            return distances, found
+        return self._refined(state, x, found, k)
+
+    def _scan(
+        self, state: State, x: Tensor, k: int, nprobe: int, keep: Tensor | None, ids: Tensor | None,
+        codec: Raw | Product,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """By a codec's columns; ids, or rows where none are given."""
+        lists, rotated = state.lists, self._rotated(state.model, x)
+        ranges = bias = None
+        if self.nlist is not None:
+            bias, probed = topk_distances(rotated, state.model["centroids"], nprobe, metric=self._scan_metric)
+            ranges = lists.extents[probed.cpu()].to(self.device)
+            bias = bias if isinstance(codec, Product) and codec.residual else None
+        keep = None if keep is None else keep[: (lists.scanned + 7) // 8]
+        probe = Probe(lists.seen, ranges, bias, ids, keep, k)
+        return codec.scan(state.model, rotated if codec is self.codec else x, probe, self._scan_metric)
+
+    def _refined(self, state: State, x: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best of candidate rows (Q, C) by their full vectors."""
+        distances = self._exact(state, x, rows)
+        ids = state.lists.ids_column()
+        if ids is not None and len(ids):
+            rows = torch.where(rows < 0, rows, ids[rows.clamp_min(0)])
+        order = rows.argsort(dim=1, stable=True)
+        distances, rows = distances.gather(1, order), rows.gather(1, order)
+        order = distances.argsort(dim=1, stable=True, descending=self.largest)[:, :k]
+        return distances.gather(1, order), rows.gather(1, order)
+
+    def _exact(self, state: State, x: Tensor, rows: Tensor) -> Tensor:
+        assert self.refine is not None
+        missing = rows < 0
+        if not len(state.lists.columns[REFINE]):
+            return torch.full(rows.shape, -torch.inf if self.largest else torch.inf, device=x.device)
+        stored = {REFINE: state.lists.columns[REFINE][rows.clamp_min(0)]}
+        candidates = self.refine.decode(state.model, stored)
+        if self.largest:
+            return candidates.mul_(x[:, None]).sum(2).masked_fill_(missing, -torch.inf)
+        return (candidates - x[:, None]).square_().sum(2).masked_fill_(missing, torch.inf)
+
+    @torch.no_grad()
+    def range_search(
+        self, queries: Array, radius: float, *, nprobe: int | None = None, filter: Filter | None = None
+    ) -> tuple[Any, Any, Any]:
+        """All vectors nearer than a radius: squared distance below it, product or cosine above it.
+
+        An index with refinement compares the full vectors of all rows that it looks at.
+
+        Returns:
+            (lims, distances, ids): those of query q, best first, lie from lims[q] to lims[q + 1].
+        """
+        op = self._op("range_search")
+        vectors, _, nprobe = self._checked_search(op, queries, 1, nprobe)
+        if not isinstance(radius, (int, float, np.floating)) or radius != radius:
+            raise fail(op, "radius", radius, "a number")
+        state = self._trained(op)
+        keep = torch_bits(keep_bitmap(op, state.lists, filter), self.device)
+        counts, distances, ids = [], [], []
+        for _, x in vectors.blocks(self._at_once(256)):
+            for near, found in self._within(state, x, float(radius), nprobe, keep):
+                counts.append(len(near))
+                distances.append(near)
+                ids.append(found)
+        lims = torch.tensor([0, *counts]).cumsum(0)
+        none = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        vectors.single = False  # lists of results have no row to be taken out
+        return vectors.results(lims, torch.cat([none[0], *distances]), torch.cat([none[1], *ids]))
+
+    def _within(
+        self, state: State, x: Tensor, radius: float, nprobe: int, keep: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For every query, those within: more and more are asked for until the last one is outside."""
+        x = self._scaled(x)
+        codec, ids = self.refine or self.codec, state.lists.ids_column()
+        results: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(x)
+        open_, k = torch.arange(len(x)), 64
+        while len(open_):
+            distances, found = self._scan(state, x[open_.to(x.device)], k, nprobe, keep, ids, codec)
+            inside = (distances > radius if self.largest else distances < radius) & (found >= 0)
+            full = inside[:, -1].cpu() if k < state.lists.total else torch.zeros(len(open_), dtype=torch.bool)
+            for at in (~full).nonzero()[:, 0].tolist():
+                results[int(open_[at])] = distances[at][inside[at]], found[at][inside[at]]
+            open_, k = open_[full], min(8 * k, max(state.lists.total, 1))
+        return results
+
+    @torch.no_grad()
+    def reconstruct(self, ids: int | Array) -> Any:
+        """The vectors of ids, (n, dim) or (dim,) for one, as the index knows them; torch for a tensor of ids."""
+        op, state = self._op("reconstruct"), self._trained(self._op("reconstruct"))
+        tensor = tensor_of(op, "ids", np.asarray(ids) if not isinstance(ids, Tensor) else ids)
+        if tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.dim() > 1:
+            raise fail(op, "ids", f"{tensor.dtype} of shape {tuple(tensor.shape)}", "an integer or a row of them")
+        wanted = tensor.cpu().numpy().astype(np.int64).reshape(-1)
+        rows = state.lists.find(wanted)
+        if len(rows) and rows.min() < 0:
+            raise fail(op, "ids", f"holding {wanted[rows < 0][0]}", "ids in the index", error=KeyError)
+        x = self._decoded(state, rows)
+        x = x[0] if tensor.dim() == 0 else x
+        return x if isinstance(ids, Tensor) else x.cpu().numpy()
+
+    def _decoded(self, state: State, rows: Integers) -> Tensor:
+        at = torch.from_numpy(rows).to(self.device)
+        columns = {name: column[at] for name, column in state.lists.columns.items()}
+        if self.refine is not None:
+            return self.refine.decode(state.model, columns)
+        x = self.codec.decode(state.model, columns)
+        if isinstance(self.codec, Product) and self.codec.residual and len(rows):
+            x = x + state.model["centroids"][torch.from_numpy(state.lists.list_of(rows)).to(self.device)]
+        return x @ state.model["rotation"] if self.opq else x

@@ -1,0 +1,234 @@
+// Searches by many threads at once while others add rows behind those that are searched, drop rows from bitmaps and
+// begin anew: built with ThreadSanitizer, every result equal, bit for bit, to that of one worker alone over the same
+// snapshot, and memory flat. METATE_TEST_SOAK: seconds.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "pq.h"
+
+namespace metate::cpu::METATE_ISA {
+void pq_distance_tables(const PqDistanceTables&, const Runtime&);
+void pq_encode(const PqEncode&, const Runtime&);
+void pq_scan(const PqScan&, const Runtime&);
+void topk_distances(const TopkDistances&, const Runtime&);
+}  // namespace metate::cpu::METATE_ISA
+
+using namespace metate;
+namespace kernels = metate::cpu::METATE_ISA;
+
+namespace {
+
+constexpr int64_t D = 24, M = 6, block = 32, capacity = 1 << 14;
+constexpr int writers = 6, readers = 26;
+
+template <int N>
+View<N> view_of(void* data, DType dtype, std::vector<int64_t> size) {
+    View<N> view{data, dtype, {}, {}};
+    int64_t stride = 1;
+    for (int i = N - 1; i >= 0; stride *= size[i], --i) view.size[i] = size[i], view.stride[i] = stride;
+    return view;
+}
+
+// Memory that a call keeps until the same thread calls again.
+void* scratch(size_t bytes) {
+    thread_local std::unique_ptr<char, decltype(&free)> memory(nullptr, free);
+    memory.reset(static_cast<char*>(aligned_alloc(64, (bytes + 64) / 64 * 64)));
+    return memory.get();
+}
+
+void in_threads(int workers, void (*body)(int, void*), void* context) {
+    std::vector<std::thread> others;
+    for (int i = 1; i < workers; ++i) others.emplace_back(body, i, context);
+    body(0, context);
+    for (std::thread& other : others) other.join();
+}
+
+const cpu::Runtime alone{1, in_threads, scratch}, together{3, in_threads, scratch};
+
+// Rows in the layouts that scans read; those before a snapshot's n never change.
+struct Rows {
+    std::vector<float> vectors = std::vector<float>(capacity * D), bias = std::vector<float>(capacity);
+    std::vector<uint8_t> nibbles = std::vector<uint8_t>(capacity / 2 * M), bytes = std::vector<uint8_t>(capacity * M);
+
+    // Whole blocks, whose bytes nobody reads yet.
+    void fill(int64_t first, int64_t last, std::minstd_rand& random) {
+        for (int64_t i = first * D; i < last * D; ++i) vectors[i] = static_cast<float>(random() % 1024) / 512 - 1;
+        for (int64_t i = first; i < last; ++i) bias[i] = static_cast<float>(random() % 64) / 64;
+        for (int64_t i = first / 2 * M; i < last / 2 * M; ++i) nibbles[i] = static_cast<uint8_t>(random() >> 8);
+        for (int64_t i = first * M; i < last * M; ++i) bytes[i] = static_cast<uint8_t>(random() >> 8);
+    }
+};
+
+struct Snapshot {
+    std::shared_ptr<Rows> rows;
+    int64_t n;
+    std::shared_ptr<std::vector<uint8_t>> keep;  // absent: all
+};
+
+std::mutex writing, publishing;
+Snapshot newest;
+std::atomic<bool> stop;
+std::atomic<int64_t> searches, changes;
+
+Snapshot snapshot() {
+    const std::lock_guard held(publishing);
+    return newest;
+}
+
+void publish(Snapshot next) {
+    const std::lock_guard held(publishing);
+    std::swap(newest, next);
+}
+
+void begin(std::minstd_rand& random) {
+    auto rows = std::make_shared<Rows>();
+    rows->fill(0, capacity / 2, random);
+    publish({rows, capacity / 2, nullptr});
+}
+
+void change(std::minstd_rand& random) {
+    const std::lock_guard held(writing);
+    Snapshot next = snapshot();
+    if (next.n == capacity) return begin(random);
+    if (random() % 3) {
+        const int64_t last = std::min(capacity, next.n + block * (1 + static_cast<int64_t>(random() % 8)));
+        next.rows->fill(next.n, last, random);
+        next.n = last;
+    } else {
+        auto keep = next.keep ? std::make_shared<std::vector<uint8_t>>(*next.keep)
+                              : std::make_shared<std::vector<uint8_t>>(capacity / 8, 255);
+        for (int i = 0; i < 100; ++i) (*keep)[random() % keep->size()] &= static_cast<uint8_t>(random() >> 8);
+        next.keep = keep;
+    }
+    publish(next);
+}
+
+// One search as any runtime does it.
+struct Task {
+    Snapshot seen;
+    int64_t Q, k, bits;
+    std::vector<float> queries;
+    std::vector<int64_t> ranges;
+    std::vector<float> books;
+
+    Task(const Snapshot& s, std::minstd_rand& random) : seen(s) {
+        Q = 1 + static_cast<int64_t>(random() % 6);
+        k = random() % 4 ? 10 : 100;
+        bits = random() % 2 ? 4 : 8;
+        for (int64_t i = 0; i < Q * D; ++i) queries.push_back(static_cast<float>(random() % 1024) / 512 - 1);
+        for (int64_t i = 0; i < (M << bits) * D / M; ++i) books.push_back(static_cast<float>(random() % 512) / 256 - 1);
+        for (int64_t i = 0; random() % 2 && i < Q; ++i) {
+            const int64_t cut = static_cast<int64_t>(random()) % s.n;
+            ranges.insert(ranges.end(), {cut, s.n, 0, cut / 2});
+        }
+        if (static_cast<int64_t>(ranges.size()) != 4 * Q) ranges.clear();
+    }
+
+    struct Result {
+        std::vector<float> distances;
+        std::vector<int64_t> found;
+        std::vector<uint8_t> codes;
+
+        bool operator==(const Result& other) const {
+            return !memcmp(distances.data(), other.distances.data(), distances.size() * sizeof(float)) &&
+                   found == other.found && codes == other.codes;
+        }
+    };
+
+    Result run(const cpu::Runtime& runtime) {
+        Result result{std::vector<float>(2 * Q * k), std::vector<int64_t>(2 * Q * k), {}};
+        const auto search = [&](int which) {
+            Search s{seen.n, {}, {}, {}, k, false, {}, {}};
+            if (!ranges.empty()) s.ranges = view_of<3>(ranges.data(), DType::i64, {Q, 2, 2});
+            if (seen.keep) s.keep = view_of<1>(seen.keep->data(), DType::u8, {seen.n / 8});
+            s.distances = view_of<2>(result.distances.data() + which * Q * k, DType::f32, {Q, k});
+            s.found = view_of<2>(result.found.data() + which * Q * k, DType::i64, {Q, k});
+            return s;
+        };
+        const auto asked = view_of<2>(queries.data(), DType::f32, {Q, D});
+        const auto codebooks = view_of<3>(books.data(), DType::f32, {M, int64_t{1} << bits, D / M});
+        std::vector<float> tables(Q * M << bits);
+        const auto table = view_of<3>(tables.data(), DType::f32, {Q, M, int64_t{1} << bits});
+        kernels::pq_distance_tables({asked, codebooks, Metric::l2, table}, runtime);
+        uint8_t* const codes = bits == 4 ? seen.rows->nibbles.data() : seen.rows->bytes.data();
+        kernels::pq_scan({table,
+                          bits,
+                          {},
+                          view_of<3>(codes, DType::u8, {seen.n / block, M, 4 * bits}),
+                          {},
+                          view_of<1>(seen.rows->bias.data(), DType::f32, {seen.n}),
+                          search(0)},
+                         runtime);
+        kernels::topk_distances(
+            {asked, view_of<2>(seen.rows->vectors.data(), DType::f32, {seen.n, D}), {}, {}, Metric::l2, search(1)},
+            runtime);
+        result.codes.resize(1024 * M);
+        kernels::pq_encode({view_of<2>(seen.rows->vectors.data(), DType::f32, {1024, D}), codebooks, bits,
+                            view_of<2>(result.codes.data(), DType::u8, {1024, (M * bits + 7) / 8})},
+                           runtime);
+        return result;
+    }
+};
+
+void read(int number) {
+    std::minstd_rand random(static_cast<unsigned>(number + 100));
+    while (!stop) {
+        Task task(snapshot(), random);
+        if (!(task.run(together) == task.run(alone))) {
+            fprintf(stderr, "a search of %ld rows by 3 workers differs from that of one\n", (long)task.seen.n);
+            exit(1);
+        }
+        ++searches;
+    }
+}
+
+void write(int number) {
+    std::minstd_rand random(static_cast<unsigned>(number + 1));
+    while (!stop) {
+        change(random);
+        ++changes;
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+}
+
+double megabytes() {
+    long pages = 0;
+    FILE* const file = fopen("/proc/self/statm", "r");
+    if (!file || fscanf(file, "%*s %ld", &pages) != 1) pages = 0;
+    if (file) fclose(file);
+    return static_cast<double>(pages) * 4096 / 1e6;
+}
+
+}  // namespace
+
+int main() {
+    const char* const given = getenv("METATE_TEST_SOAK");
+    const double seconds = given ? atof(given) : 3;
+    std::minstd_rand random(1);
+    begin(random);
+    std::vector<std::thread> threads;
+    for (int i = 0; i < writers; ++i) threads.emplace_back(write, i);
+    for (int i = 0; i < readers; ++i) threads.emplace_back(read, i);
+    std::this_thread::sleep_for(std::chrono::duration<double>(seconds / 2));
+    const double half = megabytes();
+    std::this_thread::sleep_for(std::chrono::duration<double>(seconds / 2));
+    stop = true;
+    for (std::thread& thread : threads) thread.join();
+    const double whole = megabytes();
+    printf("%ld searches, %ld changes, %.0f MB and %.0f MB\n", (long)searches, (long)changes, half, whole);
+    if (searches < readers || changes < writers || whole > 1.25 * half + 32) {
+        fprintf(stderr, "expected searches and changes by every thread, and as much memory as before\n");
+        return 1;
+    }
+    return 0;
+}

@@ -1,6 +1,8 @@
 """metate.compat.faiss says what faiss says: search by every class, factory strings, selectors, files, and refusals."""
 
+import copy
 import importlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,24 @@ def test_refusals():
         with pytest.raises(error):
             call()
     assert index.ntotal == 0 and not index.is_trained
+
+
+def test_pickles_and_reads_as_faiss_does(tmp_path):
+    index = faiss.index_factory(D, "OPQ4_4,IVF4,PQ4x4np")
+    index.train(X)
+    index.add(X)
+    for again in (pickle.loads(pickle.dumps(index)), copy.deepcopy(index)):
+        assert np.array_equal(again.search(Q, 5)[1], index.search(Q, 5)[1])
+    (tmp_path / "index").write_bytes(faiss.serialize_index(index)[:100].tobytes())
+    with pytest.raises(RuntimeError, match=str(tmp_path)):
+        faiss.read_index(str(tmp_path / "index"))
+    params = faiss.SearchParametersIVF(nprobe=2)
+    params.max_codes = 5
+    with pytest.raises(NotImplementedError, match="max_codes"):
+        faiss.extract_index_ivf(index).search(Q[:, :4], 1, params=params)
+    faiss.extract_index_ivf(index).nprobe = 0
+    with pytest.raises(RuntimeError, match="nprobe is 0"):
+        index.search(Q, 1)
 
 
 def test_installed_under_its_name():

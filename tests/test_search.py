@@ -137,6 +137,20 @@ def test_training_finds_structure():
     assert torch.equal(a._state.model["codebooks"], b._state.model["codebooks"])
 
 
+def test_rotation_of_small_vectors():
+    """Variances below 1, of which few matter: their axes are dealt out to all parts."""
+    random = np.random.default_rng(2)
+    turn = np.linalg.qr(random.standard_normal((16, 16)))[0]
+    x = (0.01 * random.standard_normal((900, 16)) * 0.6 ** np.arange(16) @ turn).astype(np.float32)
+    errors = []
+    for opq in (False, True):
+        index = PQIndex(16, 4, 4, opq=opq)
+        index.train(x, progress=False)
+        index.add(x)
+        errors.append(((index.reconstruct(np.arange(900)) - x) ** 2).sum())
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_nprobe_is_the_nearest_lists():
     index = filled(IVFFlatIndex(D, 5))
     index.add(X)

@@ -28,7 +28,7 @@ namespace kernels = metate::cpu::METATE_ISA;
 
 namespace {
 
-constexpr int64_t D = 24, M = 6, block = 32, capacity = 1 << 14;
+constexpr int64_t D = 24, M = 6, block = 32, capacity = 1 << 14, encoded = 300;
 constexpr int writers = 6, readers = 26;
 
 template <int N>
@@ -172,33 +172,33 @@ struct Task {
         kernels::topk_distances(
             {asked, view_of<2>(seen.rows->vectors.data(), DType::f32, {seen.n, D}), {}, {}, Metric::l2, search(1)},
             runtime);
-        result.codes.resize(1024 * M);
-        kernels::pq_encode({view_of<2>(seen.rows->vectors.data(), DType::f32, {1024, D}), codebooks, bits,
-                            view_of<2>(result.codes.data(), DType::u8, {1024, (M * bits + 7) / 8})},
+        result.codes.resize(encoded * M);
+        kernels::pq_encode({view_of<2>(seen.rows->vectors.data(), DType::f32, {encoded, D}), codebooks, bits,
+                            view_of<2>(result.codes.data(), DType::u8, {encoded, (M * bits + 7) / 8})},
                            runtime);
         return result;
     }
 };
 
-void read(int number) {
+void keep_searching(int number) {
     std::minstd_rand random(static_cast<unsigned>(number + 100));
-    while (!stop) {
+    do {
         Task task(snapshot(), random);
         if (!(task.run(together) == task.run(alone))) {
             fprintf(stderr, "a search of %ld rows by 3 workers differs from that of one\n", (long)task.seen.n);
             exit(1);
         }
         ++searches;
-    }
+    } while (!stop);
 }
 
-void write(int number) {
+void keep_changing(int number) {
     std::minstd_rand random(static_cast<unsigned>(number + 1));
-    while (!stop) {
+    do {
         change(random);
         ++changes;
         std::this_thread::sleep_for(std::chrono::milliseconds(5));
-    }
+    } while (!stop);
 }
 
 double megabytes() {
@@ -217,8 +217,8 @@ int main() {
     std::minstd_rand random(1);
     begin(random);
     std::vector<std::thread> threads;
-    for (int i = 0; i < writers; ++i) threads.emplace_back(write, i);
-    for (int i = 0; i < readers; ++i) threads.emplace_back(read, i);
+    for (int i = 0; i < writers; ++i) threads.emplace_back(keep_changing, i);
+    for (int i = 0; i < readers; ++i) threads.emplace_back(keep_searching, i);
     std::this_thread::sleep_for(std::chrono::duration<double>(seconds / 2));
     const double half = megabytes();
     std::this_thread::sleep_for(std::chrono::duration<double>(seconds / 2));

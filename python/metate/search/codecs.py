@@ -139,7 +139,7 @@ class Product:
 
     def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
         product = metric == "inner_product" or self.row_bias
-        asked = -2 * queries if self.row_bias else queries
+        asked = queries.mul(-2) if self.row_bias else queries
         tables = pq_distance_tables(asked, model["codebooks"], metric="inner_product" if product else "l2")
         codes, row_bias = probe.columns["codes"], probe.columns.get("bias")
         assert row_bias is None or isinstance(row_bias, Tensor)

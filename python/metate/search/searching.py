@@ -23,7 +23,6 @@ _QUERIES = 1 << 24  # numbers of the tables, and of the vectors to refine, of th
 class Searching(Base):
     """Reads one snapshot from beginning to end, whatever writers do meanwhile."""
 
-    @torch.no_grad()
     def search(
         self, queries: Array, k: int, *, nprobe: int | None = None, filter: Filter | None = None,
         refine_factor: int = 4,
@@ -93,7 +92,7 @@ class Searching(Base):
         ranges = bias = None
         if self.nlist is not None:
             bias, probed = topk_distances(rotated, state.model["centroids"], nprobe, metric=self._scan_metric)
-            ranges = lists.extents[probed.cpu()].to(self.device)
+            ranges = torch.from_numpy(lists.extents[probed.cpu().numpy()]).to(self.device)
             bias = bias if isinstance(codec, Product) and codec.residual else None
         keep = None if keep is None else keep[: (lists.scanned + 7) // 8]
         probe = Probe(lists.seen, ranges, bias, ids, keep, k)

@@ -116,10 +116,10 @@ class Lists:
         return int(self.length[0]) if len(self.length) == 1 else self.used
 
     @cached_property
-    def extents(self) -> Tensor:
+    def extents(self) -> Integers:
         """(lists + 1, 2): the first row of a list and the one behind its last. List -1 has no rows."""
         ends = np.stack([self.start, self.start + self.length], 1)
-        return torch.from_numpy(np.concatenate([ends, np.zeros((1, 2), np.int64)]))
+        return np.concatenate([ends, np.zeros((1, 2), np.int64)])
 
     @cached_property
     def seen(self) -> dict[str, Column]:

@@ -48,7 +48,8 @@ def train_rotation(
 def _principal_axes(x: Tensor, M: int) -> Tensor:
     centred = (x - x.mean(0)).double()
     values, axes = torch.linalg.eigh(centred.T @ centred / max(len(x), 1))
-    logs = values.clamp_min(torch.finfo(torch.float64).tiny).log().tolist()
+    values = values.clamp_min(max(1e-9 * float(values[-1]), torch.finfo(torch.float64).tiny))
+    logs = (values / values[0]).log().tolist()  # none is negative, or the part with the least would be dealt more
     dealt: list[list[int]] = [[] for _ in range(M)]
     products = [0.0] * M
     for axis in reversed(range(len(logs))):  # the largest variance first

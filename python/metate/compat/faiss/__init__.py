@@ -19,6 +19,7 @@ from metate.compat.faiss.factory import (
 from metate.compat.faiss.indexes import (
     METRIC_INNER_PRODUCT,
     METRIC_L2,
+    DirectMap,
     Index,
     IndexFlat,
     IndexFlatIP,
@@ -66,13 +67,14 @@ def omp_set_num_threads(threads: int) -> None:
 
 
 __all__ = [
-    "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "IDSelector", "IDSelectorAll",
-    "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot", "IDSelectorOr",
-    "IDSelectorRange", "IDSelectorXOr", "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatIP", "IndexFlatL2",
-    "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexPQ", "IndexPreTransform",
-    "IndexRefine", "IndexRefineFlat", "IndexRefineSearchParameters", "Kmeans", "LinearTransform", "OPQMatrix",
-    "ParameterSpace", "ProductQuantizer", "RandomRotationMatrix", "SearchParameters", "SearchParametersIVF",
-    "SearchParametersPQ", "SearchParametersPreTransform", "VectorTransform", "clone_index", "deserialize_index",
-    "downcast_index", "extract_index_ivf", "index_factory", "kmin", "knn", "normalize_L2", "omp_get_max_threads",
-    "omp_set_num_threads", "read_index", "serialize_index", "write_index",
+    "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "DirectMap", "IDSelector",
+    "IDSelectorAll", "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot",
+    "IDSelectorOr", "IDSelectorRange", "IDSelectorXOr", "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatIP",
+    "IndexFlatL2", "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexPQ",
+    "IndexPreTransform", "IndexRefine", "IndexRefineFlat", "IndexRefineSearchParameters", "Kmeans",
+    "LinearTransform", "OPQMatrix", "ParameterSpace", "ProductQuantizer", "RandomRotationMatrix",
+    "SearchParameters", "SearchParametersIVF", "SearchParametersPQ", "SearchParametersPreTransform",
+    "VectorTransform", "clone_index", "deserialize_index", "downcast_index", "extract_index_ivf", "index_factory",
+    "kmin", "knn", "normalize_L2", "omp_get_max_threads", "omp_set_num_threads", "read_index", "serialize_index",
+    "write_index",
 ]  # fmt: skip

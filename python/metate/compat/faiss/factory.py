@@ -21,6 +21,7 @@ from metate.compat.faiss.indexes import (
     as_array,
 )
 from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, RandomRotationMatrix, VectorTransform
+from metate.errors import FormatError
 from metate.search import faiss_files as files
 from metate.search.faiss_index import from_tree, to_tree
 from metate.search.files import replacing
@@ -85,9 +86,16 @@ def write_index(index: Index, path: str) -> None:
         files.write_tree(tree, file)
 
 
+class ReadError(FormatError, RuntimeError):
+    """A FormatError that code written for faiss catches too."""
+
+
 def read_index(path: str, *flags: Any) -> Index:
     """An index that faiss or `write_index` wrote; FormatError for anything else."""
-    return _index(files.read_tree(path))
+    try:
+        return _index(files.read_tree(path))
+    except FormatError as error:
+        raise ReadError(f"{error} ({path})") from None
 
 
 def serialize_index(index: Index) -> npt.NDArray[np.uint8]:
@@ -97,7 +105,10 @@ def serialize_index(index: Index) -> npt.NDArray[np.uint8]:
 
 
 def deserialize_index(data: npt.NDArray[np.uint8]) -> Index:
-    return _index(files.parse(data.tobytes()))
+    try:
+        return _index(files.parse(data.tobytes()))
+    except FormatError as error:
+        raise ReadError(str(error)) from None
 
 
 def clone_index(index: Index) -> Index:

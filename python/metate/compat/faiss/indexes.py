@@ -133,6 +133,12 @@ class Index:
     def compute_residual(self, x: Any, key: int) -> Any:
         return x - self.reconstruct(int(key))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy.deepcopy: the bytes of its file."""
+        from metate.compat.faiss.factory import deserialize_index, serialize_index
+
+        return deserialize_index, (serialize_index(self),)
+
 
 class _Elementary(Index):
     """An index over one of metate's."""
@@ -271,6 +277,12 @@ class IndexPQ(_Sequential):
         return {"filter": params.sel} if isinstance(params, SearchParametersPQ) else super()._how(params)
 
 
+class DirectMap:
+    """Kinds of maps from ids to rows: here all the same."""
+
+    NoMap, Array, Hashtable = range(3)
+
+
 class InvertedLists:
     """The sizes and ids of lists."""
 
@@ -333,11 +345,17 @@ class IndexIVF(_Elementary):
     set_direct_map_type = make_direct_map
 
     def _how(self, params: SearchParameters | None) -> dict[str, Any]:
-        if params is None:
-            return {"nprobe": min(self.nprobe, self.nlist)}
-        if not isinstance(params, SearchParametersIVF):
+        if params is not None and not isinstance(params, SearchParametersIVF):
             return self._refuse(params)
-        return {"nprobe": min(params.nprobe, self.nlist), "filter": params.sel}
+        for name, value in ({} if params is None else vars(params)).items():
+            if name not in ("sel", "nprobe") and value:
+                raise NotImplementedError(
+                    f"metate.compat.faiss: {name} of SearchParametersIVF is not there; use nprobe"
+                )
+        nprobe = self.nprobe if params is None else params.nprobe
+        if nprobe < 1:
+            raise RuntimeError(f"{type(self).__name__}: nprobe is {nprobe}, expected 1 and more")
+        return {"nprobe": min(nprobe, self.nlist), "filter": None if params is None else params.sel}
 
 
 class IndexIVFFlat(IndexIVF):

@@ -36,10 +36,10 @@ class IDSelectorRange(IDSelector):
 
 
 class IDSelectorBatch(IDSelector):
-    """The ids of an array."""
+    """The ids of an array, or the first n of one."""
 
-    def __init__(self, indices: Any) -> None:
-        self.ids = np.asarray(indices, np.int64).reshape(-1)
+    def __init__(self, *given: Any) -> None:
+        self.ids = np.asarray(given[-1], np.int64).reshape(-1)[: given[0] if len(given) == 2 else None]
 
     def __call__(self, ids: Integers) -> Booleans:
         return np.isin(ids, self.ids)
@@ -116,10 +116,6 @@ class SearchParametersIVF(SearchParameters):
     nprobe: int = 1
     max_codes: int = 0
     quantizer_params: SearchParameters | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_codes:
-            raise NotImplementedError("metate.compat.faiss: max_codes is not there; use nprobe")
 
 
 IVFSearchParameters = SearchParametersIVF

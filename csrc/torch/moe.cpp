@@ -2,6 +2,7 @@
 #include "moe.h"
 
 #include "bind.h"
+#include "low_bit.h"
 
 namespace metate::bind {
 namespace {
@@ -80,33 +81,6 @@ Tensor grouped_outer(const Tensor& a, const Tensor& b, const Tensor& offsets, co
     return out;
 }
 
-// Kernels read rows of bytes; other layouts of the codes are copied.
-Tensor rows_of_bytes(const Tensor& codes) {
-    return codes.size(2) < 2 || codes.stride(2) == 1 ? codes : contiguous(codes);
-}
-
-LowBitExperts experts_of(int64_t columns, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
-                         const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
-                         const Optional& codebook, const Optional& permutation, int64_t bits, int64_t group_size,
-                         int64_t super_groups, int64_t zero) {
-    return {
-        .rows = codes.size(1),
-        .columns = columns,
-        .bits = bits,
-        .group_size = group_size,
-        .super_groups = super_groups,
-        .zero = zero,
-        .codes = view<3>(codes),
-        .scales = view<3>(scales),
-        .super_scales = view<3>(super_scales),
-        .zeros = view<3>(zeros),
-        .offsets = view<3>(offsets),
-        .super_offsets = view<3>(super_offsets),
-        .codebook = view<1>(codebook),
-        .permutation = view<2>(permutation),
-    };
-}
-
 Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
                             const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
                             const Optional& codebook, const Optional& permutation, const Optional& bias,
@@ -120,11 +94,12 @@ Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& 
                                     super_groups, zero, 1);
 #endif
     Tensor out = empty(x, {rows_of(x, order), codes.size(1)});
-    METATE_LAUNCH(quant_grouped_linear, x,
-                  QuantGroupedLinear{view<2>(x),
-                                     experts_of(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
-                                                codebook, permutation, bits, group_size, super_groups, zero),
-                                     view<2>(bias), view<1>(expert_offsets), view<1>(order), k, view<2>(out)});
+    METATE_LAUNCH(
+        quant_grouped_linear, x,
+        QuantGroupedLinear{view<2>(x),
+                           low_bit<LowBitExperts>(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                                  codebook, permutation, bits, group_size, super_groups, zero),
+                           view<2>(bias), view<1>(expert_offsets), view<1>(order), k, view<2>(out)});
     return out;
 }
 
@@ -135,10 +110,11 @@ Tensor quant_grouped_matmul(const Tensor& x, const Tensor& codes, const Tensor& 
     const Tensor bytes = rows_of_bytes(codes);
     Tensor out = empty(x, {x.size(0), in_features});
     METATE_LAUNCH(quant_grouped_matmul, x,
-                  QuantGroupedMatmul{view<2>(x),
-                                     experts_of(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets,
-                                                codebook, permutation, bits, group_size, super_groups, zero),
-                                     view<1>(expert_offsets), view<2>(out)});
+                  QuantGroupedMatmul{
+                      view<2>(x),
+                      low_bit<LowBitExperts>(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                             codebook, permutation, bits, group_size, super_groups, zero),
+                      view<1>(expert_offsets), view<2>(out)});
     return out;
 }
 

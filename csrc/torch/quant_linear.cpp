@@ -2,38 +2,12 @@
 #include "quant_linear.h"
 
 #include "bind.h"
+#include "low_bit.h"
 
 namespace metate::bind {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-// Kernels read rows of bytes; other layouts of the codes are copied.
-Tensor rows_of_bytes(const Tensor& codes) {
-    return codes.size(1) < 2 || codes.stride(1) == 1 ? codes : contiguous(codes);
-}
-
-LowBitMatrix matrix(int64_t columns, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
-                    const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
-                    const Optional& codebook, const Optional& permutation, int64_t bits, int64_t group_size,
-                    int64_t super_groups, int64_t zero) {
-    return {
-        .rows = codes.size(0),
-        .columns = columns,
-        .bits = bits,
-        .group_size = group_size,
-        .super_groups = super_groups,
-        .zero = zero,
-        .codes = view<2>(codes),
-        .scales = view<2>(scales),
-        .super_scales = view<2>(super_scales),
-        .zeros = view<2>(zeros),
-        .offsets = view<2>(offsets),
-        .super_offsets = view<2>(super_offsets),
-        .codebook = view<1>(codebook),
-        .permutation = view<1>(permutation),
-    };
-}
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
               const Optional& zeros, const Optional& offsets, const Optional& super_offsets, const Optional& codebook,
@@ -41,11 +15,12 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
               int64_t zero, bool int8_activations) {
     const Tensor bytes = rows_of_bytes(codes);
     Tensor out = empty(x, {x.size(0), codes.size(0)});
-    METATE_LAUNCH(quant_linear, x,
-                  QuantLinear{view<2>(x),
-                              matrix(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets, codebook,
-                                     permutation, bits, group_size, super_groups, zero),
-                              view<1>(bias), int8_activations, view<2>(out)});
+    METATE_LAUNCH(
+        quant_linear, x,
+        QuantLinear{view<2>(x),
+                    low_bit<LowBitMatrix>(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                          codebook, permutation, bits, group_size, super_groups, zero),
+                    view<1>(bias), int8_activations, view<2>(out)});
     return out;
 }
 
@@ -73,11 +48,12 @@ Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, 
                     int64_t super_groups, int64_t zero, int64_t in_features) {
     const Tensor bytes = rows_of_bytes(codes);
     Tensor out = empty(x, {x.size(0), in_features});
-    METATE_LAUNCH(quant_matmul, x,
-                  QuantMatmul{view<2>(x),
-                              matrix(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets, codebook,
-                                     permutation, bits, group_size, super_groups, zero),
-                              view<2>(out)});
+    METATE_LAUNCH(
+        quant_matmul, x,
+        QuantMatmul{view<2>(x),
+                    low_bit<LowBitMatrix>(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                          codebook, permutation, bits, group_size, super_groups, zero),
+                    view<2>(out)});
     return out;
 }
 
@@ -115,12 +91,13 @@ Tensor lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, c
                    int64_t super_groups, int64_t zero) {
     const Tensor bytes = rows_of_bytes(codes), low = lora_shrink(x, a, ids);
     Tensor out = empty(x, {x.size(0), codes.size(0)});
-    METATE_LAUNCH(quant_linear, x,
-                  QuantLinear{view<2>(x),
-                              matrix(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets, codebook,
-                                     permutation, bits, group_size, super_groups, zero),
-                              view<1>(bias), false, view<2>(out),
-                              LowRank{view<2>(low), view<3>(b), view<1>(scaling), view<1>(ids)}});
+    METATE_LAUNCH(
+        quant_linear, x,
+        QuantLinear{view<2>(x),
+                    low_bit<LowBitMatrix>(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                          codebook, permutation, bits, group_size, super_groups, zero),
+                    view<1>(bias), false, view<2>(out),
+                    LowRank{view<2>(low), view<3>(b), view<1>(scaling), view<1>(ids)}});
     return out;
 }
 
@@ -131,11 +108,12 @@ Tensor lora_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, c
                    int64_t zero, int64_t in_features) {
     const Tensor bytes = rows_of_bytes(codes), low = shrink(x, transposed(b), ids);
     Tensor out = empty(x, {x.size(0), in_features});
-    METATE_LAUNCH(quant_matmul, x,
-                  QuantMatmul{view<2>(x),
-                              matrix(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets, codebook,
-                                     permutation, bits, group_size, super_groups, zero),
-                              view<2>(out), LowRank{view<2>(low), transposed(a), view<1>(scaling), view<1>(ids)}});
+    METATE_LAUNCH(
+        quant_matmul, x,
+        QuantMatmul{view<2>(x),
+                    low_bit<LowBitMatrix>(in_features, bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                          codebook, permutation, bits, group_size, super_groups, zero),
+                    view<2>(out), LowRank{view<2>(low), transposed(a), view<1>(scaling), view<1>(ids)}});
     return out;
 }
 

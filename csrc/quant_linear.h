@@ -58,6 +58,16 @@ struct QuantMatmul {
     LowRank update{};
 };
 
+// Calls whose work is shared out as one: alike in all but the numbers of rows of x and the memory.
+struct QuantLinears {
+    const QuantLinear* calls;
+    int64_t count;  // at least 1
+};
+struct QuantMatmuls {
+    const QuantMatmul* calls;
+    int64_t count;
+};
+
 // out[m] = x[m] · a[ids[m]]ᵀ; zeros where a row has no adapter.
 struct LoraShrink {
     View<2> x;    // (M, K)
@@ -77,6 +87,8 @@ struct LoraOuter {
 namespace cpu {
 void quant_linear(const QuantLinear&, const Runtime&);
 void quant_matmul(const QuantMatmul&, const Runtime&);
+void quant_linears(const QuantLinears&, const Runtime&);
+void quant_matmuls(const QuantMatmuls&, const Runtime&);
 void lora_shrink(const LoraShrink&, const Runtime&);
 void lora_outer(const LoraOuter&, const Runtime&);
 }  // namespace cpu

@@ -35,6 +35,13 @@ void for_pieces(const Runtime& runtime, int64_t pieces, const Body& body) {
     runtime.parallel(workers, work, &shared);
 }
 
+// Which of n runs of pieces a piece is in: run i begins with piece first[i], run n would with the number of all pieces.
+inline int64_t run_of(const int64_t* first, int64_t n, int64_t piece) {
+    int64_t low = 0, high = n;
+    while (high - low > 1) (first[(low + high) / 2] <= piece ? low : high) = (low + high) / 2;
+    return low;
+}
+
 // Hands out consecutive 64-byte aligned arrays. Without a base it only counts, so that one function describes a layout
 // both for the size to ask for and for the arrays themselves.
 struct Arena {

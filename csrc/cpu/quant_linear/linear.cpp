@@ -40,7 +40,7 @@ struct BlockPlan {
 };
 
 struct Problem {
-    const QuantLinear& call;
+    QuantLinear call;
     Values values;
     Arithmetic arithmetic;
     PackedRows x;
@@ -250,62 +250,99 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t piece) {
     for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, at_once);
 }
 
-template <class T>
-void run(const QuantLinear& call, const Runtime& runtime) {
-    Problem p(call);
-    if (p.x.rows == 0 || call.w.rows == 0) return;
-    const Runtime workers = runtime_for(runtime, call.w.rows * call.w.columns);
-    Arena sizes;
-    p.workspace(sizes);
-    const bool in_integers = p.arithmetic.digits > 0, has_sums = p.sums_scaled && has_corrections(call.w);
-    Chunk* chunks = nullptr;
-    Segment* segments = nullptr;
-    const auto layout = [&](Arena& arena) {
-        p.plans = arena.take<BlockPlan>(p.blocks);
-        chunks = arena.take<Chunk>(p.blocks * p.x.most_chunks);
+// What the calls of one schedule share, and each of them.
+struct Schedule {
+    Problem* problems;
+    int64_t* first;  // piece of each problem
+    BlockPlan* plans;
+    IntegerPlan* integer_plans;
+    Chunk* chunks;
+    Segment* segments;
+};
+
+// Takes the memory of a schedule; `like` is any of its problems.
+Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena) {
+    const bool in_integers = like.arithmetic.digits > 0, has_sums = like.sums_scaled && has_corrections(like.call.w);
+    const int64_t most_chunks = like.x.most_chunks;
+    Schedule s{};
+    s.problems = arena.take<Problem>(all.count);
+    s.first = arena.take<int64_t>(all.count + 1);
+    s.plans = arena.take<BlockPlan>(like.blocks);
+    s.chunks = arena.take<Chunk>(like.blocks * most_chunks);
+    s.integer_plans = in_integers ? arena.take<IntegerPlan>(like.blocks) : nullptr;
+    s.segments = in_integers ? arena.take<Segment>(like.blocks * most_chunks) : nullptr;
+    if (arena.base) s.first[0] = 0;
+    for (int64_t i = 0; i < all.count; ++i) {
+        Problem p(all.calls[i]);
+        p.plans = s.plans;
+        p.integer_plans = s.integer_plans;
         if (in_integers) {
             p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
-            p.integer_plans = arena.take<IntegerPlan>(p.blocks);
-            segments = arena.take<Segment>(p.blocks * p.x.most_chunks);
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
-            p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * p.x.most_chunks) : nullptr;
+            p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
         }
-        return arena.take<char>(static_cast<int64_t>(sizes.used) * workers.threads);
-    };
-    Arena counted;
-    layout(counted);
-    Arena arena{static_cast<char*>(runtime.scratch(counted.used))};
-    char* const spaces = layout(arena);
-    plan_blocks(p, chunks, segments);
+        if (!arena.base) continue;
+        s.problems[i] = p;
+        s.first[i + 1] = s.first[i] + (p.x.rows ? p.cut.pieces : 0);
+    }
+    return s;
+}
+
+template <class T>
+void pack_rows(const Problem& p, const Runtime& runtime) {
+    const QuantLinear& call = p.call;
     const Runtime packers = runtime_for(runtime, p.x.rows * call.w.columns);
-    if (in_integers)
+    if (p.arithmetic.digits > 0)
         pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic.radix, packers);
     else
         pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);
-    for_pieces(workers, p.cut.pieces, [&](int worker, int64_t piece) {
-        Arena mine{spaces + static_cast<size_t>(worker) * sizes.used};
-        compute_piece<T>(p, p.workspace(mine), piece);
+}
+
+template <class T>
+void run(const QuantLinears& all, const Runtime& runtime) {
+    const QuantLinear* most = all.calls;  // rows, and so the largest workspace
+    for (int64_t i = 1; i < all.count; ++i)
+        if (all.calls[i].x.size[0] > most->x.size[0]) most = all.calls + i;
+    const Problem largest(*most);
+    const LowBitMatrix& w = most->w;
+    if (largest.x.rows == 0 || w.rows == 0) return;
+    const Runtime workers = runtime_for(runtime, all.count * w.rows * w.columns);
+    Schedule s{};
+    const auto own = lay_out(
+        workers, workers.threads, [&](Arena& arena) { s = schedule_of(all, largest, arena); },
+        [&](Arena& arena) { return largest.workspace(arena); });
+    plan_blocks(s.problems[0], s.chunks, s.segments);
+    for (int64_t i = 0; i < all.count; ++i) pack_rows<T>(s.problems[i], runtime);
+    for_pieces(workers, s.first[all.count], [&](int worker, int64_t piece) {
+        const int64_t i = run_of(s.first, all.count, piece);
+        compute_piece<T>(s.problems[i], own(worker), piece - s.first[i]);
     });
 }
 
 }  // namespace
 
-void quant_linear(const QuantLinear& call, const Runtime& runtime) {
-    switch (call.x.dtype) {
+void quant_linears(const QuantLinears& all, const Runtime& runtime) {
+    switch (all.calls->x.dtype) {
 #if defined(METATE_ISA_BASELINE)
         case DType::f64:
-            return linear_exact(call, runtime);
+            for (int64_t i = 0; i < all.count; ++i) linear_exact(all.calls[i], runtime);
+            return;
 #endif
         case DType::bf16:
-            return run<bf16>(call, runtime);
+            return run<bf16>(all, runtime);
         case DType::f16:
-            return run<f16>(call, runtime);
+            return run<f16>(all, runtime);
         default:
-            return run<float>(call, runtime);
+            return run<float>(all, runtime);
     }
+}
+
+void quant_linear(const QuantLinear& call, const Runtime& runtime) {
+    METATE_ISA::quant_linears({&call, 1}, runtime);
 }
 
 }  // namespace metate::cpu::METATE_ISA
 
+METATE_DISPATCH(quant_linears, QuantLinears, p.calls->x.dtype)
 METATE_DISPATCH(quant_linear, QuantLinear, p.x.dtype)

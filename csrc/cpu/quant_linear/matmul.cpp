@@ -12,7 +12,7 @@ struct Workspace {
 };
 
 struct Problem {
-    const QuantMatmul& call;
+    QuantMatmul call;
     Values values;
     PackedRows x;  // its columns are the rows of W
     int64_t blocks, rows_at_once;
@@ -98,44 +98,56 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t k) {
 }
 
 template <class T>
-void run(const QuantMatmul& call, const Runtime& runtime) {
-    Problem p(call);
-    if (p.x.rows == 0 || call.w.columns == 0) return;
-    const Runtime workers = runtime_for(runtime, call.w.rows * call.w.columns);
-    Arena sizes;
-    p.workspace(sizes);
-    const auto layout = [&](Arena& arena) {
-        p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
-        return arena.take<char>(static_cast<int64_t>(sizes.used) * workers.threads);
-    };
-    Arena counted;
-    layout(counted);
-    Arena arena{static_cast<char*>(runtime.scratch(counted.used))};
-    char* const spaces = layout(arena);
-    pack<T>(p.x, call.x, {}, 1, false, runtime_for(runtime, p.x.rows * call.w.rows));
-    for_pieces(workers, ceil_div(call.w.columns, block), [&](int worker, int64_t piece) {
-        Arena mine{spaces + static_cast<size_t>(worker) * sizes.used};
-        compute_piece<T>(p, p.workspace(mine), piece);
+void run(const QuantMatmuls& all, const Runtime& runtime) {
+    const QuantMatmul* most = all.calls;  // rows, and so the largest workspace
+    for (int64_t i = 1; i < all.count; ++i)
+        if (all.calls[i].x.size[0] > most->x.size[0]) most = all.calls + i;
+    const Problem largest(*most);
+    const int64_t rows = most->w.rows, columns = most->w.columns, pieces = ceil_div(columns, block);
+    if (largest.x.rows == 0 || columns == 0) return;
+    const Runtime workers = runtime_for(runtime, all.count * rows * columns);
+    Problem* problems = nullptr;
+    const auto own = lay_out(
+        workers, workers.threads,
+        [&](Arena& arena) {
+            problems = arena.take<Problem>(all.count);
+            for (int64_t i = 0; i < all.count; ++i) {
+                Problem p(all.calls[i]);
+                p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
+                if (arena.base) problems[i] = p;
+            }
+        },
+        [&](Arena& arena) { return largest.workspace(arena); });
+    for (int64_t i = 0; i < all.count; ++i)
+        pack<T>(problems[i].x, all.calls[i].x, {}, 1, false, runtime_for(runtime, problems[i].x.rows * rows));
+    for_pieces(workers, all.count * pieces, [&](int worker, int64_t piece) {
+        compute_piece<T>(problems[piece / pieces], own(worker), piece % pieces);
     });
 }
 
 }  // namespace
 
-void quant_matmul(const QuantMatmul& call, const Runtime& runtime) {
-    switch (call.x.dtype) {
+void quant_matmuls(const QuantMatmuls& all, const Runtime& runtime) {
+    switch (all.calls->x.dtype) {
 #if defined(METATE_ISA_BASELINE)
         case DType::f64:
-            return matmul_exact(call, runtime);
+            for (int64_t i = 0; i < all.count; ++i) matmul_exact(all.calls[i], runtime);
+            return;
 #endif
         case DType::bf16:
-            return run<bf16>(call, runtime);
+            return run<bf16>(all, runtime);
         case DType::f16:
-            return run<f16>(call, runtime);
+            return run<f16>(all, runtime);
         default:
-            return run<float>(call, runtime);
+            return run<float>(all, runtime);
     }
+}
+
+void quant_matmul(const QuantMatmul& call, const Runtime& runtime) {
+    METATE_ISA::quant_matmuls({&call, 1}, runtime);
 }
 
 }  // namespace metate::cpu::METATE_ISA
 
+METATE_DISPATCH(quant_matmuls, QuantMatmuls, p.calls->x.dtype)
 METATE_DISPATCH(quant_matmul, QuantMatmul, p.x.dtype)

@@ -1,7 +1,8 @@
 // The rows of each expert times its weight.
 //
 // Every result is the sum of chains of `depth` fused multiply-adds in ascending order, added one after another. Few
-// rows take the weight as it lies, transposed in registers: memory bounds them. Many rows share packed panels of it.
+// rows take the weight as it lies, transposed in registers unless it lies transposed: memory bounds them. Many rows
+// share packed panels of it.
 #include "../attention/gemm.h"
 #include "rows.h"
 
@@ -128,6 +129,71 @@ void compute_few(const Problem& p, const Span& span, int64_t n, int64_t end) {
     }
 }
 
+// Few rows with a transposed weight.
+
+constexpr int64_t strips_columns = 8 * width;  // of a piece
+constexpr int64_t steps_ahead = 16;            // rows of the transposed weight that are on their way
+
+// Vectors of the result that fit the registers.
+constexpr int strip_of(int rows) {
+    if (width == 16) return rows > 2 ? 4 : 8;
+    return rows > 3 ? 2 : rows > 1 ? 4 : 8;
+}
+
+// What `steps` rows of the transposed weight add to `count` columns of totals (row, column), strips_columns apart.
+template <bool whole, int rows, class T>
+void add_strip(const float* x, int64_t pitch, const T* w, int64_t stride, int64_t steps, int64_t count, float* totals) {
+    constexpr int strip = strip_of(rows);
+    vf sum[rows][strip];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < strip; ++v) sum[r][v] = splat(0.0f);
+    }
+    for (int64_t k = 0; k < steps; ++k, w += stride) {
+#pragma GCC unroll 8
+        for (int v = 0; v < strip; ++v) {
+            if (v * width * static_cast<int>(sizeof(T)) % 64 == 0)
+                __builtin_prefetch(w + steps_ahead * stride + v * width, 0, 2);
+            const vf value = whole ? load(w + v * width) : load_any(w + v * width, 1, larger(count - v * width, 0));
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r) sum[r][v] = fma(splat(x[r * pitch + k]), value, sum[r][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < strip; ++v) {
+            float* const total = totals + r * strips_columns + v * width;
+            store(total, load(total) + sum[r][v]);
+        }
+    }
+}
+
+template <class T, int rows = few>
+void compute_strips(const Problem& p, const Span& span, int64_t n, const float* x) {
+    if constexpr (rows > 1) {
+        if (span.rows < rows) return compute_strips<T, rows - 1>(p, span, n, x);
+    }
+    const int64_t stride = p.call.w.stride[2], columns = p.columns();
+    const int64_t count = smaller(strips_columns, p.call.out.size[1] - n);
+    constexpr int64_t at_once = strip_of(rows) * width;
+    float totals[rows * strips_columns] = {};
+    for (int64_t k = 0; k < columns; k += depth) {
+        const int64_t steps = smaller(depth, columns - k);
+        for (int64_t c = 0; c < count; c += at_once) {
+            const T* const w = p.weight<T>(span.expert, n + c, k);
+            count - c >= at_once ? add_strip<true, rows>(x + k, p.pitch, w, stride, steps, count - c, totals + c)
+                                 : add_strip<false, rows>(x + k, p.pitch, w, stride, steps, count - c, totals + c);
+        }
+    }
+    for (int64_t c = 0; c < count; c += width) {
+        const vf bias = bias_at<T>(p.call, span.expert, n + c, count - c);
+        for (int r = 0; r < rows; ++r)
+            write<T>(p.call, span.first + r, n + c, load(totals + r * strips_columns + c) + bias, count - c);
+    }
+}
+
 // Many rows.
 
 struct Workspace {
@@ -208,24 +274,25 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
         },
         workspace);
     spans_of(call.offsets, rows_at_once, list);
-    const auto is_few = [&](const Span& span) { return span.rows <= few && call.w.stride[2] == 1; };
+    const bool in_rows = call.w.stride[2] == 1, in_columns = call.w.stride[1] == 1;
+    const auto columns_of = [&](const Span& span) {
+        return span.rows > few ? piece_columns : in_rows ? few_columns : in_columns ? strips_columns : piece_columns;
+    };
     p.pieces[0] = 0;
-    for (int64_t i = 0; i < spans; ++i)
-        p.pieces[i + 1] = p.pieces[i] + ceil_div(N, is_few(list[i]) ? few_columns : piece_columns);
+    for (int64_t i = 0; i < spans; ++i) p.pieces[i + 1] = p.pieces[i] + ceil_div(N, columns_of(list[i]));
     for_pieces(worth(runtime, all_rows * p.columns()), ceil_div(all_rows, few), [&](int, int64_t piece) {
         for (int64_t r = piece * few; r < smaller(all_rows, (piece + 1) * few); ++r) widen_row<T>(p, r);
     });
     for_pieces(workers, p.pieces[spans], [&](int worker, int64_t piece) {
-        int64_t low = 0, high = spans;
-        while (high - low > 1) (p.pieces[(low + high) / 2] <= piece ? low : high) = (low + high) / 2;
-        const Span& span = list[low];
-        const int64_t number = piece - p.pieces[low];
-        if (is_few(span)) {
-            const int64_t n = number * few_columns;
+        const int64_t at = run_of(p.pieces, spans, piece);
+        const Span& span = list[at];
+        const int64_t n = (piece - p.pieces[at]) * columns_of(span);
+        if (span.rows > few || !(in_rows || in_columns))
+            compute_many<T>(p, span, n, own(worker));
+        else if (in_rows)
             compute_few<T>(p, span, n, smaller(N, n + few_columns));
-        } else {
-            compute_many<T>(p, span, number * piece_columns, own(worker));
-        }
+        else
+            compute_strips<T>(p, span, n, p.x + span.first * p.pitch);
     });
 }
 

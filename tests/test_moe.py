@@ -201,6 +201,28 @@ def test_rows_of_no_expert_are_zeros_and_never_read(device, backend):
     torch.testing.assert_close(out[2:15], expected, rtol=2e-2 if backend == "cuda" else 1e-4, atol=1e-1)
 
 
+def test_few_rows_have_the_bits_of_many_however_the_weight_lies():
+    x, w = random(70, 300), random(2, 150, 300, seed=1)
+    for weight in (w, w.mT.contiguous().mT):
+        many = metate.grouped_linear(x, weight, torch.tensor([0, 70, 70], dtype=torch.int32))
+        for rows in (1, 2, 3, 4, 5):
+            few = metate.grouped_linear(x[:rows], weight, torch.tensor([0, rows, rows], dtype=torch.int32))
+            assert torch.equal(few, many[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weight_gradients_are_written_past_the_caches(dtype):
+    rows, N, K = 5, 1024, 2064  # beyond 8 MB; the last columns are no whole tile
+    x, w = random(rows, K).to(dtype), random(3, N, K, seed=1).to(dtype).requires_grad_()
+    grad = random(rows, N, seed=2).to(dtype)
+    offsets = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    metate.grouped_linear(x, w, offsets).backward(grad)
+    for expert, part in enumerate((slice(0, 2), slice(2, 2), slice(2, 5))):
+        truth = grad[part].double().T @ x[part].double()
+        error = (w.grad[expert].double() - truth).abs().max()
+        assert error <= 2 * torch.finfo(dtype).eps * truth.abs().max().clamp(min=1), expert
+
+
 def test_offsets_and_orders_that_are_wrong_are_refused():
     x, w = random(6, 8), random(2, 4, 8)
     for offsets in ([0, 4, 3], [-1, 2, 6], [0, 3, 7]):

@@ -38,18 +38,19 @@ METATE_FN vf activate(vf x, vf alpha, vf* slope) {
 // Where the numbers of a row stand: gates, and ups unless there are none.
 struct Halves {
     int64_t gate, up, stride;
+    bool by_turns;  // side by side
 };
 
 Halves halves_of(Gating gating, int64_t width_of_result, int64_t stride) {
     switch (gating) {
         case Gating::gate_up:
-            return {0, width_of_result * stride, stride};
+            return {0, width_of_result * stride, stride, false};
         case Gating::up_gate:
-            return {width_of_result * stride, 0, stride};
+            return {width_of_result * stride, 0, stride, false};
         case Gating::interleaved:
-            return {0, stride, 2 * stride};
+            return {0, stride, 2 * stride, stride == 1};
         default:
-            return {0, -1, stride};
+            return {0, -1, stride, false};
     }
 }
 
@@ -62,12 +63,19 @@ struct Inputs {
 template <class T>
 METATE_FN Inputs read(const T* row, const Halves& halves, int64_t i, int64_t left, vf limit, vf shift) {
     Inputs in{};
-    const vf gate = load_any(row + halves.gate + i * halves.stride, halves.stride, left);
+    vf gate, up = splat(1.0f);
+    if (halves.by_turns && left >= width) {
+        gate = load(row + 2 * i);
+        up = load(row + 2 * i + width);
+        separate(gate, up);
+    } else {
+        gate = load_any(row + halves.gate + i * halves.stride, halves.stride, left);
+        if (halves.up >= 0) up = load_any(row + halves.up + i * halves.stride, halves.stride, left);
+    }
     in.gate = min(limit, gate);
     in.gate_passes = not_less(limit, gate);
-    in.up = splat(1.0f);
+    in.up = up;
     if (halves.up >= 0) {
-        const vf up = load_any(row + halves.up + i * halves.stride, halves.stride, left);
         in.up = max(splat(0.0f) - limit, min(limit, up)) + shift;
         in.up_passes = not_less(limit, abs(up));
     }
@@ -102,8 +110,15 @@ void backward(const GatedActivationBackward& call, int64_t r) {
         const vf g = load_any(grad + i * call.grad.stride[1], call.grad.stride[1], n - i);
         vf slope;
         const vf value = activate<activation>(in.gate, alpha, &slope);
-        store_any(dx + to.gate + i * to.stride, to.stride, select(in.gate_passes, g * slope * in.up, zero), n - i);
-        if (to.up >= 0) store_any(dx + to.up + i * to.stride, to.stride, select(in.up_passes, g * value, zero), n - i);
+        vf d_gate = select(in.gate_passes, g * slope * in.up, zero), d_up = select(in.up_passes, g * value, zero);
+        if (to.by_turns && n - i >= width) {
+            interleave(d_gate, d_up);
+            store(dx + 2 * i, d_gate);
+            store(dx + 2 * i + width, d_up);
+            continue;
+        }
+        store_any(dx + to.gate + i * to.stride, to.stride, d_gate, n - i);
+        if (to.up >= 0) store_any(dx + to.up + i * to.stride, to.stride, d_up, n - i);
     }
 }
 

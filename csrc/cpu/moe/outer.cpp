@@ -9,6 +9,7 @@ namespace {
 
 constexpr int tile_rows = width == 16 ? 12 : 6, tile_columns = 2 * width;  // of the result: they fill the registers
 constexpr int64_t longest = 128;
+constexpr int64_t beyond_caches = 1 << 23;  // bytes
 constexpr int64_t piece_rows = 4 * tile_rows, piece_columns = 32 * tile_columns;
 
 struct Workspace {
@@ -55,19 +56,33 @@ void pack(const Rows& rows, int64_t row, int64_t n, int64_t first, int64_t count
     }
 }
 
+// Whether results are so large that nobody finds them in a cache, and stand on whole lines of it.
+template <class T>
+bool is_streamed(const View<3>& out) {
+    constexpr int64_t line = 64, size = sizeof(T);
+    const bool aligned = reinterpret_cast<uintptr_t>(out.data) % line == 0 && out.stride[0] * size % line == 0 &&
+                         out.stride[1] * size % line == 0;
+    return aligned && out.stride[2] == 1 && out.size[0] * out.size[1] * out.size[2] * size >= beyond_caches;
+}
+
 // One tile of sums to rows n … and columns k … of the result of an expert.
 template <class T>
-void write_tile(const View<3>& out, int64_t expert, int64_t n, int64_t k, const float* sums) {
+void write_tile(const View<3>& out, int64_t expert, int64_t n, int64_t k, const float* sums, bool streamed) {
     for (int64_t i = 0; i < smaller(tile_rows, out.size[1] - n); ++i, sums += tile_columns) {
         T* const line =
             static_cast<T*>(out.data) + expert * out.stride[0] + (n + i) * out.stride[1] + k * out.stride[2];
+        if (streamed && out.size[2] - k >= tile_columns) {
+            stream(line, load(sums));
+            stream(line + width, load(sums + width));
+            continue;
+        }
         for (int64_t c = 0; c < smaller(tile_columns, out.size[2] - k); c += width)
             store_any(line + c * out.stride[2], out.stride[2], load(sums + c), out.size[2] - k - c);
     }
 }
 
 template <class T>
-void compute_piece(const GroupedOuter& call, int64_t expert, int64_t n, int64_t k, const Workspace& at) {
+void compute_piece(const GroupedOuter& call, int64_t expert, int64_t n, int64_t k, bool streamed, const Workspace& at) {
     const View<3>& out = call.out;
     const int64_t begin = index_at(call.offsets, expert), end = index_at(call.offsets, expert + 1);
     const int64_t rows = smaller(piece_rows, out.size[1] - n), columns = smaller(piece_columns, out.size[2] - k);
@@ -86,7 +101,8 @@ void compute_piece(const GroupedOuter& call, int64_t expert, int64_t n, int64_t 
                 float* const sums = at.sums + (end - begin > longest ? (i * column_tiles + c) * tile : 0);
                 for (int64_t j = 0; j < tile && r == begin; j += width) store(sums + j, splat(0.0f));
                 add_tile(at.a + i * count * tile_rows, at.b + c * count * tile_columns, count, sums);
-                if (r + count == end) write_tile<T>(out, expert, n + i * tile_rows, k + c * tile_columns, sums);
+                if (r + count == end)
+                    write_tile<T>(out, expert, n + i * tile_rows, k + c * tile_columns, sums, streamed);
             }
         }
         r += longest;
@@ -101,10 +117,12 @@ void run(const GroupedOuter& call, const Runtime& runtime) {
     if (pieces == 0) return;
     const Runtime workers = worth(runtime, out.size[0] * out.size[1] * out.size[2]);
     const auto own = lay_out(workers, pieces, [](Arena&) {}, workspace);
+    const bool streamed = is_streamed<T>(out);
     for_pieces(workers, pieces, [&](int worker, int64_t piece) {
         const int64_t rest = piece % (down * across);
         compute_piece<T>(call, piece / (down * across), rest / across * piece_rows, rest % across * piece_columns,
-                         own(worker));
+                         streamed, own(worker));
+        if (streamed) stream_end();
     });
 }
 

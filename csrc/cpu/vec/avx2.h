@@ -281,6 +281,34 @@ METATE_FN void transpose(vf (&r)[width]) {
     }
 }
 
+// Of the elements of a and then b: a becomes those at even places, b those at odd ones.
+METATE_FN void separate(vf& a, vf& b) {
+    const auto ordered = [](vf x) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8)); };
+    const vf odds = ordered(_mm256_shuffle_ps(a, b, 0xdd));
+    a = ordered(_mm256_shuffle_ps(a, b, 0x88));
+    b = odds;
+}
+// The way back.
+METATE_FN void interleave(vf& a, vf& b) {
+    const vf low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+// Stores past the caches to an aligned place; stream_end() before others may look.
+METATE_FN void stream(float* p, vf x) {
+    _mm256_stream_ps(p, x);
+}
+METATE_FN void stream(bf16* p, vf x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(x));
+}
+METATE_FN void stream(f16* p, vf x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+METATE_FN void stream_end() {
+    _mm_sfence();
+}
+
 // Lane i is the sum of rows[i].
 METATE_FN vf sum_rows(const vf (&rows)[width]) {
     const auto pair = [](__m256 a) { return _mm256_castps_pd(a); };

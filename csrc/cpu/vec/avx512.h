@@ -332,6 +332,35 @@ METATE_FN void transpose(vf (&r)[width]) {
     }
 }
 
+// Of the elements of a and then b: a becomes those at even places, b those at odd ones.
+METATE_FN void separate(vf& a, vf& b) {
+    const vi even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const vf odds = _mm512_permutex2var_ps(a, add(even, splat(1)), b);
+    a = _mm512_permutex2var_ps(a, even, b);
+    b = odds;
+}
+// The way back.
+METATE_FN void interleave(vf& a, vf& b) {
+    const vi low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const vf high = _mm512_permutex2var_ps(a, add(low, splat(8)), b);
+    a = _mm512_permutex2var_ps(a, low, b);
+    b = high;
+}
+
+// Stores past the caches to an aligned place; stream_end() before others may look.
+METATE_FN void stream(float* p, vf x) {
+    _mm512_stream_ps(p, x);
+}
+METATE_FN void stream(bf16* p, vf x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x));
+}
+METATE_FN void stream(f16* p, vf x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x));
+}
+METATE_FN void stream_end() {
+    _mm_sfence();
+}
+
 // Lane i is the sum of rows[i].
 METATE_FN vf sum_rows(const vf (&rows)[width]) {
     const auto pair = [](__m512 a) { return _mm512_castps_pd(a); };

@@ -231,6 +231,26 @@ METATE_FN void transpose(vf (&r)[width]) {
     for (int i = 0; i < 4; ++i) r[i] = t[i];
 }
 
+// Of the elements of a and then b: a becomes those at even places, b those at odd ones.
+METATE_FN void separate(vf& a, vf& b) {
+    const vf odds = {a[1], a[3], b[1], b[3]};
+    a = vf{a[0], a[2], b[0], b[2]};
+    b = odds;
+}
+// The way back.
+METATE_FN void interleave(vf& a, vf& b) {
+    const vf high = {a[2], b[2], a[3], b[3]};
+    a = vf{a[0], b[0], a[1], b[1]};
+    b = high;
+}
+
+// Where a machine can, stores past the caches to an aligned place; stream_end() before others may look.
+template <class T>
+METATE_FN void stream(T* p, vf x) {
+    store(p, x);
+}
+METATE_FN void stream_end() {}
+
 // Lane i is the sum of rows[i].
 METATE_FN vf sum_rows(const vf (&rows)[width]) {
     vf r[width] = {rows[0], rows[1], rows[2], rows[3]};

@@ -1,6 +1,7 @@
 """Mixtures among the Llama decoders: transformers' logits from its checkpoints, low-bit experts, serving over pages."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ FAMILIES = {
 }
 
 
-def theirs(name):
+def theirs(name, **changes):
     torch.manual_seed(0)
     family = name.split(",")[0]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[name]})
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[name], **changes})
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0 if parameter.dim() > 1 else 0.7, 0.1)
@@ -58,16 +59,24 @@ def test_logits_equal_transformers(tmp_path, name):
         assert text.tokens == whole
 
 
-@pytest.mark.parametrize("unlike", [False, True])
+LOW_BIT = {
+    "metate": quantize_nf4,
+    "gptq": partial(quantize_rtn, group_size=16),
+    "awq": partial(quantize_rtn, group_size=16, symmetric=False),
+    "bitsandbytes": quantize_nf4,
+}
+
+
+@pytest.mark.parametrize(("method", "unlike"), [*((method, False) for method in LOW_BIT), ("metate", True)])
 @torch.no_grad()
-def test_low_bit_experts_come_from_low_bit_checkpoints(tmp_path, unlike):
-    model = theirs("Mixtral")
+def test_low_bit_experts_come_from_low_bit_checkpoints(tmp_path, method, unlike):
+    model = theirs("Mixtral", intermediate_size=64)  # GPTQ packs 32 rows and columns at a time
     model.save_pretrained(tmp_path / "dense")
     dense = Llama.from_pretrained(tmp_path / "dense")
     weights, found = {}, metate.load_quantized(tmp_path / "dense")
     for name in found:
         if ".experts." in name:
-            quantize = quantize_rtn if unlike and ".experts.3." in name else quantize_nf4
+            quantize = quantize_rtn if unlike and ".experts.3." in name else LOW_BIT[method]
             weights[name.removesuffix(".weight")] = low = quantize(found[name])
             part, expert = {"w1": 0, "w3": 1, "w2": 0}[name.split(".")[-2]], int(name.split(".")[-3])
             layer = dense.layers[int(name.split(".")[2])].mlp.experts
@@ -77,7 +86,7 @@ def test_low_bit_experts_come_from_low_bit_checkpoints(tmp_path, unlike):
         else:
             weights[name] = found[name]
     config = json.loads((tmp_path / "dense/config.json").read_text())
-    save_quantized(tmp_path / "low", weights, "metate", config)
+    save_quantized(tmp_path / "low", weights, method, config)
     low = Llama.from_pretrained(tmp_path / "low")
     assert isinstance(low.layers[0].mlp.experts.gate_up, QuantGroupedLinear) != unlike
     torch.testing.assert_close(low(tokens(9)), dense(tokens(9)), rtol=1e-4, atol=1e-5)

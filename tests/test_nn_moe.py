@@ -109,6 +109,24 @@ def test_noise_is_of_training():
     assert torch.equal(moe.eval()(x), moe(x))
 
 
+def test_compiles_whole_for_any_number_of_tokens():
+    moe = build(shared_size=8, renormalise=True)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(moe, backend=count, fullgraph=True, dynamic=True)
+    for tokens in (7, 2, 3, 5, 8, 13, 21, 34, 55, 64):
+        x = torch.randn(tokens, HIDDEN, requires_grad=True)
+        y = compiled(x)
+        torch.testing.assert_close(y, moe(x))
+        (y.sum() + moe.route.load_balance_loss()).backward()
+    assert len(graphs) == 1
+
+
 METHODS = {"nf4": {}, "int4": {"group_size": 8, "symmetric": False}, "int8": {}}
 
 

@@ -1,6 +1,6 @@
 """Products of the rows of each expert, beside PyTorch: a loop over the experts, and its grouped product.
 
-Low-bit rivals get their weights dequantised outside the timing.
+Low-bit rivals get their weights dequantised outside the timing. mixture.py has the whole layer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.bench import mixture
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.low_bit import stored_weight
 from metate.op import Case
@@ -25,9 +26,11 @@ def workloads(compile: bool) -> list[Workload]:
     rivals = {"torch loop": loop, "torch._grouped_mm": grouped_mm}
     many = [case for case in outer_op.domain.sweep if case["T"] > 1]
     return [
-        Workload("grouped linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label),
+        *mixture.workloads(),
+        Workload("grouped linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label,
+                 moved=moved),
         Workload("grouped linear, low-bit", quant_linear_op, quant_linear_op.domain.sweep, rivals, call_op,
-                 quant_linear_op.flops, label=label),
+                 quant_linear_op.flops, label=label, moved=moved),
         Workload("grouped outer (weight gradient)", outer_op, many,
                  {"torch loop": outer_loop}, call_op, outer_op.flops, label=label),
     ]  # fmt: skip
@@ -36,6 +39,17 @@ def workloads(compile: bool) -> list[Workload]:
 def label(case: Case) -> str:
     form = f" {case['bits']}-bit {case['form']}" if "bits" in case else ""
     return f"T{case['T']}·{case['k']} E{case['E']} N{case['N']} K{case['K']}{form}"
+
+
+def moved(setup: Setup) -> float:
+    """Of the weights only those of experts that have rows."""
+    idle = 0.0
+    for named in setup.named:
+        offsets = named["expert_offsets" if "codes" in named else "offsets"]
+        share = float((offsets.diff() == 0).float().mean())
+        stacked = [named[name] for name in ("w", *_STACKED, "bias") if named.get(name) is not None]
+        idle += share * sum(t.nbytes for t in stacked if t is not offsets)
+    return setup.op.bytes(setup.sets[0]) - idle / len(setup.sets)
 
 
 def weights_of(setup: Setup, named: dict[str, Any]) -> Tensor:

@@ -87,6 +87,8 @@ class Workload:
     label: Callable[[Case], str] = str
     checked: int | None = None  # how many outputs are compared; None: all
     inputs: Callable[[Case], Args] | None = None  # instead of the op's examples, for contenders that are Approximate
+    moved: Callable[[Setup], float] | None = None  # bytes a call cannot do without; None: all inputs and outputs once
+    sets: int = 2  # of inputs
 
 
 @dataclass
@@ -144,7 +146,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The rows of one case: ours on every compiled backend, then the rivals."""
     seed = int.from_bytes(os.urandom(4), "little")
-    count = 2 if workload.flops(case) < 5e11 else 1
+    count = workload.sets if workload.flops(case) < 5e11 else 1
     if workload.inputs:
         sets = [workload.inputs(case)]
     else:
@@ -418,7 +420,8 @@ def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machi
         return row
     fifths = statistics.quantiles(contender.times, n=5, method="inclusive") if len(contender.times) > 1 else None
     median = statistics.median(contender.times)
-    flops, size = workload.flops(setup.case), setup.op.bytes(setup.sets[0])
+    flops = workload.flops(setup.case)
+    size = workload.moved(setup) if workload.moved else setup.op.bytes(setup.sets[0])
     ceiling = ceilings["all"]
     bounds = {dtype: flops / machine.peak(ceiling, dtype), "memory": size / ceiling["memory"]}
     bound = max(bounds, key=lambda name: bounds[name])

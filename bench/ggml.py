@@ -1,0 +1,119 @@
+"""ggml's CPU backend through ctypes, where its libraries are found: inside llama-cpp-python, or where the loader looks.
+
+A graph is made of tensors whose first dimension is the one side by side in memory, the reverse of torch's order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metate.bench.run import Skip
+
+F32, Q4_0, I32, BF16 = 0, 2, 26, 30  # enum ggml_type
+_MEMORY = 16 << 20  # for the descriptions of tensors; their data lie in buffers of the backend
+_Pointer = ctypes.c_void_p
+
+
+class _Parameters(ctypes.Structure):
+    """ggml_init_params."""
+
+    _fields_ = (("size", ctypes.c_size_t), ("buffer", _Pointer), ("no_alloc", ctypes.c_bool))
+
+
+@cache
+def _libraries() -> tuple[ctypes.CDLL, ...]:
+    spec = importlib.util.find_spec("llama_cpp")
+    folders = [str(Path(place, "lib")) + "/" for place in (spec and spec.submodule_search_locations) or ()]
+    for folder in (*folders, ""):
+        try:
+            found = tuple(ctypes.CDLL(f"{folder}libggml-{part}.so") for part in ("base", "cpu"))
+        except OSError:
+            continue
+        found[1].ggml_cpu_init()
+        return found
+    raise Skip("ggml is not installed: pip install llama-cpp-python")
+
+
+def _call(name: str, *arguments: Any) -> int:
+    """ggml_<name>: plain integers are pointers, other numbers come as the ctypes that they are passed as."""
+    for library in _libraries():
+        function = getattr(library, f"ggml_{name}", None)
+        if function is not None:
+            function.restype = _Pointer
+            return function(*(_Pointer(a) if isinstance(a, int) else a for a in arguments)) or 0
+    raise Skip(f"this ggml has no ggml_{name}")
+
+
+class Graphs:
+    """Tensors and the graphs over them, on as many threads as torch has."""
+
+    def __init__(self) -> None:
+        self.contexts = [_call("init", _Parameters(_MEMORY, None, True)) for _ in range(2)]
+        self.backend = _call("backend_cpu_init")
+        _call("backend_cpu_set_n_threads", self.backend, ctypes.c_int(torch.get_num_threads()))
+        self.buffers: list[int] = []
+        weakref.finalize(self, _free, self.backend, self.contexts, self.buffers)
+
+    def tensor(self, kind: int, *sizes: int, weight: bool = False) -> int:
+        sizes_ = (ctypes.c_int64 * len(sizes))(*sizes)
+        return _call("new_tensor", self.contexts[weight], ctypes.c_int(kind), ctypes.c_int(len(sizes)), sizes_)
+
+    def op(self, name: str, *arguments: Any) -> int:
+        return _call(name, self.contexts[0], *arguments)
+
+    def graph(self, out: int) -> int:
+        found = self.op("new_graph")
+        _call("build_forward_expand", found, out)
+        return found
+
+    def allocate(self, repack: bool) -> None:
+        """Gives every tensor its memory; low-bit weights where ggml lays them out anew, if it can."""
+        plain = _call("backend_cpu_buffer_type")
+        weights = repack and self._repacking()
+        for context, kind in zip(self.contexts, (plain, weights or plain), strict=True):
+            self.buffers.append(_call("backend_alloc_ctx_tensors_from_buft", context, kind))
+
+    def _repacking(self) -> int:
+        name = ctypes.c_char_p(b"ggml_backend_dev_get_extra_bufts")
+        registry = _call("backend_cpu_reg")
+        address = _call("backend_reg_get_proc_address", registry, name)
+        if not address:
+            return 0
+        device = _call("backend_reg_dev_get", registry, ctypes.c_size_t(0))
+        kinds = ctypes.CFUNCTYPE(ctypes.POINTER(_Pointer), _Pointer)(address)(device)
+        for i in itertools.count():  # up to a null pointer
+            if not kinds or not kinds[i]:
+                return 0
+            if b"REPACK" in ctypes.string_at(_call("backend_buft_name", kinds[i])):
+                return int(kinds[i])
+        return 0
+
+    def set(self, tensor: int, values: Tensor) -> None:
+        values = values.contiguous()
+        size = ctypes.c_size_t(values.nbytes)
+        _call("backend_tensor_set", tensor, values.data_ptr(), ctypes.c_size_t(0), size)
+
+    def get(self, tensor: int, *shape: int) -> Tensor:
+        out = torch.empty(shape)
+        _call("backend_tensor_get", tensor, out.data_ptr(), ctypes.c_size_t(0), ctypes.c_size_t(out.nbytes))
+        return out
+
+    def run(self, graph: int) -> None:
+        _call("backend_graph_compute", self.backend, graph)
+
+
+def _free(backend: int, contexts: list[int], buffers: list[int]) -> None:
+    for buffer in buffers:
+        _call("backend_buffer_free", buffer)
+    _call("backend_free", backend)
+    for context in contexts:
+        _call("free", context)

@@ -23,6 +23,9 @@ _MEMORY = 16 << 20  # for the descriptions of tensors; their data lie in buffers
 _Pointer = ctypes.c_void_p
 
 
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _Pointer)(lambda level, text, data: None)
+
+
 class _Parameters(ctypes.Structure):
     """ggml_init_params."""
 
@@ -38,6 +41,7 @@ def _libraries() -> tuple[ctypes.CDLL, ...]:
             found = tuple(ctypes.CDLL(f"{folder}libggml-{part}.so") for part in ("base", "cpu"))
         except OSError:
             continue
+        found[0].ggml_log_set(_SILENT, None)
         found[1].ggml_cpu_init()
         return found
     raise Skip("ggml is not installed: pip install llama-cpp-python")

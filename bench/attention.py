@@ -186,23 +186,26 @@ def flash(setup: Setup) -> Run:
 
 
 def onnxruntime(setup: Setup) -> Run:
-    """Prefill through GroupQueryAttention: past and present share a buffer, inputs and outputs are bound once."""
+    return group_queries(heads_first(setup, dtype=torch.float32), setup.case)
+
+
+def group_queries(sets: Sets, case: Case) -> Run:
+    """GroupQueryAttention of the last tokens: past and present share a buffer, inputs and outputs are bound once."""
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
         raise Skip("needs onnx and onnxruntime")
     import onnxruntime as ort
 
-    sets = heads_first(setup, dtype=torch.float32)
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    model = _group_query_model(*sets[0][:2], setup.case)
+    model = _group_query_model(*sets[0][:2], case)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     bound = [_bind(ort, session, *tensors) for tensors in sets]
 
     def run(i: int) -> Tensor:
         binding, out, _ = bound[i % len(bound)]
         session.run_with_iobinding(binding)
-        return torch.from_numpy(out).view(setup.case["B"], setup.case["Sq"], setup.case["Hq"], -1)
+        return torch.from_numpy(out).view(case["B"], case["Sq"], case["Hq"], -1)
 
     return run
 
@@ -248,8 +251,8 @@ def _bind(ort: Any, session: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any,
     B, _, T, _ = k.shape
     arrays = {
         "q": tokens_first(q),
-        "k": tokens_first(k),
-        "v": tokens_first(v),
+        "k": tokens_first(k[:, :, T - q.shape[2] :]),
+        "v": tokens_first(v[:, :, T - q.shape[2] :]),
         "last": np.full(B, T - 1, np.int32),
         "total": np.array([T], np.int32),
     }
@@ -257,7 +260,7 @@ def _bind(ort: Any, session: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any,
     binding = session.io_binding()
     for name, array in arrays.items():
         binding.bind_cpu_input(name, array)
-    pasts = [ort.OrtValue.ortvalue_from_numpy(np.zeros(tuple(x.shape), np.float32)) for x in (k, v)]
+    pasts = [ort.OrtValue.ortvalue_from_numpy(x.contiguous().numpy()) for x in (k, v)]
     for letter, past in zip("kv", pasts, strict=True):
         binding.bind_ortvalue_input(f"past_{letter}", past)
         binding.bind_ortvalue_output(f"present_{letter}", past)
@@ -267,23 +270,29 @@ def _bind(ort: Any, session: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any,
 
 def openvino(setup: Setup) -> Run:
     """It has no grouped heads: keys and values are repeated outside the timing."""
-    if importlib.util.find_spec("openvino") is None:
-        raise Skip("needs openvino")
     if "window" in setup.case:
         raise Skip("no window")
-    if setup.dtype == torch.bfloat16 and "avx512bf16" not in library.isas():
-        raise Skip("emulates bfloat16 on this processor")
-    import openvino as ov
-    from openvino import opset13
-
     group = setup.case["Hq"] // setup.case["Hkv"]
     sets = [
         (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
         for q, k, v in heads_first(setup, dtype=torch.float32)
     ]
+    run = scaled_products(sets, setup.dtype, causal=True)
+    return lambda i: back(run(i), setup)
+
+
+def scaled_products(sets: Sets, dtype: torch.dtype, causal: bool) -> Run:
+    """OpenVINO's ScaledDotProductAttention, computed in a dtype."""
+    if importlib.util.find_spec("openvino") is None:
+        raise Skip("needs openvino")
+    if dtype == torch.bfloat16 and "avx512bf16" not in library.isas():
+        raise Skip("emulates bfloat16 on this processor")
+    import openvino as ov
+    from openvino import opset13
+
     parameters = [opset13.parameter(list(t.shape), ov.Type.f32) for t in sets[0]]
-    out = opset13.scaled_dot_product_attention(*parameters, causal=True)
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[setup.dtype]
+    out = opset13.scaled_dot_product_attention(*parameters, causal=causal)
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
@@ -298,7 +307,7 @@ def openvino(setup: Setup) -> Run:
         for index, tensor in enumerate(tensors[i % len(tensors)]):
             request.set_input_tensor(index, tensor)
         request.infer()
-        return back(torch.from_numpy(request.get_output_tensor(0).data), setup)
+        return torch.from_numpy(request.get_output_tensor(0).data)
 
     return run
 

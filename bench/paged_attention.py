@@ -13,20 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metate
+from metate.bench import attention
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.op import Case
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
 from metate.ops.paged_attention.reference import decode
 
+MOST_KEYS = 1 << 17  # of all sequences, that a rival gets a float32 copy of
+
 
 def workloads(compile: bool) -> list[Workload]:
+    rivals = {"torch SDPA, gathered": sdpa, "torch naive, gathered": naive}
+    if not torch.cuda.is_available():
+        rivals["onnxruntime GroupQueryAttention, gathered, float32"] = onnxruntime
+        rivals["openvino ScaledDotProductAttention, gathered"] = openvino
     decoding = [case for case in paged_attention_op.domain.sweep if case["Sq"] == 1]
     return [
         Workload(
             "paged attention, one query",
             paged_attention_op,
             decoding,
-            {"torch SDPA, gathered": sdpa, "torch naive, gathered": naive},
+            rivals,
             call_op,
             flops=paged_attention_op.flops,
             label=label,
@@ -83,6 +90,25 @@ def sdpa(setup: Setup) -> Run:
 
 def naive(setup: Setup) -> Run:
     return _rival(setup, lambda q, k, v: (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).softmax(-1) @ v)
+
+
+def _floats(setup: Setup) -> attention.Sets:
+    if setup.case["B"] * setup.case["max_pages"] * setup.case["page_size"] > MOST_KEYS:
+        raise Skip("too much memory in float32")
+    return [tuple(x.float() for x in tensors) for tensors in gathered(setup)]
+
+
+def onnxruntime(setup: Setup) -> Run:
+    """The cache holds all but the last key, which comes beside the query."""
+    if setup.case["D"] != setup.case["Dv"]:
+        raise Skip("keys and values of one dimension only")
+    sets = [(q.flatten(1, 2)[:, :, None], k, v) for q, k, v in _floats(setup)]
+    return attention.group_queries(sets, setup.case)
+
+
+def openvino(setup: Setup) -> Run:
+    run = attention.scaled_products(_floats(setup), setup.dtype, causal=False)
+    return lambda i: run(i).reshape(setup.case["B"], 1, setup.case["Hq"], -1)
 
 
 def append(setup: Setup, backend: str) -> Run:

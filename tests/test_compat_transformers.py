@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 import transformers as hf
 from transformers import masking_utils
 
+import metate
 from metate.compat import transformers as route
 
 BATCH, LENGTH = 3, 24
@@ -38,6 +39,7 @@ IMAGE = {
 T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 DECODERS = {
     "llama": lambda: (hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED)),
+    "qwen2": lambda: (hf.Qwen2ForCausalLM, hf.Qwen2Config(**GROUPED)),
     "mistral": lambda: (hf.MistralForCausalLM, hf.MistralConfig(**GROUPED, sliding_window=5)),
     "gemma2": lambda: (
         hf.Gemma2ForCausalLM,
@@ -317,3 +319,25 @@ def test_unknown_patterns_stay_bool():
     assert torch.equal(got[0, 0], torch.tensor([[(q + k) % 2 == 0 for k in range(4)] for q in range(4)]))
     causal = route._mask(1, 4, 4, allow_is_causal_skip=False)
     assert causal.dtype == torch.bool, "the caller wants a mask to compute with"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt_oss"])
+def test_serves_the_texts_of_generate(name):
+    """Prompts in pieces, some with a common beginning, beside each other: texts are those of each alone."""
+    eager, paged = models(name)
+    shared = torch.randint(2, 90, (17,)).tolist()
+    prompts = [torch.randint(2, 90, (n,)).tolist() for n in (5, 1, 20)] + [[*shared, 3], [*shared, 4, 5]]
+    greedy = hf.GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=96, pad_token_id=0)
+    want = [eager.generate(torch.tensor([p]), generation_config=greedy)[0, len(p) :].tolist() for p in prompts]
+    served = route.PagedCausalLM(paged)
+    options = dict(max_new_tokens=9, eos=96, page_size=8, token_budget=16, max_sequences=3)
+    assert [text.tokens for text in metate.generate(served, prompts, **options)] == want
+
+
+def test_serving_refuses_what_it_would_get_wrong():
+    eager, served = models("llama")
+    with pytest.raises(ValueError, match='one with "eager", expected a model with attn_implementation="metate"'):
+        route.PagedCausalLM(eager)
+    served.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(NotImplementedError, match="layers of chunked_attention"):
+        route.PagedCausalLM(served)

@@ -169,6 +169,19 @@ def test_a_malformed_read_is_refused(values, message):
         paged_attention_op(*args)
 
 
+def test_contents_are_looked_at_in_every_call():
+    k_cache, v_cache, table, lens = paged([5, 33], 16, 2, 24, 16)
+    q = torch.randn(2, 4, 24)
+    expected = metate.paged_attention(q, k_cache, v_cache, table, lens)
+    for x, at, bad in ((table, (1, 2), len(k_cache)), (table, (0, 0), -1), (lens, 1, 49), (lens, 0, -1)):
+        good = int(x[at])
+        x[at] = bad
+        with pytest.raises(ValueError, match=f"is .*{bad}"):
+            metate.paged_attention(q, k_cache, v_cache, table, lens)
+        x[at] = good
+        assert torch.equal(metate.paged_attention(q, k_cache, v_cache, table, lens), expected)
+
+
 def test_gradients_are_refused_before_anything_is_written():
     args = append_op.example(append_op.domain.cases[1], torch.float32)
     before = args[2].clone()
@@ -196,7 +209,7 @@ def repaged(k_cache: Tensor, v_cache: Tensor, table: Tensor, lens: Tensor, page_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("queries", [1, 7, 60])
 def test_bits_do_not_depend_on_pages_batch_or_threads(queries, dtype):
     k_cache, v_cache, table, lens = paged([1, 1500, 64, 513, 700], 16, 2, 40, 24)
     k_cache, v_cache, q = k_cache.to(dtype), v_cache.to(dtype), torch.randn(5, queries, 8, 40).to(dtype)
@@ -219,11 +232,14 @@ def test_bits_do_not_depend_on_pages_batch_or_threads(queries, dtype):
 
 
 @pytest.mark.parametrize("cache", [None, "int8", "int4", "fp8", "scaled fp8"])
-@pytest.mark.parametrize("page_size", [1, 16, 128])
+@pytest.mark.parametrize("page_size", [1, 3, 16, 128])
 def test_long_ragged_sequences(page_size, cache):
-    case = dict(B=3, Sq=1, max_pages=-(-3000 // page_size), page_size=page_size, Hq=4, Hkv=1, D=64, Dv=64, cache=cache)
+    pages = -(-8192 // page_size)
+    case = dict(B=5, Sq=1, max_pages=pages, page_size=page_size, Hq=4, Hkv=1, D=34, Dv=18, cache=cache, full=True)
+    lens = torch.tensor([8192, 0, 1, 63, 4097], dtype=torch.int32)
     for dtype in (torch.float32, torch.bfloat16):
         args = paged_attention_op.example(case, dtype)
+        args = (*args[:4], lens, *args[5:])
         paged_attention_op.assert_close(paged_attention_op(*args), args)
 
 
@@ -259,3 +275,18 @@ def test_what_is_not_finite_stays_with_those_who_see_it(cache, bad):
     with metate.use("reference"):
         expected = metate.paged_attention(q, k, v, table, lens, **scales)
     assert torch.equal(expected.isfinite(), out.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("store", [torch.int8, torch.uint8])
+def test_a_scale_that_is_not_finite_stays_with_those_who_see_it(store, dtype):
+    """Few queries at 66 … 69, the scale of value 68; and of two heads one."""
+    k, v, table, lens = paged([70], 16, 2, 24, 16)
+    (k, k_scale), (v, v_scale) = (reference.quantise(x.nan_to_num(0), store, True) for x in (k, v))
+    q = torch.randn(1, 4, 4, 24).to(dtype)
+    clean = metate.paged_attention(q, k, v, table, lens, k_scale=k_scale, v_scale=v_scale)
+    v_scale[table[0, 4], 4, 1] = float("nan")
+    out = metate.paged_attention(q, k, v, table, lens, k_scale=k_scale, v_scale=v_scale)
+    assert torch.equal(out[:, :, :2], clean[:, :, :2])
+    torch.testing.assert_close(out[:, :2], clean[:, :2])
+    assert out[:, 2:, 2:].isnan().all()

@@ -15,6 +15,34 @@ View<2> per_head(const Optional& tensor, int64_t sequences) {
     return {heads.data, heads.dtype, {sequences, heads.size[0]}, {0, heads.stride[0]}};
 }
 
+// Whether lengths, page numbers and offsets are what rules.py in python/metate/ops/paged_attention expects of a CPU's.
+bool are_within(const PagedAttention& a) {
+    const auto at = [](const auto& view, auto... index) {
+        int64_t offset = 0, i = 0;
+        ((offset += index * view.stride[i++]), ...);
+        return int64_t{static_cast<const int32_t*>(view.data)[offset]};
+    };
+    const int64_t sequences = a.seq_lens.size[0], page_size = a.k_cache.size[1];
+    for (int64_t n = 0; n < sequences; ++n) {
+        const int64_t keys = at(a.seq_lens, n);
+        if (keys < 0 || keys > a.block_table.size[1] * page_size) return false;
+        if (a.left_pad && at(a.left_pad, n) < 0) return false;
+        bool are_pages = true;
+        for (int64_t p = 0; p * page_size < keys; ++p) {
+            const int64_t page = at(a.block_table, n, p);
+            are_pages &= page >= 0 && page < a.k_cache.size[0];
+        }
+        if (!are_pages) return false;
+    }
+    if (!a.cu_seqlens_q) return true;
+    if (at(a.cu_seqlens_q, 0) < 0 || at(a.cu_seqlens_q, sequences) > a.q.size[1]) return false;
+    for (int64_t n = 0; n < sequences; ++n) {
+        const int64_t queries = at(a.cu_seqlens_q, n + 1) - at(a.cu_seqlens_q, n);
+        if (queries < 0 || (a.bits && queries > 32 * a.bits.size[2])) return false;
+    }
+    return true;
+}
+
 std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                                    const Tensor& block_table, const Tensor& seq_lens,
                                                    const Optional& k_scale, const Optional& v_scale,
@@ -22,20 +50,38 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor
                                                    const Optional& alibi_slopes, const Optional& sinks,
                                                    const Optional& bits, double scale, int64_t window_left,
                                                    int64_t window_right, double softcap, bool need_sums) {
+    View<3> shared_bits = view<3>(bits);
+    if (bits && shared_bits.size[0] == 1) shared_bits.stride[0] = 0;
+    PagedAttention call{view<4>(q),
+                        view<4>(k_cache),
+                        view<4>(v_cache),
+                        view<2>(block_table),
+                        view<1>(seq_lens),
+                        view<3>(k_scale),
+                        view<3>(v_scale),
+                        view<1>(cu_seqlens_q),
+                        view<1>(left_pad),
+                        per_head(alibi_slopes, seq_lens.size(0)),
+                        view<1>(sinks),
+                        shared_bits,
+                        scale,
+                        window_left,
+                        window_right,
+                        softcap,
+                        {},
+                        {},
+                        {}};
+    if (q.direct() && !are_within(call)) throw NeedsDispatcher{};  // where Python says what is wrong
     const DType wide = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
     const int64_t dv = v_cache.size(3) * (v_cache.dtype() == DType::u8 ? 2 : 1);
     Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), dv});
     Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, wide);
     Tensor sums = need_sums ? empty(q, {block_table.size(0), q.size(2), block_table.size(1) * k_cache.size(1)}, wide)
                             : empty(q, {0}, wide);
-    View<3> shared_bits = view<3>(bits);
-    if (bits && shared_bits.size[0] == 1) shared_bits.stride[0] = 0;
-    METATE_LAUNCH(
-        paged_attention, q,
-        PagedAttention{view<4>(q), view<4>(k_cache), view<4>(v_cache), view<2>(block_table), view<1>(seq_lens),
-                       view<3>(k_scale), view<3>(v_scale), view<1>(cu_seqlens_q), view<1>(left_pad),
-                       per_head(alibi_slopes, seq_lens.size(0)), view<1>(sinks), shared_bits, scale, window_left,
-                       window_right, softcap, view<4>(out), view<3>(lse), need_sums ? view<3>(sums) : View<3>{}});
+    call.out = view<4>(out);
+    call.lse = view<3>(lse);
+    if (need_sums) call.sums = view<3>(sums);
+    METATE_LAUNCH(paged_attention, q, call);
     return {out, lse, sums};
 }
 

@@ -89,6 +89,7 @@ class Op:
     sharding: Callable[..., Sequence[Any]]  # args -> [({output: dim}, {argument: dim}), …] that need no communication
     validate: Callable[..., None] = lambda *args: None  # scalars and relations, from shapes alone
     contents: tuple[str, Callable[..., None]] = ("", lambda *args: None)  # arguments whose values are checked, and how
+    contents_in_kernel: bool = False  # direct calls check them too, and come to Python where they are wrong
     refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # backend -> why not
     gradient: str | None = None  # why there is none, where there is none
     writes: bool = False  # the outputs are arguments that kernels write in place; `reference` returns their new values
@@ -251,7 +252,7 @@ class Op:
             if len(self._plans) >= _PLANS:
                 self.forget_plans()
             self._plans[key] = backend
-            if state is None and not values:
+            if state is None and (self.contents_in_kernel or not values):
                 for direct in self._direct:
                     if direct.entry is backend:
                         direct.admit(args)

@@ -44,7 +44,7 @@ void rotate_pairs(const float* cos, const float* sin, int64_t half, int64_t gap,
 
 void rotate(const AppendKv& a, int64_t position, float* x) {
     const int64_t half = a.cos.size[1];
-    float room[2][max_head_dim / 2];
+    float room[2][max_key_dim / 2];
     const float* angles[2];
     for (int i = 0; i < 2; ++i) {
         const View<2>& view = i ? a.sin : a.cos;
@@ -114,14 +114,14 @@ struct Place {
 };
 
 void write_int8(float* x, int64_t n, const Place& place) {
-    uint8_t codes[max_head_dim];
+    uint8_t codes[max_key_dim];
     place.divide_by_scale(x, n, 127.0f);
     for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(code_of(x[i], -127.0f, 127.0f));
     place.put(codes, n);
 }
 
 void write_nibbles(float* x, int64_t n, const Place& place) {
-    uint8_t codes[max_head_dim / 2];
+    uint8_t codes[max_key_dim / 2];
     place.divide_by_scale(x, n, 7.0f);
     for (int64_t i = 0; i < n / 2; ++i) {
         const int32_t low = code_of(x[2 * i], -8.0f, 7.0f) + 8, high = code_of(x[2 * i + 1], -8.0f, 7.0f) + 8;
@@ -131,7 +131,7 @@ void write_nibbles(float* x, int64_t n, const Place& place) {
 }
 
 void write_e4m3(float* x, int64_t n, const Place& place) {
-    uint8_t codes[max_head_dim];
+    uint8_t codes[max_key_dim];
     if (place.scales) place.divide_by_scale(x, n, 448.0f);
     for (int64_t i = 0; i < n; ++i) codes[i] = to_e4m3(x[i]);
     place.put(codes, n);
@@ -159,7 +159,7 @@ void append_row(const View<3>& x, int64_t token, const Place& place, const Appen
         memcpy(place.row<T>(), from, static_cast<size_t>(n) * sizeof(T));
         return;
     }
-    float line[max_head_dim];
+    float line[max_key_dim];
     load_line(from, x.stride[2], n, line);
     if (rotation) rotate(*rotation, integer_at(rotation->positions, token), line);
     write<T>(line, n, place);

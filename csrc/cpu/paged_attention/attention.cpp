@@ -2,7 +2,6 @@
 // rows of some neighbouring heads over one split, taken a tile of keys at a time. What the splits of a row found is
 // merged in their order.
 #include "column_sums.h"
-#include "piece.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -123,11 +122,19 @@ bool add_unsafe_values(const Shape& s, const Piece& piece, int64_t h, const Tile
 template <class S>
 void add_values(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
     const Tile& tile = *stream.tile;
-    const int64_t pitch = piece.pitch(), groups = groups_of(tile), steps = steps_of(s, piece, true);
+    const int64_t pitch = piece.pitch(), groups = groups_of(tile), steps = steps_of<S>(s, piece, true);
     const uint8_t* copies[group_keys];
+    if (piece.packed) {
+        if (!add_unsafe_values<S>(s, piece, 0, tile, my)) add_packed_values<S>(s, piece, tile, my);
+        return;
+    }
     uint32_t done = 0;
     for (int64_t h = 0; h < piece.heads; ++h) {
         if (add_unsafe_values<S>(s, piece, h, tile, my)) done |= 1u << h;
+        if constexpr (has_integers<S>) {
+            for (int64_t row = h * pitch; s.integers && row < (h + 1) * pitch; ++row)
+                pack_weights<S>(my.p + row * p_stride, my.weight.from(row));
+        }
     }
     for (int64_t g = 0; g < groups; ++g) {
         if (g > 0) stream.advance<S>(s, piece, groups + g, steps, my);
@@ -135,6 +142,10 @@ void add_values(const Shape& s, const Piece& piece, const Stream& stream, const 
         for (int64_t h = 0; h < piece.heads; ++h) {
             if (done >> h & 1) continue;
             const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, first, group_keys, my.rows, copies);
+            const int64_t count = smaller(tile.count - first, group_keys);
+            if constexpr (has_integers<S>) {
+                if (s.integers) interleave_values<S>(values.at, values.offset, count, s.dv, my.quads);
+            }
             for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
                 const int64_t row = h * pitch + r;
                 const Sums to{my.sums + row * s.o_stride,
@@ -143,8 +154,13 @@ void add_values(const Shape& s, const Piece& piece, const Stream& stream, const 
                               my.factor + row,
                               g == 0,
                               g + 1 == groups};
-                multiply_all_values<S, n>(values.at, values.offset, smaller(tile.count - first, group_keys),
-                                          my.p + row * p_stride + first, p_stride, s.dv, to, *my.ahead);
+                if constexpr (has_integers<S>) {
+                    if (s.integers)
+                        return multiply_value_codes<S, n>(my.quads, count, my.weight.from(row), first, s.dv,
+                                                          my.whole_sums + row * sum_stride<S>(s.dv), to, *my.ahead);
+                }
+                multiply_all_values<S, n>(values.at, values.offset, count, my.p + row * p_stride + first, p_stride,
+                                          s.dv, to, *my.ahead);
             });
         }
     }
@@ -155,7 +171,7 @@ void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Str
     find_logits<S>(s, seq, piece, stream, my);
     const bool has_scales = bool(s.a.v_scale);
     if (has_scales) gather_scales(s.a.v_scale, piece, *stream.tile, my.v_scale);
-    const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of(s, piece, true);
+    const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of<S>(s, piece, true);
     stream.advance<S>(s, piece, groups_of(*stream.tile), steps, my);
     to_weights(piece, has_scales ? my.v_scale : nullptr, my);
     add_values<S>(s, piece, stream, my);
@@ -168,29 +184,30 @@ State take_state(const Shape& s, int64_t heads, int64_t rows, Arena& arena) {
     return {arena.take<float>(count * s.o_stride), arena.take<float>(count), arena.take<float>(count)};
 }
 
-// Where keys are split: never by the number of workers or what else is in the batch. Many rows are pieces enough, and
-// read the keys once.
-int64_t split_of(const Shape& s, const Sequence& seq) {
-    return seq.queries * s.group <= piece_rows ? split_keys : round_up(seq.keys, split_keys);
+// How many pieces share their keys, and into how many runs the keys are split.
+int64_t pieces_of_split(const Shape& s, const Sequence& seq, const Cut& cut) {
+    return ceil_div(s.a.k_cache.size[2], cut.heads) * ceil_div(seq.queries * s.group, cut.rows);
 }
-int64_t splits_of(const Shape& s, const Sequence& seq) {
-    return seq.keys ? ceil_div(seq.keys, split_of(s, seq)) : 0;
+int64_t splits_of(const Sequence& seq, const Cut& cut) {
+    return ceil_div(seq.keys, cut.keys);
 }
 
 // Calls run(piece) for the pieces of a sequence: split after split, so that a worker streams.
 template <class Run>
 void for_pieces_of(const Shape& s, const Sequence& seq, const Run& run) {
-    const int64_t rows = seq.queries * s.group, kv_heads = s.a.k_cache.size[2], keys = split_of(s, seq);
-    for (int64_t key = 0; key < seq.keys; key += keys) {
-        for (int64_t head = 0; head < kv_heads; head += s.heads) {
-            for (int64_t r = 0; r < rows; r += piece_rows) {
+    const int64_t rows = seq.queries * s.group, kv_heads = s.a.k_cache.size[2];
+    const Cut cut = cut_of(s, seq);
+    for (int64_t key = 0; key < seq.keys; key += cut.keys) {
+        for (int64_t head = 0; head < kv_heads; head += cut.heads) {
+            for (int64_t r = 0; r < rows; r += cut.rows) {
                 run(Piece{seq.number,
                           head,
-                          smaller(kv_heads - head, s.heads),
+                          smaller(kv_heads - head, cut.heads),
                           r,
-                          smaller(rows - r, piece_rows),
+                          smaller(rows - r, cut.rows),
                           key,
-                          key + keys,
+                          key + cut.keys,
+                          cut.packed,
                           {}});
             }
         }
@@ -227,7 +244,7 @@ void store_out(const Shape& s, const Sequence& seq, int64_t query, int64_t head,
 template <class T, class S>
 void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
     const Sequence seq = sequence_of(s.a, piece->sequence);
-    alignas(64) float o[max_head_dim + 2 * block], line[max_head_dim + 2 * block];
+    alignas(64) float o[max_key_dim + 2 * block], line[max_key_dim + 2 * block];
     for (int64_t i = 0; i < piece->heads * piece->rows; ++i) {
         const int64_t h = i / piece->rows, r = i % piece->rows, at = h * piece->pitch() + r;
         const int64_t query = (piece->row + r) / s.group,
@@ -263,7 +280,7 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
 // Rows without a sequence, and those of sequences without keys.
 template <class T>
 void write_empty(const Shape& s, const Sequence& seq, bool sinks) {
-    const float zeros[max_head_dim] = {};
+    const float zeros[max_key_dim] = {};
     for (int64_t query = 0; query < seq.queries; ++query) {
         for (int64_t head = 0; head < s.a.q.size[2]; ++head) {
             store_out<T>(s, seq, query, head, zeros);
@@ -281,14 +298,16 @@ struct Merge {
 template <class T, class S>
 void run(const PagedAttention& a, const Runtime& runtime) {
     if (a.q.size[2] == 0) return;
-    const Shape s = shape_of<S>(a);
+    Shape s = shape_of<S>(a);
     const int64_t sequences = a.seq_lens.size[0], sum_splits = a.sums ? ceil_div(a.sums.size[2], split_keys) : 0;
     const int64_t head_blocks = ceil_div(a.k_cache.size[2], s.heads);
     int64_t count = 0, merge_count = 0;
     for (int64_t n = 0; n < sequences; ++n) {
         const Sequence seq = sequence_of(a, n);
-        const int64_t blocks = head_blocks * ceil_div(seq.queries * s.group, piece_rows);
-        count += blocks * splits_of(s, seq);
+        const Cut cut = cut_of(s, seq);
+        const int64_t blocks = pieces_of_split(s, seq, cut);
+        s.packs |= cut.packed;
+        count += blocks * splits_of(seq, cut);
         merge_count += seq.keys ? blocks : 0;
     }
     Piece* pieces = nullptr;
@@ -299,7 +318,7 @@ void run(const PagedAttention& a, const Runtime& runtime) {
         int64_t i = 0, m = 0;
         for (int64_t n = 0; n < sequences; ++n) {
             const Sequence seq = sequence_of(a, n);
-            const int64_t splits = splits_of(s, seq), first = i;
+            const int64_t splits = splits_of(seq, cut_of(s, seq)), first = i;
             for_pieces_of(s, seq, [&](Piece piece) {
                 piece.state = take_state(s, piece.heads, piece.rows, arena);
                 if (arena.base) pieces[i] = piece;
@@ -312,7 +331,7 @@ void run(const PagedAttention& a, const Runtime& runtime) {
         }
     };
     const int64_t most = count > sum_splits * sequences * head_blocks ? count : sum_splits * sequences * head_blocks;
-    const auto scratch_of = lay_out(runtime, most, shared, [&](Arena& arena) { return take_scratch(s, arena); });
+    const auto scratch_of = lay_out(runtime, most, shared, [&](Arena& arena) { return take_scratch<S>(s, arena); });
     for_pieces(runtime, count, [&](int worker, int64_t i) { run_piece<T, S>(s, pieces[i], scratch_of(worker)); });
     for_pieces(runtime, merge_count,
                [&](int, int64_t i) { merge<T, S>(s, pieces + merges[i].first, merges[i].splits, merges[i].step); });

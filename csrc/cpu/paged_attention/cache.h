@@ -7,7 +7,7 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t max_head_dim = 576;
+constexpr int64_t max_key_dim = 576;
 constexpr int block = 2 * width;  // elements read at a time
 
 struct nibbles {  // two 4-bit codes

@@ -1,22 +1,20 @@
 // Column sums of paged attention: the products anew, for lse was not known when they were first found.
 #pragma once
 
-#include "piece.h"
+#include "packed.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// sums[b, h, j] = Σ_i 2^(logit_ij - lse_i) of one split and some heads: the products anew, for lse was not known.
+// sums[b, h, j] = Σ_i 2^(logit_ij - lse_i) of one split and a piece's heads: products as they were when lse was found.
 template <class T, class S>
-void add_sums(const Shape& s, const Piece& first, const Scratch& my) {
+void add_sums(const Shape& s, const Sequence& seq, const Cut& cut, Piece piece, const Scratch& my) {
     const PagedAttention& a = s.a;
-    const Sequence seq = sequence_of(a, first.sequence);
-    Piece piece = first;
-    for (; piece.row < seq.queries * s.group; piece.row += piece_rows) {
-        piece.rows = smaller(seq.queries * s.group - piece.row, piece_rows);
+    for (; piece.row < seq.queries * s.group; piece.row += cut.rows) {
+        piece.rows = smaller(seq.queries * s.group - piece.row, cut.rows);
         for_tiles<T, S>(s, seq, piece, false, my, [&](const Stream& stream) {
-            find_logits<S>(s, seq, piece, stream, my);
             const Tile& tile = *stream.tile;
+            find_logits<S>(s, seq, piece, stream, my);
             for (int64_t i = 0; i < piece.heads * piece.rows; ++i) {
                 const int64_t h = i / piece.rows, r = i % piece.rows;
                 const Row& row = my.row[h * piece_rows + r];
@@ -42,7 +40,12 @@ void find_sums(const Shape& s, int64_t n, int64_t split, int64_t head, const Scr
         float* to = static_cast<float*>(sums.data) + n * sums.stride[0] + h * sums.stride[1];
         for (int64_t j = first; j < first + split_keys && j < sums.size[2]; ++j) to[j * sums.stride[2]] = 0.0f;
     }
-    add_sums<T, S>(s, Piece{n, head, heads, 0, 0, first, first + split_keys, {}}, my);
+    const Sequence seq = sequence_of(s.a, n);
+    const Cut cut = cut_of(s, seq);
+    for (int64_t h = 0; h < heads; h += cut.heads) {
+        const int64_t together = smaller(heads - h, cut.heads);
+        add_sums<T, S>(s, seq, cut, Piece{n, head + h, together, 0, 0, first, first + split_keys, cut.packed, {}}, my);
+    }
 }
 
 }  // namespace

@@ -6,15 +6,17 @@
 #include <string.h>
 
 #include "../parallel.h"
+#include "integer.h"
 #include "tile.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
 
 constexpr int64_t split_keys = 512, piece_rows = 16, line_floats = 16;
+constexpr int64_t packed_rows = 128;   // of a packed piece, which has one head
 constexpr int64_t piece_bytes = 2048;  // of neighbouring heads in a row of keys: long enough to stream
 constexpr int max_heads = 8;
-static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0);
+static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0 && packed_rows % 16 == 0);
 
 // What the whole call shares.
 struct Shape {
@@ -23,6 +25,8 @@ struct Shape {
     int64_t d, dv;
     int64_t q_stride, o_stride;  // floats of a row of q, of a row of results
     bool plain;                  // logits are products times scale and nothing else
+    bool integers;               // products of few rows are those of integer.h
+    bool packs;                  // some sequence has many rows
     float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
 };
 
@@ -76,11 +80,24 @@ struct State {
 
 struct Piece {
     int64_t sequence, head, heads, row, rows, key_begin, key_end;
+    bool packed;  // products are those of packed.h
     State state;
     // Row r of head h is row h · pitch() + r of what a piece computes: rows of a head fill the products' tiles.
     int64_t pitch() const { return round_up(rows, 4); }
 };
 
+// How much of a sequence is a piece: never by the number of workers or what else is in the batch. Few rows take some
+// heads together, which lie side by side; very many are pieces enough without a split of the keys.
+struct Cut {
+    int64_t heads, rows, keys;
+    bool packed;
+};
+Cut cut_of(const Shape& s, const Sequence& seq) {
+    const int64_t rows = seq.queries * s.group, blocks = ceil_div(rows, packed_rows);
+    if (rows <= piece_rows) return {s.heads, piece_rows, split_keys, false};
+    const int64_t keys = blocks > 2 ? round_up(larger(seq.keys, 1), split_keys) : 4 * split_keys;
+    return {1, round_up(ceil_div(rows, blocks), 4), keys, true};
+}
 // Where the rows of a tile lie: of the piece's first head, and the bytes to the next head.
 struct Rows {
     const uint8_t* at[tile_keys];
@@ -90,7 +107,7 @@ struct Rows {
 // The keys of a tile.
 struct Tile {
     int64_t key, count;
-    uint64_t some, mask[piece_rows];  // the keys that some row sees, that a row sees
+    uint64_t some, mask[packed_rows];  // the keys that some row sees, that a row sees
     Slot slot[tile_keys];
     Rows k, v;
 };
@@ -103,24 +120,40 @@ struct Scratch {
     Row* row;
     Run* runs;
     Prefetch* ahead;
+    Integers query, weight;  // of integer.h
+    uint8_t* quads;
+    int32_t* whole_sums;
+    float* packed;  // keys or values of a tile
 };
 
 constexpr int64_t p_stride = tile_keys + line_floats;
 
 template <class S>
 Shape shape_of(const PagedAttention& a) {
-    Shape s{
-        a, 1, 1, a.q.size[3], a.out.size[3], 0, 0, false, static_cast<float>(a.scale), static_cast<float>(a.softcap)};
+    Shape s{a,
+            1,
+            1,
+            a.q.size[3],
+            a.out.size[3],
+            0,
+            0,
+            false,
+            false,
+            false,
+            static_cast<float>(a.scale),
+            static_cast<float>(a.softcap)};
     s.group = a.q.size[2] / a.k_cache.size[2];
     s.heads = clamp(piece_bytes / larger(bytes_before<S>(s.d), 1), 1, smaller(max_heads, a.k_cache.size[2]));
     s.q_stride = round_up(s.d, block);
     s.o_stride = round_up(s.dv, block);
     s.plain = !(s.softcap > 0) && !a.alibi_slopes;
+    s.integers = has_integers<S> && a.q.dtype != DType::f32 && isa() >= Isa::avx512vnni;
     return s;
 }
 
-inline Scratch take_scratch(const Shape& s, Arena& arena) {
-    const int64_t rows = round_up(s.heads * piece_rows, width);
+template <class S>
+Scratch take_scratch(const Shape& s, Arena& arena) {
+    const int64_t rows = round_up(larger(s.heads * piece_rows, s.packs ? packed_rows : 0), width);
     Scratch my;
     my.q = arena.take<float>(rows * s.q_stride);
     my.p = arena.take<float>(rows * p_stride);
@@ -128,11 +161,18 @@ inline Scratch take_scratch(const Shape& s, Arena& arena) {
     my.factor = arena.take<float>(rows);
     my.k_scale = arena.take<float>(s.heads * tile_keys);
     my.v_scale = arena.take<float>(s.heads * tile_keys);
-    my.rows = arena.take<uint8_t>(tile_keys * max_head_dim * 4);
+    my.rows = arena.take<uint8_t>(tile_keys * max_key_dim * 4);
     my.tile = arena.take<Tile>(2);
-    my.row = arena.take<Row>(s.heads * piece_rows);
+    my.row = arena.take<Row>(rows);
     my.runs = arena.take<Run>(group_keys * s.heads);
     my.ahead = arena.take<Prefetch>(1);
+    if (s.packs) my.packed = arena.take<float>(tile_keys * larger(s.q_stride, s.o_stride));
+    if (s.integers) {
+        my.query = take_integers(rows, query_bytes<S>(s.d), arena);
+        my.weight = take_integers(rows, weight_bytes, arena);
+        my.quads = arena.take<uint8_t>(code_lines<S>(s.dv) * planes<S> * plane_bytes);
+        my.whole_sums = arena.take<int32_t>(rows * sum_stride<S>(s.dv));
+    }
     return my;
 }
 
@@ -269,6 +309,10 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
             load_query<T, S>(s, seq, row, q + r * s.q_stride);
         }
         memset(q + piece.rows * s.q_stride, 0, static_cast<size_t>((pitch - piece.rows) * s.q_stride) * sizeof(float));
+        if constexpr (has_integers<S>) {
+            for (int64_t r = 0; s.integers && !piece.packed && r < pitch; ++r)
+                pack_query<S>(q + r * s.q_stride, s.q_stride, s.d, my.query.from(h * pitch + r));
+        }
     }
 }
 
@@ -300,10 +344,16 @@ Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const T
 }
 
 // How often the products of a group of keys, of values, ask for lines that will be read.
-inline int64_t steps_of(const Shape& s, const Piece& piece, bool values) {
+template <class S>
+int64_t steps_of(const Shape& s, const Piece& piece, bool values) {
     int64_t steps = 0;
     for_row_tiles(piece.rows, [&]<int n>(int64_t) {
         constexpr int64_t columns = blocks_of<n> * block;
+        if (s.integers) {
+            steps += values ? 2 * quads_at_once * code_lines<S>(s.dv) * planes<S>
+                            : 2 * group_keys * n / width * code_lines<S>(s.d);
+            return;
+        }
         steps += values ? group_keys * (s.dv / columns + ceil_div(s.dv % columns, block))
                         : group_keys * n / width * ceil_div(s.d, block);
     });
@@ -318,6 +368,7 @@ struct Stream {
     // Before the `stage`-th group is read, in `steps` steps: starts to ask for the group after the next.
     template <class S>
     void advance(const Shape& s, const Piece& piece, int64_t stage, int64_t steps, const Scratch& my) const {
+        if (piece.packed) return my.ahead->begin(my.runs, my.runs, steps);
         const Tile* of = tile;
         int64_t ahead = stage + 2;
         for (int i = 0; i < 2; ++i) {
@@ -337,30 +388,29 @@ struct Stream {
     }
 };
 
-// The products of a tile's keys with the rows of a piece, as logits.
+// The products of a tile's keys with the rows of a piece.
 template <class S>
-void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
+void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
     const Tile& tile = *stream.tile;
-    const int64_t pitch = piece.pitch(), steps = steps_of(s, piece, false);
+    const int64_t pitch = piece.pitch(), steps = steps_of<S>(s, piece, false);
     const uint8_t* copies[group_keys];
     for (int64_t g = 0; g < groups_of(tile); ++g) {
         stream.advance<S>(s, piece, g, steps, my);
         const int64_t first = g * group_keys;
         for (int64_t h = 0; h < piece.heads; ++h) {
             const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, first, group_keys, my.rows, copies);
+            const int64_t count = smaller(tile.count - first, group_keys);
             for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
-                multiply_keys<S, n>(keys.at, keys.offset, smaller(tile.count - first, group_keys),
-                                    my.q + (h * pitch + r) * s.q_stride, s.q_stride, s.d,
-                                    my.p + (h * pitch + r) * p_stride + first, p_stride, *my.ahead);
+                const int64_t row = h * pitch + r;
+                float* to = my.p + row * p_stride + first;
+                if constexpr (has_integers<S>) {
+                    if (s.integers)
+                        return multiply_key_codes<S, n>(keys.at, keys.offset, count, my.query.from(row), s.d, to,
+                                                        p_stride, *my.ahead);
+                }
+                multiply_keys<S, n>(keys.at, keys.offset, count, my.q + row * s.q_stride, s.q_stride, s.d, to, p_stride,
+                                    *my.ahead);
             });
-        }
-    }
-    if (s.a.k_scale) gather_scales(s.a.k_scale, piece, tile, my.k_scale);
-    for (int64_t h = 0; h < piece.heads; ++h) {
-        const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
-        for (int64_t r = 0; r < piece.rows; ++r) {
-            const Row& row = my.row[h * piece_rows + r];
-            to_logits<S>(s, seq, row, tile.mask[r], tile.key, scales, my.p + (h * pitch + r) * p_stride);
         }
     }
 }

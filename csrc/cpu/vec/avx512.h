@@ -256,6 +256,25 @@ METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
+// Four rows of bytes: dword j of quarter q of vector i becomes what the rows hold in byte 16 q + 4 i + j.
+METATE_FN void interleave_bytes(vi (&rows)[4]) {
+    const vi a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const vi c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    rows[0] = _mm512_unpacklo_epi16(a, c);
+    rows[1] = _mm512_unpackhi_epi16(a, c);
+    rows[2] = _mm512_unpacklo_epi16(b, d);
+    rows[3] = _mm512_unpackhi_epi16(b, d);
+}
+// Vector i gets quarter i of each, in their order.
+METATE_FN void transpose_quarters(vi (&r)[4]) {
+    const vi a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[2], r[3], 0x44);
+    const vi c = _mm512_shuffle_i32x4(r[0], r[1], 0xee), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+    r[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+    r[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    r[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+    r[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
 // Sixteen floats, looked up by the low four bits of each lane.
 struct Table16 {
     vf values;
@@ -375,6 +394,21 @@ METATE_FN vf sum_rows(const vf (&rows)[width]) {
     }
     const auto halve = [](__m512 a, __m512 b) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halve(halve(quarters[0], quarters[1]), halve(quarters[2], quarters[3]));
+}
+
+METATE_FN vi sum_rows(const vi (&rows)[width]) {
+    __m512i quarters[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const vi* r = rows + 4 * i;
+        const vi a = add(_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[0], r[1]));
+        const vi b = add(_mm512_unpacklo_epi32(r[2], r[3]), _mm512_unpackhi_epi32(r[2], r[3]));
+        quarters[i] = add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    }
+    const auto halve = [](vi a, vi b) {
+        return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
     };
     return halve(halve(quarters[0], quarters[1]), halve(quarters[2], quarters[3]));
 }

@@ -1,5 +1,5 @@
 """metate in Hugging Face transformers: `attn_implementation="metate"`, `experts_implementation="metate"`, and quantised
-checkpoints by `quantised()`.
+checkpoints by `quantised()`; `PagedCausalLM` gives its models to `metate.generate`.
 
 For attention two functions are registered, the attention and the mask. The mask function lowers what transformers
 describes by closures (causal, sliding window, chunks, packed sequences) and the 2-D padding mask to one interval of
@@ -20,14 +20,26 @@ from torch.nn.functional import pad
 
 from metate.compat import experts
 from metate.compat.experts import quantize_experts, use_experts
+from metate.errors import fail
+from metate.generate import Batch, CacheLayout
 from metate.masks import AttentionMask
 from metate.ops.attention import attention, attention_varlen
 from metate.ops.paged_attention import append_kv, paged_attention
 
-__all__ = ["disable", "disable_quantised", "enable", "enable_quantised", "quantised", "quantize_experts", "use_experts"]
+__all__ = [
+    "PagedCausalLM",
+    "disable",
+    "disable_quantised",
+    "enable",
+    "enable_quantised",
+    "quantised",
+    "quantize_experts",
+    "use_experts",
+]
 
 _NAME = "metate"
 _FAR = 2**30  # beyond any position
+_SERVED_LAYERS = {"full_attention", "sliding_attention"}
 _UNSERVED = ("indices", "block_indices", "sinks")  # arguments of some models that change the result
 
 Runs = tuple[Tensor, Tensor]  # of every query the first visible key and the one behind the last, (batch or 1, seqlen_q)
@@ -116,6 +128,48 @@ def quantised() -> Iterator[None]:
         disable_quantised()
 
 
+class PagedCausalLM:
+    """A causal language model of transformers for `metate.generate` and `Scheduler`: many texts, one paged cache.
+
+    Args:
+        model: loaded with attn_implementation="metate"; layers of full or sliding-window attention, all of one shape.
+
+    >>> enable()
+    >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="metate")
+    >>> texts = metate.generate(PagedCausalLM(model), prompts, max_new_tokens=100)
+
+    Raises:
+        ValueError, NotImplementedError: another attention implementation; layers of another kind.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if config._attn_implementation != _NAME:
+            expected = f'a model with attn_implementation="{_NAME}"; call its set_attn_implementation("{_NAME}")'
+            raise fail("PagedCausalLM", "model", f'one with "{config._attn_implementation}"', expected)
+        kinds = set(getattr(config, "layer_types", None) or ()) - _SERVED_LAYERS
+        if kinds or getattr(config, "attention_chunk_size", None):
+            named = ", ".join(sorted(kinds)) or "chunked_attention"
+            raise NotImplementedError(f"metate.PagedCausalLM: layers of {named}: {' or '.join(sorted(_SERVED_LAYERS))}")
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        self.model, self.vocab_size = model.eval(), int(config.vocab_size)
+        self.cache_layout = CacheLayout(
+            config.num_hidden_layers, kv_heads, head_dim, head_dim, model.dtype, model.device
+        )
+        # Finished masks pass through transformers as they are, and attention over pages looks at none.
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+
+    def forward_paged(self, batch: Batch) -> Tensor:
+        """Logits (len(batch.rows), vocab_size) of the tokens `batch.rows`."""
+        logits: Tensor = self.model(
+            input_ids=batch.tokens[None], position_ids=batch.positions[None], attention_mask=self._mask,
+            use_cache=False, logits_to_keep=batch.rows, pages=batch,
+        ).logits  # fmt: skip
+        return logits[0]
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -129,12 +183,13 @@ def _attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     cache: Any = None,
+    pages: Batch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query (batch, heads, seqlen_q, head_dim) over key and value that are not repeated for the group.
 
     A sliding window is in the mask already, as for eager attention; with the paged `cache` of continuous batching it
-    comes as a number.
+    comes as a number, and with the `pages` of `PagedCausalLM`.
     """
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
@@ -144,6 +199,13 @@ def _attention(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'metate: {name} is given to attention, use attn_implementation="eager"')
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if pages is not None:
+        sliding = kwargs.get("sliding_window")
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        window = (-1, -1) if sliding is None else (sliding - 1, -1)
+        return pages.attend(
+            module.layer_idx, q, k, v, scale=scaling, softcap=softcap or 0.0, sinks=s_aux, window=window
+        )[None], None
     if cache is not None:
         options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "causal": causal}
         return _continuous(cache, module, query, key, value, options, kwargs), None

@@ -196,6 +196,7 @@ paged_attention_op = Op(
         "cuda": lambda q, k_cache, v_cache, *_: rules.refused_by_cuda(q, v_cache),
     },
     contents=("block_table seq_lens left_pad cu_seqlens_q", rules.check_attention),
+    contents_in_kernel=True,
     gradient="it reads a cache, for inference; train with metate.attention",
 )
 

@@ -1,0 +1,100 @@
+// Many query rows over a tile of keys: keys and values are packed as floats, whatever they are stored as, for the
+// products of dense attention.
+#pragma once
+
+#include "../attention/gemm.h"
+#include "piece.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+static_assert(panel == block && tile_keys % panel == 0);
+
+// Panel after panel of keys, one element of all in a line; elements in the order of read(), as in q.
+template <class S>
+void pack_keys(const Shape& s, const Lines& keys, float* to) {
+    for (int64_t first = 0; first < tile_keys; first += width) {
+        float* out = to + first / panel * s.q_stride * panel + first % panel;
+        for (int64_t c = 0; c < s.d; c += block, out += block * panel) {
+            vf a[width], b[width];
+#pragma GCC unroll 16
+            for (int i = 0; i < width; ++i)
+                read<S>(keys.at[first + i] + (keys.offset + bytes_before<S>(c)), smaller(s.d - c, block), a[i], b[i]);
+            transpose(a);
+            transpose(b);
+#pragma GCC unroll 16
+            for (int i = 0; i < width; ++i) {
+                store(out + i * panel, a[i]);
+                store(out + (width + i) * panel, b[i]);
+            }
+        }
+    }
+}
+
+// Panel after panel of columns, those of one value in a line.
+template <class S>
+void pack_values(const Shape& s, const Lines& values, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; ++k, to += panel) {
+        for (int64_t c = 0; c < s.dv; c += block) {
+            vf a, b;
+            read<S>(values.at[k] + (values.offset + bytes_before<S>(c)), smaller(s.dv - c, block), a, b);
+            store(to + c * tile_keys, a);
+            store(to + c * tile_keys + width, b);
+        }
+    }
+}
+
+// c = a · b, or c · factor + a · b, for `columns` columns of b, whose panels are panel_stride floats apart.
+template <Into into>
+void multiply_panels(int64_t rows, int64_t columns, int64_t panel_stride, const Product<float>& whole) {
+    for (int64_t column = 0; column < columns; column += panel) {
+        for (int64_t r = 0; r < rows; r += tile_rows) {
+            Product<float> p = whole;
+            p.a += r * p.stride;
+            p.b += column / panel * panel_stride;
+            p.c += r * p.c_stride + column;
+            p.factor += r;
+            multiply<Left::rows, into>(static_cast<int>(smaller(rows - r, tile_rows)), panel, p);
+        }
+    }
+}
+
+// The products of a tile's keys with the rows of a piece of one head.
+template <class S>
+void multiply_packed_keys(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
+    const uint8_t* copies[tile_keys];
+    pack_keys<S>(s, lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies), my.packed);
+    multiply_panels<Into::set>(piece.rows, tile_keys, s.q_stride * panel,
+                               {my.q, s.q_stride, my.packed, s.q_stride, my.p, p_stride, my.factor});
+}
+
+// The products of a tile's keys with the rows of a piece, as logits.
+template <class S>
+void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
+    const Tile& tile = *stream.tile;
+    const int64_t pitch = piece.pitch();
+    if (piece.packed)
+        multiply_packed_keys<S>(s, piece, tile, my);
+    else
+        multiply_tile_keys<S>(s, piece, stream, my);
+    if (s.a.k_scale) gather_scales(s.a.k_scale, piece, tile, my.k_scale);
+    for (int64_t h = 0; h < piece.heads; ++h) {
+        const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
+        for (int64_t r = 0; r < piece.rows; ++r) {
+            const Row& row = my.row[h * piece_rows + r];
+            to_logits<S>(s, seq, row, tile.mask[r], tile.key, scales, my.p + (h * pitch + r) * p_stride);
+        }
+    }
+}
+
+// Adds the values of a tile to the rows of a piece of one head.
+template <class S>
+void add_packed_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
+    const uint8_t* copies[tile_keys];
+    pack_values<S>(s, lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies), tile.count, my.packed);
+    multiply_panels<Into::scaled>(piece.rows, s.o_stride, tile_keys * panel,
+                                  {my.p, p_stride, my.packed, tile.count, piece.state.o, s.o_stride, my.factor});
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -200,12 +200,13 @@ def _attention(
             raise NotImplementedError(f'metate: {name} is given to attention, use attn_implementation="eager"')
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if pages is not None:
+        layer: Any = module.layer_idx
         sliding = kwargs.get("sliding_window")
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = (-1, -1) if sliding is None else (sliding - 1, -1)
-        return pages.attend(
-            module.layer_idx, q, k, v, scale=scaling, softcap=softcap or 0.0, sinks=s_aux, window=window
-        )[None], None
+        return pages.attend(layer, q, k, v, scale=scaling, softcap=softcap or 0.0, sinks=s_aux, window=window)[
+            None
+        ], None
     if cache is not None:
         options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "causal": causal}
         return _continuous(cache, module, query, key, value, options, kwargs), None

@@ -70,7 +70,7 @@ sanitize-emulator: build/sanitize/CMakeCache.txt
 
 test: install native sanitize-emulator
 	for isa in $(ISAS); do METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k "parity and cpu-cpu" || exit; done
-	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python -m pytest -q -n 2 --durations=25 tests
 
 # The same with far more random configurations, reruns and malformed calls: hours.
 long: install native sanitize

@@ -2,8 +2,9 @@
 //
 // The build compiles each file of csrc/cpu but isa.cpp once per instruction set, with that set's flags and
 // -DMETATE_ISA=<name>. A kernel lives in namespace metate::cpu::<name>; METATE_DISPATCH, at the end of its file, emits
-// the chooser in the baseline pass only. Everything but the entry points stands in an unnamed namespace: whatever the
-// linker could merge across passes might run on a machine that lacks the instructions.
+// the chooser in the baseline pass only. A file that multiplies pairs of bfloat16 ends with METATE_DISPATCH_BF16
+// instead, and only then the build makes an avx512bf16 pass of it. Everything but the entry points stands in an unnamed
+// namespace: whatever the linker could merge across passes might run on a machine that lacks the instructions.
 #pragma once
 
 #include "../metate.h"
@@ -26,11 +27,18 @@ inline __attribute__((always_inline)) Isa isa_for(DType dtype) {
 
 }  // namespace metate::cpu
 
+// `dtype` names the data type of the call `p`.
 #if !defined(METATE_ISA_BASELINE)
 #define METATE_DISPATCH(fn, Params, dtype)
+#define METATE_DISPATCH_BF16(fn, Params, dtype)
 #elif defined(__x86_64__)
-// `dtype` names the data type of the call `p`.
-#define METATE_DISPATCH(fn, Params, dtype)             \
+#define METATE_DISPATCH(fn, Params, dtype) METATE_DISPATCH_TO(avx512, fn, Params, dtype)
+#define METATE_DISPATCH_BF16(fn, Params, dtype) \
+    namespace metate::cpu::avx512bf16 {         \
+    void fn(const Params&, const Runtime&);     \
+    }                                           \
+    METATE_DISPATCH_TO(avx512bf16, fn, Params, dtype)
+#define METATE_DISPATCH_TO(best, fn, Params, dtype)    \
     namespace metate::cpu {                            \
     namespace avx2 {                                   \
     void fn(const Params&, const Runtime&);            \
@@ -38,13 +46,10 @@ inline __attribute__((always_inline)) Isa isa_for(DType dtype) {
     namespace avx512 {                                 \
     void fn(const Params&, const Runtime&);            \
     }                                                  \
-    namespace avx512bf16 {                             \
-    void fn(const Params&, const Runtime&);            \
-    }                                                  \
     void fn(const Params& p, const Runtime& runtime) { \
         switch (isa_for(dtype)) {                      \
             case Isa::avx512bf16:                      \
-                return avx512bf16::fn(p, runtime);     \
+                return best::fn(p, runtime);           \
             case Isa::avx512vnni:                      \
             case Isa::avx512:                          \
                 return avx512::fn(p, runtime);         \
@@ -56,6 +61,7 @@ inline __attribute__((always_inline)) Isa isa_for(DType dtype) {
     }                                                  \
     }
 #else
+#define METATE_DISPATCH_BF16 METATE_DISPATCH
 #define METATE_DISPATCH(fn, Params, dtype)             \
     namespace metate::cpu {                            \
     void fn(const Params& p, const Runtime& runtime) { \

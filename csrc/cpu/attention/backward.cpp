@@ -439,4 +439,4 @@ void attention_backward(const AttentionBackward& args, const Runtime& runtime) {
 
 }  // namespace metate::cpu::METATE_ISA
 
-METATE_DISPATCH(attention_backward, AttentionBackward, p.problem.q.dtype)
+METATE_DISPATCH_BF16(attention_backward, AttentionBackward, p.problem.q.dtype)

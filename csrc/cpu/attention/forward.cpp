@@ -552,4 +552,4 @@ void attention(const AttentionForward& call, const Runtime& runtime) {
 
 }  // namespace metate::cpu::METATE_ISA
 
-METATE_DISPATCH(attention, AttentionForward, p.problem.q.dtype)
+METATE_DISPATCH_BF16(attention, AttentionForward, p.problem.q.dtype)

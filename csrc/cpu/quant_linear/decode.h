@@ -34,9 +34,9 @@ inline Values values_of(const LowBitMatrix& w) {
     return v;
 }
 
-// Bytes from block k of a row to what comes two blocks later: in this row, or in that of the next panel.
-METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, int64_t k) {
-    const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), later = 2 * block / 8 * w.bits;
+// Bytes from block k of a row to what comes some blocks later: in this row, or in that of the next panel.
+METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, int64_t k, int64_t blocks = 2) {
+    const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), later = blocks * block / 8 * w.bits;
     return later + (k * block / 8 * w.bits + later < row_bytes ? 0 : panel * w.codes.stride[0] - row_bytes);
 }
 
@@ -73,19 +73,16 @@ inline void transpose_words(int32_t* words, const LowBitMatrix& w, int64_t row, 
 }
 constexpr int most_words = (32 + width - 1) / width * width * width;  // numbers that transpose_words writes
 
-// Column j of 32 whose dwords start at `words`.
+// The code that begins with bit `shift` of a dword, and may end in the next one.
 template <int bits, Values::Kind kind>
-METATE_FN vf value_at(const int32_t* words, int j, const Values& v, const Table16& table) {
-    const int at = j * bits / 32, shift = j * bits % 32;
+METATE_FN vf value_in(vi word, vi next, int shift, const Values& v, const Table16& table) {
     constexpr int mask = (1 << bits) - 1;
-    const vi word = load(words + at * width);
-    const bool split = shift + bits > 32;
     if (kind == Values::whole && shift > 0 && shift + bits < 32) {  // exact, and a shift less
         const float unit = 1.0f / static_cast<float>(1u << shift);
         return fma(to_float(bit_and(word, splat(mask << shift))), splat(unit), splat(-v.center));
     }
     const vi low = shift ? shift_right(word, shift) : word;
-    const vi code = split ? bit_or(low, shift_left(load(words + (at + 1) * width), 32 - shift)) : low;
+    const vi code = shift + bits > 32 ? bit_or(low, shift_left(next, 32 - shift)) : low;
     if constexpr (kind == Values::table) {
         return lookup(table, code);
     } else if constexpr (kind == Values::whole) {
@@ -93,6 +90,14 @@ METATE_FN vf value_at(const int32_t* words, int j, const Values& v, const Table1
     } else {
         return gather(v.entries, bit_and(code, splat(mask)));
     }
+}
+
+// Column j of 32 whose dwords start at `words`.
+template <int bits, Values::Kind kind>
+METATE_FN vf value_at(const int32_t* words, int j, const Values& v, const Table16& table) {
+    const int at = j * bits / 32, shift = j * bits % 32;
+    const vi word = load(words + at * width);
+    return value_in<bits, kind>(word, shift + bits > 32 ? load(words + (at + 1) * width) : word, shift, v, table);
 }
 
 template <int bits, Values::Kind kind>
@@ -203,6 +208,17 @@ inline void load_levels(vf (&lines)[width], const View<2>& fine, const View<2>& 
             return load_lines<float>(lines, fine, row, rows, group, n);
         default:
             for (int i = 0; i < rows; ++i) lines[i] = two_level_line(fine, coarse, super_groups, row + i, group, n);
+    }
+}
+
+// Asks for what load_scales will read of a panel: a line of every row of the tensors that scale it.
+inline void fetch_levels(const LowBitMatrix& w, int64_t row, int64_t group) {
+    const View<2>* const levels[] = {&w.scales, &w.offsets, &w.zeros};
+    for (const View<2>* level : levels) {
+        const int64_t size = bytes_of(level->dtype), stride = level->stride[0] * size;
+        const char* line = static_cast<const char*>(level->data) + row * stride + group * level->stride[1] * size;
+        for (int64_t i = row; *level && i < smaller(row + panel, w.rows); ++i, line += stride)
+            __builtin_prefetch(line, 0, 2);
     }
 }
 

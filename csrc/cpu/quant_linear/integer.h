@@ -455,13 +455,7 @@ constexpr int word_rows = 4;  // of x, with which 4-bit codes are multiplied as 
 // n rows of x with one panel; moves the tile behind them.
 inline void multiply_integers(const Arithmetic& arithmetic, IntegerTile& tile, int64_t n, bool in_words) {
     constexpr bool wide = width == 16;
-    if (in_words) {
-        if constexpr (wide) {
-            if (arithmetic.digits == 3) return multiply_heights<3, Sums::dots, word_rows, true>(tile, n);
-            if (arithmetic.sums == Sums::dots) return multiply_heights<1, Sums::dots, word_rows, true>(tile, n);
-        }
-        return multiply_heights<1, Sums::words, word_rows, true>(tile, n);
-    }
+    if (in_words) return multiply_heights<1, Sums::words, word_rows, true>(tile, n);
     if constexpr (wide) {
         if (arithmetic.digits == 3) return multiply_heights<3, Sums::dots, 4>(tile, n);
         if (arithmetic.sums == Sums::dots) return multiply_heights<1, Sums::dots, 6>(tile, n);

@@ -1,8 +1,9 @@
 // x Wᵀ + bias with W decoded panel by panel into the first-level cache.
 #include "exact.h"
-#include "fused.h"
 #include "integer.h"
 #include "low_rank.h"
+#include "row_chunks.h"
+#include "row_dots.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -10,6 +11,7 @@ namespace {
 constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
 constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
 constexpr int64_t span = 8;            // blocks whose sums join the rest as one: short chains round less
+static_assert(span == blocks_at_once);
 
 // How the result is cut: pieces of `panels` panels of W's rows.
 struct Cut {
@@ -30,6 +32,8 @@ struct Workspace {
     float *scales, *corrections;  // of `window` groups for each panel
     int32_t *codes, *centers;     // of products in whole numbers, like the values and the scales
     int64_t* first_group;         // of each panel's window, -1: nothing loaded
+    int32_t* quarter_sums;        // where codes are read row by row: of products in whole numbers,
+    float* chunk_sums;            // and in floats
 };
 
 // The chunks of one block, and the groups that its scales come from.
@@ -45,11 +49,13 @@ struct Problem {
     Arithmetic arithmetic;
     PackedRows x;
     IntegerRows integers;
+    SpreadRows spread;   // where codes are read row by row: of products in whole numbers,
+    LaneRows lane_rows;  // and in floats
     Cut cut;
     BlockPlan* plans;
     IntegerPlan* integer_plans;
     int64_t blocks, window;
-    bool sums_scaled;
+    bool sums_scaled, can_dot, can_sum, dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
 
     explicit Problem(const QuantLinear& c)
         : call(c),
@@ -58,7 +64,11 @@ struct Problem {
           cut(cut_of(c.x.size[0], c.w.rows)),
           plans(nullptr),
           integer_plans(nullptr),
-          blocks(ceil_div(c.w.columns, block)) {
+          blocks(ceil_div(c.w.columns, block)),
+          can_dot(can_dot_rows(c.w, arithmetic)),
+          can_sum(!arithmetic.digits && can_sum_chunks(c.w)),
+          dots_rows(can_dot && c.x.size[0] <= few_rows),
+          sums_chunks(can_sum && c.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         window = round_up(groups_of_block, width);
         sums_scaled = c.w.group_size >= small_group;
@@ -66,6 +76,8 @@ struct Problem {
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
+        spread = {nullptr, c.x.size[0], arithmetic.digits};
+        lane_rows = {nullptr, c.x.size[0]};
     }
     bool is_corrected() const {
         return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
@@ -81,6 +93,8 @@ struct Problem {
         at.corrections = is_corrected() ? arena.take<float>(cut.panels * window * panel) : nullptr;
         at.centers = arithmetic.digits ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
         at.first_group = arena.take<int64_t>(cut.panels);
+        at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;
+        at.chunk_sums = can_sum ? arena.take<float>(most_chunk_sums) : nullptr;
         return at;
     }
 };
@@ -105,6 +119,7 @@ void load_window(const Problem& p, const Workspace& at, int64_t panel_number, in
     int64_t& loaded = at.first_group[panel_number];
     if (loaded >= 0 && first >= loaded && last < loaded + p.window) return;
     loaded = first;
+    fetch_levels(w, row + panel, first);
     const int64_t groups = smaller(p.window, w.scales.size[1] - first), offset = panel_number * p.window * panel;
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
@@ -146,59 +161,52 @@ void write_panel(const QuantLinear& call, const float* totals, int64_t row, int6
     }
 }
 
-// Few rows of x and 128 columns in whole chunks.
-METATE_FN bool is_fused(const Problem& p, const Tile& tile, int64_t rows) {
-    return rows <= fused_rows && p.call.w.bits == 4 && p.sums_scaled && tile.count == block / longest &&
-           tile.chunks[tile.count - 1].end == block;
+IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_number, int64_t k, int64_t x_row,
+                         const Tile& tile) {
+    const IntegerRows& x = p.integers;
+    const IntegerPlan& plan = p.integer_plans[k];
+    return {x.line(k, x_row),
+            x.stride(),
+            x.sums_at(),
+            x.steps_at(),
+            x.totals_at(),
+            at.codes,
+            plan.segments,
+            plan.count,
+            at.centers + panel_number * p.window * panel,
+            tile.scales,
+            tile.corrections,
+            tile.first_group,
+            p.arithmetic.radix,
+            tile.total,
+            nullptr,
+            0};
 }
 
 void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
                     int64_t rows, const Tile& tile) {
+    IntegerTile integers = integer_tile(p, at, panel_number, k, x_row, tile);
     const int64_t columns = smaller(block, p.call.w.columns - k * block);
-    const bool in_words = rows <= word_rows && p.call.w.bits == 4;
+    const bool in_words = rows <= word_rows && p.call.w.bits == 4 && p.arithmetic.sums == Sums::words;
     const int64_t stride = p.call.w.codes.stride[0], ahead = bytes_ahead(p.call.w, k);
     for (int v = 0; v < 2 && row + v * width < p.call.w.rows; ++v) {
         int32_t* const words = at.words + v * most_words;
         transpose_words(words, p.call.w, row + v * width, k, in_words ? 0 : ahead);
         if (!in_words) decode_bytes(at.codes + v * width, words, columns, p.call.w.bits);
     }
-    const IntegerRows& x = p.integers;
-    const IntegerPlan& plan = p.integer_plans[k];
-    IntegerTile integers{x.line(k, x_row),
-                         x.stride(),
-                         x.sums_at(),
-                         x.steps_at(),
-                         x.totals_at(),
-                         in_words ? at.words : at.codes,
-                         plan.segments,
-                         plan.count,
-                         at.centers + panel_number * p.window * panel,
-                         tile.scales,
-                         tile.corrections,
-                         tile.first_group,
-                         p.arithmetic.radix,
-                         tile.total,
-                         static_cast<const uint8_t*>(p.call.w.codes.data) + row * stride + k * block / 2 + ahead,
-                         stride};
+    if (in_words) {
+        integers.codes = at.words;
+        integers.ahead = static_cast<const uint8_t*>(p.call.w.codes.data) + row * stride + k * block / 2 + ahead;
+        integers.row_bytes = stride;
+    }
     multiply_integers(p.arithmetic, integers, rows, in_words);
 }
 
 void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
                     int64_t rows, Tile tile) {
     if (p.arithmetic.digits) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
-    if (!is_fused(p, tile, rows)) {
-        decode_panel(p, at, panel_number, row, k);
-        return p.sums_scaled ? multiply<true>(p.x, k, x_row, rows, tile) : multiply<false>(p.x, k, x_row, rows, tile);
-    }
-    tile.x = p.x.line(k, x_row);
-    tile.sums = p.x.sums ? p.x.sums_of(k, x_row) : nullptr;
-    const View<2>& codes = p.call.w.codes;
-    const uint8_t* ahead = static_cast<const uint8_t*>(codes.data) + k * block / 2 + bytes_ahead(p.call.w, k);
-    for (int v = 0; v < 2 && row + v * width < p.call.w.rows; ++v) {
-        const int64_t first = row + v * width;
-        transpose_words(at.words, p.call.w, first, k, 0);
-        multiply_fused(rows, tile, at.words, v * width, p.values, {ahead + first * codes.stride[0], codes.stride[0]});
-    }
+    decode_panel(p, at, panel_number, row, k);
+    p.sums_scaled ? multiply<true>(p.x, k, x_row, rows, tile) : multiply<false>(p.x, k, x_row, rows, tile);
 }
 
 // Moves the first n totals of a span to the earlier ones.
@@ -209,35 +217,95 @@ void end_span(const Workspace& at, int64_t n) {
     }
 }
 
+void clear(const Workspace& at, int64_t n) {
+    for (int64_t i = 0; i < n; i += width) {
+        store(at.totals + i, splat(0.0f));
+        store(at.earlier + i, splat(0.0f));
+    }
+}
+
+// The totals of `rows` rows of x with `count` panels become results.
+template <class T>
+void finish(const Problem& p, const Workspace& at, int64_t first, int64_t count, int64_t x_row, int64_t rows) {
+    for (int64_t i = 0; i < count * rows * panel; i += width)
+        store(at.totals + i, load(at.earlier + i) + load(at.totals + i));
+    for (int64_t i = 0; i < count; ++i) {
+        float* const totals = at.totals + i * rows * panel;
+        add_low_rank(p.call.update, {}, totals, panel, (first + i) * panel, x_row, rows);
+        write_panel<T>(p.call, totals, (first + i) * panel, x_row, rows);
+    }
+}
+
+Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_t rows) {
+    const int64_t offset = panel_number * p.window * panel;
+    return {nullptr,
+            at.values,
+            nullptr,
+            0,
+            at.scales + offset,
+            at.corrections && p.sums_scaled ? at.corrections + offset : nullptr,
+            0,
+            nullptr,
+            p.x.most_chunks,
+            at.totals + panel_number * rows * panel};
+}
+
 // `count` panels from number `first` on.
 template <class T>
 void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
-    const LowBitMatrix& w = p.call.w;
-    count = smaller(count, ceil_div(w.rows, panel) - first);
     for (int64_t x_row = 0; x_row < p.x.rows; x_row += rows_at_once) {
         const int64_t rows = smaller(rows_at_once, p.x.rows - x_row);
-        for (int64_t i = 0; i < count * rows * panel; i += width) {
-            store(at.totals + i, splat(0.0f));
-            store(at.earlier + i, splat(0.0f));
-        }
+        clear(at, count * rows * panel);
         for (int64_t i = 0; i < count; ++i) at.first_group[i] = -1;
         for (int64_t k = 0; k < p.blocks; ++k) {
-            const BlockPlan& plan = p.plans[k];
             if (k % span == 0 && k > 0) end_span(at, count * rows * panel);
             for (int64_t i = 0; i < count; ++i) {
-                const int64_t row = (first + i) * panel, offset = i * p.window * panel;
-                load_window(p, at, i, row, k);
-                multiply_panel(p, at, i, row, k, x_row, rows,
-                               {nullptr, at.values, plan.chunks, plan.count, at.scales + offset,
-                                at.corrections && p.sums_scaled ? at.corrections + offset : nullptr, at.first_group[i],
-                                nullptr, p.x.most_chunks, at.totals + i * rows * panel});
+                load_window(p, at, i, (first + i) * panel, k);
+                Tile tile = tile_of(p, at, i, rows);
+                tile.chunks = p.plans[k].chunks;
+                tile.count = p.plans[k].count;
+                tile.first_group = at.first_group[i];
+                multiply_panel(p, at, i, (first + i) * panel, k, x_row, rows, tile);
             }
         }
-        for (int64_t i = 0; i < count * rows * panel; i += width)
-            store(at.totals + i, load(at.earlier + i) + load(at.totals + i));
-        for (int64_t i = 0; i < count; ++i) {
-            add_low_rank(p.call.update, {}, at.totals + i * rows * panel, panel, (first + i) * panel, x_row, rows);
-            write_panel<T>(p.call, at.totals + i * rows * panel, (first + i) * panel, x_row, rows);
+        finish<T>(p, at, first, count, x_row, rows);
+    }
+}
+
+// Panel number `number`, whose codes are read row by row, in whole numbers.
+void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
+    const QuarterSums sums{at.quarter_sums, static_cast<int>(p.x.rows), p.arithmetic.digits == 3 ? 2 : 1};
+    IntegerTile tile = integer_tile(p, at, 0, 0, 0, tile_of(p, at, 0, p.x.rows));
+    for (int64_t first = 0; first < p.blocks; first += span) {
+        if (first > 0) end_span(at, p.x.rows * panel);
+        const Reading reading(p.call.w, number * panel, first);
+        sum_codes_of(sums, reading, p.spread);
+        for (int64_t k = 0; k < reading.blocks; ++k) {
+            load_window(p, at, 0, number * panel, first + k);
+            tile.x = p.integers.line(first + k, 0);
+            tile.segments = p.integer_plans[first + k].segments;
+            tile.count = p.integer_plans[first + k].count;
+            tile.first_group = at.first_group[0];
+            add_sums(sums, k, tile);
+        }
+    }
+}
+
+// The same in floats.
+void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
+    const ChunkSums sums{at.chunk_sums, p.x.rows};
+    Tile tile = tile_of(p, at, 0, p.x.rows);
+    for (int64_t first = 0; first < p.blocks; first += span) {
+        if (first > 0) end_span(at, p.x.rows * panel);
+        const Reading reading(p.call.w, number * panel, first);
+        sum_chunks_of(sums, reading, p.lane_rows, p.values);
+        for (int64_t k = 0; k < reading.blocks; ++k) {
+            load_window(p, at, 0, number * panel, first + k);
+            tile.chunks = p.plans[first + k].chunks;
+            tile.count = p.plans[first + k].count;
+            tile.first_group = at.first_group[0];
+            tile.sums = p.x.sums ? p.x.sums_of(first + k, 0) : nullptr;
+            add_chunks(sums, k, tile);
         }
     }
 }
@@ -246,8 +314,17 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
 template <class T>
 void compute_piece(const Problem& p, const Workspace& at, int64_t piece) {
     const int64_t first = piece * p.cut.panels, end = smaller(first + p.cut.panels, ceil_div(p.call.w.rows, panel));
-    const int64_t at_once = p.x.rows <= tile_rows ? 1 : p.cut.panels;
-    for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, at_once);
+    if (!p.dots_rows && !p.sums_chunks) {
+        const int64_t at_once = p.x.rows <= tile_rows ? 1 : p.cut.panels;
+        for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, smaller(at_once, end - i));
+        return;
+    }
+    for (int64_t i = first; i < end; ++i) {
+        clear(at, p.x.rows * panel);
+        at.first_group[0] = -1;
+        p.dots_rows ? dot_rows(p, at, i) : sum_rows(p, at, i);
+        finish<T>(p, at, i, 1, 0, p.x.rows);
+    }
 }
 
 // What the calls of one schedule share, and each of them.
@@ -278,9 +355,12 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
         p.integer_plans = s.integer_plans;
         if (in_integers) {
             p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
+            p.spread.x = p.dots_rows ? arena.take<int32_t>(p.blocks * p.x.rows * p.spread.stride()) : nullptr;
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
+            const int64_t columns = round_up(p.call.w.columns, run_columns);
+            p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;
         }
         if (!arena.base) continue;
         s.problems[i] = p;
@@ -297,6 +377,8 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
         pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic.radix, packers);
     else
         pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);
+    if (p.dots_rows) spread(p.spread, p.integers, p.integer_plans, p.blocks, call.w.bits);
+    if (p.sums_chunks) spread(p.lane_rows, p.x, call.w.columns);
 }
 
 template <class T>

@@ -325,6 +325,16 @@ METATE_FN vf sum_rows(const vf (&rows)[width]) {
                          _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
 }
 
+// Within every 16 bytes, lane j of r[i] changes places with lane i of r[j].
+METATE_FN void transpose_parts(vi (&r)[4]) {
+    const vi low0 = _mm256_unpacklo_epi32(r[0], r[1]), low1 = _mm256_unpacklo_epi32(r[2], r[3]);
+    const vi high0 = _mm256_unpackhi_epi32(r[0], r[1]), high1 = _mm256_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm256_unpacklo_epi64(low0, low1);
+    r[1] = _mm256_unpackhi_epi64(low0, low1);
+    r[2] = _mm256_unpacklo_epi64(high0, high1);
+    r[3] = _mm256_unpackhi_epi64(high0, high1);
+}
+
 // What transpose() makes of rows of 32 bytes, `stride` bytes apart: halves of rows are put together as they are loaded.
 METATE_FN void load_transposed(vf (&r)[width], const uint8_t* p, int64_t stride) {
 #pragma GCC unroll 2

@@ -255,6 +255,28 @@ METATE_FN vi add_clipped_words(vi a, vi b) {  // unsigned
 METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
+// Of a and b, cut into parts of 16 bytes: the even ones, and the odd ones.
+METATE_FN vi join_even_parts(vi a, vi b) {
+    return _mm512_shuffle_i32x4(a, b, 0x88);
+}
+METATE_FN vi join_odd_parts(vi a, vi b) {
+    return _mm512_shuffle_i32x4(a, b, 0xdd);
+}
+// Part j of r[i] changes places with part i of r[j].
+METATE_FN void exchange_parts(vi (&r)[4]) {
+    const vi a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+    const vi c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+    r[0] = join_even_parts(a, c);
+    r[1] = join_odd_parts(a, c);
+    r[2] = join_even_parts(b, d);
+    r[3] = join_odd_parts(b, d);
+}
+// Lane 4 j + i is the sum of part j of rows[i].
+METATE_FN vi sum_parts(const vi (&rows)[4]) {
+    const vi a = add(_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
+    const vi b = add(_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
+    return add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
 
 // Four rows of bytes: dword j of quarter q of vector i becomes what the rows hold in byte 16 q + 4 i + j.
 METATE_FN void interleave_bytes(vi (&rows)[4]) {
@@ -411,6 +433,16 @@ METATE_FN vi sum_rows(const vi (&rows)[width]) {
         return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
     };
     return halve(halve(quarters[0], quarters[1]), halve(quarters[2], quarters[3]));
+}
+
+// Within every 16 bytes, lane j of r[i] changes places with lane i of r[j].
+METATE_FN void transpose_parts(vi (&r)[4]) {
+    const vi low0 = _mm512_unpacklo_epi32(r[0], r[1]), low1 = _mm512_unpacklo_epi32(r[2], r[3]);
+    const vi high0 = _mm512_unpackhi_epi32(r[0], r[1]), high1 = _mm512_unpackhi_epi32(r[2], r[3]);
+    r[0] = _mm512_unpacklo_epi64(low0, low1);
+    r[1] = _mm512_unpackhi_epi64(low0, low1);
+    r[2] = _mm512_unpacklo_epi64(high0, high1);
+    r[3] = _mm512_unpackhi_epi64(high0, high1);
 }
 
 // What transpose() makes of rows of 64 bytes, `stride` bytes apart: quarters of rows are put together as they are

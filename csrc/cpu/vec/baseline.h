@@ -258,6 +258,12 @@ METATE_FN vf sum_rows(const vf (&rows)[width]) {
     return (r[0] + r[2]) + (r[1] + r[3]);
 }
 
+METATE_FN void transpose_parts(vi (&r)[4]) {
+    vi t[4];
+    for (int i = 0; i < 4; ++i) t[i] = vi{r[0][i], r[1][i], r[2][i], r[3][i]};
+    for (int i = 0; i < 4; ++i) r[i] = t[i];
+}
+
 // What transpose() makes of rows of 16 bytes, `stride` bytes apart.
 METATE_FN void load_transposed(vf (&r)[width], const uint8_t* p, int64_t stride) {
     for (int i = 0; i < width; ++i) __builtin_memcpy(&r[i], p + i * stride, sizeof r[i]);

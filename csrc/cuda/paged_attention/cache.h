@@ -129,7 +129,7 @@ METATE_DEVICE void decode(float (&values)[format == Format::int4 ? 8 : 4], uint3
     METATE_UNROLL
     for (int i = 0; i < (format == Format::int4 ? 8 : 4); ++i) {
         if constexpr (format == Format::int4) {
-            values[i] = float_of(word >> (4 * i) & 0xfu | magic) - 8388616.f;
+            values[i] = float_of((word >> (4 * i) & 0xfu) | magic) - 8388616.f;
         } else if constexpr (format == Format::int8) {
             values[i] = float_of(((word ^ 0x80808080u) >> (8 * i) & 0xffu) | magic) - 8388736.f;
         } else {

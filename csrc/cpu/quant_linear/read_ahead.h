@@ -1,0 +1,34 @@
+// How the codes of a panel are read for few rows of x: some blocks of a row in one run, then those of the next row.
+#pragma once
+
+#include "decode.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int few_rows = 4;        // of x
+constexpr int blocks_at_once = 8;  // of a row
+
+struct Reading {
+    const LowBitMatrix& w;
+    int64_t row, first_block, blocks;
+    int64_t begin, ahead;  // bytes from the start of a row, and from a block to what is fetched beside it
+
+    Reading(const LowBitMatrix& matrix, int64_t first_row, int64_t k)
+        : w(matrix),
+          row(first_row),
+          first_block(k),
+          blocks(smaller(blocks_at_once, ceil_div(matrix.columns, block) - k)),
+          begin(k * block / 8 * matrix.bits),
+          ahead(bytes_ahead(matrix, k, blocks_at_once)) {}
+
+    // Row i of the panel; the last one again where there are no more.
+    METATE_FN const uint8_t* line(int64_t i) const {
+        return static_cast<const uint8_t*>(w.codes.data) + smaller(row + i, w.rows - 1) * w.codes.stride[0] + begin;
+    }
+    METATE_FN int64_t bytes_left(int64_t read) const { return ceil_div(w.columns * w.bits, 8) - begin - read; }
+    METATE_FN void fetch(const uint8_t* codes) const { __builtin_prefetch(codes + ahead, 0, 2); }
+};
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -1,0 +1,139 @@
+// Few rows of x times 4-bit codes as they lie, in floats: the chunks of a row of W fill the lanes, and only their sums
+// are transposed. The same sums in the same order as product.h.
+#pragma once
+
+#include "product.h"
+#include "read_ahead.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t run_columns = width * longest;  // columns whose chunks fill the lanes
+
+METATE_FN bool can_sum_chunks(const LowBitMatrix& w) {
+    return w.bits == 4 && w.columns % longest == 0 && (w.group_size % longest == 0 || w.group_size >= w.columns);
+}
+
+// The chunk of a run that lies in a lane once transpose_parts has spread its dwords.
+METATE_FN constexpr int chunk_in(int lane) {
+    return lane % 4 * (width / 4) + lane / 4;
+}
+
+// x for every run, row and column of a chunk: a number for each lane.
+struct LaneRows {
+    float* x;
+    int64_t rows;
+
+    METATE_FN float* at(int64_t number, int64_t row) const { return x + (number * rows + row) * run_columns; }
+};
+
+inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns) {
+    for (int64_t i = 0; i < ceil_div(columns, run_columns) * to.rows; ++i) {
+        float* const x = to.at(i / to.rows, i % to.rows);
+        for (int lane = 0; lane < width; ++lane) {
+            const int64_t column = i / to.rows * run_columns + chunk_in(lane) * longest;
+            const float* line = column < columns ? from.line(column / block, i % to.rows) + column % block : nullptr;
+            for (int j = 0; j < longest; ++j) x[j * width + lane] = line ? line[j] : 0.0f;
+        }
+    }
+}
+
+// The sums of some runs of a panel, for every row of x.
+struct ChunkSums {
+    float* sums;
+    int64_t rows;
+
+    // Of `width` rows of W, the first or the second half of the panel: a vector a row, later a vector a chunk.
+    METATE_FN float* at(int64_t number, int64_t row, int64_t half) const {
+        return sums + ((number * rows + row) * 2 + half) * width * width;
+    }
+};
+constexpr int64_t runs_at_once = blocks_at_once * block / run_columns;
+constexpr int64_t most_chunk_sums = runs_at_once * few_rows * panel * width;
+
+// The sums of run `number` of those read, of `lines` rows of W.
+template <Values::Kind kind, int rows, int lines>
+METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[lines], const Reading& reading,
+                       int64_t number, const float* x, const Values& values, const Table16& table) {
+    constexpr int bytes = run_columns / 2, part = 4 * width;
+    const int64_t left = reading.bytes_left(number * bytes);
+    vi words[lines][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < lines; ++r) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t* const from = codes[r] + i * part;
+            words[r][i] = left >= bytes ? load(reinterpret_cast<const int32_t*>(from))
+                                        : load_bytes(from, larger(left - i * part, 0));
+        }
+        transpose_parts(words[r]);
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; ++m) sums[r][m] = splat(0.0f);
+    }
+#pragma GCC unroll 32
+    for (int j = 0; j < longest; ++j) {
+        constexpr int fetches = lines * bytes / 64, apart = longest / fetches;
+        if (j % apart == 0) reading.fetch(codes[j / apart % lines] + j / apart / lines * 64);
+        vf value[lines];
+#pragma GCC unroll 4
+        for (int r = 0; r < lines; ++r)
+            value[r] = value_in<4, kind>(words[r][j / 8], words[r][j / 8], j % 8 * 4, values, table);
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; ++m) {
+            const vf a = load(x + m * run_columns + j * width);
+#pragma GCC unroll 4
+            for (int r = 0; r < lines; ++r) sums[r][m] = fma(a, value[r], sums[r][m]);
+        }
+    }
+}
+
+template <Values::Kind kind, int rows>
+__attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& reading, const LaneRows& x,
+                                          const Values& values) {
+    constexpr int lines = width == 16 && rows <= 2 ? 4 : 2;
+    const Table16 table = table16(values.entries);
+    const int64_t first = reading.first_block * block / run_columns,
+                  runs = ceil_div(reading.blocks * block, run_columns);
+    for (int i = 0; i < panel; i += lines) {
+        const uint8_t* codes[lines];
+        for (int r = 0; r < lines; ++r) codes[r] = reading.line(i + r);
+        for (int64_t number = 0; number < runs; ++number) {
+            vf sums[lines][rows];
+            sum_run<kind>(sums, codes, reading, number, x.at(first + number, 0), values, table);
+            for (int r = 0; r < lines; ++r) {
+                for (int m = 0; m < rows; ++m) store(to.at(number, m, i / width) + (i + r) % width * width, sums[r][m]);
+                codes[r] += run_columns / 2;
+            }
+        }
+    }
+    for (int64_t i = 0; i < runs * rows * 2; ++i) {
+        float* const square = to.sums + i * width * width;
+        vf lanes[width];
+        for (int r = 0; r < width; ++r) lanes[r] = load(square + r * width);
+        transpose(lanes);
+        for (int lane = 0; lane < width; ++lane) store(square + chunk_in(lane) * width, lanes[lane]);
+    }
+}
+
+template <int rows = few_rows>
+METATE_FN void sum_chunks_of(const ChunkSums& to, const Reading& reading, const LaneRows& x, const Values& values) {
+    if constexpr (rows > 1) {
+        if (to.rows < rows) return sum_chunks_of<rows - 1>(to, reading, x, values);
+    }
+    if (width == 16 || values.kind == Values::table) return sum_chunks<Values::table, rows>(to, reading, x, values);
+    if constexpr (width < 16) sum_chunks<Values::whole, rows>(to, reading, x, values);
+}
+
+// Adds the sums of the chunks of one block, number k of those read, to the totals.
+inline void add_chunks(const ChunkSums& from, int64_t k, const Tile& t) {
+    for (int c = 0; c < t.count; ++c) {
+        const int64_t chunk = (k * block + t.chunks[c].begin) / longest;
+        for (int m = 0; m < from.rows; ++m) {
+            for (int v = 0; v < 2; ++v)
+                add_sum<true>(t, c, m, v * width, load(from.at(chunk / width, m, v) + chunk % width * width));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

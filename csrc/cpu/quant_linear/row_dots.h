@@ -1,0 +1,200 @@
+// Few rows of x times codes of 4 and 8 bits as they lie: the columns of a row of W fill the lanes, and only sums are
+// transposed. The segments and digits are integer.h's, and so are the results, bit for bit: sums are exact.
+#pragma once
+
+#include "integer.h"
+#include "read_ahead.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int quarter_rows = 4;                 // of W, whose sums share a vector
+constexpr int quads_of_block = block / 4;       // in two vectors
+constexpr int quarter = longest, quarters = 4;  // of a block: the columns of 16 bytes of its vectors
+
+METATE_FN bool can_dot_rows(const LowBitMatrix& w, const Arithmetic& arithmetic) {
+    return width == 16 && arithmetic.digits && arithmetic.sums == Sums::dots && (w.bits == 4 || w.bits == 8) &&
+           (w.group_size % quarter == 0 || w.group_size >= w.columns);
+}
+
+// Digits of x in the order in which load_codes leaves W: two vectors for every block, row and digit.
+struct SpreadRows {
+    int32_t* x;
+    int64_t rows;
+    int digits;
+
+    METATE_FN int64_t stride() const { return digits * quads_of_block; }
+    METATE_FN int32_t* at(int64_t k, int64_t row) const { return x + (k * rows + row) * stride(); }
+};
+
+inline void spread(const SpreadRows& to, const IntegerRows& from, const IntegerPlan* plans, int64_t blocks,
+                   int64_t bits) {
+    for (int64_t i = 0; i < blocks * to.rows; ++i) {
+        const IntegerPlan& plan = plans[i / to.rows];
+        const int32_t* quad = from.line(i / to.rows, i % to.rows);
+        int32_t* x = to.at(i / to.rows, i % to.rows);
+        for (int q = 0; i / to.rows == blocks - 1 && q < to.stride(); ++q) x[q] = 0;
+        for (int s = 0; s < plan.count; ++s) {
+            const int first = plan.segments[s].first_quad, n = plan.segments[s].quads;
+            for (int d = 0; d < to.digits; ++d, quad += n) {
+                int32_t* const line = x + d * quads_of_block;
+                for (int q = 0; bits == 4 && q < n / 2; ++q) {
+                    line[first / 2 + q] = quad[2 * q];
+                    line[first / 2 + q + width] = quad[2 * q + 1];
+                }
+                for (int q = first; bits == 8 && q < first + n; ++q)
+                    line[q % 8 / 4 * width + q / 8 * 4 + q % 4] = quad[q - first];
+            }
+        }
+    }
+}
+
+// What a run of blocks of a panel leaves to be scaled: sums of digits times codes over each quarter. With three digits
+// those of the first two, and of the last.
+struct QuarterSums {
+    int32_t* sums;
+    int rows, parts;
+
+    // For `quarter_rows` rows of W from quarter_rows · i on: lane 4 j + r is quarter j of row r.
+    METATE_FN int32_t* at(int64_t k, int i, int row, int part) const {
+        return sums + (((k * (panel / quarter_rows) + i) * rows + row) * parts + part) * width;
+    }
+};
+constexpr int64_t most_quarter_sums = blocks_at_once * panel / quarter_rows * few_rows * 2 * width;
+
+#if defined(METATE_HAS_VNNI_FORMS)
+
+// The first `bytes` bytes of a row's block as two vectors of quads, and zeros after them: lanes 4 j … 4 j + 3 of both
+// hold quarter j.
+template <int bits>
+METATE_FN void load_codes(vi& first, vi& second, const uint8_t* from, int64_t bytes) {
+    const auto part = [&](int64_t at) {  // a mask costs a quarter of the speed
+        return bytes >= at + 4 * width ? load(reinterpret_cast<const int32_t*>(from + at))
+                                       : load_bytes(from + at, larger(bytes - at, 0));
+    };
+    const vi low = part(0);
+    if constexpr (bits == 4) {
+        const vi mask = splat(0x0f0f0f0f);
+        first = bit_and(low, mask);
+        second = bit_and(shift_right(low, 4), mask);
+    } else {
+        const vi high = part(4 * width);
+        first = join_even_parts(low, high);
+        second = join_odd_parts(low, high);
+    }
+}
+
+// The products of 128 codes with so many digits, as whole numbers.
+template <int digits>
+METATE_FN vi dot(const vi (&codes)[2], const int32_t* x) {
+    vi sum = splat(0);
+#pragma GCC unroll 2
+    for (int d = 0; d < digits; ++d, x += quads_of_block) {
+        if (d > 0) sum = shift_left(sum, 8);
+        vnni_add_dot(sum, codes[0], load(x));
+        vnni_add_dot(sum, codes[1], load(x + width));
+    }
+    return sum;
+}
+
+template <int bits, int digits, int rows>
+__attribute__((noinline)) void sum_codes(const QuarterSums& to, const Reading& reading, const SpreadRows& x) {
+    constexpr int parts = digits == 3 ? 2 : 1, block_bytes = block / 8 * bits;
+    for (int i = 0; i < panel / quarter_rows; ++i) {
+        const uint8_t* line[quarter_rows];
+        for (int r = 0; r < quarter_rows; ++r) line[r] = reading.line(i * quarter_rows + r);
+        for (int64_t k = 0; k < reading.blocks; ++k) {
+            const int64_t bytes = reading.bytes_left(k * block_bytes);
+            int32_t* const sums_of_rows = to.sums + (k * (panel / quarter_rows) + i) * rows * parts * width;
+            vi codes[quarter_rows][2];
+#pragma GCC unroll 4
+            for (int r = 0; r < quarter_rows; ++r) {
+                for (int at = 0; at < block_bytes; at += 64) reading.fetch(line[r] + at);
+                load_codes<bits>(codes[r][0], codes[r][1], line[r], bytes);
+                line[r] += block_bytes;
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < rows; ++m) {
+                const int32_t* const quads = x.x + ((reading.first_block + k) * rows + m) * digits * quads_of_block;
+                vi sums[parts][quarter_rows];
+#pragma GCC unroll 4
+                for (int r = 0; r < quarter_rows; ++r) {
+                    sums[0][r] = dot<digits - parts + 1>(codes[r], quads);
+                    if constexpr (parts == 2) sums[1][r] = dot<1>(codes[r], quads + 2 * quads_of_block);
+                }
+#pragma GCC unroll 2
+                for (int part = 0; part < parts; ++part)
+                    store(sums_of_rows + (m * parts + part) * width, sum_parts(sums[part]));
+            }
+        }
+    }
+}
+
+template <int bits, int digits, int rows = few_rows>
+METATE_FN void sum_codes_of(const QuarterSums& to, const Reading& reading, const SpreadRows& x) {
+    if constexpr (rows > 1) {
+        if (to.rows < rows) return sum_codes_of<bits, digits, rows - 1>(to, reading, x);
+    }
+    sum_codes<bits, digits, rows>(to, reading, x);
+}
+
+inline void sum_codes_of(const QuarterSums& to, const Reading& reading, const SpreadRows& x) {
+    if (reading.w.bits == 4)
+        return to.parts == 2 ? sum_codes_of<4, 3>(to, reading, x) : sum_codes_of<4, 1>(to, reading, x);
+    to.parts == 2 ? sum_codes_of<8, 3>(to, reading, x) : sum_codes_of<8, 1>(to, reading, x);
+}
+
+// Scales the sums of one block, number k of those read, and adds them to the totals: what multiply_segments does.
+template <int parts>
+METATE_FN void add_sums_of(const QuarterSums& from, int64_t k, const IntegerTile& t, int m, int v) {
+    constexpr int digits = parts == 2 ? 3 : 1;
+    const int32_t* const line = t.x + m * t.stride;
+    vi sums[parts][quarters];
+#pragma GCC unroll 2
+    for (int part = 0; part < parts; ++part) {
+#pragma GCC unroll 4
+        for (int j = 0; j < quarters; ++j) sums[part][j] = load(from.at(k, v * quarters + j, m, part));
+        exchange_parts(sums[part]);
+    }
+    float* const total = t.total + m * panel + v * width;
+    vf result = load(total);
+    vi whole[parts];
+    const Segment* segment = t.segments;
+    for (int s = 0; s < t.count; ++s, ++segment) {
+        const int64_t at = (segment->group - t.first_group) * panel + v * width;
+        const vi center = load(t.centers + at);
+        const int32_t* const digit_sums = line + t.sums_at + s * digits;
+        whole[0] = multiply_words(center, splat(digit_sums[0]));
+        if constexpr (parts == 2) {
+            whole[0] = add(shift_left(whole[0], 8), multiply_words(center, splat(digit_sums[1])));
+            whole[1] = multiply_words(center, splat(digit_sums[2]));
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < quarters; ++j) {
+            if (segment->begin > j * quarter || segment->end <= j * quarter) continue;
+#pragma GCC unroll 2
+            for (int part = 0; part < parts; ++part) whole[part] = add(whole[part], sums[part][j]);
+        }
+        vf value = to_float(whole[0]);
+        if constexpr (parts == 2) value = fma(value, splat(t.radix), to_float(whole[1]));
+        result = fma(value * splat(bit_cast<float>(line[t.steps_at + s])), load(t.scales + at), result);
+        if (t.corrections)
+            result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at), result);
+    }
+    store(total, result);
+}
+
+inline void add_sums(const QuarterSums& from, int64_t k, const IntegerTile& t) {
+    for (int m = 0; m < from.rows; ++m) {
+        for (int v = 0; v < 2; ++v)
+            from.parts == 2 ? add_sums_of<2>(from, k, t, m, v) : add_sums_of<1>(from, k, t, m, v);
+    }
+}
+
+#else
+inline void sum_codes_of(const QuarterSums&, const Reading&, const SpreadRows&) {}
+inline void add_sums(const QuarterSums&, int64_t, const IntegerTile&) {}
+#endif
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

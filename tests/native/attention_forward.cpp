@@ -29,7 +29,9 @@ DECLARE(baseline)
 #if defined(__x86_64__)
 DECLARE(avx2)
 DECLARE(avx512)
-DECLARE(avx512bf16)
+namespace avx512bf16 {  // of the other two it has no pass
+void attention(const AttentionForward&, const Runtime&);
+}
 #endif
 }  // namespace metate::cpu
 
@@ -49,8 +51,11 @@ std::vector<Pass> passes() {
     std::vector<Pass> all{PASS(baseline)};
 #if defined(__x86_64__)
     if (cpu::has_isa(cpu::Isa::avx2)) all.push_back(PASS(avx2));
-    if (cpu::has_isa(cpu::Isa::avx512)) all.push_back(PASS(avx512));
-    if (cpu::has_isa(cpu::Isa::avx512)) all.push_back(PASS(avx512bf16));  // its dot product is emulated
+    if (cpu::has_isa(cpu::Isa::avx512)) {
+        all.push_back(PASS(avx512));
+        // Its dot product is emulated.
+        all.push_back({"avx512bf16", cpu::avx512bf16::attention, all.back().column_sums, all.back().merge});
+    }
 #endif
     return all;
 }

@@ -161,18 +161,17 @@ void write_panel(const QuantLinear& call, const float* totals, int64_t row, int6
     }
 }
 
-IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_number, int64_t k, int64_t x_row,
-                         const Tile& tile) {
+// Without what changes from block to block.
+IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_number, const Tile& tile) {
     const IntegerRows& x = p.integers;
-    const IntegerPlan& plan = p.integer_plans[k];
-    return {x.line(k, x_row),
+    return {nullptr,
             x.stride(),
             x.sums_at(),
             x.steps_at(),
             x.totals_at(),
             at.codes,
-            plan.segments,
-            plan.count,
+            nullptr,
+            0,
             at.centers + panel_number * p.window * panel,
             tile.scales,
             tile.corrections,
@@ -183,9 +182,17 @@ IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_nu
             0};
 }
 
+void enter_block(IntegerTile& tile, const Problem& p, int64_t k, int64_t x_row, int64_t first_group) {
+    tile.x = p.integers.line(k, x_row);
+    tile.segments = p.integer_plans[k].segments;
+    tile.count = p.integer_plans[k].count;
+    tile.first_group = first_group;
+}
+
 void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
                     int64_t rows, const Tile& tile) {
-    IntegerTile integers = integer_tile(p, at, panel_number, k, x_row, tile);
+    IntegerTile integers = integer_tile(p, at, panel_number, tile);
+    enter_block(integers, p, k, x_row, tile.first_group);
     const int64_t columns = smaller(block, p.call.w.columns - k * block);
     const bool in_words = rows <= word_rows && p.call.w.bits == 4 && p.arithmetic.sums == Sums::words;
     const int64_t stride = p.call.w.codes.stride[0], ahead = bytes_ahead(p.call.w, k);
@@ -250,6 +257,12 @@ Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_
             at.totals + panel_number * rows * panel};
 }
 
+void enter_block(Tile& tile, const Problem& p, int64_t k, int64_t first_group) {
+    tile.chunks = p.plans[k].chunks;
+    tile.count = p.plans[k].count;
+    tile.first_group = first_group;
+}
+
 // `count` panels from number `first` on.
 template <class T>
 void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
@@ -262,9 +275,7 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
             for (int64_t i = 0; i < count; ++i) {
                 load_window(p, at, i, (first + i) * panel, k);
                 Tile tile = tile_of(p, at, i, rows);
-                tile.chunks = p.plans[k].chunks;
-                tile.count = p.plans[k].count;
-                tile.first_group = at.first_group[i];
+                enter_block(tile, p, k, at.first_group[i]);
                 multiply_panel(p, at, i, (first + i) * panel, k, x_row, rows, tile);
             }
         }
@@ -275,17 +286,14 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
 // Panel number `number`, whose codes are read row by row, in whole numbers.
 void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
     const QuarterSums sums{at.quarter_sums, static_cast<int>(p.x.rows), p.arithmetic.digits == 3 ? 2 : 1};
-    IntegerTile tile = integer_tile(p, at, 0, 0, 0, tile_of(p, at, 0, p.x.rows));
+    IntegerTile tile = integer_tile(p, at, 0, tile_of(p, at, 0, p.x.rows));
     for (int64_t first = 0; first < p.blocks; first += span) {
         if (first > 0) end_span(at, p.x.rows * panel);
         const Reading reading(p.call.w, number * panel, first);
         sum_codes_of(sums, reading, p.spread);
         for (int64_t k = 0; k < reading.blocks; ++k) {
             load_window(p, at, 0, number * panel, first + k);
-            tile.x = p.integers.line(first + k, 0);
-            tile.segments = p.integer_plans[first + k].segments;
-            tile.count = p.integer_plans[first + k].count;
-            tile.first_group = at.first_group[0];
+            enter_block(tile, p, first + k, 0, at.first_group[0]);
             add_sums(sums, k, tile);
         }
     }
@@ -301,9 +309,7 @@ void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
         sum_chunks_of(sums, reading, p.lane_rows, p.values);
         for (int64_t k = 0; k < reading.blocks; ++k) {
             load_window(p, at, 0, number * panel, first + k);
-            tile.chunks = p.plans[first + k].chunks;
-            tile.count = p.plans[first + k].count;
-            tile.first_group = at.first_group[0];
+            enter_block(tile, p, first + k, at.first_group[0]);
             tile.sums = p.x.sums ? p.x.sums_of(first + k, 0) : nullptr;
             add_chunks(sums, k, tile);
         }

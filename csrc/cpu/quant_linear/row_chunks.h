@@ -124,8 +124,9 @@ METATE_FN void sum_chunks_of(const ChunkSums& to, const Reading& reading, const 
     if constexpr (width < 16) sum_chunks<Values::whole, rows>(to, reading, x, values);
 }
 
-// Adds the sums of the chunks of one block, number k of those read, to the totals.
-inline void add_chunks(const ChunkSums& from, int64_t k, const Tile& t) {
+// Adds the sums of the chunks of one block, number k of those read, to the totals. The tile is taken by value: no store
+// to the totals can change it.
+inline void add_chunks(const ChunkSums& from, int64_t k, const Tile t) {
     for (int c = 0; c < t.count; ++c) {
         const int64_t chunk = (k * block + t.chunks[c].begin) / longest;
         for (int m = 0; m < from.rows; ++m) {

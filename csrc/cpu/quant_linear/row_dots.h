@@ -144,10 +144,9 @@ inline void sum_codes_of(const QuarterSums& to, const Reading& reading, const Sp
     to.parts == 2 ? sum_codes_of<8, 3>(to, reading, x) : sum_codes_of<8, 1>(to, reading, x);
 }
 
-// Of `width` rows of W, the sum over a segment of each part: what `sums` hold of its quarters, and its center.
+// Of `width` rows of W: the sum over a segment in steps of x, from the sums of its parts and what they are centered by.
 template <int parts>
-METATE_FN vf scaled_sum(const vi (&sums)[parts], const int32_t* centers, const int32_t* digit_sums, float radix) {
-    const vi center = load(centers);
+METATE_FN vf centered_sum(const vi (&sums)[parts], vi center, const int32_t* digit_sums, float radix) {
     vi high = multiply_words(center, splat(digit_sums[0]));
     if constexpr (parts == 1) return to_float(add(sums[0], high));
     high = add(shift_left(high, 8), multiply_words(center, splat(digit_sums[1])));
@@ -155,44 +154,44 @@ METATE_FN vf scaled_sum(const vi (&sums)[parts], const int32_t* centers, const i
     return fma(to_float(add(sums[0], high)), splat(radix), to_float(add(sums[parts - 1], low)));
 }
 
-// Scales the sums of one block, number k of those read, and adds them to the totals: what multiply_segments does.
+// Row m of x and half v of the panel. Everything is taken by value: no store to the totals can change it.
 template <int parts>
-METATE_FN void add_sums_of(const QuarterSums& from, int64_t k, const IntegerTile& t, int m, int v) {
+METATE_FN void add_sums_of(const QuarterSums from, int64_t k, const IntegerTile t, int m, int v) {
     constexpr int digits = parts == 2 ? 3 : 1;
     const int32_t* const line = t.x + m * t.stride;
     const int32_t* const first = from.at(k, v * quarters, m, 0);
     const int64_t apart = from.at(0, 1, 0, 0) - from.at(0, 0, 0, 0);
-    vi sums[parts][quarters];
+    vi sums[parts][quarters], whole[parts];
 #pragma GCC unroll 2
     for (int part = 0; part < parts; ++part) {
 #pragma GCC unroll 4
         for (int j = 0; j < quarters; ++j) sums[part][j] = load(first + j * apart + part * width);
-        exchange_parts(sums[part]);
+        transpose_quarters(sums[part]);
+        whole[part] = splat(0);
     }
     float* const total = t.total + m * panel + v * width;
     vf result = load(total);
-    for (int s = 0; s < t.count; ++s) {
-        const Segment& segment = t.segments[s];
-        const int64_t at = (segment.group - t.first_group) * panel + v * width;
-        const int begin = segment.begin / quarter, end = (segment.end + quarter - 1) / quarter;
-        vi whole[parts];
-#pragma GCC unroll 2
-        for (int part = 0; part < parts; ++part) {
-            const vi(&q)[quarters] = sums[part];
-            whole[part] = q[begin];
-            if (end - begin == quarters)
-                whole[part] = add(add(q[0], q[1]), add(q[2], q[3]));
-            else
-                for (int j = begin + 1; j < end; ++j) whole[part] = add(whole[part], q[j]);
-        }
-        const vf value = scaled_sum<parts>(whole, t.centers + at, line + t.sums_at + s * digits, t.radix);
+    const auto add_segment = [&](int s) __attribute__((always_inline)) {
+        const int64_t at = (t.segments[s].group - t.first_group) * panel + v * width;
+        const vf value = centered_sum(whole, load(t.centers + at), line + t.sums_at + s * digits, t.radix);
         result = fma(value * splat(bit_cast<float>(line[t.steps_at + s])), load(t.scales + at), result);
         if (t.corrections)
             result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at), result);
+    };
+    int s = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < quarters; ++j) {
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; ++part) whole[part] = add(whole[part], sums[part][j]);
+        if (t.segments[s].end > (j + 1) * quarter) continue;
+        add_segment(s);
+        if (++s == t.count) break;
+        for (vi& part : whole) part = splat(0);
     }
     store(total, result);
 }
 
+// Scales the sums of one block, number k of those read, and adds them to the totals: what multiply_segments does.
 inline void add_sums(const QuarterSums& from, int64_t k, const IntegerTile& t) {
     for (int m = 0; m < from.rows; ++m) {
         for (int v = 0; v < 2; ++v)

@@ -262,15 +262,6 @@ METATE_FN vi join_even_parts(vi a, vi b) {
 METATE_FN vi join_odd_parts(vi a, vi b) {
     return _mm512_shuffle_i32x4(a, b, 0xdd);
 }
-// Part j of r[i] changes places with part i of r[j].
-METATE_FN void exchange_parts(vi (&r)[4]) {
-    const vi a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
-    const vi c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
-    r[0] = join_even_parts(a, c);
-    r[1] = join_odd_parts(a, c);
-    r[2] = join_even_parts(b, d);
-    r[3] = join_odd_parts(b, d);
-}
 // Lane 4 j + i is the sum of part j of rows[i].
 METATE_FN vi sum_parts(const vi (&rows)[4]) {
     const vi a = add(_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
@@ -423,15 +414,9 @@ METATE_FN vf sum_rows(const vf (&rows)[width]) {
 METATE_FN vi sum_rows(const vi (&rows)[width]) {
     __m512i quarters[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const vi* r = rows + 4 * i;
-        const vi a = add(_mm512_unpacklo_epi32(r[0], r[1]), _mm512_unpackhi_epi32(r[0], r[1]));
-        const vi b = add(_mm512_unpacklo_epi32(r[2], r[3]), _mm512_unpackhi_epi32(r[2], r[3]));
-        quarters[i] = add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    }
-    const auto halve = [](vi a, vi b) {
-        return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-    };
+    for (int i = 0; i < 4; ++i)
+        quarters[i] = sum_parts({rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]});
+    const auto halve = [](vi a, vi b) { return add(join_even_parts(a, b), join_odd_parts(a, b)); };
     return halve(halve(quarters[0], quarters[1]), halve(quarters[2], quarters[3]));
 }
 

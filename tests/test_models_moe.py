@@ -14,6 +14,7 @@ from metate.nn import MoE, QuantGroupedLinear
 from metate.quant import quantize_nf4, quantize_rtn, save_quantized
 
 transformers = pytest.importorskip("transformers")
+quantised = pytest.importorskip("metate.compat.transformers").quantised
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -90,6 +91,12 @@ def test_low_bit_experts_come_from_low_bit_checkpoints(tmp_path, method, unlike)
     low = Llama.from_pretrained(tmp_path / "low")
     assert isinstance(low.layers[0].mlp.experts.gate_up, QuantGroupedLinear) != unlike
     torch.testing.assert_close(low(tokens(9)), dense(tokens(9)), rtol=1e-4, atol=1e-5)
+    if method != "metate":
+        with (
+            quantised(),
+            pytest.raises(NotImplementedError, match=r"checkpoint is with .*experts\.0\..*, expected dense"),
+        ):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
 
 
 @pytest.mark.parametrize(

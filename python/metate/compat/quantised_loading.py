@@ -7,11 +7,13 @@ hands, lowers them, and leaves a placeholder. After loading the layer makes way 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -38,16 +40,36 @@ _before: dict[str, Any] = {}
 class _Quantizer(HfQuantizer):
     """What the methods share. `serialized_names` are the tensors that a checkpoint has in place of a weight."""
 
+    serialized_names: Mapping[str, list[str]]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or ()
+        self._refuse_stacked_experts(model, files)
         config = read_configuration(Path(files[0]).parent) if files else {}
         # The classes of transformers drop members that they do not know, "dynamic" of GPTQ among them.
         raw = config.get("quantization_config") or self.quantization_config.to_dict()
         self.settings = Settings("quantization_config", raw)
         kept = model._keep_in_fp32_modules
         self.skipped = self.get_modules_to_not_convert(model, self._skipped(), None if kept is None else list(kept))
+
+    def _refuse_stacked_experts(self, model: PreTrainedModel, files: Iterable[str]) -> None:
+        """Low-bit experts come one by one: a model that stacks them would keep those that it was made with."""
+        modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+        if "experts" not in modules or isinstance(modules["experts"], nn.ModuleList):
+            return
+        low_bit = {tail for tails in self.serialized_names.values() for tail in tails} - {"weight"}
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    found = re.search(r"\.experts\.\d+\.\w+\.(.+)", name)
+                    if found and found[1] in low_bit:
+                        expected = (
+                            f"dense experts for {type(model).__name__}; metate.models.Llama.from_pretrained reads these"
+                        )
+                        raise fail(
+                            "compat.transformers", "checkpoint", f"with {name}", expected, error=NotImplementedError
+                        )
 
     def _skipped(self) -> list[str] | None:
         return getattr(self.quantization_config, "modules_to_not_convert", None)

@@ -30,7 +30,7 @@ FORMS = ("dense", "nf4", "int4")
 Weights = Tensor | QuantizedExperts
 
 
-def workloads() -> list[Workload]:
+def layers() -> list[Workload]:
     forward, training = Layer("moe_mlp"), Training("moe_mlp, forward and backward")
     rivals = {
         "transformers eager": lambda setup: transformers(setup, "eager"),

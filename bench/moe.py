@@ -26,7 +26,7 @@ def workloads(compile: bool) -> list[Workload]:
     rivals = {"torch loop": loop, "torch._grouped_mm": grouped_mm}
     many = [case for case in outer_op.domain.sweep if case["T"] > 1]
     return [
-        *mixture.workloads(),
+        *mixture.layers(),
         Workload("grouped linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label,
                  moved=moved),
         Workload("grouped linear, low-bit", quant_linear_op, quant_linear_op.domain.sweep, rivals, call_op,

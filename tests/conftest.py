@@ -43,6 +43,11 @@ COMPILED = [
 SIMULATED = {("cpu", "triton"), ("cpu", "cuda")}  # an interpreter or an emulator: slow
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: one that begins last keeps a single processor busy."""
+    items.sort(key=lambda item: not item.name.startswith("test_compiles_without_a_gpu"))
+
+
 def outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 

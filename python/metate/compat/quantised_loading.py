@@ -40,7 +40,7 @@ _before: dict[str, Any] = {}
 class _Quantizer(HfQuantizer):
     """What the methods share. `serialized_names` are the tensors that a checkpoint has in place of a weight."""
 
-    serialized_names: Mapping[str, list[str]]
+    serialized_names: dict[str, list[str]]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

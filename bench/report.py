@@ -91,11 +91,17 @@ def _time(seconds: float) -> str:
 
 def _speed(row: Row) -> str:
     if row.get("recall") is not None:
-        return f"recall {row['recall']:.3f}"
+        return f"recall {recall(row)}"
     if row["bound"] == "memory":
         return f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
     flops = row["flops_per_second"]
     return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
+
+
+def recall(row: Row) -> str:
+    """The mean over samples, and by how much it is above the best rival's, give or take a standard error."""
+    gap = row.get("recall_gap")
+    return f"{row['recall']:.3f}" + (f" ({gap[0]:+.4f} ± {gap[1]:.4f})" if gap else "")
 
 
 def _limit(row: Row) -> str:

@@ -45,10 +45,10 @@ RIVAL_SLACK = 10  # how much more error a rival may have than ours before its sp
 
 @dataclass(frozen=True)
 class Approximate:
-    """A run whose results are not exact, and which share of the right ones it finds."""
+    """A run whose results are not exact, and which share of the right ones it finds, in each of some samples."""
 
     run: Run
-    recall: float
+    recalls: tuple[float, ...]
 
     def __call__(self, i: int) -> Any:
         return self.run(i)
@@ -103,6 +103,7 @@ class Contender:
     error: float | None = None
     budget: float | None = None
     recall: float | None = None
+    gap: tuple[float, float] | None = None  # to the best rival's recall, and its standard error over samples
     estimate: float = 0.0
     calls: int = 0
     times: list[float] = field(default_factory=list)
@@ -290,13 +291,23 @@ def _judge(contender: Contender, workload: Workload, got: Any, truths: list[Trut
 
 def _judge_recall(contenders: list[Contender]) -> None:
     """Ours are wrong where a rival finds more."""
-    recalls = {c.name: c.run.recall for c in contenders if isinstance(c.run, Approximate)}
-    best = max((recalls[c.name] for c in contenders if c.name in recalls and not c.ours), default=0.0)
+    recalls = {c.name: c.run.recalls for c in contenders if isinstance(c.run, Approximate)}
     for contender in contenders:
-        contender.recall = recalls.get(contender.name)
-        if contender.ours and contender.recall is not None and contender.recall < best - RECALL_SLACK:
+        if contender.name in recalls:
+            contender.recall = statistics.fmean(recalls[contender.name])
+    rivals = [c for c in contenders if c.recall is not None and not c.ours]
+    if not rivals:
+        return
+    best = max(rivals, key=lambda c: c.recall or 0.0)
+    for contender in contenders:
+        if not contender.ours or contender.recall is None:
+            continue
+        gaps = [a - b for a, b in zip(recalls[contender.name], recalls[best.name], strict=True)]
+        if len(gaps) > 1:
+            contender.gap = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+        if statistics.fmean(gaps) < -RECALL_SLACK:
             contender.run, contender.status = None, "wrong"
-            contender.detail = f"recall {contender.recall:.3f}, a rival's {best:.3f}"
+            contender.detail = f"recall {contender.recall:.3f}, a rival's {best.recall:.3f}"
 
 
 def _distance(x: Tensor, truth: Tensor) -> float:
@@ -415,6 +426,7 @@ def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machi
         "error": contender.error,
         "allowed": contender.budget,
         "recall": contender.recall,
+        "recall_gap": contender.gap,
     }
     if not contender.times:
         return row

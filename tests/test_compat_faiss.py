@@ -98,6 +98,8 @@ def test_selectors():
         (faiss.IDSelectorAnd(faiss.IDSelectorRange(0, 9), faiss.IDSelectorBatch([2, 30])), [2]),
         (faiss.IDSelectorOr(faiss.IDSelectorRange(0, 2), faiss.IDSelectorBatch([2, 30])), [0, 1, 2, 30]),
         (faiss.IDSelectorXOr(faiss.IDSelectorRange(0, 3), faiss.IDSelectorBatch([2, 30])), [0, 1, 30]),
+        (faiss.PyCallbackIDSelector(lambda i: i in (4, 6)), [4, 6]),
+        (faiss.IDSelectorTranslated(np.arange(60)[::-1], faiss.IDSelectorRange(0, 2)), [58, 59]),
         (faiss.IDSelectorAll(), range(60)),
     ]
     flat, ivf, mapped = faiss.IndexFlatL2(D), faiss.index_factory(D, "IVF3,Flat"), faiss.index_factory(D, "IDMap,Flat")
@@ -138,11 +140,135 @@ def test_a_quantizer_that_comes_filled_is_kept():
     assert index.pq.decode(index.pq.compute_codes(X)).shape == X.shape and index.pq.centroids.shape == (16 * D,)
 
 
+@pytest.mark.parametrize("description", ["Flat", "PQ4x4", "IVF4,Flat", "IVF4,PQ4x4", "RR4,IVF4,PQ2x4", "IDMap,Flat"])
+def test_merging(description):
+    whole = faiss.index_factory(D, description)
+    whole.train(X)
+    parts = [faiss.clone_index(whole) for _ in range(2)]
+    named, lists = "IDMap" in description, "IVF" in description
+    for index, rows in zip((whole, *parts), (slice(60), slice(23), slice(23, 60)), strict=True):
+        index.add_with_ids(X[rows], 7 * np.arange(60)[rows]) if named else index.add(X[rows])
+    parts[0].merge_from(parts[1], **({"add_id": 23} if lists else {}))
+    assert parts[1].ntotal == 0 and parts[0].ntotal == 60
+    for index in (whole, parts[0]):
+        if lists:
+            faiss.extract_index_ivf(index).nprobe = 4
+    for a, b in zip(whole.search(Q, 60), parts[0].search(Q, 60), strict=True):
+        assert np.array_equal(a, b)
+    stranger = faiss.index_factory(D, description)
+    stranger.train(X[::-1].copy() + 1)
+    if description != "Flat" and not named:
+        with pytest.raises(RuntimeError, match="another kind or training"):
+            parts[0].merge_from(stranger)
+
+
+def test_subsets_of_lists():
+    index = faiss.index_factory(D, "IVF4,PQ4x4")
+    index.train(X)
+    index.add_with_ids(X, np.arange(60) * 2)
+    index.nprobe = 4
+    for kind, parts in {
+        0: [(0, 50), (50, 120)], 1: [(4, 0), (4, 2)], 2: [(0, 11), (11, 60)], 3: [(2, 0), (2, 1)], 4: [(0, 1), (1, 4)],
+    }.items():  # fmt: skip
+        empty = faiss.clone_index(index)
+        empty.reset()
+        copies = [faiss.clone_index(empty) for _ in parts]
+        for copied, (a1, a2) in zip(copies, parts, strict=True):
+            index.copy_subset_to(copied, kind, a1, a2)
+            assert copied.check_ids_sorted()
+        assert sum(copied.ntotal for copied in copies) == 60 and index.ntotal == 60
+        for copied in copies:
+            empty.merge_from(copied)
+        assert np.array_equal(empty.search(Q, 60)[1], index.search(Q, 60)[1]), kind
+    with pytest.raises(RuntimeError, match="subset_type"):
+        index.copy_subset_to(empty, 5, 0, 1)
+
+
+@pytest.mark.parametrize("description", ["IVF4,Flat", "IVF4,PQ4x4", "IVF300,PQ4x4"])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_lists_and_codes(description, metric):
+    index = faiss.index_factory(D, description, metric)
+    x = RANDOM.standard_normal((400, D)).astype(np.float32)
+    index.train(x)
+    index.add(x)
+    index.nprobe = 3
+    distances, ids = index.search(Q, 9)
+    near, lists = index.quantizer.search(Q, 3)
+    chosen = index.search_preassigned(Q, 9, lists, near)
+    assert np.array_equal(chosen[1], ids) and np.array_equal(chosen[0], distances)
+    lists[:, 1:] = -1
+    only = index.search_preassigned(Q, 500, lists, near)[1]
+    assert [set(row[row >= 0]) for row in only] == [set(index.invlists.get_ids(int(i))) for i in lists[:, 0]]
+    near, lists = index.quantizer.search(Q, 3)
+    radius = float(np.median(distances[:, 5]))
+    for a, b in zip(index.range_search(Q, radius), index.range_search_preassigned(Q, radius, lists, near), strict=True):
+        assert np.array_equal(a, b)
+    found = index.search_and_return_codes(Q, 9, include_listnos=True)
+    there = ids >= 0
+    decoded = index.sa_decode(found[2][there])
+    np.testing.assert_allclose(decoded, index.reconstruct_batch(ids[there]), atol=1e-6)
+    assert np.array_equal(found[1], ids) and found[2].shape == (5, 9, index.sa_code_size())
+    assert np.array_equal(index.search_and_return_codes(Q, 9)[2], found[2][..., index.coarse_code_size() :])
+    np.testing.assert_allclose(index.sa_decode(index.sa_encode(x)), index.reconstruct_n(), atol=1e-6)
+    computer = index.get_distance_computer()
+    computer.set_query(Q[0])
+    assert abs(computer(int(ids[0, 0])) - distances[0, 0]) < 1e-4
+    assert computer.symmetric_dis(3, 3) == pytest.approx(0 if metric else np.square(index.reconstruct(3)).sum())
+    with pytest.raises(RuntimeError, match="Iq holds"):
+        index.search_preassigned(Q, 9, lists + 300, near)
+
+
+def test_codes_of_composed_indexes():
+    for description, size in (("OPQ4_4,Flat", 16), ("PQ4x4,RFlat", 34), ("IDMap,PQ2x8", 2), ("PQ4x6", 3)):
+        index = faiss.index_factory(D, description)
+        x = RANDOM.standard_normal((300, D)).astype(np.float32)
+        index.train(x)
+        codes = index.sa_encode(x)
+        assert codes.shape == (300, size) == (300, index.sa_code_size())
+        assert np.array_equal(index.sa_encode(index.sa_decode(codes)), codes) or "OPQ" in description
+
+
+def test_trained_by_hand():
+    quantizer = faiss.IndexFlatL2(D)
+    quantizer.add(X[:4])
+    index, again = (faiss.IndexIVFPQ(quantizer, D, 4, 2, 4) for _ in range(2))
+    with pytest.raises(RuntimeError, match="not trained"):
+        again.is_trained = True
+    index.pq.cp.niter = 3
+    index.train(X)
+    again.pq = index.pq
+    again.is_trained = True
+    for one in (index, again):
+        one.add(X)
+    assert np.array_equal(index.search(Q, 5)[0], again.search(Q, 5)[0])
+    alone = faiss.ProductQuantizer(D, 2, 4)
+    faiss.copy_array_to_vector(index.pq.centroids, alone.centroids)
+    assert np.array_equal(alone.compute_codes(X), index.pq.compute_codes(X))
+    tables = np.zeros((5, 2, 16), np.float32)
+    alone.compute_distance_tables(5, Q, tables)
+    centroids = alone.centroids.reshape(2, 16, D // 2)
+    np.testing.assert_allclose(tables[:, 1], np.square(Q[:, None, D // 2 :] - centroids[1]).sum(2), rtol=1e-5)
+
+
+def test_a_refined_range_has_the_distances_of_full_vectors():
+    index = faiss.index_factory(D, "PQ2x4,RFlat")
+    index.train(X)
+    index.add(X)
+    lims, distances, ids = index.range_search(Q, 6.0)
+    query = np.repeat(np.arange(5), np.diff(lims))
+    assert len(ids) > 5 and (distances < 6).all()
+    np.testing.assert_allclose(distances, np.square(Q[query] - X[ids]).sum(1), rtol=1e-5)
+    index.k_factor = 1000
+    assert np.array_equal(
+        index.range_search(Q, 6.0)[0], np.r_[0, (np.square(Q[:, None] - X).sum(2) < 6).sum(1).cumsum()]
+    )
+
+
 def test_kmeans_and_helpers():
     means = faiss.Kmeans(D, 5, niter=8, seed=3)
     means.train(X)
     distances, near = means.assign(X)
-    assert np.array_equal(near, ((X[:, None] - means.centroids) ** 2).sum(2).argmin(1)) and len(means.obj) == 8
+    assert np.array_equal(near, ((X[:, None] - means.centroids) ** 2).sum(2).argmin(1)) and 1 < len(means.obj) <= 8
     assert distances.sum() <= means.obj[-1] * 1.0001 and (np.diff(means.obj) <= 1e-3).all()
     x = np.vstack([X, np.zeros((1, D), np.float32)])
     faiss.normalize_L2(x)
@@ -151,6 +277,20 @@ def test_kmeans_and_helpers():
     clustering, index = faiss.Clustering(D, 4), faiss.IndexFlatL2(D)
     clustering.train(X, index)
     assert index.ntotal == 4 and len(clustering.centroids) == 4 * D
+    stats = clustering.iteration_stats
+    assert stats.at(stats.size() - 1).obj < stats.at(0).obj
+    assert [one["obj"] for one in means.iteration_stats] == list(means.obj)
+    again = faiss.Kmeans(D, 5, niter=3)
+    again.train(X, init_centroids=means.centroids)
+    assert again.obj[0] <= means.obj[-1]
+    whole = faiss.Kmeans(D, 5, int_centroids=True)
+    whole.train(3 * X)
+    assert np.array_equal(whole.centroids, np.round(whole.centroids))
+    heavy = faiss.Kmeans(D, 1)
+    heavy.train(X, weights=np.r_[np.ones(1), np.zeros(59)])
+    np.testing.assert_allclose(heavy.centroids[0], X[0], rtol=1e-6)
+    assert faiss.eval_intersection([[1, 2], [3, 4]], [[2, 1], [4, 5]]) == 3
+    np.testing.assert_allclose(faiss.pairwise_distances(Q, X), np.square(Q[:, None] - X).sum(2), rtol=1e-5)
 
 
 def test_refusals():

@@ -129,6 +129,19 @@ def test_kmeans_fills_empty_clusters():
     assert torch.allclose(same[0], torch.ones(4, 3), rtol=1e-2) and same[1].max() < 4
 
 
+def test_kmeans_begins_where_it_is_told_and_weighs_points():
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(2))
+    centroids, _, objective = metate.kmeans(x, 6, iterations=40)
+    again = metate.kmeans(x, 6, init=centroids, iterations=3)
+    torch.testing.assert_close(again[0], centroids)
+    assert again[2][0] <= objective[-1] and metate.kmeans(x, 6, init=centroids[:2], iterations=0)[0][1].equal(
+        centroids[1]
+    )
+    weights = (torch.arange(200) % 3).float()
+    repeated = metate.kmeans(x.repeat_interleave(weights.long(), 0), 6, init=centroids)[0]
+    torch.testing.assert_close(metate.kmeans(x, 6, init=centroids, weights=weights)[0], repeated)
+
+
 def test_kmeans_refuses():
     x = torch.randn(10, 3)
     for wrong, arguments, error in (
@@ -136,6 +149,8 @@ def test_kmeans_refuses():
         (x[0], {}, ValueError),
         (x * torch.nan, {}, ValueError),
         (x, {"init": "best"}, ValueError),
+        (x, {"init": torch.zeros(3, 3)}, ValueError),
+        (x, {"weights": -torch.ones(10)}, ValueError),
         (x, {"iterations": -1}, ValueError),
         (x, {"max_points_per_centroid": 0}, ValueError),
         (x[:1], {}, ValueError),

@@ -272,6 +272,8 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
 
 def _bench_table(rows: list[dict[str, Any]]) -> Table:
     """The contenders of one case: time, and speed and share of the limit, or recall; ~ where others used our cores."""
+    from metate.bench import report
+
     approximate = any(row["recall"] is not None for row in rows)
     columns = ("ms", "recall") if approximate else ("ms", "GFLOP/s", "limit")
     table = Table(
@@ -292,7 +294,7 @@ def _bench_table(rows: list[dict[str, Any]]) -> Table:
         noise = " [yellow]~[/]" if row["disturbed"] else ""
         shown = [f"{row['flops_per_second'] / 1e9:.1f}", f"{row['of_limit']:.0%}"]
         if approximate:
-            shown = ["" if row["recall"] is None else f"{row['recall']:.3f}"]
+            shown = ["" if row["recall"] is None else report.recall(row)]
         table.add_row(name + noise, f"{row['p50'] * 1e3:.3g}", *shown, f"[{color}]{ratio}[/]")
     return table
 

@@ -15,15 +15,16 @@ _FIRST = 8  # iterations of k-means before the first rotation is fitted
 
 
 def train_codebooks(
-    x: Tensor, M: int, bits: int, seed: int, iterations: int = 25, tick: Callable[[], None] = lambda: None
-) -> Tensor:
+    x: Tensor, M: int, bits: int, seed: int, iterations: int = 25, tick: Callable[[], None] = lambda: None,
+    most: int = 256,
+) -> Tensor:  # fmt: skip
     """(M, 2**bits, D/M): k-means of every sub-vector by itself.
 
     From points taken at random: k-means++ spends centroids on outliers, which are nobody's neighbours.
     """
     books = []
     for m, part in enumerate(x.split(x.shape[1] // M, 1)):
-        books.append(fit_centroids(part.contiguous(), 1 << bits, "sample", iterations, seed + m)[0])
+        books.append(fit_centroids(part.contiguous(), 1 << bits, "sample", iterations, seed + m, most=most)[0])
         tick()
     return torch.stack(books)
 

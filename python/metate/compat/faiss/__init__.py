@@ -3,6 +3,18 @@
 Import it as it is, or let `metate.compat.install("faiss")` put it under the name `faiss`.
 """
 
+from metate.compat.faiss.arrays import (
+    copy_array_to_vector,
+    eval_intersection,
+    pairwise_distances,
+    rand,
+    randint,
+    randn,
+    swig_ptr,
+    vector_float_to_array,
+    vector_to_array,
+)
+from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, DistanceComputer, Index
 from metate.compat.faiss.clustering import Clustering, Kmeans, kmin, knn, normalize_L2
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
 from metate.compat.faiss.factory import (
@@ -16,21 +28,10 @@ from metate.compat.faiss.factory import (
     serialize_index,
     write_index,
 )
-from metate.compat.faiss.indexes import (
-    METRIC_INNER_PRODUCT,
-    METRIC_L2,
-    DirectMap,
-    Index,
-    IndexFlat,
-    IndexFlatIP,
-    IndexFlatL2,
-    IndexIVF,
-    IndexIVFFlat,
-    IndexIVFPQ,
-    IndexPQ,
-    ProductQuantizer,
-)
+from metate.compat.faiss.indexes import IndexFlat, IndexFlatCodes, IndexFlatIP, IndexFlatL2, IndexPQ
+from metate.compat.faiss.ivf import DirectMap, IndexIVF, IndexIVFFlat, IndexIVFPQ
 from metate.compat.faiss.parameters import ClusteringParameters
+from metate.compat.faiss.quantizer import ProductQuantizer
 from metate.compat.faiss.selectors import (
     IDSelector,
     IDSelectorAll,
@@ -41,9 +42,11 @@ from metate.compat.faiss.selectors import (
     IDSelectorNot,
     IDSelectorOr,
     IDSelectorRange,
+    IDSelectorTranslated,
     IDSelectorXOr,
     IndexRefineSearchParameters,
     IVFSearchParameters,
+    PyCallbackIDSelector,
     SearchParameters,
     SearchParametersIVF,
     SearchParametersPQ,
@@ -67,14 +70,15 @@ def omp_set_num_threads(threads: int) -> None:
 
 
 __all__ = [
-    "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "DirectMap", "IDSelector",
-    "IDSelectorAll", "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot",
-    "IDSelectorOr", "IDSelectorRange", "IDSelectorXOr", "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatIP",
-    "IndexFlatL2", "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexPQ",
-    "IndexPreTransform", "IndexRefine", "IndexRefineFlat", "IndexRefineSearchParameters", "Kmeans",
-    "LinearTransform", "OPQMatrix", "ParameterSpace", "ProductQuantizer", "RandomRotationMatrix",
-    "SearchParameters", "SearchParametersIVF", "SearchParametersPQ", "SearchParametersPreTransform",
-    "VectorTransform", "clone_index", "deserialize_index", "downcast_index", "extract_index_ivf", "index_factory",
-    "kmin", "knn", "normalize_L2", "omp_get_max_threads", "omp_set_num_threads", "read_index", "serialize_index",
-    "write_index",
+    "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "DirectMap", "DistanceComputer",
+    "IDSelector", "IDSelectorAll", "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap",
+    "IDSelectorNot", "IDSelectorOr", "IDSelectorRange", "IDSelectorTranslated", "IDSelectorXOr",
+    "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap",
+    "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexPQ", "IndexPreTransform", "IndexRefine",
+    "IndexRefineFlat", "IndexRefineSearchParameters", "Kmeans", "LinearTransform", "OPQMatrix", "ParameterSpace",
+    "ProductQuantizer", "PyCallbackIDSelector", "RandomRotationMatrix", "SearchParameters", "SearchParametersIVF",
+    "SearchParametersPQ", "SearchParametersPreTransform", "VectorTransform", "clone_index", "copy_array_to_vector",
+    "deserialize_index", "downcast_index", "eval_intersection", "extract_index_ivf", "index_factory", "kmin", "knn",
+    "normalize_L2", "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances", "rand", "randint", "randn",
+    "read_index", "serialize_index", "swig_ptr", "vector_float_to_array", "vector_to_array", "write_index",
 ]  # fmt: skip

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from metate.compat.faiss.indexes import METRIC_L2, Index, IndexFlat, IndexFlatIP, IndexFlatL2, as_array, metric_name
-from metate.compat.faiss.parameters import ClusteringParameters, Floats
+from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, Index, metric_name
+from metate.compat.faiss.indexes import IndexFlat, IndexFlatIP, IndexFlatL2
+from metate.compat.faiss.parameters import ClusteringParameters, Floats, IterationStats, Vector
+from metate.compat.faiss.quantizer import as_array
 from metate.ops.pq import topk_distances
 
 
 class Kmeans:
-    """`Kmeans(d, k).train(x)`, then centroids, obj, index, assign."""
+    """`Kmeans(d, k).train(x)`, then centroids, obj, iteration_stats, index, assign."""
 
     def __init__(self, d: int, k: int, **given: Any) -> None:
         given.pop("gpu", None)
         self.d, self.k, self.cp = d, k, ClusteringParameters(**given)
         self.centroids: Floats | None = None
         self.obj: Floats | None = None
+        self.iteration_stats: list[dict[str, float]] | None = None
         self.index: Index | None = None
 
-    def train(self, x: Any) -> float:
+    def train(self, x: Any, weights: Any = None, init_centroids: Any = None) -> float:
         points = as_array(x)
         if points.ndim != 2 or points.shape[1] != self.d:
             raise AssertionError(f"Kmeans: x of shape {points.shape}, expected (n, {self.d})")
-        self.centroids, self.obj = self.cp.run(points, self.k)
+        counts, begin = (None if given is None else as_array(given) for given in (weights, init_centroids))
+        self.centroids, stats = self.cp.run(points, self.k, counts, begin)
+        self.obj = np.array([one.obj for one in stats])
+        self.iteration_stats = [asdict(one) for one in stats]
         self.index = IndexFlatIP(self.d) if self.cp.spherical else IndexFlatL2(self.d)
         self.index.add(self.centroids)
-        return float(self.obj[-1]) if len(self.obj) else 0.0
+        return stats[-1].obj if stats else 0.0
 
     def assign(self, x: Any) -> tuple[Floats, npt.NDArray[np.int64]]:
         """(distances, numbers) of the nearest centroids."""
@@ -41,15 +48,21 @@ class Kmeans:
 
 
 class Clustering(ClusteringParameters):
-    """`train(x, index)` leaves the centroids in the index."""
+    """`train(x, index)` leaves the centroids in the index; those set before are where it begins."""
 
     def __init__(self, d: int, k: int, cp: ClusteringParameters | None = None) -> None:
         super().__init__(**({} if cp is None else cp.__dict__))
         self.d, self.k = d, k
         self.centroids: Floats = np.zeros(0, np.float32)
+        self.iteration_stats: Vector[IterationStats] = Vector()
 
-    def train(self, x: Any, index: Index) -> None:
-        found, _ = self.run(as_array(x), self.k)
+    def train(self, x: Any, index: Index, weights: Any = None) -> None:
+        if index.metric_type == METRIC_INNER_PRODUCT and not self.spherical:
+            raise NotImplementedError("metate.compat.faiss: k-means by inner products: set spherical")
+        begin = as_array(self.centroids).reshape(-1, self.d) if len(self.centroids) else None
+        found, self.iteration_stats = self.run(
+            as_array(x), self.k, None if weights is None else as_array(weights), begin
+        )
         self.centroids = found.reshape(-1)
         index.reset()
         index.add(found)

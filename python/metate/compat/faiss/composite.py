@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metate.compat.faiss.indexes import METRIC_INNER_PRODUCT, Index, IndexFlat, as_array, like
+from metate.compat.faiss.base import METRIC_INNER_PRODUCT, Index
+from metate.compat.faiss.indexes import IndexFlat
+from metate.compat.faiss.parameters import Floats, Vector
+from metate.compat.faiss.quantizer import Bytes, as_array, like
 from metate.compat.faiss.selectors import (
     IDSelectorBatch,
     IndexRefineSearchParameters,
@@ -44,6 +47,15 @@ class _Around(Index):
 
     def reset(self) -> None:
         self.index.reset()
+
+    def sa_code_size(self) -> int:
+        return self.index.sa_code_size()
+
+    def _encode(self, x: Floats) -> Bytes:
+        return self.index._encode(x)
+
+    def _decode(self, codes: Bytes) -> Floats:
+        return self.index._decode(codes)
 
 
 class IndexIDMap(_Around):
@@ -95,6 +107,12 @@ class IndexIDMap(_Around):
         self._ids = self._ids[~gone]
         return removed
 
+    def merge_from(self, other: Any, add_id: int = 0) -> None:
+        ids = np.concatenate([self._ids, other.id_map + add_id])
+        self.index.merge_from(other.index)
+        self._ids = ids
+        other.reset()
+
     def reset(self) -> None:
         self.index.reset()
         self._ids = self._ids[:0]
@@ -121,7 +139,7 @@ class IndexPreTransform(_Around):
     def __init__(self, *parts: Any) -> None:
         *chain, index = parts
         super().__init__(index, chain[0].d_in if chain else index.d)
-        self.chain: list[VectorTransform] = list(chain)
+        self.chain: Vector[VectorTransform] = Vector(chain)
 
     def prepend_transform(self, transform: VectorTransform) -> None:
         self.chain.insert(0, transform)
@@ -148,6 +166,18 @@ class IndexPreTransform(_Around):
         for step in self.chain:
             x = step.apply(x)
         return x
+
+    def apply_py(self, x: Any) -> Any:
+        return self.apply_chain(x)
+
+    def _encode(self, x: Floats) -> Bytes:
+        return self.index._encode(as_array(self.apply_chain(x)))
+
+    def _decode(self, codes: Bytes) -> Floats:
+        return as_array(self.reverse_chain(self.index._decode(codes)))
+
+    def merge_from(self, other: Any, add_id: int = 0) -> None:
+        self.index.merge_from(other.index, add_id)
 
     def reverse_chain(self, x: Any) -> Any:
         for step in reversed(self.chain):
@@ -206,25 +236,50 @@ class IndexRefine(Index):
         self.base_index.reset()
         self.refine_index.reset()
 
+    def sa_code_size(self) -> int:
+        return self.base_index.sa_code_size() + self.refine_index.sa_code_size()
+
+    def _encode(self, x: Floats) -> Bytes:
+        return np.hstack([self.base_index._encode(x), self.refine_index._encode(x)])
+
+    def _decode(self, codes: Bytes) -> Floats:
+        return self.refine_index._decode(np.ascontiguousarray(codes[:, self.base_index.sa_code_size() :]))
+
     def reconstruct_batch(self, keys: Any) -> Any:
         return self.refine_index.reconstruct_batch(keys)
 
-    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
-        factor, inner = self.k_factor, params
+    def _asked(self, params: SearchParameters | None) -> tuple[float, SearchParameters | None]:
+        """k_factor, and the parameters of the base index."""
         if isinstance(params, IndexRefineSearchParameters):
-            factor, inner = params.k_factor, params.base_index_params
+            return params.k_factor, params.base_index_params
+        return self.k_factor, params
+
+    def _distances(self, queries: Floats, ids: Any) -> Floats:
+        """Of each query and the vector under the id beside it; of -1 the worst."""
+        product = self.metric_type == METRIC_INNER_PRODUCT
+        distances = np.full(ids.shape, -np.inf if product else np.inf, np.float32)
+        there = ids >= 0
+        vectors, queries = as_array(self.refine_index.reconstruct_batch(ids[there])), queries[there]
+        distances[there] = (vectors * queries).sum(1) if product else np.square(vectors - queries).sum(1)
+        return distances
+
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        factor, inner = self._asked(params)
         ids = np.asarray(self.base_index._search(x, max(k, int(k * factor)), inner)[1])
-        vectors = np.zeros((*ids.shape, self.d), np.float32)
-        vectors[ids >= 0] = as_array(self.refine_index.reconstruct_batch(ids[ids >= 0]))
-        queries, product = as_array(x)[:, None], self.metric_type == METRIC_INNER_PRODUCT
-        distances = (vectors * queries).sum(2) if product else ((vectors - queries) ** 2).sum(2)
-        distances[ids < 0] = -np.inf if product else np.inf
-        order = np.lexsort((ids, -distances if product else distances))[:, :k]
+        distances = self._distances(np.repeat(as_array(x)[:, None], ids.shape[1], 1), ids)
+        best_first = -distances if self.metric_type == METRIC_INNER_PRODUCT else distances
+        order = np.lexsort((ids, best_first))[:, :k]
         return tuple(like(x, np.take_along_axis(a, order, 1)) for a in (distances, ids))
 
     def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
-        inner = params.base_index_params if isinstance(params, IndexRefineSearchParameters) else params
-        return self.base_index._range(x, radius, inner)
+        """Of those that the base index finds within radius * k_factor, the ones that are within the radius."""
+        factor, inner = self._asked(params)
+        lims, _, ids = (np.asarray(part) for part in self.base_index._range(x, radius * factor, inner))
+        query = np.repeat(np.arange(len(lims) - 1), np.diff(lims))
+        distances = self._distances(as_array(x)[query], ids)
+        inside = distances > radius if self.metric_type == METRIC_INNER_PRODUCT else distances < radius
+        lims = np.concatenate([[0], np.bincount(query[inside], minlength=len(lims) - 1).cumsum()])
+        return tuple(like(x, part) for part in (lims, distances[inside], ids[inside]))  # type: ignore[return-value]
 
 
 class IndexRefineFlat(IndexRefine):

@@ -9,17 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from metate.compat.faiss.base import METRIC_L2, Elementary, Index
 from metate.compat.faiss.clustering import flat_like
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
-from metate.compat.faiss.indexes import (
-    METRIC_L2,
-    Index,
-    IndexIVF,
-    IndexIVFFlat,
-    IndexIVFPQ,
-    IndexPQ,
-    as_array,
-)
+from metate.compat.faiss.indexes import IndexPQ
+from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ
+from metate.compat.faiss.quantizer import as_array
 from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, RandomRotationMatrix, VectorTransform
 from metate.errors import FormatError
 from metate.search import faiss_files as files
@@ -55,7 +50,8 @@ def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
 
 
 def _elementary(d: int, parts: list[str], metric: int, description: str) -> Index:
-    lists = re.fullmatch(r"IVF(\d+)", parts[0]) if len(parts) == 2 else None
+    lists = re.fullmatch(r"IVF(\d+)([kM]?)", parts[0]) if len(parts) == 2 else None
+    nlist = int(lists[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[lists[2]] if lists else 0
     code = parts[-1] if len(parts) == (2 if lists else 1) else ""
     match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(np)?", code)
     if code != "Flat" and not match:
@@ -67,10 +63,10 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
         if d % M:
             raise RuntimeError(f"index_factory: {M} sub-vectors of {d} dimensions, expected a divisor")
         if lists:
-            return IndexIVFPQ(flat_like(d, metric), d, int(lists[1]), M, bits, metric)
+            return IndexIVFPQ(flat_like(d, metric), d, nlist, M, bits, metric)
         return IndexPQ(d, M, bits, metric)
     if lists:
-        return IndexIVFFlat(flat_like(d, metric), d, int(lists[1]), metric)
+        return IndexIVFFlat(flat_like(d, metric), d, nlist, metric)
     return flat_like(d, metric)
 
 
@@ -161,7 +157,7 @@ def _transform(step: files.Transform) -> LinearTransform:
 
 
 def _leaf(inner: Any, node: files.Node) -> Index:
-    found: Index
+    found: Elementary
     if isinstance(node, files.IVF):
         quantizer = flat_like(node.d, node.metric)
         if inner.is_trained:
@@ -176,9 +172,7 @@ def _leaf(inner: Any, node: files.Node) -> Index:
         found = IndexPQ(node.d, inner.M, inner.bits, node.metric)
     else:
         found = flat_like(node.d, node.metric)
-    found._inner = inner
-    if isinstance(found, (IndexPQ, IndexIVFPQ)):
-        found.pq._inner = inner
+    found._took(inner)
     return found
 
 

@@ -1,8 +1,9 @@
-"""How k-means runs."""
+"""How k-means runs, and what it leaves."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,30 +12,52 @@ import torch
 from metate.ops.pq.kmeans import fit_centroids
 
 Floats = npt.NDArray[np.float32]
+Item = TypeVar("Item")
+
+
+class Vector(list[Item]):
+    """A list with the names of a C++ vector."""
+
+    def at(self, i: int) -> Item:
+        return self[i]
+
+    def size(self) -> int:
+        return len(self)
+
+
+@dataclass
+class IterationStats:
+    """Of one iteration of k-means: the sum of distances before centroids move."""
+
+    obj: float
 
 
 class ClusteringParameters:
     """Fields may be given by name."""
 
     def __init__(self, **given: Any) -> None:
-        self.niter, self.nredo, self.verbose, self.spherical = 25, 1, False, False
+        self.niter, self.nredo, self.verbose, self.spherical, self.int_centroids = 25, 1, False, False, False
         self.seed, self.max_points_per_centroid, self.min_points_per_centroid = 1234, 256, 39
         for name, value in given.items():
             if not hasattr(self, name):
                 raise AttributeError(f"metate.compat.faiss: k-means has no parameter {name}")
             setattr(self, name, value)
 
-    def run(self, x: Floats, k: int) -> tuple[Floats, Floats]:
-        """The centroids of the best of `nredo` runs, and the objective after each iteration."""
+    def run(
+        self, x: Floats, k: int, weights: Floats | None = None, begin: Floats | None = None
+    ) -> tuple[Floats, Vector[IterationStats]]:
+        """The centroids of the best of `nredo` runs, and what is known of its iterations: those that changed them."""
         if len(x) < k:
             raise RuntimeError(f"k-means: {len(x)} points, expected at least k={k}")
         runs = [
             fit_centroids(
-                torch.from_numpy(x), k, iterations=self.niter, seed=self.seed + turn, spherical=self.spherical,
-                most=self.max_points_per_centroid,
+                torch.from_numpy(x), k, "k-means++" if begin is None else torch.from_numpy(begin), self.niter,
+                self.seed + turn, self.spherical, self.max_points_per_centroid,
+                None if weights is None else torch.from_numpy(weights), self.int_centroids,
             )
             for turn in range(self.nredo)
         ]  # fmt: skip
         last = [float(objective[-1]) if len(objective) else 0.0 for _, objective in runs]
-        best = runs[int(np.argmax(last) if self.spherical else np.argmin(last))]
-        return best[0].numpy(), best[1].numpy()
+        centroids, objective = runs[int(np.argmax(last) if self.spherical else np.argmin(last))]
+        changed = objective[: int((objective != objective[-1:]).sum()) + 1] if len(objective) else objective
+        return centroids.numpy(), Vector(map(IterationStats, changed.tolist()))

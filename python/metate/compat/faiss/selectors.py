@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,26 @@ class IDSelectorBitmap(IDSelector):
         found = np.zeros(len(ids), np.bool_)
         found[known] = self.mask[ids[known]]
         return found
+
+
+class PyCallbackIDSelector(IDSelector):
+    """Asks a function, id by id."""
+
+    def __init__(self, callback: Callable[[int], bool]) -> None:
+        self.callback = callback
+
+    def __call__(self, ids: Integers) -> Booleans:
+        return np.fromiter((bool(self.callback(int(i))) for i in ids), np.bool_, len(ids))
+
+
+class IDSelectorTranslated(IDSelector):
+    """Places of an index with ids of its own, chosen by those ids."""
+
+    def __init__(self, mapped: Any, sel: IDSelector) -> None:
+        self.id_map, self.sel = np.asarray(getattr(mapped, "id_map", mapped), np.int64), sel
+
+    def __call__(self, ids: Integers) -> Booleans:
+        return self.sel(self.id_map[ids])
 
 
 class IDSelectorAll(IDSelector):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from metate.compat.faiss.indexes import ProductQuantizer, as_array, like
+from metate.compat.faiss.quantizer import ProductQuantizer, as_array, like
 from metate.search.training import train_rotation
 
 Floats = npt.NDArray[np.float32]

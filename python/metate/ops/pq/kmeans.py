@@ -16,7 +16,8 @@ def kmeans(
     x: Tensor,
     k: int,
     *,
-    init: str = "k-means++",
+    init: str | Tensor = "k-means++",
+    weights: Tensor | None = None,
     iterations: int = 25,
     seed: int = 0,
     spherical: bool = False,
@@ -27,7 +28,9 @@ def kmeans(
     Args:
         x: (n, D) float32, any strides, n >= k.
         k: how many centroids.
-        init: "k-means++" (spread over the points) or "sample" (points taken at random, faster).
+        init: "k-means++" (spread over the points), "sample" (points taken at random, faster), or up to k centroids
+            (c, D) to begin with, points taken at random beside them.
+        weights: (n) float32, at least 0: how much each point counts in the mean.
         iterations: how often centroids move.
         seed: the same seed, the same centroids.
         spherical: centroids of length 1, points assigned to the largest inner product.
@@ -38,34 +41,37 @@ def kmeans(
         (iterations) float64: of the points trained on, the sum of squared distances (of inner products if spherical)
         to the centroids before each move. A centroid that lost its points restarts beside that of the largest cluster.
     """
-    centroids, objective = fit_centroids(x, k, init, iterations, seed, spherical, max_points_per_centroid)
+    centroids, objective = fit_centroids(x, k, init, iterations, seed, spherical, max_points_per_centroid, weights)
     return centroids, _assign(x.detach(), centroids, spherical)[1], objective
 
 
 def fit_centroids(
-    x: Tensor, k: int, init: str = "k-means++", iterations: int = 25, seed: int = 0, spherical: bool = False,
-    most: int | None = 256,
+    x: Tensor, k: int, init: str | Tensor = "k-means++", iterations: int = 25, seed: int = 0, spherical: bool = False,
+    most: int | None = 256, weights: Tensor | None = None, integers: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The centroids and the objective of `kmeans`, for whom the assignment of all points would be work in vain."""
-    _check(x, k, init, iterations, most)
+    """The centroids and the objective of `kmeans`, for whom the assignment of all points would be work in vain.
+
+    With `integers`, centroids are rounded.
+    """
+    _check(x, k, init, iterations, most, weights)
     generator = torch.Generator().manual_seed(seed)
     points = x.detach()
     if most is not None and x.shape[0] > k * most:
-        points = points[_sample(x.shape[0], k * most, generator).to(x.device)]
-    centroids = _plus_plus(points, k, generator) if init == "k-means++" else None
-    if centroids is None:
-        centroids = points[_sample(points.shape[0], k, generator).to(x.device)]
-    centroids = _unit(centroids) if spherical else centroids.contiguous()
+        rows = _sample(x.shape[0], k * most, generator).to(x.device)
+        points, weights = points[rows], None if weights is None else weights[rows]
+    centroids = _shaped(_begin(points, k, init, generator), spherical, integers)
     objective = torch.zeros(iterations, dtype=torch.float64)
     for step in range(iterations):
         distances, nearest = _assign(points, centroids, spherical)
         objective[step] = distances.sum(dtype=torch.float64).item()
-        centroids = _move(points, centroids, nearest)
-        centroids = _unit(centroids) if spherical else centroids
+        if step and objective[step] == objective[step - 1]:  # nothing moves any more
+            objective[step:] = objective[step].clone()
+            break
+        centroids = _shaped(_move(points, centroids, nearest, weights), spherical, integers)
     return centroids, objective
 
 
-def _check(x: Tensor, k: int, init: str, iterations: int, most: int | None) -> None:
+def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | None, weights: Tensor | None) -> None:
     op = "kmeans"
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
@@ -74,14 +80,37 @@ def _check(x: Tensor, k: int, init: str, iterations: int, most: int | None) -> N
         raise fail(op, "x", f"of shape {tuple(x.shape)}", "(points, columns)")
     if not isinstance(k, int) or not 1 <= k <= x.shape[0]:
         raise fail(op, "k", k, f"1 to {x.shape[0]}, as many as there are points")
-    if init not in ("k-means++", "sample"):
-        raise fail(op, "init", repr(init), "'k-means++' or 'sample'")
+    if isinstance(init, Tensor):
+        if init.dtype != torch.float32 or init.dim() != 2 or init.shape[1] != x.shape[1] or init.shape[0] > k:
+            raise fail(op, "init", f"{init.dtype} of shape {tuple(init.shape)}", f"float32, up to ({k}, {x.shape[1]})")
+        if not bool(init.isfinite().all()):
+            raise fail(op, "init", "not finite everywhere", "finite numbers")
+    elif init not in ("k-means++", "sample"):
+        raise fail(op, "init", repr(init), "'k-means++', 'sample' or a tensor of centroids")
     if iterations < 0:
         raise fail(op, "iterations", iterations, "at least 0")
     if most is not None and most < 1:
         raise fail(op, "max_points_per_centroid", most, "at least 1, or None")
     if x.shape[1] and not bool((4 * x.shape[1] * x.abs().amax().square()).isfinite()):
         raise fail(op, "x", "NaN, infinite or huge in places", "numbers whose squared distances are finite in float32")
+    if weights is not None:
+        if weights.dtype != torch.float32 or weights.shape != x.shape[:1]:
+            raise fail(op, "weights", f"{weights.dtype} of shape {tuple(weights.shape)}", f"float32 ({x.shape[0]},)")
+        if not bool((weights >= 0).all() & weights.sum().isfinite()):
+            raise fail(op, "weights", "negative, NaN or huge in places", "numbers from 0 on with a finite sum")
+
+
+def _begin(points: Tensor, k: int, init: str | Tensor, generator: torch.Generator) -> Tensor:
+    given = init.detach() if isinstance(init, Tensor) else points[:0]
+    if not isinstance(init, Tensor) and init == "k-means++":
+        return _plus_plus(points, k, generator)
+    rows = _sample(points.shape[0], k - given.shape[0], generator).to(points.device)
+    return torch.cat([given, points[rows]])
+
+
+def _shaped(centroids: Tensor, spherical: bool, integers: bool) -> Tensor:
+    centroids = torch.nn.functional.normalize(centroids, dim=1) if spherical else centroids
+    return centroids.round() if integers else centroids
 
 
 def _sample(n: int, count: int, generator: torch.Generator) -> Tensor:
@@ -93,10 +122,6 @@ def _assign(x: Tensor, centroids: Tensor, spherical: bool) -> tuple[Tensor, Tens
     metric = int(spherical)
     distances, nearest = topk_op(x, centroids, None, None, None, None, None, 1, metric, spherical)
     return distances[:, 0], nearest[:, 0]
-
-
-def _unit(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=1)
 
 
 def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -136,12 +161,13 @@ def _kept(proposals: Tensor, before: Tensor, draws: Tensor) -> Tensor:
     return torch.tensor(kept)
 
 
-def _move(x: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:
+def _move(x: Tensor, centroids: Tensor, nearest: Tensor, weights: Tensor | None) -> Tensor:
     """The means of the clusters; where there is none, half of the largest that is left is split off."""
     k = centroids.shape[0]
-    counts = torch.bincount(nearest, minlength=k)
-    sums = torch.zeros_like(centroids).scatter_add_(0, nearest[:, None].expand(x.shape), x)
-    means = sums / counts.clamp(min=1)[:, None]
+    counts = torch.bincount(nearest, weights, minlength=k)
+    weighted = x if weights is None else x * weights[:, None]
+    sums = torch.zeros_like(centroids).scatter_add_(0, nearest[:, None].expand(x.shape), weighted)
+    means = sums / counts.where(counts > 0, 1)[:, None]
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         size = counts.tolist()
@@ -149,5 +175,5 @@ def _move(x: Tensor, centroids: Tensor, nearest: Tensor) -> Tensor:
             largest = max(range(k), key=size.__getitem__)
             step = means[largest] * (2.0**-10)
             means[lost], means[largest] = means[largest] + step, means[largest] - step
-            size[lost], size[largest] = size[largest] // 2, size[largest] - size[largest] // 2
+            size[lost], size[largest] = size[largest] / 2, size[largest] / 2
     return means

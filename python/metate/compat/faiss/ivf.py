@@ -1,0 +1,242 @@
+"""faiss' indexes of lists over those of metate.search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, MOST, Elementary, Index, by_id, given, metric_name
+from metate.compat.faiss.indexes import IndexFlat
+from metate.compat.faiss.lists import (
+    InvertedLists,
+    append,
+    preassigned,
+    same_training,
+    stored,
+    subset,
+    with_lists,
+    without_lists,
+)
+from metate.compat.faiss.parameters import ClusteringParameters, Floats
+from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array, like
+from metate.compat.faiss.selectors import SearchParameters, SearchParametersIVF
+from metate.search import IVFFlatIndex, IVFPQIndex
+
+
+class DirectMap:
+    """Kinds of maps from ids to rows: here all the same."""
+
+    NoMap, Array, Hashtable = range(3)
+
+
+class IndexIVF(Elementary):
+    """Lists by the nearest vector of a flat index, which training fills, or which comes filled."""
+
+    def __init__(self, quantizer: Index, d: int, nlist: int, metric: int = METRIC_L2) -> None:
+        super().__init__(d, metric)
+        if not isinstance(quantizer, IndexFlat):
+            raise NotImplementedError(
+                f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat"
+            )
+        self.quantizer, self.nlist, self.nprobe = quantizer, int(nlist), 1
+        self.own_fields = True
+        self.cp = ClusteringParameters(niter=10, spherical=metric == METRIC_INNER_PRODUCT)
+        self._inner = self._make()
+
+    def _make(self) -> Any:
+        raise NotImplementedError
+
+    def train(self, x: Any) -> None:
+        points = as_array(self._checked(x))
+        if self.quantizer.ntotal != self.nlist:
+            centroids, _ = self.cp.run(points, self.nlist)
+            self.quantizer.reset()
+            self.quantizer.add(centroids)
+        self._train_codes(points)
+        self._set_trained()
+
+    def _train_codes(self, x: Floats) -> None:
+        """There are none to train."""
+
+    def _given(self) -> dict[str, Any]:
+        return {"centroids": self._centroids()}
+
+    def _centroids(self) -> Floats:
+        if self.quantizer.ntotal != self.nlist:
+            raise RuntimeError(f"{type(self).__name__}: not trained; call train(x)")
+        return as_array(self.quantizer.reconstruct_n())
+
+    def add_with_ids(self, x: Any, ids: Any) -> None:
+        self._ready()
+        self._inner.add_with_ids(self._checked(x), ids, progress=False)
+
+    def update_vectors(self, keys: Any, x: Any) -> None:
+        """Other vectors under ids that are there."""
+        if self.remove_ids(keys) != len(keys):
+            raise RuntimeError("update_vectors: keys are not all in the index")
+        self.add_with_ids(x, keys)
+
+    @property
+    def invlists(self) -> InvertedLists:
+        return InvertedLists(self._inner)
+
+    def get_list_size(self, number: int) -> int:
+        return self.invlists.list_size(number)
+
+    def check_ids_sorted(self) -> bool:
+        """Whether every list has its ids in ascending order."""
+        return all(bool((np.diff(self.invlists.get_ids(number)) > 0).all()) for number in range(self.nlist))
+
+    def make_direct_map(self, new_maintain_direct_map: bool = True) -> None:
+        """Nothing to do: ids are found without."""
+
+    set_direct_map_type = make_direct_map
+
+    # Rows of lists.
+
+    def coarse_code_size(self) -> int:
+        """Bytes of the number of a list."""
+        return ((self.nlist - 1).bit_length() + 7) // 8
+
+    def sa_code_size(self) -> int:
+        return self.coarse_code_size() + self.code_size
+
+    def _encode(self, x: Floats) -> Bytes:
+        self._ready()
+        lists = self._inner.assign(x)
+        return with_lists(lists, self._to_bytes(x, lists), self.coarse_code_size())
+
+    def _decode(self, codes: Bytes) -> Floats:
+        lists, rest = without_lists(codes, self.coarse_code_size())
+        return self._from_bytes(rest, lists)
+
+    def _to_bytes(self, x: Floats, lists: Any) -> Bytes:
+        return x.view(np.uint8)
+
+    def _from_bytes(self, codes: Bytes, lists: Any) -> Floats:
+        return np.ascontiguousarray(codes).view(np.float32)
+
+    def check_compatible_for_merge(self, other: Any) -> None:
+        same_training("check_compatible_for_merge", other._inner, self._inner)
+
+    def merge_from(self, other: Any, add_id: int = 0) -> None:
+        lists = other._inner._state.lists
+        rows = lists.rows()
+        append(other._inner, rows, self._inner, lists.ids(rows) + add_id)
+        other.reset()
+
+    def copy_subset_to(self, other: Any, subset_type: int, a1: int, a2: int) -> None:
+        """Adds a part of the vectors to another index: 0, ids a1 <= id < a2; 1, id % a1 == a2; 2, the vectors a1 to a2
+        of ntotal; 3, part a2 of a1 of every list; 4, lists a1 to a2."""
+        rows = subset(self._inner, subset_type, a1, a2)
+        append(self._inner, rows, other._inner, self._inner._state.lists.ids(rows))
+
+    def search_preassigned(
+        self, x: Any, k: int, Iq: Any, Dq: Any, *, params: SearchParameters | None = None, D: Any = None, I: Any = None,  # noqa: E741
+    ) -> Any:  # fmt: skip
+        """Search in the lists Iq (n, nprobe), at distances Dq from their centroids."""
+        sel = self._how(params)["filter"]
+        found = preassigned(self._inner, self._checked(x), k, Iq, Dq, sel)
+        distances, ids = (part.numpy() for part in found)
+        return given((like(x, distances.clip(-MOST, MOST)), D), (like(x, ids), I))
+
+    def range_search_preassigned(self, x: Any, thresh: float, Iq: Any, Dq: Any) -> tuple[Any, Any, Any]:
+        """Range search in the lists Iq: more and more are asked for until the last one is outside."""
+        k, product = 64, self.metric_type == METRIC_INNER_PRODUCT
+        while True:
+            distances, ids = (part.numpy() for part in preassigned(self._inner, self._checked(x), k, Iq, Dq, None))
+            inside = (distances > thresh if product else distances < thresh) & (ids >= 0)
+            if k >= self.ntotal or not inside[:, -1].any():
+                break
+            k *= 8
+        lims = np.concatenate([[0], inside.sum(1).cumsum()])
+        return tuple(like(x, part) for part in by_id(lims, distances[inside], ids[inside]))  # type: ignore[return-value]
+
+    def search_and_return_codes(
+        self, x: Any, k: int, *, include_listnos: bool = False, params: SearchParameters | None = None, D: Any = None,
+        I: Any = None, codes: Any = None,  # noqa: E741
+    ) -> Any:  # fmt: skip
+        """Distances, ids and (n, k, bytes) the codes of what was found, behind the numbers of lists if wanted."""
+        distances, ids = self.search(x, k, params=params, D=D, I=I)
+        home, found = stored(self._inner, np.asarray(ids).reshape(-1))
+        found = with_lists(home, found, self.coarse_code_size()) if include_listnos else found
+        return distances, ids, given((found.reshape(*ids.shape, -1), codes))[0]
+
+    def _how(self, params: SearchParameters | None) -> dict[str, Any]:
+        if params is not None and not isinstance(params, SearchParametersIVF):
+            return self._refuse(params)
+        for name, value in ({} if params is None else vars(params)).items():
+            if name not in ("sel", "nprobe") and value:
+                raise NotImplementedError(
+                    f"metate.compat.faiss: {name} of SearchParametersIVF is not there; use nprobe"
+                )
+        nprobe = self.nprobe if params is None else params.nprobe
+        if nprobe < 1:
+            raise RuntimeError(f"{type(self).__name__}: nprobe is {nprobe}, expected 1 and more")
+        return {"nprobe": min(nprobe, self.nlist), "filter": None if params is None else params.sel}
+
+
+class IndexIVFFlat(IndexIVF):
+    def __init__(self, quantizer: Index, d: int, nlist: int, metric: int = METRIC_L2) -> None:
+        super().__init__(quantizer, d, nlist, metric)
+        self.code_size = 4 * self.d
+        if quantizer.ntotal == self.nlist:  # there is nothing else to train
+            self._set_trained()
+
+    def _make(self) -> IVFFlatIndex:
+        return IVFFlatIndex(self.d, self.nlist, metric_name(self.metric_type), seed=1234)
+
+
+class IndexIVFPQ(IndexIVF):
+    def __init__(
+        self, quantizer: Index, d: int, nlist: int, M: int, nbits_per_idx: int, metric: int = METRIC_L2
+    ) -> None:
+        self._M, self._bits, self._residual = M, nbits_per_idx, True
+        self.use_precomputed_table = 0
+        super().__init__(quantizer, d, nlist, metric)
+        self.pq = ProductQuantizer(self.d, M, nbits_per_idx)
+        self.code_size = self.pq.code_size
+
+    def _make(self) -> IVFPQIndex:
+        return IVFPQIndex(
+            self.d, self.nlist, self._M, self._bits, metric_name(self.metric_type), residual=self._residual, seed=1234
+        )
+
+    @property
+    def by_residual(self) -> bool:
+        return self._residual
+
+    @by_residual.setter
+    def by_residual(self, residual: bool) -> None:
+        if bool(residual) != self._residual:
+            if self._inner.is_trained:
+                raise RuntimeError("IndexIVFPQ: by_residual is set after training, expected before")
+            self._residual = bool(residual)
+            self._inner = self._make()
+
+    def _train_codes(self, x: Floats) -> None:
+        most = self.pq.cp.max_points_per_centroid * self.pq.ksub
+        if len(x) > most:
+            x = x[np.sort(np.random.default_rng(self.pq.cp.seed).choice(len(x), most, replace=False))]
+        self.pq.train(self._residual_of(x, self.quantizer.assign(x, 1)[:, 0]))
+
+    def _given(self) -> dict[str, Any]:
+        return super()._given() | {"codebooks": self.pq._books.numpy()}
+
+    def _took(self, inner: Any) -> None:
+        super()._took(inner)
+        self.pq._books = inner.trained().get("codebooks", self.pq._books)
+
+    def _residual_of(self, x: Floats, lists: Any) -> Floats:
+        return x - self._centroids()[lists] if self._residual else x
+
+    def _to_bytes(self, x: Floats, lists: Any) -> Bytes:
+        return self.pq.compute_codes(self._residual_of(x, lists))
+
+    def _from_bytes(self, codes: Bytes, lists: Any) -> Floats:
+        x = self.pq.decode(codes)
+        return x + self._centroids()[lists] if self._residual else x
+
+    def precompute_table(self) -> None:
+        """Nothing to do: what does not depend on the query lies beside the codes."""

@@ -1,0 +1,120 @@
+"""Rows of an index as faiss shows them: what a list holds, bytes of codes, subsets, lists chosen by the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metate.compat.faiss.quantizer import Bytes, as_array
+from metate.compat.faiss.selectors import IDSelector, Integers
+from metate.search.codecs import Probe, Product
+from metate.search.filters import keep_bitmap, torch_bits
+
+
+class InvertedLists:
+    """The sizes and ids of lists."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.nlist = inner.nlist
+
+    def list_size(self, number: int) -> int:
+        return len(self.get_ids(number))
+
+    def get_ids(self, number: int) -> Any:
+        lists = self._inner._state.lists
+        return lists.ids(lists.rows(slice(number, number + 1)))
+
+
+def with_lists(lists: Integers, codes: Bytes, size: int) -> Bytes:
+    """Codes behind the numbers of their lists, in `size` bytes, the lowest first."""
+    numbers = np.ascontiguousarray(lists, "<i8").view(np.uint8).reshape(-1, 8)
+    return np.hstack([numbers[:, :size], codes])
+
+
+def without_lists(codes: Any, size: int) -> tuple[Integers, Bytes]:
+    """The inverse."""
+    rows = np.ascontiguousarray(codes, np.uint8)
+    numbers = np.zeros((len(rows), 8), np.uint8)
+    numbers[:, :size] = rows[:, :size]
+    return numbers.view("<i8")[:, 0].astype(np.int64), rows[:, size:]
+
+
+def stored(inner: Any, ids: Integers) -> tuple[Integers, Bytes]:
+    """The list and the bytes of what is stored under each id; list 0 and zeros for -1."""
+    lists, there = inner._state.lists, ids >= 0
+    rows = lists.find(ids[there])
+    name = "codes" if isinstance(inner.codec, Product) else "vectors"
+    found = np.ascontiguousarray(lists.columns[name][torch.from_numpy(rows)].numpy()).view(np.uint8)
+    home, codes = np.zeros(len(ids), np.int64), np.zeros((len(ids), found.shape[1]), np.uint8)
+    home[there], codes[there] = (lists.list_of(rows) if len(rows) else rows), found
+    return home, codes
+
+
+def subset(inner: Any, kind: int, a1: int, a2: int) -> Integers:
+    """The rows with ids from a1 to a2 (kind 0), with id % a1 == a2 (1), the a1-th to the a2-th spread over all lists
+    (2), the a2-th of a1 parts of every list (3), the lists from a1 to a2 (4)."""
+    lists = inner._state.lists
+    rows = lists.rows()
+    ids = lists.ids(rows)
+    home = lists.list_of(rows) if len(rows) else rows
+    if kind in (0, 1, 4):
+        chosen = ids % a1 == a2 if kind == 1 else (ids >= a1) & (ids < a2) if kind == 0 else (home >= a1) & (home < a2)
+        return np.asarray(rows[chosen], np.int64)
+    if kind not in (2, 3):
+        raise RuntimeError(f"copy_subset_to: subset_type is {kind}, expected 0 to 4")
+    sizes = np.bincount(home, minlength=inner.nlist)
+    ends = np.cumsum(sizes)
+    if kind == 3:
+        low, high = sizes * a2 // a1, sizes * (a2 + 1) // a1
+    else:
+        low, high = (np.diff(ends * a // max(len(rows), 1), prepend=0) for a in (a1, a2))
+    place = np.arange(len(rows)) - (ends - sizes)[home]
+    return np.asarray(rows[(place >= low[home]) & (place < high[home])], np.int64)
+
+
+def append(source: Any, rows: Integers, target: Any, ids: Integers | None) -> None:
+    """Rows of one index at the end of another, their codes as they are, under ids, or those that come next."""
+    same_training("merge_from", source, target)
+    lists = source._state.lists
+    home = lists.list_of(rows) if len(rows) else rows
+    at = torch.from_numpy(rows).to(source.device)
+    values = {name: column[at] for name, column in lists.columns.items() if name != "ids"}
+    with target._lock:
+        state = target._trained("merge_from")
+        if ids is not None:
+            target._check_new("merge_from", state, ids)
+        target._state = target._appended(state, home, values, ids)
+
+
+def same_training(op: str, source: Any, target: Any) -> None:
+    theirs, ours = source.trained(), target.trained()
+    if source.settings().keys() != target.settings().keys() or any(
+        name not in theirs or theirs[name].shape != ours[name].shape or not torch.equal(theirs[name], ours[name])
+        for name in target.trained_shapes()
+    ):
+        raise RuntimeError(f"{op}: the other index is of another kind or training, expected clones of one index")
+
+
+def preassigned(
+    inner: Any, x: Any, k: int, probed: Any, distances: Any, sel: IDSelector | None
+) -> tuple[Tensor, Tensor]:
+    """A search of the lists `probed` (Q, P), -1 for none, at those distances from their centroids."""
+    op, state, numbers = "search_preassigned", inner._trained("search_preassigned"), np.asarray(probed, np.int64)
+    if numbers.size and not -1 <= numbers.min() <= numbers.max() < inner.nlist:
+        raise RuntimeError(f"{op}: Iq holds {numbers.min()} to {numbers.max()}, expected -1 to {inner.nlist - 1}")
+    lists, bias = state.lists, None
+    if isinstance(inner.codec, Product) and inner.codec.residual:
+        if distances is None:
+            raise AssertionError(f"{op}: Dq is None, expected distances, which those of residuals are added to")
+        bias = torch.from_numpy(as_array(distances))
+    keep = torch_bits(keep_bitmap(op, lists, sel), inner.device)
+    keep = None if keep is None else keep[: (lists.scanned + 7) // 8]
+    probe = Probe(lists.seen, torch.from_numpy(lists.extents[numbers]), bias, lists.ids_column(), keep, k)
+    found: tuple[Tensor, Tensor] = inner.codec.scan(
+        state.model, torch.from_numpy(as_array(x)), probe, inner._scan_metric
+    )
+    return found

@@ -9,16 +9,23 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 // Centroids as products want them: -2 c and |c|² (or -c and 0) in rows of `steps`, negated where the largest are
-// sought.
+// sought, less how far a key may be off because of |c|; behind them every |c|².
 struct Centroids {
     float* rows;
     int64_t count, steps;
     double size;  // the largest |c|
 
     METATE_FN static int64_t floats(int64_t count, int64_t columns) {
-        return round_up(count, tile_rows) * (columns + 1);
+        return round_up(count, tile_rows) * (columns + 2);
     }
+    METATE_FN float* squares() const { return rows + round_up(count, tile_rows) * steps; }
 };
+
+// Twice this share of |x|² + |c|² is more than the error of two keys (nearest.h, with |x| |c| <= (|x|² + |c|²) / 2) and
+// the rounding of their distances.
+METATE_FN double error_share(int64_t columns) {
+    return (static_cast<double>(columns + 8) * 3.3 + 10) * unit;
+}
 
 template <bool l2>
 void pack_centroids(Centroids& c, const Vectors<float>& v, bool largest) {
@@ -28,7 +35,8 @@ void pack_centroids(Centroids& c, const Vectors<float>& v, bool largest) {
         const double square = exact_distance<false>(v, v.row(r), v.row(r));
         float* const to = c.rows + r * c.steps;
         for (int64_t i = 0; i < v.columns; ++i) to[i] = v.row(r)[i] * (l2 ? -2.0f : 1.0f) * sign;
-        to[v.columns] = l2 ? static_cast<float>(square) * sign : 0.0f;
+        to[v.columns] = static_cast<float>((l2 ? square * sign : 0.0) - error_share(v.columns) * square);
+        c.squares()[r] = static_cast<float>(square);
         most = square > most ? square : most;
     }
     c.size = __builtin_sqrt(most);
@@ -103,15 +111,22 @@ METATE_FN void assign_points(const Centroids& c, const Vectors<float>& v, bool l
             }
         }
     }
-    // Twice the error of nearest.h, with |x| |c| <= (|x|² + |c|²) / 2, and the rounding of distances.
-    const vf share = splat(static_cast<float>((static_cast<double>(v.columns + 8) * 6.6 + 16) * unit));
-    const vf far = splat(static_cast<float>(c.size * c.size));
+    // The second key is below all others; the error that was taken off the best one, which counts against it, and that
+    // of |x| twice, must not lead so far. The largest |c| decides for most points, its own for those far from outliers.
+    const vf share = splat(static_cast<float>(2 * error_share(v.columns)));
+    alignas(64) float far[panel];
     int32_t numbers[panel];
     uint32_t sure = 0;
+    const auto compare = [&](int h, vf square) __attribute__((always_inline)) {
+        sure |= bits_of(less(fma(share, squares[h] + square, best[h]), second[h])) << (h * width);
+    };
     for (int h = 0; h < 2; ++h) {
-        const vf near = fma(share, squares[h] + far, best[h]);
-        sure |= bits_of(less(near, second[h])) << (h * width);
+        compare(h, splat(static_cast<float>(c.size * c.size)));
         store(numbers + h * width, number[h]);
+    }
+    if (uint64_t{sure} + 1 != uint64_t{1} << panel) {
+        for (int i = 0; i < panel; ++i) far[i] = c.squares()[numbers[i]];
+        for (int h = 0; h < 2; ++h) compare(h, load(far + h * width));
     }
     for (int i = 0; i < count; ++i) {
         const bool known = c.count > 1 && (sure >> i & 1);

@@ -20,7 +20,7 @@ from metate.search.filters import Filter, matching
 from metate.search.progress import Steps
 from metate.search.searching import Searching
 from metate.search.storage import Integers
-from metate.search.training import train_rotation
+from metate.search.training import LIST_ITERATIONS, train_rotation
 
 MOST_ID = 2**62
 _SAMPLE = 256  # training vectors a centroid
@@ -84,7 +84,9 @@ class Index(Searching):
                 model["rotation"] = train_rotation(x, M, self.codec.bits, self.seed, turns, steps.advance)
                 x = x @ model["rotation"].T
             if self.nlist is not None and "centroids" not in model:
-                model["centroids"] = fit_centroids(x, self.nlist, seed=self.seed, spherical=self.largest)[0]
+                model["centroids"] = fit_centroids(
+                    x, self.nlist, "sample", LIST_ITERATIONS, self.seed, self.largest
+                )[0]
                 steps.advance()
             if isinstance(self.codec, Product) and self.codec.residual:
                 x = x - model["centroids"][self._assign(model, x)]

@@ -11,6 +11,7 @@ from metate.ops.pq import pq_decode, pq_encode
 from metate.ops.pq.codes import unpack_codes
 from metate.ops.pq.kmeans import fit_centroids
 
+LIST_ITERATIONS = 12  # of k-means for lists
 _FIRST = 8  # iterations of k-means before the first rotation is fitted
 
 
@@ -20,7 +21,7 @@ def train_codebooks(
 ) -> Tensor:  # fmt: skip
     """(M, 2**bits, D/M): k-means of every sub-vector by itself.
 
-    From points taken at random: k-means++ spends centroids on outliers, which are nobody's neighbours.
+    From points taken at random, as for lists: k-means++ spends centroids on outliers, which are nobody's neighbours.
     """
     books = []
     for m, part in enumerate(x.split(x.shape[1] // M, 1)):

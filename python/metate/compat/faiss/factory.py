@@ -127,7 +127,7 @@ def _tree(index: Index) -> files.Node:
 def _step(step: VectorTransform) -> files.Transform:
     if not isinstance(step, LinearTransform):
         raise RuntimeError(f"write_index: a transform is {type(step).__name__}, expected a linear one")
-    A = step.A.reshape(step.d_out, step.d_in) if step.is_trained else np.zeros((step.d_out, step.d_in), np.float32)
+    A = step.A.reshape(step.d_out, step.d_in)
     return files.Transform(A, step.b if step.have_bias else None, step.is_trained)
 
 

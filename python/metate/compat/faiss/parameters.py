@@ -51,7 +51,7 @@ class ClusteringParameters:
             raise RuntimeError(f"k-means: {len(x)} points, expected at least k={k}")
         runs = [
             fit_centroids(
-                torch.from_numpy(x), k, "k-means++" if begin is None else torch.from_numpy(begin), self.niter,
+                torch.from_numpy(x), k, "sample" if begin is None else torch.from_numpy(begin), self.niter,
                 self.seed + turn, self.spherical, self.max_points_per_centroid,
                 None if weights is None else torch.from_numpy(weights), self.int_centroids,
             )

@@ -36,6 +36,7 @@ class ProductQuantizer:
         self.dsub, self.ksub, self.code_size = d // M, 1 << nbits, (M * nbits + 7) // 8
         self.cp, self.verbose = ClusteringParameters(), False
         self._books = torch.zeros(M, self.ksub, d // M)
+        self.sdc_table = np.zeros(0, np.float32)
 
     @property
     def centroids(self) -> Floats:
@@ -59,6 +60,17 @@ class ProductQuantizer:
 
     def compute_inner_prod_tables(self, nx: int, x: Any, tables: Any) -> None:
         self._tables(nx, x, tables, "inner_product")
+
+    def compute_sdc_table(self) -> None:
+        """Squared distances (M, ksub, ksub) between centroids, into `sdc_table`."""
+        points = self._books.transpose(0, 1).reshape(self.ksub, self.d)
+        tables = pq_distance_tables(points, self._books)
+        self.sdc_table = as_array(tables.transpose(0, 1)).reshape(-1)
+
+    def sync_transposed_centroids(self) -> None:
+        """Nothing to do: they are turned when vectors are encoded."""
+
+    clear_transposed_centroids = sync_transposed_centroids
 
     def _tables(self, nx: int, x: Any, tables: Any, metric: str) -> None:
         queries = torch.from_numpy(as_array(x).reshape(nx, self.d))

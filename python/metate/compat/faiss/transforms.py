@@ -38,11 +38,13 @@ class LinearTransform(VectorTransform):
 
     def __init__(self, d_in: int, d_out: int, have_bias: bool = False, A: Floats | None = None) -> None:
         super().__init__(d_in, d_out, A is not None)
-        self.have_bias, self._A, self._b = have_bias, A, np.zeros(d_out, np.float32)
+        self._A = np.zeros((d_out, d_in), np.float32) if A is None else A
+        self.have_bias, self._b = have_bias, np.zeros(d_out, np.float32)
 
     @property
     def A(self) -> Floats:
-        return np.zeros(0, np.float32) if self._A is None else self._A.reshape(-1)
+        """What is written into it is the matrix, once is_trained is set."""
+        return self._A.reshape(-1)
 
     @property
     def b(self) -> Floats:
@@ -63,7 +65,7 @@ class LinearTransform(VectorTransform):
         )
 
     def _matrix(self) -> Floats:
-        if self._A is None:
+        if not self.is_trained:
             raise RuntimeError(f"{type(self).__name__}: not trained; call train(x)")
         return self._A
 

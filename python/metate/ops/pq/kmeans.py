@@ -10,6 +10,7 @@ from metate.ops.pq.declaration import topk_op
 
 _PER_CANDIDATE = 32  # points a centroid among which k-means++ chooses
 _PROPOSALS = 64  # that k-means++ draws at a time
+_NARROW = 12  # columns, up to which sums of one after another are faster than sums of rows
 
 
 def kmeans(
@@ -61,13 +62,15 @@ def fit_centroids(
         points, weights = points[rows], None if weights is None else weights[rows]
     centroids = _shaped(_begin(points, k, init, generator), spherical, integers)
     objective = torch.zeros(iterations, dtype=torch.float64)
+    weighted = points if weights is None else points * weights[:, None]
+    columns = weighted.T.contiguous() if x.shape[1] <= _NARROW else None
     for step in range(iterations):
         distances, nearest = _assign(points, centroids, spherical)
         objective[step] = distances.sum(dtype=torch.float64).item()
         if step and objective[step] == objective[step - 1]:  # nothing moves any more
             objective[step:] = objective[step].clone()
             break
-        centroids = _shaped(_move(points, centroids, nearest, weights), spherical, integers)
+        centroids = _shaped(_move(weighted, columns, weights, nearest, k), spherical, integers)
     return centroids, objective
 
 
@@ -161,12 +164,16 @@ def _kept(proposals: Tensor, before: Tensor, draws: Tensor) -> Tensor:
     return torch.tensor(kept)
 
 
-def _move(x: Tensor, centroids: Tensor, nearest: Tensor, weights: Tensor | None) -> Tensor:
-    """The means of the clusters; where there is none, half of the largest that is left is split off."""
-    k = centroids.shape[0]
+def _move(x: Tensor, columns: Tensor | None, weights: Tensor | None, nearest: Tensor, k: int) -> Tensor:
+    """The means of the clusters; where there is none, half of the largest that is left is split off.
+
+    x, and its columns one after another, are multiplied by the weights already.
+    """
     counts = torch.bincount(nearest, weights, minlength=k)
-    weighted = x if weights is None else x * weights[:, None]
-    sums = torch.zeros_like(centroids).scatter_add_(0, nearest[:, None].expand(x.shape), weighted)
+    if columns is None:
+        sums = x.new_zeros(k, x.shape[1]).scatter_add_(0, nearest[:, None].expand(x.shape), x)
+    else:
+        sums = torch.stack([torch.bincount(nearest, column, minlength=k) for column in columns], 1)
     means = sums / counts.where(counts > 0, 1)[:, None]
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:

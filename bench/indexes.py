@@ -26,15 +26,13 @@ Floats = npt.NDArray[np.float32]
 D, POOL, K = 128, 512, 10
 _REFINED = 16  # times k: candidates that are ranked by full vectors
 _TRAINED = 1 << 18  # vectors to train on
-
-
 _SEED = 20  # of the vectors whose search is timed
 _SEEDS = tuple(range(5))  # of those that recall is averaged over
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How we make an index, and by which strings faiss does (np: no sorting of centroids that its search never uses)."""
+    """How we make an index, and by which strings faiss does; np: it spares sorting centroids for another search."""
 
     make: Callable[[], Index]
     faiss: str

@@ -37,9 +37,9 @@ def pairwise_distances(xq: Any, xb: Any, metric: int = METRIC_L2) -> Floats:
     queries, base = as_array(xq).astype(np.float64), as_array(xb).astype(np.float64)
     products = queries @ base.T
     if metric_name(metric) == "inner_product":
-        return products.astype(np.float32)
+        return as_array(products)
     squares = np.square(queries).sum(1)[:, None] + np.square(base).sum(1) - 2 * products
-    return np.maximum(squares, 0).astype(np.float32)
+    return as_array(np.maximum(squares, 0))
 
 
 def vector_to_array(vector: Any) -> Any:

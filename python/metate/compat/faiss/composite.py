@@ -282,7 +282,7 @@ class IndexRefine(Index):
         distances = self._distances(as_array(x)[query], ids)
         inside = distances > radius if self.metric_type == METRIC_INNER_PRODUCT else distances < radius
         lims = np.concatenate([[0], np.bincount(query[inside], minlength=len(lims) - 1).cumsum()])
-        return tuple(like(x, part) for part in (lims, distances[inside], ids[inside]))  # type: ignore[return-value]
+        return tuple(like(x, part) for part in (lims, distances[inside], ids[inside]))
 
 
 class IndexRefineFlat(IndexRefine):

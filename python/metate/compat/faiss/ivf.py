@@ -33,6 +33,8 @@ class DirectMap:
 class IndexIVF(Elementary):
     """Lists by the nearest vector of a flat index, which training fills, or which comes filled."""
 
+    code_size: int
+
     def __init__(self, quantizer: Index, d: int, nlist: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)
         if not isinstance(quantizer, IndexFlat):
@@ -151,7 +153,7 @@ class IndexIVF(Elementary):
                 break
             k *= 8
         lims = np.concatenate([[0], inside.sum(1).cumsum()])
-        return tuple(like(x, part) for part in by_id(lims, distances[inside], ids[inside]))  # type: ignore[return-value]
+        return tuple(like(x, part) for part in by_id(lims, distances[inside], ids[inside]))
 
     def search_and_return_codes(
         self, x: Any, k: int, *, include_listnos: bool = False, params: SearchParameters | None = None, D: Any = None,

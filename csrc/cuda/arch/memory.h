@@ -120,14 +120,8 @@ METATE_DEVICE void atomic_add(float* global, float value METATE_SITE) {
 // Two neighbours, at a multiple of 8 bytes; each is added atomically, not the pair.
 METATE_DEVICE void atomic_add(float* global, const float (&values)[2] METATE_SITE) {
 #if defined(__CUDACC__)
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(global)), "f"(values[0]),
-                 "f"(values[1])
-                 : "memory");
-#else
     atomic_add(global, values[0]);
     atomic_add(global + 1, values[1]);
-#endif
 #else
     emulator::atomic_add(global, values, 2, where);
 #endif

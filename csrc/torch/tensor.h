@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -163,6 +167,19 @@ inline Tensor allocate_directly(int32_t dims, int64_t* sizes, int64_t* strides, 
     return Tensor(out);
 }
 
+// Memory that nobody has touched yet comes a page at a time while a kernel writes; large results want large pages.
+inline void prefer_large_pages(const Tensor& tensor) {
+#if defined(MADV_HUGEPAGE) && !defined(METATE_CUDA)
+    constexpr uintptr_t page = 1 << 21, least = 4 * page;
+    uintptr_t bytes = static_cast<uintptr_t>(bytes_of(tensor.dtype()));
+    for (int i = 0; i < tensor.dim(); ++i) bytes *= static_cast<uintptr_t>(tensor.size(i));
+    if (bytes < least) return;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // advice: nothing depends on it
+#endif
+}
+
 // An uninitialised contiguous tensor on the device of `like`, and of its dtype unless one is given.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<DType> dtype = {}) {
     constexpr int most = 8;
@@ -175,11 +192,16 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, st
         size[i] = sizes.begin()[i];
         strides[i] = next;
     }
-    if (like.direct()) return allocate_directly(dims, size, strides, name);
-    AtenTensorHandle out;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, size, strides, name.torch, like.device_type(), like.device_index(), &out));
-    return Tensor(torch::stable::Tensor(out));
+    const auto allocate = [&] {
+        if (like.direct()) return allocate_directly(dims, size, strides, name);
+        AtenTensorHandle out;
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_empty_strided(dims, size, strides, name.torch, like.device_type(), like.device_index(), &out));
+        return Tensor(torch::stable::Tensor(out));
+    };
+    Tensor out = allocate();
+    prefer_large_pages(out);
+    return out;
 }
 
 inline Tensor contiguous(const Tensor& tensor) {

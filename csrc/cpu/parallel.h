@@ -11,6 +11,14 @@ inline int workers_of(const Runtime& runtime, int64_t pieces) {
     return static_cast<int>(pieces < runtime.threads ? pieces : runtime.threads);
 }
 
+// For so many vector operations, or numbers from memory: few are not worth waking other threads, which takes
+// microseconds.
+inline Runtime worth(const Runtime& runtime, int64_t operations) {
+    Runtime one = runtime;
+    if (operations < 1 << 15) one.threads = 1;
+    return one;
+}
+
 // Runs body(worker, piece) for every piece. Workers fetch pieces in ascending order: put the heavy ones first. What a
 // piece computes must not depend on the worker or on the pieces that ran before.
 template <class Body>

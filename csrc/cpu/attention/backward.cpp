@@ -434,7 +434,8 @@ void attention_backward(const AttentionBackward& args, const Runtime& runtime) {
 #if defined(METATE_ISA_BASELINE)
     if (args.problem.q.dtype == DType::f64) return backward_exact(args, runtime);
 #endif
-    with_words(args.problem.q.dtype, [&]<class T, class Word>() { run<Word, T>(args, runtime); });
+    with_words(args.problem.q.dtype,
+               [&]<class T, class Word>() { run<Word, T>(args, worth(runtime, 2 * operations_of(args.problem))); });
 }
 
 }  // namespace metate::cpu::METATE_ISA

@@ -206,7 +206,8 @@ void attention_column_sums(const AttentionColumnSums& call, const Runtime& runti
 #if defined(METATE_ISA_BASELINE)
     if (call.problem.q.dtype == DType::f64) return run_exact(call, runtime);
 #endif
-    with_words(call.problem.q.dtype, [&]<class T, class Word>() { run<T, Word>(call, runtime); });
+    with_words(call.problem.q.dtype,
+               [&]<class T, class Word>() { run<T, Word>(call, worth(runtime, operations_of(call.problem))); });
 }
 
 }  // namespace metate::cpu::METATE_ISA

@@ -86,9 +86,10 @@ void run(const MergeAttentionStates& call, const Runtime& runtime) {
     const int64_t n = outs.size[0], queries = outs.size[2], heads = outs.size[3], dv = outs.size[4];
     const int64_t groups = (queries + width - 1) / width, pieces = outs.size[1] * groups;
     if (pieces == 0) return;
+    const Runtime workers = worth(runtime, n * outs.size[1] * queries * heads * dv / 16);
     const auto weights =
-        lay_out(runtime, pieces, [](Arena&) {}, [=](Arena& arena) { return arena.take<float>(heads * n * width); });
-    for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
+        lay_out(workers, pieces, [](Arena&) {}, [=](Arena& arena) { return arena.take<float>(heads * n * width); });
+    for_pieces(workers, pieces, [&](int worker, int64_t piece) {
         float* const weight = weights(worker);
         const int64_t b = piece / groups, first = piece % groups * width;
         const int64_t live = queries - first < width ? queries - first : width;

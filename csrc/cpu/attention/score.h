@@ -296,5 +296,10 @@ inline void kept_words(const Attention& a, const Sequence& s, const Row& row, in
     }
 }
 
+// Vector operations of a pass over all logits.
+inline int64_t operations_of(const Attention& a) {
+    return a.q.size[0] * a.q.size[1] * a.q.size[2] * a.k.size[1] * (a.q.size[3] + a.v.size[3]) / 16;
+}
+
 }  // namespace
 }  // namespace metate::cpu::METATE_ISA

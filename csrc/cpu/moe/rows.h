@@ -73,13 +73,6 @@ inline void clear_outside(const View<2>& out, const View<1>& offsets) {
     }
 }
 
-// Few numbers are not worth waking the workers.
-inline Runtime worth(const Runtime& runtime, int64_t elements) {
-    Runtime one = runtime;
-    if (elements < 1 << 15) one.threads = 1;
-    return one;
-}
-
 // run<T>() with the elements of a dtype.
 template <class Run>
 METATE_FN void with_floats(DType dtype, const Run& run) {

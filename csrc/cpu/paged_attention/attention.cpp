@@ -296,12 +296,12 @@ struct Merge {
 };
 
 template <class T, class S>
-void run(const PagedAttention& a, const Runtime& runtime) {
+void run(const PagedAttention& a, const Runtime& all_threads) {
     if (a.q.size[2] == 0) return;
     Shape s = shape_of<S>(a);
     const int64_t sequences = a.seq_lens.size[0], sum_splits = a.sums ? ceil_div(a.sums.size[2], split_keys) : 0;
     const int64_t head_blocks = ceil_div(a.k_cache.size[2], s.heads);
-    int64_t count = 0, merge_count = 0;
+    int64_t count = 0, merge_count = 0, logits = 0;
     for (int64_t n = 0; n < sequences; ++n) {
         const Sequence seq = sequence_of(a, n);
         const Cut cut = cut_of(s, seq);
@@ -309,7 +309,9 @@ void run(const PagedAttention& a, const Runtime& runtime) {
         s.packs |= cut.packed;
         count += blocks * splits_of(seq, cut);
         merge_count += seq.keys ? blocks : 0;
+        logits += seq.keys * seq.queries * a.q.size[2];
     }
+    const Runtime runtime = worth(all_threads, logits * (s.d + s.dv) / 8);
     Piece* pieces = nullptr;
     Merge* merges = nullptr;
     const auto shared = [&](Arena& arena) {

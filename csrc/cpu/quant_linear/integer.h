@@ -2,7 +2,8 @@
 //
 // A segment is a run of columns that share a group of W and a step of x. Its sums are exact, whatever the instructions
 // and the order; they are scaled once. One digit is a call with int8 activations; three are 16-bit floats, of which
-// numbers down to 2^-14 of the segment's largest keep all their bits.
+// numbers down to 2^-14 of the segment's largest keep all their bits. Where the numbers of a segment are alike in size,
+// the lowest digit would say less than the dtype of x can: it is 0, and blocks of such segments do without it.
 #pragma once
 
 #include "decode.h"
@@ -42,22 +43,47 @@ enum class Sums {
     pairs,  // two products in 16 bits: 7 bits by 8, or 8 by 7
 };
 
+// A codebook of 4-bit codes whose entries are whole: `unit` times the byte that a code finds, less 128.
+struct ByteTable {
+    float unit;  // 0: there is none, codes are numbers already
+    uint8_t bytes[16];
+};
+
+inline ByteTable byte_table_of(const float* entries) {
+    float most = 0;
+    for (int i = 0; i < 16; ++i) most = __builtin_fmaxf(most, __builtin_fabsf(entries[i]));
+    if (!(most >= 0x1p-100f && most <= 0x1p100f)) return {};
+    const float power = bit_cast<float>(bit_cast<uint32_t>(most) & 0x7f800000);  // at most `most`
+    ByteTable table{most > power / 64 * 127 ? power / 32 : power / 64, {}};
+    for (int i = 0; i < 16; ++i) {
+        const float value = entries[i] / table.unit;
+        if (!(value == __builtin_nearbyintf(value))) return {};
+        table.bytes[i] = static_cast<uint8_t>(static_cast<int>(value) + 128);
+    }
+    return table;
+}
+
 struct Arithmetic {
     int digits;  // 0: floats instead
     Sums sums;
     float radix;
+    ByteTable table;
 };
 
-METATE_FN Arithmetic arithmetic_of(const QuantLinear& call, int64_t least_group) {
+inline Arithmetic arithmetic_of(const QuantLinear& call, const Values& values, int64_t least_group) {
     const bool has_vnni = width == 16 && isa() >= Isa::avx512vnni;
-    if (call.w.codebook || call.w.group_size < least_group) return {};
-    if (!call.int8_activations) {
-        if (call.x.dtype == DType::f32 || !has_vnni) return {};
-        return {3, Sums::dots, 256.0f};
+    if (call.w.group_size < least_group) return {};
+    if (!has_vnni && (call.w.codebook || !call.int8_activations)) return {};
+    if (call.x.dtype == DType::f32 && !call.int8_activations) return {};
+    ByteTable table{};
+    if (call.w.codebook) {
+        if (call.w.bits == 4) table = byte_table_of(values.entries);
+        if (!table.unit) return {};
     }
-    if (has_vnni) return {1, Sums::dots, 0};
-    if (call.w.bits == 8) return {2, Sums::pairs, 128.0f};
-    return {1, call.w.bits <= 4 ? Sums::words : Sums::pairs, 0};
+    if (!call.int8_activations) return {3, Sums::dots, 256.0f, table};
+    if (has_vnni) return {1, Sums::dots, 0, table};
+    if (call.w.bits == 8) return {2, Sums::pairs, 128.0f, table};
+    return {1, call.w.bits <= 4 ? Sums::words : Sums::pairs, 0, table};
 }
 
 // The segments of block k; returns how many. Steps of int8 activations change every `longest` columns.
@@ -76,7 +102,8 @@ inline int segments_of(Segment* to, const LowBitMatrix& w, int64_t k, bool int8_
 }
 
 // A line of dwords for every block and row of x: the digits of its segments, highest digit first, a quad a dword; and
-// for each segment the sums of its digits (in the low halves), its step and the sum of its numbers as floats.
+// for each segment the sums of its digits (in the low halves), its step and the sum of its numbers as floats; at the
+// end, the number of digits that are not 0 throughout the block.
 struct IntegerRows {
     int32_t* lines;
     int64_t rows, most_quads, most_segments;
@@ -85,7 +112,8 @@ struct IntegerRows {
     METATE_FN int64_t sums_at() const { return most_quads * digits; }
     METATE_FN int64_t steps_at() const { return sums_at() + most_segments * digits; }
     METATE_FN int64_t totals_at() const { return steps_at() + most_segments; }
-    METATE_FN int64_t stride() const { return round_up(totals_at() + most_segments, 16); }
+    METATE_FN int64_t used_at() const { return totals_at() + most_segments; }
+    METATE_FN int64_t stride() const { return round_up(used_at() + 1, 16); }
     METATE_FN int32_t* line(int64_t k, int64_t row) const { return lines + (k * rows + row) * stride(); }
 };
 
@@ -124,22 +152,49 @@ inline float infinite_step(int32_t* q, const float* x, int n) {
     return step;
 }
 
+// q[i] = x[i] · inverse as a whole number; returns the sum of squares.
+inline float round_numbers(int32_t* q, const float* x, int n, float inverse) {
+    vf squares = splat(0.0f);
+    for (int i = 0; i < n; i += width) {
+        const vi part = to_int((n - i >= width ? load(x + i) : load(x + i, n - i)) * splat(inverse));
+        store(q + i, part);
+        squares = fma(to_float(part), to_float(part), squares);
+    }
+    return sum(squares);
+}
+
 // x[i] as q[i] steps; returns the step.
-inline float round_segment(int32_t* q, const float* x, int n, int digits) {
-    const bool is_int8 = digits < 3;
+inline float round_to_int8(int32_t* q, const float* x, int n) {
     const Magnitude size = magnitude_of(x, n);
     if (!size.finite) {
-        const float step = infinite_step(q, x, n);
-        return is_int8 ? __builtin_nanf("") : step;
+        infinite_step(q, x, n);
+        return __builtin_nanf("");
     }
-    const float step = is_int8 ? size.largest / 127 : power_step(size.largest);
-    const float inverse = !is_int8 ? 1 / step : size.largest > 0 ? 127 / size.largest : 0;
-    for (int i = 0; i < n; i += width) {
-        const vf part = n - i >= width ? load(x + i) : load(x + i, n - i);
-        store(q + i, to_int(part * splat(inverse)));
+    round_numbers(q, x, n, size.largest > 0 ? 127 / size.largest : 0);
+    return size.largest / 127;
+}
+
+// The same for 16-bit floats. The lowest of three digits is 0 where the root mean square of the numbers is `enough` or
+// more without it.
+inline float round_floats(int32_t* q, int32_t& used, const float* x, int n, float enough) {
+    const Magnitude size = magnitude_of(x, n);
+    if (!size.finite) {
+        used = 3;
+        return infinite_step(q, x, n);
     }
+    const float step = power_step(size.largest), inverse = 1 / step;
+    if (round_numbers(q, x, n, inverse / 256) < enough * enough * static_cast<float>(n) && size.largest > 0) {
+        used = 3;
+        round_numbers(q, x, n, inverse);
+        return step;
+    }
+    for (int i = 0; i < n; i += width) store(q + i, shift_left(load(q + i), 8));
     return step;
 }
+
+// Moves x by at most a quarter (bfloat16) or half (float16) as much as it was rounded by, in the root mean square.
+template <class T>
+constexpr float enough_for = __is_same(T, bf16) ? 0x1p10f : 0x1p11f;
 
 // Bytes 0, 1, … of a number become its signed digits, the lowest first.
 template <int digits>
@@ -178,13 +233,15 @@ float write_digits(int32_t* to, int32_t* sums, const int32_t* q, const Segment& 
 
 template <int digits>
 void pack_segment(int32_t* line, const IntegerRows& to, const float* x, const Segment& segment, int number,
-                  const Order& order, float radix) {
+                  const Order& order, const Arithmetic& arithmetic, float enough) {
     int32_t q[block + 32] = {};
     const int begin = segment.begin - segment.first_quad * 4, n = segment.end - segment.begin;
-    const float step = round_segment(q + begin, x + segment.begin, n, digits);
+    const float step = digits == 3 ? round_floats(q + begin, line[to.used_at()], x + segment.begin, n, enough)
+                                   : round_to_int8(q + begin, x + segment.begin, n);
     const float total = write_digits<digits>(line + segment.offset * digits, line + to.sums_at() + number * digits, q,
-                                             segment, order, radix);
-    line[to.steps_at() + number] = bit_cast<int32_t>(step);
+                                             segment, order, arithmetic.radix);
+    const float unit = arithmetic.table.unit ? arithmetic.table.unit : 1.0f;
+    line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
     line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
 }
 
@@ -195,8 +252,8 @@ struct IntegerPlan {
 };
 
 template <class T>
-void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantLinear& call, float radix,
-                   const Runtime& runtime) {
+void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantLinear& call,
+                   const Arithmetic& arithmetic, const Runtime& runtime) {
     const int64_t columns = call.w.columns, rows_at_once = 16, row_pieces = ceil_div(to.rows, rows_at_once);
     const Order order = order_of(call.w.bits);
     for_pieces(runtime, ceil_div(columns, block) * row_pieces, [&](int, int64_t piece) {
@@ -206,17 +263,18 @@ void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantL
             float x[block];
             pack_line(x, from, call.x.stride[1], call.w.permutation, k * block, smaller(block, columns - k * block));
             int32_t* const line = to.line(k, row);
+            line[to.used_at()] = to.digits < 2 ? 1 : 2;
             for (int i = 0; i < plans[k].count; ++i) {
                 const Segment& segment = plans[k].segments[i];
                 switch (to.digits) {
                     case 1:
-                        pack_segment<1>(line, to, x, segment, i, order, radix);
+                        pack_segment<1>(line, to, x, segment, i, order, arithmetic, 0);
                         break;
                     case 2:
-                        pack_segment<2>(line, to, x, segment, i, order, radix);
+                        pack_segment<2>(line, to, x, segment, i, order, arithmetic, 0);
                         break;
                     default:
-                        pack_segment<3>(line, to, x, segment, i, order, radix);
+                        pack_segment<3>(line, to, x, segment, i, order, arithmetic, enough_for<T>);
                 }
             }
         }
@@ -282,11 +340,21 @@ inline void decode_bytes(int32_t* to, const int32_t* words, int64_t columns, int
     }
 }
 
+// Codes of a panel's half become the bytes that they stand for.
+inline void find_bytes([[maybe_unused]] int32_t* codes, [[maybe_unused]] int64_t columns,
+                       [[maybe_unused]] const ByteTable& table) {
+#if defined(METATE_HAS_VNNI_FORMS)
+    const vi bytes = table_of_bytes(table.bytes);
+    for (int64_t quad = 0; quad < ceil_div(columns, 32) * 8; ++quad, codes += panel)
+        store(codes, lookup_bytes(bytes, load(codes)));
+#endif
+}
+
 // What is subtracted from the codes of `width` rows for n groups from `group` on: its negative in the low half of each
 // lane, a vector a group, `stride` dwords apart.
 inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, float center, int64_t row, int64_t group,
                          int64_t n) {
-    const bool varies = w.zeros && !w.offsets;
+    const bool varies = w.zeros && !w.offsets && !w.codebook;
     const int64_t rows = smaller(w.rows - row, width);
     const vi base = splat(varies ? static_cast<int32_t>(w.zero) : static_cast<int32_t>(center));
     for (int64_t g = 0; g < n; g += width) {
@@ -315,7 +383,7 @@ inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, flo
 
 struct IntegerTile {
     const int32_t* x;  // lines `stride` dwords apart
-    int64_t stride, sums_at, steps_at, totals_at;
+    int64_t stride, sums_at, steps_at, totals_at, used_at;
     const int32_t* codes;  // (quad, lane) at quad · panel + lane; or transposed words of 4-bit codes, half by half
     const Segment* segments;
     int count;
@@ -348,9 +416,10 @@ METATE_FN vi quad_at(const int32_t* codes, int q, int half) {
 }
 
 // Few rows have too few chains of additions to keep the processor busy: they form `together` sums for each output.
-template <int rows, int digits, Sums kind, bool in_words>
+// Digits after the first `used` are 0.
+template <int rows, int digits, Sums kind, bool in_words, int used>
 __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
-    constexpr int chains = rows * digits * 2;
+    constexpr int chains = rows * used * 2;
     constexpr int together = kind != Sums::dots || chains > 6 ? 1 : chains > 3 ? 2 : 4;
     constexpr bool are_kept = together * chains + 2 * rows <= (width == 16 ? 24 : 10);  // totals, in registers
     vf totals[are_kept ? rows : 1][2];
@@ -364,11 +433,11 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
         const Segment& segment = t.segments[s];
         const int64_t at = (segment.group - t.first_group) * panel;
         const vi first_center = load(t.centers + at), second_center = load(t.centers + at + width);
-        vi sum[together][digits][rows][2];
+        vi sum[together][used][rows][2];
 #pragma GCC unroll 4
         for (int q = 0; q < together; ++q) {
 #pragma GCC unroll 3
-            for (int d = 0; d < digits; ++d) {
+            for (int d = 0; d < used; ++d) {
 #pragma GCC unroll 12
                 for (int r = 0; r < rows; ++r) {
                     sum[q][d][r][0] = sum[q][d][r][1] = splat(0);
@@ -391,7 +460,7 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
                 }
                 const vi first = quad_at<in_words>(codes, q, 0), second = quad_at<in_words>(codes, q, 1);
 #pragma GCC unroll 3
-                for (int d = 0; d < digits; ++d) {
+                for (int d = 0; d < used; ++d) {
 #pragma GCC unroll 12
                     for (int r = 0; r < rows; ++r) {
                         const vi a = splat(x[r * t.stride + d * quads + q]);
@@ -414,7 +483,7 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
             for (int v = 0; v < 2; ++v) {
                 vf value = splat(0.0f);
 #pragma GCC unroll 3
-                for (int d = 0; d < digits; ++d) {
+                for (int d = 0; d < used; ++d) {
                     vi whole = sum[0][d][r][v];
 #pragma GCC unroll 4
                     for (int q = 1; q < together; ++q) whole = add(whole, sum[q][d][r][v]);
@@ -425,6 +494,7 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
                     }
                     value = d ? fma(value, splat(t.radix), to_float(whole)) : to_float(whole);
                 }
+                if (used < digits) value = value * splat(t.radix);
                 float* const total = t.total + r * panel + v * width;
                 const vf scale = load(t.scales + at + v * width);
                 vf result = are_kept ? totals[r][v] : load(total);
@@ -443,11 +513,20 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
     }
 }
 
-template <int digits, Sums kind, int rows, bool in_words = false>
+template <int digits, Sums kind, int rows, bool in_words = false, int used = digits>
 METATE_FN void multiply_heights(IntegerTile& t, int64_t n) {
     for (; n >= rows; n -= rows, t.x += rows * t.stride, t.total += rows * panel)
-        multiply_segments<rows, digits, kind, in_words>(t);
-    if constexpr (rows > 1) multiply_heights<digits, kind, (rows == 6 ? 4 : rows / 2), in_words>(t, n);
+        multiply_segments<rows, digits, kind, in_words, used>(t);
+    if constexpr (rows > 1) multiply_heights<digits, kind, (rows == 6 ? 4 : rows / 2), in_words, used>(t, n);
+}
+
+// 16-bit floats: one run of rows after another that need as many digits.
+inline void multiply_floats(IntegerTile& t, int64_t n) {
+    for (int64_t run = 0; n > 0; n -= run) {
+        const int32_t used = t.x[t.used_at];
+        for (run = 1; run < n && t.x[run * t.stride + t.used_at] == used;) ++run;
+        used == 2 ? multiply_heights<3, Sums::dots, 6, false, 2>(t, run) : multiply_heights<3, Sums::dots, 4>(t, run);
+    }
 }
 
 constexpr int word_rows = 4;  // of x, with which 4-bit codes are multiplied as they are decoded
@@ -457,7 +536,7 @@ inline void multiply_integers(const Arithmetic& arithmetic, IntegerTile& tile, i
     constexpr bool wide = width == 16;
     if (in_words) return multiply_heights<1, Sums::words, word_rows, true>(tile, n);
     if constexpr (wide) {
-        if (arithmetic.digits == 3) return multiply_heights<3, Sums::dots, 4>(tile, n);
+        if (arithmetic.digits == 3) return multiply_floats(tile, n);
         if (arithmetic.sums == Sums::dots) return multiply_heights<1, Sums::dots, 6>(tile, n);
     }
     if (arithmetic.digits == 2) return multiply_heights<2, Sums::pairs, wide ? 4 : 2>(tile, n);

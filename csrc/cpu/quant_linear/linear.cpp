@@ -60,7 +60,7 @@ struct Problem {
     explicit Problem(const QuantLinear& c)
         : call(c),
           values(values_of(c.w)),
-          arithmetic(arithmetic_of(c, small_group)),
+          arithmetic(arithmetic_of(c, values, small_group)),
           cut(cut_of(c.x.size[0], c.w.rows)),
           plans(nullptr),
           integer_plans(nullptr),
@@ -76,9 +76,10 @@ struct Problem {
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
-        spread = {nullptr, c.x.size[0], arithmetic.digits};
+        spread = {nullptr, nullptr, c.x.size[0], arithmetic.digits};
         lane_rows = {nullptr, c.x.size[0]};
     }
+    float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
     bool is_corrected() const {
         return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
     }
@@ -126,7 +127,7 @@ void load_window(const Problem& p, const Workspace& at, int64_t panel_number, in
         load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
                     groups);
         if (at.centers)
-            load_centers(at.centers + offset + v * width, panel, w, p.values.center, row + v * width, first, groups);
+            load_centers(at.centers + offset + v * width, panel, w, p.center(), row + v * width, first, groups);
     }
 }
 
@@ -169,6 +170,7 @@ IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_nu
             x.sums_at(),
             x.steps_at(),
             x.totals_at(),
+            x.used_at(),
             at.codes,
             nullptr,
             0,
@@ -200,6 +202,7 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
         int32_t* const words = at.words + v * most_words;
         transpose_words(words, p.call.w, row + v * width, k, in_words ? 0 : ahead);
         if (!in_words) decode_bytes(at.codes + v * width, words, columns, p.call.w.bits);
+        if (p.arithmetic.table.unit) find_bytes(at.codes + v * width, columns, p.arithmetic.table);
     }
     if (in_words) {
         integers.codes = at.words;
@@ -290,11 +293,11 @@ void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
     for (int64_t first = 0; first < p.blocks; first += span) {
         if (first > 0) end_span(at, p.x.rows * panel);
         const Reading reading(p.call.w, number * panel, first);
-        sum_codes_of(sums, reading, p.spread);
+        sum_codes_of(sums, reading, p.spread, p.arithmetic.table);
         for (int64_t k = 0; k < reading.blocks; ++k) {
             load_window(p, at, 0, number * panel, first + k);
             enter_block(tile, p, first + k, 0, at.first_group[0]);
-            add_sums(sums, k, tile);
+            add_sums(sums, k, tile, p.spread.used[first + k]);
         }
     }
 }
@@ -361,7 +364,10 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
         p.integer_plans = s.integer_plans;
         if (in_integers) {
             p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
-            p.spread.x = p.dots_rows ? arena.take<int32_t>(p.blocks * p.x.rows * p.spread.stride()) : nullptr;
+            if (p.dots_rows) {
+                p.spread.x = arena.take<int32_t>(p.blocks * p.x.rows * p.spread.stride());
+                p.spread.used = arena.take<int32_t>(p.blocks);
+            }
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
@@ -378,9 +384,9 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
 template <class T>
 void pack_rows(const Problem& p, const Runtime& runtime) {
     const QuantLinear& call = p.call;
-    const Runtime packers = runtime_for(runtime, p.x.rows * call.w.columns);
+    const Runtime packers = worth(runtime, p.x.rows * call.w.columns);
     if (p.arithmetic.digits > 0)
-        pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic.radix, packers);
+        pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic, packers);
     else
         pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);
     if (p.dots_rows) spread(p.spread, p.integers, p.integer_plans, p.blocks, call.w.bits);
@@ -389,13 +395,11 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
 
 template <class T>
 void run(const QuantLinears& all, const Runtime& runtime) {
-    const QuantLinear* most = all.calls;  // rows, and so the largest workspace
-    for (int64_t i = 1; i < all.count; ++i)
-        if (all.calls[i].x.size[0] > most->x.size[0]) most = all.calls + i;
-    const Problem largest(*most);
-    const LowBitMatrix& w = most->w;
+    const QuantLinear& most = with_most_rows(all);
+    const Problem largest(most);
+    const LowBitMatrix& w = most.w;
     if (largest.x.rows == 0 || w.rows == 0) return;
-    const Runtime workers = runtime_for(runtime, all.count * w.rows * w.columns);
+    const Runtime workers = worth(runtime, all.count * w.rows * w.columns);
     Schedule s{};
     const auto own = lay_out(
         workers, workers.threads, [&](Arena& arena) { s = schedule_of(all, largest, arena); },

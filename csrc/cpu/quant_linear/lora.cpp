@@ -64,7 +64,7 @@ void shrink(const LoraShrink& call, const Runtime& runtime) {
     const int64_t slices = ceil_div(call.x.size[1], slice), few = 16;
     const int64_t row_pieces = ceil_div(rows, shrink_rows), pieces = rows <= few ? slices : row_pieces;
     const int64_t piece_floats = smaller(rows, shrink_rows) * pitch;
-    const Runtime workers = runtime_for(runtime, rows * call.x.size[1] * rank);
+    const Runtime workers = worth(runtime, rows * call.x.size[1] * rank);
     const int64_t blocks = rows <= few ? slices : workers_of(workers, pieces);
     float* const sums =
         static_cast<float*>(runtime.scratch(static_cast<size_t>(blocks * piece_floats) * sizeof(float)));
@@ -147,7 +147,7 @@ void outer(const LoraOuter& call, const Runtime& runtime) {
     const int64_t rows = call.x.size[0], tiles = ceil_div(columns, outer_columns);
     if (rank == 0 || columns == 0) return;  // however many adapters
     const int64_t pitch = round_up(rank, outer_ranks) * outer_columns;
-    const Runtime workers = runtime_for(runtime, rows * columns * rank);
+    const Runtime workers = worth(runtime, rows * columns * rank);
     Grouped grouped{};
     const auto own = lay_out(
         workers, adapters * tiles,

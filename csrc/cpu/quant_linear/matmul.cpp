@@ -99,13 +99,11 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t k) {
 
 template <class T>
 void run(const QuantMatmuls& all, const Runtime& runtime) {
-    const QuantMatmul* most = all.calls;  // rows, and so the largest workspace
-    for (int64_t i = 1; i < all.count; ++i)
-        if (all.calls[i].x.size[0] > most->x.size[0]) most = all.calls + i;
-    const Problem largest(*most);
-    const int64_t rows = most->w.rows, columns = most->w.columns, pieces = ceil_div(columns, block);
+    const QuantMatmul& most = with_most_rows(all);
+    const Problem largest(most);
+    const int64_t rows = most.w.rows, columns = most.w.columns, pieces = ceil_div(columns, block);
     if (largest.x.rows == 0 || columns == 0) return;
-    const Runtime workers = runtime_for(runtime, all.count * rows * columns);
+    const Runtime workers = worth(runtime, all.count * rows * columns);
     Problem* problems = nullptr;
     const auto own = lay_out(
         workers, workers.threads,
@@ -119,7 +117,7 @@ void run(const QuantMatmuls& all, const Runtime& runtime) {
         },
         [&](Arena& arena) { return largest.workspace(arena); });
     for (int64_t i = 0; i < all.count; ++i)
-        pack<T>(problems[i].x, all.calls[i].x, {}, 1, false, runtime_for(runtime, problems[i].x.rows * rows));
+        pack<T>(problems[i].x, all.calls[i].x, {}, 1, false, worth(runtime, problems[i].x.rows * rows));
     for_pieces(workers, all.count * pieces, [&](int worker, int64_t piece) {
         compute_piece<T>(problems[piece / pieces], own(worker), piece % pieces);
     });

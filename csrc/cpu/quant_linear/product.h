@@ -96,11 +96,13 @@ void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, in
     });
 }
 
-// Without memory traffic worth sharing the workers are not woken.
-inline Runtime runtime_for(const Runtime& runtime, int64_t elements) {
-    Runtime one = runtime;
-    if (elements < 1 << 16) one.threads = 1;
-    return one;
+// The call that needs the largest workspace.
+template <class Calls>
+const auto& with_most_rows(const Calls& all) {
+    int64_t most = 0;
+    for (int64_t i = 1; i < all.count; ++i)
+        if (all.calls[i].x.size[0] > all.calls[most].x.size[0]) most = i;
+    return all.calls[most];
 }
 
 struct Tile {

@@ -20,6 +20,7 @@ METATE_FN bool can_dot_rows(const LowBitMatrix& w, const Arithmetic& arithmetic)
 // Digits of x in the order in which load_codes leaves W: two vectors for every block, row and digit.
 struct SpreadRows {
     int32_t* x;
+    int32_t* used;  // of block k: digits that are not 0 in every row
     int64_t rows;
     int digits;
 
@@ -32,6 +33,8 @@ inline void spread(const SpreadRows& to, const IntegerRows& from, const IntegerP
     for (int64_t i = 0; i < blocks * to.rows; ++i) {
         const IntegerPlan& plan = plans[i / to.rows];
         const int32_t* quad = from.line(i / to.rows, i % to.rows);
+        int32_t& used = to.used[i / to.rows];
+        used = i % to.rows && used > quad[from.used_at()] ? used : quad[from.used_at()];
         int32_t* x = to.at(i / to.rows, i % to.rows);
         for (int q = 0; i / to.rows == blocks - 1 && q < to.stride(); ++q) x[q] = 0;
         for (int s = 0; s < plan.count; ++s) {
@@ -97,67 +100,88 @@ METATE_FN vi dot(const vi (&codes)[2], const int32_t* x) {
     return sum;
 }
 
-template <int bits, int digits, int rows>
-__attribute__((noinline)) void sum_codes(const QuarterSums& to, const Reading& reading, const SpreadRows& x) {
+// What `rows` rows of x, spread from `quads` on, and quarter_rows rows of W leave of a block.
+template <int rows, int digits, int used>
+METATE_FN void sum_block(int32_t* to, const vi (&codes)[quarter_rows][2], const int32_t* quads) {
+    constexpr int parts = digits == 3 ? 2 : 1, used_parts = used == 3 ? 2 : 1;
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; ++m, quads += digits * quads_of_block, to += parts * width) {
+        vi sums[used_parts][quarter_rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < quarter_rows; ++r) {
+            sums[0][r] = dot<used - used_parts + 1>(codes[r], quads);
+            if constexpr (used_parts == 2) sums[1][r] = dot<1>(codes[r], quads + 2 * quads_of_block);
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < used_parts; ++part) store(to + part * width, sum_parts(sums[part]));
+    }
+}
+
+template <int bits, bool has_table, int digits, int rows>
+__attribute__((noinline)) void sum_codes(const QuarterSums& to, const Reading& reading, const SpreadRows& x,
+                                         const ByteTable& table) {
     constexpr int parts = digits == 3 ? 2 : 1, block_bytes = block / 8 * bits;
+    const vi entries = table_of_bytes(table.bytes);
     for (int i = 0; i < panel / quarter_rows; ++i) {
         const uint8_t* line[quarter_rows];
         for (int r = 0; r < quarter_rows; ++r) line[r] = reading.line(i * quarter_rows + r);
         for (int64_t k = 0; k < reading.blocks; ++k) {
             const int64_t bytes = reading.bytes_left(k * block_bytes);
-            int32_t* const sums_of_rows = to.sums + (k * (panel / quarter_rows) + i) * rows * parts * width;
+            int32_t* const sums = to.sums + (k * (panel / quarter_rows) + i) * rows * parts * width;
             vi codes[quarter_rows][2];
 #pragma GCC unroll 4
             for (int r = 0; r < quarter_rows; ++r) {
                 for (int at = 0; at < block_bytes; at += 64) reading.fetch(line[r] + at);
                 load_codes<bits>(codes[r][0], codes[r][1], line[r], bytes);
+                for (vi& part : codes[r]) part = has_table ? lookup_bytes(entries, part) : part;
                 line[r] += block_bytes;
             }
-#pragma GCC unroll 4
-            for (int m = 0; m < rows; ++m) {
-                const int32_t* const quads = x.x + ((reading.first_block + k) * rows + m) * digits * quads_of_block;
-                vi sums[parts][quarter_rows];
-#pragma GCC unroll 4
-                for (int r = 0; r < quarter_rows; ++r) {
-                    sums[0][r] = dot<digits - parts + 1>(codes[r], quads);
-                    if constexpr (parts == 2) sums[1][r] = dot<1>(codes[r], quads + 2 * quads_of_block);
-                }
-#pragma GCC unroll 2
-                for (int part = 0; part < parts; ++part)
-                    store(sums_of_rows + (m * parts + part) * width, sum_parts(sums[part]));
-            }
+            const int32_t* const quads = x.x + (reading.first_block + k) * rows * digits * quads_of_block;
+            if (digits == 3 && x.used[reading.first_block + k] == 2)
+                sum_block<rows, digits, (digits == 3 ? 2 : digits)>(sums, codes, quads);
+            else
+                sum_block<rows, digits, digits>(sums, codes, quads);
         }
     }
 }
 
-template <int bits, int digits, int rows = few_rows>
-METATE_FN void sum_codes_of(const QuarterSums& to, const Reading& reading, const SpreadRows& x) {
+template <int bits, bool has_table, int digits, int rows = few_rows>
+METATE_FN void sum_codes_of(const QuarterSums& to, const Reading& reading, const SpreadRows& x,
+                            const ByteTable& table) {
     if constexpr (rows > 1) {
-        if (to.rows < rows) return sum_codes_of<bits, digits, rows - 1>(to, reading, x);
+        if (to.rows < rows) return sum_codes_of<bits, has_table, digits, rows - 1>(to, reading, x, table);
     }
-    sum_codes<bits, digits, rows>(to, reading, x);
+    sum_codes<bits, has_table, digits, rows>(to, reading, x, table);
 }
 
-inline void sum_codes_of(const QuarterSums& to, const Reading& reading, const SpreadRows& x) {
-    if (reading.w.bits == 4)
-        return to.parts == 2 ? sum_codes_of<4, 3>(to, reading, x) : sum_codes_of<4, 1>(to, reading, x);
-    to.parts == 2 ? sum_codes_of<8, 3>(to, reading, x) : sum_codes_of<8, 1>(to, reading, x);
+template <int bits, bool has_table>
+METATE_FN void sum_codes_in(const QuarterSums& to, const Reading& reading, const SpreadRows& x,
+                            const ByteTable& table) {
+    to.parts == 2 ? sum_codes_of<bits, has_table, 3>(to, reading, x, table)
+                  : sum_codes_of<bits, has_table, 1>(to, reading, x, table);
+}
+
+inline void sum_codes_of(const QuarterSums& to, const Reading& reading, const SpreadRows& x, const ByteTable& table) {
+    if (reading.w.bits == 8) return sum_codes_in<8, false>(to, reading, x, table);
+    table.unit ? sum_codes_in<4, true>(to, reading, x, table) : sum_codes_in<4, false>(to, reading, x, table);
 }
 
 // Of `width` rows of W: the sum over a segment in steps of x, from the sums of its parts and what they are centered by.
-template <int parts>
-METATE_FN vf centered_sum(const vi (&sums)[parts], vi center, const int32_t* digit_sums, float radix) {
+template <int digits, int used>
+METATE_FN vf centered_sum(const vi (&sums)[used == 3 ? 2 : 1], vi center, const int32_t* digit_sums, float radix) {
     vi high = multiply_words(center, splat(digit_sums[0]));
-    if constexpr (parts == 1) return to_float(add(sums[0], high));
+    if constexpr (used == 1) return to_float(add(sums[0], high));
     high = add(shift_left(high, 8), multiply_words(center, splat(digit_sums[1])));
+    const vf value = to_float(add(sums[0], high));
+    if constexpr (used < digits) return value * splat(radix);
     const vi low = multiply_words(center, splat(digit_sums[2]));
-    return fma(to_float(add(sums[0], high)), splat(radix), to_float(add(sums[parts - 1], low)));
+    return fma(value, splat(radix), to_float(add(sums[used == 3], low)));
 }
 
 // Row m of x and half v of the panel. Everything is taken by value: no store to the totals can change it.
-template <int parts>
-METATE_FN void add_sums_of(const QuarterSums from, int64_t k, const IntegerTile t, int m, int v) {
-    constexpr int digits = parts == 2 ? 3 : 1;
+template <int digits, int used>
+METATE_FN void add_row(const QuarterSums from, int64_t k, const IntegerTile t, int m, int v) {
+    constexpr int parts = used == 3 ? 2 : 1;
     const int32_t* const line = t.x + m * t.stride;
     const int32_t* const first = from.at(k, v * quarters, m, 0);
     const int64_t apart = from.at(0, 1, 0, 0) - from.at(0, 0, 0, 0);
@@ -173,7 +197,8 @@ METATE_FN void add_sums_of(const QuarterSums from, int64_t k, const IntegerTile 
     vf result = load(total);
     const auto add_segment = [&](int s) __attribute__((always_inline)) {
         const int64_t at = (t.segments[s].group - t.first_group) * panel + v * width;
-        const vf value = centered_sum(whole, load(t.centers + at), line + t.sums_at + s * digits, t.radix);
+        const vf value =
+            centered_sum<digits, used>(whole, load(t.centers + at), line + t.sums_at + s * digits, t.radix);
         result = fma(value * splat(bit_cast<float>(line[t.steps_at + s])), load(t.scales + at), result);
         if (t.corrections)
             result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at), result);
@@ -191,17 +216,21 @@ METATE_FN void add_sums_of(const QuarterSums from, int64_t k, const IntegerTile 
     store(total, result);
 }
 
+template <int digits, int used>
+METATE_FN void add_rows(const QuarterSums& from, int64_t k, const IntegerTile& t) {
+    for (int m = 0; m < from.rows; ++m)
+        for (int v = 0; v < 2; ++v) add_row<digits, used>(from, k, t, m, v);
+}
+
 // Scales the sums of one block, number k of those read, and adds them to the totals: what multiply_segments does.
-inline void add_sums(const QuarterSums& from, int64_t k, const IntegerTile& t) {
-    for (int m = 0; m < from.rows; ++m) {
-        for (int v = 0; v < 2; ++v)
-            from.parts == 2 ? add_sums_of<2>(from, k, t, m, v) : add_sums_of<1>(from, k, t, m, v);
-    }
+inline void add_sums(const QuarterSums& from, int64_t k, const IntegerTile& t, int32_t used) {
+    if (from.parts == 1) return add_rows<1, 1>(from, k, t);
+    used == 2 ? add_rows<3, 2>(from, k, t) : add_rows<3, 3>(from, k, t);
 }
 
 #else
-inline void sum_codes_of(const QuarterSums&, const Reading&, const SpreadRows&) {}
-inline void add_sums(const QuarterSums&, int64_t, const IntegerTile&) {}
+inline void sum_codes_of(const QuarterSums&, const Reading&, const SpreadRows&, const ByteTable&) {}
+inline void add_sums(const QuarterSums&, int64_t, const IntegerTile&, int32_t) {}
 #endif
 
 }  // namespace

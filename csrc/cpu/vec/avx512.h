@@ -255,6 +255,10 @@ METATE_FN vi add_clipped_words(vi a, vi b) {  // unsigned
 METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
+// Sixteen bytes, again and again.
+METATE_FN vi table_of_bytes(const uint8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 // Of a and b, cut into parts of 16 bytes: the even ones, and the odd ones.
 METATE_FN vi join_even_parts(vi a, vi b) {
     return _mm512_shuffle_i32x4(a, b, 0x88);

@@ -6,13 +6,13 @@
 // row j + 16 in its high half. The last block may hold fewer rows; what fills it may be anything.
 //
 // A search compares query q with the rows ranges[q, p, 0] <= i < ranges[q, p, 1] of every p, cut to 0 … n, that `keep`
-// keeps. It finds the k best distances (smallest, or largest), best first, among equal ones the lower id first. Rows
-// whose distance is infinite or NaN are not found; what is missing is id -1 at distance inf (-inf if largest). Results
-// are the same, bit for bit, whatever the layout of codes, the batch, the order of ranges and the number of threads:
-//   pq_scan         distance = (Σ_m tables[q, m, code_m(i)] + row_bias[i]) + bias[q, p], summed in order of m in
-//   float32 topk_distances  distance = Σ (query - row)² or Σ query · row, computed in float64 from the stored numbers
-//   and
-//                   rounded once to float32; an int8 row stands for scale · row + offset
+// keeps; with `lists`, those of the ranges that it names. It finds the k best distances (smallest, or largest), best
+// first, among equal ones the lower id first. Rows whose distance is infinite or NaN are not found; what is missing is
+// id -1 at distance inf (-inf if largest). Results are the same, bit for bit, whatever the layout of codes, the batch,
+// the order of ranges and the number of threads:
+//   pq_scan         (Σ_m tables[q, m, code_m(i)] + row_bias[i]) + bias[q, p], in float32, summed in order of m
+//   topk_distances  Σ (query - row)² or Σ query · row in float64, of the stored numbers, rounded once to float32; an
+//                   int8 row stands for scale · row + offset
 //   pq_encode       number m is the id that topk_distances (L2, k = 1) finds among codebook m; 0 where it finds none
 // Approximations may only tell which rows cannot be among the best.
 #pragma once
@@ -25,9 +25,10 @@ enum class Metric : int8_t { l2, inner_product };
 
 struct PqDistanceTables {
     View<2> queries;    // (Q, M · d) f32
-    View<3> codebooks;  // (M, L, d) f32, contiguous
+    View<3> codebooks;  // (M, L, d) f32, contiguous, or with a stride of 1 along L
     Metric metric;
-    View<3> tables;  // (Q, M, L) f32: Σ (q - c)² or Σ q · c over the d columns
+    View<3> tables;       // (Q, M, L) f32: Σ (q - c)² or Σ q · c over the d columns, times `factor`
+    float factor = 1.0f;  // a power of two
 };
 
 struct PqEncode {
@@ -47,7 +48,8 @@ struct PqDecode {
 // Which rows a search compares with which query, and what it finds.
 struct Search {
     int64_t n;       // rows
-    View<3> ranges;  // (Q, P, 2) i64, or absent: P = 1, all rows
+    View<3> ranges;  // (Q, P, 2) i64, or absent: P = 1, all rows; beside lists (1, L, 2)
+    View<2> lists;   // (Q, P) i64, or absent: range p of query q is ranges[0, lists[q, p]], empty where that is -1
     View<1> ids;     // (n) i64, contiguous, what rows are called; absent: their number
     View<1> keep;    // (⌈n / 8⌉) u8, contiguous: bit i % 8 of byte i / 8 keeps row i; absent: all
     int64_t k;

@@ -45,6 +45,48 @@ def test_layouts_agree_bit_for_bit(bits):
     assert torch.equal(plain[0], blocks[0]) and torch.equal(plain[1], blocks[1])
 
 
+@pytest.mark.parametrize("kind", ["vectors", "bytes", "nibbles", "residual", "product"])
+def test_a_search_of_lists_equals_its_parts(kind):
+    """Lists that many queries share, one of them long; some centroids are no numbers."""
+    generator = torch.Generator().manual_seed(5)
+    n, lists, nprobe, metric = 12000, 8, 6, "inner_product" if kind == "product" else "l2"
+    bits, residual = 4 if kind == "nibbles" else 8, kind in ("residual", "product")
+    queries, centroids = torch.randn(70, 12, generator=generator), torch.randn(lists, 12, generator=generator)
+    centroids[5:] = torch.nan
+    cuts = torch.tensor([0, 100, 100, 9000, 9050, 10000, 11000, 11900, n])
+    extents = torch.stack([cuts[:-1], cuts[1:]], 1)
+    beside = {
+        "ids": torch.randperm(n, generator=generator),
+        "keep": torch.full((n // 8,), 0b11101111, dtype=torch.uint8),
+    }
+    largest = kind == "product"
+    near, probed = metate.topk_distances(queries, centroids, nprobe, metric=metric)
+    ranges = torch.cat([extents, torch.zeros(1, 2, dtype=torch.int64)])[probed]
+    if kind == "vectors":
+        rows = torch.randn(n, 12, generator=generator)
+        expected = metate.topk_distances(queries, rows, 9, ranges=ranges, **beside)
+        how = {}
+    else:
+        books = torch.randn(3, 2**bits, 4, generator=generator)
+        rows = pack_codes(torch.randint(0, 2**bits, (n, 3), generator=generator), bits)
+        row_bias = torch.randn(n, generator=generator) if kind == "residual" else None
+        tables = metate.pq_distance_tables(
+            -2 * queries if kind == "residual" else queries, books, metric="inner_product" if residual else "l2"
+        )
+        rows = metate.pq_interleave(rows, 3, bits)
+        bias = near if residual else None
+        expected = metate.pq_scan(
+            tables, rows, 9, n=n, ranges=ranges, bias=bias, row_bias=row_bias, largest=largest, **beside
+        )
+        how = {"codebooks": books.mT.contiguous().mT, "n": n, "residual": residual, "row_bias": row_bias}
+    assert (probed == -1).any()
+    for some in (slice(0, 70), slice(3, 4), slice(9, 25)):
+        found = metate.ivf_search(
+            queries[some], centroids, extents, rows, 9, nprobe=nprobe, metric=metric, **how, **beside
+        )
+        assert all(torch.equal(a, b[some]) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_table_that_is_no_number_finds_nothing():
     tables = torch.zeros(1, 2, 16)
     tables[0, 0, 3], tables[0, 1, 5], tables[0, 1, 6] = torch.nan, torch.inf, -torch.inf
@@ -167,3 +209,12 @@ def test_refusals_say_what_to_do():
         metate.pq_encode(torch.zeros(2, 6), torch.zeros(3, 20, 2))
     with pytest.raises(ValueError, match="scale is None, expected a number a column"):
         metate.topk_distances(torch.zeros(2, 6), torch.zeros(3, 6, dtype=torch.int8), 1)
+    lists, extents = torch.zeros(4, 6), torch.zeros(4, 2, dtype=torch.int64)
+    for wrong, match in (
+        ({"nprobe": 5}, "nprobe is 5, expected 1 to 4"),
+        ({"rows": codes}, r"rows is of shape \(5, 2\), expected \(n, 6\): vectors"),
+        ({"rows": codes, "codebooks": torch.zeros(3, 16, 2), "residual": True}, "row_bias is None, expected a number"),
+        ({"residual": True}, "residual is True, expected False without codebooks"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            metate.ivf_search(torch.zeros(2, 6), lists, extents, k=1, **{"rows": torch.zeros(5, 6), **wrong})

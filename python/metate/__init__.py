@@ -21,6 +21,7 @@ from metate.ops.moe import (
 )
 from metate.ops.paged_attention import append_kv, cascade_attention, paged_attention
 from metate.ops.pq import (
+    ivf_search,
     kmeans,
     pq_decode,
     pq_distance_tables,
@@ -50,6 +51,7 @@ __all__ = [
     "gated_activation",
     "generate",
     "grouped_linear",
+    "ivf_search",
     "kmeans",
     "load_quantized",
     "lora_linear",

@@ -111,7 +111,7 @@ void round_tables(Filter& f, const Scan& scan, double inverse) {
 template <int bits>
 struct Survivors {
     const Scan* scan;
-    int64_t q, p;
+    Asked asked;
     Best* best;
     int count;
     int64_t rows[rows_together];
@@ -126,10 +126,10 @@ struct Survivors {
             places[i] = row % block_codes;
         }
         float sum[rows_together];
-        add_entries(sum, *scan, scan->table(q),
+        add_entries(sum, *scan, scan->table(asked.q),
                     [&](int i, int64_t m) { return code_in<bits>(blocks[i], places[i], m); });
         const float limit = best->limit();
-        for (int i = 0; i < count; ++i) scan->offer(sum[i], rows[i], q, p, limit, *best);
+        for (int i = 0; i < count; ++i) scan->offer(sum[i], rows[i], asked, limit, *best);
         count = 0;
     }
     METATE_FN void add(int64_t row) {
@@ -284,15 +284,15 @@ void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<8>* const* fou
 
 // Makes a query's filter for a chunk. False: its rows were compared without, or none of them can be near.
 template <int bits>
-bool filter_helps(const Chunk& c, Filter& f, int64_t p, Best& best) {
+bool filter_helps(const Chunk& c, Filter& f, Asked asked, Best& best) {
     const Scan& scan = c.scan;
     const double sign = scan.call.search.largest ? -1.0 : 1.0, limit = static_cast<double>(best.limit());
-    const double bias = scan.call.bias ? sign * static_cast<double>(scan.bias(f.query, p)) : 0.0;
+    const double bias = scan.call.bias ? sign * static_cast<double>(scan.bias(asked)) : 0.0;
     const double base = f.base + bias + static_cast<double>(c.terms.least);
     const double size = f.size + __builtin_fabs(bias) + static_cast<double>(c.terms.size);
     const double room = limit + static_cast<double>(scan.M + 4) * 0x1p-23 * (size + __builtin_fabs(limit)) - base;
     if (!f.usable() || !(room - room == 0.0)) {  // no limit yet: until the best are as many as are wanted
-        scan_blocks<bits>(scan, f.query, p, c.rows, best);
+        scan_blocks<bits>(scan, asked, c.rows, best);
         return false;
     }
     if (room < 0.0) return false;
@@ -308,16 +308,15 @@ bool filter_helps(const Chunk& c, Filter& f, int64_t p, Best& best) {
 template <int bits>
 void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
     if (scan.M > (bits == 4 ? most_columns_4 : most_columns_8)) {
-        for (int64_t i = 0; i < turn.count; ++i)
-            scan_blocks<bits>(scan, turn.first + i, turn.p, turn.span, turn.best[i]);
+        for (int64_t i = 0; i < turn.count; ++i) scan_blocks<bits>(scan, turn.asked[i], turn.span, turn.best[i]);
         return;
     }
     constexpr int together = filters_together<bits>;
     Survivors<bits> found[together], *near[together];
     Filter* used[together];
     for (int64_t i = 0; i < turn.count; ++i) {
-        if (filters[i].query != turn.first + i) measure(filters[i], scan, turn.first + i);
-        found[i] = {&scan, turn.first + i, turn.p, turn.best + i, 0, {}};
+        if (filters[i].query != turn.asked[i].q) measure(filters[i], scan, turn.asked[i].q);
+        found[i] = {&scan, turn.asked[i], turn.best + i, 0, {}};
     }
     Span rows = turn.span;
     int64_t length = turn.best[0].limit() < infinity ? chunk_rows : 4 * block_codes;
@@ -327,7 +326,7 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
         const Chunk chunk{scan, terms, rows};
         int count = 0;
         for (int64_t i = 0; i < turn.count; ++i)
-            if (filter_helps<bits>(chunk, filters[i], turn.p, turn.best[i]))
+            if (filter_helps<bits>(chunk, filters[i], turn.asked[i], turn.best[i]))
                 used[count] = filters + i, near[count++] = found + i;
         scan_chunk(chunk, used, near, count);
         for (int i = 0; i < count; ++i) near[i]->flush();

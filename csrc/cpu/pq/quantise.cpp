@@ -5,7 +5,8 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// Tables: `width` centroids at a time, turned so that each has a lane, against a block of queries.
+// Tables: `width` centroids at a time, turned (unless they are already) so that each has a lane, against a block of
+// queries.
 
 constexpr int64_t table_queries = 64;
 constexpr int64_t worth_workers = 1 << 18;  // products; fewer, and starting workers costs more
@@ -24,10 +25,10 @@ METATE_FN void turn_centroids(float* to, const float* from, int64_t columns) {
 }
 
 template <bool l2>
-METATE_FN vf table_entries(const float* query, int64_t stride, const float* centroids, int64_t columns) {
+METATE_FN vf table_entries(const float* query, int64_t stride, const float* centroids, int64_t step, int64_t columns) {
     vf sum = splat(0.0f);
     for (int64_t i = 0; i < columns; ++i) {
-        const vf a = splat(query[i * stride]), b = load(centroids + i * width), gap = a - b;
+        const vf a = splat(query[i * stride]), b = load(centroids + i * step), gap = a - b;
         sum = l2 ? fma(gap, gap, sum) : fma(a, b, sum);
     }
     return sum;
@@ -37,21 +38,24 @@ template <bool l2>
 void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
     const int64_t Q = c.queries.size[0], M = c.codebooks.size[0], L = c.codebooks.size[1], d = c.codebooks.size[2];
     const int64_t blocks = ceil_div(Q, table_queries), stride = c.queries.stride[1];
+    const bool turned = c.codebooks.stride[1] == 1;
+    const int64_t step = turned ? c.codebooks.stride[2] : width;
+    const vf factor = splat(c.factor);
     Runtime workers = runtime;
     if (Q * L * M * d < worth_workers) workers.threads = 1;
     const auto memory =
         lay_out(workers, M * blocks, [](Arena&) {}, [&](Arena& arena) { return arena.take<float>(d * width); });
     for_pieces(workers, M * blocks, [&](int worker, int64_t piece) {
-        float* const centroids = memory(worker);
         const int64_t m = piece % M, first = piece / M * table_queries, end = smaller(Q, first + table_queries);
-        const float* const book = static_cast<const float*>(c.codebooks.data) + m * L * d;
+        const float* const book = static_cast<const float*>(c.codebooks.data) + m * c.codebooks.stride[0];
         for (int64_t l = 0; l < L; l += width) {
-            turn_centroids(centroids, book + l * d, d);
+            const float* const centroids = turned ? book + l : memory(worker);
+            if (!turned) turn_centroids(memory(worker), book + l * d, d);
             for (int64_t q = first; q < end; ++q) {
                 const float* const query =
                     static_cast<const float*>(c.queries.data) + q * c.queries.stride[0] + m * d * stride;
                 float* const table = static_cast<float*>(c.tables.data) + (q * M + m) * L;
-                store(table + l, table_entries<l2>(query, stride, centroids, d));
+                store(table + l, table_entries<l2>(query, stride, centroids, step, d) * factor);
             }
         }
     });

@@ -5,9 +5,9 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 template <int known_bits>
-void scan_packed(const Scan& scan, int64_t q, int64_t p, Span span, Best& best) {
+void scan_packed(const Scan& scan, Asked asked, Span span, Best& best) {
     const int64_t bits = known_bits ? known_bits : scan.call.bits;
-    const float* const table = scan.table(q);
+    const float* const table = scan.table(asked.q);
     for (int64_t first = span.first; first < span.last; first += rows_together) {
         const int count = static_cast<int>(smaller(rows_together, span.last - first));
         const uint8_t* rows[rows_together];
@@ -16,7 +16,7 @@ void scan_packed(const Scan& scan, int64_t q, int64_t p, Span span, Best& best) 
         float sum[rows_together];
         add_entries(sum, scan, table, [&](int i, int64_t m) { return code_at(rows[i], m, bits); });
         const float limit = best.limit();
-        for (int i = 0; i < count; ++i) scan.offer(sum[i], first + i, q, p, limit, best);
+        for (int i = 0; i < count; ++i) scan.offer(sum[i], first + i, asked, limit, best);
     }
 }
 
@@ -35,7 +35,7 @@ void scan_interleaved(const Scan& scan, const Runtime& runtime) {
 #endif
     search_rows(
         scan.call.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
-        [&](char*, const Turn& t) { scan_blocks<bits>(scan, t.first, t.p, t.span, t.best[0]); });
+        [&](char*, const Turn& t) { scan_blocks<bits>(scan, t.asked[0], t.span, t.best[0]); });
 }
 
 }  // namespace
@@ -46,7 +46,7 @@ void pq_scan(const PqScan& c, const Runtime& runtime) {
     with_bits(c.bits, [&]<int bits>() {
         search_rows(
             c.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
-            [&](char*, const Turn& t) { scan_packed<bits>(scan, t.first, t.p, t.span, t.best[0]); });
+            [&](char*, const Turn& t) { scan_packed<bits>(scan, t.asked[0], t.span, t.best[0]); });
     });
 }
 

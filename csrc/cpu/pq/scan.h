@@ -20,16 +20,16 @@ struct Scan {
     METATE_FN const uint8_t* block(int64_t row) const {
         return static_cast<const uint8_t*>(call.blocks.data) + row / block_codes * M * call.blocks.size[2];
     }
-    METATE_FN float bias(int64_t q, int64_t p) const {
-        return static_cast<const float*>(call.bias.data)[q * call.bias.stride[0] + p * call.bias.stride[1]];
+    METATE_FN float bias(Asked asked) const {
+        return static_cast<const float*>(call.bias.data)[asked.q * call.bias.stride[0] + asked.p * call.bias.stride[1]];
     }
     // The distance of a row whose table entries add up to `sum`.
-    METATE_FN float finish(float sum, int64_t row, int64_t q, int64_t p) const {
+    METATE_FN float finish(float sum, int64_t row, Asked asked) const {
         if (call.row_bias) sum += static_cast<const float*>(call.row_bias.data)[row];
-        return call.bias ? sum + bias(q, p) : sum;
+        return call.bias ? sum + bias(asked) : sum;
     }
-    METATE_FN void offer(float sum, int64_t row, int64_t q, int64_t p, float limit, Best& best) const {
-        const float key = key_of(call.search, finish(sum, row, q, p));
+    METATE_FN void offer(float sum, int64_t row, Asked asked, float limit, Best& best) const {
+        const float key = key_of(call.search, finish(sum, row, asked));
         if (key <= limit && kept(call.search, row)) best.offer({key, id_of(call.search, row)});
     }
 };
@@ -55,8 +55,8 @@ METATE_FN uint32_t code_in(const uint8_t* block, int64_t i, int64_t m) {
 }
 
 template <int bits>
-void scan_blocks(const Scan& scan, int64_t q, int64_t p, Span span, Best& best) {
-    const float* const table = scan.table(q);
+void scan_blocks(const Scan& scan, Asked asked, Span span, Best& best) {
+    const float* const table = scan.table(asked.q);
     for (int64_t first = span.first; first < span.last;) {
         const int64_t begin = first % block_codes & -rows_together;  // of these rows, inside their block
         const uint8_t* const block = scan.block(first);
@@ -64,7 +64,7 @@ void scan_blocks(const Scan& scan, int64_t q, int64_t p, Span span, Best& best) 
         add_entries(sum, scan, table, [&](int i, int64_t m) { return code_in<bits>(block, begin + i, m); });
         const float limit = best.limit();
         const int64_t row = first - first % block_codes + begin, end = smaller(row + rows_together, span.last);
-        for (; first < end; ++first) scan.offer(sum[first - row], first, q, p, limit, best);
+        for (; first < end; ++first) scan.offer(sum[first - row], first, asked, limit, best);
     }
 }
 

@@ -98,10 +98,18 @@ struct Span {
 };
 
 METATE_FN int64_t spans_of(const Search& s) {
-    return s.ranges ? s.ranges.size[1] : 1;
+    return s.lists ? s.lists.size[1] : s.ranges ? s.ranges.size[1] : 1;
+}
+METATE_FN int64_t list_of(const Search& s, int64_t q, int64_t p) {
+    return static_cast<const int64_t*>(s.lists.data)[q * s.lists.stride[0] + p * s.lists.stride[1]];
 }
 METATE_FN Span span_of(const Search& s, int64_t q, int64_t p) {
     if (!s.ranges) return {0, s.n};
+    if (s.lists) {
+        p = list_of(s, q, p);
+        if (p < 0) return {0, 0};
+        q = 0;
+    }
     const int64_t* const at =
         static_cast<const int64_t*>(s.ranges.data) + q * s.ranges.stride[0] + p * s.ranges.stride[1];
     const int64_t first = at[0] < 0 ? 0 : at[0], last = smaller(at[s.ranges.stride[2]], s.n);
@@ -135,30 +143,112 @@ struct Heaps {
     }
     void close(int64_t worker, int64_t q, const Best& best) const { counts[worker * queries + q] = best.count; }
 
-    // Writes the results of the queries first, first + 1 …
-    void write(const Search& s, int64_t first, int64_t count) const {
-        for (int64_t q = 0; q < count; ++q) {
-            Best all = open(0, q);
-            for (int64_t worker = 1; worker < workers; ++worker) {
-                const Best one = open(worker, q);
-                for (int64_t i = 0; i < one.count; ++i) all.offer(one.heap[i]);
+    // Writes the results of all queries.
+    void write(const Search& s, const Runtime& runtime) const {
+        constexpr int64_t together = 32;
+        for_pieces(runtime, ceil_div(queries, together), [&](int, int64_t piece) {
+            for (int64_t q = piece * together; q < smaller(queries, (piece + 1) * together); ++q) {
+                Best all = open(0, q);
+                for (int64_t worker = 1; worker < workers; ++worker) {
+                    const Best one = open(worker, q);
+                    for (int64_t i = 0; i < one.count; ++i) all.offer(one.heap[i]);
+                }
+                write_best(s, q, all);
             }
-            write_best(s, first + q, all);
-        }
+        });
     }
 };
 
-// What a scan is told to do: queries first … first + count - 1 look at the rows of `span`, in range p.
+// What a query calls the rows of a scan: its range p.
+struct Asked {
+    int64_t q, p;
+};
+
+// What a scan is told to do: `count` different queries look at the rows of `span`.
 struct Turn {
-    int64_t first, count, p;
+    int64_t count;
     Span span;
-    Best* best;  // of each query
+    const Asked* asked;
+    Best* best;
 };
 
 constexpr int64_t rows_alone = 8192;     // rows of a query that are worth a piece of their own
 constexpr int64_t split_queries = 64;    // fewer queries are cut by rows, and any number that scan the same rows
 constexpr int64_t split_room = 1 << 20;  // but only where heaps for every worker are small
 constexpr int most_together = 4;         // queries of a turn
+
+// Which ranges of queries are in which list: those nearest to their queries, list after list, before all others, so
+// that these find good bounds.
+struct Visits {
+    int64_t lists, room;
+    int64_t *first, *pieces;  // of the visits of each list, and of the work on them, and one behind the last
+    Asked* asked;
+
+    void take(Arena& arena) {
+        first = arena.take<int64_t>(2 * lists + 2);
+        pieces = arena.take<int64_t>(2 * lists + 1);
+        asked = arena.take<Asked>(room);
+    }
+
+    METATE_FN int64_t parts(const Search& s, int64_t run) const {
+        const Span span = span_of(s, asked[first[run]].q, asked[first[run]].p);
+        return ceil_div(span.last - span.first, rows_alone);
+    }
+
+    // Pieces of work, each of up to `together` queries and rows_alone rows.
+    int64_t sort(const Search& s, int64_t together) const {
+        const int64_t Q = s.distances.size[0], P = spans_of(s);
+        const auto each = [&](const auto& visit) {
+            for (int64_t q = 0; q < Q; ++q)
+                for (int64_t p = 0; p < P; ++p)
+                    if (const int64_t list = list_of(s, q, p); list >= 0) visit(p ? lists + list : list, Asked{q, p});
+        };
+        for (int64_t run = 0; run < 2 * lists + 2; ++run) first[run] = 0;
+        each([&](int64_t run, Asked) { ++first[run + 2]; });
+        for (int64_t run = 2; run < 2 * lists + 2; ++run) first[run] += first[run - 1];
+        each([&](int64_t run, Asked visit) { asked[first[run + 1]++] = visit; });
+        pieces[0] = 0;
+        for (int64_t run = 0; run < 2 * lists; ++run) {
+            const int64_t count = first[run + 1] - first[run];
+            pieces[run + 1] = pieces[run] + (count ? ceil_div(count, together) * parts(s, run) : 0);
+        }
+        return pieces[2 * lists];
+    }
+};
+
+// search_rows where many queries look into few lists: each is read for several queries at a time.
+template <class Own, class Prepare, class Scan>
+void search_lists(const Search& s, const Runtime& runtime, int64_t together, const Own& own, const Prepare& prepare,
+                  const Scan& scan) {
+    const int64_t Q = s.distances.size[0], most = Q * spans_of(s);
+    const int workers = workers_of(runtime, most);
+    Visits visits{s.ranges.size[1], most, nullptr, nullptr, nullptr};
+    Heaps heaps{nullptr, nullptr, nullptr, workers, Q, room(s)};
+    const auto memory = lay_out(
+        runtime, most,
+        [&](Arena& arena) {
+            heaps.take(arena);
+            visits.take(arena);
+        },
+        own);
+    heaps.clear();
+    for (int worker = 0; worker < workers; ++worker) prepare(memory(worker));
+    for_pieces(runtime, visits.sort(s, together), [&](int worker, int64_t piece) {
+        const int64_t run = run_of(visits.pieces, 2 * visits.lists, piece), parts = visits.parts(s, run);
+        const int64_t part = (piece - visits.pieces[run]) % parts;
+        const int64_t at = visits.first[run] + (piece - visits.pieces[run]) / parts * together;
+        const Asked* const asked = visits.asked + at;
+        const Span all = span_of(s, asked[0].q, asked[0].p);
+        Best best[most_together];
+        Turn turn{smaller(together, visits.first[run + 1] - at), all, asked, best};
+        turn.span.first += part * rows_alone;
+        turn.span.last = smaller(all.last, turn.span.first + rows_alone);
+        for (int64_t i = 0; i < turn.count; ++i) best[i] = heaps.open(worker, asked[i].q);
+        scan(memory(worker), turn);
+        for (int64_t i = 0; i < turn.count; ++i) heaps.close(worker, asked[i].q, best[i]);
+    });
+    heaps.write(s, runtime);
+}
 
 // Calls scan(memory, turn) for parts of every range of every query and writes the results. `memory` is what own(arena)
 // takes for each worker; prepare(memory) sees it before they begin. A turn has up to `together` queries where these
@@ -167,6 +257,8 @@ template <class Own, class Prepare, class Scan>
 void search_rows(const Search& s, const Runtime& runtime, int64_t together, const Own& own, const Prepare& prepare,
                  const Scan& scan) {
     const int64_t Q = s.distances.size[0];
+    if (together > 1 && s.lists && Q > 1 && 4 * Q * spans_of(s) >= s.ranges.size[1] && Q * room(s) <= split_room)
+        return search_lists(s, runtime, together, own, prepare, scan);
     const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
     int64_t parts = 1;
     for (int64_t q = 0; split && q < (s.ranges ? Q : 1); ++q) {
@@ -186,12 +278,14 @@ void search_rows(const Search& s, const Runtime& runtime, int64_t together, cons
         const int64_t q = piece % groups * group, part = piece / groups;  // the same rows for one after another
         const int64_t lane = split ? worker : 0, slot = split ? q : worker;
         Best best[most_together];
-        Turn turn{q, smaller(group, Q - q), 0, {}, best};
-        for (int64_t i = 0; i < turn.count; ++i) best[i] = heaps.open(lane, slot + i);
+        Asked asked[most_together];
+        Turn turn{smaller(group, Q - q), {}, asked, best};
+        for (int64_t i = 0; i < turn.count; ++i) best[i] = heaps.open(lane, slot + i), asked[i] = {q + i, 0};
         const int64_t all = rows_of(s, q), begin = all * part / parts, end = all * (part + 1) / parts;
         int64_t before = 0;
-        for (; turn.p < spans_of(s); ++turn.p) {
-            const Span span = span_of(s, q, turn.p);
+        for (int64_t p = 0; p < spans_of(s); ++p) {
+            const Span span = span_of(s, q, p);
+            for (int64_t i = 0; i < turn.count; ++i) asked[i].p = p;
             const int64_t length = span.last - span.first;
             const int64_t from = begin > before ? begin - before : 0, to = smaller(end - before, length);
             turn.span = {span.first + from, span.first + to};
@@ -205,7 +299,7 @@ void search_rows(const Search& s, const Runtime& runtime, int64_t together, cons
         }
         for (int64_t i = 0; i < turn.count; ++i) heaps.close(lane, slot + i, best[i]);
     });
-    if (split) heaps.write(s, 0, Q);
+    if (split) heaps.write(s, runtime);
 }
 
 }  // namespace

@@ -58,6 +58,7 @@ METATE_FN float row_bound(const Vectors<T>& v, float limit, double query) {
 
 template <bool l2, class T>
 void compare_rows(const Search& s, const Vectors<T>& v, const float* query, double size, Span span, Best& best) {
+    float limit = best.limit(), bound = row_bound<l2>(v, limit, size);
     const vf sign = splat(s.largest ? -1.0f : 1.0f);
     const vf share = splat(static_cast<float>(-unit * 2 * (static_cast<double>(v.columns / width) + 16)));
     for (int64_t first = span.first; first < span.last; first += width) {
@@ -70,7 +71,7 @@ void compare_rows(const Search& s, const Vectors<T>& v, const float* query, doub
         }
         vf key = sum_rows(sums) * sign;
         if (!l2) key = fma(sum_rows(sizes), share, key);
-        float bound = row_bound<l2>(v, best.limit(), size);
+        if (const float now = best.limit(); now != limit) bound = row_bound<l2>(v, limit = now, size);
         uint32_t near = bits_of(not_less(splat(bound), key));
         if (!near) continue;
         float keys[width];
@@ -80,28 +81,38 @@ void compare_rows(const Search& s, const Vectors<T>& v, const float* query, doub
             if (at >= count || keys[at] > bound || !kept(s, row)) continue;
             const float distance = static_cast<float>(exact_distance<l2>(v, query, v.row(row)));
             best.offer({key_of(s, distance), id_of(s, row)});
-            bound = row_bound<l2>(v, best.limit(), size);
+            bound = row_bound<l2>(v, limit = best.limit(), size);
         }
     }
 }
+
+constexpr int64_t cached_rows = 64;  // that one query after another looks at
 
 template <bool l2, class T>
 void by_rows(const TopkDistances& c, const Runtime& runtime) {
     const Vectors<T> v = vectors_of<T>(c);
     search_rows(
-        c.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        c.search, runtime, most_together, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& turn) {
-            const float* const query = query_of(c, turn.first);
-            const Vectors<float> queries{query, 0, v.columns, nullptr, nullptr};
-            const double square = exact_distance<false>(queries, query, query);
-            compare_rows<l2>(c.search, v, query, __builtin_sqrt(square), turn.span, turn.best[0]);
+            double sizes[most_together];
+            for (int64_t i = 0; i < turn.count; ++i) {
+                const float* const query = query_of(c, turn.asked[i].q);
+                const Vectors<float> queries{query, 0, v.columns, nullptr, nullptr};
+                sizes[i] = __builtin_sqrt(exact_distance<false>(queries, query, query));
+            }
+            Span rows = turn.span;
+            for (; rows.first < turn.span.last; rows.first = rows.last) {
+                rows.last = turn.count > 1 ? smaller(turn.span.last, rows.first + cached_rows) : turn.span.last;
+                for (int64_t i = 0; i < turn.count; ++i)
+                    compare_rows<l2>(c.search, v, query_of(c, turn.asked[i].q), sizes[i], rows, turn.best[i]);
+            }
         });
 }
 
 // By products.
 
 constexpr int64_t few_queries = 4;        // fewer go row by row
-constexpr int64_t segment_rows = 4096;    // rows of a piece of work
+constexpr int64_t segment_rows = 4096;    // rows of a piece of work, or a quarter of all
 constexpr int64_t shared_queries = 2048;  // more queries are cut, but not the rows
 constexpr int64_t shared_room = 1 << 20;
 
@@ -117,8 +128,10 @@ void by_products(const TopkDistances& c, const Runtime& runtime) {
     const Vectors<T> v = vectors_of<T>(c);
     const int64_t Q = c.queries.size[0], steps = steps_of_rows(v.columns, l2);
     const bool split = Q <= shared_queries && Q * room(s) <= shared_room;
-    const int64_t blocks = ceil_div(Q, query_rows), segments = split && s.n ? ceil_div(s.n, segment_rows) : 1;
-    const int64_t pieces = blocks * segments, length = split ? segment_rows : s.n;
+    const int64_t quarter = round_up(ceil_div(s.n, 4), base_rows);
+    const int64_t length = !split ? s.n : quarter < segment_rows ? quarter : segment_rows;
+    const int64_t blocks = ceil_div(Q, query_rows), segments = split && s.n ? ceil_div(s.n, length) : 1;
+    const int64_t pieces = blocks * segments;
     Heaps heaps{nullptr, nullptr, nullptr, workers_of(runtime, pieces), split ? Q : query_rows, room(s)};
     if (!split) heaps.queries = heaps.workers * query_rows, heaps.workers = 1;
     const auto memory = lay_out(
@@ -153,7 +166,7 @@ void by_products(const TopkDistances& c, const Runtime& runtime) {
             heaps.close(0, slot + r, best);
         }
     });
-    if (split) heaps.write(s, 0, Q);
+    if (split) heaps.write(s, runtime);
 }
 
 // k = 1 of many queries and few rows: the assignment of k-means.

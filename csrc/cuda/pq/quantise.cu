@@ -28,6 +28,7 @@ struct Tables {
     int M, L, d, padded;  // padded: d in whole fours
     int spans;            // sub-vectors that a block may touch
     bool l2, staged;
+    float factor;
 };
 
 METATE_DEVICE float query_at(const Tables& f, int64_t q, int m, int j) {
@@ -81,7 +82,7 @@ tables_kernel(METATE_PARAMETER(Tables, f)) {
             if (q + t < f.Q)
                 store_global(static_cast<float*>(f.out.data) + (q + t) * f.out.stride[0] + m * f.out.stride[1] +
                                  l * f.out.stride[2],
-                             sum[t]);
+                             sum[t] * f.factor);
     }
 }
 
@@ -281,6 +282,7 @@ void pq_distance_tables(const PqDistanceTables& call, const Device& device) {
     f.padded = round_up(d, 4);
     f.spans = L < threads ? static_cast<int>(threads / L) : 1;
     f.l2 = call.metric == Metric::l2;
+    f.factor = call.factor;
     const int64_t bytes = int64_t{together} * f.spans * f.padded * 4, tiles = ceil_div(f.Q, together);
     f.staged = bytes <= most_staged;
     const int64_t wanted = ceil_div(int64_t{device.processors} * 8, ceil_div(M * L, threads));

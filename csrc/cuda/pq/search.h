@@ -49,6 +49,7 @@ METATE_INLINE int power_of_two(int64_t least) {
 // The rows of a search, as a kernel gets them.
 struct Rows {
     View<3> ranges;
+    View<2> lists;
     const int64_t* ids;
     const uint8_t* keep;
     int64_t n;
@@ -58,8 +59,18 @@ struct Rows {
 METATE_DEVICE void load_span(const Rows& rows, int64_t q, int p, int64_t& first, int64_t& last) {
     first = 0, last = rows.n;
     if (!rows.ranges) return;
+    int64_t number = p;
+    if (rows.lists) {
+        number = load_global<int64_t>(static_cast<const int64_t*>(rows.lists.data) + q * rows.lists.stride[0] +
+                                      p * rows.lists.stride[1]);
+        q = 0;
+        if (number < 0) {
+            last = 0;
+            return;
+        }
+    }
     const auto* const at =
-        static_cast<const int64_t*>(rows.ranges.data) + q * rows.ranges.stride[0] + p * rows.ranges.stride[1];
+        static_cast<const int64_t*>(rows.ranges.data) + q * rows.ranges.stride[0] + number * rows.ranges.stride[1];
     const int64_t begin = load_global<int64_t>(at), end = load_global<int64_t>(at + rows.ranges.stride[2]);
     first = begin < 0 ? 0 : begin < rows.n ? begin : rows.n;
     last = end < 0 ? 0 : end < rows.n ? end : rows.n;
@@ -264,8 +275,13 @@ inline int64_t most_shared(const Device& device) {
 }
 
 inline Rows rows_of(const Search& search) {
-    return {search.ranges, static_cast<const int64_t*>(search.ids.data), static_cast<const uint8_t*>(search.keep.data),
-            search.n, search.ranges ? static_cast<int>(search.ranges.size[1]) : 1};
+    const int64_t spans = search.lists ? search.lists.size[1] : search.ranges ? search.ranges.size[1] : 1;
+    return {search.ranges,
+            search.lists,
+            static_cast<const int64_t*>(search.ids.data),
+            static_cast<const uint8_t*>(search.keep.data),
+            search.n,
+            static_cast<int>(spans)};
 }
 
 // Slices of a query that keep the GPU busy, where a query looks at no more than `rows` rows.

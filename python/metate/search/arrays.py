@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,8 @@ from metate.errors import fail
 Array: TypeAlias = "npt.NDArray[Any] | Tensor"
 
 _BLOCK = 1 << 22  # numbers that are converted, checked and encoded at a time
+_FEW = 1 << 13  # numbers that numpy's BLAS multiplies in this thread
+_FLOAT32 = np.dtype(np.float32)
 
 
 class _Writable:
@@ -31,6 +34,8 @@ def tensor_of(op: str, argument: str, x: Any) -> Tensor:
         return x.detach()
     if not isinstance(x, np.ndarray):
         raise fail(op, argument, type(x).__name__, "a numpy array or a torch tensor", error=TypeError)
+    if x.dtype is _FLOAT32 and x.flags.carray:
+        return torch.from_numpy(x)
     if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
         raise fail(op, argument, x.dtype, "numbers that torch has too", error=TypeError)
     if not x.dtype.isnative or any(stride < 0 or stride % x.itemsize for stride in x.strides):
@@ -75,14 +80,20 @@ class Vectors:
             yield part, self._checked(self.tensor if rows >= count else self.tensor[part])
 
     def _checked(self, x: Tensor) -> Tensor:
-        x = x.to(self.device, torch.float32)
-        # A single query feels every call of torch; numpy's are shorter.
-        if not (np.isfinite(x.numpy()).all() if self.device.type == "cpu" else bool(x.isfinite().all())):
+        if x.dtype is not torch.float32 or x.device != self.device:
+            x = x.to(self.device, torch.float32)
+        x = x.contiguous()
+        if not (_finite(x.numpy()) if self.device.type == "cpu" else bool(x.isfinite().all())):
             raise fail(self.op, self.argument, "not finite everywhere", "finite float32 numbers")
-        return x.contiguous()
+        return x
 
     def results(self, *tensors: Tensor) -> tuple[Any, ...]:
         """As the caller gave the vectors: numpy or torch, one or many."""
-        shaped = [t[0] if self.single else t for t in tensors]
         home = self.tensor.device
-        return tuple(t.cpu().numpy() if self.numpy else t.to(home) for t in shaped)
+        given = [t.numpy(force=True) if self.numpy else t.to(home) for t in tensors]
+        return tuple(x[0] if self.single else x for x in given)
+
+
+def _finite(x: npt.NDArray[Any]) -> bool:
+    """A single query feels every call: its square is finite where its numbers are, and as a rule only there."""
+    return (x.size <= _FEW and isfinite(np.vdot(x, x))) or bool(np.isfinite(x).all())

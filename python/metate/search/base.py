@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class State:
     model: Model
     lists: Lists
     next_id: int = 0
+    cache: dict[str, Any] = field(default_factory=dict, init=False)  # what searches make of the rest
 
 
 class Base:
@@ -100,8 +102,10 @@ class Base:
 
     def _trained(self, op: str) -> State:
         state = self._state
-        if not self._is_trained(state):
-            raise fail(op, "the index", "not trained", "trained: call train(x) first", error=RuntimeError)
+        if "trained" not in state.cache:
+            if not self._is_trained(state):
+                raise fail(op, "the index", "not trained", "trained: call train(x) first", error=RuntimeError)
+            state.cache["trained"] = True
         return state
 
     def _assign(self, model: Model, x: Tensor) -> Tensor:

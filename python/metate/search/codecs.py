@@ -18,11 +18,10 @@ STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Probe:
-    """What a scan looks at: rows of `columns`, for each query the ranges with their biases, of all the kept ones."""
+    """What a scan looks at: rows of `columns`, for each query its ranges, of all the kept ones."""
 
     columns: Mapping[str, Column]
     ranges: Tensor | None
-    bias: Tensor | None
     ids: Tensor | None
     keep: Tensor | None
     k: int
@@ -72,6 +71,12 @@ class Vectors:
         if self.storage == "sq8":
             x = x * model[f"{self.name}.scale"] + model[f"{self.name}.offset"]
         return x
+
+    def stored(self, model: Model, columns: Mapping[str, Column]) -> tuple[Tensor | None, ...]:
+        """What `ivf_search` is told of rows: rows, codebooks, row_bias, scale, offset."""
+        base = columns[self.name]
+        assert isinstance(base, Tensor)
+        return base, None, None, model.get(f"{self.name}.scale"), model.get(f"{self.name}.offset")
 
     def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
         base = probe.columns[self.name]
@@ -137,14 +142,17 @@ class Product:
     def decode(self, model: Model, columns: Mapping[str, Tensor]) -> Tensor:
         return pq_decode(columns["codes"], model["codebooks"])
 
-    def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
-        product = metric == "inner_product" or self.row_bias
-        asked = queries.mul(-2) if self.row_bias else queries
-        tables = pq_distance_tables(asked, model["codebooks"], metric="inner_product" if product else "l2")
-        codes, row_bias = probe.columns["codes"], probe.columns.get("bias")
+    def stored(self, model: Model, columns: Mapping[str, Column]) -> tuple[Tensor | None, ...]:
+        """What `ivf_search` is told of rows: rows, codebooks, row_bias, scale, offset."""
+        codes, row_bias = columns["codes"], columns.get("bias")
         assert row_bias is None or isinstance(row_bias, Tensor)
+        return codes.blocks if isinstance(codes, Interleaved) else codes, model["codebooks"], row_bias, None, None
+
+    def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
+        """Of rows that are not residuals."""
+        codes, codebooks, *_ = self.stored(model, probe.columns)
+        assert codes is not None and codebooks is not None
         return pq_scan(
-            tables, codes.blocks if isinstance(codes, Interleaved) else codes,
-            probe.k, n=len(codes), ranges=probe.ranges, bias=probe.bias, row_bias=row_bias, ids=probe.ids,
-            keep=probe.keep, largest=metric == "inner_product",
+            pq_distance_tables(queries, codebooks, metric=metric), codes, probe.k, n=len(probe.columns["codes"]),
+            ranges=probe.ranges, ids=probe.ids, keep=probe.keep, largest=metric == "inner_product",
         )  # fmt: skip

@@ -7,11 +7,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.search.storage import Bits, Integers, Lists
+from metate.search.storage import Integers, Lists
 
 # ids; a range of ids; a boolean mask, or a uint8 bitmap (least significant bit first), indexed by id; a predicate over
 # an array of ids that returns an array of booleans.
@@ -49,13 +48,13 @@ def matching(op: str, lists: Lists, what: Filter) -> Integers:
     return inside
 
 
-def keep_bitmap(op: str, lists: Lists, what: Filter | None) -> Bits | None:
-    """The rows to look at, a bit each over the pool; None: all of them."""
+def keep_bitmap(op: str, lists: Lists, what: Filter | None) -> Tensor | None:
+    """The rows to look at, a bit for each that scans see; None: all of them."""
     if what is None:
-        return lists.live
+        return lists.kept
     mask = np.zeros(max(lists.capacity, 1), np.bool_)
     mask[matching(op, lists, what)] = True
-    return np.packbits(mask, bitorder="little")
+    return lists.bits(np.packbits(mask, bitorder="little"))
 
 
 def _in_range(ids: Integers, wanted: range) -> npt.NDArray[np.bool_]:
@@ -73,7 +72,3 @@ def _asked(op: str, predicate: Callable[[Integers], Any], ids: Integers) -> npt.
         got = f"a function that returns {answer.dtype} of shape {answer.shape} for {len(ids)} ids"
         raise fail(op, "filter", got, "one boolean for each id")
     return answer
-
-
-def torch_bits(bits: Bits | None, device: torch.device) -> Tensor | None:
-    return None if bits is None else torch.from_numpy(bits).to(device)

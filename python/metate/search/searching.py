@@ -10,11 +10,12 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.ops.pq import topk_distances
+from metate.ops.pq.declaration import ivf_op
 from metate.search.arrays import Array, Vectors, tensor_of
 from metate.search.base import REFINE, Base, State
 from metate.search.codecs import Probe, Product
 from metate.search.codecs import Vectors as Raw
-from metate.search.filters import Filter, keep_bitmap, torch_bits
+from metate.search.filters import Filter, keep_bitmap
 from metate.search.storage import Integers
 
 _QUERIES = 1 << 24  # numbers of the tables, and of the vectors to refine, of the queries that are searched at a time
@@ -47,12 +48,12 @@ class Searching(Base):
         if not isinstance(refine_factor, int) or refine_factor < 1:
             raise fail(op, "refine_factor", refine_factor, "an integer from 1 on")
         state = self._trained(op)
-        keep = torch_bits(keep_bitmap(op, state.lists, filter), self.device)
+        keep = keep_bitmap(op, state.lists, filter)
         found = [self._search(state, x, k, nprobe, keep, refine_factor) for _, x in vectors.blocks(self._at_once(k))]
-        if not found:
-            return vectors.results(torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
         if len(found) == 1:
             return vectors.results(*found[0])
+        if not found:
+            return vectors.results(torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
         return vectors.results(*(torch.cat(column) for column in zip(*found, strict=True)))
 
     def _checked_search(self, op: str, queries: Any, k: int, nprobe: int | None) -> tuple[Vectors, int, int]:
@@ -89,14 +90,29 @@ class Searching(Base):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """By a codec's columns; ids, or rows where none are given."""
         lists, rotated = state.lists, self._rotated(state.model, x)
-        ranges = bias = None
+        if self.nlist is not None and codec is self.codec:
+            stored, n, metric, residual = self._listed(state)
+            found: tuple[Tensor, Tensor] = ivf_op(rotated, *stored, ids, keep, n, nprobe, k, metric, residual)
+            return found
+        ranges = None
         if self.nlist is not None:
-            bias, probed = topk_distances(rotated, state.model["centroids"], nprobe, metric=self._scan_metric)
-            ranges = torch.from_numpy(lists.extents[probed.cpu().numpy()]).to(self.device)
-            bias = bias if isinstance(codec, Product) and codec.residual else None
-        keep = None if keep is None else keep[: (lists.scanned + 7) // 8]
-        probe = Probe(lists.seen, ranges, bias, ids, keep, k)
+            probed = topk_distances(rotated, state.model["centroids"], nprobe, metric=self._scan_metric)[1]
+            ranges = lists.extents[probed]
+        probe = Probe(lists.seen, ranges, ids, keep, k)
         return codec.scan(state.model, rotated if codec is self.codec else x, probe, self._scan_metric)
+
+    def _listed(self, state: State) -> tuple[tuple[Tensor | None, ...], int, int, bool]:
+        """What `ivf_search` is told of a snapshot, made once."""
+        if "listed" not in state.cache:
+            columns, residual = state.lists.seen, isinstance(self.codec, Product) and self.codec.residual
+            rows, codebooks, *beside = self.codec.stored(state.model, columns)
+            if codebooks is not None:  # tables are made of the same number of many centroids at once
+                codebooks = codebooks.mT.contiguous().mT
+            stored = state.model["centroids"], state.lists.extents[:-1], rows, codebooks, *beside
+            n = len(next(iter(columns.values())))
+            state.cache["listed"] = stored, n, int(self.largest), residual
+        listed: tuple[tuple[Tensor | None, ...], int, int, bool] = state.cache["listed"]
+        return listed
 
     def _refined(self, state: State, x: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best of candidate rows (Q, C) by their full vectors."""
@@ -136,7 +152,7 @@ class Searching(Base):
         if not isinstance(radius, (int, float, np.floating)) or radius != radius:
             raise fail(op, "radius", radius, "a number")
         state = self._trained(op)
-        keep = torch_bits(keep_bitmap(op, state.lists, filter), self.device)
+        keep = keep_bitmap(op, state.lists, filter)
         counts, distances, ids = [], [], []
         for _, x in vectors.blocks(self._at_once(256)):
             for near, found in self._within(state, x, float(radius), nprobe, keep):

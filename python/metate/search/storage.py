@@ -116,10 +116,23 @@ class Lists:
         return int(self.length[0]) if len(self.length) == 1 else self.used
 
     @cached_property
-    def extents(self) -> Integers:
+    def extents(self) -> Tensor:
         """(lists + 1, 2): the first row of a list and the one behind its last. List -1 has no rows."""
         ends = np.stack([self.start, self.start + self.length], 1)
-        return np.concatenate([ends, np.zeros((1, 2), np.int64)])
+        return torch.from_numpy(np.concatenate([ends, np.zeros((1, 2), np.int64)])).to(self.device)
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """The living rows among those that scans see, a bit each; None: all of them."""
+        return self.bits(self.live)
+
+    def bits(self, bitmap: Bits | None) -> Tensor | None:
+        """A bitmap over the pool as scans take it."""
+        return None if bitmap is None else torch.from_numpy(bitmap[: (self.scanned + 7) // 8]).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.columns.values())).device
 
     @cached_property
     def seen(self) -> dict[str, Column]:
@@ -234,8 +247,7 @@ class Lists:
         """With a column of ids."""
         if not self.implicit:
             return self
-        device = next(iter(self.columns.values())).device
-        ids = torch.arange(self.capacity, dtype=torch.int64, device=device)
+        ids = torch.arange(self.capacity, dtype=torch.int64, device=self.device)
         return replace(self, columns={**self.columns, "ids": ids}, _cache={})
 
     def without(self, rows: Integers) -> Lists:

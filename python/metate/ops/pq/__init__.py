@@ -12,11 +12,11 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.ops.pq.codes import interleave, pack_codes, unpack_codes
-from metate.ops.pq.declaration import decode_op, encode_op, scan_op, tables_op, topk_op
+from metate.ops.pq.declaration import decode_op, encode_op, ivf_op, scan_op, tables_op, topk_op
 from metate.ops.pq.kmeans import kmeans
 
 __all__ = [
-    "kmeans", "pack_codes", "pq_decode", "pq_distance_tables", "pq_encode", "pq_interleave", "pq_scan",
+    "ivf_search", "kmeans", "pack_codes", "pq_decode", "pq_distance_tables", "pq_encode", "pq_interleave", "pq_scan",
     "topk_distances", "unpack_codes",
 ]  # fmt: skip
 METRICS = {"l2": 0, "inner_product": 1, "cosine": 1}
@@ -164,6 +164,60 @@ def topk_distances(
         queries = torch.nn.functional.normalize(queries, dim=-1)
     biggest = bool(number) if largest is None else largest
     distances, found = topk_op(queries, base, ranges, scale, offset, ids, keep, k, number, biggest)
+    return distances, found
+
+
+def ivf_search(
+    queries: Tensor,
+    centroids: Tensor,
+    extents: Tensor,
+    rows: Tensor,
+    k: int,
+    *,
+    nprobe: int = 1,
+    metric: str = "l2",
+    codebooks: Tensor | None = None,
+    n: int | None = None,
+    residual: bool = False,
+    row_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    ids: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best rows for every query among those of the `nprobe` lists whose centroids are nearest to it.
+
+    It is `topk_distances` of the centroids, and of the rows of those lists, or `pq_scan` of their codes by
+    `pq_distance_tables` of the query, bit for bit.
+
+    Args:
+        queries: (Q, D) float32, any strides.
+        centroids: (lists, D) float32.
+        extents: (lists, 2) int64: list i has the rows first <= row < last. Lists do not overlap.
+        rows: vectors (n, D) as the base of `topk_distances`, or codes as in `pq_scan`.
+        k: how many, at least 1; more than there are rows is fine.
+        nprobe: 1 to the number of lists.
+        metric: "l2", "inner_product", or "cosine" (inner product of the normalised query).
+        codebooks: (M, L, D/M) float32 of codes; None: rows are vectors.
+        n: the number of rows of interleaved codes.
+        residual: codes stand for vectors less the centroid of their list.
+        row_bias: (n) float32, beside residual codes and metric "l2": |r|² + 2 c·r of a row that stands for c + r.
+        scale, offset: (D) float32, of int8 vectors.
+        ids, keep: as in `pq_scan`.
+
+    Returns:
+        distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`.
+    """
+    number = _metric("ivf_search", metric)
+    if metric == "cosine" and isinstance(queries, Tensor) and queries.is_floating_point():
+        queries = torch.nn.functional.normalize(queries, dim=-1)
+    if n is None and isinstance(rows, Tensor):
+        if rows.dim() == 3:
+            raise fail("ivf_search", "n", None, "the number of rows beside interleaved codes")
+        n = rows.shape[0] if rows.dim() else 0
+    distances, found = ivf_op(
+        queries, centroids, extents, rows, codebooks, row_bias, scale, offset, ids, keep, n, nprobe, k, number, residual
+    )
     return distances, found
 
 

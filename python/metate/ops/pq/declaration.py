@@ -212,7 +212,7 @@ scan_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_queries,
     validate=rules.validate_scan,
-    refuses={"cuda": rules.refused_by_cuda(-2, 2**20)},
+    refuses={"cuda": rules.refused_by_cuda(2**20, k=-2)},
     gradient=_NO_ORDER,
 )  # fmt: skip
 
@@ -284,6 +284,100 @@ topk_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_queries,
     validate=rules.validate_topk,
-    refuses={"cuda": rules.refused_by_cuda(-3, 4096)},
+    refuses={"cuda": rules.refused_by_cuda(4096, k=-3)},
+    gradient=_NO_ORDER,
+)  # fmt: skip
+
+
+# Searching in the lists whose centroids are nearest.
+
+
+def _ivf(Q: int, n: int, k: int, lists: int, nprobe: int, **sizes: Any) -> Case:
+    return dict(Q=Q, n=n, k=k, lists=lists, nprobe=nprobe, **sizes)
+
+
+IVF_CASES = [
+    _ivf(1, 1, 1, 1, 1, D=1),
+    _ivf(3, 65, 5, 7, 2, D=5, ids=True, keep=True),
+    _ivf(2, 300, 7, 9, 4, D=6, M=3, bits=4, blocks=True, residual=True, ids=True, keep=True),
+    _ivf(33, 500, 3, 5, 3, D=8, M=4, bits=4, blocks=True, ties=True),
+    _ivf(9, 400, 5, 6, 2, D=8, M=2, bits=8, blocks=True, residual=True, metric=1),
+    _ivf(2, 130, 4, 3, 3, D=9, M=3, bits=5, residual=True),
+    _ivf(17, 300, 9, 4, 2, D=33, int8=True, ids=True),
+    _ivf(5, 200, 6, 8, 8, D=16, metric=1, ties=True),
+    _ivf(0, 9, 2, 3, 1, D=3),
+    _ivf(2, 0, 3, 4, 2, D=4, M=2, bits=4, blocks=True),
+]
+IVF_SWEEP = [
+    _ivf(Q, 1_000_000, 10, 1024, 8, D=128, M=M, bits=bits, blocks=True, residual=True)
+    for Q in (1, 64) for M, bits in ((16, 8), (32, 4))
+]  # fmt: skip
+
+
+def draw_ivf(rng: Random) -> Case:
+    flags = ("ids", "keep", "ties")
+    lists = rng.randint(1, 9)
+    case = _ivf(rng.choice([0, 1, 2, 5, 20]), rng.choice([0, 1, 33, 100, 700]), rng.choice([1, 2, 10, 70]), lists,
+                rng.randint(1, lists), metric=rng.choice([0, 0, 1]))  # fmt: skip
+    case |= {flag: True for flag in flags if rng.random() < 0.35}
+    if rng.random() < 0.4:
+        return case | {"D": rng.choice([1, 3, 16, 31])} | ({"int8": True} if rng.random() < 0.3 else {})
+    M, bits = rng.randint(1, 8), rng.choice([4, 4, 8, rng.randint(4, 9)])
+    blocks = bits in (4, 8) and rng.random() < 0.6
+    return case | {"D": M * rng.randint(1, 5), "M": M, "bits": bits, "blocks": blocks, "residual": rng.random() < 0.6}
+
+
+def _ivf_rows(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor | None, ...]:
+    """Rows, codebooks, what is added to a row, scale and offset."""
+    n, D = case["n"], case["D"]
+    if not case.get("M"):
+        _, rows, _, scale, offset, *_ = _topk_inputs(case, dtype, generator)
+        return rows, None, None, scale, offset
+    M, bits = case["M"], case["bits"]
+    books = _normal(generator, M, 2**bits, D // M)
+    codes = _codes(case, n, generator)
+    rows = interleave(codes, M, bits) if case.get("blocks") else codes
+    bias = _normal(generator, n) if case.get("residual") and not case.get("metric") else None
+    return rows, books.round() if case.get("ties") else books, bias, None, None
+
+
+def _ivf_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
+    """Lists in any order, some empty, the last too long."""
+    n, lists = case["n"], case["lists"]
+    queries, centroids = _normal(generator, case["Q"], case["D"]), _normal(generator, lists, case["D"])
+    if case.get("ties"):
+        queries, centroids = queries.round(), centroids.round()
+    inner = torch.randint(0, n + 1, (lists - 1,), generator=generator).sort().values
+    cuts = torch.cat([torch.zeros(1, dtype=torch.int64), inner, torch.full((1,), n + 3)])
+    extents = torch.stack([cuts[:-1], cuts[1:]], 1)[torch.randperm(lists, generator=generator)]
+    _, ids, keep = _search_inputs(case, generator)
+    return (
+        queries, centroids, extents, *_ivf_rows(case, dtype, generator), ids, keep, n, case["nprobe"], case["k"],
+        case.get("metric", 0), case.get("residual", False),
+    )  # fmt: skip
+
+
+ivf_op = Op(
+    "ivf_search",
+    reference.ivf_search,
+    axes={
+        "queries": "Q D", "centroids": "lists D", "extents": "lists 2", "rows": "n width or n//32 M block_bytes",
+        "codebooks": "M L d", "row_bias": "n", "scale": "D", "offset": "D", "ids": "n", "keep": "n//8",
+    },
+    dtypes={
+        "queries": SINGLE, "centroids": SINGLE, "extents": (torch.int64,),
+        "rows": (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8), "codebooks": SINGLE,
+        "row_bias": SINGLE, "scale": SINGLE, "offset": SINGLE, "ids": (torch.int64,), "keep": _BYTES,
+    },
+    outputs={"distances": torch.float32, "ids": torch.int64},
+    shapes=lambda queries, *rest: ((queries.shape[0], rest[-3]),) * 2,
+    domain=Domain(_ivf_inputs, IVF_CASES, IVF_SWEEP, draw_ivf, ("Q",), "Q"),
+    flops=lambda case: case["Q"] * (2.0 * case["lists"] * case["D"] + case["n"] / case["lists"] * case["nprobe"]
+                                    * case.get("M", 2 * case["D"])),
+    autocast=(),
+    vmap=loop_vmap,
+    sharding=rules.shard_queries,
+    validate=rules.validate_ivf,
+    refuses={"cuda": rules.refused_by_cuda(4096, nprobe=-4, k=-3)},
     gradient=_NO_ORDER,
 )  # fmt: skip

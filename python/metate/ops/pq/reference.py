@@ -83,6 +83,22 @@ def topk_distances(
     return _stack(found, k, queries.device)
 
 
+def ivf_search(
+    queries: Tensor, centroids: Tensor, extents: Tensor, rows: Tensor, codebooks: Tensor | None,
+    row_bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, ids: Tensor | None, keep: Tensor | None,
+    n: int, nprobe: int, k: int, metric: int, residual: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k best rows of the lists of the nprobe nearest centroids."""
+    largest = metric == 1
+    near, lists = topk_distances(queries, centroids, None, None, None, None, None, nprobe, metric, largest)
+    ranges = torch.nn.functional.pad(extents, (0, 0, 0, 1))[lists]  # list -1 has no rows
+    if codebooks is None:
+        return topk_distances(queries, rows, ranges, scale, offset, ids, keep, k, metric, largest)
+    asked = -2 * queries if residual and not largest else queries
+    tables = pq_distance_tables(asked, codebooks, int(residual or largest))
+    return pq_scan(tables, rows, ranges, near if residual else None, row_bias, ids, keep, n, k, largest)
+
+
 def _rows(ranges: Tensor | None, keep: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rows that a query compares with, and the number of the range that each is in."""
     spans = [(0, n)] if ranges is None else [(max(a, 0), max(a, 0, min(b, n))) for a, b in ranges.tolist()]

@@ -22,13 +22,14 @@ def refused_float64(x: Tensor, *_: Any) -> str | None:
     return "float64: up to float32" if x.dtype == torch.float64 else None
 
 
-def refused_by_cuda(place: int, columns: int) -> Callable[..., str | None]:
-    """Searches whose lists, and queries beside them, do not fit shared memory; k is the argument at a place."""
+def refused_by_cuda(columns: int, **places: int) -> Callable[..., str | None]:
+    """Searches whose lists, and queries beside them, do not fit shared memory; places: of k among the arguments."""
 
     def refusal(*args: Any) -> str | None:
-        k, queries = args[place], args[0]
-        if k > 2048:
-            return f"k = {k}: up to 2048"
+        queries = args[0]
+        for name, place in places.items():
+            if args[place] > 2048:
+                return f"{name} = {args[place]}: up to 2048"
         return f"{queries.shape[1]} columns: up to {columns}" if queries.shape[1] > columns else None
 
     return refusal
@@ -66,13 +67,18 @@ def validate_encode(x: Tensor, codebooks: Tensor) -> None:
 
 def validate_decode(codebooks: Tensor, codes: Tensor) -> None:
     bits = _validate_books("pq_decode", None, codebooks)
-    _validate_row("pq_decode", codes, codebooks.shape[0], bits)
+    _validate_codes("pq_decode", "codes", codes, codebooks.shape[0], bits)
 
 
-def _validate_row(op: str, codes: Tensor, M: Any, bits: int) -> None:
-    if codes.shape[1] != row_bytes(M, bits):
-        expected = f"(…, {row_bytes(M, bits)}) for {M} sub-codes of {bits} bits"
-        raise fail(op, "codes", f"of shape {tuple(codes.shape)}", expected)
+def _validate_codes(op: str, name: str, codes: Tensor, M: Any, bits: int) -> None:
+    shape = f"of shape {tuple(codes.shape)}"
+    if len(codes.shape) == 2:
+        if codes.shape[1] != row_bytes(M, bits):
+            raise fail(op, name, shape, f"(…, {row_bytes(M, bits)}) for {M} sub-codes of {bits} bits")
+    elif bits not in (4, 8):
+        raise fail(op, name, "in blocks", f"rows: blocks hold codes of 4 or 8 bits, not {bits}")
+    elif codes.shape[2] != BLOCK * bits // 8:
+        raise fail(op, name, shape, f"blocks of {BLOCK * bits // 8} bytes a sub-code")
 
 
 def _validate_search(op: str, k: int, ranges: Tensor | None, bias: Tensor | None) -> None:
@@ -90,12 +96,7 @@ def validate_scan(
     bits = bits_of(op, "tables", tables.shape[2])
     if M < 1:
         raise fail(op, "tables", f"of shape {tuple(tables.shape)}", "at least one sub-vector")
-    if len(codes.shape) == 2:
-        _validate_row(op, codes, M, bits)
-    elif bits not in (4, 8):
-        raise fail(op, "codes", "in blocks", f"rows: blocks hold codes of 4 or 8 bits, not {bits}")
-    elif codes.shape[2] != BLOCK * bits // 8:
-        raise fail(op, "codes", f"of shape {tuple(codes.shape)}", f"blocks of {BLOCK * bits // 8} bytes a sub-code")
+    _validate_codes(op, "codes", codes, M, bits)
     _validate_search(op, k, ranges, bias)
 
 
@@ -103,13 +104,41 @@ def validate_topk(
     queries: Tensor, base: Tensor, ranges: Tensor | None, scale: Tensor | None, offset: Tensor | None,
     ids: Tensor | None, keep: Tensor | None, k: int, metric: int, largest: bool,
 ) -> None:  # fmt: skip
-    op = "topk_distances"
-    for name, tensor in (("scale", scale), ("offset", offset)):
-        if (tensor is None) == (base.dtype == torch.int8):
-            expected = "a number a column beside an int8 base, None otherwise"
-            raise fail(op, name, "None" if tensor is None else "given", expected)
+    op, int8 = "topk_distances", base.dtype == torch.int8
+    _validate_given(op, {"scale": scale, "offset": offset}, int8, "a number a column beside an int8 base")
     _validate_metric(op, metric)
     _validate_search(op, k, ranges, None)
+
+
+def _validate_given(op: str, arguments: dict[str, Tensor | None], wanted: bool, what: str) -> None:
+    for name, tensor in arguments.items():
+        if (tensor is None) == wanted:
+            raise fail(op, name, "None" if tensor is None else "given", f"{what}, None otherwise")
+
+
+def validate_ivf(
+    queries: Tensor, centroids: Tensor, extents: Tensor, rows: Tensor, codebooks: Tensor | None,
+    row_bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, ids: Tensor | None, keep: Tensor | None,
+    n: int, nprobe: int, k: int, metric: int, residual: bool,
+) -> None:  # fmt: skip
+    op, D = "ivf_search", queries.shape[1]
+    _validate_metric(op, metric)
+    _validate_search(op, k, None, None)
+    if not 1 <= nprobe <= max(centroids.shape[0], 1):
+        raise fail(op, "nprobe", nprobe, f"1 to {centroids.shape[0]}, the number of lists")
+    if codebooks is not None:
+        _validate_codes(op, "rows", rows, codebooks.shape[0], _validate_books(op, D, codebooks))
+    elif residual:
+        raise fail(op, "residual", True, "False without codebooks")
+    elif tuple(rows.shape[1:]) != (D,):
+        raise fail(op, "rows", f"of shape {tuple(rows.shape)}", f"(n, {D}): vectors, where there are no codebooks")
+    if (rows.dtype == torch.uint8) == (codebooks is None):
+        expected = "vectors without codebooks" if codebooks is None else "uint8: codes of the codebooks"
+        raise fail(op, "rows", rows.dtype, expected, error=TypeError)
+    _validate_given(
+        op, {"scale": scale, "offset": offset}, rows.dtype == torch.int8, "a number a column beside int8 rows"
+    )
+    _validate_given(op, {"row_bias": row_bias}, residual and metric == 0, "a number a row of residual codes and L2")
 
 
 # Gradients.

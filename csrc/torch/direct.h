@@ -56,15 +56,16 @@ class Reader {
     bool read(PyObject* object, Tensor& out) {
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
         if (type != python.tensor_type && type != python.parameter_type) return false;
-        if ((grad_ && truth(PyObject_GetAttr(object, python.requires_grad))) ||
-            truth(PyObject_CallFunctionObjArgs(python.is_neg, object, nullptr)))
-            return false;
         dlpack::Tensor tensor;
         if (exchange->tensor_from_object(object, &tensor)) {
             PyErr_Clear();
             return false;
         }
         if (tensor.device.type != dlpack::cpu) return false;
+        const bool whole = tensor.dtype.kind == dlpack::integer || tensor.dtype.kind == dlpack::natural;
+        if (!whole && ((grad_ && truth(PyObject_GetAttr(object, python.requires_grad))) ||
+                       truth(PyObject_CallFunctionObjArgs(python.is_neg, object, nullptr))))
+            return false;
         int64_t elements = 1;
         for (int i = 0; i < tensor.dims; ++i) elements *= tensor.sizes[i];
         if (!tensor.data && elements) return false;  // zeros that autograd does not store

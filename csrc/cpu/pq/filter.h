@@ -107,14 +107,24 @@ void round_tables(Filter& f, const Scan& scan, double inverse) {
     for (; bits == 4 && to < f.entries + 16 * padded_columns<4>(scan.M); ++to) *to = 0;
 }
 
-// Rows whose exact distance is wanted, a few at a time.
+// Who wants the rows that a filter leaves.
 template <int bits>
 struct Survivors {
     const Scan* scan;
     Asked asked;
     Best* best;
-    int count;
-    int64_t rows[rows_together];
+
+    void flush() {}
+};
+
+// With 8 bits a few of them are summed at a time; with 4 bits whole blocks cost no more.
+template <>
+struct Survivors<8> {
+    const Scan* scan;
+    Asked asked;
+    Best* best;
+    int count = 0;
+    int64_t rows[rows_together] = {};
 
     void flush() {
         if (count == 0) return;
@@ -127,7 +137,7 @@ struct Survivors {
         }
         float sum[rows_together];
         add_entries(sum, *scan, scan->table(asked.q),
-                    [&](int i, int64_t m) { return code_in<bits>(blocks[i], places[i], m); });
+                    [&](int i, int64_t m) { return code_in<8>(blocks[i], places[i], m); });
         const float limit = best->limit();
         for (int i = 0; i < count; ++i) scan->offer(sum[i], rows[i], asked, limit, *best);
         count = 0;
@@ -191,14 +201,6 @@ METATE_FN float inverse_of(const Filter& f) {
     return static_cast<float>(f.inverse * (1 - 0x1p-18));
 }
 
-// Bit i: row i of the block is first … last.
-METATE_FN uint32_t inside(int64_t block, int64_t first, int64_t last) {
-    uint32_t rows = ~0u;
-    if (first > block) rows &= ~0u << (first - block);
-    if (last < block + block_codes) rows &= ~(~0u << (last - block));
-    return rows;
-}
-
 // For `queries` queries: what codes have to be taken apart for is done once.
 template <int queries>
 METATE_FN void scan_nibbles(const Chunk& c, Filter* const* filters, Survivors<4>* const* found) {
@@ -233,10 +235,8 @@ METATE_FN void scan_nibbles(const Chunk& c, Filter* const* filters, Survivors<4>
                 round_terms(terms[q] + begin, c.terms, row + begin, c.rows.last, block_codes - begin,
                             inverse_of(*filters[q]));
             uint32_t near = below_clip(fold_clipped_bytes(low[q], high[q]), terms[q]);
-            if (__builtin_expect(near != 0, 0)) {
-                near &= inside(row, c.rows.first, c.rows.last);
-                for (; near; near &= near - 1) found[q]->add(row + __builtin_ctz(near));
-            }
+            near &= inside(row, c.rows.first, c.rows.last);
+            if (near != 0) offer_block<4>(c.scan, found[q]->asked, row, near, *found[q]->best);
         }
     }
 }
@@ -316,7 +316,7 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
     Filter* used[together];
     for (int64_t i = 0; i < turn.count; ++i) {
         if (filters[i].query != turn.asked[i].q) measure(filters[i], scan, turn.asked[i].q);
-        found[i] = {&scan, turn.asked[i], turn.best + i, 0, {}};
+        found[i] = {&scan, turn.asked[i], turn.best + i};
     }
     Span rows = turn.span;
     int64_t length = turn.best[0].limit() < infinity ? chunk_rows : 4 * block_codes;

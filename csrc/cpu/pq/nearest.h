@@ -50,8 +50,17 @@ METATE_FN double exact_value(const Vectors<T>& v, const T* row, int64_t i) {
 template <bool l2, class T>
 METATE_FN double exact_distance(const Vectors<T>& v, const float* query, const T* row) {
     constexpr int chains = 8;
-    double sum[chains] = {};
+    using Doubles = double __attribute__((vector_size(8 * chains)));
+    using Floats = float __attribute__((vector_size(4 * chains), aligned(4), may_alias));
+    Doubles sum = {};
     int64_t i = 0;
+    if constexpr (__is_same(T, float)) {
+        for (; i + chains <= v.columns; i += chains) {
+            const Doubles a = __builtin_convertvector(*reinterpret_cast<const Floats*>(query + i), Doubles);
+            const Doubles b = __builtin_convertvector(*reinterpret_cast<const Floats*>(row + i), Doubles);
+            sum += l2 ? (a - b) * (a - b) : a * b;
+        }
+    }
     const auto add = [&](int chain, int64_t at) __attribute__((always_inline)) {
         const double a = static_cast<double>(query[at]), b = exact_value(v, row, at);
         sum[chain] += l2 ? (a - b) * (a - b) : a * b;
@@ -176,6 +185,25 @@ METATE_FN void offer_rows(const Search& s, const Block<T>& block, const float* q
     }
 }
 
+// No less than the k-th least of `count` keys, k <= panel: of the least of each of as many groups; inf where they are
+// too few.
+METATE_FN float kth_of_lanes(const float* keys, int64_t count, int64_t k) {
+    vf least[2] = {splat(infinity), splat(infinity)};
+    for (int64_t i = 0; i + panel <= count; i += panel)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) least[half] = min(load(keys + i + half * width), least[half]);
+    float sorted[panel];
+    for (int half = 0; half < 2; ++half) store(sorted + half * width, least[half]);
+    for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = i + 1; j < panel; ++j)
+            if (sorted[j] < sorted[i]) {
+                const float lower = sorted[j];
+                sorted[j] = sorted[i];
+                sorted[i] = lower;
+            }
+    return sorted[k - 1];
+}
+
 // Compares query r of a block of queries with a block of rows, given their approximate keys.
 template <bool l2, class T>
 METATE_FN void compare_query(const Search& s, const Block<T>& block, const PackedQueries& queries, int64_t r,
@@ -185,7 +213,12 @@ METATE_FN void compare_query(const Search& s, const Block<T>& block, const Packe
                          (l2 ? static_cast<double>(block.v.columns + 8) * 2.2 * unit * far * far : 0.0);
     const double shift = l2 ? (s.largest ? -queries.square[r] : queries.square[r]) : 0.0;
     const float* const query = queries.rows + r * block.packed.steps;
-    const float bound = bound_of(best.limit(), shift, error);
+    float bound = bound_of(best.limit(), shift, error);
+    if (!s.keep && s.k <= panel) {
+        const double least = static_cast<double>(kth_of_lanes(keys, block.count, s.k)) + shift + error;
+        const float other = bound_of(static_cast<float>(least), shift, error);
+        bound = other < bound ? other : bound;
+    }
     offer_rows<l2>(s, block, query, keys, bound, shift, error, best);
 }
 

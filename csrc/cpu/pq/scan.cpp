@@ -26,7 +26,7 @@ void scan_interleaved(const Scan& scan, const Runtime& runtime) {
 #if defined(METATE_HAS_BYTE_SHUFFLES)
     if constexpr (bits <= most_filtered_bits)
         return search_rows(
-            scan.call.search, runtime, filters_together<bits>,
+            scan.call.search, runtime, scan.M * bits / 8, filters_together<bits>,
             [&](Arena& arena) { return take_filters<bits>(arena, scan.M); },
             [](Filter* filters) {
                 for (int i = 0; i < filters_together<bits>; ++i) filters[i].query = -1;
@@ -34,7 +34,7 @@ void scan_interleaved(const Scan& scan, const Runtime& runtime) {
             [&](Filter* filters, const Turn& turn) { scan_filtered<bits>(scan, filters, turn); });
 #endif
     search_rows(
-        scan.call.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        scan.call.search, runtime, scan.M * bits / 8, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& t) { scan_blocks<bits>(scan, t.asked[0], t.span, t.best[0]); });
 }
 
@@ -45,7 +45,7 @@ void pq_scan(const PqScan& c, const Runtime& runtime) {
     if (c.blocks) return c.bits == 4 ? scan_interleaved<4>(scan, runtime) : scan_interleaved<8>(scan, runtime);
     with_bits(c.bits, [&]<int bits>() {
         search_rows(
-            c.search, runtime, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+            c.search, runtime, c.packed.size[1], 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
             [&](char*, const Turn& t) { scan_packed<bits>(scan, t.asked[0], t.span, t.best[0]); });
     });
 }

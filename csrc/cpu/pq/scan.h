@@ -54,18 +54,72 @@ METATE_FN uint32_t code_in(const uint8_t* block, int64_t i, int64_t m) {
     return i < 16 ? both & 15 : both >> 4;
 }
 
+// Bit i: row i of the block is first … last.
+METATE_FN uint32_t inside(int64_t block, int64_t first, int64_t last) {
+    uint32_t rows = ~0u;
+    if (first > block) rows &= ~0u << (first - block);
+    if (last < block + block_codes) rows &= ~(~0u << (last - block));
+    return rows;
+}
+
+constexpr int block_vectors = block_codes / width;
+
+// The sums of all rows of a block: tables of 16 entries are looked up in registers.
+template <int bits>
+METATE_FN void add_block(vf (&sum)[block_vectors], const Scan& scan, const float* table, const uint8_t* block) {
+    if constexpr (bits == 4) {
+        constexpr int half = block_vectors / 2;
+#pragma GCC unroll 8
+        for (int i = 0; i < block_vectors; ++i) sum[i] = splat(0.0f);
+        for (int64_t m = 0; m < scan.M; ++m, table += 16, block += block_codes / 2) {
+            const Table16 entries = table16(table);
+#pragma GCC unroll 4
+            for (int i = 0; i < half; ++i) {
+                const vi codes = load_wide(block + i * width, width);
+                sum[i] = sum[i] + lookup(entries, codes);
+                sum[i + half] = sum[i + half] + lookup(entries, shift_right(codes, 4));
+            }
+        }
+    } else {
+        float sums[block_codes];
+        for (int row = 0; row < block_codes; row += rows_together) {
+            float some[rows_together];
+            add_entries(some, scan, table, [&](int i, int64_t m) { return code_in<bits>(block, row + i, m); });
+            for (int i = 0; i < rows_together; ++i) sums[row + i] = some[i];
+        }
+        for (int i = 0; i < block_vectors; ++i) sum[i] = load(sums + i * width);
+    }
+}
+
+// Offers those of the block that begins with `row` which `wanted` has a bit for.
+template <int bits>
+void offer_block(const Scan& scan, Asked asked, int64_t row, uint32_t wanted, Best& best) {
+    const float* const row_bias = static_cast<const float*>(scan.call.row_bias.data);
+    const vf sign = splat(scan.call.search.largest ? -1.0f : 1.0f), limit = splat(best.limit());
+    vf sum[block_vectors];
+    add_block<bits>(sum, scan, scan.table(asked.q), scan.block(row));
+    float keys[block_codes];
+    uint32_t near = 0;
+    for (int i = 0; i < block_vectors; ++i) {
+        const int64_t first = row + i * width, left = scan.call.search.n - first;
+        if (row_bias && left > 0)
+            sum[i] = sum[i] + (left < width ? load(row_bias + first, left) : load(row_bias + first));
+        if (scan.call.bias) sum[i] = sum[i] + splat(scan.bias(asked));
+        const vf key = sum[i] * sign;
+        near |= static_cast<uint32_t>(bits_of(not_less(limit, key))) << i * width;
+        store(keys + i * width, key);
+    }
+    for (near &= wanted; near; near &= near - 1) {
+        const int at = __builtin_ctz(near);
+        if (keys[at] <= best.limit() && kept(scan.call.search, row + at))
+            best.offer({keys[at], id_of(scan.call.search, row + at)});
+    }
+}
+
 template <int bits>
 void scan_blocks(const Scan& scan, Asked asked, Span span, Best& best) {
-    const float* const table = scan.table(asked.q);
-    for (int64_t first = span.first; first < span.last;) {
-        const int64_t begin = first % block_codes & -rows_together;  // of these rows, inside their block
-        const uint8_t* const block = scan.block(first);
-        float sum[rows_together];
-        add_entries(sum, scan, table, [&](int i, int64_t m) { return code_in<bits>(block, begin + i, m); });
-        const float limit = best.limit();
-        const int64_t row = first - first % block_codes + begin, end = smaller(row + rows_together, span.last);
-        for (; first < end; ++first) scan.offer(sum[first - row], first, asked, limit, best);
-    }
+    for (int64_t row = span.first / block_codes * block_codes; row < span.last; row += block_codes)
+        offer_block<bits>(scan, asked, row, inside(row, span.first, span.last), best);
 }
 
 }  // namespace

@@ -172,15 +172,15 @@ struct Turn {
     Best* best;
 };
 
-constexpr int64_t rows_alone = 8192;     // rows of a query that are worth a piece of their own
-constexpr int64_t split_queries = 64;    // fewer queries are cut by rows, and any number that scan the same rows
-constexpr int64_t split_room = 1 << 20;  // but only where heaps for every worker are small
-constexpr int most_together = 4;         // queries of a turn
+constexpr int64_t bytes_alone = 1 << 17;  // of rows that are worth a piece of their own
+constexpr int64_t split_queries = 64;     // fewer queries are cut by rows, and any number that scan the same rows
+constexpr int64_t split_room = 1 << 20;   // but only where heaps for every worker are small
+constexpr int most_together = 4;          // queries of a turn
 
 // Which ranges of queries are in which list: those nearest to their queries, list after list, before all others, so
 // that these find good bounds.
 struct Visits {
-    int64_t lists, room;
+    int64_t lists, room, rows_alone;
     int64_t *first, *pieces;  // of the visits of each list, and of the work on them, and one behind the last
     Asked* asked;
 
@@ -218,11 +218,11 @@ struct Visits {
 
 // search_rows where many queries look into few lists: each is read for several queries at a time.
 template <class Own, class Prepare, class Scan>
-void search_lists(const Search& s, const Runtime& runtime, int64_t together, const Own& own, const Prepare& prepare,
-                  const Scan& scan) {
+void search_lists(const Search& s, const Runtime& runtime, int64_t rows_alone, int64_t together, const Own& own,
+                  const Prepare& prepare, const Scan& scan) {
     const int64_t Q = s.distances.size[0], most = Q * spans_of(s);
     const int workers = workers_of(runtime, most);
-    Visits visits{s.ranges.size[1], most, nullptr, nullptr, nullptr};
+    Visits visits{s.ranges.size[1], most, rows_alone, nullptr, nullptr, nullptr};
     Heaps heaps{nullptr, nullptr, nullptr, workers, Q, room(s)};
     const auto memory = lay_out(
         runtime, most,
@@ -250,19 +250,19 @@ void search_lists(const Search& s, const Runtime& runtime, int64_t together, con
     heaps.write(s, runtime);
 }
 
-// Calls scan(memory, turn) for parts of every range of every query and writes the results. `memory` is what own(arena)
-// takes for each worker; prepare(memory) sees it before they begin. A turn has up to `together` queries where these
-// scan the same rows and there are enough of them for all workers, else one.
+// Calls scan(memory, turn) for parts of every range of every query and writes the results. A row takes `row_bytes`.
+// `memory` is what own(arena) takes for each worker; prepare(memory) sees it before they begin. A turn has up to
+// `together` queries where these scan the same rows and there are enough of them for all workers, else one.
 template <class Own, class Prepare, class Scan>
-void search_rows(const Search& s, const Runtime& runtime, int64_t together, const Own& own, const Prepare& prepare,
-                 const Scan& scan) {
-    const int64_t Q = s.distances.size[0];
+void search_rows(const Search& s, const Runtime& runtime, int64_t row_bytes, int64_t together, const Own& own,
+                 const Prepare& prepare, const Scan& scan) {
+    const int64_t Q = s.distances.size[0], rows_alone = ceil_div(bytes_alone, row_bytes > 0 ? row_bytes : 1);
     if (together > 1 && s.lists && Q > 1 && 4 * Q * spans_of(s) >= s.ranges.size[1] && Q * room(s) <= split_room)
-        return search_lists(s, runtime, together, own, prepare, scan);
+        return search_lists(s, runtime, rows_alone, together, own, prepare, scan);
     const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
     int64_t parts = 1;
     for (int64_t q = 0; split && q < (s.ranges ? Q : 1); ++q) {
-        const int64_t wanted = (rows_of(s, q) + rows_alone - 1) / rows_alone;
+        const int64_t wanted = ceil_div(rows_of(s, q), rows_alone);
         parts = wanted > parts ? wanted : parts;
     }
     const int64_t group = split && !s.ranges && Q * parts >= 2 * together * runtime.threads ? together : 1;

@@ -92,7 +92,8 @@ template <bool l2, class T>
 void by_rows(const TopkDistances& c, const Runtime& runtime) {
     const Vectors<T> v = vectors_of<T>(c);
     search_rows(
-        c.search, runtime, most_together, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        c.search, runtime, v.columns * int64_t{sizeof(T)}, most_together,
+        [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& turn) {
             double sizes[most_together];
             for (int64_t i = 0; i < turn.count; ++i) {

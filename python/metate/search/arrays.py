@@ -17,7 +17,7 @@ Array: TypeAlias = "npt.NDArray[Any] | Tensor"
 
 _BLOCK = 1 << 22  # numbers that are converted, checked and encoded at a time
 _FEW = 1 << 13  # numbers that numpy's BLAS multiplies in this thread
-_FLOAT32 = np.dtype(np.float32)
+FLOAT32 = np.dtype(np.float32)
 
 
 class _Writable:
@@ -34,7 +34,7 @@ def tensor_of(op: str, argument: str, x: Any) -> Tensor:
         return x.detach()
     if not isinstance(x, np.ndarray):
         raise fail(op, argument, type(x).__name__, "a numpy array or a torch tensor", error=TypeError)
-    if x.dtype is _FLOAT32 and x.flags.carray:
+    if x.dtype is FLOAT32 and x.flags.carray:
         return torch.from_numpy(x)
     if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
         raise fail(op, argument, x.dtype, "numbers that torch has too", error=TypeError)

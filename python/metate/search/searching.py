@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from metate.errors import fail
 from metate.ops.pq import topk_distances
 from metate.ops.pq.declaration import ivf_op
-from metate.search.arrays import Array, Vectors, tensor_of
+from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
 from metate.search.base import REFINE, Base, State
 from metate.search.codecs import Probe, Product
 from metate.search.codecs import Vectors as Raw
@@ -19,6 +19,17 @@ from metate.search.filters import Filter, keep_bitmap
 from metate.search.storage import Integers
 
 _QUERIES = 1 << 24  # numbers of the tables, and of the vectors to refine, of the queries that are searched at a time
+
+
+class _Listed(NamedTuple):
+    """A snapshot of lists as `ivf_search` takes it."""
+
+    stored: tuple[Tensor | None, ...]
+    all: tuple[Tensor | None, Tensor | None]  # ids and bitmap of a search without a filter
+    n: int
+    metric: int
+    residual: bool
+    quick: int  # queries that may be searched as they come, at most
 
 
 class Searching(Base):
@@ -44,10 +55,14 @@ class Searching(Base):
             +inf (-inf).
         """
         op = self._op("search")
-        vectors, k, nprobe = self._checked_search(op, queries, k, nprobe)
         if not isinstance(refine_factor, int) or refine_factor < 1:
             raise fail(op, "refine_factor", refine_factor, "an integer from 1 on")
         state = self._trained(op)
+        if filter is None:
+            quick = self._searched_quickly(state, queries, k, self.nprobe if nprobe is None else nprobe)
+            if quick is not None:
+                return quick
+        vectors, k, nprobe = self._checked_search(op, queries, k, nprobe)
         keep = keep_bitmap(op, state.lists, filter)
         found = [self._search(state, x, k, nprobe, keep, refine_factor) for _, x in vectors.blocks(self._at_once(k))]
         if len(found) == 1:
@@ -55,6 +70,22 @@ class Searching(Base):
         if not found:
             return vectors.results(torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
         return vectors.results(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+    def _searched_quickly(self, state: State, queries: Any, k: Any, nprobe: Any) -> tuple[Any, Any] | None:
+        """The plain search of lists, or None: around a single query, Python costs more than its kernels do."""
+        listed: _Listed | None = state.cache.get("listed")
+        if (
+            listed is None or type(queries) is not np.ndarray or queries.ndim != 2 or queries.dtype is not FLOAT32
+            or not queries.flags.carray or queries.shape[1] != self.dim or not 0 < len(queries) <= listed.quick
+            or type(k) is not int or k < 1 or type(nprobe) is not int or not 1 <= nprobe <= (self.nlist or 0)
+        ):  # fmt: skip
+            return None
+        distances, ids = ivf_op(
+            torch.from_numpy(queries), *listed.stored, *listed.all, listed.n, nprobe, k, listed.metric, listed.residual
+        )
+        found = ids.numpy()
+        # Nothing is found for a query that is not finite.
+        return None if found[:, 0].min() < 0 else (distances.numpy(), found)
 
     def _checked_search(self, op: str, queries: Any, k: int, nprobe: int | None) -> tuple[Vectors, int, int]:
         if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
@@ -91,8 +122,10 @@ class Searching(Base):
         """By a codec's columns; ids, or rows where none are given."""
         lists, rotated = state.lists, self._rotated(state.model, x)
         if self.nlist is not None and codec is self.codec:
-            stored, n, metric, residual = self._listed(state)
-            found: tuple[Tensor, Tensor] = ivf_op(rotated, *stored, ids, keep, n, nprobe, k, metric, residual)
+            listed = self._listed(state)
+            found: tuple[Tensor, Tensor] = ivf_op(
+                rotated, *listed.stored, ids, keep, listed.n, nprobe, k, listed.metric, listed.residual
+            )
             return found
         ranges = None
         if self.nlist is not None:
@@ -101,17 +134,20 @@ class Searching(Base):
         probe = Probe(lists.seen, ranges, ids, keep, k)
         return codec.scan(state.model, rotated if codec is self.codec else x, probe, self._scan_metric)
 
-    def _listed(self, state: State) -> tuple[tuple[Tensor | None, ...], int, int, bool]:
+    def _listed(self, state: State) -> _Listed:
         """What `ivf_search` is told of a snapshot, made once."""
         if "listed" not in state.cache:
-            columns, residual = state.lists.seen, isinstance(self.codec, Product) and self.codec.residual
+            columns = state.lists.seen
             rows, codebooks, *beside = self.codec.stored(state.model, columns)
             if codebooks is not None:  # tables are made of the same number of many centroids at once
                 codebooks = codebooks.mT.contiguous().mT
-            stored = state.model["centroids"], state.lists.extents[:-1], rows, codebooks, *beside
-            n = len(next(iter(columns.values())))
-            state.cache["listed"] = stored, n, int(self.largest), residual
-        listed: tuple[tuple[Tensor | None, ...], int, int, bool] = state.cache["listed"]
+            plain = self.refine is None and not self.opq and self.metric != "cosine" and self.device.type == "cpu"
+            state.cache["listed"] = _Listed(
+                (state.model["centroids"], state.lists.extents[:-1], rows, codebooks, *beside),
+                (state.lists.ids_column(), state.lists.kept), len(next(iter(columns.values()))), int(self.largest),
+                isinstance(self.codec, Product) and self.codec.residual, self._at_once(1) if plain else 0,
+            )  # fmt: skip
+        listed: _Listed = state.cache["listed"]
         return listed
 
     def _refined(self, state: State, x: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ METATE_FN constexpr int64_t padded_columns(int64_t M) {
 
 // Queries that share the loads of codes; with 8 bits the tables fill the registers.
 template <int bits>
-constexpr int filters_together = bits == 4 ? most_together : 1;
+constexpr int filters_together = bits == 4 ? 4 : 1;
 
 template <int bits>
 METATE_FN Filter* take_filters(Arena& arena, int64_t M) {

@@ -175,7 +175,7 @@ struct Turn {
 constexpr int64_t bytes_alone = 1 << 17;  // of rows that are worth a piece of their own
 constexpr int64_t split_queries = 64;     // fewer queries are cut by rows, and any number that scan the same rows
 constexpr int64_t split_room = 1 << 20;   // but only where heaps for every worker are small
-constexpr int most_together = 4;          // queries of a turn
+constexpr int most_together = 16;         // queries of a turn
 
 // Which ranges of queries are in which list: those nearest to their queries, list after list, before all others, so
 // that these find good bounds.
@@ -257,7 +257,7 @@ template <class Own, class Prepare, class Scan>
 void search_rows(const Search& s, const Runtime& runtime, int64_t row_bytes, int64_t together, const Own& own,
                  const Prepare& prepare, const Scan& scan) {
     const int64_t Q = s.distances.size[0], rows_alone = ceil_div(bytes_alone, row_bytes > 0 ? row_bytes : 1);
-    if (together > 1 && s.lists && Q > 1 && 4 * Q * spans_of(s) >= s.ranges.size[1] && Q * room(s) <= split_room)
+    if (together > 1 && s.lists && Q > 1 && 32 * Q * spans_of(s) >= s.ranges.size[1] && Q * room(s) <= split_room)
         return search_lists(s, runtime, rows_alone, together, own, prepare, scan);
     const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
     int64_t parts = 1;

@@ -85,7 +85,7 @@ class Searching(Base):
         )
         found = ids.numpy()
         # Nothing is found for a query that is not finite.
-        return None if found[:, 0].min() < 0 else (distances.numpy(), found)
+        return None if -1 in found[:, 0].tolist() else (distances.numpy(), found)
 
     def _checked_search(self, op: str, queries: Any, k: int, nprobe: int | None) -> tuple[Vectors, int, int]:
         if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:

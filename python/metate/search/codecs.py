@@ -18,10 +18,11 @@ STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Probe:
-    """What a scan looks at: rows of `columns`, for each query its ranges, of all the kept ones."""
+    """What a scan looks at: rows of `columns`, for each query the ranges with their biases, of all the kept ones."""
 
     columns: Mapping[str, Column]
     ranges: Tensor | None
+    bias: Tensor | None
     ids: Tensor | None
     keep: Tensor | None
     k: int
@@ -149,10 +150,12 @@ class Product:
         return codes.blocks if isinstance(codes, Interleaved) else codes, model["codebooks"], row_bias, None, None
 
     def scan(self, model: Model, queries: Tensor, probe: Probe, metric: str) -> tuple[Tensor, Tensor]:
-        """Of rows that are not residuals."""
-        codes, codebooks, *_ = self.stored(model, probe.columns)
+        codes, codebooks, row_bias, *_ = self.stored(model, probe.columns)
         assert codes is not None and codebooks is not None
+        product = metric == "inner_product" or self.row_bias
+        asked = queries.mul(-2) if self.row_bias else queries
+        tables = pq_distance_tables(asked, codebooks, metric="inner_product" if product else "l2")
         return pq_scan(
-            pq_distance_tables(queries, codebooks, metric=metric), codes, probe.k, n=len(probe.columns["codes"]),
-            ranges=probe.ranges, ids=probe.ids, keep=probe.keep, largest=metric == "inner_product",
+            tables, codes, probe.k, n=len(probe.columns["codes"]), ranges=probe.ranges, bias=probe.bias,
+            row_bias=row_bias, ids=probe.ids, keep=probe.keep, largest=metric == "inner_product",
         )  # fmt: skip

@@ -131,7 +131,7 @@ class Searching(Base):
         if self.nlist is not None:
             probed = topk_distances(rotated, state.model["centroids"], nprobe, metric=self._scan_metric)[1]
             ranges = lists.extents[probed]
-        probe = Probe(lists.seen, ranges, ids, keep, k)
+        probe = Probe(lists.seen, ranges, None, ids, keep, k)
         return codec.scan(state.model, rotated if codec is self.codec else x, probe, self._scan_metric)
 
     def _listed(self, state: State) -> _Listed:

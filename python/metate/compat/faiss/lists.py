@@ -11,7 +11,7 @@ from torch import Tensor
 from metate.compat.faiss.quantizer import Bytes, as_array
 from metate.compat.faiss.selectors import IDSelector, Integers
 from metate.search.codecs import Probe, Product
-from metate.search.filters import keep_bitmap, torch_bits
+from metate.search.filters import keep_bitmap
 
 
 class InvertedLists:
@@ -111,9 +111,8 @@ def preassigned(
         if distances is None:
             raise AssertionError(f"{op}: Dq is None, expected distances, which those of residuals are added to")
         bias = torch.from_numpy(as_array(distances))
-    keep = torch_bits(keep_bitmap(op, lists, sel), inner.device)
-    keep = None if keep is None else keep[: (lists.scanned + 7) // 8]
-    probe = Probe(lists.seen, torch.from_numpy(lists.extents[numbers]), bias, lists.ids_column(), keep, k)
+    ranges, keep = lists.extents[torch.from_numpy(numbers)], keep_bitmap(op, lists, sel)
+    probe = Probe(lists.seen, ranges, bias, lists.ids_column(), keep, k)
     found: tuple[Tensor, Tensor] = inner.codec.scan(
         state.model, torch.from_numpy(as_array(x)), probe, inner._scan_metric
     )

@@ -77,7 +77,7 @@ TRAINING = [
 ]
 
 
-def workloads() -> list[Workload]:
+def index_workloads() -> list[Workload]:
     return [
         Workload("index", topk_op, SWEEP, {"faiss": faiss_searcher, "faiss fast scan": faiss_fast_searcher},
                  our_searcher, lambda case: 2.0 * case["Q"] * case["n"] * D, (torch.float32,), label, inputs=inputs),

@@ -32,7 +32,7 @@ def workloads(compile: bool) -> list[Workload]:
                  call_op, scan_op.flops, SINGLE, label),
         Workload("encode", encode_op, encode_op.domain.sweep, {"torch": torch_encode, "faiss": faiss_encode},
                  call_op, encode_op.flops, SINGLE, label),
-        *(indexes.workloads() if compile else []),  # which take minutes to train
+        *(indexes.index_workloads() if compile else []),  # which take minutes to train
     ]  # fmt: skip
 
 

@@ -379,11 +379,6 @@ def png(record: dict[str, Any], path: Path) -> None:
         xs = [axes_range.x[0], top / bandwidth]
         style = "-" if name == "memory" else "--" if threads == "all" else ":"
         plot.plot(xs, [x * bandwidth / 1e9 for x in xs], style, color=GREY, lw=1.4 if style == "-" else 1, zorder=1)
-        start = max(axes_range.x[0], axes_range.y[0] / bandwidth) * 1.1
-        plot.annotate(
-            f"{name} {bandwidth / 1e9:.3g} GB/s", (start, start * bandwidth / 1e9), rotation=45, rotation_mode="anchor",
-            transform_rotates_text=True, fontsize=8, color=GREY, va="bottom",
-        )  # fmt: skip
     for name, speed, threads in flats(record):
         plot.axhline(speed / 1e9, color=COLORS.get(name, GREY), lw=1.4, ls="-" if threads == "all" else ":", zorder=1)
         label, right = f"{name} {speed / 1e9:.4g} GFLOP/s", axes_range.x[1] / 1.05
@@ -413,6 +408,8 @@ def _label_roofs(plot: Any, record: dict[str, Any], axes_range: Axes) -> None:
     """Names along the slanted ceilings, once the plot has its final shape."""
     for name, bandwidth, _ in roofs(record):
         start = max(axes_range.x[0], axes_range.y[0] / bandwidth) * 1.12
+        if start * bandwidth >= max(speed for _, speed, _ in flats(record)):
+            continue  # the level ceilings are lower
         (x1, y1), (x2, y2) = plot.transData.transform([(x, x * bandwidth / 1e9) for x in (start, 2 * start)])
         angle = math.degrees(math.atan2(y2 - y1, x2 - x1))
         label = f"{name} {bandwidth / 1e9:.3g} GB/s"

@@ -18,6 +18,10 @@ from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, DistanceCo
 from metate.compat.faiss.clustering import Clustering, Kmeans, kmin, knn, normalize_L2
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
 from metate.compat.faiss.factory import (
+    IO_FLAG_MMAP,
+    IO_FLAG_MMAP_IFC,
+    IO_FLAG_READ_ONLY,
+    IO_FLAG_SKIP_PRECOMPUTE_TABLE,
     ParameterSpace,
     clone_index,
     deserialize_index,
@@ -70,6 +74,7 @@ def omp_set_num_threads(threads: int) -> None:
 
 
 __all__ = [
+    "IO_FLAG_MMAP", "IO_FLAG_MMAP_IFC", "IO_FLAG_READ_ONLY", "IO_FLAG_SKIP_PRECOMPUTE_TABLE",
     "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "DirectMap", "DistanceComputer",
     "IDSelector", "IDSelectorAll", "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap",
     "IDSelectorNot", "IDSelectorOr", "IDSelectorRange", "IDSelectorTranslated", "IDSelectorXOr",

@@ -82,12 +82,15 @@ def write_index(index: Index, path: str) -> None:
         files.write_tree(tree, file)
 
 
+IO_FLAG_READ_ONLY, IO_FLAG_SKIP_PRECOMPUTE_TABLE, IO_FLAG_MMAP, IO_FLAG_MMAP_IFC = 2, 16, 8 | 0x646F0000, 1 << 9
+
+
 class ReadError(FormatError, RuntimeError):
     """A FormatError that code written for faiss catches too."""
 
 
 def read_index(path: str, *flags: Any) -> Index:
-    """An index that faiss or `write_index` wrote; FormatError for anything else."""
+    """An index that faiss or `write_index` wrote; FormatError for anything else. Flags change nothing: it is copied."""
     try:
         return _index(files.read_tree(path))
     except FormatError as error:

@@ -61,17 +61,17 @@ def fit_centroids(
         rows = _sample(x.shape[0], k * most, generator).to(x.device)
         points, weights = points[rows], None if weights is None else weights[rows]
     centroids = _shaped(_begin(points, k, init, generator), spherical, integers)
-    objective = torch.zeros(iterations, dtype=torch.float64)
+    objective: list[float] = []
     weighted = points if weights is None else points * weights[:, None]
     columns = weighted.T.contiguous() if x.shape[1] <= _NARROW else None
-    for step in range(iterations):
+    while len(objective) < iterations:
         distances, nearest = _assign(points, centroids, spherical)
-        objective[step] = distances.sum(dtype=torch.float64).item()
-        if step and objective[step] == objective[step - 1]:  # nothing moves any more
-            objective[step:] = objective[step].clone()
+        objective.append(distances.sum(dtype=torch.float64).item())
+        if objective[-2:-1] == objective[-1:]:  # nothing moves any more
+            objective += objective[-1:] * (iterations - len(objective))
             break
         centroids = _shaped(_move(weighted, columns, weights, nearest, k), spherical, integers)
-    return centroids, objective
+    return centroids, torch.tensor(objective, dtype=torch.float64)
 
 
 def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | None, weights: Tensor | None) -> None:

@@ -49,13 +49,13 @@ struct PqDecode {
 struct Search {
     int64_t n;       // rows
     View<3> ranges;  // (Q, P, 2) i64, or absent: P = 1, all rows; beside lists (1, L, 2)
-    View<2> lists;   // (Q, P) i64, or absent: range p of query q is ranges[0, lists[q, p]], empty where that is -1
     View<1> ids;     // (n) i64, contiguous, what rows are called; absent: their number
     View<1> keep;    // (⌈n / 8⌉) u8, contiguous: bit i % 8 of byte i / 8 keeps row i; absent: all
     int64_t k;
     bool largest;
     View<2> distances;  // (Q, k) f32, contiguous
     View<2> found;      // (Q, k) i64, contiguous
+    View<2> lists{};    // (Q, P) i64, or absent: range p of query q is ranges[0, lists[q, p]], empty where that is -1
 };
 
 struct PqScan {

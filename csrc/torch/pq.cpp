@@ -48,7 +48,7 @@ struct Searching {
           keep(dense(given_keep)),
           distances(empty(queries, {queries.size(0), k})),
           found(empty(queries, {queries.size(0), k}, DType::i64)),
-          search{n, view<3>(ranges), {}, view<1>(ids), view<1>(keep), k, largest, view<2>(distances), view<2>(found)} {}
+          search{n, view<3>(ranges), view<1>(ids), view<1>(keep), k, largest, view<2>(distances), view<2>(found)} {}
 };
 
 PqScan scan_of(const Tensor& tables, const Tensor& codes, const Optional& bias, const Optional& row_bias,

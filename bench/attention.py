@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metate
 from metate import library
+from metate.bench.onnx_session import session
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.op import Case
 from metate.ops.attention.declaration import attention_op, backward_op, column_sums_op, merge_op
@@ -191,16 +192,8 @@ def onnxruntime(setup: Setup) -> Run:
 
 def group_queries(sets: Sets, case: Case) -> Run:
     """GroupQueryAttention of the last tokens: past and present share a buffer, inputs and outputs are bound once."""
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
-        raise Skip("needs onnx and onnxruntime")
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    model = _group_query_model(*sets[0][:2], case)
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    bound = [_bind(ort, session, *tensors) for tensors in sets]
+    session = _group_query_session(*sets[0][:2], case)
+    bound = [_bind(session, *tensors) for tensors in sets]
 
     def run(i: int) -> Tensor:
         binding, out, _ = bound[i % len(bound)]
@@ -210,41 +203,26 @@ def group_queries(sets: Sets, case: Case) -> Run:
     return run
 
 
-def _group_query_model(q: Tensor, k: Tensor, case: Case) -> bytes:
-    from onnx import TensorProto, helper
-
+def _group_query_session(q: Tensor, k: Tensor, case: Case) -> Any:
     (B, H, S, D), (_, G, T, _) = q.shape, k.shape
     window = {"local_window_size": case["window"][0] + 1} if "window" in case else {}
-    node = helper.make_node(
-        "GroupQueryAttention",
-        ["q", "k", "v", "past_k", "past_v", "last", "total"],
-        ["out", "present_k", "present_v"],
-        domain="com.microsoft",
-        num_heads=H,
-        kv_num_heads=G,
-        **window,
-    )
-
-    def value(name: str, *shape: int, kind: int = TensorProto.FLOAT) -> Any:
-        return helper.make_tensor_value_info(name, kind, shape)
-
-    inputs = [
-        value("q", B, S, H * D),
-        value("k", B, S, G * D),
-        value("v", B, S, G * D),
-        value("past_k", B, G, T, D),
-        value("past_v", B, G, T, D),
-        value("last", B, kind=TensorProto.INT32),
-        value("total", 1, kind=TensorProto.INT32),
-    ]
-    outputs = [value("out", B, S, H * D), value("present_k", B, G, T, D), value("present_v", B, G, T, D)]
-    versions = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    graph = helper.make_graph([node], "attention", inputs, outputs)
-    serialized: bytes = helper.make_model(graph, ir_version=10, opset_imports=versions).SerializeToString()
-    return serialized
+    tokens, past = ((B, S, G * D), np.float32), ((B, G, T, D), np.float32)
+    inputs = {
+        "q": ((B, S, H * D), np.float32),
+        "k": tokens,
+        "v": tokens,
+        "past_k": past,
+        "past_v": past,
+        "last": ((B,), np.int32),
+        "total": ((1,), np.int32),
+    }
+    outputs = {"out": inputs["q"], "present_k": past, "present_v": past}
+    return session("GroupQueryAttention", inputs, outputs, {}, num_heads=H, kv_num_heads=G, **window)
 
 
-def _bind(ort: Any, session: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Any, Any]:
+def _bind(session: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Any, Any]:
+    import onnxruntime as ort
+
     def tokens_first(x: Tensor) -> Any:
         return x.transpose(1, 2).flatten(2).contiguous().numpy()
 

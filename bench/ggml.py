@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metate.bench.run import Skip
+from metate.low_bit import unpack_codes
 
 F32, Q4_0, I32, BF16 = 0, 2, 26, 30  # enum ggml_type
 _MEMORY = 16 << 20  # for the descriptions of tensors; their data lie in buffers of the backend
@@ -113,6 +114,13 @@ class Graphs:
 
     def run(self, graph: int) -> None:
         _call("backend_graph_compute", self.backend, graph)
+
+
+def q4_0(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """Rows of 4-bit codes and their float16 scales, one for 32 columns, as ggml stores them: a scale, and in byte i the
+    codes i and i + 16."""
+    numbers = unpack_codes(codes, 4, columns).view(-1, 2, 16)
+    return torch.cat([scales.reshape(-1, 1).view(torch.uint8), numbers[:, 0] | numbers[:, 1] << 4], 1)
 
 
 def _free(backend: int, contexts: list[int], buffers: list[int]) -> None:

@@ -19,7 +19,6 @@ import metate
 from metate import QuantizedExperts
 from metate.bench import ggml
 from metate.bench.run import Run, Setup, Skip, Workload
-from metate.low_bit import unpack_codes
 from metate.op import REGISTRY, Args, Case
 from metate.ops.moe import Route
 from metate.quant import quantize_nf4
@@ -265,11 +264,6 @@ def mul_mat_id(setup: Setup) -> Run:
 
 
 def _blocks(weights: Weights, rows: slice) -> Iterator[Tensor]:
-    """Each expert's weight as ggml stores it: q4_0 has a scale and the codes i and i + 16 of 32 in byte i."""
+    """Each expert's weight as ggml stores it."""
     for one in weights:
-        if isinstance(one, Tensor):
-            yield one[rows]
-            continue
-        codes = unpack_codes(one.codes[rows], 4, one.in_features).view(-1, 2, 16)
-        scales = one.scales[rows].reshape(-1, 1).view(torch.uint8)
-        yield torch.cat([scales, codes[:, 0] | codes[:, 1] << 4], 1)
+        yield one[rows] if isinstance(one, Tensor) else ggml.q4_0(one.codes[rows], one.scales[rows], one.in_features)

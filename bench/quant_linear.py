@@ -1,34 +1,55 @@
-"""Low-bit linear layers beside PyTorch: dense weights, and torch's own 4-bit kernel where it knows the format.
+"""Low-bit linear layers beside PyTorch (dense weights, and its own 4-bit kernel), ONNX Runtime and ggml.
 
 Every contender computes with the same dequantised weights up to the rounding of its own scales; packing is outside the
-timing. torch's 4-bit kernel takes bfloat16 only, asymmetric groups of 32 to 256 columns.
+timing. torch's 4-bit kernel takes bfloat16 only, asymmetric groups of 32 to 256 columns; ONNX Runtime and ggml take
+float32 and symmetric weights, as GGUF's Q4_0 has them. Who rounds activations to 8 bits, each in its own way, is judged
+by the exact product.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metate.bench import ggml
+from metate.bench.onnx_session import session
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.low_bit import stored_weight, unpack_codes
-from metate.op import Case
-from metate.ops.quant_linear.declaration import int8_op, linear_op, matmul_op
+from metate.op import Args, Case
+from metate.ops.quant_linear.declaration import int8_op, linear_op, matmul_op, weight_case
 
 PACKABLE = (32, 64, 128, 256)
+Q4_0 = [weight_case(M, 4096, 4096, 4, 32, "symmetric", scales="float16") for M in (1, 4, 16, 128, 512)]
 
 
 def workloads(compile: bool) -> list[Workload]:
-    rivals = {"torch dense": dense, "torch int4pack": int4pack}
+    exact = {"torch dense": dense, "torch int4pack": int4pack, "onnxruntime MatMulNBits": lambda setup: onnx(setup, 1)}
+    rounded = {"onnxruntime MatMulNBits, level 4": lambda setup: onnx(setup, 4), "ggml mul_mat": mul_mat}
+    cases = [*Q4_0, *linear_op.domain.sweep]
     return [
-        Workload("low-bit linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label),
-        Workload("low-bit linear, int8 activations", int8_op, int8_op.domain.sweep, {}, call_op, int8_op.flops,
+        Workload("low-bit linear", linear_op, cases, exact, call_op, linear_op.flops, label=label),
+        Workload("low-bit linear, int8 activations", Rounded(), cases, rounded, call_op, int8_op.flops,  # type: ignore[arg-type]
                  label=label),
         Workload("low-bit matmul (input gradient)", matmul_op, matmul_op.domain.sweep, {"torch dense": dense_matmul},
                  call_op, matmul_op.flops, label=label),
     ]  # fmt: skip
+
+
+class Rounded:
+    """The operator of rounded activations, whose truth is the exact product: its own error is what others may have."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(int8_op, name)
+
+    def __call__(self, *args: Any) -> Any:
+        return int8_op(*args)
+
+    def compute(self, dtype: torch.dtype, args: Args) -> tuple[Any, ...]:
+        return (linear_op if dtype == torch.float64 else int8_op).compute(dtype, args)
 
 
 def label(case: Case) -> str:
@@ -38,7 +59,8 @@ def label(case: Case) -> str:
 def dense_weight(named: dict[str, Any], columns: int, dtype: torch.dtype) -> Tensor:
     fields = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "codebook")
     scalars = (named["bits"], named["group_size"], named["super_groups"], named["zero"], columns)
-    return stored_weight(*(named[field] for field in fields), *scalars).to(dtype)
+    floats = (x.float() if x is not None and x.is_floating_point() else x for x in (named[name] for name in fields))
+    return stored_weight(*floats, *scalars).to(dtype)
 
 
 def dense(setup: Setup) -> Run:
@@ -66,3 +88,56 @@ def int4pack(setup: Setup) -> Run:
         levels = torch.stack([named["scales"].T, shift.T], dim=-1).to(torch.bfloat16).contiguous()
         sets.append((named["x"], packed, case["group"], levels))
     return lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(*sets[i % len(sets)])
+
+
+def onnx(setup: Setup, level: int) -> Run:
+    """Computes in float32 (level 1), or rounds activations to 8 bits (level 4)."""
+    case = setup.case
+    if setup.device != "cpu" or case["form"] != "symmetric":
+        raise Skip("symmetric codes on a CPU only")
+    M, N, K, bits, group = (case[name] for name in ("M", "N", "K", "bits", "group"))
+    inputs, outputs = {"x": ((M, K), np.float32)}, {"y": ((M, N), np.float32)}
+    bound = []
+    for named in setup.named:
+        weights = {
+            "codes": named["codes"].view(N, K // group, -1).numpy(),
+            "scales": named["scales"].float().flatten().numpy(),
+        }
+        attributes = {"N": N, "K": K, "bits": bits, "block_size": group, "accuracy_level": level}
+        layer = session("MatMulNBits", inputs, outputs, weights, **attributes)
+        x, out, binding = named["x"].float().numpy(), torch.empty(M, N), layer.io_binding()
+        binding.bind_cpu_input("x", x)
+        binding.bind_output("y", "cpu", 0, np.float32, out.shape, out.data_ptr())
+        bound.append((layer, binding, out, x))
+
+    def run(i: int) -> Tensor:
+        layer, binding, out, _ = bound[i % len(bound)]
+        layer.run_with_iobinding(binding)
+        return out
+
+    return run
+
+
+def mul_mat(setup: Setup) -> Run:
+    """ggml rounds its float32 activations to 8 bits."""
+    case = setup.case
+    if setup.device != "cpu" or (case["bits"], case["group"], case["form"]) != (4, 32, "symmetric"):
+        raise Skip("Q4_0 on a CPU only")
+    M, N, K = (case[name] for name in "MNK")
+    graphs = ggml.Graphs()
+    built = []
+    for _ in setup.named:
+        weight, x = graphs.tensor(ggml.Q4_0, K, N, weight=True), graphs.tensor(ggml.F32, K, M)
+        out = graphs.op("mul_mat", weight, x)
+        built.append((weight, x, out, graphs.graph(out)))
+    graphs.allocate(repack=True)
+    for (weight, x, *_), named in zip(built, setup.named, strict=True):
+        graphs.set(weight, ggml.q4_0(named["codes"], named["scales"], K))
+        graphs.set(x, named["x"].float())
+
+    def run(i: int) -> Tensor:
+        *_, out, graph = built[i % len(built)]
+        graphs.run(graph)
+        return graphs.get(out, M, N)
+
+    return run

@@ -350,11 +350,16 @@ inline void find_bytes([[maybe_unused]] int32_t* codes, [[maybe_unused]] int64_t
 #endif
 }
 
+// Whether codes of different rows or groups are centered by different numbers.
+METATE_FN bool has_own_centers(const LowBitMatrix& w) {
+    return w.zeros && !w.offsets && !w.codebook;
+}
+
 // What is subtracted from the codes of `width` rows for n groups from `group` on: its negative in the low half of each
 // lane, a vector a group, `stride` dwords apart.
 inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, float center, int64_t row, int64_t group,
                          int64_t n) {
-    const bool varies = w.zeros && !w.offsets && !w.codebook;
+    const bool varies = has_own_centers(w);
     const int64_t rows = smaller(w.rows - row, width);
     const vi base = splat(varies ? static_cast<int32_t>(w.zero) : static_cast<int32_t>(center));
     for (int64_t g = 0; g < n; g += width) {

@@ -76,10 +76,11 @@ struct Problem {
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
-        spread = {nullptr, nullptr, c.x.size[0], arithmetic.digits};
+        spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
         lane_rows = {nullptr, c.x.size[0]};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
+    bool reads_centers() const { return !dots_rows || has_own_centers(call.w); }
     bool is_corrected() const {
         return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
     }
@@ -126,7 +127,7 @@ void load_window(const Problem& p, const Workspace& at, int64_t panel_number, in
         float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
         load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
                     groups);
-        if (at.centers)
+        if (at.centers && p.reads_centers())
             load_centers(at.centers + offset + v * width, panel, w, p.center(), row + v * width, first, groups);
     }
 }
@@ -174,7 +175,7 @@ IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_nu
             at.codes,
             nullptr,
             0,
-            at.centers + panel_number * p.window * panel,
+            p.reads_centers() ? at.centers + panel_number * p.window * panel : nullptr,
             tile.scales,
             tile.corrections,
             tile.first_group,
@@ -297,7 +298,7 @@ void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
         for (int64_t k = 0; k < reading.blocks; ++k) {
             load_window(p, at, 0, number * panel, first + k);
             enter_block(tile, p, first + k, 0, at.first_group[0]);
-            add_sums(sums, k, tile, p.spread.used[first + k]);
+            add_sums(sums, k, tile, p.spread, first + k);
         }
     }
 }
@@ -367,6 +368,7 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
             if (p.dots_rows) {
                 p.spread.x = arena.take<int32_t>(p.blocks * p.x.rows * p.spread.stride());
                 p.spread.used = arena.take<int32_t>(p.blocks);
+                p.spread.terms = arena.take<Term>(p.blocks * p.x.rows * most_chunks);
             }
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
@@ -389,7 +391,9 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
         pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic, packers);
     else
         pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);
-    if (p.dots_rows) spread(p.spread, p.integers, p.integer_plans, p.blocks, call.w.bits);
+    if (p.dots_rows)
+        spread(p.spread, p.integers, p.integer_plans, p.blocks, call.w.bits, static_cast<int>(p.center()),
+               p.arithmetic.radix);
     if (p.sums_chunks) spread(p.lane_rows, p.x, call.w.columns);
 }
 

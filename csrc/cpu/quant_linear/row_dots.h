@@ -17,19 +17,42 @@ METATE_FN bool can_dot_rows(const LowBitMatrix& w, const Arithmetic& arithmetic)
            (w.group_size % quarter == 0 || w.group_size >= w.columns);
 }
 
+// What the sums of a segment lack where all codes have the same center: -center times the digits of x, of the sums of
+// the first two digits, and of the last; and its step in units of the last digit that is summed.
+struct Term {
+    int32_t high, low;
+    float step;
+};
+
 // Digits of x in the order in which load_codes leaves W: two vectors for every block, row and digit.
 struct SpreadRows {
     int32_t* x;
     int32_t* used;  // of block k: digits that are not 0 in every row
-    int64_t rows;
+    Term* terms;    // of the segments of every block and row
+    int64_t rows, most_segments;
     int digits;
 
     METATE_FN int64_t stride() const { return digits * quads_of_block; }
     METATE_FN int32_t* at(int64_t k, int64_t row) const { return x + (k * rows + row) * stride(); }
+    METATE_FN Term* terms_of(int64_t k, int64_t row) const { return terms + (k * rows + row) * most_segments; }
 };
 
+// The terms of a block, when it is known how many digits are used in every row.
+inline void set_terms(const SpreadRows& to, const IntegerRows& from, int count, int64_t k, int64_t row, int center,
+                      float radix) {
+    const int32_t* const line = from.line(k, row);
+    for (int s = 0; s < count; ++s) {
+        int32_t digit_sums[3] = {};  // of the higher two, and of the last
+        for (int d = 0; d < to.digits; ++d)
+            digit_sums[to.digits == 1 ? 1 : d] = static_cast<int16_t>(line[from.sums_at() + s * to.digits + d]);
+        const float step = bit_cast<float>(line[from.steps_at() + s]);
+        to.terms_of(k, row)[s] = {-center * (digit_sums[0] * 256 + digit_sums[1]), -center * digit_sums[2],
+                                  to.used[k] < to.digits ? step * radix : step};
+    }
+}
+
 inline void spread(const SpreadRows& to, const IntegerRows& from, const IntegerPlan* plans, int64_t blocks,
-                   int64_t bits) {
+                   int64_t bits, int center, float radix) {
     for (int64_t i = 0; i < blocks * to.rows; ++i) {
         const IntegerPlan& plan = plans[i / to.rows];
         const int32_t* quad = from.line(i / to.rows, i % to.rows);
@@ -50,6 +73,8 @@ inline void spread(const SpreadRows& to, const IntegerRows& from, const IntegerP
             }
         }
     }
+    for (int64_t i = 0; i < blocks * to.rows; ++i)
+        set_terms(to, from, plans[i / to.rows].count, i / to.rows, i % to.rows, center, radix);
 }
 
 // What a run of blocks of a panel leaves to be scaled: sums of digits times codes over each quarter. With three digits
@@ -166,21 +191,29 @@ inline void sum_codes_of(const QuarterSums& to, const Reading& reading, const Sp
     table.unit ? sum_codes_in<4, true>(to, reading, x, table) : sum_codes_in<4, false>(to, reading, x, table);
 }
 
-// Of `width` rows of W: the sum over a segment in steps of x, from the sums of its parts and what they are centered by.
+// Of `width` rows of W: the sum over a segment in units of its step, from the sums of its parts and what they are
+// centered by.
 template <int digits, int used>
 METATE_FN vf centered_sum(const vi (&sums)[used == 3 ? 2 : 1], vi center, const int32_t* digit_sums, float radix) {
     vi high = multiply_words(center, splat(digit_sums[0]));
     if constexpr (used == 1) return to_float(add(sums[0], high));
     high = add(shift_left(high, 8), multiply_words(center, splat(digit_sums[1])));
     const vf value = to_float(add(sums[0], high));
-    if constexpr (used < digits) return value * splat(radix);
+    if constexpr (used < digits) return value;
     const vi low = multiply_words(center, splat(digit_sums[2]));
     return fma(value, splat(radix), to_float(add(sums[used == 3], low)));
 }
 
+// The same where all codes have one center.
+template <int used>
+METATE_FN vf centered_sum(const vi (&sums)[used == 3 ? 2 : 1], const Term& term, float radix) {
+    const vf value = to_float(add(sums[0], splat(term.high)));
+    return used == 3 ? fma(value, splat(radix), to_float(add(sums[used == 3], splat(term.low)))) : value;
+}
+
 // Row m of x and half v of the panel. Everything is taken by value: no store to the totals can change it.
-template <int digits, int used>
-METATE_FN void add_row(const QuarterSums from, int64_t k, const IntegerTile t, int m, int v) {
+template <int digits, int used, bool own_centers>
+METATE_FN void add_row(const QuarterSums from, int64_t k, const IntegerTile t, const Term* terms, int m, int v) {
     constexpr int parts = used == 3 ? 2 : 1;
     const int32_t* const line = t.x + m * t.stride;
     const int32_t* const first = from.at(k, v * quarters, m, 0);
@@ -197,9 +230,12 @@ METATE_FN void add_row(const QuarterSums from, int64_t k, const IntegerTile t, i
     vf result = load(total);
     const auto add_segment = [&](int s) __attribute__((always_inline)) {
         const int64_t at = (t.segments[s].group - t.first_group) * panel + v * width;
-        const vf value =
-            centered_sum<digits, used>(whole, load(t.centers + at), line + t.sums_at + s * digits, t.radix);
-        result = fma(value * splat(bit_cast<float>(line[t.steps_at + s])), load(t.scales + at), result);
+        vf value;
+        if constexpr (own_centers)
+            value = centered_sum<digits, used>(whole, load(t.centers + at), line + t.sums_at + s * digits, t.radix);
+        else
+            value = centered_sum<used>(whole, terms[s], t.radix);
+        result = fma(value * splat(terms[s].step), load(t.scales + at), result);
         if (t.corrections)
             result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at), result);
     };
@@ -216,21 +252,27 @@ METATE_FN void add_row(const QuarterSums from, int64_t k, const IntegerTile t, i
     store(total, result);
 }
 
-template <int digits, int used>
-METATE_FN void add_rows(const QuarterSums& from, int64_t k, const IntegerTile& t) {
+template <int digits, int used, bool own_centers>
+METATE_FN void add_rows(const QuarterSums& from, int64_t k, const IntegerTile& t, const SpreadRows& x,
+                        int64_t block_of_x) {
     for (int m = 0; m < from.rows; ++m)
-        for (int v = 0; v < 2; ++v) add_row<digits, used>(from, k, t, m, v);
+        for (int v = 0; v < 2; ++v) add_row<digits, used, own_centers>(from, k, t, x.terms_of(block_of_x, m), m, v);
 }
 
-// Scales the sums of one block, number k of those read, and adds them to the totals: what multiply_segments does.
-inline void add_sums(const QuarterSums& from, int64_t k, const IntegerTile& t, int32_t used) {
-    if (from.parts == 1) return add_rows<1, 1>(from, k, t);
-    used == 2 ? add_rows<3, 2>(from, k, t) : add_rows<3, 3>(from, k, t);
+template <bool own_centers>
+METATE_FN void add_digits(const QuarterSums& from, int64_t k, const IntegerTile& t, const SpreadRows& x, int64_t at) {
+    if (from.parts == 1) return add_rows<1, 1, own_centers>(from, k, t, x, at);
+    x.used[at] == 2 ? add_rows<3, 2, own_centers>(from, k, t, x, at) : add_rows<3, 3, own_centers>(from, k, t, x, at);
+}
+
+// Scales the sums of block `at` of x, number k of those read, and adds them to the totals: what multiply_segments does.
+inline void add_sums(const QuarterSums& from, int64_t k, const IntegerTile& t, const SpreadRows& x, int64_t at) {
+    t.centers ? add_digits<true>(from, k, t, x, at) : add_digits<false>(from, k, t, x, at);
 }
 
 #else
 inline void sum_codes_of(const QuarterSums&, const Reading&, const SpreadRows&, const ByteTable&) {}
-inline void add_sums(const QuarterSums&, int64_t, const IntegerTile&, int32_t) {}
+inline void add_sums(const QuarterSums&, int64_t, const IntegerTile&, const SpreadRows&, int64_t) {}
 #endif
 
 }  // namespace

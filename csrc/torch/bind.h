@@ -217,7 +217,7 @@ class Launch {
             reinterpret_cast<Accessor>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
         STD_TORCH_CHECK(accessor, "metate: this torch has no CUDA; install a torch built for CUDA");
         void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(accessor(index, &stream));
+        TORCH_ERROR_CODE_CHECK(accessor(index, &stream));
         return stream;
     }
 #endif

@@ -70,13 +70,13 @@ class Tensor {
         AtenTensorHandle handle = this->handle().get();
         int64_t dims;
         int32_t torch_dtype;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides_));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data_));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &torch_dtype));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &torch_dtype));
         const DTypeName* name = find_dtype([&](const DTypeName& each) { return each.torch == torch_dtype; });
         STD_TORCH_CHECK(name, "metate: no kernel reads tensors of torch dtype number ", torch_dtype);
         dims_ = static_cast<int>(dims);
@@ -195,7 +195,7 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, st
     const auto allocate = [&] {
         if (like.direct()) return allocate_directly(dims, size, strides, name);
         AtenTensorHandle out;
-        STABLE_TORCH_ERROR_CODE_CHECK(
+        TORCH_ERROR_CODE_CHECK(
             aoti_torch_empty_strided(dims, size, strides, name.torch, like.device_type(), like.device_index(), &out));
         return Tensor(torch::stable::Tensor(out));
     };

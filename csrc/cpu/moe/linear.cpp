@@ -12,9 +12,10 @@ namespace {
 constexpr int64_t depth = long_chain;         // columns of a packed panel, which stays in the first-level cache
 constexpr int64_t piece_columns = 4 * panel;  // of the result, where there are many rows
 constexpr int64_t rows_at_once = 8 * tile_rows;
-constexpr int64_t few = 4;
-constexpr int64_t few_bytes = 1 << 19;  // of the weight in a piece of few rows
-constexpr int64_t ahead = 512;          // bytes of each row of the weight that are on their way
+constexpr int few = width == 16 ? 8 : 4;  // rows whose sums fit the registers beside a square of the weight
+constexpr int strip_rows = 4;             // and beside strips of a transposed one
+constexpr int64_t ahead = 512;            // bytes of each row of the weight that are on their way, for few rows
+constexpr int64_t few_bytes = 1 << 19;    // of the weight in a piece of few rows
 
 struct Problem {
     const GroupedLinear& call;
@@ -64,59 +65,79 @@ METATE_FN void write(const GroupedLinear& call, int64_t row, int64_t column, vf 
 
 // Few rows.
 
-// Row i of `square`: column k + i of `width` rows of the weight, of which there are n; zeros behind the columns.
+// A word of a row that is transposed: a number, or two bfloat16 side by side.
 template <class T>
-METATE_FN void load_columns(vf (&square)[width], const T* from, int64_t stride, int64_t n, int64_t left) {
+constexpr int per_word = __is_same(T, bf16) ? 2 : 1;
+template <class T>
+constexpr int square_columns = width * per_word<T>;
+
+template <class T>
+METATE_FN vf load_words(const T* row, int64_t n) {
+    return n >= width ? load(row) : load(row, n);
+}
+METATE_FN vf load_words(const bf16* row, int64_t n) {
+    if (n >= square_columns<bf16>) return load(reinterpret_cast<const float*>(row));
+    bf16 line[square_columns<bf16>] = {};
+    memcpy(line, row, static_cast<size_t>(n) * sizeof(bf16));
+    return load(reinterpret_cast<const float*>(line));
+}
+
+// Vector i of `square`: word i of `width` rows of the weight, of which there are n; zeros behind the columns.
+template <class T>
+METATE_FN void load_square(vf (&square)[width], const T* from, int64_t stride, int64_t n, int64_t left) {
 #pragma GCC unroll 16
-    for (int i = 0; i < width; ++i) {
-        const T* const row = from + (i < n ? i : n - 1) * stride;
-        square[i] = left >= width ? load(row) : load(row, left);
-    }
+    for (int i = 0; i < width; ++i) square[i] = load_words(from + (i < n ? i : n - 1) * stride, left);
     transpose(square);
 }
 
-template <int rows>
-METATE_FN void add_columns(vf (&sum)[rows], const vf (&square)[width], const float* x, int64_t pitch) {
-#pragma GCC unroll 16
-    for (int i = 0; i < width; ++i) {
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) sum[r] = fma(splat(x[r * pitch + i]), square[i], sum[r]);
-    }
+// Column i of `width` rows.
+template <class T>
+METATE_FN vf column(const vf (&square)[width], int i) {
+    if constexpr (per_word<T> == 1) return square[i];
+    const vi pair = as_int(square[i / 2]);
+    return as_float(i % 2 ? bit_and(pair, splat(-0x10000)) : shift_left(pair, 16));
 }
 
-METATE_FN void fetch_rows(const char* at, int64_t stride, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(at + i * stride, 0, 2);
+template <class T, int rows>
+METATE_FN void add_square(vf (&sum)[rows], const vf (&square)[width], const float* x, int64_t pitch) {
+#pragma GCC unroll 32
+    for (int i = 0; i < square_columns<T>; ++i) {
+        const vf value = column<T>(square, i);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) sum[r] = fma(splat(x[r * pitch + i]), value, sum[r]);
+    }
 }
 
 // `width` columns of the result of few rows; `next`: the weight of the columns after them, or null.
 template <int rows, class T>
 void multiply_few(const Problem& p, const float* x, const T* w, int64_t n, const T* next, vf (&total)[rows]) {
-    const int64_t stride = p.call.w.stride[1], columns = p.columns(), line = 64 / static_cast<int64_t>(sizeof(T));
-    const int64_t bytes = stride * static_cast<int64_t>(sizeof(T)), far = ahead / static_cast<int64_t>(sizeof(T));
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) total[r] = splat(0.0f);
-    for (int64_t first = 0; first < columns; first += depth) {
-        vf sum[rows];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) sum[r] = splat(0.0f);
-        for (int64_t k = first; k < smaller(columns, first + depth); k += width) {
-            if (k % line == 0) {
-                const T* const soon = k + far < columns ? w + k + far : next ? next + (k + far - columns) : nullptr;
-                if (soon) fetch_rows(reinterpret_cast<const char*>(soon), bytes, n);
-            }
-            vf square[width];
-            load_columns(square, w + k, stride, n, columns - k);
-            add_columns<rows>(sum, square, x + k, p.pitch);
+    constexpr int64_t size = sizeof(T), step = square_columns<T>, far = ahead / size, line = 64 / size;
+    static_assert(depth % step == 0);
+    const int64_t stride = p.call.w.stride[1], columns = p.columns();
+    vf sum[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) total[r] = sum[r] = splat(0.0f);
+    for (int64_t k = 0; k < columns; k += step) {
+        const T* const soon = k + far < columns ? w + k + far : next ? next + (k + far - columns) : nullptr;
+        for (int64_t i = 0; soon && k % line == 0 && i < n; ++i) __builtin_prefetch(soon + i * stride);
+        vf square[width];
+        load_square(square, w + k, stride, n, columns - k);
+        add_square<T>(sum, square, x + k, p.pitch);
+        if ((k + step) % depth > 0 && k + step < columns) continue;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            total[r] = total[r] + sum[r];
+            sum[r] = splat(0.0f);
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) total[r] = total[r] + sum[r];
     }
 }
 
+// Rows behind those of the span are readable, and not written.
 template <class T, int rows = few>
 void compute_few(const Problem& p, const Span& span, int64_t n, int64_t end) {
     if constexpr (rows > 1) {
-        if (span.rows < rows) return compute_few<T, rows - 1>(p, span, n, end);
+        constexpr int fewer = rows > 4 ? rows - 2 : rows - 1;
+        if (span.rows <= fewer) return compute_few<T, fewer>(p, span, n, end);
     }
     for (; n < end; n += width) {
         const int64_t count = smaller(width, end - n), after = n + 2 * width <= end ? n + width : -1;
@@ -124,8 +145,9 @@ void compute_few(const Problem& p, const Span& span, int64_t n, int64_t end) {
         multiply_few<rows, T>(p, p.x + span.first * p.pitch, p.weight<T>(span.expert, n, 0), count,
                               after < 0 ? nullptr : p.weight<T>(span.expert, after, 0), total);
         const vf bias = bias_at<T>(p.call, span.expert, n, count);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) write<T>(p.call, span.first + r, n, total[r] + bias, count);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+            if (r < span.rows) write<T>(p.call, span.first + r, n, total[r] + bias, count);
     }
 }
 
@@ -170,7 +192,7 @@ void add_strip(const float* x, int64_t pitch, const T* w, int64_t stride, int64_
     }
 }
 
-template <class T, int rows = few>
+template <class T, int rows = strip_rows>
 void compute_strips(const Problem& p, const Span& span, int64_t n, const float* x) {
     if constexpr (rows > 1) {
         if (span.rows < rows) return compute_strips<T, rows - 1>(p, span, n, x);
@@ -207,12 +229,23 @@ Workspace workspace(Arena& arena) {
 // A panel of the weight: columns n … n + count, `steps` columns of the product from k on.
 template <class T>
 void pack_panel(const Problem& p, int64_t expert, int64_t n, int64_t count, int64_t k, int64_t steps, float* to) {
-    const View<3>& w = p.call.w;
+    const int64_t stride = p.call.w.stride[1], step = p.call.w.stride[2];
     const T* const from = p.weight<T>(expert, n, k);
-    if (w.stride[1] == 1 && w.stride[2] != 1)
-        pack_rows(to, from, w.stride[2], 1, steps, count, steps, 0);
-    else
-        pack_transposed(to, from, w.stride[1], w.stride[2], count, steps);
+    if (step != 1) {
+        if (stride == 1)
+            pack_rows(to, from, step, 1, steps, count, steps, 0);
+        else
+            pack_transposed(to, from, stride, step, count, steps);
+        return;
+    }
+    for (int64_t i = 0; i < count; i += width) {
+        for (int64_t at = 0; at < steps; at += square_columns<T>) {
+            vf square[width];
+            load_square(square, from + i * stride + at, stride, count - i, steps - at);
+#pragma GCC unroll 32
+            for (int c = 0; c < square_columns<T>; ++c) store(to + (at + c) * panel + i, column<T>(square, c));
+        }
+    }
 }
 
 // Part `part` of `parts` of the panel that begins with columns c and k.
@@ -275,8 +308,10 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
         workspace);
     spans_of(call.offsets, rows_at_once, list);
     const bool in_rows = call.w.stride[2] == 1, in_columns = call.w.stride[1] == 1;
+    const auto takes_squares = [&](const Span& span) { return in_rows && span.rows <= few; };
+    const auto takes_strips = [&](const Span& span) { return !in_rows && in_columns && span.rows <= strip_rows; };
     const auto columns_of = [&](const Span& span) {
-        return span.rows > few ? piece_columns : in_rows ? few_columns : in_columns ? strips_columns : piece_columns;
+        return takes_squares(span) ? few_columns : takes_strips(span) ? strips_columns : piece_columns;
     };
     p.pieces[0] = 0;
     for (int64_t i = 0; i < spans; ++i) p.pieces[i + 1] = p.pieces[i] + ceil_div(N, columns_of(list[i]));
@@ -287,12 +322,12 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
         const int64_t at = run_of(p.pieces, spans, piece);
         const Span& span = list[at];
         const int64_t n = (piece - p.pieces[at]) * columns_of(span);
-        if (span.rows > few || !(in_rows || in_columns))
-            compute_many<T>(p, span, n, own(worker));
-        else if (in_rows)
+        if (takes_squares(span))
             compute_few<T>(p, span, n, smaller(N, n + few_columns));
-        else
+        else if (takes_strips(span))
             compute_strips<T>(p, span, n, p.x + span.first * p.pitch);
+        else
+            compute_many<T>(p, span, n, own(worker));
     });
 }
 

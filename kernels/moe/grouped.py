@@ -42,10 +42,11 @@ def tile_of_segment(offsets, experts, rows, tile, BLOCK_M: tl.constexpr, SEGMENT
     return expert, first, end
 
 
-@triton.jit
+@triton.jit  # noqa: RET503
 def expert_of(stack, expert):
-    """The matrix of one expert."""
-    return None if stack is None else (stack[0] + expert.to(tl.int64) * stack[1], stack[2], stack[3])
+    """The matrix of one expert, or None, which Triton 3.6 takes from the end of a function only."""
+    if stack is not None:
+        return stack[0] + expert.to(tl.int64) * stack[1], stack[2], stack[3]
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def pq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     if n:
         arguments = {
             "x": x, "x_strides": x.stride(), "books": codebooks.contiguous(), "out": indices, "n": n, "M": M, "d": d,
-            "L": L, "BLOCK": block, "BLOCK_L": min(L, 128),
+            "L": L, "BLOCK": block, "BLOCK_L": min(L, 64),
         }  # fmt: skip
         shared.launch(encode_kernel, (triton.cdiv(n, block), M), arguments, x)
         arguments = {

@@ -13,6 +13,7 @@ from conftest import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import metate
 from metate import FormatError
 from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, load
 from metate.search.interleaved import Interleaved
@@ -289,6 +290,34 @@ def test_places_are_few_sorted_runs():
 
 
 # Arrays in and out.
+
+
+@pytest.mark.parametrize("make", [
+    lambda: IVFFlatIndex(8, 5), lambda: IVFFlatIndex(8, 5, "inner_product", storage="sq8"),
+    lambda: IVFPQIndex(8, 5, 4, 4), lambda: IVFPQIndex(8, 5, 2, 5, "inner_product", residual=False),
+])  # fmt: skip
+def test_the_short_way_of_arrays_is_that_of_tensors(make):
+    random, index = np.random.default_rng(1), make()
+    x = random.standard_normal((300, 8)).astype(np.float32)
+    index.train(x)
+    for change in (lambda: index.add(x), lambda: index.remove_ids(range(10, 100)), lambda: index.add(x[:7])):
+        change()
+        index.search(torch.from_numpy(x[:1]), 1)  # makes what the short way needs
+        assert index._state.cache["listed"].run is not None
+        for rows, k, nprobe in ((1, 1, 1), (1, 400, 5), (9, 10, 3)):
+            q = x[:rows] + 0.1
+            found = index.search(q, k, nprobe=nprobe)
+            with metate.use("reference"):
+                expected = index.search(q, k, nprobe=nprobe)
+            for a, b, c in zip(found, index.search(torch.from_numpy(q), k, nprobe=nprobe), expected, strict=True):
+                assert a.dtype == c.dtype and np.array_equal(a, b.numpy()) and np.allclose(a, c, rtol=1e-5)
+    with pytest.raises(ValueError, match="not finite"):
+        index.search(np.full((2, 8), np.nan, np.float32), 3)
+    for wrong in (dict(k=0), dict(k=3, nprobe=6), dict(k=3, nprobe=0)):
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            index.search(x[:1], **wrong)
+    with pytest.raises(ValueError, match="8 dimensions"):
+        index.search(x[:1, :7].copy(), 3)
 
 
 def test_arrays_of_every_layout_and_type():

@@ -138,7 +138,9 @@ inline void run_parallel(int workers, void (*body)(int, void*), void* context) {
     });
 }
 
-inline void* scratch(size_t bytes) {
+// Block 0 is the kernels', block 1 that of bindings.
+template <int number>
+void* scratch(size_t bytes) {
     struct Block {
         void* data = nullptr;
         size_t bytes = 0;
@@ -161,13 +163,23 @@ inline void* scratch(size_t bytes) {
 class Launch {
   public:
     explicit Launch(const Tensor&) {
-        if (!forked) runtime_ = {static_cast<int>(torch::stable::get_num_threads()), run_parallel, scratch};
+        if (!forked) runtime_ = {static_cast<int>(torch::stable::get_num_threads()), run_parallel, scratch<0>};
         if (runtime_.threads < 1) runtime_.threads = 1;
     }
     operator const cpu::Runtime&() const { return runtime_; }
 
   private:
-    cpu::Runtime runtime_{1, run_serial, scratch};
+    cpu::Runtime runtime_{1, run_serial, scratch<0>};
+};
+
+// Memory that a binding hands from one kernel to the next, uninitialised; one at a time.
+class Workspace {
+  public:
+    Workspace(const Tensor&, int64_t bytes) : data_(scratch<1>(static_cast<size_t>(bytes))) {}
+    void* data() const { return data_; }
+
+  private:
+    void* data_;
 };
 
 #else
@@ -226,6 +238,15 @@ class Launch {
     Guard guard_;
     cuda::Device device_;
     std::optional<Tensor> block_;
+};
+
+class Workspace {
+  public:
+    Workspace(const Tensor& like, int64_t bytes) : block_(empty(like, {bytes}, DType::u8)) {}
+    void* data() const { return block_.data_ptr(); }
+
+  private:
+    Tensor block_;
 };
 
 #endif

@@ -112,6 +112,38 @@ class Reader {
     inline static thread_local std::string key_;
 };
 
+// Reads a tuple of arguments.
+template <class... Values>
+bool read(Reader& reader, PyObject* args, std::tuple<Values...>& values) {
+    Py_ssize_t i = 0;
+    if (PyTuple_Size(args) != sizeof...(Values)) return false;
+    return std::apply([&](auto&... each) { return (reader.read(PyTuple_GetItem(args, i++), each) && ...); }, values);
+}
+
+// Buffers joined the limited API with Python 3.11, as they have been since 3.0.
+#if defined(Py_LIMITED_API) && Py_LIMITED_API + 0 < 0x030b0000
+extern "C" {
+struct Py_buffer {
+    void* buf;
+    PyObject* obj;
+    Py_ssize_t len, itemsize;
+    int readonly, ndim;
+    char* format;
+    Py_ssize_t *shape, *strides, *suboffsets;
+    void* internal;
+};
+PyAPI_FUNC(int) PyObject_GetBuffer(PyObject*, Py_buffer*, int flags);
+PyAPI_FUNC(void) PyBuffer_Release(Py_buffer*);
+}
+constexpr int PyBUF_WRITABLE = 1, PyBUF_ND = 8;
+#endif
+
+// Lets other Python threads run.
+struct Unlocked {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Unlocked() { PyEval_RestoreThread(state); }
+};
+
 // Calls that Python has admitted, by key.
 class Admitted {
   public:
@@ -197,18 +229,8 @@ struct Door<fn> {
     }
 
   private:
-    static bool read(Reader& reader, PyObject* args, Values& values) {
-        Py_ssize_t i = 0;
-        if (PyTuple_Size(args) != sizeof...(Args)) return false;
-        return std::apply([&](auto&... each) { return (reader.read(PyTuple_GetItem(args, i++), each) && ...); },
-                          values);
-    }
-
     static Result without_lock(const Values& values) {
-        struct Unlocked {
-            PyThreadState* state = PyEval_SaveThread();
-            ~Unlocked() { PyEval_RestoreThread(state); }
-        } unlocked;
+        Unlocked unlocked;
         return std::apply(fn, values);
     }
 };

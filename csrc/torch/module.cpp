@@ -29,9 +29,14 @@ static PyObject* isas(PyObject*, PyObject*) {
     return names ? Py_BuildValue("NO", names, isa_was_refused() ? Py_True : Py_False) : nullptr;
 }
 
+namespace metate::bind {
+PyObject* prepare_search(PyObject*, PyObject*);  // pq.cpp
+}
+
 static PyMethodDef methods[] = {
     {"start", metate::bind::direct::start, METH_VARARGS, nullptr},
     {"direct", metate::bind::direct::direct, METH_O, nullptr},
+    {"prepare_search", metate::bind::prepare_search, METH_VARARGS, nullptr},
     {"isas", isas, METH_NOARGS, nullptr},
     {"poison_scratch", poison_scratch, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -51,13 +51,13 @@ struct Searching {
           search{n, view<3>(ranges), view<1>(ids), view<1>(keep), k, largest, view<2>(distances), view<2>(found)} {}
 };
 
-PqScan scan_of(const Tensor& tables, const Tensor& codes, const Optional& bias, const Optional& row_bias,
+PqScan scan_of(const View<3>& tables, const Tensor& codes, const View<2>& bias, const Optional& row_bias,
                const Search& search) {
-    return {view<3>(tables),
-            bits_of(tables.size(2)),
+    return {tables,
+            bits_of(tables.size[2]),
             codes.dim() == 2 ? view<2>(codes) : View<2>{},
             codes.dim() == 3 ? view<3>(codes) : View<3>{},
-            view<2>(bias),
+            bias,
             view<1>(row_bias),
             search};
 }
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> pq_scan(const Tensor& tables, const Tensor& codes, co
     const Tensor table = dense(tables), stored = readable(codes);
     const Optional added = dense(row_bias);
     const Searching made(table, n, ranges, ids, keep, k, largest);
-    METATE_LAUNCH(pq_scan, table, scan_of(table, stored, bias, added, made.search));
+    METATE_LAUNCH(pq_scan, table, scan_of(view<3>(table), stored, view<2>(bias), added, made.search));
     return {made.distances, made.found};
 }
 
@@ -112,38 +112,87 @@ std::tuple<Tensor, Tensor> topk_distances(const Tensor& queries, const Tensor& b
     return {made.distances, made.found};
 }
 
+// What a search of lists is told beside queries.
+struct Lists {
+    Tensor centroids, extents, rows;
+    Optional codebooks, row_bias, scale, offset, ids, keep;
+    int64_t n, metric;
+    bool residual;
+
+    Lists(const Tensor& c, const Tensor& e, const Tensor& r, const Optional& books, const Optional& bias,
+          const Optional& s, const Optional& o, const Optional& i, const Optional& kept, int64_t count, int64_t m,
+          bool re)
+        : centroids(with_rows(c)),
+          extents(e),
+          rows(readable(r)),
+          codebooks(books ? Optional(readable_books(*books)) : books),
+          row_bias(dense(bias)),
+          scale(dense(s)),
+          offset(dense(o)),
+          ids(dense(i)),
+          keep(dense(kept)),
+          n(count),
+          metric(m),
+          residual(re) {}
+
+    Search search(bool largest, const View<2>& distances, const View<2>& found, const View<2>& chosen) const {
+        const View<2> all = view<2>(extents);
+        const View<3> ranges{all.data, DType::i64, {1, all.size[0], all.size[1]}, {0, all.stride[0], all.stride[1]}};
+        return {n, ranges, view<1>(ids), view<1>(keep), distances.size[1], largest, distances, found, chosen};
+    }
+};
+
+template <int N>
+View<N> contiguous_view(void* data, DType dtype, const int64_t (&size)[N]) {
+    View<N> view{data, dtype, {}, {}};
+    for (int64_t i = N - 1, next = 1; i >= 0; next *= size[i], --i) view.size[i] = size[i], view.stride[i] = next;
+    return view;
+}
+
+void search_lists(const Lists& lists, const Tensor& asked, int64_t nprobe, const View<2>& distances,
+                  const View<2>& found) {
+    const int64_t Q = asked.size(0), M = lists.codebooks ? lists.codebooks->size(0) : 0;
+    const int64_t L = lists.codebooks ? lists.codebooks->size(1) : 0;
+    const Workspace workspace(asked, 12 * Q * nprobe + 4 * Q * M * L);
+    char* const memory = static_cast<char*>(workspace.data());
+    const View<2> chosen = contiguous_view(memory, DType::i64, {Q, nprobe});
+    const View<2> near = contiguous_view(memory + 8 * Q * nprobe, DType::f32, {Q, nprobe});
+    const Metric metric = static_cast<Metric>(lists.metric);
+    const bool largest = metric == Metric::inner_product;
+    METATE_LAUNCH(topk_distances, asked,
+                  TopkDistances{view<2>(asked),
+                                view<2>(lists.centroids),
+                                {},
+                                {},
+                                metric,
+                                {lists.centroids.size(0), {}, {}, {}, nprobe, largest, near, chosen}});
+    const Search search = lists.search(largest, distances, found, chosen);
+    if (!lists.codebooks) {
+        METATE_LAUNCH(topk_distances, asked,
+                      TopkDistances{view<2>(asked), view<2>(lists.rows), view<1>(lists.scale), view<1>(lists.offset),
+                                    metric, search});
+        return;
+    }
+    // |q - c - r|² = |q - c|² + (|r|² + 2 c·r) - 2 q·r: the list's, the row's, and that of tables of the query alone.
+    const View<3> tables = contiguous_view(memory + 12 * Q * nprobe, DType::f32, {Q, M, L});
+    METATE_LAUNCH(
+        pq_distance_tables, asked,
+        PqDistanceTables{view<2>(asked), view<3>(*lists.codebooks), lists.residual ? Metric::inner_product : metric,
+                         tables, lists.residual && !largest ? -2.0f : 1.0f});
+    METATE_LAUNCH(pq_scan, asked,
+                  scan_of(tables, lists.rows, lists.residual ? near : View<2>{}, lists.row_bias, search));
+}
+
 std::tuple<Tensor, Tensor> ivf_search(const Tensor& queries, const Tensor& centroids, const Tensor& extents,
                                       const Tensor& rows, const Optional& codebooks, const Optional& row_bias,
                                       const Optional& scale, const Optional& offset, const Optional& ids,
                                       const Optional& keep, int64_t n, int64_t nprobe, int64_t k, int64_t metric,
                                       bool residual) {
-    const Tensor asked = with_rows(queries), stored = readable(rows);
-    const bool largest = metric == static_cast<int64_t>(Metric::inner_product);
-    const auto [near, lists] = topk_distances(asked, centroids, {}, {}, {}, {}, {}, nprobe, metric, largest);
-    Searching made(asked, n, {}, ids, keep, k, largest);
-    const View<2> of_lists = view<2>(extents);
-    made.search.ranges = {of_lists.data,
-                          DType::i64,
-                          {1, of_lists.size[0], of_lists.size[1]},
-                          {0, of_lists.stride[0], of_lists.stride[1]}};
-    made.search.lists = view<2>(lists);
-    if (!codebooks) {
-        const Optional factors = dense(scale), terms = dense(offset);
-        METATE_LAUNCH(topk_distances, asked,
-                      TopkDistances{view<2>(asked), view<2>(stored), view<1>(factors), view<1>(terms),
-                                    static_cast<Metric>(metric), made.search});
-        return {made.distances, made.found};
-    }
-    // |q - c - r|² = |q - c|² + (|r|² + 2 c·r) - 2 q·r: the list's, the row's, and that of tables of the query alone.
-    const Tensor books = readable_books(*codebooks);
-    const Tensor tables = empty(asked, {asked.size(0), books.size(0), books.size(1)});
-    METATE_LAUNCH(
-        pq_distance_tables, asked,
-        PqDistanceTables{view<2>(asked), view<3>(books), residual ? Metric::inner_product : static_cast<Metric>(metric),
-                         view<3>(tables), residual && !largest ? -2.0f : 1.0f});
-    const Optional added = dense(row_bias);
-    METATE_LAUNCH(pq_scan, asked, scan_of(tables, stored, residual ? Optional(near) : Optional(), added, made.search));
-    return {made.distances, made.found};
+    const Tensor asked = with_rows(queries);
+    const Lists lists(centroids, extents, rows, codebooks, row_bias, scale, offset, ids, keep, n, metric, residual);
+    Tensor distances = empty(asked, {asked.size(0), k}), found = empty(asked, {asked.size(0), k}, DType::i64);
+    search_lists(lists, asked, nprobe, view<2>(distances), view<2>(found));
+    return {distances, found};
 }
 
 METATE_REGISTER(m) {
@@ -156,4 +205,103 @@ METATE_REGISTER(m) {
 }
 
 }  // namespace
+
+#if !defined(METATE_CUDA)
+namespace {
+
+using namespace direct;
+
+// Lists that are searched from Python again and again, with numpy arrays: around a single query, making tensors costs
+// more than the kernels do.
+struct Prepared {
+    PyObject* arguments;  // keep the memory that `lists` describes
+    Lists lists;
+    ~Prepared() { Py_DECREF(arguments); }
+};
+
+// A numpy array of two dimensions, in one piece.
+class Array {
+  public:
+    Array(PyObject* object, DType dtype, int flags) {
+        valid_ = PyObject_GetBuffer(object, &buffer_, PyBUF_ND | flags) == 0;
+        if (!valid_) {
+            PyErr_Clear();
+            return;
+        }
+        if (buffer_.ndim != 2 || buffer_.itemsize != bytes_of(dtype)) return;
+        for (int i = 0; i < 2; ++i) sizes_[i] = buffer_.shape[i];
+        strides_[0] = sizes_[1];
+        fits_ = true;
+        dtype_ = dtype;
+    }
+    Array(const Array&) = delete;
+    ~Array() {
+        if (valid_) PyBuffer_Release(&buffer_);
+    }
+    bool is(int64_t rows, int64_t columns) const { return fits_ && sizes_[0] == rows && sizes_[1] == columns; }
+    View<2> view() const { return contiguous_view(buffer_.buf, dtype_, {sizes_[0], sizes_[1]}); }
+    int64_t size(int i) const { return sizes_[i]; }
+    // While this lives.
+    Tensor tensor() {
+        Tensor tensor;
+        tensor.borrow({buffer_.buf, {dlpack::cpu, 0}, 2, {dlpack::floating, 32, 1}, sizes_, strides_, 0});
+        return tensor;
+    }
+
+  private:
+    Py_buffer buffer_;
+    bool valid_ = false, fits_ = false;
+    DType dtype_ = DType::f32;
+    int64_t sizes_[2] = {0, 0}, strides_[2] = {0, 1};
+};
+
+// search(queries, distances, found, nprobe): writes the best of every query; false where it has not, or found none.
+PyObject* search_prepared(PyObject* capsule, PyObject* args) {
+    const Lists& lists = static_cast<Prepared*>(PyCapsule_GetPointer(capsule, nullptr))->lists;
+    PyObject* objects[3];
+    long long nprobe;
+    if (!PyArg_ParseTuple(args, "OOOL", objects, objects + 1, objects + 2, &nprobe)) return nullptr;
+    Array queries(objects[0], DType::f32, 0), distances(objects[1], DType::f32, PyBUF_WRITABLE);
+    Array found(objects[2], DType::i64, PyBUF_WRITABLE);
+    const int64_t Q = queries.size(0), k = found.size(1);
+    if (!queries.is(Q, lists.centroids.size(1)) || !distances.is(Q, k) || !found.is(Q, k) || k < 1 || nprobe < 1 ||
+        nprobe > lists.centroids.size(0) || direct::dispatcher_is_wanted())
+        Py_RETURN_FALSE;
+    try {
+        direct::Unlocked unlocked;
+        search_lists(lists, queries.tensor(), nprobe, distances.view(), found.view());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+    bool all = true;
+    for (int64_t q = 0; q < Q; ++q) all &= static_cast<const int64_t*>(found.view().data)[q * k] != -1;
+    return PyBool_FromLong(all);
+}
+
+}  // namespace
+
+PyObject* prepare_search(PyObject*, PyObject* args) {
+    static PyMethodDef method = {"search", search_prepared, METH_VARARGS, nullptr};
+    using Values = std::tuple<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
+                              int64_t, int64_t, bool>;
+    PyObject* capsule = nullptr;
+    try {
+        Values values;
+        direct::Reader reader(false);
+        if (!exchange || !direct::read(reader, args, values)) Py_RETURN_NONE;
+        auto prepared = std::apply([&](const auto&... each) { return new Prepared{args, Lists(each...)}; }, values);
+        Py_INCREF(args);
+        const auto free = [](PyObject* owner) { delete static_cast<Prepared*>(PyCapsule_GetPointer(owner, nullptr)); };
+        capsule = PyCapsule_New(prepared, nullptr, free);
+        if (!capsule) delete prepared;
+    } catch (const NeedsDispatcher&) {
+        Py_RETURN_NONE;
+    }
+    PyObject* search = capsule ? PyCFunction_NewEx(&method, capsule, nullptr) : nullptr;
+    Py_XDECREF(capsule);
+    return search;
+}
+#endif
+
 }  // namespace metate::bind

@@ -63,6 +63,12 @@ def direct(name: str, entry: Any) -> tuple[Direct, ...]:
     return (Direct(entry, *module.direct(name)),) if module and _starts(module) else ()
 
 
+def prepared_search(args: tuple[Any, ...]) -> Callable[..., bool] | None:
+    """The short way to a search of lists with numpy arrays, whose other arguments stay the same (csrc/torch/pq.cpp)."""
+    module = load()["cpu"].module
+    return module.prepare_search(*args) if module and _starts(module) else None
+
+
 @cache
 def _starts(module: ModuleType) -> bool:
     started: bool = module.start(torch.Tensor, Parameter, torch.is_grad_enabled, _GUARDS)

@@ -565,6 +565,11 @@ def _forced() -> str | None:
     return (state.backend if state else None) or library.requested_backend()
 
 
+def is_plain() -> bool:
+    """Whether nothing but the environment says how operators run."""
+    return _state.get() is None
+
+
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
     """Allow one backend only, in this thread or task: `with metate.use("triton"): ...`"""

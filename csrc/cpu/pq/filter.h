@@ -197,6 +197,18 @@ struct Chunk {
     METATE_FN int64_t begin() const { return rows.first / block_codes * block_codes; }
 };
 
+constexpr int64_t lines_ahead = 32;  // of codes that are fetched while others are looked up
+
+// Fetches where a list begins: lists lie anywhere.
+METATE_FN void fetch(const Scan& scan, Span rows) {
+    if (rows.first >= rows.last) return;
+    const uint8_t* const codes = scan.block(rows.first);
+    for (int64_t i = 0; i < lines_ahead; ++i) __builtin_prefetch(codes + 64 * i);
+    const float* const bias = static_cast<const float*>(scan.call.row_bias.data);
+    if (bias)
+        for (int64_t i = rows.first; i < smaller(rows.last, rows.first + 1024); i += 16) __builtin_prefetch(bias + i);
+}
+
 METATE_FN float inverse_of(const Filter& f) {
     return static_cast<float>(f.inverse * (1 - 0x1p-18));
 }
@@ -212,6 +224,7 @@ METATE_FN void scan_nibbles(const Chunk& c, Filter* const* filters, Survivors<4>
     for (int q = 0; q < queries; ++q) tables[q] = filters[q]->entries;
     for (int64_t row = c.begin(); row < c.rows.last; row += block_codes) {
         const uint8_t* const block = c.scan.block(row);
+        for (int64_t i = 0; i < M; i += 4) __builtin_prefetch(block + 64 * lines_ahead + 16 * i);
         vi low[queries], high[queries];
 #pragma GCC unroll 4
         for (int q = 0; q < queries; ++q) low[q] = high[q] = splat(0);
@@ -259,6 +272,7 @@ void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<8>* const* fou
         vi even = splat(0), odd = splat(0);
         for (int64_t m = 0; m < M; ++m) {
             const vi codes = load_halves(block + m * block_codes, next + m * block_codes);
+            __builtin_prefetch(block + 64 * lines_ahead + 2 * m * block_codes);
             Table256 table;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) table.words[i] = load_bytes(f.entries + 256 * m + 64 * i, 64);
@@ -312,6 +326,8 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
         return;
     }
     constexpr int together = filters_together<bits>;
+    if (filters[0].query != turn.asked[0].q) fetch(scan, turn.span);
+    fetch(scan, turn.next);
     Survivors<bits> found[together], *near[together];
     Filter* used[together];
     for (int64_t i = 0; i < turn.count; ++i) {

@@ -5,10 +5,11 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// Tables: `width` centroids at a time, turned (unless they are already) so that each has a lane, against a block of
+// Tables: some centroids at a time, turned (unless they are already) so that each has a lane, against a block of
 // queries.
 
 constexpr int64_t table_queries = 64;
+constexpr int vectors_together = 8;
 constexpr int64_t worth_workers = 1 << 18;  // products; fewer, and starting workers costs more
 
 METATE_FN void turn_centroids(float* to, const float* from, int64_t columns) {
@@ -24,14 +25,30 @@ METATE_FN void turn_centroids(float* to, const float* from, int64_t columns) {
     }
 }
 
-template <bool l2>
-METATE_FN vf table_entries(const float* query, int64_t stride, const float* centroids, int64_t step, int64_t columns) {
-    vf sum = splat(0.0f);
-    for (int64_t i = 0; i < columns; ++i) {
-        const vf a = splat(query[i * stride]), b = load(centroids + i * step), gap = a - b;
-        sum = l2 ? fma(gap, gap, sum) : fma(a, b, sum);
+// The columns of a query, and centroids of which the same column lies side by side, `step` apart.
+struct TableOperands {
+    const float* query;
+    int64_t stride;
+    const float* centroids;
+    int64_t step, columns;
+};
+
+// `vectors` vectors of entries, which hide each other's latency.
+template <bool l2, int vectors>
+METATE_FN void table_entries(float* to, const TableOperands& at, vf factor) {
+    vf sum[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[v] = splat(0.0f);
+    for (int64_t i = 0; i < at.columns; ++i) {
+        const vf a = splat(at.query[i * at.stride]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+            const vf b = load(at.centroids + i * at.step + v * width), gap = a - b;
+            sum[v] = l2 ? fma(gap, gap, sum[v]) : fma(a, b, sum[v]);
+        }
     }
-    return sum;
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) store(to + v * width, sum[v] * factor);
 }
 
 template <bool l2>
@@ -48,14 +65,19 @@ void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
     for_pieces(workers, M * blocks, [&](int worker, int64_t piece) {
         const int64_t m = piece % M, first = piece / M * table_queries, end = smaller(Q, first + table_queries);
         const float* const book = static_cast<const float*>(c.codebooks.data) + m * c.codebooks.stride[0];
-        for (int64_t l = 0; l < L; l += width) {
+        const int64_t together = turned && L % (vectors_together * width) == 0 ? vectors_together * width : width;
+        for (int64_t l = 0; l < L; l += together) {
             const float* const centroids = turned ? book + l : memory(worker);
             if (!turned) turn_centroids(memory(worker), book + l * d, d);
             for (int64_t q = first; q < end; ++q) {
                 const float* const query =
                     static_cast<const float*>(c.queries.data) + q * c.queries.stride[0] + m * d * stride;
-                float* const table = static_cast<float*>(c.tables.data) + (q * M + m) * L;
-                store(table + l, table_entries<l2>(query, stride, centroids, step, d) * factor);
+                float* const to = static_cast<float*>(c.tables.data) + (q * M + m) * L + l;
+                const TableOperands at{query, stride, centroids, step, d};
+                if (together > width)
+                    table_entries<l2, vectors_together>(to, at, factor);
+                else
+                    table_entries<l2, 1>(to, at, factor);
             }
         }
     });

@@ -23,10 +23,11 @@ void scan_packed(const Scan& scan, Asked asked, Span span, Best& best) {
 // Interleaved codes.
 template <int bits>
 void scan_interleaved(const Scan& scan, const Runtime& runtime) {
+    const int64_t row_bytes = scan.M * bits / 8 + (scan.call.row_bias ? 4 : 0);
 #if defined(METATE_HAS_BYTE_SHUFFLES)
     if constexpr (bits <= most_filtered_bits)
         return search_rows(
-            scan.call.search, runtime, scan.M * bits / 8, filters_together<bits>,
+            scan.call.search, runtime, row_bytes, filters_together<bits>,
             [&](Arena& arena) { return take_filters<bits>(arena, scan.M); },
             [](Filter* filters) {
                 for (int i = 0; i < filters_together<bits>; ++i) filters[i].query = -1;
@@ -34,7 +35,7 @@ void scan_interleaved(const Scan& scan, const Runtime& runtime) {
             [&](Filter* filters, const Turn& turn) { scan_filtered<bits>(scan, filters, turn); });
 #endif
     search_rows(
-        scan.call.search, runtime, scan.M * bits / 8, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
+        scan.call.search, runtime, row_bytes, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& t) { scan_blocks<bits>(scan, t.asked[0], t.span, t.best[0]); });
 }
 

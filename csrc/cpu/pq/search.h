@@ -164,12 +164,13 @@ struct Asked {
     int64_t q, p;
 };
 
-// What a scan is told to do: `count` different queries look at the rows of `span`.
+// What a scan is told to do: `count` different queries look at the rows of `span`; those of `next` come after it.
 struct Turn {
     int64_t count;
     Span span;
     const Asked* asked;
     Best* best;
+    Span next = {0, 0};
 };
 
 constexpr int64_t bytes_alone = 1 << 17;  // of rows that are worth a piece of their own
@@ -283,8 +284,10 @@ void search_rows(const Search& s, const Runtime& runtime, int64_t row_bytes, int
         for (int64_t i = 0; i < turn.count; ++i) best[i] = heaps.open(lane, slot + i), asked[i] = {q + i, 0};
         const int64_t all = rows_of(s, q), begin = all * part / parts, end = all * (part + 1) / parts;
         int64_t before = 0;
+        turn.next = span_of(s, q, 0);
         for (int64_t p = 0; p < spans_of(s); ++p) {
-            const Span span = span_of(s, q, p);
+            const Span span = turn.next;
+            turn.next = p + 1 < spans_of(s) ? span_of(s, q, p + 1) : Span{0, 0};
             for (int64_t i = 0; i < turn.count; ++i) asked[i].p = p;
             const int64_t length = span.last - span.first;
             const int64_t from = begin > before ? begin - before : 0, to = smaller(end - before, length);

@@ -16,38 +16,53 @@ METATE_FN const float* query_of(const TopkDistances& c, int64_t q) {
 
 // Row by row.
 
-// Sums over the columns of one row: of the distance, and, of an inner product, of the magnitudes of its terms.
+constexpr int rows_abreast = 4;        // that share the loads of a query
+constexpr int64_t keys_at_once = 512;  // rows between two looks at the bound
+constexpr int64_t bytes_ahead = 4096;  // of rows that are fetched while others are compared
+
+// Sums over the columns of rows: of the distance, and, of an inner product, of the magnitudes of its terms.
 template <bool l2, class T>
-METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* row, vf& sum, vf& size) {
-    vf other = splat(0.0f), other_size = splat(0.0f);
-    const auto add = [&](int64_t i, int64_t n, vf& to, vf& to_size) __attribute__((always_inline)) {
-        const vf a = load_numbers(query + i, n), b = load_values(v, row, i, n);
-        if (l2) {
-            const vf gap = a - b;
-            to = fma(gap, gap, to);
-        } else {
-            const vf term = a * b;
-            to = to + term;
-            to_size = to_size + abs(term);
+METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* const* rows, vf* sums, vf* sizes) {
+    vf sum[rows_abreast], size[rows_abreast];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows_abreast; ++r) sum[r] = size[r] = splat(0.0f);
+    const int64_t later = ceil_div(bytes_ahead, v.columns * int64_t{sizeof(T)} + 1) * v.stride;
+    const auto add = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const vf a = load_numbers(query + i, n);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows_abreast; ++r) {
+            const vf b = load_values(v, rows[r], i, n);
+            __builtin_prefetch(rows[r] + later + i);
+            if (l2) {
+                const vf gap = a - b;
+                sum[r] = fma(gap, gap, sum[r]);
+            } else {
+                const vf term = a * b;
+                sum[r] = sum[r] + term;
+                size[r] = size[r] + abs(term);
+            }
         }
     };
     int64_t i = 0;
-    for (; i + 2 * width <= v.columns; i += 2 * width) {
-        add(i, width, sum, size);
-        add(i + width, width, other, other_size);
-    }
-    for (; i < v.columns; i += width) add(i, smaller(width, v.columns - i), sum, size);
-    sum = sum + other;
-    size = size + other_size;
+    for (; i + width <= v.columns; i += width) add(i, width);
+    if (i < v.columns) add(i, v.columns - i);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows_abreast; ++r) sums[r] = sum[r], sizes[r] = size[r];
+}
+
+// The share of its magnitudes that a sum over the columns may be off.
+template <class T>
+METATE_FN double sum_share(const Vectors<T>& v) {
+    return unit * 2 * (static_cast<double>(v.columns / width) + 16);
 }
 
 // How far off the sum of a squared distance of `distance` may be, u (columns / width + 16) of it; of int8, whose values
 // are rounded, as far as that moves the row.
 template <class T>
 METATE_FN double rounding(const Vectors<T>& v, double distance, double query) {
-    const double chain = unit * 2 * (static_cast<double>(v.columns / width) + 16);
     const double gap = __builtin_sqrt(distance);
-    return chain * distance + (__is_same(T, int8_t) ? 16 * unit * gap * (query + gap) + 1e-12 * query * query : 0.0);
+    return sum_share(v) * distance +
+           (__is_same(T, int8_t) ? 16 * unit * gap * (query + gap) + 1e-12 * query * query : 0.0);
 }
 
 template <bool l2, class T>
@@ -56,32 +71,60 @@ METATE_FN float row_bound(const Vectors<T>& v, float limit, double query) {
     return bound_of(limit, 0.0, rounding(v, distance, query) + 0x1p-140);
 }
 
+// Approximate keys of `count` rows, and inf to the end of a vector; of inner products, no more than the exact ones.
+// Returns how much more those may be.
 template <bool l2, class T>
-void compare_rows(const Search& s, const Vectors<T>& v, const float* query, double size, Span span, Best& best) {
-    float limit = best.limit(), bound = row_bound<l2>(v, limit, size);
-    const vf sign = splat(s.largest ? -1.0f : 1.0f);
-    const vf share = splat(static_cast<float>(-unit * 2 * (static_cast<double>(v.columns / width) + 16)));
-    for (int64_t first = span.first; first < span.last; first += width) {
-        const int64_t count = smaller(width, span.last - first);
+METATE_FN double approximate_keys(float* keys, const Vectors<T>& v, const float* query, int64_t first, int64_t count,
+                                  bool largest) {
+    const vf sign = splat(largest ? -1.0f : 1.0f), share = splat(static_cast<float>(-sum_share(v)));
+    vf most = splat(0.0f);
+    for (int64_t at = 0; at < count; at += width) {
         vf sums[width], sizes[width];
-#pragma GCC unroll 1
-        for (int i = 0; i < width; ++i) {
-            sums[i] = sizes[i] = splat(0.0f);
-            if (i < count) add_columns<l2>(v, query, v.row(first + i), sums[i], sizes[i]);
+        for (int i = 0; i < width; i += rows_abreast) {
+            const T* rows[rows_abreast];
+#pragma GCC unroll 4
+            for (int r = 0; r < rows_abreast; ++r) rows[r] = v.row(first + smaller(at + i + r, count - 1));
+            add_columns<l2>(v, query, rows, sums + i, sizes + i);
         }
         vf key = sum_rows(sums) * sign;
-        if (!l2) key = fma(sum_rows(sizes), share, key);
-        if (const float now = best.limit(); now != limit) bound = row_bound<l2>(v, limit = now, size);
-        uint32_t near = bits_of(not_less(splat(bound), key));
-        if (!near) continue;
-        float keys[width];
-        store(keys, key);
-        for (; near; near &= near - 1) {
-            const int64_t at = __builtin_ctz(near), row = first + at;
-            if (at >= count || keys[at] > bound || !kept(s, row)) continue;
-            const float distance = static_cast<float>(exact_distance<l2>(v, query, v.row(row)));
-            best.offer({key_of(s, distance), id_of(s, row)});
-            bound = row_bound<l2>(v, limit = best.limit(), size);
+        if (!l2) {
+            const vf size = sum_rows(sizes);
+            most = max(size, most);
+            key = fma(size, share, key);
+        }
+        const int64_t left = count - at;
+        store(keys + at, left < width ? select(METATE_ISA::first(left), key, splat(infinity)) : key);
+    }
+    return l2 ? 0.0 : 2 * sum_share(v) * static_cast<double>(METATE_ISA::largest(most));
+}
+
+// The exact k-th best key is not more than this, given the k-th of the approximate ones.
+template <bool l2, class T>
+METATE_FN float kth_limit(const Vectors<T>& v, double kth, double off, double query) {
+    const double further = l2 ? rounding(v, 2 * __builtin_fabs(kth) + 4e-12 * query * query, query) : off;
+    return static_cast<float>(kth + further + 0x1p-140);
+}
+
+template <bool l2, class T>
+void compare_rows(const Search& s, const Vectors<T>& v, const float* query, double size, Span span, Best& best) {
+    float keys[keys_at_once];
+    for (int64_t first = span.first; first < span.last; first += keys_at_once) {
+        const int64_t count = smaller(keys_at_once, span.last - first), whole = round_up(count, width);
+        const double off = approximate_keys<l2>(keys, v, query, first, count, s.largest);
+        float limit = best.limit(), bound = row_bound<l2>(v, limit, size);
+        if (worth_bound(s, keys, whole, bound)) {
+            const float kth = kth_limit<l2>(v, static_cast<double>(kth_key(keys, whole, s.k)), off, size);
+            if (kth < limit) bound = row_bound<l2>(v, limit = kth, size);
+        }
+        for (int64_t i = 0; i < count; i += width) {
+            uint32_t near = bits_of(not_less(splat(bound), load(keys + i)));
+            for (; near; near &= near - 1) {
+                const int64_t at = i + __builtin_ctz(near), row = first + at;
+                if (at >= count || keys[at] > bound || !kept(s, row)) continue;
+                const float distance = static_cast<float>(exact_distance<l2>(v, query, v.row(row)));
+                best.offer({key_of(s, distance), id_of(s, row)});
+                if (const float now = best.limit(); now < limit) bound = row_bound<l2>(v, limit = now, size);
+            }
         }
     }
 }

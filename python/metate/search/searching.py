@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metate import library
 from metate.errors import fail
+from metate.op import is_plain
 from metate.ops.pq import topk_distances
 from metate.ops.pq.declaration import ivf_op
 from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
@@ -18,6 +21,7 @@ from metate.search.codecs import Vectors as Raw
 from metate.search.filters import Filter, keep_bitmap
 from metate.search.storage import Integers
 
+_MOST = 1 << 31
 _QUERIES = 1 << 24  # numbers of the tables, and of the vectors to refine, of the queries that are searched at a time
 
 
@@ -25,11 +29,11 @@ class _Listed(NamedTuple):
     """A snapshot of lists as `ivf_search` takes it."""
 
     stored: tuple[Tensor | None, ...]
-    all: tuple[Tensor | None, Tensor | None]  # ids and bitmap of a search without a filter
     n: int
     metric: int
     residual: bool
     quick: int  # queries that may be searched as they come, at most
+    run: Callable[..., bool] | None  # of numpy arrays (queries, distances, ids, nprobe): csrc/torch/pq.cpp
 
 
 class Searching(Base):
@@ -46,7 +50,8 @@ class Searching(Base):
             k: how many; there may be fewer in the index.
             nprobe: lists to look into, of an index that has lists; default: `index.nprobe`.
             filter: what may be found: ids (a list, an integer array), a range of ids, a boolean mask or a uint8 bitmap
-                indexed by id, or a function from an array of ids to an array of booleans.
+                indexed by id, or a function from an array of ids to an array of booleans. Ids that no vector has match
+                nothing, and ids behind the end of a mask are out.
             refine_factor: of an index with refinement: k × refine_factor candidates are ranked by their full vectors.
 
         Returns:
@@ -75,17 +80,14 @@ class Searching(Base):
         """The plain search of lists, or None: around a single query, Python costs more than its kernels do."""
         listed: _Listed | None = state.cache.get("listed")
         if (
-            listed is None or type(queries) is not np.ndarray or queries.ndim != 2 or queries.dtype is not FLOAT32
-            or not queries.flags.carray or queries.shape[1] != self.dim or not 0 < len(queries) <= listed.quick
-            or type(k) is not int or k < 1 or type(nprobe) is not int or not 1 <= nprobe <= (self.nlist or 0)
+            listed is None or listed.run is None or type(queries) is not np.ndarray or queries.ndim != 2
+            or queries.dtype is not FLOAT32 or not queries.flags.carray or not 0 < len(queries) <= listed.quick
+            or type(k) is not int or not 0 < k < _MOST or type(nprobe) is not int or not is_plain()
         ):  # fmt: skip
             return None
-        distances, ids = ivf_op(
-            torch.from_numpy(queries), *listed.stored, *listed.all, listed.n, nprobe, k, listed.metric, listed.residual
-        )
-        found = ids.numpy()
+        distances, ids = np.empty((len(queries), k), FLOAT32), np.empty((len(queries), k), np.int64)
         # Nothing is found for a query that is not finite.
-        return None if -1 in found[:, 0].tolist() else (distances.numpy(), found)
+        return (distances, ids) if listed.run(queries, distances, ids, nprobe) else None
 
     def _checked_search(self, op: str, queries: Any, k: int, nprobe: int | None) -> tuple[Vectors, int, int]:
         if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
@@ -142,11 +144,11 @@ class Searching(Base):
             if codebooks is not None:  # tables are made of the same number of many centroids at once
                 codebooks = codebooks.mT.contiguous().mT
             plain = self.refine is None and not self.opq and self.metric != "cosine" and self.device.type == "cpu"
-            state.cache["listed"] = _Listed(
-                (state.model["centroids"], state.lists.extents[:-1], rows, codebooks, *beside),
-                (state.lists.ids_column(), state.lists.kept), len(next(iter(columns.values()))), int(self.largest),
-                isinstance(self.codec, Product) and self.codec.residual, self._at_once(1) if plain else 0,
-            )  # fmt: skip
+            stored = state.model["centroids"], state.lists.extents[:-1], rows, codebooks, *beside
+            kept, n = (state.lists.ids_column(), state.lists.kept), len(next(iter(columns.values())))
+            residual = isinstance(self.codec, Product) and self.codec.residual
+            run = _prepared(*stored, *kept, n, int(self.largest), residual) if plain else None
+            state.cache["listed"] = _Listed(stored, n, int(self.largest), residual, self._at_once(1), run)
         listed: _Listed = state.cache["listed"]
         return listed
 
@@ -241,3 +243,11 @@ class Searching(Base):
         if isinstance(self.codec, Product) and self.codec.residual and len(rows):
             x = x + state.model["centroids"][torch.from_numpy(state.lists.list_of(rows)).to(self.device)]
         return x @ state.model["rotation"] if self.opq else x
+
+
+def _prepared(*args: Any) -> Callable[..., bool] | None:
+    """The compiled search of a snapshot, where it is what `ivf_search` would run."""
+    *tensors, n, metric, residual = args
+    if not is_plain() or ivf_op.plan((tensors[0][:1], *tensors, n, 1, 1, metric, residual))[0] != "cpu":
+        return None
+    return library.prepared_search(args)

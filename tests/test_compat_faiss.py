@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from metate import compat
+from metate import FormatError, compat
 from metate.compat import faiss
+from metate.search import read_faiss
 
 FOLDER = Path(__file__).parent / "data" / "faiss"
 EXPECTED = np.load(FOLDER / "expected.npz")
@@ -229,6 +230,85 @@ def test_codes_of_composed_indexes():
         assert np.array_equal(index.sa_encode(index.sa_decode(codes)), codes) or "OPQ" in description
 
 
+@pytest.mark.parametrize(
+    "description", ["Flat", "PQ4x4", "IVF4,Flat", "IVF4,PQ4x4", "RR4,IVF4,Flat", "IDMap2,PQ4x4", "IDMap,IVF4,PQ4x4"]
+)
+def test_codes_are_added(description):
+    index, named = faiss.index_factory(D, description), "IDMap" in description
+    index.train(X)
+    index.add_with_ids(X, np.arange(60) * 2) if named else index.add(X)
+    expected, codes = index.search(Q, 60), index.sa_encode(X)
+    index.reset()
+    index.add_sa_codes(codes[:20], np.arange(20, dtype=np.int32) * 2 if named else None)
+    index.add_sa_codes(codes[20:], np.arange(20, 60) * 2 if named else None)
+    for a, b in zip(index.search(Q, 60), expected, strict=True):
+        assert np.array_equal(a, b)
+    with pytest.raises(AssertionError):
+        index.add_sa_codes(codes[:, 1:])
+    if "Flat" in description:
+        codes[3] = 255  # no list, or no number
+        with pytest.raises(RuntimeError, match=r"lists|finite"):
+            index.add_sa_codes(codes)
+    assert index.ntotal == 60
+
+
+def test_lists_of_a_pq_index_and_refinement_by_one(tmp_path):
+    for description in ("IVF16(PQ2x4),Flat", "IVF16(PQ4x4),PQ4x4", "PQ2x4,Refine(PQ8x4)"):
+        index = faiss.index_factory(D, description)
+        index.train(X)
+        index.add(X)
+        faiss.write_index(index, str(tmp_path / "index"))
+        again = faiss.read_index(str(tmp_path / "index"))
+        for one in (index, again):
+            if "IVF" in description:
+                home = np.square(X[:, None] - one.quantizer.reconstruct_n()).sum(2).argmin(1)
+                assert all(np.array_equal(one.invlists.get_ids(i), np.flatnonzero(home == i)) for i in range(16))
+                assert isinstance(one.quantizer, faiss.IndexPQ)
+                one.nprobe = 16
+            else:
+                one.k_factor = 10
+            distances, ids = one.search(Q, 6)
+            gaps = Q[:, None] - one.reconstruct_batch(ids.reshape(-1)).reshape(5, 6, D)
+            np.testing.assert_allclose(distances, np.square(gaps).sum(2), rtol=1e-4)
+            assert np.array_equal(ids, index.search(Q, 6)[1])
+            assert "Flat" not in description or np.array_equal(ids, brute_force(X, np.arange(60), 6))
+        if "IVF" in description:
+            assert np.array_equal(read_faiss(tmp_path / "index").search(Q, 6, nprobe=16)[1], ids)
+        else:
+            with pytest.raises(FormatError, match="refine index"):
+                read_faiss(tmp_path / "index")
+
+
+@pytest.mark.parametrize("description", ["IVF6,Flat", "IVF6,PQ4x4"])
+def test_at_most_so_many_codes(description):
+    index = faiss.index_factory(D, description)
+    index.train(X)
+    index.add(X)
+    index.remove_ids(np.arange(0, 60, 9))
+    lists = index.quantizer.search(Q, 4)[1]
+    for most in (1, 7, 20, 1000):
+        found = index.search(Q, 60, params=faiss.SearchParametersIVF(nprobe=4, max_codes=most))[1]
+        for row, probed in zip(found, lists, strict=True):
+            seen = np.concatenate([index.invlists.get_ids(int(i)) for i in probed])[:most]
+            assert set(row[row >= 0]) == set(seen)
+    index.max_codes, index.nprobe = 7, 4
+    assert np.array_equal(index.search(Q, 7)[1], index.search(Q, 60)[1][:, :7])
+
+
+def test_product_quantizers_have_files(tmp_path):
+    index = faiss.IndexPQ(D, 4, 4)
+    index.train(X)
+    faiss.write_ProductQuantizer(index.pq, str(tmp_path / "pq"))
+    again = faiss.read_ProductQuantizer(str(tmp_path / "pq"))
+    assert (again.M, again.nbits, again.dsub, again.ksub) == (4, 4, 2, 16)
+    assert np.array_equal(again.centroids, index.pq.centroids)
+    assert np.array_equal(again.compute_codes(X), index.pq.compute_codes(X))
+    for damaged in ((tmp_path / "pq").read_bytes() + b"x", (tmp_path / "pq").read_bytes()[:-1], b""):
+        (tmp_path / "pq").write_bytes(damaged)
+        with pytest.raises(RuntimeError, match=r"search\.read_faiss"):
+            faiss.read_ProductQuantizer(str(tmp_path / "pq"))
+
+
 def test_trained_by_hand():
     quantizer = faiss.IndexFlatL2(D)
     quantizer.add(X[:4])
@@ -284,6 +364,13 @@ def test_kmeans_and_helpers():
     again = faiss.Kmeans(D, 5, niter=3)
     again.train(X, init_centroids=means.centroids)
     assert again.obj[0] <= means.obj[-1]
+    product = faiss.Clustering(D, 4)
+    product.niter, product.nredo = 40, 3
+    product.train(X, faiss.IndexFlatIP(D))
+    centroids = product.centroids.reshape(4, D)
+    near = (X @ centroids.T).argmax(1)  # means of what has the largest inner product with them; not of length 1
+    np.testing.assert_allclose(centroids, [X[near == i].mean(0) for i in range(4)], rtol=1e-4, atol=1e-5)
+    assert product.iteration_stats[-1].obj == pytest.approx((X @ centroids.T).max(1).sum(), rel=1e-5)
     whole = faiss.Kmeans(D, 5, int_centroids=True)
     whole.train(3 * X)
     assert np.array_equal(whole.centroids, np.round(whole.centroids))
@@ -303,7 +390,9 @@ def test_refusals():
         (lambda: faiss.index_factory(D, "HNSW32"), RuntimeError),
         (lambda: faiss.index_factory(D, "PQ3x4"), RuntimeError),
         (lambda: faiss.IndexFlatL2(D).add_with_ids(X, np.arange(60)), RuntimeError),
-        (lambda: faiss.IndexIVFFlat(faiss.IndexPQ(D, 2, 4), D, 3), NotImplementedError),
+        (lambda: faiss.IndexIVFFlat(faiss.index_factory(D, "IVF2,Flat"), D, 3), NotImplementedError),
+        (lambda: faiss.index_factory(D, "PQ2x4,Refine(PQ3x4)"), RuntimeError),
+        (lambda: faiss.index_factory(D, "IVF3(HNSW),Flat"), RuntimeError),
         (lambda: faiss.IndexFlat(D, 2), NotImplementedError),
         (lambda: faiss.index_factory(D, "IDMap,Flat").add(X), RuntimeError),
     ]:
@@ -322,8 +411,8 @@ def test_pickles_and_reads_as_faiss_does(tmp_path):
     with pytest.raises(RuntimeError, match=str(tmp_path)):
         faiss.read_index(str(tmp_path / "index"))
     params = faiss.SearchParametersIVF(nprobe=2)
-    params.max_codes = 5
-    with pytest.raises(NotImplementedError, match="max_codes"):
+    params.quantizer_params = faiss.SearchParameters()
+    with pytest.raises(NotImplementedError, match="quantizer_params"):
         faiss.extract_index_ivf(index).search(Q[:, :4], 1, params=params)
     faiss.extract_index_ivf(index).nprobe = 0
     with pytest.raises(RuntimeError, match="nprobe is 0"):

@@ -177,8 +177,8 @@ def _flat(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
     return Flat(*head, reader.vector(np.float32, "vectors", ntotal * d).reshape(ntotal, d))
 
 
-def _codebooks(reader: _Reader, d: int, trained: bool) -> Floats:
-    reader.number("Q", "d of the quantizer", d, d)
+def _codebooks(reader: _Reader, d: int | None, trained: bool) -> Floats:
+    d = reader.number("Q", "d of the quantizer", d or 1, d or _MOST_DIMENSIONS)
     M, bits = reader.number("Q", "M", 1, d), reader.number("Q", "nbits", 4, 16)
     if d % M:
         raise complain("M", M, f"a divisor of {d}")
@@ -209,12 +209,14 @@ def _ivf(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
     nlist, nprobe = reader.number("Q", "nlist", 1, reader.end), reader.number("Q", "nprobe", 1, 2**63)
     quantizer = _node(reader, depth + 1)
     if (
-        not isinstance(quantizer, Flat)
+        not isinstance(quantizer, (Flat, PQ))
         or quantizer.d != d
         or quantizer.ntotal not in ({nlist} if trained else {0, nlist})
     ):
-        raise complain("quantizer", type(quantizer).__name__, f"a flat index of {nlist} vectors of {d} dimensions")
-    if not np.isfinite(quantizer.vectors).all():
+        raise complain(
+            "quantizer", type(quantizer).__name__, f"a flat or PQ index of {nlist} vectors of {d} dimensions"
+        )
+    if not np.isfinite(quantizer.vectors if isinstance(quantizer, Flat) else quantizer.codebooks).all():
         raise complain("centroids of lists", "not finite everywhere", "finite numbers")
     _pass_direct_map(reader)
     residual, codebooks, size = False, None, 4 * d
@@ -302,8 +304,8 @@ def _refine(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, _, _ = head
     base, refine = _within(reader, depth, ntotal), _within(reader, depth, ntotal)
     (factor,) = reader.values("<f", "k_factor")
-    if not isinstance(refine, Flat) or refine.d != d or base.d != d:
-        raise complain("refine index", type(refine).__name__, f"a flat index of {d} dimensions")
+    if not isinstance(refine, (Flat, PQ)) or refine.d != d or base.d != d:
+        raise complain("refine index", type(refine).__name__, f"a flat or PQ index of {d} dimensions")
     if not math.isfinite(factor) or not 1 <= factor <= 1000:
         raise complain("k_factor", factor, "1 to 1000")
     return Refine(*head, base, refine, factor)
@@ -330,11 +332,24 @@ _READERS: dict[str, Callable[[_Reader, str, Head, int], Node]] = {
 
 
 def read_tree(path: str | Path) -> Node:
-    """The tree of a file, whose arrays are views of it, mapped into memory."""
+    """The tree of a file, whose arrays are views of it."""
+    return parse(_mapped(path))
+
+
+def read_codebooks(path: str | Path) -> Floats:
+    """The codebooks (M, 2**bits, d/M) of a product quantizer's own file."""
+    reader = _Reader(_mapped(path))
+    codebooks = _codebooks(reader, None, True)
+    if reader.at != reader.end:
+        raise complain("file", f"{reader.end} bytes", f"{reader.at}, where the quantizer ends")
+    return codebooks
+
+
+def _mapped(path: str | Path) -> mmap.mmap:
     with open(path, "rb") as file:
         if not file.seek(0, 2):
             raise complain("file", "empty", "an index of faiss")
-        return parse(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 # Writing.
@@ -354,14 +369,14 @@ def _put(file: BinaryIO, dtype: npt.DTypeLike, x: npt.NDArray[Any], units: int |
     file.write(np.ascontiguousarray(x, dtype).data)
 
 
-def _put_codebooks(file: BinaryIO, books: Floats) -> None:
+def write_codebooks(books: Floats, file: BinaryIO) -> None:
     M, levels, width = books.shape
     file.write(struct.pack("<QQQ", M * width, M, levels.bit_length() - 1))
     _put(file, np.float32, books)
 
 
 def _write_pq(node: PQ, file: BinaryIO) -> None:
-    _put_codebooks(file, node.codebooks)
+    write_codebooks(node.codebooks, file)
     _put(file, np.uint8, node.codes)
     M, levels, _ = node.codebooks.shape
     file.write(struct.pack("<i?i", 0, False, M * (levels.bit_length() - 1) + 1))  # what faiss has until it is told
@@ -373,7 +388,7 @@ def _write_ivf(node: IVF, file: BinaryIO) -> None:
     file.write(struct.pack("<BQ", 0, 0))  # no direct map
     if node.codebooks is not None:
         file.write(struct.pack("<?Q", node.by_residual, node.codes.shape[1]))
-        _put_codebooks(file, node.codebooks)
+        write_codebooks(node.codebooks, file)
     file.write(b"ilar" + struct.pack("<QQ", len(node.length), node.codes.shape[1]))
     filled = np.flatnonzero(node.length)
     if len(filled) > len(node.length) // 2:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metate.ops.pq import pq_decode
 from metate.search import faiss_files as files
 from metate.search.base import State
 from metate.search.codecs import Product, Vectors
@@ -46,6 +47,8 @@ def from_tree(node: files.Node) -> Index:
     if isinstance(node, files.IDMap):
         names, node = node.ids, node.index
     if isinstance(node, files.Refine):
+        if not isinstance(node.refine, files.Flat):
+            raise files.complain("refine index", type(node.refine).__name__, "a flat one")
         refined, node = node.refine.vectors, node.base
     if isinstance(node, files.PreTransform):
         rotation, node = _rotation(node), node.index
@@ -54,12 +57,20 @@ def from_tree(node: files.Node) -> Index:
         return index
     found = {"rotation": rotation, "centroids": None, "codebooks": None}
     if isinstance(node, files.IVF):
-        found["centroids"], found["codebooks"] = node.quantizer.vectors, node.codebooks
+        found["centroids"], found["codebooks"] = _centroids(node.quantizer), node.codebooks
     elif isinstance(node, files.PQ):
         found["codebooks"] = node.codebooks
     index.set_trained({name: array.copy() for name, array in found.items() if array is not None})
     index._state = _filled(index, node, names, refined)
     return index
+
+
+def _centroids(quantizer: files.Flat | files.PQ) -> files.Floats:
+    if isinstance(quantizer, files.Flat):
+        return quantizer.vectors
+    codes, books = (torch.from_numpy(array.copy()) for array in (quantizer.codes, quantizer.codebooks))
+    centroids: files.Floats = pq_decode(codes, books).numpy()
+    return centroids
 
 
 def _rotation(node: files.PreTransform) -> files.Floats:

@@ -13,7 +13,7 @@ from metate.errors import fail
 from metate.search.storage import Integers, Lists
 
 # ids; a range of ids; a boolean mask, or a uint8 bitmap (least significant bit first), indexed by id; a predicate over
-# an array of ids that returns an array of booleans.
+# an array of ids that returns an array of booleans. Ids that no vector has match nothing.
 Filter: TypeAlias = "Sequence[int] | range | npt.NDArray[Any] | Tensor | Callable[[Integers], Any]"
 
 

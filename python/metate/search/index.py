@@ -84,7 +84,9 @@ class Index(Searching):
                 model["rotation"] = train_rotation(x, M, self.codec.bits, self.seed, turns, steps.advance)
                 x = x @ model["rotation"].T
             if self.nlist is not None and "centroids" not in model:
-                model["centroids"] = fit_centroids(x, self.nlist, "sample", LIST_ITERATIONS, self.seed, self.largest)[0]
+                model["centroids"] = fit_centroids(
+                    x, self.nlist, "sample", LIST_ITERATIONS, self.seed, self.largest, self.largest
+                )[0]
                 steps.advance()
             if isinstance(self.codec, Product) and self.codec.residual:
                 x = x - model["centroids"][self._assign(model, x)]

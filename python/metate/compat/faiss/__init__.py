@@ -29,8 +29,10 @@ from metate.compat.faiss.factory import (
     extract_index_ivf,
     index_factory,
     read_index,
+    read_ProductQuantizer,
     serialize_index,
     write_index,
+    write_ProductQuantizer,
 )
 from metate.compat.faiss.indexes import IndexFlat, IndexFlatCodes, IndexFlatIP, IndexFlatL2, IndexPQ
 from metate.compat.faiss.ivf import DirectMap, IndexIVF, IndexIVFFlat, IndexIVFPQ
@@ -85,5 +87,6 @@ __all__ = [
     "SearchParametersPQ", "SearchParametersPreTransform", "VectorTransform", "clone_index", "copy_array_to_vector",
     "deserialize_index", "downcast_index", "eval_intersection", "extract_index_ivf", "index_factory", "kmin", "knn",
     "normalize_L2", "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances", "rand", "randint", "randn",
-    "read_index", "serialize_index", "swig_ptr", "vector_float_to_array", "vector_to_array", "write_index",
+    "read_ProductQuantizer", "read_index", "serialize_index", "swig_ptr", "vector_float_to_array", "vector_to_array",
+    "write_ProductQuantizer", "write_index",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 
 from metate.compat.faiss.parameters import Floats
 from metate.compat.faiss.quantizer import Bytes, as_array, like
-from metate.compat.faiss.selectors import SearchParameters, SearchParametersIVF, SearchParametersPQ, selector
+from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF, SearchParametersPQ, selector
 
 METRIC_INNER_PRODUCT, METRIC_L2 = 0, 1
 _METRICS = {METRIC_INNER_PRODUCT: "inner_product", METRIC_L2: "l2"}
@@ -67,6 +67,9 @@ class Index:
     def _decode(self, codes: Bytes) -> Floats:
         raise RuntimeError(f"sa_decode not implemented for {type(self).__name__}")
 
+    def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
+        raise RuntimeError(f"add_sa_codes not implemented for {type(self).__name__}")
+
     def merge_from(self, other: Any, add_id: int = 0) -> None:
         """Takes all that another index, trained alike, holds, and empties it."""
         raise RuntimeError(f"merge_from not implemented for {type(self).__name__}")
@@ -120,10 +123,21 @@ class Index:
 
     def sa_decode(self, codes: Any, x: Any = None) -> Any:
         """The vectors that bytes stand for."""
+        return given((self._decode(self._code_rows("sa_decode", codes)), x))[0]
+
+    def add_sa_codes(self, codes: Any, ids: Any = None) -> None:
+        """Adds what `sa_encode` wrote."""
+        rows = self._code_rows("add_sa_codes", codes)
+        numbers = None if ids is None else np.asarray(ids, np.int64)
+        if numbers is not None and numbers.shape != (len(rows),):
+            raise AssertionError(f"add_sa_codes: ids of shape {numbers.shape}, expected ({len(rows)},)")
+        self._add_codes(rows, numbers)
+
+    def _code_rows(self, op: str, codes: Any) -> Bytes:
         rows = np.ascontiguousarray(codes, np.uint8)
         if rows.ndim != 2 or rows.shape[1] != self.sa_code_size():
-            raise AssertionError(f"sa_decode: codes of shape {rows.shape}, expected (n, {self.sa_code_size()})")
-        return given((self._decode(rows), x))[0]
+            raise AssertionError(f"{op}: codes of shape {rows.shape}, expected (n, {self.sa_code_size()})")
+        return rows
 
     def get_distance_computer(self) -> DistanceComputer:
         return DistanceComputer(self)

@@ -32,7 +32,7 @@ class Kmeans:
         if points.ndim != 2 or points.shape[1] != self.d:
             raise AssertionError(f"Kmeans: x of shape {points.shape}, expected (n, {self.d})")
         counts, begin = (None if given is None else as_array(given) for given in (weights, init_centroids))
-        self.centroids, stats = self.cp.run(points, self.k, counts, begin)
+        self.centroids, stats = self.cp.run(points, self.k, self.cp.spherical, counts, begin)
         self.obj = np.array([one.obj for one in stats])
         self.iteration_stats = [asdict(one) for one in stats]
         self.index = IndexFlatIP(self.d) if self.cp.spherical else IndexFlatL2(self.d)
@@ -57,12 +57,9 @@ class Clustering(ClusteringParameters):
         self.iteration_stats: Vector[IterationStats] = Vector()
 
     def train(self, x: Any, index: Index, weights: Any = None) -> None:
-        if index.metric_type == METRIC_INNER_PRODUCT and not self.spherical:
-            raise NotImplementedError("metate.compat.faiss: k-means by inner products: set spherical")
         begin = as_array(self.centroids).reshape(-1, self.d) if len(self.centroids) else None
-        found, self.iteration_stats = self.run(
-            as_array(x), self.k, None if weights is None else as_array(weights), begin
-        )
+        counts, product = None if weights is None else as_array(weights), index.metric_type == METRIC_INNER_PRODUCT
+        found, self.iteration_stats = self.run(as_array(x), self.k, product, counts, begin)
         self.centroids = found.reshape(-1)
         index.reset()
         index.add(found)

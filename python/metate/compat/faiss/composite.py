@@ -57,6 +57,9 @@ class _Around(Index):
     def _decode(self, codes: Bytes) -> Floats:
         return self.index._decode(codes)
 
+    def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
+        self.index._add_codes(codes, ids)
+
 
 class IndexIDMap(_Around):
     """Ids of one's own for an index that numbers vectors."""
@@ -80,6 +83,12 @@ class IndexIDMap(_Around):
             raise AssertionError(f"IndexIDMap: ids of shape {numbers.shape}, expected ({len(x)},)")
         self.index.add(x)
         self._ids = np.concatenate([self._ids, numbers])
+
+    def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
+        if ids is None:
+            raise RuntimeError("IndexIDMap: add_sa_codes without ids, expected one for each row")
+        self.index._add_codes(codes, None)
+        self._ids = np.concatenate([self._ids, ids])
 
     def _named(self, places: Any) -> Any:
         """Ids of places, -1 for -1."""

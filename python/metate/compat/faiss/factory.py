@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ import numpy.typing as npt
 from metate.compat.faiss.base import METRIC_L2, Elementary, Index
 from metate.compat.faiss.clustering import flat_like
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
-from metate.compat.faiss.indexes import IndexPQ
+from metate.compat.faiss.indexes import IndexFlat, IndexPQ
 from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ
-from metate.compat.faiss.quantizer import as_array
+from metate.compat.faiss.quantizer import ProductQuantizer
 from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, RandomRotationMatrix, VectorTransform
 from metate.errors import FormatError
 from metate.search import faiss_files as files
@@ -24,13 +25,14 @@ from metate.search.files import replacing
 
 def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
     """The index of a string such as "OPQ16_64,IVF256,PQ16x4,RFlat" or "IDMap,Flat"."""
-    parts, chain, wrap, refine = description.split(","), [], None, False
+    parts, chain, wrap, refine = description.split(","), [], None, ""
     if parts[0] in ("IDMap", "IDMap2"):
         wrap = parts.pop(0)
     elif parts[-1] in ("IDMap", "IDMap2"):
         wrap = parts.pop()
-    if parts and parts[-1] in ("RFlat", "Refine(Flat)"):
-        refine = bool(parts.pop())
+    if parts and (again := re.fullmatch(r"R(Flat)|Refine\((.+)\)", parts[-1])):
+        refine = again[1] or again[2]
+        parts.pop()
     width = d
     while parts and (match := re.fullmatch(r"(OPQ|RR)(\d*)(?:_(\d+))?", parts[0])):
         kind, number, size = match.groups()
@@ -43,31 +45,39 @@ def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
         if isinstance(step, OPQMatrix) and isinstance(index, (IndexPQ, IndexIVFPQ)):
             step.pq = index.pq  # type: ignore[assignment]
     index = IndexPreTransform(*chain, index) if chain else index
-    index = IndexRefineFlat(index) if refine else index
+    if refine == "Flat":
+        index = IndexRefineFlat(index)
+    elif refine:
+        index = IndexRefine(index, _elementary(d, [refine], metric, description))
     if wrap is not None:
         index = IndexIDMap(index) if wrap == "IDMap" else IndexIDMap2(index)
     return index
 
 
 def _elementary(d: int, parts: list[str], metric: int, description: str) -> Index:
-    lists = re.fullmatch(r"IVF(\d+)([kM]?)", parts[0]) if len(parts) == 2 else None
+    lists = re.fullmatch(r"IVF(\d+)([kM]?)(?:\((PQ.+)\))?", parts[0]) if len(parts) == 2 else None
     nlist = int(lists[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[lists[2]] if lists else 0
     code = parts[-1] if len(parts) == (2 if lists else 1) else ""
     match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(np)?", code)
     if code != "Flat" and not match:
         raise RuntimeError(
-            f"index_factory: {description!r}, expected [IDMap,][OPQ…|RR…,][IVFn,]Flat|PQm[xb][,RFlat], which metate has"
+            f"index_factory: {description!r}, expected what metate has: "
+            "[IDMap,][OPQ…|RR…,][IVFn[(PQm)],]Flat|PQm[xb][,Refine(Flat|PQm)]"
         )
     if match:
         M, bits = int(match[1]), int(match[2] or 8)
         if d % M:
             raise RuntimeError(f"index_factory: {M} sub-vectors of {d} dimensions, expected a divisor")
         if lists:
-            return IndexIVFPQ(flat_like(d, metric), d, nlist, M, bits, metric)
+            return IndexIVFPQ(_quantizer(d, lists[3], metric, description), d, nlist, M, bits, metric)
         return IndexPQ(d, M, bits, metric)
     if lists:
-        return IndexIVFFlat(flat_like(d, metric), d, nlist, metric)
+        return IndexIVFFlat(_quantizer(d, lists[3], metric, description), d, nlist, metric)
     return flat_like(d, metric)
+
+
+def _quantizer(d: int, code: str | None, metric: int, description: str) -> Index:
+    return _elementary(d, [code or "Flat"], metric, description)
 
 
 # Files.
@@ -75,8 +85,6 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
 
 def write_index(index: Index, path: str) -> None:
     """In faiss' own format, whole or not at all."""
-    from pathlib import Path
-
     tree = _tree(index)
     with replacing(Path(path)) as file:
         files.write_tree(tree, file)
@@ -95,6 +103,22 @@ def read_index(path: str, *flags: Any) -> Index:
         return _index(files.read_tree(path))
     except FormatError as error:
         raise ReadError(f"{error} ({path})") from None
+
+
+def write_ProductQuantizer(pq: ProductQuantizer, path: str) -> None:
+    with replacing(Path(path)) as file:
+        files.write_codebooks(pq._books.numpy(), file)
+
+
+def read_ProductQuantizer(path: str) -> ProductQuantizer:
+    try:
+        books = files.read_codebooks(path)
+    except FormatError as error:
+        raise ReadError(f"{error} ({path})") from None
+    M, levels, width = books.shape
+    pq = ProductQuantizer(M * width, M, levels.bit_length() - 1)
+    pq.centroids[...] = books.reshape(-1)
+    return pq
 
 
 def serialize_index(index: Index) -> npt.NDArray[np.uint8]:
@@ -124,6 +148,10 @@ def _tree(index: Index) -> files.Node:
         return files.Refine(*head, _tree(index.base_index), _tree(index.refine_index), index.k_factor)
     if isinstance(index, IndexIVF):
         index._inner.nprobe = min(index.nprobe, index.nlist)
+        tree = to_tree(index._inner)
+        assert isinstance(tree, files.IVF)
+        tree.quantizer = _tree(index.quantizer)
+        return tree
     return to_tree(index._inner)  # type: ignore[attr-defined]
 
 
@@ -144,8 +172,9 @@ def _index(node: files.Node) -> Index:
     if isinstance(node, files.PreTransform):
         return IndexPreTransform(*map(_transform, node.chain), _index(node.index))
     if isinstance(node, files.Refine):
-        base, flat = _index(node.base), _index(node.refine)
-        refined = IndexRefineFlat(base, flat.reconstruct_n())
+        base, fine = _index(node.base), _index(node.refine)
+        flat = isinstance(fine, IndexFlat)
+        refined = IndexRefineFlat(base, fine.reconstruct_n()) if flat else IndexRefine(base, fine)
         refined.k_factor = node.k_factor
         return refined
     return _leaf(from_tree(node), node)
@@ -162,9 +191,7 @@ def _transform(step: files.Transform) -> LinearTransform:
 def _leaf(inner: Any, node: files.Node) -> Index:
     found: Elementary
     if isinstance(node, files.IVF):
-        quantizer = flat_like(node.d, node.metric)
-        if inner.is_trained:
-            quantizer.add(as_array(inner._state.model["centroids"]))
+        quantizer = _index(node.quantizer)
         if node.codebooks is None:
             found = IndexIVFFlat(quantizer, node.d, inner.nlist, node.metric)
         else:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, Elementary, Index, metric_name
-from metate.compat.faiss.lists import append, stored
+from metate.compat.faiss.lists import append, append_codes, stored
 from metate.compat.faiss.parameters import Floats
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array
-from metate.compat.faiss.selectors import SearchParameters, SearchParametersPQ
+from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersPQ
 from metate.search import FlatIndex, PQIndex
 
 
@@ -33,6 +33,12 @@ class IndexFlatCodes(Elementary):
         append(other._inner, other._inner._state.lists.rows(), self._inner, None)
         other.reset()
 
+    def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
+        if ids is not None:
+            raise RuntimeError(f"{type(self).__name__}: ids are given, expected None: ids are places")
+        self._ready()
+        append_codes(self._inner, np.zeros(len(codes), np.int64), codes, None)
+
     get_FlatCodesDistanceComputer = Index.get_distance_computer
 
 
@@ -54,7 +60,7 @@ class IndexFlat(IndexFlatCodes):
         return as_array(self.reconstruct_n()).reshape(-1).view(np.uint8)
 
     def _encode(self, x: Floats) -> Bytes:
-        return x.view(np.uint8)
+        return x.view(np.uint8).copy()
 
     def _decode(self, codes: Bytes) -> Floats:
         return codes.view(np.float32)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, MOST, Elementary, Index, by_id, given, metric_name
-from metate.compat.faiss.indexes import IndexFlat
+from metate.compat.faiss.indexes import IndexFlat, IndexPQ
 from metate.compat.faiss.lists import (
     InvertedLists,
     append,
+    append_codes,
     preassigned,
     same_training,
     stored,
@@ -20,7 +21,7 @@ from metate.compat.faiss.lists import (
 )
 from metate.compat.faiss.parameters import ClusteringParameters, Floats
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array, like
-from metate.compat.faiss.selectors import SearchParameters, SearchParametersIVF
+from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF
 from metate.search import IVFFlatIndex, IVFPQIndex
 
 
@@ -31,17 +32,17 @@ class DirectMap:
 
 
 class IndexIVF(Elementary):
-    """Lists by the nearest vector of a flat index, which training fills, or which comes filled."""
+    """Lists by the nearest vector of a flat or PQ index, which training fills, or which comes filled."""
 
     code_size: int
 
     def __init__(self, quantizer: Index, d: int, nlist: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)
-        if not isinstance(quantizer, IndexFlat):
+        if not isinstance(quantizer, (IndexFlat, IndexPQ)):
             raise NotImplementedError(
-                f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat"
+                f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat or IndexPQ"
             )
-        self.quantizer, self.nlist, self.nprobe = quantizer, int(nlist), 1
+        self.quantizer, self.nlist, self.nprobe, self.max_codes = quantizer, int(nlist), 1, 0
         self.own_fields = True
         self.cp = ClusteringParameters(niter=10, spherical=metric == METRIC_INNER_PRODUCT)
         self._inner = self._make()
@@ -52,8 +53,10 @@ class IndexIVF(Elementary):
     def train(self, x: Any) -> None:
         points = as_array(self._checked(x))
         if self.quantizer.ntotal != self.nlist:
-            centroids, _ = self.cp.run(points, self.nlist)
+            centroids, _ = self.cp.run(points, self.nlist, self.metric_type == METRIC_INNER_PRODUCT)
             self.quantizer.reset()
+            if not self.quantizer.is_trained:
+                self.quantizer.train(centroids)
             self.quantizer.add(centroids)
         self._train_codes(points)
         self._set_trained()
@@ -72,6 +75,10 @@ class IndexIVF(Elementary):
     def add_with_ids(self, x: Any, ids: Any) -> None:
         self._ready()
         self._inner.add_with_ids(self._checked(x), ids, progress=False)
+
+    def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
+        self._ready()
+        append_codes(self._inner, *without_lists(codes, self.coarse_code_size()), ids)
 
     def update_vectors(self, keys: Any, x: Any) -> None:
         """Other vectors under ids that are there."""
@@ -138,10 +145,21 @@ class IndexIVF(Elementary):
         self, x: Any, k: int, Iq: Any, Dq: Any, *, params: SearchParameters | None = None, D: Any = None, I: Any = None,  # noqa: E741
     ) -> Any:  # fmt: skip
         """Search in the lists Iq (n, nprobe), at distances Dq from their centroids."""
-        sel = self._how(params)["filter"]
-        found = preassigned(self._inner, self._checked(x), k, Iq, Dq, sel)
-        distances, ids = (part.numpy() for part in found)
-        return given((like(x, distances.clip(-MOST, MOST)), D), (like(x, ids), I))
+        distances, ids = self._search_lists(self._checked(x), k, Iq, Dq, params)
+        return given((distances.clip(-MOST, MOST), D), (ids, I))
+
+    def _search_lists(self, x: Any, k: int, lists: Any, near: Any, params: SearchParameters | None) -> tuple[Any, Any]:
+        how, most = self._how(params), self.max_codes if params is None else vars(params)["max_codes"]
+        distances, ids = preassigned(self._inner, x, k, lists, near, how["filter"], most)
+        return like(x, distances.numpy()), like(x, ids.numpy())
+
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        how = self._how(params)
+        if not (self.max_codes if params is None else vars(params)["max_codes"]):
+            return super()._search(x, k, params)
+        self._ready()
+        near, lists = self.quantizer._search(x, how["nprobe"], None)
+        return self._search_lists(x, k, lists, near, params)
 
     def range_search_preassigned(self, x: Any, thresh: float, Iq: Any, Dq: Any) -> tuple[Any, Any, Any]:
         """Range search in the lists Iq: more and more are asked for until the last one is outside."""
@@ -169,7 +187,7 @@ class IndexIVF(Elementary):
         if params is not None and not isinstance(params, SearchParametersIVF):
             return self._refuse(params)
         for name, value in ({} if params is None else vars(params)).items():
-            if name not in ("sel", "nprobe") and value:
+            if name not in ("sel", "nprobe", "max_codes") and value:
                 raise NotImplementedError(
                     f"metate.compat.faiss: {name} of SearchParametersIVF is not there; use nprobe"
                 )

@@ -12,6 +12,7 @@ from metate.compat.faiss.quantizer import Bytes, as_array
 from metate.compat.faiss.selectors import IDSelector, Integers
 from metate.search.codecs import Probe, Product
 from metate.search.filters import keep_bitmap
+from metate.search.storage import Lists
 
 
 class InvertedLists:
@@ -83,10 +84,31 @@ def append(source: Any, rows: Integers, target: Any, ids: Integers | None) -> No
     home = lists.list_of(rows) if len(rows) else rows
     at = torch.from_numpy(rows).to(source.device)
     values = {name: column[at] for name, column in lists.columns.items() if name != "ids"}
+    _extend("merge_from", target, home, values, ids)
+
+
+def append_codes(target: Any, home: Integers, codes: Bytes, ids: Integers | None) -> None:
+    """Rows of bytes at the ends of the lists `home`, under ids, or those that come next."""
+    op, codec = "add_sa_codes", target.codec
+    if len(home) and not 0 <= home.min() <= home.max() < (target.nlist or 1):
+        raise RuntimeError(f"{op}: lists {home.min()} to {home.max()}, expected 0 to {target.nlist - 1}")
+    if isinstance(codec, Product):
+        values = {"codes": torch.from_numpy(codes.copy())}
+        if codec.row_bias:
+            model = target._trained(op).model
+            values["bias"] = codec.bias(model, values["codes"], model["centroids"][torch.from_numpy(home)])
+    else:
+        values = {codec.name: torch.from_numpy(codes.copy().view(np.float32))}
+        if not bool(values[codec.name].isfinite().all()):
+            raise RuntimeError(f"{op}: vectors are not finite everywhere, expected finite numbers")
+    _extend(op, target, home, values, ids)
+
+
+def _extend(op: str, target: Any, home: Integers, values: dict[str, Tensor], ids: Integers | None) -> None:
     with target._lock:
-        state = target._trained("merge_from")
+        state = target._trained(op)
         if ids is not None:
-            target._check_new("merge_from", state, ids)
+            target._check_new(op, state, ids)
         target._state = target._appended(state, home, values, ids)
 
 
@@ -100,9 +122,10 @@ def same_training(op: str, source: Any, target: Any) -> None:
 
 
 def preassigned(
-    inner: Any, x: Any, k: int, probed: Any, distances: Any, sel: IDSelector | None
+    inner: Any, x: Any, k: int, probed: Any, distances: Any, sel: IDSelector | None, most: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A search of the lists `probed` (Q, P), -1 for none, at those distances from their centroids."""
+    """A search of the lists `probed` (Q, P), -1 for none, at those distances from their centroids: of the first `most`
+    vectors, if that is not 0."""
     op, state, numbers = "search_preassigned", inner._trained("search_preassigned"), np.asarray(probed, np.int64)
     if numbers.size and not -1 <= numbers.min() <= numbers.max() < inner.nlist:
         raise RuntimeError(f"{op}: Iq holds {numbers.min()} to {numbers.max()}, expected -1 to {inner.nlist - 1}")
@@ -111,9 +134,22 @@ def preassigned(
         if distances is None:
             raise AssertionError(f"{op}: Dq is None, expected distances, which those of residuals are added to")
         bias = torch.from_numpy(as_array(distances))
-    ranges, keep = lists.extents[torch.from_numpy(numbers)], keep_bitmap(op, lists, sel)
-    probe = Probe(lists.seen, ranges, bias, lists.ids_column(), keep, k)
+    keep = keep_bitmap(op, lists, sel)
+    probe = Probe(lists.seen, _ranges(lists, numbers, most), bias, lists.ids_column(), keep, k)
     found: tuple[Tensor, Tensor] = inner.codec.scan(
         state.model, torch.from_numpy(as_array(x)), probe, inner._scan_metric
     )
     return found
+
+
+def _ranges(lists: Lists, probed: Integers, most: int) -> Tensor:
+    """The rows of lists (Q, P), up to the one with which a query has seen `most` vectors."""
+    ranges: Tensor = lists.extents[torch.from_numpy(probed)]
+    if not most:
+        return ranges
+    living = np.append(lists.length if lists.live is None else lists.living(), 0)[probed]
+    left = most - (living.cumsum(1) - living)
+    for q, p in zip(*np.nonzero(left < living), strict=True):
+        rows = lists.rows(slice(probed[q, p], probed[q, p] + 1))
+        ranges[q, p, 1] = int(rows[left[q, p] - 1]) + 1 if left[q, p] > 0 else ranges[q, p, 0]
+    return ranges

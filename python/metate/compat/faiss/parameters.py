@@ -44,20 +44,23 @@ class ClusteringParameters:
             setattr(self, name, value)
 
     def run(
-        self, x: Floats, k: int, weights: Floats | None = None, begin: Floats | None = None
+        self, x: Floats, k: int, product: bool, weights: Floats | None = None, begin: Floats | None = None
     ) -> tuple[Floats, Vector[IterationStats]]:
-        """The centroids of the best of `nredo` runs, and what is known of its iterations: those that changed them."""
+        """The centroids of the best of `nredo` runs, and what is known of its iterations: those that changed them.
+
+        With `product`, points go to the largest inner product.
+        """
         if len(x) < k:
             raise RuntimeError(f"k-means: {len(x)} points, expected at least k={k}")
         runs = [
             fit_centroids(
                 torch.from_numpy(x), k, "sample" if begin is None else torch.from_numpy(begin), self.niter,
-                self.seed + turn, self.spherical, self.max_points_per_centroid,
+                self.seed + turn, self.spherical, product, self.max_points_per_centroid,
                 None if weights is None else torch.from_numpy(weights), self.int_centroids,
             )
             for turn in range(self.nredo)
         ]  # fmt: skip
         last = [float(objective[-1]) if len(objective) else 0.0 for _, objective in runs]
-        centroids, objective = runs[int(np.argmax(last) if self.spherical else np.argmin(last))]
+        centroids, objective = runs[int(np.argmax(last) if product else np.argmin(last))]
         changed = objective[: int((objective != objective[-1:]).sum()) + 1] if len(objective) else objective
         return centroids.numpy(), Vector(map(IterationStats, changed.tolist()))

@@ -193,7 +193,7 @@ def ivf_search(
     Args:
         queries: (Q, D) float32, any strides.
         centroids: (lists, D) float32.
-        extents: (lists, 2) int64: list i has the rows first <= row < last. Lists do not overlap.
+        extents: (lists, 2) int64: list i has the rows first <= row < last that exist. Lists do not overlap.
         rows: vectors (n, D) as the base of `topk_distances`, or codes as in `pq_scan`.
         k: how many, at least 1; more than there are rows is fine.
         nprobe: 1 to the number of lists.

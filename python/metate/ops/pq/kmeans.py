@@ -42,17 +42,19 @@ def kmeans(
         (iterations) float64: of the points trained on, the sum of squared distances (of inner products if spherical)
         to the centroids before each move. A centroid that lost its points restarts beside that of the largest cluster.
     """
-    centroids, objective = fit_centroids(x, k, init, iterations, seed, spherical, max_points_per_centroid, weights)
+    centroids, objective = fit_centroids(
+        x, k, init, iterations, seed, spherical, spherical, max_points_per_centroid, weights
+    )
     return centroids, _assign(x.detach(), centroids, spherical)[1], objective
 
 
 def fit_centroids(
-    x: Tensor, k: int, init: str | Tensor = "k-means++", iterations: int = 25, seed: int = 0, spherical: bool = False,
-    most: int | None = 256, weights: Tensor | None = None, integers: bool = False,
+    x: Tensor, k: int, init: str | Tensor = "k-means++", iterations: int = 25, seed: int = 0, unit: bool = False,
+    product: bool = False, most: int | None = 256, weights: Tensor | None = None, integers: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The centroids and the objective of `kmeans`, for whom the assignment of all points would be work in vain.
 
-    With `integers`, centroids are rounded.
+    `unit`: centroids of length 1; `product`: points go to the largest inner product; `integers`: centroids are rounded.
     """
     _check(x, k, init, iterations, most, weights)
     generator = torch.Generator().manual_seed(seed)
@@ -60,17 +62,17 @@ def fit_centroids(
     if most is not None and x.shape[0] > k * most:
         rows = _sample(x.shape[0], k * most, generator).to(x.device)
         points, weights = points[rows], None if weights is None else weights[rows]
-    centroids = _shaped(_begin(points, k, init, generator), spherical, integers)
+    centroids = _shaped(_begin(points, k, init, generator), unit, integers)
     objective: list[float] = []
     weighted = points if weights is None else points * weights[:, None]
     columns = weighted.T.contiguous() if x.shape[1] <= _NARROW else None
     while len(objective) < iterations:
-        distances, nearest = _assign(points, centroids, spherical)
+        distances, nearest = _assign(points, centroids, product)
         objective.append(distances.sum(dtype=torch.float64).item())
         if objective[-2:-1] == objective[-1:]:  # nothing moves any more
             objective += objective[-1:] * (iterations - len(objective))
             break
-        centroids = _shaped(_move(weighted, columns, weights, nearest, k), spherical, integers)
+        centroids = _shaped(_move(weighted, columns, weights, nearest, k), unit, integers)
     return centroids, torch.tensor(objective, dtype=torch.float64)
 
 
@@ -111,8 +113,8 @@ def _begin(points: Tensor, k: int, init: str | Tensor, generator: torch.Generato
     return torch.cat([given, points[rows]])
 
 
-def _shaped(centroids: Tensor, spherical: bool, integers: bool) -> Tensor:
-    centroids = torch.nn.functional.normalize(centroids, dim=1) if spherical else centroids
+def _shaped(centroids: Tensor, unit: bool, integers: bool) -> Tensor:
+    centroids = torch.nn.functional.normalize(centroids, dim=1) if unit else centroids
     return centroids.round() if integers else centroids
 
 
@@ -121,9 +123,8 @@ def _sample(n: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(n, generator=generator)[:count].sort().values
 
 
-def _assign(x: Tensor, centroids: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:
-    metric = int(spherical)
-    distances, nearest = topk_op(x, centroids, None, None, None, None, None, 1, metric, spherical)
+def _assign(x: Tensor, centroids: Tensor, product: bool) -> tuple[Tensor, Tensor]:
+    distances, nearest = topk_op(x, centroids, None, None, None, None, None, 1, int(product), product)
     return distances[:, 0], nearest[:, 0]
 
 

@@ -60,7 +60,7 @@ class IndexFlat(IndexFlatCodes):
         return as_array(self.reconstruct_n()).reshape(-1).view(np.uint8)
 
     def _encode(self, x: Floats) -> Bytes:
-        return x.view(np.uint8).copy()
+        return np.array(x.view(np.uint8))
 
     def _decode(self, codes: Bytes) -> Floats:
         return codes.view(np.float32)

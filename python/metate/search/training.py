@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from metate.ops.pq import pq_decode, pq_encode
-from metate.ops.pq.codes import unpack_codes
-from metate.ops.pq.kmeans import fit_centroids
+from metate.ops.pq.kmeans import fit_codebooks, move_codebooks
 
-LIST_ITERATIONS = 12  # of k-means for lists
+LIST_ITERATIONS = 10  # of k-means for lists
+_TOGETHER = 1 << 17  # sub-vectors whose means are taken at once: more, and they leave the cache
 _FIRST = 8  # iterations of k-means before the first rotation is fitted
 
 
@@ -23,11 +23,17 @@ def train_codebooks(
 
     From points taken at random, as for lists: k-means++ spends centroids on outliers, which are nobody's neighbours.
     """
-    books = []
-    for m, part in enumerate(x.split(x.shape[1] // M, 1)):
-        books.append(fit_centroids(part.contiguous(), 1 << bits, "sample", iterations, seed + m, most=most)[0])
-        tick()
-    return torch.stack(books)
+    generator = torch.Generator().manual_seed(seed)
+    levels, width = 1 << bits, x.shape[1] // M
+    if len(x) > most * levels:
+        x = x[torch.randperm(len(x), generator=generator)[: most * levels].sort().values.to(x.device)]
+    books, together = [], max(1, _TOGETHER // max(len(x), 1))
+    for m in range(0, M, together):
+        part = x[:, m * width : (m + together) * width].contiguous()
+        books.append(fit_codebooks(part, part.shape[1] // width, levels, iterations, generator))
+        for _ in range(len(books[-1])):
+            tick()
+    return torch.cat(books)
 
 
 def train_rotation(
@@ -43,7 +49,7 @@ def train_rotation(
     for _ in range(iterations):
         rotated = x @ rotation.T
         codes = pq_encode(rotated, books)
-        books = _means(rotated, codes, books, bits)
+        books = move_codebooks(rotated, codes, books)
         left, _, right = torch.linalg.svd((x.T @ pq_decode(codes, books)).double())
         rotation = (left @ right).T.to(x.dtype).contiguous()
         tick()
@@ -63,13 +69,3 @@ def _principal_axes(x: Tensor, M: int) -> Tensor:
         products[m] += logs[axis]
     rotation: Tensor = axes.T[[axis for part in dealt for axis in part]].to(x.dtype).contiguous()
     return rotation
-
-
-def _means(x: Tensor, codes: Tensor, books: Tensor, bits: int) -> Tensor:
-    """One step of Lloyd's for all sub-vectors; a centroid without points stays."""
-    M, levels, width = books.shape
-    numbers = (unpack_codes(codes, M, bits).long() + levels * torch.arange(M, device=x.device)).flatten()
-    total = x.new_zeros(M * levels, width).index_add_(0, numbers, x.reshape(-1, width))
-    count = torch.bincount(numbers, minlength=M * levels)[:, None]
-    means: Tensor = torch.where(count > 0, total / count.clamp_min(1), books.view(-1, width))
-    return means.view(books.shape)

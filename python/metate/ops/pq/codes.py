@@ -49,6 +49,8 @@ def unpack_codes(codes: Tensor, M: int, bits: int) -> Tensor:
     """(n, row_bytes) bytes → (n, M) int32: the inverse of `pack_codes`."""
     if bits == 8:
         return codes.to(torch.int32)
+    if bits == 4:
+        return torch.stack([codes & 15, codes >> 4], 2).flatten(1)[:, :M].to(torch.int32)
     byte, shift = _places(M, bits, codes.device)
     padded = torch.nn.functional.pad(codes, (0, 2))
     value = torch.zeros(codes.shape[0], M, dtype=torch.int32, device=codes.device)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.ops.pq.declaration import topk_op
+from metate.ops.pq.codes import bits_of, unpack_codes
+from metate.ops.pq.declaration import encode_op, topk_op
 
 _PER_CANDIDATE = 32  # points a centroid among which k-means++ chooses
 _PROPOSALS = 64  # that k-means++ draws at a time
@@ -65,15 +66,45 @@ def fit_centroids(
     centroids = _shaped(_begin(points, k, init, generator), unit, integers)
     objective: list[float] = []
     weighted = points if weights is None else points * weights[:, None]
-    columns = weighted.T.contiguous() if x.shape[1] <= _NARROW else None
+    columns = _columns(weighted)
     while len(objective) < iterations:
         distances, nearest = _assign(points, centroids, product)
         objective.append(distances.sum(dtype=torch.float64).item())
         if objective[-2:-1] == objective[-1:]:  # nothing moves any more
             objective += objective[-1:] * (iterations - len(objective))
             break
-        centroids = _shaped(_move(weighted, columns, weights, nearest, k), unit, integers)
+        centroids = _shaped(_move(weighted, columns, weights, nearest, k, k), unit, integers)
     return centroids, torch.tensor(objective, dtype=torch.float64)
+
+
+def fit_codebooks(x: Tensor, M: int, levels: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """(M, levels, D/M): k-means of every sub-vector by itself, all at once, from points taken at random."""
+    _check(x, levels, "sample", iterations, None, None)
+    rows = torch.stack([_sample(x.shape[0], levels, generator) for _ in range(M)]).to(x.device)
+    parts = x.view(x.shape[0], M, x.shape[1] // M)
+    books = parts[rows, torch.arange(M, device=x.device)[:, None]]
+    columns, codes = _columns(parts.flatten(0, 1)), None
+    for _ in range(iterations):
+        last, codes = codes, encode_op(x, books)
+        if last is not None and torch.equal(codes, last):  # nothing moves any more
+            break
+        books = move_codebooks(x, codes, books, columns)
+    return books
+
+
+def move_codebooks(x: Tensor, codes: Tensor, books: Tensor, columns: Tensor | None = None) -> Tensor:
+    """The means of the sub-vectors that have the same code; columns: theirs, one after another, where known."""
+    M, levels, width = books.shape
+    numbers = unpack_codes(codes, M, bits_of("kmeans", "codebooks", levels)).long()
+    numbers = (numbers + levels * torch.arange(M, device=x.device)).flatten()
+    points = x.reshape(-1, width)
+    columns = _columns(points) if columns is None else columns
+    return _move(points, columns, None, numbers, M * levels, levels).view(books.shape)
+
+
+def _columns(x: Tensor) -> Tensor | None:
+    """The columns one after another, where their sums are faster than those of rows."""
+    return x.T.contiguous() if x.shape[1] <= _NARROW else None
 
 
 def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | None, weights: Tensor | None) -> None:
@@ -165,8 +196,11 @@ def _kept(proposals: Tensor, before: Tensor, draws: Tensor) -> Tensor:
     return torch.tensor(kept)
 
 
-def _move(x: Tensor, columns: Tensor | None, weights: Tensor | None, nearest: Tensor, k: int) -> Tensor:
-    """The means of the clusters; where there is none, half of the largest that is left is split off.
+def _move(
+    x: Tensor, columns: Tensor | None, weights: Tensor | None, nearest: Tensor, k: int, together: int
+) -> Tensor:  # fmt: skip
+    """The means of the clusters; where there is none, half of the largest that is left is split off: of `together`
+    clusters, which share their points.
 
     x, and its columns one after another, are multiplied by the weights already.
     """
@@ -180,7 +214,8 @@ def _move(x: Tensor, columns: Tensor | None, weights: Tensor | None, nearest: Te
     if empty:
         size = counts.tolist()
         for lost in empty:
-            largest = max(range(k), key=size.__getitem__)
+            first = lost // together * together
+            largest = max(range(first, first + together), key=size.__getitem__)
             step = means[largest] * (2.0**-10)
             means[lost], means[largest] = means[largest] + step, means[largest] - step
             size[lost], size[largest] = size[largest] / 2, size[largest] / 2

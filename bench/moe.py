@@ -24,7 +24,7 @@ _STACKED = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offset
 
 def workloads(compile: bool) -> list[Workload]:
     rivals = {"torch loop": loop, "torch._grouped_mm": grouped_mm}
-    many = [case for case in outer_op.domain.sweep if case["T"] > 1]
+    many = [case for case in outer_op.domain.sweep if case["T"] > 1 and case["gathered"]]
     return [
         *mixture.layers(),
         Workload("grouped linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label,
@@ -67,10 +67,18 @@ def weights_of(setup: Setup, named: dict[str, Any]) -> Tensor:
     return torch.stack([weight.to(setup.dtype) for weight in experts])
 
 
+def dense(setup: Setup, named: dict[str, Any]) -> Tensor:
+    """Once for all rivals."""
+    if "dense" not in named:
+        named["dense"] = weights_of(setup, named)
+    weights: Tensor = named["dense"]
+    return weights
+
+
 def problems(setup: Setup) -> list[tuple[Tensor, Tensor | None, int, Tensor, Tensor]]:
     """x, order, k, weights and offsets of experts of every set of inputs."""
     return [
-        (named["x"], named["order"], named["k"], weights_of(setup, named),
+        (named["x"], named["order"], named["k"], dense(setup, named),
          named["expert_offsets" if "codes" in named else "offsets"])
         for named in setup.named
     ]  # fmt: skip

@@ -1,6 +1,8 @@
 // Binds csrc/moe.h: the operators declared in python/metate/ops/moe.
 #include "moe.h"
 
+#include <vector>
+
 #include "bind.h"
 #include "low_bit.h"
 
@@ -8,6 +10,69 @@ namespace metate::bind {
 namespace {
 
 using Optional = std::optional<Tensor>;
+
+// What rules.py in python/metate/ops/moe expects of a CPU's numbers, for calls that it does not see.
+
+View<2> as_row(const View<1>& numbers) {
+    return {numbers.data, numbers.dtype, {1, numbers.size[0]}, {0, numbers.stride[0]}};
+}
+
+template <class Test>
+bool are_all(const View<2>& numbers, const Test& test) {
+    const int32_t* row = static_cast<const int32_t*>(numbers.data);
+    for (int64_t i = 0; i < numbers.size[0]; ++i, row += numbers.stride[0])
+        for (int64_t j = 0; j < numbers.size[1]; ++j)
+            if (!test(int64_t{row[j * numbers.stride[1]]})) return false;
+    return true;
+}
+
+bool are_within(const View<2>& numbers, int64_t least, int64_t most) {
+    return are_all(numbers, [=](int64_t number) { return least <= number && number < most; });
+}
+
+// Of -1 … most - 1; all but -1 at most once.
+bool are_once(const View<2>& numbers, int64_t most) {
+    std::vector<bool> seen(static_cast<size_t>(most));
+    return are_all(numbers, [&](int64_t number) {
+        if (number < 0 || number >= most) return number == -1;
+        auto one = seen[static_cast<size_t>(number)];
+        if (one) return false;
+        one = true;
+        return true;
+    });
+}
+
+bool is_order(const Tensor& order, int64_t slots) {
+    return are_once(as_row(view<1>(order)), slots);
+}
+
+// Offsets of experts, and the order of the rows if there is one.
+bool are_rows(const Tensor& offsets, int64_t rows, const Optional& order, int64_t slots) {
+    int64_t last = 0;
+    const auto follows = [&](int64_t start) {
+        const bool fine = last <= start && start <= rows;
+        last = start;
+        return fine;
+    };
+    return are_all(as_row(view<1>(offsets)), follows) && (!order || is_order(*order, slots));
+}
+
+bool are_permutations(const Optional& numbers) {
+    if (!numbers) return true;
+    View<2> row = view<2>(*numbers);
+    row.size[0] = 1;
+    for (int64_t e = 0; e < numbers->size(0); ++e) {
+        if (!are_within(row, 0, row.size[1]) || !are_once(row, row.size[1])) return false;
+        row.data = static_cast<int32_t*>(row.data) + row.stride[0];
+    }
+    return true;
+}
+
+// Calls that Python did not check and that are wrong go to it.
+template <class Test>
+void expect(const Tensor& x, const Test& is_fine) {
+    if (x.direct() && !is_fine()) throw NeedsDispatcher{};
+}
 
 std::tuple<Tensor, Tensor> moe_topk(const Tensor& logits, const Optional& bias, int64_t k, int64_t score,
                                     int64_t groups, int64_t top_groups, int64_t group_rule, bool renormalise,
@@ -22,6 +87,7 @@ std::tuple<Tensor, Tensor> moe_topk(const Tensor& logits, const Optional& bias, 
 
 Tensor moe_topk_backward(const Tensor& grad, const Tensor& logits, const Tensor& experts, int64_t score,
                          bool renormalise, double scaling) {
+    expect(logits, [&] { return are_within(view<2>(experts), 0, logits.size(1)); });
     Tensor d_logits = empty(logits, {logits.size(0), logits.size(1)});
     METATE_LAUNCH(moe_topk_backward, logits,
                   MoeTopkBackward{view<2>(grad), view<2>(logits), view<2>(experts), static_cast<Score>(score),
@@ -39,12 +105,14 @@ std::tuple<Tensor, Tensor, Tensor> moe_sort(const Tensor& experts, int64_t num_e
 }
 
 Tensor moe_permute(const Tensor& x, const Tensor& order, int64_t k) {
+    expect(x, [&] { return is_order(order, x.size(0) * k); });
     Tensor out = empty(x, {order.size(0), x.size(1)});
     METATE_LAUNCH(moe_permute, x, MoePermute{view<2>(x), view<1>(order), k, view<2>(out)});
     return out;
 }
 
 Tensor moe_unpermute(const Tensor& y, const Tensor& inverse, const Optional& weights) {
+    expect(y, [&] { return are_within(view<2>(inverse), -1, y.size(0)); });
     Tensor out = empty(y, {inverse.size(0), y.size(1)});
     METATE_LAUNCH(moe_unpermute, y, MoeUnpermute{view<2>(y), view<2>(inverse), view<2>(weights), view<2>(out)});
     return out;
@@ -52,6 +120,7 @@ Tensor moe_unpermute(const Tensor& y, const Tensor& inverse, const Optional& wei
 
 std::tuple<Tensor, Tensor> moe_unpermute_backward(const Tensor& dout, const Tensor& y, const Tensor& inverse,
                                                   const Optional& weights) {
+    expect(y, [&] { return are_once(view<2>(inverse), y.size(0)); });
     const DType sums = dout.dtype() == DType::f64 ? DType::f64 : DType::f32;
     Tensor dy = empty(y, {y.size(0), y.size(1)});
     Tensor d_weights = weights ? empty(y, {inverse.size(0), inverse.size(1)}, sums) : empty(y, {0}, sums);
@@ -67,6 +136,7 @@ int64_t rows_of(const Tensor& x, const Optional& order) {
 
 Tensor grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, const Optional& bias,
                       const Optional& order, int64_t k) {
+    expect(x, [&] { return are_rows(offsets, rows_of(x, order), order, x.size(0) * k); });
     Tensor out = empty(x, {rows_of(x, order), w.size(1)});
     METATE_LAUNCH(
         grouped_linear, x,
@@ -75,6 +145,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& w, const Tensor& offsets, c
 }
 
 Tensor grouped_outer(const Tensor& a, const Tensor& b, const Tensor& offsets, const Optional& order, int64_t k) {
+    expect(a, [&] { return are_rows(offsets, a.size(0), order, b.size(0) * k); });
     Tensor out = empty(a, {offsets.size(0) - 1, a.size(1), b.size(1)});
     METATE_LAUNCH(grouped_outer, a,
                   GroupedOuter{view<2>(a), view<2>(b), view<1>(offsets), view<1>(order), k, view<3>(out)});
@@ -86,6 +157,9 @@ Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& 
                             const Optional& codebook, const Optional& permutation, const Optional& bias,
                             const Tensor& expert_offsets, const Optional& order, int64_t bits, int64_t group_size,
                             int64_t super_groups, int64_t zero, int64_t k) {
+    expect(x, [&] {
+        return are_rows(expert_offsets, rows_of(x, order), order, x.size(0) * k) && are_permutations(permutation);
+    });
     const Tensor bytes = rows_of_bytes(codes);
 #if !defined(METATE_CUDA)
     if (order)  // low-bit kernels of the CPU read rows that stand one after another
@@ -107,6 +181,7 @@ Tensor quant_grouped_matmul(const Tensor& x, const Tensor& codes, const Tensor& 
                             const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
                             const Optional& codebook, const Optional& permutation, const Tensor& expert_offsets,
                             int64_t bits, int64_t group_size, int64_t super_groups, int64_t zero, int64_t in_features) {
+    expect(x, [&] { return are_rows(expert_offsets, x.size(0), {}, 0) && are_permutations(permutation); });
     const Tensor bytes = rows_of_bytes(codes);
     Tensor out = empty(x, {x.size(0), in_features});
     METATE_LAUNCH(quant_grouped_matmul, x,

@@ -115,6 +115,7 @@ topk_backward_op = Op(
     validate=rules.validate_topk_backward,
     refuses={"cpu": rules.refused_float64, "cuda": rules.refused_topk_backward_by_cuda},
     contents=("experts", rules.check_topk_backward),
+    contents_in_kernel=True,
 )
 
 # Permutation.
@@ -218,6 +219,7 @@ permute_op = Op(
     sharding=rules.shard_columns(x=1),
     validate=rules.validate_permute,
     contents=("order", rules.check_permute),
+    contents_in_kernel=True,
 )
 
 unpermute_op = Op(
@@ -237,6 +239,7 @@ unpermute_op = Op(
     ],
     validate=lambda y, inverse, weights: rules.validate_combine("moe_unpermute", y, weights),
     contents=("inverse", rules.check_unpermute),
+    contents_in_kernel=True,
 )
 
 unpermute_backward_op = Op(
@@ -253,6 +256,7 @@ unpermute_backward_op = Op(
     sharding=rules.shard_nothing,
     validate=lambda dout, y, inverse, weights: rules.validate_combine("moe_unpermute_backward", y, weights),
     contents=("inverse", rules.check_unpermute_backward),
+    contents_in_kernel=True,
 )
 
 # Activations.

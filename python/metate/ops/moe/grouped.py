@@ -87,6 +87,7 @@ linear_op = Op(
     validate=rules.validate_grouped_linear,
     refuses={"cpu": rules.refused_float64, "cuda": rules.refused_by_cuda},
     contents=("offsets order", rules.check_grouped_linear),
+    contents_in_kernel=True,
 )
 
 outer_op = Op(
@@ -104,6 +105,7 @@ outer_op = Op(
     validate=rules.validate_outer,
     refuses={"cpu": rules.refused_float64, "cuda": rules.refused_by_cuda},
     contents=("offsets order", rules.check_outer),
+    contents_in_kernel=True,
 )
 
 # Low-bit weights: those of the experts stacked, as `quant_linear` takes one.
@@ -134,12 +136,7 @@ QUANT_CASES = [
     _quant_case(0, 2, 3, 5, 6, 4, 32, "symmetric", gathered=True),
     _quant_case(4, 1, 3, 5, 0, 4, 32, "zeros", bias=True),
 ]
-QUANT_SWEEP = [
-    _quant_case(T, 2, 8, N, K, 4, 64, form, gathered=N > K)
-    for N, K in ((7168, 1024), (1024, 3584))
-    for T in (1, 16, 256)
-    for form in ("codebook", "zeros")
-]
+QUANT_SWEEP = [_quant_case(T, 2, 8, 7168, 1024, 4, 64, "codebook", gathered=True) for T in (1, 16, 256)]
 
 
 def draw_quant(rng: Random) -> Case:
@@ -197,6 +194,7 @@ quant_linear_op = Op(
     validate=rules.validate_quant_linear,
     refuses={"cuda": rules.refused_by_cuda},
     contents=("expert_offsets order permutation", rules.check_quant_linear),
+    contents_in_kernel=True,
 )
 
 quant_matmul_op = Op(
@@ -209,7 +207,7 @@ quant_matmul_op = Op(
     domain=Domain(
         _make(_MATMUL, x="grad"),
         QUANT_CASES,
-        QUANT_SWEEP[-2:],
+        QUANT_SWEEP[-1:],
         draw_quant,
         ("T",),
         "together",
@@ -221,6 +219,7 @@ quant_matmul_op = Op(
     validate=rules.validate_quant_matmul,
     refuses={"cuda": rules.refused_by_cuda},
     contents=("expert_offsets permutation", rules.check_quant_matmul),
+    contents_in_kernel=True,
 )
 
 linear_op.differentiable(rules.backward_grouped_linear, rules.save)

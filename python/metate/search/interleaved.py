@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +13,18 @@ from metate.ops.pq import pack_codes, pq_interleave, unpack_codes
 from metate.ops.pq.codes import BLOCK, row_bytes
 
 _HALF = BLOCK // 2
+_LINE = 64  # bytes of a cache line, where rows begin
+
+
+def new_rows(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised, of the dtype and on the device of `like`. On a CPU numpy allocates: in large pages where there are
+    any, without which rows in random lists wait for page tables."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    size = math.prod(shape) * like.element_size()
+    memory = torch.from_numpy(np.empty(size + _LINE, np.uint8))
+    first = -memory.data_ptr() % _LINE
+    return memory[first : first + size].view(like.dtype).view(shape)
 
 
 class Interleaved:
@@ -41,7 +55,7 @@ class Interleaved:
         return self.rows
 
     def new_empty(self, shape: tuple[int, ...]) -> Interleaved:
-        return Interleaved(self.blocks.new_empty((-(-shape[0] // BLOCK), *self.blocks.shape[1:])), shape[0])
+        return Interleaved(new_rows(self.blocks, (-(-shape[0] // BLOCK), *self.blocks.shape[1:])), shape[0])
 
     def first(self, rows: int) -> Interleaved:
         """The same memory without the later rows."""
@@ -84,3 +98,9 @@ Column: TypeAlias = Tensor | Interleaved
 
 def first_rows(column: Column, rows: int) -> Column:
     return column.first(rows) if isinstance(column, Interleaved) else column[:rows]
+
+
+def empty_like(column: Column, rows: int) -> Column:
+    """As many rows of such a column, uninitialised."""
+    shape = (rows, *column.shape[1:])
+    return column.new_empty(shape) if isinstance(column, Interleaved) else new_rows(column, shape)

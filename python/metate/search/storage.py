@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metate.search.interleaved import Column, first_rows
+from metate.search.interleaved import Column, empty_like, first_rows
 
 Integers = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
@@ -235,7 +235,7 @@ class Lists:
         room = _aligned(need if tight else need + need // 4)
         used = int(room.sum())
         capacity = used if tight or len(room) == 1 else used + used // 4
-        columns = {name: column.new_empty((capacity, *column.shape[1:])) for name, column in self.columns.items()}
+        columns = {name: empty_like(column, capacity) for name, column in self.columns.items()}
         start = np.cumsum(room) - room
         target = spans(start, length)
         for a in range(0, len(rows), _MOVED):

@@ -46,10 +46,19 @@ METATE_FN constexpr int64_t padded_columns(int64_t M) {
 template <int bits>
 constexpr int filters_together = bits == 4 ? 4 : 1;
 
+constexpr int64_t filter_room = 1 << 20;  // bytes of a worker's filters
+
+// A filter for each of Q queries, that none is measured twice, or where they are many for each of a turn.
 template <int bits>
-METATE_FN Filter* take_filters(Arena& arena, int64_t M) {
-    Filter* const filters = arena.take<Filter>(filters_together<bits>);
-    for (int i = 0; i < filters_together<bits>; ++i) {
+METATE_FN int64_t kept_filters(int64_t M, int64_t Q) {
+    return Q * (padded_columns<bits>(M) << bits) <= filter_room && Q > filters_together<bits> ? Q
+                                                                                              : filters_together<bits>;
+}
+
+template <int bits>
+METATE_FN Filter* take_filters(Arena& arena, int64_t M, int64_t count) {
+    Filter* const filters = arena.take<Filter>(count);
+    for (int64_t i = 0; i < count; ++i) {
         float* const least = arena.take<float>(M);
         uint8_t* const entries = arena.take<uint8_t>(padded_columns<bits>(M) << bits);
         if (filters) filters[i].least = least, filters[i].entries = entries;
@@ -326,12 +335,14 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
         return;
     }
     constexpr int together = filters_together<bits>;
-    if (filters[0].query != turn.asked[0].q) fetch(scan, turn.span);
+    const bool each = kept_filters<bits>(scan.M, scan.call.tables.size[0]) > together;
+    const auto filter_of = [&](int64_t i) -> Filter& { return filters[each ? turn.asked[i].q : i]; };
+    if (turn.next.first == turn.next.last || filter_of(0).query != turn.asked[0].q) fetch(scan, turn.span);
     fetch(scan, turn.next);
     Survivors<bits> found[together], *near[together];
     Filter* used[together];
     for (int64_t i = 0; i < turn.count; ++i) {
-        if (filters[i].query != turn.asked[i].q) measure(filters[i], scan, turn.asked[i].q);
+        if (filter_of(i).query != turn.asked[i].q) measure(filter_of(i), scan, turn.asked[i].q);
         found[i] = {&scan, turn.asked[i], turn.best + i};
     }
     Span rows = turn.span;
@@ -342,8 +353,8 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
         const Chunk chunk{scan, terms, rows};
         int count = 0;
         for (int64_t i = 0; i < turn.count; ++i)
-            if (filter_helps<bits>(chunk, filters[i], turn.asked[i], turn.best[i]))
-                used[count] = filters + i, near[count++] = found + i;
+            if (filter_helps<bits>(chunk, filter_of(i), turn.asked[i], turn.best[i]))
+                used[count] = &filter_of(i), near[count++] = found + i;
         scan_chunk(chunk, used, near, count);
         for (int i = 0; i < count; ++i) near[i]->flush();
         rows.first = rows.last;

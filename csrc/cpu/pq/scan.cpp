@@ -25,14 +25,16 @@ template <int bits>
 void scan_interleaved(const Scan& scan, const Runtime& runtime) {
     const int64_t row_bytes = scan.M * bits / 8 + (scan.call.row_bias ? 4 : 0);
 #if defined(METATE_HAS_BYTE_SHUFFLES)
-    if constexpr (bits <= most_filtered_bits)
+    if constexpr (bits <= most_filtered_bits) {
+        const int64_t filters = kept_filters<bits>(scan.M, scan.call.tables.size[0]);
         return search_rows(
             scan.call.search, runtime, row_bytes, filters_together<bits>,
-            [&](Arena& arena) { return take_filters<bits>(arena, scan.M); },
-            [](Filter* filters) {
-                for (int i = 0; i < filters_together<bits>; ++i) filters[i].query = -1;
+            [&](Arena& arena) { return take_filters<bits>(arena, scan.M, filters); },
+            [&](Filter* of) {
+                for (int64_t i = 0; i < filters; ++i) of[i].query = -1;
             },
-            [&](Filter* filters, const Turn& turn) { scan_filtered<bits>(scan, filters, turn); });
+            [&](Filter* of, const Turn& turn) { scan_filtered<bits>(scan, of, turn); });
+    }
 #endif
     search_rows(
         scan.call.search, runtime, row_bytes, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},

@@ -151,9 +151,9 @@ def test_the_mixture_learns_and_tells_its_load():
     plan = dataclasses.replace(mixture.PLAN, config=config, length=96, seconds=0, written=8)
     assert mixture.play(Console(file=screen, width=150), plan)
     lines = [line.split() for line in screen.getvalue().splitlines()]
-    (title,) = (i for i, line in enumerate(lines) if line[:2] == ["seconds", "objective"])
+    (title,) = (i for i, line in enumerate(lines) if line[:3] == ["seconds", "steps", "objective"])
     for line in lines[title + 1 : title + 9]:
-        shares = [float(cell.removesuffix("%")) for cell in line[2:6]]
+        shares = [float(cell.removesuffix("%")) for cell in line[3:7]]
         assert abs(sum(shares) - 100) <= 2
     assert any(line[:3] == ["nf4,", "experts", "too"] and float(line[3]) < 6 for line in lines)
 

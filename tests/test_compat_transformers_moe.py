@@ -218,3 +218,25 @@ def test_low_bit_experts_learn_adapters(name):
         model.set_submodule(part, LoraGroupedLinear(model.get_submodule(part), 4))
     run(model)
     assert all(model.get_submodule(part).lora_B.grad.any() for part in low_bit)
+
+
+def test_peft_s_lora_learns_on_experts_as_on_eager_s():
+    peft = pytest.importorskip("peft")
+    tokens, found = torch.arange(40).view(2, 20) + 1, []
+    for implementation in ("eager", "metate"):
+        make, config = MODELS["mixtral"]()
+        torch.manual_seed(0)
+        model = make(config)
+        model.set_experts_implementation(implementation)
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_parameters=targets))
+        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for i, parameter in enumerate(learned.values()):
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
+        out = model(input_ids=tokens, labels=tokens)
+        out.loss.backward()
+        assert len(learned) == 8 and all(p.grad.any() for p in learned.values())
+        found.append([out.logits.detach(), *(p.grad for p in learned.values())])
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens).logits, out.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)

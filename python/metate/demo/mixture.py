@@ -85,9 +85,9 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
 
 def _train(bar: Progress, plan: Plan, windows: Iterator[Tensor], trainer: Mixture, rows: int = 8) -> Table:
     """Steps until the time is up; a row of the table after each part of it."""
-    title = "where the bytes go, by expert of the first layer; least and most of any layer"
+    title = "where the bytes of so many steps go, by expert of the first layer; least and most of any layer"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    for name in ("seconds", "objective", *map(str, range(plan.config.num_experts)), "least", "most"):
+    for name in ("seconds", "steps", "objective", *map(str, range(plan.config.num_experts)), "least", "most"):
         table.add_column(name, justify="right")
     task = bar.add_task("mixture", total=plan.seconds, state="")
     for row in range(1, rows + 1):
@@ -100,6 +100,7 @@ def _train(bar: Progress, plan: Plan, windows: Iterator[Tensor], trainer: Mixtur
         first = (f"{share:.0%}" for share in shares[0].tolist())
         loss = math.fsum(losses) / len(losses)
         table.add_row(
-            f"{math.fsum(trainer.times):.0f}", f"{loss:.3f}", *first, f"{shares.min():.0%}", f"{shares.max():.0%}"
-        )
+            f"{math.fsum(trainer.times):.0f}", f"{len(losses)}", f"{loss:.3f}", *first, f"{shares.min():.0%}",
+            f"{shares.max():.0%}",
+        )  # fmt: skip
     return table

@@ -24,6 +24,7 @@ from metate.nn import MoE, quantize_model
 BALANCE = 0.1  # how much the loss of uneven loads counts, in each layer
 PLAN = dataclasses.replace(
     DENSE,
+    length=512,  # more steps: one alone sends most tokens to a few experts, now these, now those
     rate=1e-3,  # larger steps throw a router off
     config=dataclasses.replace(
         DENSE.config, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True

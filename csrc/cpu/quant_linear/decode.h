@@ -34,9 +34,9 @@ inline Values values_of(const LowBitMatrix& w) {
     return v;
 }
 
-// Bytes from block k of a row to what comes some blocks later: in this row, or in that of the next panel.
-METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, int64_t k, int64_t blocks = 2) {
-    const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), later = blocks * block / 8 * w.bits;
+// Bytes from block k of a row to what comes two blocks later: in this row, or in that of the next panel.
+METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, int64_t k) {
+    const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), later = 2 * block / 8 * w.bits;
     return later + (k * block / 8 * w.bits + later < row_bytes ? 0 : panel * w.codes.stride[0] - row_bytes);
 }
 
@@ -177,6 +177,12 @@ METATE_FN float any_at(const View<2>& view, int64_t row, int64_t column) {
 template <class T>
 METATE_FN void load_lines(vf (&lines)[width], const View<2>& view, int64_t row, int64_t rows, int64_t group,
                           int64_t n) {
+    if (rows == width && n >= width && view.stride[1] == 1) {
+        const T* const first = static_cast<const T*>(view.data) + row * view.stride[0] + group;
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) lines[i] = load(first + i * view.stride[0]);
+        return;
+    }
     if (n > width) n = width;
     for (int i = 0; i < rows; ++i) lines[i] = load_line<T>(view, row + i, group, n);
 }

@@ -121,7 +121,6 @@ void load_window(const Problem& p, const Workspace& at, int64_t panel_number, in
     int64_t& loaded = at.first_group[panel_number];
     if (loaded >= 0 && first >= loaded && last < loaded + p.window) return;
     loaded = first;
-    fetch_levels(w, row + panel, first);
     const int64_t groups = smaller(p.window, w.scales.size[1] - first), offset = panel_number * p.window * panel;
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
@@ -130,6 +129,7 @@ void load_window(const Problem& p, const Workspace& at, int64_t panel_number, in
         if (at.centers && p.reads_centers())
             load_centers(at.centers + offset + v * width, panel, w, p.center(), row + v * width, first, groups);
     }
+    fetch_levels(w, row + panel, first);  // after the loads, which would wait for it
 }
 
 void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {

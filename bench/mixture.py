@@ -56,29 +56,31 @@ def flops(case: Case) -> float:
 
 @lru_cache(maxsize=2)  # of a layer: its truths and its rivals share them
 def dequantized(weights: QuantizedExperts) -> Tensor:
-    return weights.dequantize()
+    """Of experts that `draw` made."""
+    return turned(weights[0].dequantize(), len(weights))
 
 
 def dense(weights: Weights) -> Tensor:
     return weights if isinstance(weights, Tensor) else dequantized(weights)
 
 
+def turned(one: Tensor, experts: int) -> Tensor:
+    """A stack in which every expert begins with another row."""
+    return torch.stack([one.roll(expert, 0) for expert in range(experts)])
+
+
 def draw(form: str, generator: torch.Generator, E: int, N: int, K: int) -> Weights:
-    """Weights of variance 1 / columns: one expert's, whose rows stand in another order for every other."""
+    """Weights of variance 1 / columns: one expert's, `turned` for the others."""
     rows = torch.randn(N, K, generator=generator) * K**-0.5
-
-    def experts(one: Tensor) -> Tensor:
-        return torch.stack([one.roll(expert, 0) for expert in range(E)])
-
     if form == "dense":
-        return experts(rows)
+        return turned(rows, E)
     if form == "nf4":
         weight = quantize_nf4(rows)
     else:
         codes = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
         scales = (rows[:, ::32].abs() / 4).half()  # as q4_0 of GGUF has them
         weight = QuantizedWeight((N, K), 4, 32, codes, scales, zero=8)
-    tensors: dict[str, Any] = {name: experts(t) for name, t in weight.tensors.items() if name != "codebook"}
+    tensors: dict[str, Any] = {name: turned(t, E) for name, t in weight.tensors.items() if name != "codebook"}
     return QuantizedExperts((E, N, K), 4, weight.group_size, **tensors, zero=weight.zero, codebook=weight.codebook)
 
 

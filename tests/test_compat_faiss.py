@@ -277,6 +277,10 @@ def test_lists_of_a_pq_index_and_refinement_by_one(tmp_path):
         else:
             with pytest.raises(FormatError, match="refine index"):
                 read_faiss(tmp_path / "index")
+            damaged = faiss.serialize_index(index).copy()
+            damaged[69] = 0  # the base is not trained
+            with pytest.raises(FormatError, match="refined index"):
+                faiss.deserialize_index(damaged)
 
 
 @pytest.mark.parametrize("description", ["IVF6,Flat", "IVF6,PQ4x4"])

@@ -173,6 +173,8 @@ def _index(node: files.Node) -> Index:
         return IndexPreTransform(*map(_transform, node.chain), _index(node.index))
     if isinstance(node, files.Refine):
         base, fine = _index(node.base), _index(node.refine)
+        if base.ntotal != fine.ntotal:
+            raise files.complain("refined index", f"{base.ntotal} vectors", f"{fine.ntotal}, and that it is trained")
         flat = isinstance(fine, IndexFlat)
         refined = IndexRefineFlat(base, fine.reconstruct_n()) if flat else IndexRefine(base, fine)
         refined.k_factor = node.k_factor

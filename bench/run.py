@@ -40,7 +40,7 @@ PATIENCE = 4  # how many times its length a block may take to find quiet repetit
 LARGE = 4e9  # operations: above, correctness looks at the first and the last part that the sharding rules give
 DIFFERING = 1e-4  # share of whole numbers, codes and ids of near ties, that may not be those of the truth
 RECALL_SLACK = 0.01  # by how much our recall may lie below a rival's, in the mean of some trainings
-ONE_TRAINING_SLACK = 0.03  # and of a single one: from one to the next recall moves by 0.01
+ONE_TRAINING_SLACK = 0.03  # and of a single one: three standard deviations of the difference between two, 0.01
 RIVAL_SLACK = 10  # how much more error a rival may have than ours before its speed is not shown
 
 

@@ -21,7 +21,7 @@ from metate.search.codecs import Vectors as Raw
 from metate.search.filters import Filter, keep_bitmap
 from metate.search.storage import Integers
 
-_MOST = 1 << 31
+_MOST_RESULTS = 1 << 31  # of a query
 _QUERIES = 1 << 24  # numbers of the tables, and of the vectors to refine, of the queries that are searched at a time
 
 
@@ -82,7 +82,7 @@ class Searching(Base):
         if (
             listed is None or listed.run is None or type(queries) is not np.ndarray or queries.ndim != 2
             or queries.dtype is not FLOAT32 or not queries.flags.carray or not 0 < len(queries) <= listed.quick
-            or type(k) is not int or not 0 < k < _MOST or type(nprobe) is not int or not is_plain()
+            or type(k) is not int or not 0 < k < _MOST_RESULTS or type(nprobe) is not int or not is_plain()
         ):  # fmt: skip
             return None
         distances, ids = np.empty((len(queries), k), FLOAT32), np.empty((len(queries), k), np.int64)

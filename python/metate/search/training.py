@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metate.ops.pq import pq_decode, pq_encode
-from metate.ops.pq.kmeans import fit_codebooks, move_codebooks
+from metate.ops.pq.kmeans import fit_codebooks, move_codebooks, sample_rows
 
 LIST_ITERATIONS = 10  # of k-means for lists
 _TOGETHER = 1 << 17  # sub-vectors whose means are taken at once: more, and they leave the cache
@@ -26,7 +26,7 @@ def train_codebooks(
     generator = torch.Generator().manual_seed(seed)
     levels, width = 1 << bits, x.shape[1] // M
     if len(x) > most * levels:
-        x = x[torch.randperm(len(x), generator=generator)[: most * levels].sort().values.to(x.device)]
+        x = x[sample_rows(len(x), most * levels, generator).to(x.device)]
     books, together = [], max(1, _TOGETHER // max(len(x), 1))
     for m in range(0, M, together):
         part = x[:, m * width : (m + together) * width].contiguous()

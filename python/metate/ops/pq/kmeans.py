@@ -61,7 +61,7 @@ def fit_centroids(
     generator = torch.Generator().manual_seed(seed)
     points = x.detach()
     if most is not None and x.shape[0] > k * most:
-        rows = _sample(x.shape[0], k * most, generator).to(x.device)
+        rows = sample_rows(x.shape[0], k * most, generator).to(x.device)
         points, weights = points[rows], None if weights is None else weights[rows]
     centroids = _shaped(_begin(points, k, init, generator), unit, integers)
     objective: list[float] = []
@@ -80,7 +80,7 @@ def fit_centroids(
 def fit_codebooks(x: Tensor, M: int, levels: int, iterations: int, generator: torch.Generator) -> Tensor:
     """(M, levels, D/M): k-means of every sub-vector by itself, all at once, from points taken at random."""
     _check(x, levels, "sample", iterations, None, None)
-    rows = torch.stack([_sample(x.shape[0], levels, generator) for _ in range(M)]).to(x.device)
+    rows = torch.stack([sample_rows(x.shape[0], levels, generator) for _ in range(M)]).to(x.device)
     parts = x.view(x.shape[0], M, x.shape[1] // M)
     books = parts[rows, torch.arange(M, device=x.device)[:, None]]
     columns, codes = _columns(parts.flatten(0, 1)), None
@@ -140,7 +140,7 @@ def _begin(points: Tensor, k: int, init: str | Tensor, generator: torch.Generato
     given = init.detach() if isinstance(init, Tensor) else points[:0]
     if not isinstance(init, Tensor) and init == "k-means++":
         return _plus_plus(points, k, generator)
-    rows = _sample(points.shape[0], k - given.shape[0], generator).to(points.device)
+    rows = sample_rows(points.shape[0], k - given.shape[0], generator).to(points.device)
     return torch.cat([given, points[rows]])
 
 
@@ -149,7 +149,7 @@ def _shaped(centroids: Tensor, unit: bool, integers: bool) -> Tensor:
     return centroids.round() if integers else centroids
 
 
-def _sample(n: int, count: int, generator: torch.Generator) -> Tensor:
+def sample_rows(n: int, count: int, generator: torch.Generator) -> Tensor:
     """Different numbers below n, in ascending order, that they are read fast."""
     return torch.randperm(n, generator=generator)[:count].sort().values
 
@@ -166,7 +166,7 @@ def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     to which its own distance has shrunk since. That is the same distribution, and all points are compared once a time.
     """
     if x.shape[0] > _PER_CANDIDATE * k:
-        x = x[_sample(x.shape[0], _PER_CANDIDATE * k, generator).to(x.device)]
+        x = x[sample_rows(x.shape[0], _PER_CANDIDATE * k, generator).to(x.device)]
     chosen = torch.randint(0, x.shape[0], (1,), generator=generator)
     nearest = _assign(x, x[chosen.to(x.device)], False)[0]
     while len(chosen) < k:

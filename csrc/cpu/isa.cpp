@@ -29,8 +29,9 @@ Isa best_of_machine() {
         bit_AVX512F | bit_AVX512CD | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL | bit_BMI | bit_BMI2;
     if ((b & skylake) != skylake || (kept & zmm) != zmm) return Isa::avx2;
     if (!(c & bit_AVX512VNNI)) return Isa::avx512;
+    if (!(c & bit_AVX512VBMI)) return Isa::avx512vnni;
     const bool has_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
-    return has_bf16 ? Isa::avx512bf16 : Isa::avx512vnni;
+    return has_bf16 ? Isa::avx512bf16 : Isa::avx512vbmi;
 }
 #else
 Isa best_of_machine() {
@@ -86,6 +87,8 @@ const char* name_of(Isa isa) {
             return "avx512";
         case Isa::avx512vnni:
             return "avx512vnni";
+        case Isa::avx512vbmi:
+            return "avx512vbmi";
         case Isa::avx512bf16:
             return "avx512bf16";
     }

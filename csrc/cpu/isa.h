@@ -11,9 +11,10 @@
 
 namespace metate::cpu {
 
-// avx512vnni has no pass of its own: kernels of the avx512 pass ask isa() before they use its instructions.
-enum class Isa { baseline, avx2, avx512, avx512vnni, avx512bf16 };
-constexpr int isa_count = 5;
+// avx512vnni and avx512vbmi have no passes of their own: kernels of the avx512 pass ask isa() before they use their
+// instructions. Each has what those before it have.
+enum class Isa { baseline, avx2, avx512, avx512vnni, avx512vbmi, avx512bf16 };
+constexpr int isa_count = 6;
 
 Isa isa();          // the best of this machine; METATE_ISA in the environment lowers it
 bool has_isa(Isa);  // whether this machine and this build have it
@@ -50,6 +51,7 @@ inline __attribute__((always_inline)) Isa isa_for(DType dtype) {
         switch (isa_for(dtype)) {                      \
             case Isa::avx512bf16:                      \
                 return best::fn(p, runtime);           \
+            case Isa::avx512vbmi:                      \
             case Isa::avx512vnni:                      \
             case Isa::avx512:                          \
                 return avx512::fn(p, runtime);         \

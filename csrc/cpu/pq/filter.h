@@ -1,10 +1,10 @@
 // Interleaved codes of 4 and 8 bits, looked up with byte and word shuffles in tables of rounded-down bytes: a lower
 // bound of every key, for little. Rows whose bound does not exceed the worst of the best are summed exactly.
 //
-// An entry becomes ⌊(key - least key of its table) · inverse⌋, clipped to 255. With 4 bits, sums are clipped bytes and
-// `inverse` makes 254 of what the limit leaves above the sum of least keys, so that a clipped sum is one too large.
-// With 8 bits, sums are words and an entry is a share of the widest table. The limit is first raised by what float32
-// sums may be off.
+// An entry becomes ⌊(key - least key of its table) · inverse⌋, clipped to 255. Sums are clipped bytes where few columns
+// make these fine enough: `inverse` makes at most 254 of what the limit leaves above the sum of least keys, so that a
+// clipped sum is one too large. Else sums are words and an entry is a share of the widest table. The limit is first
+// raised by what float32 sums may be off.
 #pragma once
 
 #include "scan.h"
@@ -14,14 +14,14 @@ namespace {
 
 #if defined(METATE_HAS_BYTE_SHUFFLES)
 
-#if defined(METATE_HAS_WORD_SHUFFLES)
-constexpr int most_filtered_bits = 8;
-#else
-constexpr int most_filtered_bits = 4;
-#endif
-constexpr int64_t most_columns_4 = 64;   // more, and a byte is too coarse a sum
-constexpr int64_t most_columns_8 = 256;  // more, and a word is too small for one
-constexpr int64_t chunk_rows = 4096;     // between two looks at the limit
+// Codes of 4 bits, and codes of 8 bits with sums of bytes or of words.
+enum class Form { nibbles, bytes, words };
+template <Form form>
+constexpr int bits_in = form == Form::nibbles ? 4 : 8;
+// More columns, and a byte is too coarse a sum, or a word too small for one.
+template <Form form>
+constexpr int64_t most_columns = form == Form::words ? 256 : 64;
+constexpr int64_t chunk_rows = 4096;  // between two looks at the limit
 
 // What a worker keeps of the query that it scans.
 struct Filter {
@@ -31,36 +31,32 @@ struct Filter {
     double size;       // the sum of the largest magnitudes
     double range;      // of the widest table
     double inverse;    // of `entries`
-    uint16_t most;     // of a sum, with 8 bits
+    uint16_t most;     // of a sum
     uint8_t* entries;  // rounded tables
 
     METATE_FN bool usable() const { return base - base == 0.0 && size < 1e37; }
 };
 
-template <int bits>
-METATE_FN constexpr int64_t padded_columns(int64_t M) {
-    return bits == 4 ? (M + width / 4 - 1) / (width / 4) * (width / 4) : M;
+template <Form form>
+METATE_FN constexpr int64_t bytes_of_tables(int64_t M) {
+    return form == Form::nibbles ? round_up(M, width / 4) * 16 : M * 256;
 }
 
-// Queries that share the loads of codes; with 8 bits the tables fill the registers.
-template <int bits>
-constexpr int filters_together = bits == 4 ? 4 : 1;
-
+constexpr int filters_together = 4;       // queries that share the reading of codes
 constexpr int64_t filter_room = 1 << 20;  // bytes of a worker's filters
 
 // A filter for each of Q queries, that none is measured twice, or where they are many for each of a turn.
-template <int bits>
+template <Form form>
 METATE_FN int64_t kept_filters(int64_t M, int64_t Q) {
-    return Q * (padded_columns<bits>(M) << bits) <= filter_room && Q > filters_together<bits> ? Q
-                                                                                              : filters_together<bits>;
+    return Q * bytes_of_tables<form>(M) <= filter_room && Q > filters_together ? Q : filters_together;
 }
 
-template <int bits>
+template <Form form>
 METATE_FN Filter* take_filters(Arena& arena, int64_t M, int64_t count) {
     Filter* const filters = arena.take<Filter>(count);
     for (int64_t i = 0; i < count; ++i) {
         float* const least = arena.take<float>(M);
-        uint8_t* const entries = arena.take<uint8_t>(padded_columns<bits>(M) << bits);
+        uint8_t* const entries = arena.take<uint8_t>(bytes_of_tables<form>(M));
         if (filters) filters[i].least = least, filters[i].entries = entries;
     }
     return filters;
@@ -92,7 +88,7 @@ METATE_FN vi rounded_down(vf key, vf least, vf inverse, float most) {
     return to_int(min(max(splat(0.0f), steps), splat(most)));
 }
 
-template <int bits>
+template <Form form>
 void round_tables(Filter& f, const Scan& scan, double inverse) {
     const float* table = scan.table(f.query);
     const vf sign = splat(scan.call.search.largest ? -1.0f : 1.0f);
@@ -104,8 +100,8 @@ void round_tables(Filter& f, const Scan& scan, double inverse) {
         const auto entry = [&](int64_t l) __attribute__((always_inline)) {
             return rounded_down(load(table + l) * sign, least, factor, 255.0f);
         };
-        if constexpr (bits == 4) {
-            for (int64_t l = 0; l < 16; l += width, to += width) store_bytes(to, entry(l));
+        if constexpr (form != Form::words) {
+            for (int64_t l = 0; l < scan.L; l += width, to += width) store_bytes(to, entry(l));
         } else {
 #if defined(METATE_HAS_WORD_SHUFFLES)
             for (int64_t l = 0; l < 128; l += width, to += 2 * width)
@@ -113,10 +109,11 @@ void round_tables(Filter& f, const Scan& scan, double inverse) {
 #endif
         }
     }
-    for (; bits == 4 && to < f.entries + 16 * padded_columns<4>(scan.M); ++to) *to = 0;
+    for (uint8_t* const end = f.entries + bytes_of_tables<form>(scan.M); to < end; ++to) *to = 0;
 }
 
-// Who wants the rows that a filter leaves.
+// Who wants the rows that a filter leaves: with 4 bits whole blocks cost no more, with 8 bits a few are summed at a
+// time.
 template <int bits>
 struct Survivors {
     const Scan* scan;
@@ -126,7 +123,6 @@ struct Survivors {
     void flush() {}
 };
 
-// With 8 bits a few of them are summed at a time; with 4 bits whole blocks cost no more.
 template <>
 struct Survivors<8> {
     const Scan* scan;
@@ -263,17 +259,60 @@ METATE_FN void scan_nibbles(const Chunk& c, Filter* const* filters, Survivors<4>
     }
 }
 
-void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<4>* const* found, int queries) {
-    for (; queries >= 4; queries -= 4, filters += 4, found += 4) scan_nibbles<4>(c, filters, found);
-    for (; queries >= 2; queries -= 2, filters += 2, found += 2) scan_nibbles<2>(c, filters, found);
-    if (queries) scan_nibbles<1>(c, filters, found);
+#if defined(METATE_HAS_WORD_SHUFFLES)
+// Bit i: row i of the two blocks that begin with `row` is one of the chunk's.
+METATE_FN uint64_t inside_both(const Chunk& c, int64_t row) {
+    const int64_t next = row + block_codes;
+    const uint64_t second = next < c.rows.last ? inside(next, c.rows.first, c.rows.last) : 0;
+    return second << 32 | inside(row, c.rows.first, c.rows.last);
 }
 
-#if defined(METATE_HAS_WORD_SHUFFLES)
-void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<8>* const* found, int queries) {
-    if (queries == 0) return;
+constexpr int byte_vectors = 4;  // pairs of blocks that share the loads of tables
+
+void scan_bytes(const Chunk& c, const Filter& f, Survivors<8>& found) {
+    constexpr int64_t pair = 2 * block_codes;
+    const int64_t M = c.scan.M, last = c.rows.last, block_bytes = M * block_codes;
+    uint8_t terms[byte_vectors * pair + width] = {};
+    for (int64_t row = c.begin(); row < last; row += byte_vectors * pair) {
+        const uint8_t *first[byte_vectors], *second[byte_vectors];
+        const uint8_t* const block = c.scan.block(row);
+        const int64_t blocks = ceil_div(last - row, block_codes);
+#pragma GCC unroll 4
+        for (int v = 0; v < byte_vectors; ++v) {
+            first[v] = block + (2 * v < blocks ? 2 * v : 0) * block_bytes;
+            second[v] = block + (2 * v + 1 < blocks ? 2 * v + 1 : 0) * block_bytes;
+        }
+        vi sum[byte_vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < byte_vectors; ++v) sum[v] = splat(0);
+        for (int64_t m = 0; m < M; ++m) {
+            Table256 table;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) table.quarters[i] = load_bytes(f.entries + 256 * m + 64 * i, 64);
+#pragma GCC unroll 4
+            for (int v = 0; v < byte_vectors; ++v) {
+                const vi codes = load_halves(first[v] + m * block_codes, second[v] + m * block_codes);
+                __builtin_prefetch(block + (byte_vectors * (M + m) + v) * pair);  // of those that come next
+                sum[v] = add_clipped_bytes(sum[v], vbmi_lookup_bytes(table, codes));
+            }
+        }
+        if (c.terms.bias) {
+            const int64_t begin = row < c.rows.first ? c.rows.first - row : 0;
+            round_terms(terms + begin, c.terms, row + begin, last, byte_vectors * pair - begin, inverse_of(f));
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < byte_vectors; ++v) {
+            if (c.terms.bias) sum[v] = add_clipped_bytes(sum[v], load_bytes(terms + v * pair, 64));
+            uint64_t near = bytes_at_most(sum[v], static_cast<uint8_t>(f.most));
+            if (__builtin_expect(near == 0, 1) || row + v * pair >= last) continue;
+            near &= inside_both(c, row + v * pair);
+            for (; near; near &= near - 1) found.add(row + v * pair + __builtin_ctzll(near));
+        }
+    }
+}
+
+void scan_words(const Chunk& c, const Filter& f, Survivors<8>& found) {
     constexpr int64_t together = 2 * block_codes;
-    const Filter& f = *filters[0];
     const int64_t M = c.scan.M, last = c.rows.last;
     for (int64_t row = c.begin(); row < last; row += together) {
         const uint8_t* const block = c.scan.block(row);
@@ -284,7 +323,7 @@ void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<8>* const* fou
             __builtin_prefetch(block + 64 * lines_ahead + 2 * m * block_codes);
             Table256 table;
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) table.words[i] = load_bytes(f.entries + 256 * m + 64 * i, 64);
+            for (int i = 0; i < 4; ++i) table.quarters[i] = load_bytes(f.entries + 256 * m + 64 * i, 64);
             even = add_words(even, lookup_words(table, codes, shift_left_words(codes, 8)));
             odd = add_words(odd, lookup_words(table, shift_right_words(codes, 8), codes));
         }
@@ -296,17 +335,29 @@ void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<8>* const* fou
             odd = add_clipped_words(odd, load_every_other(terms, 1));
         }
         uint64_t near = at_most(even, odd, f.most);
-        if (__builtin_expect(near != 0, 0)) {
-            const uint64_t second = row + block_codes < last ? inside(row + block_codes, c.rows.first, last) : 0;
-            near &= second << 32 | inside(row, c.rows.first, last);
-            for (; near; near &= near - 1) found[0]->add(row + __builtin_ctzll(near));
-        }
+        if (__builtin_expect(near == 0, 1)) continue;
+        near &= inside_both(c, row);
+        for (; near; near &= near - 1) found.add(row + __builtin_ctzll(near));
     }
 }
 #endif
 
+template <Form form>
+void scan_chunk(const Chunk& c, Filter* const* filters, Survivors<bits_in<form>>* const* found, int queries) {
+    if constexpr (form == Form::nibbles) {
+        for (; queries >= 4; queries -= 4, filters += 4, found += 4) scan_nibbles<4>(c, filters, found);
+        for (; queries >= 2; queries -= 2, filters += 2, found += 2) scan_nibbles<2>(c, filters, found);
+        if (queries) scan_nibbles<1>(c, filters, found);
+    } else {
+#if defined(METATE_HAS_WORD_SHUFFLES)
+        constexpr auto scan = form == Form::bytes ? scan_bytes : scan_words;
+        for (int i = 0; i < queries; ++i) scan(c, *filters[i], *found[i]);
+#endif
+    }
+}
+
 // Makes a query's filter for a chunk. False: its rows were compared without, or none of them can be near.
-template <int bits>
+template <Form form>
 bool filter_helps(const Chunk& c, Filter& f, Asked asked, Best& best) {
     const Scan& scan = c.scan;
     const double sign = scan.call.search.largest ? -1.0 : 1.0, limit = static_cast<double>(best.limit());
@@ -315,27 +366,29 @@ bool filter_helps(const Chunk& c, Filter& f, Asked asked, Best& best) {
     const double size = f.size + __builtin_fabs(bias) + static_cast<double>(c.terms.size);
     const double room = limit + static_cast<double>(scan.M + 4) * 0x1p-23 * (size + __builtin_fabs(limit)) - base;
     if (!f.usable() || !(room - room == 0.0)) {  // no limit yet: until the best are as many as are wanted
-        scan_blocks<bits>(scan, asked, c.rows, best);
+        scan_blocks<bits_in<form>>(scan, asked, c.rows, best);
         return false;
     }
     if (room < 0.0) return false;
-    const double widest = bits == 4 || f.range > room ? room : f.range;
-    const double inverse = (bits == 4 ? 254.0 : 255.0) / (widest > 1e-30 ? widest : 1e-30);
-    if (bits == 4 ? f.inverse != inverse : f.inverse * 1.5 < inverse || f.inverse > 1.5 * inverse)
-        round_tables<bits>(f, scan, inverse);
-    const double most = room * f.inverse;
-    f.most = static_cast<uint16_t>(most < 65535.0 ? most : 65535.0);
+    constexpr bool in_words = form == Form::words;
+    const double widest = !in_words || f.range > room ? room : f.range;
+    const double inverse = (in_words ? 255.0 : 254.0) / (widest > 1e-30 ? widest : 1e-30);
+    // Tables of 256 entries are rounded anew only where that is worth it; clipped bytes must stay above the limit.
+    const double coarser = form == Form::nibbles ? 1.0 : 1.5, finer = in_words ? 1.5 : 1.0;
+    if (f.inverse * coarser < inverse || f.inverse > finer * inverse) round_tables<form>(f, scan, inverse);
+    const double most = room * f.inverse, largest_sum = in_words ? 65535.0 : 254.0;
+    f.most = static_cast<uint16_t>(most < largest_sum ? most : largest_sum);
     return true;
 }
 
-template <int bits>
+template <Form form>
 void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
-    if (scan.M > (bits == 4 ? most_columns_4 : most_columns_8)) {
+    constexpr int bits = bits_in<form>, together = filters_together;
+    if (scan.M > most_columns<form>) {
         for (int64_t i = 0; i < turn.count; ++i) scan_blocks<bits>(scan, turn.asked[i], turn.span, turn.best[i]);
         return;
     }
-    constexpr int together = filters_together<bits>;
-    const bool each = kept_filters<bits>(scan.M, scan.call.tables.size[0]) > together;
+    const bool each = kept_filters<form>(scan.M, scan.call.tables.size[0]) > together;
     const auto filter_of = [&](int64_t i) -> Filter& { return filters[each ? turn.asked[i].q : i]; };
     if (turn.next.first == turn.next.last || filter_of(0).query != turn.asked[0].q) fetch(scan, turn.span);
     fetch(scan, turn.next);
@@ -353,9 +406,9 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
         const Chunk chunk{scan, terms, rows};
         int count = 0;
         for (int64_t i = 0; i < turn.count; ++i)
-            if (filter_helps<bits>(chunk, filter_of(i), turn.asked[i], turn.best[i]))
+            if (filter_helps<form>(chunk, filter_of(i), turn.asked[i], turn.best[i]))
                 used[count] = &filter_of(i), near[count++] = found + i;
-        scan_chunk(chunk, used, near, count);
+        scan_chunk<form>(chunk, used, near, count);
         for (int i = 0; i < count; ++i) near[i]->flush();
         rows.first = rows.last;
     }

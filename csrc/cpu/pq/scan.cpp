@@ -21,31 +21,44 @@ void scan_packed(const Scan& scan, Asked asked, Span span, Best& best) {
 }
 
 // Interleaved codes.
-template <int bits>
-void scan_interleaved(const Scan& scan, const Runtime& runtime) {
-    const int64_t row_bytes = scan.M * bits / 8 + (scan.call.row_bias ? 4 : 0);
+METATE_FN int64_t bytes_of_row(const Scan& scan) {
+    return scan.M * scan.call.bits / 8 + (scan.call.row_bias ? 4 : 0);
+}
+
 #if defined(METATE_HAS_BYTE_SHUFFLES)
-    if constexpr (bits <= most_filtered_bits) {
-        const int64_t filters = kept_filters<bits>(scan.M, scan.call.tables.size[0]);
-        return search_rows(
-            scan.call.search, runtime, row_bytes, filters_together<bits>,
-            [&](Arena& arena) { return take_filters<bits>(arena, scan.M, filters); },
-            [&](Filter* of) {
-                for (int64_t i = 0; i < filters; ++i) of[i].query = -1;
-            },
-            [&](Filter* of, const Turn& turn) { scan_filtered<bits>(scan, of, turn); });
-    }
-#endif
+template <Form form>
+void scan_with_filters(const Scan& scan, const Runtime& runtime) {
+    const int64_t filters = kept_filters<form>(scan.M, scan.call.tables.size[0]);
     search_rows(
-        scan.call.search, runtime, row_bytes, 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
-        [&](char*, const Turn& t) { scan_blocks<bits>(scan, t.asked[0], t.span, t.best[0]); });
+        scan.call.search, runtime, bytes_of_row(scan), filters_together,
+        [&](Arena& arena) { return take_filters<form>(arena, scan.M, filters); },
+        [&](Filter* of) {
+            for (int64_t i = 0; i < filters; ++i) of[i].query = -1;
+        },
+        [&](Filter* of, const Turn& turn) { scan_filtered<form>(scan, of, turn); });
+}
+#endif
+
+void scan_interleaved(const Scan& scan, const Runtime& runtime) {
+#if defined(METATE_HAS_BYTE_SHUFFLES)
+    if (scan.call.bits == 4) return scan_with_filters<Form::nibbles>(scan, runtime);
+#endif
+#if defined(METATE_HAS_WORD_SHUFFLES)
+    if (isa() >= Isa::avx512vbmi && scan.M <= most_columns<Form::bytes>)
+        return scan_with_filters<Form::bytes>(scan, runtime);
+    return scan_with_filters<Form::words>(scan, runtime);
+#endif
+    const auto scan_all = scan.call.bits == 4 ? scan_blocks<4> : scan_blocks<8>;
+    search_rows(
+        scan.call.search, runtime, bytes_of_row(scan), 1, [](Arena& arena) { return arena.take<char>(0); },
+        [](char*) {}, [&](char*, const Turn& t) { scan_all(scan, t.asked[0], t.span, t.best[0]); });
 }
 
 }  // namespace
 
 void pq_scan(const PqScan& c, const Runtime& runtime) {
     const Scan scan(c);
-    if (c.blocks) return c.bits == 4 ? scan_interleaved<4>(scan, runtime) : scan_interleaved<8>(scan, runtime);
+    if (c.blocks) return scan_interleaved(scan, runtime);
     with_bits(c.bits, [&]<int bits>() {
         search_rows(
             c.search, runtime, c.packed.size[1], 1, [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},

@@ -209,14 +209,26 @@ METATE_FN uint32_t below_clip(__m256i a, const uint8_t* b) {
 }
 
 #define METATE_HAS_WORD_SHUFFLES 1
-// 256 bytes to look up: word w of the four vectors holds entry w in its low and entry w + 128 in its high byte.
+// 256 bytes to look up.
 struct Table256 {
-    vi words[4];
+    vi quarters[4];
 };
-// In every word, the entry that the low byte of `low` and the high byte of `high` name, which are the same number.
+// The entry that each byte names: where isa() is avx512vbmi or more.
+METATE_FN vi vbmi_lookup_bytes(const Table256& table, vi index) {
+    vi first = index, second = index;
+    __asm__("vpermi2b %2, %1, %0" : "+v"(first) : "v"(table.quarters[0]), "v"(table.quarters[1]));
+    __asm__("vpermi2b %2, %1, %0" : "+v"(second) : "v"(table.quarters[2]), "v"(table.quarters[3]));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), first, second);
+}
+// Bit i: byte i is at most `most`, unsigned.
+METATE_FN uint64_t bytes_at_most(vi a, uint8_t most) {
+    return _mm512_cmple_epu8_mask(a, _mm512_set1_epi8(static_cast<int8_t>(most)));
+}
+// In every word, the entry that the low byte of `low` and the high byte of `high` name, which are the same number. Word
+// w of the table holds entry w in its low and entry w + 128 in its high byte.
 METATE_FN vi lookup_words(const Table256& table, vi low, vi high) {
-    const vi first = _mm512_permutex2var_epi16(table.words[0], low, table.words[1]);
-    const vi second = _mm512_permutex2var_epi16(table.words[2], low, table.words[3]);
+    const vi first = _mm512_permutex2var_epi16(table.quarters[0], low, table.quarters[1]);
+    const vi second = _mm512_permutex2var_epi16(table.quarters[2], low, table.quarters[3]);
     const vi pair = _mm512_mask_blend_epi16(_mm512_movepi16_mask(_mm512_slli_epi16(high, 1)), first, second);
     const vi byte = _mm512_mask_blend_epi16(_mm512_movepi16_mask(high), _mm512_set1_epi16(1), _mm512_set1_epi16(256));
     return _mm512_maddubs_epi16(pair, byte);

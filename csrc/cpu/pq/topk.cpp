@@ -16,38 +16,33 @@ METATE_FN const float* query_of(const TopkDistances& c, int64_t q) {
 
 // Row by row.
 
-constexpr int rows_abreast = 4;        // that share the loads of a query
 constexpr int64_t keys_at_once = 512;  // rows between two looks at the bound
-constexpr int64_t bytes_ahead = 4096;  // of rows that are fetched while others are compared
 
-// Sums over the columns of rows: of the distance, and, of an inner product, of the magnitudes of its terms.
+// Sums over the columns of a row: of the distance, and, of an inner product, of the magnitudes of its terms. Rows are
+// read one after another, which is the order that processors foresee.
 template <bool l2, class T>
-METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* const* rows, vf* sums, vf* sizes) {
-    vf sum[rows_abreast], size[rows_abreast];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows_abreast; ++r) sum[r] = size[r] = splat(0.0f);
-    const int64_t later = ceil_div(bytes_ahead, v.columns * int64_t{sizeof(T)} + 1) * v.stride;
-    const auto add = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-        const vf a = load_numbers(query + i, n);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows_abreast; ++r) {
-            const vf b = load_values(v, rows[r], i, n);
-            __builtin_prefetch(rows[r] + later + i);
-            if (l2) {
-                const vf gap = a - b;
-                sum[r] = fma(gap, gap, sum[r]);
-            } else {
-                const vf term = a * b;
-                sum[r] = sum[r] + term;
-                size[r] = size[r] + abs(term);
-            }
+METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* row, vf& sum, vf& size) {
+    vf sums[2] = {splat(0.0f), splat(0.0f)}, sizes[2] = {splat(0.0f), splat(0.0f)};
+    const auto add = [&](int64_t i, int64_t n, int chain) __attribute__((always_inline)) {
+        const vf a = load_numbers(query + i, n), b = load_values(v, row, i, n);
+        if (l2) {
+            const vf gap = a - b;
+            sums[chain] = fma(gap, gap, sums[chain]);
+        } else {
+            const vf term = a * b;
+            sums[chain] = sums[chain] + term;
+            sizes[chain] = sizes[chain] + abs(term);
         }
     };
     int64_t i = 0;
-    for (; i + width <= v.columns; i += width) add(i, width);
-    if (i < v.columns) add(i, v.columns - i);
-#pragma GCC unroll 4
-    for (int r = 0; r < rows_abreast; ++r) sums[r] = sum[r], sizes[r] = size[r];
+    for (; i + 2 * width <= v.columns; i += 2 * width) {
+        add(i, width, 0);
+        add(i + width, width, 1);
+    }
+    if (i + width <= v.columns) add(i, width, 0), i += width;
+    if (i < v.columns) add(i, v.columns - i, 1);
+    sum = sums[0] + sums[1];
+    size = sizes[0] + sizes[1];
 }
 
 // The share of its magnitudes that a sum over the columns may be off.
@@ -80,12 +75,8 @@ METATE_FN double approximate_keys(float* keys, const Vectors<T>& v, const float*
     vf most = splat(0.0f);
     for (int64_t at = 0; at < count; at += width) {
         vf sums[width], sizes[width];
-        for (int i = 0; i < width; i += rows_abreast) {
-            const T* rows[rows_abreast];
-#pragma GCC unroll 4
-            for (int r = 0; r < rows_abreast; ++r) rows[r] = v.row(first + smaller(at + i + r, count - 1));
-            add_columns<l2>(v, query, rows, sums + i, sizes + i);
-        }
+        for (int i = 0; i < width; ++i)
+            add_columns<l2>(v, query, v.row(first + smaller(at + i, count - 1)), sums[i], sizes[i]);
         vf key = sum_rows(sums) * sign;
         if (!l2) {
             const vf size = sum_rows(sizes);

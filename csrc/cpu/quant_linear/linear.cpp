@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
 constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
 constexpr int64_t span = 8;            // blocks whose sums join the rest as one: short chains round less
-static_assert(span == blocks_at_once);
+static_assert(blocks_at_once >= span * few_rows);
 
 // How the result is cut: pieces of `panels` panels of W's rows.
 struct Cut {
@@ -291,11 +291,11 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
 void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
     const QuarterSums sums{at.quarter_sums, static_cast<int>(p.x.rows), p.arithmetic.digits == 3 ? 2 : 1};
     IntegerTile tile = integer_tile(p, at, 0, tile_of(p, at, 0, p.x.rows));
-    for (int64_t first = 0; first < p.blocks; first += span) {
-        if (first > 0) end_span(at, p.x.rows * panel);
-        const Reading reading(p.call.w, number * panel, first);
+    for (int64_t first = 0; first < p.blocks; first += blocks_at_once) {
+        const Reading reading(p.call.w, number * panel, first, blocks_at_once);
         sum_codes_of(sums, reading, p.spread, p.arithmetic.table);
         for (int64_t k = 0; k < reading.blocks; ++k) {
+            if (k % span == 0) end_span(at, p.x.rows * panel);
             load_window(p, at, 0, number * panel, first + k);
             enter_block(tile, p, first + k, 0, at.first_group[0]);
             add_sums(sums, k, tile, p.spread, first + k);
@@ -303,15 +303,16 @@ void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
     }
 }
 
-// The same in floats.
+// The same in floats, whose sums take more room.
 void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
     const ChunkSums sums{at.chunk_sums, p.x.rows};
     Tile tile = tile_of(p, at, 0, p.x.rows);
-    for (int64_t first = 0; first < p.blocks; first += span) {
-        if (first > 0) end_span(at, p.x.rows * panel);
-        const Reading reading(p.call.w, number * panel, first);
+    const int64_t most = blocks_at_once / p.x.rows / span * span;
+    for (int64_t first = 0; first < p.blocks; first += most) {
+        const Reading reading(p.call.w, number * panel, first, most);
         sum_chunks_of(sums, reading, p.lane_rows, p.values);
         for (int64_t k = 0; k < reading.blocks; ++k) {
+            if (k % span == 0) end_span(at, p.x.rows * panel);
             load_window(p, at, 0, number * panel, first + k);
             enter_block(tile, p, first + k, at.first_group[0]);
             tile.sums = p.x.sums ? p.x.sums_of(first + k, 0) : nullptr;

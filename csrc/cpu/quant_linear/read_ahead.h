@@ -6,20 +6,21 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int few_rows = 4;        // of x
-constexpr int blocks_at_once = 8;  // of a row
-constexpr int64_t rows_ahead = 8;  // few enough that what was fetched is still in the first cache, and is soon read
+constexpr int few_rows = 4;         // of x
+constexpr int blocks_at_once = 32;  // of a row, at most: a long run, and its sums stay in the second cache
+constexpr int64_t rows_ahead = 8;   // that are on their way
 
 struct Reading {
     const LowBitMatrix& w;
-    int64_t row, first_block, blocks;
+    int64_t row, first_block, most, blocks;
     int64_t begin;  // bytes from the start of a row
 
-    Reading(const LowBitMatrix& matrix, int64_t first_row, int64_t k)
+    Reading(const LowBitMatrix& matrix, int64_t first_row, int64_t k, int64_t most_blocks)
         : w(matrix),
           row(first_row),
           first_block(k),
-          blocks(smaller(blocks_at_once, ceil_div(matrix.columns, block) - k)),
+          most(most_blocks),
+          blocks(smaller(most, ceil_div(matrix.columns, block) - k)),
           begin(k * block / 8 * matrix.bits) {}
 
     // Row i of the panel; the last one again where there are no more.
@@ -31,9 +32,28 @@ struct Reading {
     // Bytes from row i of the panel to what is read `rows_ahead` rows later: in this run, in the next, or in the panel
     // behind.
     METATE_FN int64_t ahead(int64_t i) const {
-        const int64_t stride = w.codes.stride[0], run = blocks_at_once * block / 8 * w.bits;
+        const int64_t stride = w.codes.stride[0], run = most * block / 8 * w.bits;
         if (i + rows_ahead < panel) return rows_ahead * stride;
         return bytes_left(run) > 0 ? run - (panel - rows_ahead) * stride : rows_ahead * stride - begin;
+    }
+};
+
+// Fetches what will be read while row i and those behind it are: line after line of one row after another, the order
+// that processors foresee, though several rows are read side by side.
+struct Ahead {
+    const uint8_t* at;
+    int64_t lines, left, gap;
+
+    Ahead(const Reading& r, int64_t i)
+        : at(r.line(i) + r.ahead(i)),
+          lines(ceil_div(r.blocks * block / 8 * r.w.bits, 64)),
+          left(lines),
+          gap(r.w.codes.stride[0] - 64 * lines) {}
+
+    METATE_FN void fetch() {
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
+        if (--left == 0) at += gap, left = lines;
     }
 };
 

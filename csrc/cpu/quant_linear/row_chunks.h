@@ -54,7 +54,7 @@ constexpr int64_t most_chunk_sums = runs_at_once * few_rows * panel * width;
 // The sums of run `number` of those read, of `lines` rows of W.
 template <Values::Kind kind, int rows, int lines>
 METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[lines], const Reading& reading,
-                       int64_t number, int64_t ahead, const float* x, const Values& values, const Table16& table) {
+                       int64_t number, Ahead& ahead, const float* x, const Values& values, const Table16& table) {
     constexpr int bytes = run_columns / 2, part = 4 * width;
     const int64_t left = reading.bytes_left(number * bytes);
     vi words[lines][4];
@@ -73,7 +73,7 @@ METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[li
 #pragma GCC unroll 32
     for (int j = 0; j < longest; ++j) {
         constexpr int fetches = lines * bytes / 64, apart = longest / fetches;
-        if (j % apart == 0) __builtin_prefetch(codes[j / apart % lines] + ahead + j / apart / lines * 64);
+        if (j % apart == 0) ahead.fetch();
         vf value[lines];
 #pragma GCC unroll 4
         for (int r = 0; r < lines; ++r)
@@ -97,7 +97,7 @@ __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& re
     for (int i = 0; i < panel; i += lines) {
         const uint8_t* codes[lines];
         for (int r = 0; r < lines; ++r) codes[r] = reading.line(i + r);
-        const int64_t ahead = reading.ahead(i);
+        Ahead ahead(reading, i);
         for (int64_t number = 0; number < runs; ++number) {
             vf sums[lines][rows];
             sum_run<kind>(sums, codes, reading, number, ahead, x.at(first + number, 0), values, table);

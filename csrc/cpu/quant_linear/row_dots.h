@@ -150,14 +150,14 @@ __attribute__((noinline)) void sum_codes(const QuarterSums& to, const Reading& r
     for (int i = 0; i < panel / quarter_rows; ++i) {
         const uint8_t* line[quarter_rows];
         for (int r = 0; r < quarter_rows; ++r) line[r] = reading.line(i * quarter_rows + r);
-        const int64_t ahead = reading.ahead(i * quarter_rows);
+        Ahead ahead(reading, i * quarter_rows);
         for (int64_t k = 0; k < reading.blocks; ++k) {
             const int64_t bytes = reading.bytes_left(k * block_bytes);
             int32_t* const sums = to.sums + (k * (panel / quarter_rows) + i) * rows * parts * width;
             vi codes[quarter_rows][2];
 #pragma GCC unroll 4
             for (int r = 0; r < quarter_rows; ++r) {
-                for (int at = 0; at < block_bytes; at += 64) __builtin_prefetch(line[r] + ahead + at);
+                for (int at = 0; at < block_bytes; at += 64) ahead.fetch();
                 load_codes<bits>(codes[r][0], codes[r][1], line[r], bytes);
                 for (vi& part : codes[r]) part = has_table ? lookup_bytes(entries, part) : part;
                 line[r] += block_bytes;

@@ -141,6 +141,30 @@ inline void decode(float* to, int64_t stride, const int32_t* words, int64_t colu
     }
 }
 
+// Pairs of bfloat16, where their dot product exists: two columns of a dword of 4-bit codes, half a dword apart, so that
+// one shift finds both.
+
+constexpr int unit_columns = 8;  // of a dword, in 4 pairs
+
+// The place of column i among the elements of its block's pairs.
+METATE_FN constexpr int place_in_pairs(int i) {
+    return i / unit_columns * unit_columns + i % 4 * 2 + i % unit_columns / 4;
+}
+
+#if defined(METATE_HAS_BF16_DOT)
+// What decode() does, in pairs.
+inline void decode_pairs(float* to, int64_t stride, const int32_t* words, int64_t columns, const Values& v) {
+    const vi table = pair_table(v.entries);
+    for (; columns > 0; columns -= unit_columns, words += width) {
+        const vi word = load(words);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j, to += stride) store(to, as_float(lookup_pairs(table, word, 4 * j)));
+    }
+}
+#else
+inline void decode_pairs(float*, int64_t, const int32_t*, int64_t, const Values&) {}
+#endif
+
 // Scales.
 
 template <class T>

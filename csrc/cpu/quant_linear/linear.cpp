@@ -77,7 +77,19 @@ struct Problem {
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
         spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
-        lane_rows = {nullptr, c.x.size[0]};
+        x.unit = takes_pairs() ? Unit::pairs : Unit::floats;
+        lane_rows = {nullptr, c.x.size[0], longest / (takes_pairs() ? 2 : 1)};
+    }
+    // Entries rounded to bfloat16 are off by less than results of that dtype are.
+    bool takes_pairs() const {
+#if defined(METATE_HAS_BF16_DOT)
+        const int64_t group = call.w.group_size;
+        const bool is_whole = group % longest == 0 || (group >= call.w.columns && group >= small_group);
+        return call.x.dtype == DType::bf16 && call.w.codebook && call.w.bits == 4 && is_whole && !arithmetic.digits &&
+               !call.int8_activations;
+#else
+        return false;
+#endif
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
     bool reads_centers() const { return !dots_rows || has_own_centers(call.w); }
@@ -138,7 +150,10 @@ void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, i
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const values = at.values + v * width;
         transpose_words(at.words, w, row + v * width, k, bytes_ahead(w, k));
-        decode(values, panel, at.words, columns, w.bits, p.values);
+        if (p.x.unit == Unit::pairs)
+            decode_pairs(values, panel, at.words, columns, p.values);
+        else
+            decode(values, panel, at.words, columns, w.bits, p.values);
         if (p.sums_scaled) continue;
         const int64_t passed = p.plans[k].first_group - at.first_group[panel_number];
         const int64_t offset = (panel_number * p.window + passed) * panel + v * width;
@@ -217,7 +232,11 @@ void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number,
                     int64_t rows, Tile tile) {
     if (p.arithmetic.digits) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
     decode_panel(p, at, panel_number, row, k);
-    p.sums_scaled ? multiply<true>(p.x, k, x_row, rows, tile) : multiply<false>(p.x, k, x_row, rows, tile);
+#if defined(METATE_HAS_BF16_DOT)
+    if (p.x.unit == Unit::pairs) return multiply<Unit::pairs, true>(p.x, k, x_row, rows, tile);
+#endif
+    p.sums_scaled ? multiply<Unit::floats, true>(p.x, k, x_row, rows, tile)
+                  : multiply<Unit::floats, false>(p.x, k, x_row, rows, tile);
 }
 
 // Moves the first n totals of a span to the earlier ones.
@@ -372,7 +391,7 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
                 p.spread.terms = arena.take<Term>(p.blocks * p.x.rows * most_chunks);
             }
         } else {
-            p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
+            p.x.x = arena.take<float>(p.blocks * p.x.rows * p.x.words());
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
             const int64_t columns = round_up(p.call.w.columns, run_columns);
             p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;
@@ -441,5 +460,5 @@ void quant_linear(const QuantLinear& call, const Runtime& runtime) {
 
 }  // namespace metate::cpu::METATE_ISA
 
-METATE_DISPATCH(quant_linears, QuantLinears, p.calls->x.dtype)
-METATE_DISPATCH(quant_linear, QuantLinear, p.x.dtype)
+METATE_DISPATCH_BF16(quant_linears, QuantLinears, p.calls->x.dtype)
+METATE_DISPATCH_BF16(quant_linear, QuantLinear, p.x.dtype)

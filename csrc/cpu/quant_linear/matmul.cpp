@@ -85,9 +85,9 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t k) {
             for (int64_t row = n * block; row < smaller(w.rows, (n + 1) * block); row += width)
                 decode_strip(p, at, row, k, at.values + (row - n * block) * panel);
             for (int64_t i = 0; i < panels; ++i)
-                multiply<false>(p.x, n, x_row, rows,
-                                {nullptr, at.values + i * block * panel, chunks, count, nullptr, nullptr, 0, nullptr, 0,
-                                 at.totals + i * rows * panel});
+                multiply<Unit::floats, false>(p.x, n, x_row, rows,
+                                              {nullptr, at.values + i * block * panel, chunks, count, nullptr, nullptr,
+                                               0, nullptr, 0, at.totals + i * rows * panel});
         }
         for (int64_t i = 0; i < panels; ++i) {
             float* const totals = at.totals + i * rows * panel;

@@ -1,8 +1,11 @@
 // Products of packed rows of x with a decoded panel, chunk by chunk: total = fma(sum of the chunk, scale, total).
 //
 // Every path computes an output by the same operations in the same order, so a row does not depend on how many rows
-// there are: a chunk is one chain of fused multiply-adds over ascending columns.
+// there are: a chunk is one chain of fused multiply-adds over ascending columns, or of dot products of pairs of
+// bfloat16, each of which takes the place of a float.
 #pragma once
+
+#include <string.h>
 
 #include "decode.h"
 
@@ -30,14 +33,21 @@ inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t
     return n;
 }
 
-// A float for every block, row and column of x, block after block, the rows of a block one after another; and the sums
-// of its chunks. Columns come in the order of the permutation.
+// Whether products take columns by twos.
+enum class Unit { floats, pairs };
+template <Unit unit>
+constexpr int columns_in = unit == Unit::pairs ? 2 : 1;
+
+// A float or half a pair for every block, row and column of x, block after block, the rows of a block one after
+// another; and the sums of its chunks. Columns come in the order of the permutation.
 struct PackedRows {
-    float* x;     // (blocks, rows, block)
+    float* x;     // (blocks, rows, words of a block)
     float* sums;  // (blocks, rows, most_chunks), or null
     int64_t rows, most_chunks;
+    Unit unit = Unit::floats;
 
-    METATE_FN float* line(int64_t k, int64_t row) const { return x + (k * rows + row) * block; }
+    METATE_FN int64_t words() const { return unit == Unit::pairs ? block / 2 : block; }
+    METATE_FN float* line(int64_t k, int64_t row) const { return x + (k * rows + row) * words(); }
     METATE_FN float* sums_of(int64_t k, int64_t row) const { return sums + (k * rows + row) * most_chunks; }
 };
 
@@ -72,6 +82,13 @@ inline void round_chunk(float* x, int n) {
     }
 }
 
+// The columns of a block as pairs: exact, for they were bfloat16.
+inline void to_pairs(float* to, const float* from) {
+    bf16 pairs[block];
+    for (int i = 0; i < block; ++i) pairs[place_in_pairs(i)] = from_float<bf16>(from[i]);
+    memcpy(to, pairs, sizeof pairs);
+}
+
 // x, (rows, columns), as PackedRows; `group_size` for the sums, and where chunks are `rounded`.
 template <class T>
 void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, int64_t group_size, bool rounded,
@@ -83,8 +100,10 @@ void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, in
         const int count = to.sums || rounded ? chunks_of(chunks, columns, group_size, k) : 0;
         for (int64_t row = first; row < smaller(to.rows, first + rows_at_once); ++row) {
             const T* from = static_cast<const T*>(x.data) + row * x.stride[0];
-            float* const line = to.line(k, row);
+            float room[block] = {};
+            float* const line = to.unit == Unit::pairs ? room : to.line(k, row);
             pack_line(line, from, x.stride[1], permutation, k * block, smaller(block, columns - k * block));
+            if (to.unit == Unit::pairs) to_pairs(to.line(k, row), line);
             for (int c = 0; c < count && rounded; ++c)
                 round_chunk(line + chunks[c].begin, chunks[c].end - chunks[c].begin);
             for (int c = 0; c < count && to.sums; ++c) {
@@ -106,8 +125,8 @@ const auto& with_most_rows(const Calls& all) {
 }
 
 struct Tile {
-    const float* x;       // rows `block` floats apart
-    const float* values;  // (column, lane) at column · panel + lane
+    const float* x;       // rows of a block's words
+    const float* values;  // (word, lane) at word · panel + lane
     const Chunk* chunks;
     int count;
     const float *scales, *corrections;  // (group, lane) at (group - first_group) · panel + lane; or null
@@ -128,35 +147,47 @@ METATE_FN void add_sum(const Tile& t, int c, int r, int lane, vf sum) {
     store(at, total);
 }
 
+// sum + a word of x times words of W.
+template <Unit unit>
+METATE_FN vf add_product(vf sum, vf x, vf values) {
+#if defined(METATE_HAS_BF16_DOT)
+    if constexpr (unit == Unit::pairs) return dot(sum, as_int(x), as_int(values));
+#endif
+    return fma(x, values, sum);
+}
+
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
-template <int rows, bool scaled, int together>
+template <Unit unit, int rows, bool scaled, int together>
 METATE_FN void multiply_chunks(const Tile& t, int c) {
+    constexpr int per_word = columns_in<unit>, stride = block / per_word, chunk_words = longest / per_word;
     vf sum[together][rows][2];
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q) {
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
     }
-    const float *x = t.x + t.chunks[c].begin, *values = t.values + t.chunks[c].begin * panel;
+    const int begin = t.chunks[c].begin / per_word;
+    const float *x = t.x + begin, *values = t.values + begin * panel;
     const auto add_columns = [&]<int n>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < n; ++j) {
 #pragma GCC unroll 4
             for (int q = 0; q < together; ++q) {
-                const float* const value = values + (q * longest + j) * panel;
+                const float* const value = values + (q * chunk_words + j) * panel;
                 const vf first = load(value), second = load(value + width);
 #pragma GCC unroll 12
                 for (int r = 0; r < rows; ++r) {
-                    const vf a = splat(x[r * block + q * longest + j]);
-                    sum[q][r][0] = fma(a, first, sum[q][r][0]);
-                    sum[q][r][1] = fma(a, second, sum[q][r][1]);
+                    const vf a = splat(x[r * stride + q * chunk_words + j]);
+                    sum[q][r][0] = add_product<unit>(sum[q][r][0], a, first);
+                    sum[q][r][1] = add_product<unit>(sum[q][r][1], a, second);
                 }
             }
         }
         x += n;
         values += n * panel;
     };
-    int left = t.chunks[c].end - t.chunks[c].begin;
+    const int columns = t.chunks[c].end - t.chunks[c].begin;
+    int left = unit == Unit::pairs ? static_cast<int>(ceil_div(columns, unit_columns)) * 4 : columns;
     for (; left >= 4; left -= 4) add_columns.template operator()<4>();
     for (; left > 0; --left) add_columns.template operator()<1>();
 #pragma GCC unroll 4
@@ -174,29 +205,29 @@ METATE_FN bool are_whole(const Tile& t, int c, int n) {
     return c + n <= t.count && t.chunks[c].begin + n * longest == t.chunks[c + n - 1].end;
 }
 
-template <int rows, bool scaled>
+template <Unit unit, int rows, bool scaled>
 __attribute__((noinline)) void multiply_tile(const Tile& t) {
     constexpr int together = rows > 2 ? 1 : 4 / rows;
     for (int c = 0; c < t.count;) {
         if (together > 1 && are_whole(t, c, together)) {
-            multiply_chunks<rows, scaled, together>(t, c);
+            multiply_chunks<unit, rows, scaled, together>(t, c);
             c += together;
         } else {
-            multiply_chunks<rows, scaled, 1>(t, c++);
+            multiply_chunks<unit, rows, scaled, 1>(t, c++);
         }
     }
 }
 
-template <bool scaled, int rows = tile_rows>
+template <Unit unit, bool scaled, int rows = tile_rows>
 METATE_FN void multiply_rows(int64_t n, const Tile& tile) {
     if constexpr (rows > 1) {
-        if (n < rows) return multiply_rows<scaled, rows - 1>(n, tile);
+        if (n < rows) return multiply_rows<unit, scaled, rows - 1>(n, tile);
     }
-    multiply_tile<rows, scaled>(tile);
+    multiply_tile<unit, rows, scaled>(tile);
 }
 
 // All rows of x from `row` on with one panel. Tiles of about the same height: two of 8 are better than 12 and 4.
-template <bool scaled>
+template <Unit unit, bool scaled>
 inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, Tile tile) {
     const int64_t tiles = ceil_div(rows, tile_rows);
     for (int64_t i = 0; i < tiles; ++i) {
@@ -205,7 +236,7 @@ inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, 
         tile.sums = x.sums ? x.sums_of(k, row + first) : nullptr;
         Tile part = tile;
         part.total += first * panel;
-        multiply_rows<scaled>(end - first, part);
+        multiply_rows<unit, scaled>(end - first, part);
     }
 }
 

@@ -19,12 +19,12 @@ METATE_FN constexpr int chunk_in(int lane) {
     return lane % 4 * (width / 4) + lane / 4;
 }
 
-// x for every run, row and column of a chunk: a number for each lane.
+// x for every run, row and word of a chunk: one for each lane.
 struct LaneRows {
     float* x;
-    int64_t rows;
+    int64_t rows, chunk_words;
 
-    METATE_FN float* at(int64_t number, int64_t row) const { return x + (number * rows + row) * run_columns; }
+    METATE_FN float* at(int64_t number, int64_t row) const { return x + (number * rows + row) * chunk_words * width; }
 };
 
 inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns) {
@@ -32,8 +32,9 @@ inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns) 
         float* const x = to.at(i / to.rows, i % to.rows);
         for (int lane = 0; lane < width; ++lane) {
             const int64_t column = i / to.rows * run_columns + chunk_in(lane) * longest;
-            const float* line = column < columns ? from.line(column / block, i % to.rows) + column % block : nullptr;
-            for (int j = 0; j < longest; ++j) x[j * width + lane] = line ? line[j] : 0.0f;
+            const int64_t word = column % block / longest * to.chunk_words;
+            const float* line = column < columns ? from.line(column / block, i % to.rows) + word : nullptr;
+            for (int64_t j = 0; j < to.chunk_words; ++j) x[j * width + lane] = line ? line[j] : 0.0f;
         }
     }
 }
@@ -51,10 +52,34 @@ struct ChunkSums {
 constexpr int64_t runs_at_once = blocks_at_once * block / run_columns;
 constexpr int64_t most_chunk_sums = runs_at_once * few_rows * panel * width;
 
+// What finds values in dwords of codes, word j of a chunk.
+template <Unit unit, Values::Kind kind>
+struct Finder {
+    const Values& values;
+    Table16 table;
+
+    explicit Finder(const Values& v) : values(v), table(table16(v.entries)) {}
+    METATE_FN vf operator()(const vi (&words)[4], int j) const {
+        return value_in<4, kind>(words[j / 8], words[j / 8], j % 8 * 4, values, table);
+    }
+};
+#if defined(METATE_HAS_BF16_DOT)
+template <Values::Kind kind>
+struct Finder<Unit::pairs, kind> {
+    vi table;
+
+    explicit Finder(const Values& v) : table(pair_table(v.entries)) {}
+    METATE_FN vf operator()(const vi (&words)[4], int j) const {
+        return as_float(lookup_pairs(table, words[j / 4], j % 4 * 4));
+    }
+};
+#endif
+
 // The sums of run `number` of those read, of `lines` rows of W.
-template <Values::Kind kind, int rows, int lines>
+template <Unit unit, Values::Kind kind, int rows, int lines>
 METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[lines], const Reading& reading,
-                       int64_t number, Ahead& ahead, const float* x, const Values& values, const Table16& table) {
+                       int64_t number, Ahead& ahead, const float* x, const Finder<unit, kind>& find) {
+    constexpr int chunk_words = longest / columns_in<unit>;
     constexpr int bytes = run_columns / 2, part = 4 * width;
     const int64_t left = reading.bytes_left(number * bytes);
     vi words[lines][4];
@@ -71,27 +96,26 @@ METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[li
         for (int m = 0; m < rows; ++m) sums[r][m] = splat(0.0f);
     }
 #pragma GCC unroll 32
-    for (int j = 0; j < longest; ++j) {
-        constexpr int fetches = lines * bytes / 64, apart = longest / fetches;
+    for (int j = 0; j < chunk_words; ++j) {
+        constexpr int fetches = lines * bytes / 64, apart = chunk_words / fetches;
         if (j % apart == 0) ahead.fetch();
         vf value[lines];
 #pragma GCC unroll 4
-        for (int r = 0; r < lines; ++r)
-            value[r] = value_in<4, kind>(words[r][j / 8], words[r][j / 8], j % 8 * 4, values, table);
+        for (int r = 0; r < lines; ++r) value[r] = find(words[r], j);
 #pragma GCC unroll 4
         for (int m = 0; m < rows; ++m) {
-            const vf a = load(x + m * run_columns + j * width);
+            const vf a = load(x + (m * chunk_words + j) * width);
 #pragma GCC unroll 4
-            for (int r = 0; r < lines; ++r) sums[r][m] = fma(a, value[r], sums[r][m]);
+            for (int r = 0; r < lines; ++r) sums[r][m] = add_product<unit>(sums[r][m], a, value[r]);
         }
     }
 }
 
-template <Values::Kind kind, int rows>
+template <Unit unit, Values::Kind kind, int rows>
 __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& reading, const LaneRows& x,
                                           const Values& values) {
     constexpr int lines = width == 16 && rows <= 2 ? 4 : 2;
-    const Table16 table = table16(values.entries);
+    const Finder<unit, kind> find(values);
     const int64_t first = reading.first_block * block / run_columns,
                   runs = ceil_div(reading.blocks * block, run_columns);
     for (int i = 0; i < panel; i += lines) {
@@ -100,7 +124,7 @@ __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& re
         Ahead ahead(reading, i);
         for (int64_t number = 0; number < runs; ++number) {
             vf sums[lines][rows];
-            sum_run<kind>(sums, codes, reading, number, ahead, x.at(first + number, 0), values, table);
+            sum_run(sums, codes, reading, number, ahead, x.at(first + number, 0), find);
             for (int r = 0; r < lines; ++r) {
                 for (int m = 0; m < rows; ++m) store(to.at(number, m, i / width) + (i + r) % width * width, sums[r][m]);
                 codes[r] += run_columns / 2;
@@ -121,8 +145,12 @@ METATE_FN void sum_chunks_of(const ChunkSums& to, const Reading& reading, const 
     if constexpr (rows > 1) {
         if (to.rows < rows) return sum_chunks_of<rows - 1>(to, reading, x, values);
     }
-    if (width == 16 || values.kind == Values::table) return sum_chunks<Values::table, rows>(to, reading, x, values);
-    if constexpr (width < 16) sum_chunks<Values::whole, rows>(to, reading, x, values);
+#if defined(METATE_HAS_BF16_DOT)
+    if (x.chunk_words < longest) return sum_chunks<Unit::pairs, Values::table, rows>(to, reading, x, values);
+#endif
+    if (width == 16 || values.kind == Values::table)
+        return sum_chunks<Unit::floats, Values::table, rows>(to, reading, x, values);
+    if constexpr (width < 16) sum_chunks<Unit::floats, Values::whole, rows>(to, reading, x, values);
 }
 
 // Adds the sums of the chunks of one block, number k of those read, to the totals. The tile is taken by value: no store

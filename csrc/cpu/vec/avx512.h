@@ -496,6 +496,14 @@ METATE_FN vi zip(const bf16* a, const bf16* b) {
 METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
     return join_pairs(_mm256_maskz_loadu_epi16(first(n), a), _mm256_maskz_loadu_epi16(first(n), b));
 }
+// Sixteen bfloat16, looked up by the low four bits of each word; and words shifted right.
+METATE_FN vi pair_table(const float* p) {
+    const __m256i entries = narrow_bf16(_mm512_loadu_ps(p));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1);
+}
+METATE_FN vi lookup_pairs(vi table, vi words, int shift) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(shift)), table);
+}
 // Zeros where the first or second elements of pairs are not to count.
 METATE_FN vi keep_elements(vi pairs, bool first, bool second) {
     return _mm512_and_si512(pairs, splat(static_cast<int32_t>((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0))));

@@ -329,6 +329,11 @@ METATE_FN vf scale_by_power(vf p, vf n, vm m) {
 }
 
 METATE_FN __m256i narrow_bf16(vf x) {
+#if defined(__AVX512BF16__)
+    constexpr int subnormal = 0x20;  // the instruction would make zeros of them
+    if (!_mm512_fpclass_ps_mask(x, subnormal)) [[likely]]
+        return bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#endif
     const vi bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), splat(1));
     const vi rounded = _mm512_srli_epi32(add(bits, add(odd, splat(0x7fff))), 16);
     const vi quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), splat(0x40));

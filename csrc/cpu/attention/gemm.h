@@ -41,15 +41,21 @@ METATE_FN constexpr int64_t steps_of(int64_t elements) {
     return (elements + elements_of<Word> - 1) / elements_of<Word>;
 }
 
+METATE_FN vf add_product(vf sum, vf a, vf b) {
+    return fma(a, b, sum);
+}
 METATE_FN vf add_product(vf sum, vf a, const float* b) {
-    return fma(a, load(b), sum);
+    return add_product(sum, a, load(b));
 }
 METATE_FN vf spread(const float* a) {
     return splat(*a);
 }
 #if defined(METATE_HAS_BF16_DOT)
+METATE_FN vf add_product(vf sum, vi a, vf b) {
+    return dot(sum, a, as_int(b));
+}
 METATE_FN vf add_product(vf sum, vi a, const Pair* b) {
-    return dot(sum, a, load(reinterpret_cast<const int32_t*>(b)));
+    return add_product(sum, a, load(reinterpret_cast<const float*>(b)));
 }
 METATE_FN vi spread(const Pair* a) {
     return splat(bit_cast<int32_t>(*a));
@@ -73,6 +79,11 @@ struct Product {
     const float* factor;  // of each row, with Into::scaled
 };
 
+// What a product does beside its sums, every few steps.
+struct Nothing {
+    METATE_FN void operator()() const {}
+};
+
 // A product and what stood there. Adding last keeps the rounding of long sums to that of their parts.
 template <Into into>
 METATE_FN vf combine(const float* c, vf sum, const float* factor, int r) {
@@ -81,8 +92,8 @@ METATE_FN vf combine(const float* c, vf sum, const float* factor, int r) {
     return fma(load(c), splat(factor[r]), sum);
 }
 
-template <Left left, Into into, int rows, int vectors, class Word>
-__attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
+template <Left left, Into into, int rows, int vectors, class Word, class Beside>
+__attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside beside) {
     float* const c = p.c;
     const int64_t c_stride = p.c_stride;
     vf sum[rows][vectors];
@@ -119,7 +130,10 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
     constexpr int batch = left == Left::columns ? 1 : 4;
     for (int64_t left_steps = p.steps; left_steps > 0; left_steps -= panel) {
         int64_t k = left == Left::panels && left_steps > panel ? panel : left_steps;
-        for (; k >= batch; k -= batch) add_steps.template operator()<batch>();
+        for (; k >= batch; k -= batch) {
+            beside();
+            add_steps.template operator()<batch>();
+        }
         for (; k > 0; --k) add_steps.template operator()<1>();
         if constexpr (left != Left::panels) break;
 #pragma GCC unroll 4
@@ -133,18 +147,18 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p) {
     }
 }
 
-template <Left left, Into into, class Word>
-METATE_FN void multiply_steps(int rows, int64_t columns, const Product<Word>& p) {
+template <Left left, Into into, class Word, class Beside = Nothing>
+METATE_FN void multiply_steps(int rows, int64_t columns, const Product<Word>& p, const Beside& beside = {}) {
     constexpr int middle = tile_rows < 8 ? tile_rows : 8;
     if (columns > width) {
-        if (rows > 8) return multiply_tile<left, into, tile_rows, 2>(p);
-        if (rows > 4) return multiply_tile<left, into, middle, 2>(p);
-        if (rows > 2) return multiply_tile<left, into, 4, 2>(p);
-        if (rows > 1) return multiply_tile<left, into, 2, 2>(p);
-        return multiply_tile<left, into, 1, 2>(p);
+        if (rows > 8) return multiply_tile<left, into, tile_rows, 2>(p, beside);
+        if (rows > 4) return multiply_tile<left, into, middle, 2>(p, beside);
+        if (rows > 2) return multiply_tile<left, into, 4, 2>(p, beside);
+        if (rows > 1) return multiply_tile<left, into, 2, 2>(p, beside);
+        return multiply_tile<left, into, 1, 2>(p, beside);
     }
-    if (rows > 4) return multiply_tile<left, into, tile_rows, 1>(p);
-    return multiply_tile<left, into, 4, 1>(p);
+    if (rows > 4) return multiply_tile<left, into, tile_rows, 1>(p, beside);
+    return multiply_tile<left, into, 4, 1>(p, beside);
 }
 
 // How many steps a sum from nothing takes in one chain, for it is rounded as often as that. Short chains are for scores
@@ -153,17 +167,17 @@ constexpr int64_t long_chain = 128, short_chain = 32;
 
 // c += a · b for `rows` <= tile_rows rows and `columns` <= panel columns. A tile may run on a few rows and columns more
 // than were asked for, up to tile_rows and panel: they must be readable in a (and factor) and writable in c.
-template <Left left, Into into, int64_t longest = long_chain, class Word>
-METATE_FN void multiply(int rows, int64_t columns, Product<Word> p) {
-    if (into != Into::set || p.steps <= longest) return multiply_steps<left, into>(rows, columns, p);
+template <Left left, Into into, int64_t longest = long_chain, class Word, class Beside = Nothing>
+METATE_FN void multiply(int rows, int64_t columns, Product<Word> p, const Beside& beside = {}) {
+    if (into != Into::set || p.steps <= longest) return multiply_steps<left, into>(rows, columns, p, beside);
     int64_t steps = p.steps;
     p.steps = longest;
-    multiply_steps<left, Into::set>(rows, columns, p);
+    multiply_steps<left, Into::set>(rows, columns, p, beside);
     for (steps -= longest; steps > 0; steps -= longest) {
         p.a += left == Left::columns ? longest * p.stride : left == Left::panels ? longest / panel * p.stride : longest;
         p.b += longest * panel;
         p.steps = steps < longest ? steps : longest;
-        multiply_steps<left, Into::add>(rows, columns, p);
+        multiply_steps<left, Into::add>(rows, columns, p, beside);
     }
 }
 

@@ -37,6 +37,20 @@ struct Rows {
     }
 };
 
+#if defined(METATE_HAS_BF16_DOT)
+// Pairs of the elements of two rows; null stands for zeros.
+METATE_FN vi zip_any(const bf16* a, const bf16* b, int64_t stride, int64_t n) {
+    static const bf16 zeros[width] = {};
+    if (stride == 1) return n >= width ? zip(a ? a : zeros, b ? b : zeros) : zip(a ? a : zeros, b ? b : zeros, n);
+    bf16 lines[2][width] = {};
+    for (int64_t i = 0; i < n && i < width; ++i) {
+        if (a) lines[0][i] = a[i * stride];
+        if (b) lines[1][i] = b[i * stride];
+    }
+    return zip(lines[0], lines[1]);
+}
+#endif
+
 // A run of rows of one expert.
 struct Span {
     int64_t expert, first, rows;

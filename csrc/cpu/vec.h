@@ -51,6 +51,16 @@ METATE_FN void store(f16* p, vf x, int64_t n) {
 }
 #endif
 
+// sum + a · b, of floats or of pairs of bfloat16.
+METATE_FN vf add_product(vf sum, vf a, vf b) {
+    return fma(a, b, sum);
+}
+#if defined(METATE_HAS_BF16_DOT)
+METATE_FN vf add_product(vf sum, vi a, vi b) {
+    return dot(sum, a, b);
+}
+#endif
+
 // Functions.
 
 // 2^x within 2.3 ulp for x < 128; 0 below -125.5, so that no result is subnormal; NaN for NaN. 2^0 is 1. Several

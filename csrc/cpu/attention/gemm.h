@@ -41,9 +41,6 @@ METATE_FN constexpr int64_t steps_of(int64_t elements) {
     return (elements + elements_of<Word> - 1) / elements_of<Word>;
 }
 
-METATE_FN vf add_product(vf sum, vf a, vf b) {
-    return fma(a, b, sum);
-}
 METATE_FN vf add_product(vf sum, vf a, const float* b) {
     return add_product(sum, a, load(b));
 }
@@ -52,7 +49,7 @@ METATE_FN vf spread(const float* a) {
 }
 #if defined(METATE_HAS_BF16_DOT)
 METATE_FN vf add_product(vf sum, vi a, vf b) {
-    return dot(sum, a, as_int(b));
+    return add_product(sum, a, as_int(b));
 }
 METATE_FN vf add_product(vf sum, vi a, const Pair* b) {
     return add_product(sum, a, load(reinterpret_cast<const float*>(b)));

@@ -17,8 +17,24 @@ vf largest_of_rows(vf (&rows)[width]) {
     return rows[0];
 }
 
+// Weights in the words of products, at the place of logits from j on.
+template <class S, int n>
+METATE_FN void store_weights(float* x, int j, const vf (&y)[n]) {
+    if constexpr (has_dots<S>) {
+#pragma GCC unroll 2
+        for (int i = 0; i < n; i += 2) {
+            const Words<S> pairs = narrow_pairs(y[i], y[i + 1]);
+            store(x + (j + i * width) / 2, as_float(pairs));
+        }
+    } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < n; ++i) store(x + j + i * width, y[i]);
+    }
+}
+
 // Turns the logits of a row into 2^(logit - reference), each times its scale where there are scales. Returns the sum
 // of the powers.
+template <class S>
 METATE_FN vf to_powers(float* x, float reference, const float* scales) {
     constexpr int vectors = tile_keys / width, batch = vectors < 4 ? vectors : 4;
     vf total = splat(0.0f);
@@ -31,8 +47,8 @@ METATE_FN vf to_powers(float* x, float reference, const float* scales) {
         for (int i = 0; i < batch; ++i) {
             total = total + y[i];
             if (scales) y[i] = y[i] * load(scales + j + i * width);
-            store(x + j + i * width, y[i]);
         }
+        store_weights<S>(x, j, y);
     }
     return total;
 }
@@ -41,6 +57,7 @@ constexpr int soft_steps = 4;  // between products, how often a row asks for wha
 
 // Turns logits into weights of the values, for the new maximum m of each row, and finds by which factor old results
 // shrink: `width` rows at a time, for one alone waits for its own results most of the time.
+template <class S>
 void to_weights(const Piece& piece, const float* scales, const Scratch& my) {
     const int64_t pitch = piece.pitch(), count = piece.heads * pitch;
     for (int64_t first = 0; first < count; first += width) {
@@ -63,7 +80,7 @@ void to_weights(const Piece& piece, const float* scales, const Scratch& my) {
             if (row >= count || row % pitch >= piece.rows) continue;
             for (int step = 0; step < soft_steps; ++step) my.ahead->fetch();
             rows[i] =
-                to_powers(my.p + row * p_stride, references[i], scales ? scales + row / pitch * tile_keys : nullptr);
+                to_powers<S>(my.p + row * p_stride, references[i], scales ? scales + row / pitch * tile_keys : nullptr);
         }
         store(piece.state.l + first, fma(load(piece.state.l + first), factor, sum_rows(rows)));
     }
@@ -93,11 +110,13 @@ void add_seen_values(const Shape& s, const Piece& piece, int64_t h, const Tile& 
         const int64_t row = h * piece.pitch() + r;
         if (!tile.mask[r]) continue;
         const uint8_t* seen[tile_keys];
+        constexpr size_t bytes = sizeof(float) / elements_of_word<S>;
         float weight[tile_keys];
-        for (int j = 0; j < tile_keys; ++j) {
+        memcpy(weight, my.p + row * p_stride, sizeof weight);
+        for (size_t j = 0; j < tile_keys; ++j) {
             const bool is_seen = tile.mask[r] >> j & 1;
-            seen[j] = values.at[is_seen ? j : __builtin_ctzll(tile.mask[r])];
-            weight[j] = is_seen ? my.p[row * p_stride + j] : 0.0f;
+            seen[j] = values.at[is_seen ? j : static_cast<size_t>(__builtin_ctzll(tile.mask[r]))];
+            if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
         }
         const Sums to{my.sums, piece.state.o + row * s.o_stride, s.o_stride, my.factor + row, true, true};
         multiply_all_values<S, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
@@ -159,8 +178,9 @@ void add_values(const Shape& s, const Piece& piece, const Stream& stream, const 
                         return multiply_value_codes<S, n>(my.quads, count, my.weight.from(row), first, s.dv,
                                                           my.whole_sums + row * sum_stride<S>(s.dv), to, *my.ahead);
                 }
-                multiply_all_values<S, n>(values.at, values.offset, count, my.p + row * p_stride + first, p_stride,
-                                          s.dv, to, *my.ahead);
+                multiply_all_values<S, n>(values.at, values.offset, count,
+                                          my.p + row * p_stride + first / elements_of_word<S>, p_stride, s.dv, to,
+                                          *my.ahead);
             });
         }
     }
@@ -173,7 +193,7 @@ void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Str
     if (has_scales) gather_scales(s.a.v_scale, piece, *stream.tile, my.v_scale);
     const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of<S>(s, piece, true);
     stream.advance<S>(s, piece, groups_of(*stream.tile), steps, my);
-    to_weights(piece, has_scales ? my.v_scale : nullptr, my);
+    to_weights<S>(piece, has_scales ? my.v_scale : nullptr, my);
     add_values<S>(s, piece, stream, my);
 }
 
@@ -269,8 +289,8 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
         const float scale = l == 0.0f ? 0.0f : unit<S> / l;
         for (int64_t c = 0; c < s.o_stride; c += block) {
             for (int j = 0; j < width; ++j) {
-                line[c + (in_pairs<S> ? 2 * j : j)] = o[c + j] * scale;
-                line[c + (in_pairs<S> ? 2 * j + 1 : j + width)] = o[c + width + j] * scale;
+                line[c + column_of<S>(0, j)] = o[c + j] * scale;
+                line[c + column_of<S>(1, j)] = o[c + width + j] * scale;
             }
         }
         store_out<T>(s, seq, query, head, line);
@@ -382,4 +402,4 @@ void paged_attention(const PagedAttention& a, const Runtime& runtime) {
 
 }  // namespace metate::cpu::METATE_ISA
 
-METATE_DISPATCH(paged_attention, PagedAttention, p.q.dtype)
+METATE_DISPATCH_BF16(paged_attention, PagedAttention, p.q.dtype)

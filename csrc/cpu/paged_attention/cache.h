@@ -59,12 +59,82 @@ METATE_FN void read(const uint8_t* p, int64_t n, vf& a, vf& b) {
     }
 }
 
+// Products take words: floats, or pairs of bfloat16 as they lie where the instruction set has their dot product. Pairs
+// are of neighbours in a row of keys, and of two rows of values.
+#if defined(METATE_HAS_BF16_DOT)
+template <class S>
+constexpr bool has_dots = __is_same(S, bf16);
+#else
+template <class S>
+constexpr bool has_dots = false;
+#endif
+template <class S>
+constexpr int elements_of_word = has_dots<S> ? 2 : 1;
+template <class S>
+constexpr int vectors_of_block = 2 / elements_of_word<S>;
+
+template <bool dots>
+struct WordsOf {
+    using type = vf;
+};
+template <>
+struct WordsOf<true> {
+    using type = vi;
+};
+template <class S>
+using Words = typename WordsOf<has_dots<S>>::type;
+
+template <class S>
+METATE_FN Words<S> as_words(vf x) {
+    if constexpr (has_dots<S>)
+        return as_int(x);
+    else
+        return x;
+}
+METATE_FN vf as_floats(vf x) {
+    return x;
+}
+METATE_FN vf as_floats(vi x) {
+    return as_float(x);
+}
+
+// The first n of a block of a row of keys.
+template <class S>
+METATE_FN void take_key(const uint8_t* p, int64_t n, Words<S> (&x)[vectors_of_block<S>]) {
+    if constexpr (has_dots<S>)
+        x[0] = n >= block ? load(reinterpret_cast<const int32_t*>(p)) : load_bytes(p, 2 * n);
+    else
+        read<S>(p, n, x[0], x[1]);
+}
+
+// The first n columns of a block of two rows of values, or of the first where words are single elements.
+template <class S>
+METATE_FN void take_values(const uint8_t* first, const uint8_t* second, int64_t n, Words<S> (&x)[2]) {
+    if constexpr (has_dots<S>) {
+        Words<S> key[1];
+        take_key<S>(first, n, key);
+        x[0] = key[0];
+        take_key<S>(second, n, key);
+        x[1] = key[0];
+        zip_parts(x[0], x[1]);
+    } else {
+        read<S>(first, n, x[0], x[1]);
+    }
+}
+alignas(64) constexpr uint8_t row_of_zeros[2 * max_key_dim] = {};  // the second of the last value
+
 // Where element i of a block stands when read.
 template <class S>
 METATE_FN constexpr int64_t place(int64_t i) {
     if (!in_pairs<S>) return i;
     const int64_t inside = i % block;
     return i - inside + inside % 2 * width + inside / 2;
+}
+// Which column of a block lane i of the first or second vector of values is.
+template <class S>
+METATE_FN constexpr int64_t column_of(int64_t vector, int64_t i) {
+    if (has_dots<S>) return i / 4 * 8 + vector * 4 + i % 4;
+    return in_pairs<S> ? 2 * i + vector : vector * width + i;
 }
 
 METATE_FN int32_t at(const View<1>& view, int64_t i) {

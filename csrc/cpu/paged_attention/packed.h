@@ -1,4 +1,4 @@
-// Many query rows over a tile of keys: keys and values are packed as floats, whatever they are stored as, for the
+// Many query rows over a tile of keys: keys and values are packed as words, whatever they are stored as, for the
 // products of dense attention.
 #pragma once
 
@@ -10,46 +10,62 @@ namespace {
 
 static_assert(panel == block && tile_keys % panel == 0);
 
-// Panel after panel of keys, one element of all in a line; elements in the order of read(), as in q.
+template <bool dots>
+struct WordOf {
+    using type = float;
+};
+template <>
+struct WordOf<true> {
+    using type = Pair;
+};
+
+// Panel after panel of keys, one word of all in a line; words in the order of take_key(), as in q.
 template <class S>
 void pack_keys(const Shape& s, const Lines& keys, float* to) {
     for (int64_t first = 0; first < tile_keys; first += width) {
         float* out = to + first / panel * s.q_stride * panel + first % panel;
-        for (int64_t c = 0; c < s.d; c += block, out += block * panel) {
-            vf a[width], b[width];
-#pragma GCC unroll 16
-            for (int i = 0; i < width; ++i)
-                read<S>(keys.at[first + i] + (keys.offset + bytes_before<S>(c)), smaller(s.d - c, block), a[i], b[i]);
-            transpose(a);
-            transpose(b);
+        for (int64_t c = 0; c < s.d; c += block) {
+            constexpr int vectors = vectors_of_block<S>;
+            vf rows[vectors][width];
 #pragma GCC unroll 16
             for (int i = 0; i < width; ++i) {
-                store(out + i * panel, a[i]);
-                store(out + (width + i) * panel, b[i]);
+                Words<S> x[vectors];
+                take_key<S>(keys.at[first + i] + (keys.offset + bytes_before<S>(c)), smaller(s.d - c, block), x);
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) rows[v][i] = as_floats(x[v]);
+            }
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; ++v, out += width * panel) {
+                transpose(rows[v]);
+#pragma GCC unroll 16
+                for (int i = 0; i < width; ++i) store(out + i * panel, rows[v][i]);
             }
         }
     }
 }
 
-// Panel after panel of columns, those of one value in a line.
+// Panel after panel of columns, those of one value, or two, in a line.
 template <class S>
 void pack_values(const Shape& s, const Lines& values, int64_t count, float* to) {
-    for (int64_t k = 0; k < count; ++k, to += panel) {
+    for (int64_t k = 0; k < count; k += elements_of_word<S>, to += panel) {
+        const uint8_t *v = values.at[k] + values.offset, *next = row_of_zeros;
+        if (has_dots<S> && k + 1 < count) next = values.at[k + 1] + values.offset;
         for (int64_t c = 0; c < s.dv; c += block) {
-            vf a, b;
-            read<S>(values.at[k] + (values.offset + bytes_before<S>(c)), smaller(s.dv - c, block), a, b);
-            store(to + c * tile_keys, a);
-            store(to + c * tile_keys + width, b);
+            Words<S> x[2];
+            take_values<S>(v + bytes_before<S>(c), next + bytes_before<S>(c), smaller(s.dv - c, block), x);
+            float* const out = to + c * tile_keys / elements_of_word<S>;
+            store(out, as_floats(x[0]));
+            store(out + width, as_floats(x[1]));
         }
     }
 }
 
-// c = a · b, or c · factor + a · b, for `columns` columns of b, whose panels are panel_stride floats apart.
-template <Into into>
-void multiply_panels(int64_t rows, int64_t columns, int64_t panel_stride, const Product<float>& whole) {
+// c = a · b, or c · factor + a · b, for `columns` columns of b, whose panels are panel_stride words apart.
+template <Into into, class Word>
+void multiply_panels(int64_t rows, int64_t columns, int64_t panel_stride, const Product<Word>& whole) {
     for (int64_t column = 0; column < columns; column += panel) {
         for (int64_t r = 0; r < rows; r += tile_rows) {
-            Product<float> p = whole;
+            Product<Word> p = whole;
             p.a += r * p.stride;
             p.b += column / panel * panel_stride;
             p.c += r * p.c_stride + column;
@@ -64,8 +80,11 @@ template <class S>
 void multiply_packed_keys(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
     pack_keys<S>(s, lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies), my.packed);
-    multiply_panels<Into::set>(piece.rows, tile_keys, s.q_stride * panel,
-                               {my.q, s.q_stride, my.packed, s.q_stride, my.p, p_stride, my.factor});
+    using Word = typename WordOf<has_dots<S>>::type;
+    multiply_panels<Into::set>(
+        piece.rows, tile_keys, s.q_stride * panel,
+        Product<Word>{reinterpret_cast<Word*>(my.q), s.q_stride, reinterpret_cast<Word*>(my.packed), s.q_stride, my.p,
+                      p_stride, my.factor});
 }
 
 // The products of a tile's keys with the rows of a piece, as logits.
@@ -92,8 +111,11 @@ template <class S>
 void add_packed_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
     pack_values<S>(s, lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies), tile.count, my.packed);
-    multiply_panels<Into::scaled>(piece.rows, s.o_stride, tile_keys * panel,
-                                  {my.p, p_stride, my.packed, tile.count, piece.state.o, s.o_stride, my.factor});
+    using Word = typename WordOf<has_dots<S>>::type;
+    multiply_panels<Into::scaled>(
+        piece.rows, s.o_stride, tile_keys / elements_of_word<S> * panel,
+        Product<Word>{reinterpret_cast<Word*>(my.p), p_stride, reinterpret_cast<Word*>(my.packed),
+                      steps_of<Word>(tile.count), piece.state.o, s.o_stride, my.factor});
 }
 
 }  // namespace

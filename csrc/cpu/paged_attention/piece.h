@@ -23,7 +23,7 @@ struct Shape {
     const PagedAttention& a;
     int64_t group, heads;  // query heads of a key head; key heads of a piece
     int64_t d, dv;
-    int64_t q_stride, o_stride;  // floats of a row of q, of a row of results
+    int64_t q_stride, o_stride;  // words of a row of q, floats of a row of results
     bool plain;                  // logits are products times scale and nothing else
     bool integers;               // products of few rows are those of integer.h
     bool packs;                  // some sequence has many rows
@@ -144,7 +144,7 @@ Shape shape_of(const PagedAttention& a) {
             static_cast<float>(a.softcap)};
     s.group = a.q.size[2] / a.k_cache.size[2];
     s.heads = clamp(piece_bytes / larger(bytes_before<S>(s.d), 1), 1, smaller(max_heads, a.k_cache.size[2]));
-    s.q_stride = round_up(s.d, block);
+    s.q_stride = round_up(s.d, block) / elements_of_word<S>;
     s.o_stride = round_up(s.dv, block);
     s.plain = !(s.softcap > 0) && !a.alibi_slopes;
     s.integers = has_integers<S> && a.q.dtype != DType::f32 && isa() >= Isa::avx512vnni;
@@ -184,6 +184,12 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
     const T* from = static_cast<const T*>(q.data) + seq.batch * q.stride[0] + (seq.q0 + row.query) * q.stride[1] +
                     row.head * q.stride[2];
     int64_t i = 0;
+    if constexpr (has_dots<S>) {
+        memset(to, 0, static_cast<size_t>(s.q_stride) * sizeof(float));
+        for (; i + width <= s.d && q.stride[3] == 1; i += width) memcpy(to + i / 2, from + i, width * sizeof(T));
+        for (; i < s.d; ++i) memcpy(reinterpret_cast<T*>(to) + i, from + i * q.stride[3], sizeof(T));
+        return;
+    }
     if (q.stride[3] == 1 && in_pairs<T> == in_pairs<S>) {
         for (; i + block <= s.d; i += block) {
             vf a, b;
@@ -354,7 +360,7 @@ int64_t steps_of(const Shape& s, const Piece& piece, bool values) {
                             : 2 * group_keys * n / width * code_lines<S>(s.d);
             return;
         }
-        steps += values ? group_keys * (s.dv / columns + ceil_div(s.dv % columns, block))
+        steps += values ? group_keys / elements_of_word<S> * (s.dv / columns + ceil_div(s.dv % columns, block))
                         : group_keys * n / width * ceil_div(s.d, block);
     });
     return piece.heads * steps;

@@ -49,8 +49,8 @@ class Prefetch {
     int64_t due_ = 0, pace_ = 0;
 };
 
-// c[r · stride + key] = q_r · k_key for `rows` rows and `count` keys: pointers to rows, readable up to a multiple of
-// width.
+// c[r · stride + key] = q_r · k_key for `rows` rows of words and `count` keys: pointers to rows, readable up to a
+// multiple of width.
 template <class S, int rows>
 __attribute__((noinline)) void multiply_keys(const uint8_t* const* keys, int64_t offset, int64_t count, const float* q,
                                              int64_t q_stride, int64_t d, float* c, int64_t stride, Prefetch& shared) {
@@ -65,20 +65,24 @@ __attribute__((noinline)) void multiply_keys(const uint8_t* const* keys, int64_t
         for (int i = 0; i < width; ++i) sums[i] = splat(0.0f);
         const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
             ahead.fetch();
-            vf qa[rows], qb[rows];
+            constexpr int vectors = vectors_of_block<S>;
+            Words<S> x[rows][vectors];
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
-                qa[r] = load(q + r * q_stride + at);
-                qb[r] = load(q + r * q_stride + at + width);
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v)
+                    x[r][v] = as_words<S>(load(q + r * q_stride + at / elements_of_word<S> + v * width));
             }
 #pragma GCC unroll 16
             for (int k = 0; k < together; ++k) {
-                vf a, b;
-                read<S>(key[k] + bytes_before<S>(at), n, a, b);
+                Words<S> y[vectors];
+                take_key<S>(key[k] + bytes_before<S>(at), n, y);
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; ++v) {
 #pragma GCC unroll 4
-                for (int r = 0; r < rows; ++r) sums[r * together + k] = fma(a, qa[r], sums[r * together + k]);
-#pragma GCC unroll 4
-                for (int r = 0; r < rows; ++r) sums[r * together + k] = fma(b, qb[r], sums[r * together + k]);
+                    for (int r = 0; r < rows; ++r)
+                        sums[r * together + k] = add_product(sums[r * together + k], y[v], x[r][v]);
+                }
             }
         };
         int64_t at = 0;
@@ -102,7 +106,8 @@ struct Sums {
     bool is_first, is_last;
 };
 
-// Adds Σ_key p[r · stride + key] v_key for `blocks` blocks of columns from `at` on, `n` columns of them real.
+// Adds Σ_key p[r · stride + key] v_key for `blocks` blocks of columns from `at` on, `n` columns of them real; p is in
+// words.
 template <class S, int rows, int blocks, bool whole>
 __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int64_t offset, int64_t count,
                                                const float* p, int64_t stride, int64_t at, int64_t n, const Sums& to,
@@ -115,20 +120,21 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
         for (int i = 0; i < 2 * blocks; ++i)
             sums[r][i] = to.is_first ? splat(0.0f) : load(to.sum + r * to.stride + at + i * width);
     }
-    for (int64_t k = 0; k < count; ++k) {
+    for (int64_t k = 0; k < count; k += elements_of_word<S>, ++p) {
         ahead.fetch();
-        const uint8_t* v = values[k] + (offset + bytes_before<S>(at));
-        vf weight[rows];
+        const uint8_t *v = values[k] + (offset + bytes_before<S>(at)), *next = row_of_zeros;
+        if (has_dots<S> && k + 1 < count) next = values[k + 1] + (offset + bytes_before<S>(at));
+        Words<S> weight[rows];
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) weight[r] = splat(p[r * stride + k]);
+        for (int r = 0; r < rows; ++r) weight[r] = as_words<S>(splat(p[r * stride]));
 #pragma GCC unroll 4
         for (int i = 0; i < blocks; ++i) {
-            vf a, b;
-            read<S>(v + bytes_before<S>(i * block), whole ? block : n, a, b);
+            Words<S> x[2];
+            take_values<S>(v + bytes_before<S>(i * block), next + bytes_before<S>(i * block), whole ? block : n, x);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
-                sums[r][2 * i] = fma(a, weight[r], sums[r][2 * i]);
-                sums[r][2 * i + 1] = fma(b, weight[r], sums[r][2 * i + 1]);
+                sums[r][2 * i] = add_product(sums[r][2 * i], x[0], weight[r]);
+                sums[r][2 * i + 1] = add_product(sums[r][2 * i + 1], x[1], weight[r]);
             }
         }
     }

@@ -151,9 +151,9 @@ METATE_FN void add_sum(const Tile& t, int c, int r, int lane, vf sum) {
 template <Unit unit>
 METATE_FN vf add_product(vf sum, vf x, vf values) {
 #if defined(METATE_HAS_BF16_DOT)
-    if constexpr (unit == Unit::pairs) return dot(sum, as_int(x), as_int(values));
+    if constexpr (unit == Unit::pairs) return METATE_ISA::add_product(sum, as_int(x), as_int(values));
 #endif
-    return fma(x, values, sum);
+    return METATE_ISA::add_product(sum, x, values);
 }
 
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.

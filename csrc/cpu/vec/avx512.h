@@ -509,6 +509,12 @@ METATE_FN vi pair_table(const float* p) {
 METATE_FN vi lookup_pairs(vi table, vi words, int shift) {
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(shift)), table);
 }
+// Two rows: the elements of each 16 bytes of a and b side by side, first their first four, then, in b, their last four.
+METATE_FN void zip_parts(vi& a, vi& b) {
+    const vi low = _mm512_unpacklo_epi16(a, b);
+    b = _mm512_unpackhi_epi16(a, b);
+    a = low;
+}
 // Zeros where the first or second elements of pairs are not to count.
 METATE_FN vi keep_elements(vi pairs, bool first, bool second) {
     return _mm512_and_si512(pairs, splat(static_cast<int32_t>((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0))));

@@ -191,7 +191,7 @@ void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Str
     find_logits<S>(s, seq, piece, stream, my);
     const bool has_scales = bool(s.a.v_scale);
     if (has_scales) gather_scales(s.a.v_scale, piece, *stream.tile, my.v_scale);
-    const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of<S>(s, piece, true);
+    const int64_t steps = piece.heads * piece.rows * soft_steps + (piece.packed ? 0 : steps_of<S>(s, piece, true));
     stream.advance<S>(s, piece, groups_of(*stream.tile), steps, my);
     to_weights<S>(piece, has_scales ? my.v_scale : nullptr, my);
     add_values<S>(s, piece, stream, my);

@@ -164,7 +164,7 @@ Scratch take_scratch(const Shape& s, Arena& arena) {
     my.rows = arena.take<uint8_t>(tile_keys * max_key_dim * 4);
     my.tile = arena.take<Tile>(2);
     my.row = arena.take<Row>(rows);
-    my.runs = arena.take<Run>(group_keys * s.heads);
+    my.runs = arena.take<Run>(larger(group_keys * s.heads, 2 * tile_keys));
     my.ahead = arena.take<Prefetch>(1);
     if (s.packs) my.packed = arena.take<float>(tile_keys * larger(s.q_stride, s.o_stride));
     if (s.integers) {
@@ -371,10 +371,21 @@ struct Stream {
     const Tile *tile, *next;
     bool has_values;
 
+    // The same for what is packed: the whole next tile.
+    template <class S>
+    void advance_whole(const Shape& s, const Piece& piece, int64_t steps, const Scratch& my) const {
+        Run* end = my.runs;
+        for (int64_t g = 0; next->some && g < groups_of(*next); ++g) {
+            end = runs_of<S>(s.a.k_cache, next->k, piece, *next, g, end);
+            if (has_values) end = runs_of<S>(s.a.v_cache, next->v, piece, *next, g, end);
+        }
+        my.ahead->begin(my.runs, end, steps);
+    }
+
     // Before the `stage`-th group is read, in `steps` steps: starts to ask for the group after the next.
     template <class S>
     void advance(const Shape& s, const Piece& piece, int64_t stage, int64_t steps, const Scratch& my) const {
-        if (piece.packed) return my.ahead->begin(my.runs, my.runs, steps);
+        if (piece.packed) return advance_whole<S>(s, piece, steps, my);
         const Tile* of = tile;
         int64_t ahead = stage + 2;
         for (int i = 0; i < 2; ++i) {

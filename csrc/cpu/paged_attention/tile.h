@@ -30,20 +30,28 @@ class Prefetch {
         pace_ = ceil_div(unit * lines, larger(steps, 1));
     }
     METATE_FN void fetch() {
-        for (due_ += pace_; due_ >= unit; due_ -= unit) {
+        due_ += pace_;
+        if (due_ < batch * unit) return;
+        do {
             if (at_ >= until_) {
-                if (next_ == end_) return;
+                if (next_ == end_) {
+                    pace_ = due_ = 0;
+                    return;
+                }
                 at_ = next_->at;
                 until_ = next_->end;
                 ++next_;
             }
-            __builtin_prefetch(at_, 0, 2);
-            at_ += 64;
-        }
+#pragma GCC unroll 4
+            for (int i = 0; i < batch; ++i) __builtin_prefetch(at_ + i * 64, 0, 2);
+            at_ += batch * 64;
+            due_ -= batch * unit;
+        } while (due_ >= batch * unit);
     }
 
   private:
     static constexpr int64_t unit = 256;  // of a line
+    static constexpr int batch = 4;       // lines asked for together
     const Run *next_ = nullptr, *end_ = nullptr;
     const uint8_t *at_ = nullptr, *until_ = nullptr;
     int64_t due_ = 0, pace_ = 0;

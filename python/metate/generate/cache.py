@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +18,8 @@ from metate.ops.paged_attention import append_kv, paged_attention
 
 if TYPE_CHECKING:
     from metate._runtime import BlockManager
+
+LARGE_PAGE = 2 << 20  # bytes
 
 # What a cache may hold beside the model's own dtype: dtype of the tensors, heads' columns a byte holds.
 COMPRESSED = {"int8": (torch.int8, 1), "int4": (torch.uint8, 2), "fp8": (torch.float8_e4m3fn, 1)}
@@ -132,8 +137,7 @@ class PagedKVCache:
         self.manager.set_hook(on_evict)
         rows = (layout.layers, blocks, page_size, layout.kv_heads)
         self.keys, self.values = (
-            torch.empty((*rows, width // share), dtype=stored, device=layout.device)
-            for width in (layout.head_dim, layout.value_dim)
+            _empty((*rows, width // share), stored, layout.device) for width in (layout.head_dim, layout.value_dim)
         )
         self.key_scales, self.value_scales = (
             torch.empty(rows, device=layout.device) if dtype else None for _ in range(2)
@@ -194,3 +198,14 @@ class PagedKVCache:
             torch.tensor(rows, dtype=torch.int64),
         )
         return Batch(self, *(x.to(self.layout.device) for x in tensors))
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on a CPU in large pages of the system: a cache is read in short runs from everywhere."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(*shape)

@@ -43,9 +43,29 @@ struct BlockPlan {
     int64_t first_group, last_group;
 };
 
+constexpr int64_t short_group = 64;  // below, whole numbers are scaled so often that pairs are faster
+
+#if defined(METATE_HAS_BF16_DOT)
+// Whether bfloat16 is multiplied in pairs. Entries of codebooks are rounded to it then: less than results are.
+inline bool takes_pairs(const QuantLinear& c, const Values& values) {
+    const int64_t group = c.w.group_size;
+    if (c.x.dtype != DType::bf16 || c.int8_activations || c.w.bits != 4) return false;
+    if (group % longest != 0 && (group < c.w.columns || group < small_group)) return false;
+    bool is_exact = true;
+    for (int i = 0; i < 16; ++i) is_exact &= to_float(from_float<bf16>(values.entries[i])) == values.entries[i];
+    const bool in_integers = arithmetic_of(c, values, small_group).digits > 0;
+    return in_integers ? is_exact && group < short_group : is_exact || c.w.codebook;
+}
+#else
+inline bool takes_pairs(const QuantLinear&, const Values&) {
+    return false;
+}
+#endif
+
 struct Problem {
     QuantLinear call;
     Values values;
+    bool pairs;
     Arithmetic arithmetic;
     PackedRows x;
     IntegerRows integers;
@@ -60,7 +80,8 @@ struct Problem {
     explicit Problem(const QuantLinear& c)
         : call(c),
           values(values_of(c.w)),
-          arithmetic(arithmetic_of(c, values, small_group)),
+          pairs(takes_pairs(c, values)),
+          arithmetic(pairs ? Arithmetic{} : arithmetic_of(c, values, small_group)),
           cut(cut_of(c.x.size[0], c.w.rows)),
           plans(nullptr),
           integer_plans(nullptr),
@@ -77,19 +98,8 @@ struct Problem {
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
         spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
-        x.unit = takes_pairs() ? Unit::pairs : Unit::floats;
-        lane_rows = {nullptr, c.x.size[0], longest / (takes_pairs() ? 2 : 1)};
-    }
-    // Entries rounded to bfloat16 are off by less than results of that dtype are.
-    bool takes_pairs() const {
-#if defined(METATE_HAS_BF16_DOT)
-        const int64_t group = call.w.group_size;
-        const bool is_whole = group % longest == 0 || (group >= call.w.columns && group >= small_group);
-        return call.x.dtype == DType::bf16 && call.w.codebook && call.w.bits == 4 && is_whole && !arithmetic.digits &&
-               !call.int8_activations;
-#else
-        return false;
-#endif
+        x.unit = pairs ? Unit::pairs : Unit::floats;
+        lane_rows = {nullptr, c.x.size[0], longest / (pairs ? 2 : 1)};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
     bool reads_centers() const { return !dots_rows || has_own_centers(call.w); }

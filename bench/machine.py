@@ -53,7 +53,7 @@ def _cpu(threads: int) -> Ceilings:
     for level, size in caches.items():
         private = threads if level != "L3" else 1
         found[level] = _best(READ, buffer[: size * private // 2 // 4])
-    found["memory"] = _best(READ, *buffer.chunk(16))  # each has left the caches when its turn comes again
+    found["memory"] = _best(READ, *buffer.chunk(8))  # each has left the caches when its turn comes again
     target = torch.empty_like(buffer)
     seconds = min(_seconds(lambda: target.copy_(buffer)) for _ in range(5))
     found["copy"] = 2 * buffer.numel() * 4 / seconds
@@ -61,14 +61,17 @@ def _cpu(threads: int) -> Ceilings:
 
 
 def _best(kind: int, *buffers: torch.Tensor) -> float:
-    """Work a second in the best of many samples, on each buffer in turn; 0 where the instruction set lacks the kind."""
+    """Work a second in the best of many samples; 0 where the instruction set lacks the kind.
+
+    A lone buffer is worked on again and again, several in turn and once each: a second time would find it in a cache.
+    """
     threads, repeats, turn = torch.get_num_threads(), 1, itertools.cycle(buffers)
     call = lambda: torch.ops.metate_C.peak(next(turn), kind, repeats)  # noqa: E731
     torch.set_num_threads(1)  # a lone thread measures how much work a sample takes more reliably
-    while call().any() and (seconds := min(_seconds(call) for _ in range(5))) < SAMPLE / 2:
+    while len(buffers) == 1 and call().any() and (seconds := min(_seconds(call) for _ in range(5))) < SAMPLE / 2:
         repeats *= 2 if seconds > SAMPLE / 20 else 10
     torch.set_num_threads(threads)
-    if kind == READ:
+    if kind == READ and len(buffers) == 1:
         repeats *= threads  # each reads its part
     return float(call().sum()) / min(_seconds(call) for _ in range(SAMPLES))
 

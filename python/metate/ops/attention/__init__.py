@@ -204,10 +204,12 @@ def _flags(
     if causal:
         right = 0 if right == -1 else min(right, 0)
     if scale is None:
-        if not isinstance(q, Tensor):
-            raise fail("attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
-        shape = q.shape
-        scale = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
+        try:
+            scale = q.shape[-1] ** -0.5
+        except AttributeError:
+            raise fail("attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError) from None
+        except (IndexError, ZeroDivisionError):
+            scale = 1.0  # the operator says what is wrong
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
     return scale, left, right, top_left, softcap, dropout_p, seed, offset, *block_size

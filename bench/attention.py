@@ -22,7 +22,7 @@ from metate import library
 from metate.bench.onnx_session import session
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.op import Case
-from metate.ops.attention.declaration import attention_op, backward_op, column_sums_op, merge_op
+from metate.ops.attention.declaration import attention_op, backward_op, column_sums_op, delta_op, merge_op
 
 Sets = list[tuple[Tensor, ...]]  # (batch, heads, seqlen, head_dim), contiguous
 NAIVE_BYTES = 2 << 30
@@ -52,6 +52,7 @@ def workloads(compile: bool) -> list[Workload]:
     return [
         workload("attention", attention_op, forward, checked=1),
         workload("attention, forward and backward", backward_op, training, train_ours, flops=both, checked=3),
+        workload("attention, delta of the backward", delta_op, {"torch": reference}, label=delta_label),
         workload("attention column sums", column_sums_op, {"torch naive": naive_sums}),
         workload("merge of attention states", merge_op, {"torch": reference}, label=merge_label),
     ]
@@ -65,6 +66,10 @@ def label(case: Case) -> str:
     if "lengths_q" in case:
         marks.append(f"{len(case['lengths_q'])} packed")
     return " ".join([f"B{case['B']} S{case['Sq']} {heads} D{case['D']}", *marks])
+
+
+def delta_label(case: Case) -> str:
+    return f"B{case['B']} S{case['S']} H{case['H']} D{case['Dv']}"
 
 
 def merge_label(case: Case) -> str:

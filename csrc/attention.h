@@ -53,11 +53,18 @@ struct AttentionForward {
     View<3> lse;  // (B, Hq, Sq), f32 (f64 where q is)
 };
 
+// What the backward needs of a row: delta = Σ_d out · grad_out - grad_lse.
+struct AttentionDelta {
+    View<4> out, grad_out;  // (B, Sq, Hq, Dv)
+    View<3> grad_lse;       // (B, Hq, Sq), f32 (f64 where out is), or absent
+    View<3> delta;          // like grad_lse
+};
+
 struct AttentionBackward {
     Attention problem;
     View<4> grad_out;       // like out
     View<3> lse;            // of the forward
-    View<3> delta;          // (B, Hq, Sq), like lse: Σ_d out · grad_out - grad_lse
+    View<3> delta;          // (B, Hq, Sq), like lse: see AttentionDelta
     View<4> dq, dk, dv;     // like q, k, v
     View<4> dbias;          // (B, Hq, Sq, Sk) f32 (f64), stride 0 where the bias is broadcast: sums over it; or absent
     View<2> dalibi_slopes;  // (B, Hq) f32 (f64), or absent
@@ -80,6 +87,7 @@ struct MergeAttentionStates {
 
 namespace cpu {
 void attention(const AttentionForward&, const Runtime&);
+void attention_delta(const AttentionDelta&, const Runtime&);
 void attention_backward(const AttentionBackward&, const Runtime&);
 void attention_column_sums(const AttentionColumnSums&, const Runtime&);
 void merge_attention_states(const MergeAttentionStates&, const Runtime&);
@@ -87,6 +95,7 @@ void merge_attention_states(const MergeAttentionStates&, const Runtime&);
 
 namespace cuda {
 void attention(const AttentionForward&, const Device&);
+void attention_delta(const AttentionDelta&, const Device&);
 void attention_backward(const AttentionBackward&, const Device&);
 void attention_column_sums(const AttentionColumnSums&, const Device&);
 void merge_attention_states(const MergeAttentionStates&, const Device&);

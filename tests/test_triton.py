@@ -101,6 +101,7 @@ def compile_attention(everything: bool) -> None:
     scores = (dim**-0.5, -1, 0, False, 30.0 if everything else 0.0)
     noise = (0.1 if everything else 0.0, 1, 2)
     kernels.attention(q, k, k, *terms, tensor(heads) if everything else None, *masks, *scores, *noise, 128, 128)
+    kernels.attention_delta(q, q, lse if everything else None)
     kernels.attention_backward(q, q, k, k, lse, lse, *terms, *masks, *scores, *noise, 128, 128, everything, everything)
     kernels.attention_column_sums(q, k, lse, *terms, *masks, *scores, 128, 128)
     kernels.merge_attention_states(tensor(3, *q.shape, dtype=dtype), tensor(3, *lse.shape))
@@ -227,6 +228,7 @@ def test_compiles_without_a_gpu(capability, everything, tmp_path):
         "product_kernel",
         "add_kernel",
         "forward_kernel",
+        "delta_kernel",
         "keys_kernel",
         "queries_kernel",
         "columns_kernel",

@@ -97,6 +97,13 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     return {out, lse};
 }
 
+Tensor attention_delta(const Tensor& out, const Tensor& grad_out, const Optional& grad_lse) {
+    Tensor delta = empty(out, {out.size(0), out.size(2), out.size(1)}, wide(out));
+    METATE_LAUNCH(attention_delta, out,
+                  AttentionDelta{view<4>(out), view<4>(grad_out), view<3>(grad_lse), view<3>(delta)});
+    return delta;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse, const Tensor& delta,
     const Optional& bias, const Optional& alibi_slopes, const Optional& intervals, const Optional& blocks,
@@ -158,6 +165,7 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& outs, const Tens
 
 METATE_REGISTER(m) {
     METATE_IMPL(m, attention);
+    METATE_IMPL(m, attention_delta);
     METATE_IMPL(m, attention_backward);
     METATE_IMPL(m, attention_column_sums);
     METATE_IMPL(m, merge_attention_states);

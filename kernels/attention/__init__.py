@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..shared import launch, refusal
 from .backward import keys_kernel, queries_kernel
+from .delta import delta_kernel
 from .forward import forward_kernel
 from .merge import merge_kernel
 from .sums import bias_kernel, columns_kernel, slopes_kernel
@@ -141,6 +142,20 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def attention_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    batch, tokens, heads, dim = out.shape
+    delta = out.new_empty(batch, heads, tokens, dtype=torch.float32)
+    if delta.numel():
+        width = max(16, triton.next_power_of_2(dim))
+        block = max(1, 4096 // width)
+        arguments = {"out": out, "grad_out": grad_out, "grad_lse": grad_lse, "delta": delta, "rows": delta.numel()}
+        arguments |= {"out_strides": out.stride(), "grad_strides": grad_out.stride(), "tokens": tokens, "heads": heads}
+        arguments |= {"lse_strides": None if grad_lse is None else grad_lse.stride()}
+        arguments |= {"VALUE_DIM": dim, "BLOCK_V": width, "BLOCK_M": block}
+        launch(delta_kernel, (triton.cdiv(delta.numel(), block),), arguments, out)
+    return delta
+
+
 def attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = ("grad_out", "q", "k", "v", "lse", "delta", *_TERMS, *_MASKS, *_SCORES, *_DROPOUT, *_BLOCKS)
     call = _call(arguments, *given, "need_dbias", "need_dalibi_slopes")
@@ -225,6 +240,7 @@ def _refusal(*tensors: Tensor) -> str | None:
 
 REFUSES = {
     "attention": lambda q, k, v, *rest: _refusal(q, v),
+    "attention_delta": lambda out, *rest: _refusal(out),
     "attention_backward": lambda grad_out, q, k, v, *rest: _refusal(q, v),
     "attention_column_sums": lambda q, k, *rest: _refusal(q, k),
     "merge_attention_states": lambda outs, lses: _refusal(outs),

@@ -1,6 +1,7 @@
-// attention, attention_column_sums and merge_attention_states of every instruction set against loops in double
-// precision: random cases over every feature, odd shapes and strides, NaN where nothing may look, bytes beyond the
-// tensors, poisoned scratch and outputs, and bits that depend neither on workers nor on layout nor on batch neighbours.
+// attention, attention_delta, attention_column_sums and merge_attention_states of every instruction set against loops
+// in double precision: random cases over every feature, odd shapes and strides, NaN where nothing may look, bytes
+// beyond the tensors, poisoned scratch and outputs, and bits that depend neither on workers nor on layout nor on batch
+// neighbours.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +23,7 @@ namespace metate::cpu {
 #define DECLARE(isa)                                                          \
     namespace isa {                                                           \
     void attention(const AttentionForward&, const Runtime&);                  \
+    void attention_delta(const AttentionDelta&, const Runtime&);              \
     void attention_column_sums(const AttentionColumnSums&, const Runtime&);   \
     void merge_attention_states(const MergeAttentionStates&, const Runtime&); \
     }
@@ -29,7 +31,7 @@ DECLARE(baseline)
 #if defined(__x86_64__)
 DECLARE(avx2)
 DECLARE(avx512)
-namespace avx512bf16 {  // of the other two it has no pass
+namespace avx512bf16 {  // of the others it has no pass
 void attention(const AttentionForward&, const Runtime&);
 }
 #endif
@@ -42,19 +44,23 @@ namespace {
 struct Pass {
     const char* name;
     void (*attention)(const AttentionForward&, const cpu::Runtime&);
+    void (*delta)(const AttentionDelta&, const cpu::Runtime&);
     void (*column_sums)(const AttentionColumnSums&, const cpu::Runtime&);
     void (*merge)(const MergeAttentionStates&, const cpu::Runtime&);
 };
 
 std::vector<Pass> passes() {
-#define PASS(isa) {#isa, cpu::isa::attention, cpu::isa::attention_column_sums, cpu::isa::merge_attention_states}
+#define PASS(isa)                                                                           \
+    {#isa, cpu::isa::attention, cpu::isa::attention_delta, cpu::isa::attention_column_sums, \
+     cpu::isa::merge_attention_states}
     std::vector<Pass> all{PASS(baseline)};
 #if defined(__x86_64__)
     if (cpu::has_isa(cpu::Isa::avx2)) all.push_back(PASS(avx2));
     if (cpu::has_isa(cpu::Isa::avx512)) {
         all.push_back(PASS(avx512));
-        // Its dot product is emulated.
-        all.push_back({"avx512bf16", cpu::avx512bf16::attention, all.back().column_sums, all.back().merge});
+        Pass pairs = all.back();
+        pairs.name = "avx512bf16", pairs.attention = cpu::avx512bf16::attention;  // its dot product is emulated
+        all.push_back(pairs);
     }
 #endif
     return all;
@@ -627,6 +633,37 @@ void check_merge(const Pass& pass, DType dtype, uint64_t seed) {
     if (!same_bits(merged, again) || !same_bits(merged_lse, again_lse)) fail(pass, c, "bits of merged states differ");
 }
 
+void check_delta(const Pass& pass, DType dtype, uint64_t seed) {
+    Random random(seed);
+    Drawn c;
+    c.name = "delta, seed " + std::to_string(seed);
+    c.dtype = dtype;
+    const int64_t batch = pick(random, {0, 1, 2}), heads = pick(random, {0, 1, 3});
+    c.batch = batch, c.heads = heads, c.queries = pick(random, {0, 1, 7, 70}), c.dv = pick(random, {1, 5, 16, 33, 700});
+    const DType wide = dtype == DType::f64 ? DType::f64 : DType::f32;
+    auto out = make<4>(dtype, {batch, c.queries, heads, c.dv}, layout(random));
+    auto grad = make<4>(dtype, {batch, c.queries, heads, c.dv}, layout(random));
+    auto grad_lse = make<3>(wide, {batch, heads, c.queries}, layout(random));
+    for (auto* x : {&out, &grad}) x->each([&](const int64_t (&at)[4]) { x->set(at, normal(random)); });
+    grad_lse.each([&](const int64_t (&at)[3]) { grad_lse.set(at, normal(random)); });
+    const bool has_lse = chance(random, 50);
+    auto delta = make<3>(wide, {batch, heads, c.queries}, layout(random));
+    std::vector<double> expected;
+    delta.each([&](const int64_t (&at)[3]) {
+        double sum = has_lse ? -grad_lse.get(at) : 0;
+        for (int64_t e = 0; e < c.dv; ++e)
+            sum += out.get({at[0], at[2], at[1], e}) * grad.get({at[0], at[2], at[1], e});
+        expected.push_back(sum);
+    });
+    const View<3> lse = has_lse ? grad_lse.view : View<3>{};
+    pass.delta({out.view, grad.view, lse, delta.view}, workers(1));
+    check_near(pass, c, "delta", delta, expected, dtype == DType::f64 ? 1e-13 : 2e-5);
+    if (!gaps_untouched(delta)) fail(pass, c, "wrote between the elements of delta");
+    auto again = make<3>(wide, {batch, heads, c.queries}, {});
+    pass.delta({out.view, grad.view, lse, again.view}, workers(3));
+    if (!same_bits(delta, again)) fail(pass, c, "bits of delta differ");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -640,6 +677,7 @@ int main(int argc, char** argv) {
                 check_case(pass, c);
                 check_layout_and_neighbours(pass, c);
                 check_masked_poison(pass, c, seed);
+                check_delta(pass, dtype, seed);
                 check_merge(pass, dtype, seed);
             }
         }

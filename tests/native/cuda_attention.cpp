@@ -424,6 +424,26 @@ void check_merge(Random& random) {
     compare(c.text, "merged lse", lse, true_lse, 1, DType::f32);
 }
 
+void check_delta(Random& random) {
+    const DType dtype = draw(random, 0, 2) == 0 ? DType::f32 : chance(random, 50) ? DType::bf16 : DType::f16;
+    const int64_t b = draw(random, 1, 2), s = draw(random, 0, 9), h = draw(random, 0, 3), d = draw(random, 1, 140);
+    const int layout = draw(random, 0, 2);
+    auto out = Tensor<4>(dtype, {b, s, h, d}, layout, random).fill([&] { return normal(random); });
+    auto grad = Tensor<4>(dtype, {b, s, h, d}, layout, random).fill([&] { return normal(random); });
+    auto grad_lse = Tensor<3>(DType::f32, {b, h, s}, layout, random).fill([&] { return normal(random); });
+    const bool has_lse = chance(random, 50);
+    Tensor<3> delta(DType::f32, {b, h, s}, layout, random);
+    Truth<3> truth(delta.view);
+    delta.each([&](const int64_t (&at)[3]) {
+        if (has_lse) truth(at) = -grad_lse.get({at[0], at[1], at[2]});
+        for (int64_t e = 0; e < d; ++e) {
+            truth(at) += out.get({at[0], at[2], at[1], e}) * grad.get({at[0], at[2], at[1], e});
+        }
+    });
+    cuda::attention_delta({out.view, grad.view, has_lse ? grad_lse.view : View<3>{}, delta.view}, emulator::device());
+    compare("delta " + std::to_string(s) + " " + std::to_string(d), "delta", delta, truth, 2, DType::f32);
+}
+
 // Shared memory is read and written without bank conflicts where tensors come in vectors.
 void check_traffic(Random& random) {
     for (int d : {64, 96, 128, 192, 256}) {
@@ -454,6 +474,7 @@ int main(int argc, char** argv) {
             check_forward(c, random, draw(random, 0, 2));
             check_column_sums(c, random, draw(random, 0, 2));
             check_backward(c, random, draw(random, 0, 2));
+            check_delta(random);
             check_merge(random);
             if (n == 0) check_traffic(random);
         } catch (const std::exception& error) {

@@ -40,6 +40,10 @@ METATE_DEVICE T from_float(float value) {
 #endif
 }
 
+METATE_DEVICE float to_float(float value) {
+    return value;
+}
+
 METATE_DEVICE float to_float(bf16 value) {
 #if defined(__CUDACC__)
     return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);

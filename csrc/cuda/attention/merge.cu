@@ -7,15 +7,6 @@ namespace metate::cuda::flash {
 namespace {
 
 template <typename T>
-METATE_DEVICE float read(const View<5>& view, int64_t at) {
-    if constexpr (is_same<T, float>) {
-        return load_global<float>(static_cast<const float*>(view.data) + at);
-    } else {
-        return to_float(load_global<T>(static_cast<const T*>(view.data) + at));
-    }
-}
-
-template <typename T>
 METATE_KERNEL(256, 1)
 merge_kernel(METATE_PARAMETER(MergeAttentionStates, a)) {
     const int64_t columns = a.out.size[3], heads = a.out.size[2], tokens = a.out.size[1];
@@ -32,12 +23,13 @@ merge_kernel(METATE_PARAMETER(MergeAttentionStates, a)) {
     for (int64_t n = 0; n < states; ++n) top = fmaxf(top, load_global<float>(lse + n * a.lses.stride[0]));
     const float base = top == -infinite() ? 0.f : top;
     const int64_t start = b * a.outs.stride[1] + s * a.outs.stride[2] + h * a.outs.stride[3] + d * a.outs.stride[4];
+    const T* const outs = static_cast<const T*>(a.outs.data) + start;
     float sum = 0.f, out = 0.f;
     for (int64_t n = 0; n < states; ++n) {
         const float weight = expf(load_global<float>(lse + n * a.lses.stride[0]) - base);
         sum += weight;
         // A state without keys holds nothing, not even NaN.
-        if (weight != 0.f && columns > 0) out += weight * read<T>(a.outs, start + n * a.outs.stride[0]);
+        if (weight != 0.f && columns > 0) out += weight * to_float(load_global<T>(outs + n * a.outs.stride[0]));
     }
     if (d == 0) {
         float* const merged =

@@ -1,4 +1,4 @@
-"""The four attention operators, each with everything that is true of it whatever machine runs it."""
+"""The five attention operators, each with everything that is true of it whatever machine runs it."""
 
 from __future__ import annotations
 
@@ -158,9 +158,9 @@ def _make(*names: str) -> Any:
         if "lse" in names:  # of the truth: an lse that plain torch rounded would cancel its own errors alone
             forward = tuple(named[name] for name in attention_op.parameters)
             out, lse = attention_op.compute(torch.float64, forward)
-            delta = (out * named["grad_out"].to(out.dtype)).sum(-1).transpose(1, 2)
+            delta = reference.attention_delta(out, named["grad_out"].to(out.dtype), None)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            named.update(lse=lse.to(wide), delta=delta.to(wide).contiguous())
+            named.update(lse=lse.to(wide), delta=delta.to(wide))
         return tuple(named[name] for name in names)
 
     return make
@@ -210,6 +210,54 @@ attention_op = Op(
     contents=("cu_seqlens_q", rules.check_forward),
 )
 
+
+def _delta_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor | None, ...]:
+    B, S, H, Dv = (case[axis] for axis in ("B", "S", "H", "Dv"))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out, grad_out = (torch.randn(B, S, H, Dv, generator=generator).to(dtype) for _ in range(2))
+    return out, grad_out, torch.randn(B, H, S, generator=generator).to(wide) if case["grad_lse"] else None
+
+
+def _delta_case(B: int, S: int, H: int, Dv: int, grad_lse: bool) -> Case:
+    return dict(B=B, S=S, H=H, Dv=Dv, grad_lse=grad_lse)
+
+
+delta_op = Op(
+    "attention_delta",
+    reference.attention_delta,
+    axes={"out": "B S H Dv", "grad_out": "B S H Dv", "grad_lse": "B H S"},
+    dtypes={"out": FLOATS, "grad_out": ("out",), "grad_lse": _WIDE},
+    outputs={"delta": torch.float32},
+    shapes=lambda out, *_: ((out.shape[0], out.shape[2], out.shape[1]),),
+    domain=Domain(
+        _delta_inputs,
+        [
+            _delta_case(*sizes)
+            for sizes in (
+                (1, 1, 1, 1, False),
+                (2, 65, 3, 33, True),
+                (1, 7, 2, 128, False),
+                (1, 19, 1, 300, True),
+                (0, 3, 1, 4, False),
+                (2, 0, 1, 4, True),
+                (1, 3, 0, 4, False),
+            )
+        ],
+        [_delta_case(2, 1024, 12, 64, False)],
+        lambda rng: _delta_case(
+            rng.randint(0, 3), rng.randint(0, 130), rng.randint(0, 5), rng.randint(1, 200), rng.random() < 0.5
+        ),
+        ("B", "S"),
+        "B",
+    ),
+    flops=lambda case: 2.0 * case["B"] * case["S"] * case["H"] * case["Dv"],
+    autocast=(),
+    vmap=rules.delta_vmap,
+    sharding=rules.delta_shardings,
+    validate=rules.validate_delta,
+    refuses={"cuda": lambda out, *_: "float64: up to float32" if out.dtype == torch.float64 else None},
+)
+
 backward_op = Op(
     "attention_backward",
     reference.attention_backward,
@@ -247,7 +295,8 @@ column_sums_op = Op(
     gradient="column sums are a statistic for cache eviction; detach them, or sum explicit probabilities",
 )
 
-attention_op.differentiable(rules.backward_of(backward_op), rules.save_forward)
+attention_op.differentiable(rules.backward_of(delta_op, backward_op), rules.save_forward)
+delta_op.differentiable(rules.backward_delta, rules.save_delta)
 backward_op.differentiable(rules.double_backward_of(backward_op), rules.save_backward)
 
 

@@ -141,6 +141,11 @@ def attention(
     return out.transpose(1, 2).contiguous(), lse
 
 
+def attention_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    delta = (out * grad_out).sum(-1).transpose(1, 2)
+    return delta.contiguous() if grad_lse is None else delta - grad_lse
+
+
 def attention_backward(
     grad_out: Tensor,
     q: Tensor,

@@ -51,6 +51,10 @@ def refused_by_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def validate_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> None:
+    _validate_wide("attention_delta", out, grad_lse=grad_lse)
+
+
 def validate_merge(outs: Tensor, lses: Tensor) -> None:
     _validate_wide("merge_attention_states", outs, lses=lses)
 
@@ -159,25 +163,21 @@ def backward_shapes(
     return q.shape, k.shape, v.shape, dbias, slopes.shape if need_dslopes and slopes is not None else (0,)
 
 
-_ACC = {torch.float64: torch.float64}  # accumulation dtype, else float32
-
-
 def save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:11], *output)
     ctx.flags = inputs[11:]
 
 
-def backward_of(backward_op: Op) -> Callable[..., Any]:
-    return lambda ctx, grad_out, grad_lse: _backward(backward_op, ctx, grad_out, grad_lse)
+def backward_of(delta_op: Op, backward_op: Op) -> Callable[..., Any]:
+    return lambda ctx, grad_out, grad_lse: _backward(delta_op, backward_op, ctx, grad_out, grad_lse)
 
 
-def _backward(backward_op: Op, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    delta_op: Op, backward_op: Op, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
     q, k, v, bias, slopes, sinks, *masks, out, lse = ctx.saved_tensors
-    wide = _ACC.get(q.dtype, torch.float32)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    delta = (out.to(wide) * grad_out.to(wide)).sum(-1).transpose(1, 2)
-    if grad_lse is not None:
-        delta = delta - grad_lse
+    delta = delta_op(out, grad_out, grad_lse)
     needed = ctx.needs_input_grad
     dq, dk, dv, dbias, dslopes = backward_op(
         grad_out,
@@ -200,6 +200,17 @@ def _backward(backward_op: Op, ctx: Any, grad_out: Tensor | None, grad_lse: Tens
     return (dq, dk, dv, dbias.to(bias.dtype) if bias is not None and needed[3] else None,
             dslopes if needed[4] and slopes is not None else None, dsinks,
             *[None] * (len(masks) + len(ctx.flags)))  # fmt: skip
+
+
+def save_delta(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def backward_delta(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    out, grad_out = ctx.saved_tensors
+    row = grad.transpose(1, 2)[..., None]
+    to_out, to_grad_out = ((row * x).to(x.dtype) for x in (grad_out, out))
+    return to_out, to_grad_out, -grad if ctx.needs_input_grad[2] else None
 
 
 def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -310,6 +321,25 @@ def fold_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
         r.unflatten(0, (info.batch_size, batch)) if r.dim() > 1 else r.expand(info.batch_size, -1) for r in results
     )
     return unfolded, (0,) * len(unfolded)
+
+
+def delta_shardings(op: Op, args: tuple[Any, ...]) -> list[tuple[dict[str, int], dict[str, int]]]:
+    """Rows are apart: over batch, heads and queries."""
+    return [
+        ({"delta": row}, {"out": token, "grad_out": token} | ({} if args[2] is None else {"grad_lse": row}))
+        for token, row in ((0, 0), (2, 1), (1, 2))
+    ]
+
+
+def delta_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The mapped dimension joins the batch."""
+    folded = (
+        x
+        if x is None
+        else (x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)).flatten(0, 1)
+        for x, dim in zip(args, in_dims, strict=True)
+    )
+    return op.torch_op(*folded).unflatten(0, (info.batch_size, -1)), 0
 
 
 def merge_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -208,6 +208,25 @@ def test_kvcache_reads_only():
     assert torch.allclose(fa.flash_attn_with_kvcache(q, cache, cache), fa.flash_attn_func(q, cache, cache), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"k"}, "v is None, expected a tensor beside k"),
+        ({"v"}, "k is None, expected a tensor beside v"),
+        ({"k", "v", "rotary_cos"}, "rotary_sin is None, expected a tensor beside rotary_cos"),
+        ({"k", "v", "rotary_sin"}, "rotary_cos is None, expected a tensor beside rotary_sin"),
+        ({"k", "v", "rotary_cos", "rotary_sin"}, "rotary_cos is of 9 positions, expected at least 10"),
+    ],
+)
+def test_kvcache_refuses_half_of_a_pair(given, message):
+    q, cache = draw(2, 1, 4, 16), draw(2, 40, 2, 16)
+    every = {"k": draw(2, 1, 2, 16), "v": draw(2, 1, 2, 16), "rotary_cos": draw(9, 4), "rotary_sin": draw(9, 4)}
+    before = cache.clone()
+    with pytest.raises(ValueError, match=f"flash_attn_with_kvcache: {message}"):
+        fa.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=9, **{name: every[name] for name in given})
+    assert torch.equal(cache, before)
+
+
 def in_pages(cache, page_size):
     """A contiguous cache as shuffled pages, unused rows NaN, and its block_table."""
     batch, length = cache.shape[:2]

@@ -233,6 +233,10 @@ def flash_attn_with_kvcache(
         num_splits: accepted; metate cuts the work by itself.
         Others as in `flash_attn_func`; causal, windows and ALiBi count from the last valid key.
     """
+    for first, second, one, other in ((k, v, "k", "v"), (rotary_cos, rotary_sin, "rotary_cos", "rotary_sin")):
+        if (first is None) != (second is None):
+            one, other = (other, one) if first is None else (one, other)
+            raise ValueError(f"flash_attn_with_kvcache: {other} is None, expected a tensor beside {one}")
     with torch.no_grad():
         batch = q.shape[0]
         table = _pages_of(k_cache, block_table, cache_batch_idx, batch)
@@ -244,6 +248,12 @@ def flash_attn_with_kvcache(
                     "flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin"
                 )
             local = causal or any(int(side) >= 0 for side in window_size)
+            end = max(k.shape[1], q.shape[1] if local else 1) + (int(lengths.max()) if batch else 0)
+            if end > rotary_cos.shape[0]:
+                raise ValueError(
+                    f"flash_attn_with_kvcache: rotary_cos is of {rotary_cos.shape[0]} positions, expected at least "
+                    f"{end}: cache_seqlens and the new tokens"
+                )
             q = _rotate_queries(q, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
         if k is not None and v is not None:
             angles = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "interleaved": rotary_interleaved}

@@ -243,6 +243,16 @@ def test_long_ragged_sequences(page_size, cache):
         paged_attention_op.assert_close(paged_attention_op(*args), args)
 
 
+@pytest.mark.parametrize("groups", [[0, 1], [0, 3], [1, 2], [0, 2, 1], None, [0.0, 2.0]])
+def test_cascade_refuses_groups_that_are_not_the_batch(groups):
+    k_cache, v_cache, table, lens = paged([20, 33], 16, 2, 24, 16)
+    prefixes = len(groups) - 1 if groups else 1
+    prefix = table[:1, :1].expand(prefixes, 1), torch.full((prefixes,), 16, dtype=torch.int32)
+    cu = groups and torch.tensor(groups, dtype=torch.int32 if isinstance(groups[0], int) else None)
+    with pytest.raises((TypeError, ValueError), match=r"metate\.cascade_attention: cu_groups is .*expected"):
+        metate.cascade_attention(torch.randn(2, 4, 24), k_cache, v_cache, *prefix, cu, table, lens)
+
+
 def test_column_sums_are_those_of_probabilities():
     k_cache, v_cache, table, lens = paged([600, 33], 16, 2, 24, 16)
     q = torch.randn(2, 5, 4, 24)

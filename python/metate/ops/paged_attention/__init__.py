@@ -138,6 +138,7 @@ def cascade_attention(
     common: dict[str, Any] = dict(
         scale=scale, softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=True, backend=backend
     )
+    _check_groups(cu_groups, prefix_table, prefix_lens, x.shape[0])
     rows = x.flatten(0, 1)
     starts = cu_groups * x.shape[1]
     prefix, prefix_lse = paged_attention(
@@ -201,6 +202,23 @@ def _check_dims(q: Tensor, packed: bool) -> None:
             "(tokens, heads, head_dim)" if packed else "(batch, heads, head_dim) or (batch, queries, heads, head_dim)"
         )
         raise fail("paged_attention", "q", f"of shape {tuple(q.shape)}", expected)
+
+
+def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, batch: int) -> None:
+    """A sequence outside of every group would lose its prefix and still give numbers."""
+    op = "cascade_attention"
+    for name, x in (("cu_groups", cu_groups), ("prefix_table", prefix_table), ("prefix_lens", prefix_lens)):
+        if not isinstance(x, Tensor):
+            raise fail(op, name, type(x).__name__, "a torch.Tensor", error=TypeError)
+        if x.dtype != torch.int32:
+            raise fail(op, name, x.dtype, "int32; convert it with .to()", error=TypeError)
+    if cu_groups.dim() != 1 or prefix_lens.shape != (cu_groups.shape[0] - 1,):
+        got = f"of shape {tuple(prefix_lens.shape)} beside cu_groups of shape {tuple(cu_groups.shape)}"
+        raise fail(op, "prefix_lens", got, "(groups) beside (groups + 1)")
+    if cu_groups.device.type == "cpu" and not torch.compiler.is_compiling():
+        starts = cu_groups.tolist()
+        if starts[0] != 0 or starts[-1] != batch or starts != sorted(starts):
+            raise fail(op, "cu_groups", starts, f"non-decreasing numbers from 0 to the {batch} sequences of q")
 
 
 def _window(causal: bool, window: tuple[int, int]) -> tuple[int, int]:

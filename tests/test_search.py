@@ -1,9 +1,11 @@
 """Indexes against brute force over what they decode, whatever was added, removed and asked, in whatever order."""
 
 import contextlib
+import copy
 import itertools
 import json
 import os
+import pickle
 import warnings
 
 import numpy as np
@@ -399,6 +401,23 @@ def test_bad_input_changes_nothing(case):
     with pytest.raises(error, match=message):
         call(index)
     assert index.ntotal == 70 and all(np.array_equal(a, b) for a, b in zip(before, index.search(Q, 9), strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+@pytest.mark.parametrize("kind", ["flat", "lists"])
+def test_copies_share_nothing(kind, copied):
+    index = filled(IVFPQIndex(D, 5, 4, 4, opq=True, refine="sq8") if kind == "lists" else FlatIndex(D))
+    index.add(X)
+    index.remove_ids([3])
+    before, other = index.search(Q, 9), copied(index)
+    assert repr(other) == repr(index) and all(map(np.array_equal, before, other.search(Q, 9)))
+    for _ in range(3):
+        other.add(X + 1)
+    other.remove_ids([5])
+    index.add(X - 1)
+    assert index.ntotal == 139 and other.ntotal == 278
+    index.remove_ids(range(70, 140))
+    assert all(map(np.array_equal, before, index.search(Q, 9)))
 
 
 def test_bad_settings_and_untrained():

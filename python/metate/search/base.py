@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,9 @@ class State:
     next_id: int = 0
     cache: dict[str, Any] = field(default_factory=dict, init=False)  # what searches make of the rest
 
+    def __reduce__(self) -> tuple[type[State], tuple[Model, Lists, int]]:
+        return State, (self.model, self.lists, self.next_id)
+
 
 class Base:
     """Settings and state; searching.py and index.py add what is done with them."""
@@ -43,6 +47,17 @@ class Base:
         self.nprobe = 1
         self._lock = threading.Lock()
         self._state = State({}, self._no_rows())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, by `copy.deepcopy` and between processes: of one snapshot, with rows and a lock of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __copy__(self) -> Base:
+        return copy.deepcopy(self)  # two indexes that share rows would write the same ones
 
     # What it is.
 

@@ -240,3 +240,37 @@ def test_wrong_cu_seqlens_are_named(message, cu_q, cu_k):
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k))
     with pytest.raises(ValueError, match=message):
         metate.attention_varlen(Q[0], K[0], K[0], cu_q, cu_k)
+
+
+def test_forward_mode_is_refused() -> None:
+    """torch runs a custom operator without its tangents: the derivative would be 0 without a word."""
+    q = torch.randn(1, 3, 2, 8)
+    with pytest.raises(NotImplementedError, match="q has a tangent"):
+        torch.func.jvp(lambda q: metate.attention(q, q, q), (q,), (q,))
+    _, tangent = torch.func.jvp(lambda s: s * metate.attention(q, q, q), (q,), (q,))
+    assert tangent.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 7), (7,), (), (5, 7), (5, 1), (4, 5, 7), (2, 4, 5, 7)], ids=str)
+def test_bool_masks_and_biases_broadcast(shape: tuple[int, ...]) -> None:
+    q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 4, 8), torch.randn(2, 7, 4, 8)
+    mask, bias = torch.rand(shape) < 0.7, torch.randn(shape)
+    whole = (2, 4, 5, 7)
+    out = metate.attention(q, k, v, mask=mask, bias=bias)
+    assert torch.equal(out, metate.attention(q, k, v, mask=mask.expand(whole), bias=bias.expand(whole)))
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 20), (4, 7), (1, 1, 5, 32)], ids=str)
+def test_masks_of_other_lengths_are_refused(shape: tuple[int, ...]) -> None:
+    """Packed to bits, 6 or 20 columns take the same word as the 7 of the keys."""
+    q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 7, 2, 8)
+    with pytest.raises(ValueError, match="mask"):
+        metate.attention(q, k, k, mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_varlen_wants_starts_and_an_attention_mask() -> None:
+    x, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(TypeError, match="cu_seqlens_q is NoneType"):
+        metate.attention_varlen(x, x, x, None, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="mask is Tensor"):
+        metate.attention_varlen(x, x, x, starts, starts, mask=torch.ones(5, 5, dtype=torch.bool))  # type: ignore[arg-type]

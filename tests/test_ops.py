@@ -184,6 +184,17 @@ def test_compiled_gradients_equal_eager(op):
     assert gradients[0] and same_bits(*gradients)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_meta_tensors_give_shapes(op):
+    """They have no contents to look at: what a model would take is found out with them."""
+    for case in op.domain.cases[:3]:
+        args = op.example(case, torch.float32)
+        results = op(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        if not op.writes:
+            for result, shape in zip(outputs(results), op.shapes(*args), strict=True):
+                assert result.device.type == "meta" and result.shape == torch.Size(shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_is_a_cast_of_the_activations(op, dtype):

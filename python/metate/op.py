@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from metate import library
@@ -118,6 +119,7 @@ class Op:
         self._contents = [self.parameters.index(name) for name in self.contents[0].split()]
         self._implementations: dict[str, dict[str, Backend]] = {}
         self._plans: dict[Any, Backend] = {}
+        self.shapes_only: Backend = self._fake  # for tensors without contents
         self._direct: tuple[library.Direct, ...] = ()  # the short ways to compiled backends
         self.torch_op = getattr(torch.ops.metate, self.name).default
         REGISTRY[self.name] = self
@@ -126,6 +128,8 @@ class Op:
         """The whole cost of a call without gradients is here and in the kernel: microseconds count."""
         if torch.compiler.is_dynamo_compiling():
             return self.torch_op(*args)
+        if forward_ad._current_level >= 0:
+            self._without_tangents(args)
         state = _state.get()
         if state is None:
             for direct in self._direct:
@@ -166,6 +170,15 @@ class Op:
 
     def _no_gradient(self, ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"metate.{self.name}: no gradient: {self.gradient}")
+
+    def _without_tangents(self, args: Args) -> None:
+        """Refuses forward mode, whose tangents torch would drop at a custom operator: results with a tangent of 0."""
+        for name, arg in zip(self.axes, args, strict=False):
+            if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+                raise NotImplementedError(
+                    f"metate.{self.name}: {name} has a tangent, but there are no derivatives in forward mode (jvp, "
+                    "jacfwd); use reverse mode (grad, vjp)"
+                )
 
     def _without_gradient(self, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -213,6 +226,8 @@ class Op:
         self.check(args)
         forced = _forced()
         device = args[0].device.type
+        if device == "meta":
+            return "reference", self.shapes_only
         available = self.implementations(device) if device in ("cpu", "cuda") else {"reference": self.fallback}
         reasons: dict[str, str] = {}
         for name, backend in available.items():
@@ -256,7 +271,7 @@ class Op:
                 for direct in self._direct:
                     if direct.entry is backend:
                         direct.admit(args)
-        if values:
+        if values and backend is not self.shapes_only:
             self.contents[1](*args)
         return backend
 

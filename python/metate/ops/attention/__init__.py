@@ -72,9 +72,11 @@ def attention(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    mask = _NO_MASK if mask is None else _mask(mask, k)
+    mask = _NO_MASK if mask is None else _mask(mask, q, k)
     if bias is not None or alibi_slopes is not None or sinks is not None:
         bias, alibi_slopes, sinks = _widen(q, bias, alibi_slopes, sinks)
+        if isinstance(bias, Tensor) and bias.dim() < 4:
+            bias = bias[(None,) * (4 - bias.dim())]
     tensors = (q, k, v, bias, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, None, None)
     flags = _flags(q, causal, window, scale, top_left, softcap, dropout_p, seed, offset, mask.block_size)
     return _call(tensors, flags, return_lse, return_column_sums, backend)
@@ -123,7 +125,12 @@ def attention_varlen(
             raise fail(
                 "attention_varlen", name, f"shape {tuple(tensor.shape)}", "3 dimensions (tokens, heads, head_dim)"
             )
-    mask = mask or _NO_MASK
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(starts, Tensor):
+            raise fail("attention_varlen", name, type(starts).__name__, "an int32 torch.Tensor", error=TypeError)
+    mask = _NO_MASK if mask is None else mask
+    if not isinstance(mask, AttentionMask):
+        raise fail("attention_varlen", "mask", type(mask).__name__, "an AttentionMask of intervals", error=TypeError)
     if alibi_slopes is not None or sinks is not None:
         _, alibi_slopes, sinks = _widen(q, None, alibi_slopes, sinks)
     tensors = (
@@ -168,7 +175,7 @@ def _call(tensors: tuple[Any, ...], flags: tuple[Any, ...], lse: bool, sums: boo
     return tuple(results)
 
 
-def _mask(mask: AttentionMask | Tensor, k: Tensor) -> AttentionMask:
+def _mask(mask: AttentionMask | Tensor, q: Tensor, k: Tensor) -> AttentionMask:
     if isinstance(mask, AttentionMask):
         return mask
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -176,7 +183,14 @@ def _mask(mask: AttentionMask | Tensor, k: Tensor) -> AttentionMask:
         raise fail(
             "attention", "mask", got, "a bool tensor or an AttentionMask; give additive masks as bias", error=TypeError
         )
-    return AttentionMask.dense(mask, k.shape[1])
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)):
+        return _NO_MASK  # the operator says what is wrong
+    rows, columns = q.shape[1], k.shape[1]
+    height, width = (1, 1, *mask.shape)[-2:]
+    if height not in (1, rows) or width not in (1, columns):  # in bits, a wrong number of columns would not show
+        raise fail("attention", "mask", f"of shape {tuple(mask.shape)}", f"broadcastable to (…, {rows}, {columns})")
+    bits = AttentionMask.dense(mask, columns).bits
+    return AttentionMask(bits=None if bits is None else bits.expand(-1, -1, rows, -1))
 
 
 _NO_MASK = AttentionMask()

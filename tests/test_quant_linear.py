@@ -300,3 +300,15 @@ def test_wrong_adapters_are_named(kind, message, wrong):
         B = B[:0]
     with pytest.raises(kind, match=rf"metate.lora_linear: {message}"):
         metate.lora_linear(**{**dict(x=X, weight=weight(), A=A, B=B), **wrong})
+
+
+@pytest.mark.parametrize("form", ["codebook", "zeros"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_int8_activations_take_chunks_that_are_almost_zero(backend: str, form: str) -> None:
+    """127 / largest is infinite below 4e-37, where a SiLU of -90 is: the chunk counts as 0, and the others as ever."""
+    x = random(2, 200)
+    x[:, 32:64] = 1e-40
+    zero = x.clone()
+    zero[:, 32:64] = 0
+    y, expected = (metate.quant_linear(z, weight(form=form), activation="int8", backend=backend) for z in (x, zero))
+    assert torch.equal(y, expected)

@@ -170,7 +170,8 @@ inline float round_to_int8(int32_t* q, const float* x, int n) {
         infinite_step(q, x, n);
         return __builtin_nanf("");
     }
-    round_numbers(q, x, n, size.largest > 0 ? 127 / size.largest : 0);
+    const bool rounds_to_0 = !(size.largest > 0 && 127 / size.largest < __builtin_inff());
+    round_numbers(q, x, n, rounds_to_0 ? 0 : 127 / size.largest);
     return size.largest / 127;
 }
 

@@ -74,7 +74,8 @@ inline void round_chunk(float* x, int n) {
         poison = fma(part, zero, poison);  // NaN once a number is not finite, and then all of the chunk is
     }
     const float largest_size = largest(most) + sum(poison), step = largest_size / 127;
-    const float inverse = largest_size > 0 ? 127 / largest_size : 0;
+    const float infinity = __builtin_inff();  // the inverse of a chunk below 4e-37, which rounds to 0
+    const float inverse = largest_size > 0 && 127 / largest_size < infinity ? 127 / largest_size : 0;
     for (int i = 0; i < n; i += width) {
         const vf part = (n - i >= width ? load(x + i) : load(x + i, n - i)) * splat(inverse);
         const vf rounded = (part - rest_of_round(part)) * splat(step);

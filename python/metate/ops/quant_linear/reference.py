@@ -53,7 +53,8 @@ def int8_activations(x: Tensor, group_size: int) -> Tensor:
     index = chunk.expand(x.shape[0], -1)
     largest = single.new_zeros(x.shape[0], number).scatter_reduce(1, index, single.abs(), "amax")
     steps = torch.full_like(largest, 127)  # 127 / largest would be a product with a rounded reciprocal
-    inverse = torch.where(largest > 0, steps / largest, torch.zeros_like(largest))
+    inverse = steps / largest
+    inverse = torch.where((largest > 0) & ~inverse.isinf(), inverse, torch.zeros_like(largest))
     whole = torch.round(single * inverse.gather(1, index))
     return whole.to(x.dtype) * (largest / 127).gather(1, index).to(x.dtype)
 

@@ -90,4 +90,6 @@ def checked(op: str, weight: Tensor, group_size: int) -> int:
         raise fail(op, "weight", f"shape {tuple(weight.shape)}", "(out_features, in_features), neither of them 0")
     if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1):
         raise fail(op, "group_size", group_size, "1 or more, or -1 for one group a row")
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):  # integers have no code for them
+        raise fail(op, "weight", "not finite", "numbers without NaN or infinity")
     return weight.shape[1] if group_size == -1 else min(group_size, weight.shape[1])

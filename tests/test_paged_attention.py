@@ -300,3 +300,14 @@ def test_a_scale_that_is_not_finite_stays_with_those_who_see_it(store, dtype):
     assert torch.equal(out[:, :, :2], clean[:, :, :2])
     torch.testing.assert_close(out[:, :2], clean[:, :2])
     assert out[:, 2:, 2:].isnan().all()
+
+
+def test_append_refuses_values_over_keys():
+    cache, k = torch.zeros(4, 3, 2, 16), torch.randn(2, 2, 16)
+    for values in (cache, cache[..., :8]):
+        with pytest.raises(ValueError, match="v_cache is the memory of k_cache, expected"):
+            metate.append_kv(k, k[..., : values.shape[3]], cache, values, torch.tensor([1, 2]))
+    assert not cache.any()
+    pair = torch.zeros(4, 3, 2, 2, 16)
+    metate.append_kv(k, k, pair[..., 0, :], pair[..., 1, :], torch.tensor([1, 2]))
+    assert torch.equal(pair[0, 1:3, :, 1], k)

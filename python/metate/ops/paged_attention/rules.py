@@ -161,6 +161,8 @@ def check_append(
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
         if x is not None and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
             raise fail(op, name, "expanded (a stride of 0)", "memory of its own for every element; use .contiguous()")
+    if v_cache.numel() and k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
+        raise fail(op, "v_cache", "the memory of k_cache", "memory of its own, or v and v_cache None: keys only")
     if slots.device.type != "cpu" or not slots.shape[0]:
         return
     order = slots.sort().values

@@ -423,6 +423,12 @@ def test_settings_are_checked(model):
         ({"prompts": ["text"]}, TypeError, "encode text first"),
         ({"token_budget": 3}, ValueError, "token_budget is 3, expected at least max_sequences, 64"),
         ({"constraint": [None, None]}, ValueError, "constraint is 2 of them"),
+        ({"constraint": 3}, TypeError, "constraint is int, expected a function"),
+        ({"prompts": [[1.5]]}, TypeError, r"prompt is \[1.5\], expected a sequence of token numbers"),
+        ({"stop": [3]}, TypeError, "stop is 3, expected a sequence of token numbers"),
+        ({"temperature": "1"}, TypeError, "temperature is '1', expected a number"),
+        ({"page_size": 0}, ValueError, "page_size is 0, expected at least 1"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model is Linear, expected metate.models.Llama"),
     ):
         with pytest.raises(error, match=message):
             metate.generate(**{"model": model, "prompts": [[1]], "max_new_tokens": 2, **settings})

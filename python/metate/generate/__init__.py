@@ -98,6 +98,11 @@ def generate(
         ValueError, TypeError: naming the argument. CacheFull (a RuntimeError): others hold the blocks of `cache`.
     """
     texts = _prompts(prompts)
+    if not hasattr(model, "cache_layout"):
+        expected = "metate.models.Llama, or what has the members of metate.generate.Model"
+        raise fail("generate", "model", type(model).__name__, expected, error=TypeError)
+    if page_size < 1:
+        raise fail("generate", "page_size", page_size, "at least 1")
     if cache is None:
         longest = sorted((len(text) + max_new_tokens for text in texts), reverse=True)[:max_sequences]
         blocks = sum(-(-length // page_size) for length in longest)
@@ -154,6 +159,9 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 def _each(constraint: Constraint | Sequence[Constraint | None] | None, count: int) -> list[Constraint | None]:
     if constraint is None or callable(constraint):
         return [constraint] * count
+    if not isinstance(constraint, Sequence):
+        got = type(constraint).__name__
+        raise fail("generate", "constraint", got, "a function of tokens, or one for each prompt", error=TypeError)
     if len(constraint) != count:
         raise fail("generate", "constraint", f"{len(constraint)} of them", f"one, or {count}: one for each prompt")
     return list(constraint)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise fail("generate", name, repr(getattr(self, name)), "a number", error=TypeError)
         for name, right, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "a number ≥ 0"),
             ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "an integer ≥ 0 (0: all tokens)"),

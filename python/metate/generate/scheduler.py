@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,13 @@ class Totals:
     forced: int = 0
 
 
+def _numbers(name: str, tokens: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise fail("generate", name, repr(tokens)[:60], "a sequence of token numbers", error=TypeError) from None
+
+
 class Scheduler:
     """Serves requests with one model and one cache, a step at a time; a library class for one thread, not a server.
 
@@ -163,7 +171,7 @@ class Scheduler:
         Raises:
             ValueError: naming the setting; or the prompt and max_new_tokens are more than the cache can ever hold.
         """
-        tokens = [int(token) for token in prompt]
+        tokens = _numbers("prompt", prompt)
         if not tokens or not all(0 <= token < self.model.vocab_size for token in tokens):
             got = f"{len(tokens)} tokens, the largest {max(tokens, default=None)}"
             raise fail("generate", "prompt", got, f"at least one token, each 0 to {self.model.vocab_size - 1}")
@@ -172,7 +180,7 @@ class Scheduler:
         if len(tokens) + max_new_tokens - 1 > self.cache.capacity:
             got = f"{len(tokens)} tokens of prompt and max_new_tokens {max_new_tokens}"
             raise fail("generate", "prompt", got, f"together at most the {self.cache.capacity} of the cache")
-        stops = [[int(token) for token in each] for each in stop]
+        stops = [_numbers("stop", each) for each in stop]
         if not all(stops):
             raise fail("generate", "stop", "an empty sequence", "sequences of at least one token")
         seed = (self.seed + self.added) % 2**64 if seed is None else seed

@@ -225,5 +225,5 @@ def _flags(
         except (IndexError, ZeroDivisionError):
             scale = 1.0  # the operator says what is wrong
     if seed is None:
-        seed = int(torch.randint(2**62, ()).item()) if dropout_p else 0
+        seed = int(torch.randint(2**62, (), device="cpu").item()) if dropout_p else 0
     return scale, left, right, top_left, softcap, dropout_p, seed, offset, *block_size

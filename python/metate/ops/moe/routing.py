@@ -140,6 +140,10 @@ def moe_route(
     """
     _check(logits, score, group_rule, policy, capacity_factor, drop)
     if noise is not None:
+        pairs = zip(noise.shape[::-1], logits.shape[::-1], strict=False)
+        if noise.dim() > logits.dim() or any(size not in (1, whole) for size, whole in pairs):
+            got, expected = f"of shape {tuple(noise.shape)}", f"one that broadcasts to {tuple(logits.shape)}"
+            raise fail("moe_route", "noise", got, expected)
         logits = logits + noise * _random(torch.randn, logits, generator)
     flat = logits.reshape(-1, logits.shape[-1])
     with nullcontext() if backend is None else use(backend):
@@ -173,7 +177,7 @@ def moe_route(
 def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_factor: float | None, drop: str) -> None:
     if not isinstance(logits, Tensor):
         raise fail("moe_route", "logits", type(logits).__name__, "a torch.Tensor", error=TypeError)
-    if logits.dim() < 2:
+    if logits.dim() < 2 or not logits.shape[-1]:
         raise fail("moe_route", "logits", f"of shape {tuple(logits.shape)}", "(…, num_experts)")
     choices = {"score": (score, SCORES), "group_rule": (group_rule, ("max", "sum")), "policy": (policy, POLICIES),
                "drop": (drop, ("position", "probability"))}  # fmt: skip

@@ -166,6 +166,12 @@ def test_dropout_keeps_the_expected_share(device, backend):
     assert abs(out.float().mean().item() - 1) < 0.02
 
 
+def test_dropout_compiles_without_a_seed():
+    q = torch.randn(1, 8, 2, 16)
+    dropped = torch.compile(lambda q: metate.attention(q, q, q, dropout_p=0.3), fullgraph=True)
+    assert not torch.equal(dropped(q), dropped(q))
+
+
 def test_memory_is_linear_in_the_sequence_length():
     """Forward and backward at 8192 tokens: the score matrix alone would take 256 MiB a head."""
     code = """

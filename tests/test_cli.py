@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from metate import hardware, library
+from metate import __version__, hardware, library
 from metate.cli import app
 from metate.demo import mixture
 from metate.demo.train import PLAN, play
@@ -32,6 +32,10 @@ def test_info_tells_the_machine_and_what_is_missing():
         assert word in text
     for reason in filter(None, hardware.backends().values()):
         assert reason.split()[0] in text
+
+
+def test_version():
+    assert metate("--version").strip() == f"metate {__version__}"
 
 
 def test_info_as_json():

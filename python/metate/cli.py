@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from metate import hardware, library
+from metate import __version__, hardware, library
 from metate import verify as engine
 from metate.op import BACKENDS, REGISTRY, Op
 
@@ -30,6 +30,19 @@ app = typer.Typer(
 )
 console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"metate {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="the version", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
 
 
 def progress() -> Progress:
@@ -374,7 +387,9 @@ def demo(
 @app.command(hidden=True)
 def docs(
     folder: Annotated[Path, typer.Argument(help="metate's source")] = Path(),
-    measured: Annotated[Path | None, typer.Option(help="a record of `metate bench` for README's table")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="a record of `metate bench` for README's table", exists=True)
+    ] = None,
 ) -> None:
     """Write docs/ops.md from the declarations, and README's table of measurements from a record."""
     (folder / "docs" / "ops.md").write_text(operators_page())

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t depth = long_chain;         // words of a packed panel, which stays in the first-level cache
 constexpr int64_t piece_columns = 4 * panel;  // of the result, where there are many rows
 constexpr int64_t rows_at_once = 8 * tile_rows;
-constexpr int few = width == 16 ? 8 : 4;  // rows whose sums fit the registers beside a square of the weight
-constexpr int strip_rows = 4;             // and beside strips of a transposed one
+constexpr int few = width == 16 ? 12 : 4;  // rows whose sums fit the registers beside a square of the weight
+constexpr int strip_rows = 4;              // and beside strips of a transposed one
 constexpr int64_t ahead = 1024;  // bytes of each row of the weight on their way to the second cache, for few rows
 constexpr int64_t few_bytes = 1 << 19;  // of the weight in a piece of few rows
 
@@ -109,7 +109,7 @@ METATE_FN void add_square(vf (&sum)[rows], const vf (&square)[width], const Word
 #pragma GCC unroll 32
     for (int i = 0; i < square_words<T, Word>; ++i) {
         const vf value = word<T, Word>(square, i);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) sum[r] = add_product(sum[r], spread(x + r * pitch + i), value);
     }
 }
@@ -122,7 +122,7 @@ void multiply_few(const Problem<T, Word>& p, const Word* x, const T* w, int64_t 
     static_assert(chain % step == 0);
     const int64_t stride = p.call.w.stride[1], columns = p.columns();
     vf sum[rows];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) total[r] = sum[r] = splat(0.0f);
     for (int64_t k = 0; k < columns; k += step, x += square_words<T, Word>) {
         const T* const soon = k + far < columns ? w + k + far : next ? next + (k + far - columns) : nullptr;
@@ -131,7 +131,7 @@ void multiply_few(const Problem<T, Word>& p, const Word* x, const T* w, int64_t 
         load_square(square, w + k, stride, n, columns - k);
         add_square<T>(sum, square, x, p.pitch);
         if ((k + step) % chain > 0 && k + step < columns) continue;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
             total[r] = total[r] + sum[r];
             sum[r] = splat(0.0f);
@@ -152,7 +152,7 @@ void compute_few(const Problem<T, Word>& p, const Span& span, int64_t n, int64_t
         multiply_few<rows>(p, p.x + span.first * p.pitch, p.weight(span.expert, n, 0), count,
                            after < 0 ? nullptr : p.weight(span.expert, after, 0), total);
         const vf bias = bias_at<T>(p.call, span.expert, n, count);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r)
             if (r < span.rows) write<T>(p.call, span.first + r, n, total[r] + bias, count);
     }

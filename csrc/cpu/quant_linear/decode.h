@@ -146,11 +146,6 @@ inline void decode(float* to, int64_t stride, const int32_t* words, int64_t colu
 
 constexpr int unit_columns = 8;  // of a dword, in 4 pairs
 
-// The place of column i among the elements of its block's pairs.
-METATE_FN constexpr int place_in_pairs(int i) {
-    return i / unit_columns * unit_columns + i % 4 * 2 + i % unit_columns / 4;
-}
-
 #if defined(METATE_HAS_BF16_DOT)
 // What decode() does, in pairs.
 inline void decode_pairs(float* to, int64_t stride, const int32_t* words, int64_t columns, const Values& v) {
@@ -252,6 +247,23 @@ inline void fetch_levels(const LowBitMatrix& w, int64_t row, int64_t group) {
     }
 }
 
+// Of `width` rows and groups that are all there.
+template <class T>
+METATE_FN void load_square(float* to, int64_t stride, const View<2>& view, int64_t row, int64_t group) {
+    const T* const from = static_cast<const T*>(view.data) + row * view.stride[0] + group;
+    vf square[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) square[i] = load(from + i * view.stride[0]);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) store(to + i * stride, square[i]);
+}
+inline void load_square(float* to, int64_t stride, const View<2>& view, int64_t row, int64_t group) {
+    if (view.dtype == DType::bf16) return load_square<bf16>(to, stride, view, row, group);
+    if (view.dtype == DType::f16) return load_square<f16>(to, stride, view, row, group);
+    load_square<float>(to, stride, view, row, group);
+}
+
 METATE_FN bool has_corrections(const LowBitMatrix& w) {
     return w.zeros || w.offsets;
 }
@@ -262,7 +274,12 @@ inline void load_scales(float* scales, float* corrections, int64_t stride, const
                         int64_t row, int64_t group, int64_t n) {
     const int64_t rows = smaller(w.rows - row, width);
     const float shift = w.codebook ? 0 : center - static_cast<float>(w.zero);
+    const bool is_plain = !corrections && rows == width && w.scales.stride[1] == 1 && w.scales.dtype != DType::i8;
     for (int64_t g = 0; g < n; g += width) {
+        if (is_plain && n - g >= width) {
+            load_square(scales + g * stride, stride, w.scales, row, group + g);
+            continue;
+        }
         vf scale[width], offset[width];
         for (int i = 0; i < width; ++i) scale[i] = offset[i] = splat(0.0f);
         load_levels(scale, w.scales, w.super_scales, w.super_groups, row, rows, group + g, n - g);

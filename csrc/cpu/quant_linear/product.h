@@ -83,10 +83,14 @@ inline void round_chunk(float* x, int n) {
     }
 }
 
-// The columns of a block as pairs: exact, for they were bfloat16.
+// The columns of a block as pairs, as decode_pairs has them: exact, for they were bfloat16.
 inline void to_pairs(float* to, const float* from) {
-    bf16 pairs[block];
-    for (int i = 0; i < block; ++i) pairs[place_in_pairs(i)] = from_float<bf16>(from[i]);
+    int32_t bits[block], pairs[block / 2];
+    memcpy(bits, from, sizeof bits);
+    for (int i = 0; i < block; i += unit_columns)
+        for (int j = 0; j < 4; ++j)
+            pairs[i / 2 + j] = static_cast<int32_t>(static_cast<uint32_t>(bits[i + j]) >> 16) |
+                               (bits[i + j + 4] & static_cast<int32_t>(0xffff0000u));
     memcpy(to, pairs, sizeof pairs);
 }
 

@@ -153,14 +153,22 @@ METATE_FN void sum_chunks_of(const ChunkSums& to, const Reading& reading, const 
     if constexpr (width < 16) sum_chunks<Unit::floats, Values::whole, rows>(to, reading, x, values);
 }
 
-// Adds the sums of the chunks of one block, number k of those read, to the totals. The tile is taken by value: no store
-// to the totals can change it.
+// Adds the sums of the chunks of one block, number k of those read, to the totals: add_sum, but a total stays in its
+// register meanwhile. The tile is taken by value: no store to the totals can change it.
 inline void add_chunks(const ChunkSums& from, int64_t k, const Tile t) {
-    for (int c = 0; c < t.count; ++c) {
-        const int64_t chunk = (k * block + t.chunks[c].begin) / longest;
-        for (int m = 0; m < from.rows; ++m) {
-            for (int v = 0; v < 2; ++v)
-                add_sum<true>(t, c, m, v * width, load(from.at(chunk / width, m, v) + chunk % width * width));
+    for (int m = 0; m < from.rows; ++m) {
+        for (int v = 0; v < 2; ++v) {
+            float* const at = t.total + m * panel + v * width;
+            vf total = load(at);
+            for (int c = 0; c < t.count; ++c) {
+                const int64_t chunk = (k * block + t.chunks[c].begin) / longest;
+                const int64_t scale = (t.chunks[c].group - t.first_group) * panel + v * width;
+                const vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
+                total = fma(sum, load(t.scales + scale), total);
+                if (t.corrections)
+                    total = fma(splat(t.sums[m * t.sums_stride + c]), load(t.corrections + scale), total);
+            }
+            store(at, total);
         }
     }
 }

@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
 constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
-constexpr int64_t span = 8;            // blocks whose sums join the rest as one: short chains round less
+constexpr int64_t operations_to_pack = 4;  // a number of x
+constexpr int64_t span = 8;                // blocks whose sums join the rest as one: short chains round less
 static_assert(blocks_at_once >= span * few_rows);
 
 // How the result is cut: pieces of `panels` panels of W's rows.
@@ -416,15 +417,15 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
 template <class T>
 void pack_rows(const Problem& p, const Runtime& runtime) {
     const QuantLinear& call = p.call;
-    const Runtime packers = worth(runtime, p.x.rows * call.w.columns);
+    const Runtime packers = worth(runtime, p.x.rows * call.w.columns * operations_to_pack);
     if (p.arithmetic.digits > 0)
         pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic, packers);
     else
         pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);
     if (p.dots_rows)
         spread(p.spread, p.integers, p.integer_plans, p.blocks, call.w.bits, static_cast<int>(p.center()),
-               p.arithmetic.radix);
-    if (p.sums_chunks) spread(p.lane_rows, p.x, call.w.columns);
+               p.arithmetic.radix, packers);
+    if (p.sums_chunks) spread(p.lane_rows, p.x, call.w.columns, packers);
 }
 
 template <class T>

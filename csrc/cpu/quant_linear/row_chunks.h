@@ -27,8 +27,8 @@ struct LaneRows {
     METATE_FN float* at(int64_t number, int64_t row) const { return x + (number * rows + row) * chunk_words * width; }
 };
 
-inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns) {
-    for (int64_t i = 0; i < ceil_div(columns, run_columns) * to.rows; ++i) {
+inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns, const Runtime& runtime) {
+    for_pieces(runtime, ceil_div(columns, run_columns) * to.rows, [&](int, int64_t i) {
         float* const x = to.at(i / to.rows, i % to.rows);
         for (int lane = 0; lane < width; ++lane) {
             const int64_t column = i / to.rows * run_columns + chunk_in(lane) * longest;
@@ -36,7 +36,7 @@ inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns) 
             const float* line = column < columns ? from.line(column / block, i % to.rows) + word : nullptr;
             for (int64_t j = 0; j < to.chunk_words; ++j) x[j * width + lane] = line ? line[j] : 0.0f;
         }
-    }
+    });
 }
 
 // The sums of some runs of a panel, for every row of x.

@@ -51,15 +51,16 @@ inline void set_terms(const SpreadRows& to, const IntegerRows& from, int count, 
     }
 }
 
-inline void spread(const SpreadRows& to, const IntegerRows& from, const IntegerPlan* plans, int64_t blocks,
-                   int64_t bits, int center, float radix) {
-    for (int64_t i = 0; i < blocks * to.rows; ++i) {
-        const IntegerPlan& plan = plans[i / to.rows];
-        const int32_t* quad = from.line(i / to.rows, i % to.rows);
-        int32_t& used = to.used[i / to.rows];
-        used = i % to.rows && used > quad[from.used_at()] ? used : quad[from.used_at()];
-        int32_t* x = to.at(i / to.rows, i % to.rows);
-        for (int q = 0; i / to.rows == blocks - 1 && q < to.stride(); ++q) x[q] = 0;
+// Block k of x.
+inline void spread_block(const SpreadRows& to, const IntegerRows& from, const IntegerPlan& plan, int64_t k,
+                         bool is_last, int64_t bits) {
+    to.used[k] = 0;
+    for (int64_t row = 0; row < to.rows; ++row) {
+        const int32_t* quad = from.line(k, row);
+        const int32_t used = quad[from.used_at()];
+        if (used > to.used[k]) to.used[k] = used;
+        int32_t* x = to.at(k, row);
+        for (int q = 0; is_last && q < to.stride(); ++q) x[q] = 0;
         for (int s = 0; s < plan.count; ++s) {
             const int first = plan.segments[s].first_quad, n = plan.segments[s].quads;
             for (int d = 0; d < to.digits; ++d, quad += n) {
@@ -73,8 +74,14 @@ inline void spread(const SpreadRows& to, const IntegerRows& from, const IntegerP
             }
         }
     }
-    for (int64_t i = 0; i < blocks * to.rows; ++i)
-        set_terms(to, from, plans[i / to.rows].count, i / to.rows, i % to.rows, center, radix);
+}
+
+inline void spread(const SpreadRows& to, const IntegerRows& from, const IntegerPlan* plans, int64_t blocks,
+                   int64_t bits, int center, float radix, const Runtime& runtime) {
+    for_pieces(runtime, blocks, [&](int, int64_t k) {
+        spread_block(to, from, plans[k], k, k == blocks - 1, bits);
+        for (int64_t row = 0; row < to.rows; ++row) set_terms(to, from, plans[k].count, k, row, center, radix);
+    });
 }
 
 // What a run of blocks of a panel leaves to be scaled: sums of digits times codes over each quarter. With three digits

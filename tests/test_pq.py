@@ -130,6 +130,23 @@ def test_tables_add_up_to_distances():
         metate.pq_distance_tables(x, books, metric="dot")
 
 
+@pytest.mark.parametrize(("M", "bits", "d"), [(3, 4, 2), (5, 4, 4), (2, 8, 8), (1, 6, 16), (2, 5, 19), (9, 9, 1)])
+def test_codes_are_those_of_the_nearest_however_many_come_together(M, bits, d):
+    generator = torch.Generator().manual_seed(6)
+    books = torch.randn(M, 2**bits, d, generator=generator)
+    books[:, 7] = books[:, 3]
+    x = torch.randn(39, M, d, generator=generator)
+    x[:16] = 100 + books[:, :16].transpose(0, 1)  # far away, so that many are about as near
+    x[16:22] = (books[:, 2:8] + books[:, 1:7]).transpose(0, 1) / 2
+    x[22:28] *= torch.tensor([1e30, 1e19, 1e-25, torch.nan, torch.inf, 0]).view(6, 1, 1)
+    codes = metate.pq_encode(x.flatten(1), books)
+    found = [metate.topk_distances(x[:, m].contiguous(), books[m], 1)[1] for m in range(M)]
+    assert torch.equal(unpack_codes(codes, M, bits), torch.cat(found, 1).clamp_min(0))
+    for rows in (1, 2, 5, 7, 16, 20):
+        parts = [metate.pq_encode(part, books) for part in x.flatten(1).split(rows)]
+        assert torch.equal(torch.cat(parts), codes)
+
+
 def test_codebooks_learn():
     generator = torch.Generator().manual_seed(3)
     x, books = torch.randn(30, 6, generator=generator), torch.randn(2, 16, 3, generator=generator)

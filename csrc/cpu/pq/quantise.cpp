@@ -1,6 +1,6 @@
 // Distance tables, codes of vectors and vectors of codes.
-#include "assign.h"
 #include "codes.h"
+#include "encode.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -11,19 +11,6 @@ namespace {
 constexpr int64_t table_queries = 64;
 constexpr int vectors_together = 8;
 constexpr int64_t worth_workers = 1 << 18;  // products; fewer, and starting workers costs more
-
-METATE_FN void turn_centroids(float* to, const float* from, int64_t columns) {
-    for (int64_t first = 0; first < columns; first += width) {
-        const int64_t n = smaller(width, columns - first);
-        vf square[width];
-#pragma GCC unroll 16
-        for (int i = 0; i < width; ++i) square[i] = load_numbers(from + i * columns + first, n);
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < width; ++i)
-            if (i < n) store(to + (first + i) * width, square[i]);
-    }
-}
 
 // The columns of a query, and centroids of which the same column lies side by side, `step` apart.
 struct TableOperands {
@@ -68,7 +55,7 @@ void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
         const int64_t together = turned && L % (vectors_together * width) == 0 ? vectors_together * width : width;
         for (int64_t l = 0; l < L; l += together) {
             const float* const centroids = turned ? book + l : memory(worker);
-            if (!turned) turn_centroids(memory(worker), book + l * d, d);
+            if (!turned) turn_rows(memory(worker), book + l * d, d, width, d);
             for (int64_t q = first; q < end; ++q) {
                 const float* const query =
                     static_cast<const float*>(c.queries.data) + q * c.queries.stride[0] + m * d * stride;
@@ -83,7 +70,8 @@ void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
     });
 }
 
-constexpr int64_t encode_together = 256;  // rows of a piece, whole panels
+constexpr int64_t points_together = 128, codes_together = 8;  // of a piece: whole vectors, whole bytes
+constexpr int64_t worth_lanes = width / 2;                    // points
 
 }  // namespace
 
@@ -93,38 +81,31 @@ void pq_distance_tables(const PqDistanceTables& c, const Runtime& runtime) {
 
 void pq_encode(const PqEncode& c, const Runtime& runtime) {
     const int64_t n = c.x.size[0], M = c.codebooks.size[0], L = c.codebooks.size[1], d = c.codebooks.size[2];
-    const int64_t pieces = ceil_div(n, encode_together), bytes = c.codes.size[1];
+    const int64_t blocks = ceil_div(n, points_together), bytes = c.codes.size[1];
+    const int64_t pieces = blocks * ceil_div(M, codes_together);
     if (pieces == 0) return;
-    Centroids* books = nullptr;
-    float* rows = nullptr;
-    const auto memory = lay_out(
-        runtime, pieces,
-        [&](Arena& arena) {
-            books = arena.take<Centroids>(M);
-            rows = arena.take<float>(M * Centroids::floats(L, d));
-        },
-        [&](Arena& arena) { return AssignSpace::take(arena, d); });
-    const auto book = [&](int64_t m) {
-        return Vectors<float>{static_cast<const float*>(c.codebooks.data) + m * L * d, d, d, nullptr, nullptr};
-    };
-    for_pieces(runtime, M, [&](int, int64_t m) {
-        books[m] = {rows + m * Centroids::floats(L, d), L, d + 1, 0.0};
-        pack_centroids<true>(books[m], book(m), false);
-    });
-    for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
-        const AssignSpace at = memory(worker);
-        const int64_t begin = piece * encode_together, end = smaller(n, begin + encode_together);
-        uint8_t* const codes = static_cast<uint8_t*>(c.codes.data);
-        for (int64_t i = begin * bytes; i < end * bytes; ++i) codes[i] = 0;
-        for (int64_t m = 0; m < M; ++m) {
-            const Vectors<float> x{static_cast<const float*>(c.x.data) + m * d, c.x.stride[0], d, nullptr, nullptr};
-            for (int64_t first = begin; first < end; first += panel)
-                assign_points<true>(books[m], book(m), false, at, x, first, smaller(panel, end - first),
-                                    [&](int64_t row, int64_t number) {
-                                        if (number > 0)
-                                            put_code(codes + row * bytes, m, c.bits, static_cast<uint32_t>(number));
-                                    });
+    const Runtime workers = worth(runtime, n * M * L * d / width);
+    const auto memory =
+        lay_out(workers, pieces, [](Arena&) {}, [&](Arena& arena) { return arena.take<float>(d * width); });
+    for_pieces(workers, pieces, [&](int worker, int64_t piece) {
+        const int64_t first = piece % blocks * points_together, count = smaller(points_together, n - first);
+        const int64_t begin = piece / blocks * codes_together, end = smaller(M, begin + codes_together);
+        uint8_t codes[points_together][codes_together * 2] = {};  // copied at last: others write beside them
+        for (int64_t m = begin; m < end; ++m) {
+            const Vectors<float> book{static_cast<const float*>(c.codebooks.data) + m * L * d, d, d, nullptr, nullptr};
+            Vectors<float> x{static_cast<const float*>(c.x.data) + first * c.x.stride[0] + m * d, c.x.stride[0], d,
+                             nullptr, nullptr};
+            int64_t i = 0;
+            const auto found = [&](int64_t at, int64_t number) __attribute__((always_inline)) {
+                if (number > 0) put_code(codes[i + at], m - begin, c.bits, static_cast<uint32_t>(number));
+            };
+            for (; count - i >= worth_lanes; i += width, x.data = x.row(width))
+                encode_lanes(book, L, memory(worker), x, smaller(width, count - i), found);
+            for (; i < count; ++i, x.data = x.row(1)) found(0, encode_point(book, L, x.data));
         }
+        const int64_t size = ceil_div((end - begin) * c.bits, 8);
+        uint8_t* to = static_cast<uint8_t*>(c.codes.data) + first * bytes + begin * c.bits / 8;
+        for (int64_t i = 0; i < count; ++i, to += bytes) __builtin_memcpy(to, codes[i], static_cast<size_t>(size));
     });
 }
 

@@ -104,6 +104,39 @@ def test_equals_brute_force_over_what_it_decodes(kind, metric):
     np.testing.assert_allclose(one[0], many[0][0], rtol=1e-5, atol=1e-6)
 
 
+CODES = {
+    "pq of 5 bits": lambda metric: PQIndex(D, 4, 5, metric),
+    "pq of 8 bits": lambda metric: PQIndex(D, 2, 8, metric),
+    "ivfpq of 6 bits": lambda metric: IVFPQIndex(D, 5, 4, 6, metric),
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *CODES])
+@pytest.mark.parametrize("metric", METRICS)
+def test_arrays_are_added_as_tensors_are(kind, metric):
+    """One by one and many together, with lists that move and rows that are gone: arrays go a shorter way."""
+    make = {**KINDS, **CODES}[kind]
+    short, long = filled(make(metric)), filled(make(metric))
+    random, total = np.random.default_rng(5), 0
+    for count in (40, 1, 1, 3, 30, 1, 70, 1, 200, 1, 1):
+        x = random.standard_normal((count, D)).astype(np.float32)
+        short.add(x)
+        long.add(torch.from_numpy(x))
+        total += count
+        if count == 30:
+            assert short.remove_ids(range(3, 9)) == long.remove_ids(range(3, 9)) == 6
+        known = np.arange(total - count, total)
+        assert np.array_equal(short.reconstruct(known), long.reconstruct(known))
+    assert short.ntotal == long.ntotal == total - 6 and short.next_id == total
+    for found, expected in zip(*(index.search(Q, 50, **everything(index)) for index in (short, long)), strict=True):
+        assert np.array_equal(found, expected)
+    with pytest.raises(ValueError, match="not finite everywhere"):
+        short.add(np.full((1, D), np.inf, np.float32))
+    with pytest.raises(ValueError, match="of shape"):
+        short.add(np.zeros((1, D + 1), np.float32))
+    assert short.ntotal == total - 6
+
+
 def test_decodes_what_was_added():
     unit = X / np.linalg.norm(X, axis=1, keepdims=True)
     for kind, metric, x, bound in [

@@ -31,12 +31,16 @@ static PyObject* isas(PyObject*, PyObject*) {
 
 namespace metate::bind {
 PyObject* prepare_search(PyObject*, PyObject*);  // pq.cpp
-}
+PyObject* prepare_add(PyObject*, PyObject*);
+PyObject* row_bias(PyObject*, PyObject*);
+}  // namespace metate::bind
 
 static PyMethodDef methods[] = {
     {"start", metate::bind::direct::start, METH_VARARGS, nullptr},
     {"direct", metate::bind::direct::direct, METH_O, nullptr},
     {"prepare_search", metate::bind::prepare_search, METH_VARARGS, nullptr},
+    {"prepare_add", metate::bind::prepare_add, METH_VARARGS, nullptr},
+    {"row_bias", metate::bind::row_bias, METH_VARARGS, nullptr},
     {"isas", isas, METH_NOARGS, nullptr},
     {"poison_scratch", poison_scratch, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

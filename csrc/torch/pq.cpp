@@ -1,6 +1,8 @@
 // Binds csrc/pq.h: the operators declared in python/metate/ops/pq.
 #include "pq.h"
 
+#include <cstring>
+
 #include "bind.h"
 
 namespace metate::bind {
@@ -213,13 +215,18 @@ using namespace direct;
 
 // Lists that are searched from Python again and again, with numpy arrays: around a single query, making tensors costs
 // more than the kernels do.
+template <class T>
 struct Prepared {
-    PyObject* arguments;  // keep the memory that `lists` describes
-    Lists lists;
+    PyObject* arguments;  // keep the memory that `value` describes
+    T value;
     ~Prepared() { Py_DECREF(arguments); }
+
+    static const T& of(PyObject* capsule) {
+        return static_cast<Prepared*>(PyCapsule_GetPointer(capsule, nullptr))->value;
+    }
 };
 
-// A numpy array of two dimensions, in one piece.
+// A numpy array of one or two dimensions, in one piece.
 class Array {
   public:
     Array(PyObject* object, DType dtype, int flags) {
@@ -228,9 +235,9 @@ class Array {
             PyErr_Clear();
             return;
         }
-        if (buffer_.ndim != 2 || buffer_.itemsize != bytes_of(dtype)) return;
-        for (int i = 0; i < 2; ++i) sizes_[i] = buffer_.shape[i];
-        strides_[0] = sizes_[1];
+        if (buffer_.ndim < 1 || buffer_.ndim > 2 || buffer_.itemsize != bytes_of(dtype)) return;
+        for (int i = 0; i < buffer_.ndim; ++i) sizes_[i] = buffer_.shape[i];
+        strides_[0] = buffer_.ndim == 2 ? sizes_[1] : 1;
         fits_ = true;
         dtype_ = dtype;
     }
@@ -238,8 +245,15 @@ class Array {
     ~Array() {
         if (valid_) PyBuffer_Release(&buffer_);
     }
-    bool is(int64_t rows, int64_t columns) const { return fits_ && sizes_[0] == rows && sizes_[1] == columns; }
+    bool is(int64_t rows, int64_t columns) const {
+        return fits_ && buffer_.ndim == 2 && sizes_[0] == rows && sizes_[1] == columns;
+    }
+    bool is(int64_t count) const { return fits_ && buffer_.ndim == 1 && sizes_[0] == count; }
     View<2> view() const { return contiguous_view(buffer_.buf, dtype_, {sizes_[0], sizes_[1]}); }
+    template <class T>
+    T* data() const {
+        return static_cast<T*>(buffer_.buf);
+    }
     int64_t size(int i) const { return sizes_[i]; }
     // While this lives.
     Tensor tensor() {
@@ -257,7 +271,7 @@ class Array {
 
 // search(queries, distances, found, nprobe): writes the best of every query; false where it has not, or found none.
 PyObject* search_prepared(PyObject* capsule, PyObject* args) {
-    const Lists& lists = static_cast<Prepared*>(PyCapsule_GetPointer(capsule, nullptr))->lists;
+    const Lists& lists = Prepared<Lists>::of(capsule);
     PyObject* objects[3];
     long long nprobe;
     if (!PyArg_ParseTuple(args, "OOOL", objects, objects + 1, objects + 2, &nprobe)) return nullptr;
@@ -279,28 +293,219 @@ PyObject* search_prepared(PyObject* capsule, PyObject* args) {
     return PyBool_FromLong(all);
 }
 
-}  // namespace
+// Columns that rows are added to: vectors, codes, or codes interleaved, and what they come with.
+struct Pool {
+    Optional centroids, codebooks, ids, row_bias;
+    Tensor rows;
+    int64_t metric;
+    bool residual;
 
-PyObject* prepare_search(PyObject*, PyObject* args) {
-    static PyMethodDef method = {"search", search_prepared, METH_VARARGS, nullptr};
-    using Values = std::tuple<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
-                              int64_t, int64_t, bool>;
+    Pool(const Optional& c, const Optional& books, const Tensor& r, const Optional& i, const Optional& bias, int64_t m,
+         bool re)
+        : centroids(c), codebooks(books), ids(i), row_bias(bias), rows(r), metric(m), residual(re) {}
+
+    // Row `row` becomes a vector, or the bytes of its codes.
+    void put(int64_t row, const char* from, int64_t bytes) const {
+        char* const all = static_cast<char*>(rows.data_ptr());
+        if (rows.dim() == 2) {
+            std::memcpy(all + row * bytes, from, static_cast<size_t>(bytes));
+            return;
+        }
+        const int64_t M = rows.size(1), width = rows.size(2);
+        char* const to = all + row / 32 * M * width + row % width;  // 32 bytes, or 16 of two rows each
+        const bool upper = width == 16 && row % 32 >= 16;
+        for (int64_t m = 0; m < M; ++m) {
+            const int byte = static_cast<unsigned char>(from[width == 16 ? m / 2 : m]);
+            char& old = to[m * width];
+            if (width == 16)
+                old = static_cast<char>(upper ? (old & 15) | (byte >> (m % 2 * 4) & 15) << 4
+                                              : (old & 240) | (byte >> (m % 2 * 4) & 15));
+            else
+                old = static_cast<char>(byte);
+        }
+    }
+};
+
+// Σ r (r + 2 c) of decoded residuals in rows and their centroids, in double precision.
+float row_bias_of(const float* r, const float* c, int64_t columns) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < columns; ++i) {
+        const double x = static_cast<double>(r[i]);
+        sum += x * (x + 2 * static_cast<double>(c[i]));
+    }
+    return static_cast<float>(sum);
+}
+
+bool all_finite(const float* x, int64_t count) {
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        bad |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    return !bad;
+}
+
+// Gives every vector its row behind its list, which grows: `rows` holds lists before. False where one has no room.
+bool find_rows(int64_t* rows, int64_t count, const int64_t* start, const int64_t* room, int64_t* length) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t list = rows[i];
+        if (length[list] == room[list]) return false;
+        rows[i] = start[list] + length[list]++;
+    }
+    return true;
+}
+
+// Adds vectors x to a pool: as row rows[i] under id first_id + i, in list lists[i].
+void put_rows(const Pool& pool, Array& x, const int64_t* lists, const int64_t* rows, int64_t first_id) {
+    constexpr int64_t together = 4096;
+    const int64_t n = x.size(0), D = x.size(1), most = n < together ? n : together;
+    const int64_t M = pool.codebooks ? pool.codebooks->size(0) : 0, L = pool.codebooks ? pool.codebooks->size(1) : 0;
+    const int64_t bytes = pool.codebooks ? (M * bits_of(L) + 7) / 8 : 4 * D;
+    const Tensor like = x.tensor();
+    const Workspace workspace(like, pool.codebooks ? (8 * D + bytes) * most : 0);
+    float* const values = static_cast<float*>(workspace.data());
+    const View<3> books = pool.codebooks ? view<3>(*pool.codebooks) : View<3>{};
+    for (int64_t first = 0; first < n; first += together) {
+        const int64_t count = n - first < together ? n - first : together;
+        const float* const own = x.data<float>() + first * D;
+        const char* stored = reinterpret_cast<const char*>(own);
+        const auto centroid = [&](int64_t i) {
+            return static_cast<const float*>(pool.centroids->data_ptr()) + lists[first + i] * D;
+        };
+        if (pool.codebooks) {
+            for (int64_t i = 0; pool.residual && i < count; ++i)
+                for (int64_t j = 0; j < D; ++j) values[i * D + j] = own[i * D + j] - centroid(i)[j];
+            const View<2> coded = contiguous_view(values + most * D * 2, DType::u8, {count, bytes});
+            float* const from = pool.residual ? values : const_cast<float*>(own);
+            METATE_LAUNCH(pq_encode, like,
+                          PqEncode{contiguous_view(from, DType::f32, {count, D}), books, bits_of(L), coded});
+            stored = static_cast<const char*>(coded.data);
+            if (pool.row_bias) {
+                float* const decoded = values + most * D;
+                METATE_LAUNCH(pq_decode, like,
+                              PqDecode{books, coded, bits_of(L), contiguous_view(decoded, DType::f32, {count, D})});
+                for (int64_t i = 0; i < count; ++i)
+                    static_cast<float*>(pool.row_bias->data_ptr())[rows[first + i]] =
+                        row_bias_of(decoded + i * D, centroid(i), D);
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) pool.put(rows[first + i], stored + i * bytes, bytes);
+    }
+    if (!pool.ids) return;
+    for (int64_t i = 0; i < n; ++i) static_cast<int64_t*>(pool.ids->data_ptr())[rows[i]] = first_id + i;
+}
+
+// add(x, start, room, length, lists, rows, first_id, known): writes vectors, the lists and rows that they went to, and
+// the lengths that lists have then; `known`: lists are right already. None where one of them has no room; False where
+// vectors are not finite or x is not what the pool takes.
+PyObject* add_prepared(PyObject* capsule, PyObject* args) {
+    const Pool& pool = Prepared<Pool>::of(capsule);
+    PyObject* objects[6];
+    long long first_id;
+    int known;
+    if (!PyArg_ParseTuple(args, "OOOOOOLp", objects, objects + 1, objects + 2, objects + 3, objects + 4, objects + 5,
+                          &first_id, &known))
+        return nullptr;
+    Array x(objects[0], DType::f32, 0), start(objects[1], DType::i64, 0), room(objects[2], DType::i64, 0);
+    Array length(objects[3], DType::i64, PyBUF_WRITABLE), lists(objects[4], DType::i64, PyBUF_WRITABLE);
+    Array rows(objects[5], DType::i64, PyBUF_WRITABLE);
+    const int64_t n = x.size(0), count = length.size(0);
+    const int64_t D = pool.codebooks ? pool.codebooks->size(0) * pool.codebooks->size(2) : pool.rows.size(1);
+    if (!x.is(n, D) || n < 1 || !start.is(count) || !room.is(count) || !length.is(count) || !lists.is(n) ||
+        !rows.is(n) || direct::dispatcher_is_wanted())
+        Py_RETURN_FALSE;
+    bool finite = false, fits = false;
+    try {
+        direct::Unlocked unlocked;
+        int64_t* const list = lists.data<int64_t>();
+        finite = known || all_finite(x.data<float>(), n * D);
+        if (finite) {
+            if (pool.centroids && !known) {
+                const Tensor like = x.tensor();
+                const Workspace workspace(like, 4 * n);
+                const Metric metric = static_cast<Metric>(pool.metric);
+                METATE_LAUNCH(topk_distances, like,
+                              TopkDistances{x.view(),
+                                            view<2>(*pool.centroids),
+                                            {},
+                                            {},
+                                            metric,
+                                            {count,
+                                             {},
+                                             {},
+                                             {},
+                                             1,
+                                             metric == Metric::inner_product,
+                                             contiguous_view(workspace.data(), DType::f32, {n, 1}),
+                                             contiguous_view(list, DType::i64, {n, 1})}});
+            } else if (!known) {
+                for (int64_t i = 0; i < n; ++i) list[i] = 0;
+            }
+            int64_t* const row = rows.data<int64_t>();
+            std::memcpy(row, list, static_cast<size_t>(8 * n));
+            for (int64_t i = 0; i < n; ++i) finite &= list[i] >= 0;
+            fits = finite && find_rows(row, n, start.data<int64_t>(), room.data<int64_t>(), length.data<int64_t>());
+            if (fits) put_rows(pool, x, list, row, first_id);
+        }
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+    if (finite && !fits) Py_RETURN_NONE;
+    return PyBool_FromLong(fits);
+}
+
+// A Python function over a `T` made of arguments that stay the same; None where they cannot be read directly.
+template <class T, class Values>
+PyObject* prepare(PyMethodDef& method, PyObject* args) {
     PyObject* capsule = nullptr;
     try {
         Values values;
         direct::Reader reader(false);
         if (!exchange || !direct::read(reader, args, values)) Py_RETURN_NONE;
-        auto prepared = std::apply([&](const auto&... each) { return new Prepared{args, Lists(each...)}; }, values);
+        auto prepared = std::apply([&](const auto&... each) { return new Prepared<T>{args, T(each...)}; }, values);
         Py_INCREF(args);
-        const auto free = [](PyObject* owner) { delete static_cast<Prepared*>(PyCapsule_GetPointer(owner, nullptr)); };
+        const auto free = [](PyObject* owner) {
+            delete static_cast<Prepared<T>*>(PyCapsule_GetPointer(owner, nullptr));
+        };
         capsule = PyCapsule_New(prepared, nullptr, free);
         if (!capsule) delete prepared;
     } catch (const NeedsDispatcher&) {
         Py_RETURN_NONE;
     }
-    PyObject* search = capsule ? PyCFunction_NewEx(&method, capsule, nullptr) : nullptr;
+    PyObject* function = capsule ? PyCFunction_NewEx(&method, capsule, nullptr) : nullptr;
     Py_XDECREF(capsule);
-    return search;
+    return function;
+}
+
+}  // namespace
+
+PyObject* prepare_search(PyObject*, PyObject* args) {
+    static PyMethodDef method = {"search", search_prepared, METH_VARARGS, nullptr};
+    return prepare<Lists, std::tuple<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
+                                     int64_t, int64_t, bool>>(method, args);
+}
+
+PyObject* prepare_add(PyObject*, PyObject* args) {
+    static PyMethodDef method = {"add", add_prepared, METH_VARARGS, nullptr};
+    return prepare<Pool, std::tuple<Optional, Optional, Tensor, Optional, Optional, int64_t, bool>>(method, args);
+}
+
+// row_bias(decoded, centroids, bias): writes it, of arrays with as many rows.
+PyObject* row_bias(PyObject*, PyObject* args) {
+    PyObject* objects[3];
+    if (!PyArg_ParseTuple(args, "OOO", objects, objects + 1, objects + 2)) return nullptr;
+    Array decoded(objects[0], DType::f32, 0), centroids(objects[1], DType::f32, 0);
+    Array bias(objects[2], DType::f32, PyBUF_WRITABLE);
+    const int64_t n = decoded.size(0), D = decoded.size(1);
+    if (!decoded.is(n, D) || !centroids.is(n, D) || !bias.is(n)) {
+        PyErr_SetString(PyExc_ValueError, "metate: row_bias takes (n, D), (n, D) and (n) float32 in one piece");
+        return nullptr;
+    }
+    for (int64_t i = 0; i < n; ++i)
+        bias.data<float>()[i] = row_bias_of(decoded.data<float>() + i * D, centroids.data<float>() + i * D, D);
+    Py_RETURN_NONE;
 }
 #endif
 

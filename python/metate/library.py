@@ -69,6 +69,20 @@ def prepared_search(args: tuple[Any, ...]) -> Callable[..., bool] | None:
     return module.prepare_search(*args) if module and _starts(module) else None
 
 
+def prepared_add(args: tuple[Any, ...]) -> Callable[..., bool | None] | None:
+    """The short way to add numpy arrays to the columns of an index, which stay the same."""
+    module = load()["cpu"].module
+    return module.prepare_add(*args) if module and _starts(module) else None
+
+
+def row_bias(decoded: Any, centroids: Any, bias: Any) -> bool:
+    """Writes Σ r (r + 2 c) of rows of arrays, as `prepared_add` does; False where that is not compiled."""
+    module = load()["cpu"].module
+    if module:
+        module.row_bias(decoded, centroids, bias)
+    return bool(module)
+
+
 @cache
 def _starts(module: ModuleType) -> bool:
     started: bool = module.start(torch.Tensor, Parameter, torch.is_grad_enabled, _GUARDS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from metate.errors import fail
 from metate.ops.pq import topk_distances
 from metate.search.codecs import Model, Product
 from metate.search.codecs import Vectors as Raw
+from metate.search.interleaved import Column
 from metate.search.storage import Lists
 
 METRICS = ("l2", "inner_product", "cosine")
@@ -33,6 +35,14 @@ class State:
         return State, (self.model, self.lists, self.next_id)
 
 
+class Adding(NamedTuple):
+    """The compiled way to add to these columns, where there is one (csrc/torch/pq.cpp)."""
+
+    columns: Mapping[str, Column]
+    model: Model
+    run: Callable[..., bool | None] | None
+
+
 class Base:
     """Settings and state; searching.py and index.py add what is done with them."""
 
@@ -47,6 +57,7 @@ class Base:
         self.nprobe = 1
         self._lock = threading.Lock()
         self._state = State({}, self._no_rows())
+        self._adding = Adding({}, {}, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, by `copy.deepcopy` and between processes: of one snapshot, with rows and a lock of their own."""

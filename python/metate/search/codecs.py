@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metate import library
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode, pq_scan, topk_distances
 from metate.search.interleaved import Column, Interleaved
 from metate.search.training import train_codebooks
@@ -137,8 +138,10 @@ class Product:
 
     def bias(self, model: Model, codes: Tensor, centroids: Tensor | None) -> Tensor:
         assert centroids is not None
-        r = pq_decode(codes, model["codebooks"])
-        return (r * (r + 2 * centroids)).sum(1)
+        r, bias = pq_decode(codes, model["codebooks"]), torch.empty(len(codes), device=codes.device)
+        if codes.device.type == "cpu" and library.row_bias(r.numpy(), centroids.contiguous().numpy(), bias.numpy()):
+            return bias
+        return (r.double() * (r.double() + 2 * centroids.double())).sum(1).float()
 
     def decode(self, model: Model, columns: Mapping[str, Tensor]) -> Tensor:
         return pq_decode(columns["codes"], model["codebooks"])

@@ -11,19 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metate import library
 from metate.errors import fail
+from metate.op import is_plain
+from metate.ops.pq.declaration import topk_op
 from metate.ops.pq.kmeans import fit_centroids
-from metate.search.arrays import Array, Vectors, tensor_of
-from metate.search.base import State
+from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
+from metate.search.base import Adding, State
 from metate.search.codecs import Model, Product
+from metate.search.codecs import Vectors as Raw
 from metate.search.filters import Filter, matching
 from metate.search.progress import Steps
 from metate.search.searching import Searching
-from metate.search.storage import Integers
+from metate.search.storage import Integers, Lists
 from metate.search.training import LIST_ITERATIONS, train_rotation
 
 MOST_ID = 2**62
 _SAMPLE = 256  # training vectors a centroid
+_AT_ONCE = 1 << 26  # numbers that are added without a sign of progress
 
 
 class Index(Searching):
@@ -121,7 +126,45 @@ class Index(Searching):
 
         They are read, checked and encoded some at a time, so x may be a memory-mapped array.
         """
-        self._add(self._op("add"), x, None, progress)
+        if progress or not self._added_quickly(x):
+            self._add(self._op("add"), x, None, progress)
+
+    def _added_quickly(self, x: Any) -> bool:
+        """Where columns have room: around a single vector, Python costs more than its kernels do."""
+        if (
+            type(x) is not np.ndarray or x.dtype is not FLOAT32 or x.ndim != 2 or not x.flags.carray
+            or x.size > _AT_ONCE or not is_plain()
+        ):  # fmt: skip
+            return False
+        lists, rows = np.empty(len(x), np.int64), np.empty(len(x), np.int64)
+        with self._lock:
+            state = self._state
+            old, first, done = state.lists, state.next_id, None
+            while done is None:
+                if self._adding.columns is not old.columns or self._adding.model is not state.model:
+                    self._adding = self._prepared_adding(state.model, old)
+                if self._adding.run is None:
+                    return False
+                length = old.length.copy()
+                done = self._adding.run(x, old.start, old.room, length, lists, rows, first, old is not state.lists)
+                if done is None:
+                    old = old.with_room(np.bincount(lists, minlength=len(length)))
+            if done:
+                self._state = State(state.model, old.grown(length, lists, rows, first), first + len(x))
+            return done
+
+    def _prepared_adding(self, model: Model, lists: Lists) -> Adding:
+        """The compiled way to add to these columns, where it does what `_add` does."""
+        run = None
+        raw = isinstance(self.codec, Raw) and self.codec.storage == "float32"
+        plain = self.refine is None and not self.opq and self.metric != "cosine" and self.device.type == "cpu"
+        if plain and (raw or isinstance(self.codec, Product)) and model.keys() == self.trained_shapes().keys():
+            rows, codebooks, row_bias, *_ = self.codec.stored(model, lists.columns)
+            columns = model.get("centroids"), codebooks, rows, lists.columns.get("ids"), row_bias
+            residual = isinstance(self.codec, Product) and self.codec.residual
+            if topk_op.plan((torch.empty(1, 1), torch.empty(1, 1), *[None] * 5, 1, 0, False))[0] == "cpu":
+                run = library.prepared_add((*columns, int(self.largest), residual))
+        return Adding(lists.columns, model, run)
 
     def add_with_ids(self, x: Array, ids: Array, *, progress: bool | None = None) -> None:
         """Adds vectors (n, dim) under ids (n,): integers from 0 on, each new to the index."""

@@ -100,6 +100,11 @@ def first_rows(column: Column, rows: int) -> Column:
     return column.first(rows) if isinstance(column, Interleaved) else column[:rows]
 
 
+def whole_blocks(column: Column) -> Tensor:
+    """The same memory with 32 rows in one; there are so many, or a multiple."""
+    return column.blocks if isinstance(column, Interleaved) else column.view(-1, BLOCK, *column.shape[1:])
+
+
 def empty_like(column: Column, rows: int) -> Column:
     """As many rows of such a column, uninitialised."""
     shape = (rows, *column.shape[1:])

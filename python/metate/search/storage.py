@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metate.search.interleaved import Column, empty_like, first_rows
+from metate.search.interleaved import Column, empty_like, first_rows, whole_blocks
 
 Integers = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
@@ -39,7 +40,7 @@ def spans(start: Integers, length: Integers) -> Integers:
     return rows
 
 
-def _aligned(rows: Integers) -> Integers:
+def _aligned(rows: Any) -> Any:
     return -(-rows // _ALIGN) * _ALIGN
 
 
@@ -207,6 +208,14 @@ class Lists:
             cache["places"] = known.plus(values["ids"].cpu().numpy(), new._place(rows))
         return replace(new, length=new.length + count, _cache=cache)
 
+    def grown(self, length: Integers, lists: Integers, rows: Integers, first_id: int) -> Lists:
+        """The next snapshot, after rows were written behind lists that had room, under the ids from first_id on."""
+        cache = {}
+        if (known := self._cache.get("places")) is not None and not self.implicit:
+            ids = np.arange(first_id, first_id + len(rows))
+            cache["places"] = known.plus(ids, (lists << _OFFSET) + rows - self.start[lists])
+        return Lists(self.columns, self.start, length, self.room, self.used, self.capacity, self.live, self.dead, cache)
+
     def with_room(self, count: Integers) -> Lists:
         """The same rows, with room for so many more in each list."""
         need = self.length + count
@@ -214,32 +223,37 @@ class Lists:
         if not len(over):
             return self
         first = self.used == 0
-        room = _aligned(need[over] if first else need[over] + need[over] // 4)
+        room = _aligned(need[over] if first else need[over] + need[over] // 2)
         if self.used + int(room.sum()) > self.capacity:
             return self.rebuilt(count, tight=first)
         start, rooms = self.start.copy(), self.room.copy()
         start[over] = self.used + np.cumsum(room) - room
         rooms[over] = room
         moved = replace(self, start=start, room=rooms, used=self.used + int(room.sum()))
-        source, target = spans(self.start[over], self.length[over]), spans(start[over], self.length[over])
-        for a in range(0, len(source), _MOVED):
-            _copy_rows(self.columns, source[a : a + _MOVED], self.columns, target[a : a + _MOVED])
+        _copy_lists(self.columns, self.start[over], self.length[over], self.columns, start[over])
         if self.live is not None:  # in place: these bits belong to no snapshot yet
+            source, target = spans(self.start[over], self.length[over]), spans(start[over], self.length[over])
             _clear(self.live, target[~is_set(self.live, source)])
         return moved
+
+    def _spare(self, rows: Any) -> Any:
+        """How many more rows than so many a pool has: a CPU gives memory to those that are written."""
+        return rows if self.device.type == "cpu" else rows // 4
 
     def rebuilt(self, count: Integers | int = 0, tight: bool = False) -> Lists:
         """The living rows in a new pool, with room for `count` more in each list; `tight`: and for no others."""
         rows, length = self.rows(), self.living()
         need = length + count
-        room = _aligned(need if tight else need + need // 4)
+        alone = len(need) == 1
+        room = _aligned(need if tight else need + (self._spare(need) if alone else need // 4))
         used = int(room.sum())
-        capacity = used if tight or len(room) == 1 else used + used // 4
+        capacity = used if tight or alone else used + int(_aligned(self._spare(used)))
         columns = {name: empty_like(column, capacity) for name, column in self.columns.items()}
         start = np.cumsum(room) - room
-        target = spans(start, length)
-        for a in range(0, len(rows), _MOVED):
-            _copy_rows(self.columns, rows[a : a + _MOVED], columns, target[a : a + _MOVED])
+        if self.dead:
+            _copy_rows(self.columns, rows, columns, spans(start, length))
+        else:
+            _copy_lists(self.columns, self.start, length, columns, start)
         kept = self._cache if not self.dead else {}  # offsets hold where no row was dropped
         return Lists(columns, start, length, room, used, capacity, _cache=dict(kept))
 
@@ -273,7 +287,20 @@ class Lists:
             yield column[torch.from_numpy(rows[a : a + _MOVED]).to(column.device)]
 
 
+def _copy_lists(
+    source: Mapping[str, Column], start: Integers, length: Integers, target: Mapping[str, Column], to: Integers
+) -> None:
+    """Lists that begin at `start` to where they will begin: whole blocks where all begin with one."""
+    if ((start | to) % _ALIGN).any() or any(len(c) % _ALIGN for c in (*source.values(), *target.values())):
+        _copy_rows(source, spans(start, length), target, spans(to, length))
+        return
+    blocks = -(-length // _ALIGN)
+    here, there = ({name: whole_blocks(column) for name, column in columns.items()} for columns in (source, target))
+    _copy_rows(here, spans(start // _ALIGN, blocks), there, spans(to // _ALIGN, blocks))
+
+
 def _copy_rows(source: Mapping[str, Column], rows: Integers, target: Mapping[str, Column], to: Integers) -> None:
-    for name, column in source.items():
-        here, there = torch.from_numpy(rows).to(column.device), torch.from_numpy(to).to(column.device)
-        target[name].index_copy_(0, there, column.index_select(0, here))
+    for a in range(0, len(rows), _MOVED):
+        for name, column in source.items():
+            here, there = (torch.from_numpy(at[a : a + _MOVED]).to(column.device) for at in (rows, to))
+            target[name].index_copy_(0, there, column.index_select(0, here))

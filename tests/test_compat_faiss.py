@@ -118,6 +118,11 @@ def test_selectors():
             found = index.search(Q, 3, params=params)[1]
             assert np.array_equal(found[:, : len(ids)], brute_force(X[ids], ids, 3)), type(sel)
         assert sel.is_member(int(ids[0])) and len(ids) == sum(map(sel.is_member, range(60)))
+    bounds = np.zeros(2, np.uint64)
+    faiss.IDSelectorRange(3, 30, True).find_sorted_ids_bounds(
+        5, np.array([1, 3, 7, 29, 31, 32]), bounds[:1], bounds[1:]
+    )
+    assert bounds.tolist() == [1, 4]
     with pytest.raises(RuntimeError, match="SearchParametersIVF"):
         flat.search(Q, 1, params=faiss.SearchParametersIVF())
 
@@ -431,3 +436,19 @@ def test_installed_under_its_name():
         assert index.search(X[:1], 1)[1].item() == 0
     finally:
         compat.uninstall("faiss")
+
+
+def test_what_is_not_there_is_not_ignored():
+    flat, lists = faiss.IndexPQ(D, 2, 4), faiss.IndexIVFPQ(faiss.IndexFlatL2(D), D, 3, 2, 4)
+    for index, name, value in [
+        (flat, "do_polysemous_training", True), (flat, "search_type", 1), (lists, "polysemous_ht", 10),
+        (lists, "do_polysemous_training", True), (lists, "quantizer_trains_alone", 2),
+        (lists, "clustering_index", faiss.IndexFlatL2(D)),
+    ]:  # fmt: skip
+        setattr(index, name, getattr(index, name))
+        with pytest.raises(NotImplementedError, match=f"{name} of {type(index).__name__} is"):
+            setattr(index, name, value)
+    flat.train(X)
+    flat.search(Q, 1, params=faiss.SearchParametersPQ())
+    with pytest.raises(NotImplementedError, match="search_type of IndexPQ is 1"):
+        flat.search(Q, 1, params=faiss.SearchParametersPQ(search_type=1))

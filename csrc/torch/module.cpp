@@ -30,7 +30,7 @@ static PyObject* isas(PyObject*, PyObject*) {
 }
 
 namespace metate::bind {
-PyObject* prepare_search(PyObject*, PyObject*);  // pq.cpp
+PyObject* prepare_search(PyObject*, PyObject*);  // pq/arrays.cpp
 PyObject* prepare_add(PyObject*, PyObject*);
 PyObject* row_bias(PyObject*, PyObject*);
 }  // namespace metate::bind

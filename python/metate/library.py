@@ -64,7 +64,7 @@ def direct(name: str, entry: Any) -> tuple[Direct, ...]:
 
 
 def prepared_search(args: tuple[Any, ...]) -> Callable[..., bool] | None:
-    """The short way to a search of lists with numpy arrays, whose other arguments stay the same (csrc/torch/pq.cpp)."""
+    """The short way to a search of lists with numpy arrays, the rest stays the same (csrc/torch/pq/arrays.cpp)."""
     module = load()["cpu"].module
     return module.prepare_search(*args) if module and _starts(module) else None
 

@@ -36,7 +36,7 @@ class State:
 
 
 class Adding(NamedTuple):
-    """The compiled way to add to these columns, where there is one (csrc/torch/pq.cpp)."""
+    """The compiled way to add to these columns, where there is one (csrc/torch/pq/arrays.cpp)."""
 
     columns: Mapping[str, Column]
     model: Model

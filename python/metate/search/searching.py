@@ -33,7 +33,7 @@ class _Listed(NamedTuple):
     metric: int
     residual: bool
     quick: int  # queries that may be searched as they come, at most
-    run: Callable[..., bool] | None  # of numpy arrays (queries, distances, ids, nprobe): csrc/torch/pq.cpp
+    run: Callable[..., bool] | None  # of numpy arrays (queries, distances, ids, nprobe): csrc/torch/pq/arrays.cpp
 
 
 class Searching(Base):

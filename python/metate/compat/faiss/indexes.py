@@ -8,7 +8,7 @@ import numpy as np
 
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, Elementary, Index, metric_name
 from metate.compat.faiss.lists import append, append_codes, stored
-from metate.compat.faiss.parameters import Floats
+from metate.compat.faiss.parameters import Floats, Only
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersPQ
 from metate.search import FlatIndex, PQIndex
@@ -77,12 +77,13 @@ class IndexFlatIP(IndexFlat):
 
 
 class IndexPQ(IndexFlatCodes):
+    do_polysemous_training, search_type = Only(False), Only(0)
+
     def __init__(self, d: int, M: int, nbits: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)
         self._inner = PQIndex(self.d, M, nbits, metric_name(metric))
         self.pq = ProductQuantizer(self.d, M, nbits)
         self.code_size = self.pq.code_size
-        self.do_polysemous_training, self.search_type = False, 0
 
     def train(self, x: Any) -> None:
         self.pq.train(self._checked(x))
@@ -107,4 +108,7 @@ class IndexPQ(IndexFlatCodes):
         return stored(self._inner, np.arange(self.ntotal))[1].reshape(-1)
 
     def _how(self, params: SearchParameters | None) -> dict[str, Any]:
-        return {"filter": params.sel} if isinstance(params, SearchParametersPQ) else super()._how(params)
+        if not isinstance(params, SearchParametersPQ):
+            return super()._how(params)
+        self.search_type = params.search_type
+        return {"filter": params.sel}

@@ -19,7 +19,7 @@ from metate.compat.faiss.lists import (
     with_lists,
     without_lists,
 )
-from metate.compat.faiss.parameters import ClusteringParameters, Floats
+from metate.compat.faiss.parameters import ClusteringParameters, Floats, Only
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array, like
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF
 from metate.search import IVFFlatIndex, IVFPQIndex
@@ -35,6 +35,7 @@ class IndexIVF(Elementary):
     """Lists by the nearest vector of a flat or PQ index, which training fills, or which comes filled."""
 
     code_size: int
+    quantizer_trains_alone, clustering_index = Only(0), Only(None)
 
     def __init__(self, quantizer: Index, d: int, nlist: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)
@@ -209,6 +210,8 @@ class IndexIVFFlat(IndexIVF):
 
 
 class IndexIVFPQ(IndexIVF):
+    do_polysemous_training, polysemous_ht, scan_table_threshold = Only(False), Only(0), Only(0)
+
     def __init__(
         self, quantizer: Index, d: int, nlist: int, M: int, nbits_per_idx: int, metric: int = METRIC_L2
     ) -> None:

@@ -15,6 +15,26 @@ Floats = npt.NDArray[np.float32]
 Item = TypeVar("Item")
 
 
+class Only:
+    """An attribute of faiss that may be set to the one value that we have, and to no other."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        return self.value
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        if value is not self.value and value != self.value:
+            raise NotImplementedError(
+                f"metate.compat.faiss: {self.name} of {type(owner).__name__} is {value}, expected {self.value}: "
+                "there is nothing else"
+            )
+
+
 class Vector(list[Item]):
     """A list with the names of a C++ vector."""
 

@@ -35,6 +35,10 @@ class IDSelectorRange(IDSelector):
         inside: Booleans = (ids >= self.imin) & (ids < self.imax)
         return inside
 
+    def find_sorted_ids_bounds(self, list_size: int, ids: Integers, jmin: Any, jmax: Any) -> None:
+        """Where in ascending ids those of the range begin and end, written into two arrays."""
+        jmin[...], jmax[...] = np.searchsorted(ids[:list_size], [self.imin, self.imax])
+
 
 class IDSelectorBatch(IDSelector):
     """The ids of an array, or the first n of one."""

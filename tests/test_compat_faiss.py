@@ -452,3 +452,27 @@ def test_what_is_not_there_is_not_ignored():
     flat.search(Q, 1, params=faiss.SearchParametersPQ())
     with pytest.raises(NotImplementedError, match="search_type of IndexPQ is 1"):
         flat.search(Q, 1, params=faiss.SearchParametersPQ(search_type=1))
+
+
+def test_indexes_are_written_to_memory_and_functions():
+    index = faiss.index_factory(D, "IVF3,PQ2x4")
+    index.train(X)
+    index.add(X)
+    writer, reader, parts = faiss.VectorIOWriter(), faiss.VectorIOReader(), []
+    faiss.write_index(index, writer)
+    faiss.write_index(index, faiss.PyCallbackIOWriter(parts.append, 100))
+    assert b"".join(parts) == bytes(writer.data) and max(map(len, parts)) == 100
+    faiss.copy_array_to_vector(faiss.vector_to_array(writer.data), reader.data)
+    again = faiss.read_index(reader)
+    assert all(np.array_equal(*pair) for pair in zip(index.search(Q, 5), again.search(Q, 5), strict=True))
+    reader.data[:] = reader.data[:50]
+    with pytest.raises(FormatError):
+        faiss.read_index(reader)
+
+
+def test_transforms_tell_whether_they_turn():
+    turn, stretch = faiss.RandomRotationMatrix(D, 3), faiss.LinearTransform(D, D)
+    stretch.set(2 * np.eye(D, dtype=np.float32))
+    for transform, expected in ((turn, True), (stretch, False)):
+        transform.set_is_orthonormal()
+        assert transform.is_orthonormal is expected

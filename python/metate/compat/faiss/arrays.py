@@ -51,8 +51,11 @@ vector_float_to_array = vector_to_array
 
 
 def copy_array_to_vector(array: Any, vector: Any) -> None:
-    """Into an array that is part of an index."""
-    vector[...] = array
+    """Into an array that is part of an index, or the bytes of a reader."""
+    if isinstance(vector, bytearray):
+        vector[:] = np.ascontiguousarray(array, np.uint8).tobytes()
+    else:
+        vector[...] = array
 
 
 def swig_ptr(array: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,39 @@ def _quantizer(d: int, code: str | None, metric: int, description: str) -> Index
 # Files.
 
 
-def write_index(index: Index, path: str) -> None:
-    """In faiss' own format, whole or not at all."""
+class VectorIOWriter:
+    """Keeps in `data` what is written to it."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def __call__(self, part: bytes) -> None:
+        self.data += part
+
+
+class PyCallbackIOWriter:
+    """Hands what is written to it to a function, `bs` bytes at a time."""
+
+    def __init__(self, callback: Callable[[bytes], Any], bs: int = 1 << 20) -> None:
+        self.callback, self.bs = callback, bs
+
+    def __call__(self, part: bytes) -> None:
+        for first in range(0, len(part), self.bs):
+            self.callback(part[first : first + self.bs])
+
+
+class VectorIOReader:
+    """Gives what is in `data`: one index."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+
+def write_index(index: Index, path: str | VectorIOWriter | PyCallbackIOWriter) -> None:
+    """In faiss' own format, to a file whole or not at all."""
+    if isinstance(path, (VectorIOWriter, PyCallbackIOWriter)):
+        path(serialize_index(index).tobytes())
+        return
     tree = _tree(index)
     with replacing(Path(path)) as file:
         files.write_tree(tree, file)
@@ -97,8 +129,10 @@ class ReadError(FormatError, RuntimeError):
     """A FormatError that code written for faiss catches too."""
 
 
-def read_index(path: str, *flags: Any) -> Index:
+def read_index(path: str | VectorIOReader, *flags: Any) -> Index:
     """An index that faiss or `write_index` wrote; FormatError for anything else. Flags change nothing: it is copied."""
+    if isinstance(path, VectorIOReader):
+        return deserialize_index(np.frombuffer(bytes(path.data), np.uint8))
     try:
         return _index(files.read_tree(path))
     except FormatError as error:

@@ -39,7 +39,7 @@ class LinearTransform(VectorTransform):
     def __init__(self, d_in: int, d_out: int, have_bias: bool = False, A: Floats | None = None) -> None:
         super().__init__(d_in, d_out, A is not None)
         self._A = np.zeros((d_out, d_in), np.float32) if A is None else A
-        self.have_bias, self._b = have_bias, np.zeros(d_out, np.float32)
+        self.have_bias, self._b, self.is_orthonormal = have_bias, np.zeros(d_out, np.float32), False
 
     @property
     def A(self) -> Floats:
@@ -54,6 +54,11 @@ class LinearTransform(VectorTransform):
         """Numbers from elsewhere."""
         self._A, self.have_bias = as_array(A).reshape(self.d_out, self.d_in), b is not None
         self._b, self.is_trained = self._b if b is None else as_array(b), True
+
+    def set_is_orthonormal(self) -> None:
+        """Says in `is_orthonormal` whether rows have length 1 and are at right angles."""
+        A = self._A.astype(np.float64)
+        self.is_orthonormal = bool(np.abs(A @ A.T - np.eye(self.d_out)).max(initial=0) < 4e-5)
 
     def apply(self, x: Any) -> Any:
         """In float64, so that a row does not depend on how many rows come with it."""

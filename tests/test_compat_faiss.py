@@ -448,6 +448,8 @@ def test_what_is_not_there_is_not_ignored():
         setattr(index, name, getattr(index, name))
         with pytest.raises(NotImplementedError, match=f"{name} of {type(index).__name__} is"):
             setattr(index, name, value)
+    with pytest.raises(NotImplementedError, match="quantizer has metric 0, expected the index' own, 1"):
+        faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, 3)
     flat.train(X)
     flat.search(Q, 1, params=faiss.SearchParametersPQ())
     with pytest.raises(NotImplementedError, match="search_type of IndexPQ is 1"):

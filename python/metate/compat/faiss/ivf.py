@@ -43,6 +43,10 @@ class IndexIVF(Elementary):
             raise NotImplementedError(
                 f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat or IndexPQ"
             )
+        if quantizer.metric_type != metric:
+            raise NotImplementedError(
+                f"metate.compat.faiss: quantizer has metric {quantizer.metric_type}, expected the index' own, {metric}"
+            )
         self.quantizer, self.nlist, self.nprobe, self.max_codes = quantizer, int(nlist), 1, 0
         self.own_fields = True
         self.cp = ClusteringParameters(niter=10, spherical=metric == METRIC_INNER_PRODUCT)

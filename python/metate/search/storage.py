@@ -214,7 +214,12 @@ class Lists:
         if (known := self._cache.get("places")) is not None and not self.implicit:
             ids = np.arange(first_id, first_id + len(rows))
             cache["places"] = known.plus(ids, (lists << _OFFSET) + rows - self.start[lists])
-        return Lists(self.columns, self.start, length, self.room, self.used, self.capacity, self.live, self.dead, cache)
+        new = object.__new__(Lists)  # what sets the fields of a frozen class takes longer than all else here
+        new.__dict__.update(
+            columns=self.columns, start=self.start, length=length, room=self.room, used=self.used,
+            capacity=self.capacity, live=self.live, dead=self.dead, _cache=cache,
+        )  # fmt: skip
+        return new
 
     def with_room(self, count: Integers) -> Lists:
         """The same rows, with room for so many more in each list."""

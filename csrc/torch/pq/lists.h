@@ -1,8 +1,8 @@
 // What the bindings of csrc/pq.h share, of tensors and of numpy arrays: a search of lists.
 #pragma once
 
-#include "../bind.h"
 #include "../../pq.h"
+#include "../bind.h"
 
 namespace metate::bind {
 namespace {

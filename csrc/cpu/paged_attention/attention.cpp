@@ -111,15 +111,18 @@ void add_seen_values(const Shape& s, const Piece& piece, int64_t h, const Tile& 
         if (!tile.mask[r]) continue;
         const uint8_t* seen[tile_keys];
         constexpr size_t bytes = sizeof(float) / elements_of_word<S>;
-        float weight[tile_keys];
+        float weight[tile_keys], step = 1.0f;
         memcpy(weight, my.p + row * p_stride, sizeof weight);
         for (size_t j = 0; j < tile_keys; ++j) {
             const bool is_seen = tile.mask[r] >> j & 1;
             seen[j] = values.at[is_seen ? j : static_cast<size_t>(__builtin_ctzll(tile.mask[r]))];
             if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
         }
-        const Sums to{my.sums, piece.state.o + row * s.o_stride, s.o_stride, my.factor + row, true, true};
-        multiply_all_values<S, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
+        with_products<S>(s, piece, [&]<class W>() {
+            if constexpr (is_whole<W>) step = to_whole<S>(weight, tile_keys);
+            const Result to{piece.state.o + row * s.o_stride, s.o_stride, my.factor + row, &step};
+            multiply_all_values<W, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
+        });
     }
 }
 
@@ -139,48 +142,35 @@ bool add_unsafe_values(const Shape& s, const Piece& piece, int64_t h, const Tile
 
 // Adds the values of a tile to the rows of a piece.
 template <class S>
-void add_values(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
-    const Tile& tile = *stream.tile;
-    const int64_t pitch = piece.pitch(), groups = groups_of(tile), steps = steps_of<S>(s, piece, true);
-    const uint8_t* copies[group_keys];
+void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     if (piece.packed) {
         if (!add_unsafe_values<S>(s, piece, 0, tile, my)) add_packed_values<S>(s, piece, tile, my);
         return;
     }
+    static constexpr float as_it_is[4] = {1, 1, 1, 1};
+    const uint8_t* copies[tile_keys];
+    const int64_t together = keys_together<S>(s, piece);
     uint32_t done = 0;
     for (int64_t h = 0; h < piece.heads; ++h) {
         if (add_unsafe_values<S>(s, piece, h, tile, my)) done |= 1u << h;
         if constexpr (has_integers<S>) {
-            for (int64_t row = h * pitch; s.integers && row < (h + 1) * pitch; ++row)
-                pack_weights<S>(my.p + row * p_stride, my.weight.from(row));
+            for (int64_t row = h * piece.pitch(); s.integers && row < h * piece.pitch() + piece.rows; ++row)
+                my.p_step[row] = to_whole<S>(my.p + row * p_stride, tile_keys);
         }
     }
-    for (int64_t g = 0; g < groups; ++g) {
-        if (g > 0) stream.advance<S>(s, piece, groups + g, steps, my);
-        const int64_t first = g * group_keys;
+    for (int64_t first = 0; first < tile.count; first += together) {
         for (int64_t h = 0; h < piece.heads; ++h) {
             if (done >> h & 1) continue;
-            const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, first, group_keys, my.rows, copies);
-            const int64_t count = smaller(tile.count - first, group_keys);
-            if constexpr (has_integers<S>) {
-                if (s.integers) interleave_values<S>(values.at, values.offset, count, s.dv, my.quads);
-            }
-            for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
-                const int64_t row = h * pitch + r;
-                const Sums to{my.sums + row * s.o_stride,
-                              piece.state.o + row * s.o_stride,
-                              s.o_stride,
-                              my.factor + row,
-                              g == 0,
-                              g + 1 == groups};
-                if constexpr (has_integers<S>) {
-                    if (s.integers)
-                        return multiply_value_codes<S, n>(my.quads, count, my.weight.from(row), first, s.dv,
-                                                          my.whole_sums + row * sum_stride<S>(s.dv), to, *my.ahead);
-                }
-                multiply_all_values<S, n>(values.at, values.offset, count,
-                                          my.p + row * p_stride + first / elements_of_word<S>, p_stride, s.dv, to,
-                                          *my.ahead);
+            const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, first, together, my.rows, copies);
+            with_products<S>(s, piece, [&]<class W>() {
+                for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
+                    const int64_t row = h * piece.pitch() + r;
+                    const Result to{piece.state.o + row * s.o_stride, s.o_stride, first ? as_it_is : my.factor + row,
+                                    my.p_step + row};
+                    const float* p = my.p + row * p_stride + first / elements_of_word<W>;
+                    multiply_all_values<W, n>(values.at, values.offset, smaller(tile.count - first, together), p,
+                                              p_stride, s.dv, to, *my.ahead);
+                });
             });
         }
     }
@@ -191,10 +181,11 @@ void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Str
     find_logits<S>(s, seq, piece, stream, my);
     const bool has_scales = bool(s.a.v_scale);
     if (has_scales) gather_scales(s.a.v_scale, piece, *stream.tile, my.v_scale);
-    const int64_t steps = piece.heads * piece.rows * soft_steps + (piece.packed ? 0 : steps_of<S>(s, piece, true));
-    stream.advance<S>(s, piece, groups_of(*stream.tile), steps, my);
+    int64_t steps = piece.heads * piece.rows * soft_steps;
+    if (!piece.packed) steps += steps_of<S>(s, piece, *stream.tile, true);
+    stream.advance<S>(s, piece, true, steps, my);
     to_weights<S>(piece, has_scales ? my.v_scale : nullptr, my);
-    add_values<S>(s, piece, stream, my);
+    add_values<S>(s, piece, *stream.tile, my);
 }
 
 // Pieces.
@@ -264,6 +255,9 @@ void store_out(const Shape& s, const Sequence& seq, int64_t query, int64_t head,
 template <class T, class S>
 void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
     const Sequence seq = sequence_of(s.a, piece->sequence);
+    const auto column = [whole_numbers = has_whole_numbers(s, *piece)](int vector, int i) {
+        return whole_numbers ? column_of<whole<S>>(vector, i) : column_of<S>(vector, i);
+    };
     alignas(64) float o[max_key_dim + 2 * block], line[max_key_dim + 2 * block];
     for (int64_t i = 0; i < piece->heads * piece->rows; ++i) {
         const int64_t h = i / piece->rows, r = i % piece->rows, at = h * piece->pitch() + r;
@@ -289,8 +283,8 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
         const float scale = l == 0.0f ? 0.0f : unit<S> / l;
         for (int64_t c = 0; c < s.o_stride; c += block) {
             for (int j = 0; j < width; ++j) {
-                line[c + column_of<S>(0, j)] = o[c + j] * scale;
-                line[c + column_of<S>(1, j)] = o[c + width + j] * scale;
+                line[c + column(0, j)] = o[c + j] * scale;
+                line[c + column(1, j)] = o[c + width + j] * scale;
             }
         }
         store_out<T>(s, seq, query, head, line);

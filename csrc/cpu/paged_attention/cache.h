@@ -16,6 +16,12 @@ struct nibbles {  // two 4-bit codes
 struct e4m3 {
     uint8_t bits;
 };
+template <class S>
+struct whole {};  // codes as whole numbers, which the products of integer.h take
+template <class S>
+constexpr bool is_whole = false;
+template <class S>
+constexpr bool is_whole<whole<S>> = true;
 
 // Elements are read as two vectors. Where they come in pairs, the first vector holds the even elements of a block, the
 // second the odd ones; else they are halves of the block. What is read is the number divided by `unit`.
@@ -27,7 +33,8 @@ template <class S>
 constexpr float unit = __is_same(S, e4m3) ? e4m3_unit : 1.0f;
 template <class S>
 METATE_FN constexpr int64_t bytes_before(int64_t element) {
-    return __is_same(S, nibbles) ? element / 2 : element * static_cast<int64_t>(sizeof(S));
+    return __is_same(S, nibbles) || __is_same(S, whole<nibbles>) ? element / 2
+                                                                 : element * static_cast<int64_t>(sizeof(S));
 }
 
 constexpr float nibble_values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
@@ -59,30 +66,32 @@ METATE_FN void read(const uint8_t* p, int64_t n, vf& a, vf& b) {
     }
 }
 
-// Products take words: floats, or pairs of bfloat16 as they lie where the instruction set has their dot product. Pairs
-// are of neighbours in a row of keys, and of two rows of values.
+// Products take words: floats, or where the instruction set has their dot product pairs, of bfloat16 as they lie or of
+// codes as numbers of 16 bits. Pairs are of neighbours in a row of keys, and of two rows of values.
 #if defined(METATE_HAS_BF16_DOT)
 template <class S>
-constexpr bool has_dots = __is_same(S, bf16);
+constexpr bool has_dots = __is_same(S, bf16) || is_whole<S>;
 #else
 template <class S>
-constexpr bool has_dots = false;
+constexpr bool has_dots = is_whole<S>;
 #endif
 template <class S>
 constexpr int elements_of_word = has_dots<S> ? 2 : 1;
 template <class S>
 constexpr int vectors_of_block = 2 / elements_of_word<S>;
 
-template <bool dots>
-struct WordsOf {
+template <bool is_int>
+struct Vector {
     using type = vf;
 };
 template <>
-struct WordsOf<true> {
+struct Vector<true> {
     using type = vi;
 };
 template <class S>
-using Words = typename WordsOf<has_dots<S>>::type;
+using Words = typename Vector<has_dots<S>>::type;
+template <class S>
+using Sum = typename Vector<is_whole<S>>::type;
 
 template <class S>
 METATE_FN Words<S> as_words(vf x) {
@@ -97,11 +106,32 @@ METATE_FN vf as_floats(vf x) {
 METATE_FN vf as_floats(vi x) {
     return as_float(x);
 }
+METATE_FN vf value_of(vf sum) {
+    return sum;
+}
+METATE_FN vf value_of(vi sum) {
+    return to_float(sum);
+}
+#if defined(METATE_HAS_VNNI_FORMS)
+METATE_FN vi add_product(vi sum, vi a, vi b) {
+    vnni_add_word_dot(sum, a, b);
+    return sum;
+}
+METATE_FN vi load_codes(const uint8_t* p, int64_t n, whole<int8_t>) {
+    return load_words(reinterpret_cast<const int8_t*>(p), n);
+}
+METATE_FN vi load_codes(const uint8_t* p, int64_t n, whole<nibbles>) {
+    const vi codes = load_wide(p, smaller((n + 1) / 2, width));
+    return sub_words(bit_and(bit_or(codes, shift_left(codes, 12)), splat(0x000f000f)), splat(0x00080008));
+}
+#endif
 
 // The first n of a block of a row of keys.
 template <class S>
 METATE_FN void take_key(const uint8_t* p, int64_t n, Words<S> (&x)[vectors_of_block<S>]) {
-    if constexpr (has_dots<S>)
+    if constexpr (is_whole<S>)
+        x[0] = load_codes(p, n, S{});
+    else if constexpr (has_dots<S>)
         x[0] = n >= block ? load(reinterpret_cast<const int32_t*>(p)) : load_bytes(p, 2 * n);
     else
         read<S>(p, n, x[0], x[1]);

@@ -101,7 +101,8 @@ void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, const 
         const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
         for (int64_t r = 0; r < piece.rows; ++r) {
             const Row& row = my.row[h * piece_rows + r];
-            to_logits<S>(s, seq, row, tile.mask[r], tile.key, scales, my.p + (h * pitch + r) * p_stride);
+            const float step = has_whole_numbers(s, piece) ? my.q_step[h * pitch + r] : unit<S>;
+            to_logits(s, seq, row, tile.mask[r], tile.key, step, scales, my.p + (h * pitch + r) * p_stride);
         }
     }
 }

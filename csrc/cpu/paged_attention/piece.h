@@ -113,20 +113,30 @@ struct Tile {
 };
 
 struct Scratch {
-    float *q, *p, *sums, *factor;
+    float *q, *p, *factor;
+    float *q_step, *p_step;    // of rows of q and p where they are whole numbers
     float *k_scale, *v_scale;  // of the rows of a tile, a head after the other
     uint8_t* rows;             // room for rows whose elements do not stand side by side
     Tile* tile;
     Row* row;
     Run* runs;
     Prefetch* ahead;
-    Integers query, weight;  // of integer.h
-    uint8_t* quads;
-    int32_t* whole_sums;
     float* packed;  // keys or values of a tile
 };
 
 constexpr int64_t p_stride = tile_keys + line_floats;
+
+METATE_FN bool has_whole_numbers(const Shape& s, const Piece& piece) {
+    return s.integers && !piece.packed;
+}
+// Calls run<W>() for what the products of a piece read a cache as.
+template <class S, class Run>
+METATE_FN void with_products(const Shape& s, const Piece& piece, const Run& run) {
+    if constexpr (has_integers<S>) {
+        if (has_whole_numbers(s, piece)) return run.template operator()<whole<S>>();
+    }
+    run.template operator()<S>();
+}
 
 template <class S>
 Shape shape_of(const PagedAttention& a) {
@@ -157,22 +167,17 @@ Scratch take_scratch(const Shape& s, Arena& arena) {
     Scratch my;
     my.q = arena.take<float>(rows * s.q_stride);
     my.p = arena.take<float>(rows * p_stride);
-    my.sums = arena.take<float>(rows * s.o_stride);
     my.factor = arena.take<float>(rows);
+    my.q_step = arena.take<float>(rows);
+    my.p_step = arena.take<float>(rows);
     my.k_scale = arena.take<float>(s.heads * tile_keys);
     my.v_scale = arena.take<float>(s.heads * tile_keys);
     my.rows = arena.take<uint8_t>(tile_keys * max_key_dim * 4);
     my.tile = arena.take<Tile>(2);
     my.row = arena.take<Row>(rows);
-    my.runs = arena.take<Run>(larger(group_keys * s.heads, 2 * tile_keys));
+    my.runs = arena.take<Run>(tile_keys * larger(s.heads, 2));
     my.ahead = arena.take<Prefetch>(1);
     if (s.packs) my.packed = arena.take<float>(tile_keys * larger(s.q_stride, s.o_stride));
-    if (s.integers) {
-        my.query = take_integers(rows, query_bytes<S>(s.d), arena);
-        my.weight = take_integers(rows, weight_bytes, arena);
-        my.quads = arena.take<uint8_t>(code_lines<S>(s.dv) * planes<S> * plane_bytes);
-        my.whole_sums = arena.take<int32_t>(rows * sum_stride<S>(s.dv));
-    }
     return my;
 }
 
@@ -190,7 +195,8 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
         for (; i < s.d; ++i) memcpy(reinterpret_cast<T*>(to) + i, from + i * q.stride[3], sizeof(T));
         return;
     }
-    if (q.stride[3] == 1 && in_pairs<T> == in_pairs<S>) {
+    for (; !in_pairs<S> && q.stride[3] == 1 && i + width <= s.d; i += width) store(to + i, load(from + i));
+    if (q.stride[3] == 1 && in_pairs<T> && in_pairs<S>) {
         for (; i + block <= s.d; i += block) {
             vf a, b;
             read<T>(reinterpret_cast<const uint8_t*>(from + i), block, a, b);
@@ -241,12 +247,6 @@ void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece
     }
 }
 
-// Rows of one head: of key j at[j], `offset` bytes on.
-struct Lines {
-    const uint8_t* const* at;
-    int64_t offset;
-};
-
 // `count` rows from `first` on; copies where elements do not stand side by side.
 template <class S>
 METATE_FN Lines lines_of(const View<4>& cache, const Rows& rows, int64_t h, int64_t first, int64_t count, uint8_t* room,
@@ -264,21 +264,30 @@ METATE_FN Lines lines_of(const View<4>& cache, const Rows& rows, int64_t h, int6
 
 // Scales of the rows of a tile, 0 where nothing is seen.
 inline void gather_scales(const View<3>& scales, const Piece& piece, const Tile& tile, float* to) {
-    for (int64_t j = 0; j < tile_keys; ++j) {
-        const bool is_seen = tile.some >> j & 1;
-        const float* from = scale_at(scales, tile.slot[j], piece.head);
-        for (int64_t h = 0; h < piece.heads; ++h) to[h * tile_keys + j] = is_seen ? from[h * scales.stride[2]] : 0.0f;
+    for (int64_t j = 0; j < tile_keys; j += width) {
+        for (int64_t h = 0; h < piece.heads; h += width) {
+            const int64_t heads = smaller(piece.heads - h, width);
+            vf rows[width];
+            for (int i = 0; i < width; ++i) {
+                const float* from = scale_at(scales, tile.slot[j + i], piece.head + h);
+                float line[width];
+                for (int64_t n = 0; n < heads && scales.stride[2] != 1; ++n) line[n] = from[n * scales.stride[2]];
+                rows[i] = tile.some >> (j + i) & 1 ? load(scales.stride[2] == 1 ? from : line, heads) : splat(0.0f);
+            }
+            transpose(rows);
+            for (int64_t i = 0; i < heads; ++i) store(to + (h + i) * tile_keys + j, rows[i]);
+        }
     }
 }
 
-// The logits, as powers of 2, of a row over a tile, in place of its products; -inf where it does not see.
-template <class S>
-void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint64_t mask, int64_t key, const float* scales,
-               float* x) {
+// The logits, as powers of 2, of a row over a tile, in place of its products, which count in `step`; -inf where it does
+// not see.
+inline void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint64_t mask, int64_t key, float step,
+                      const float* scales, float* x) {
     const float scale = s.plain ? static_cast<float>(s.a.scale * 1.4426950408889634) : s.scale;
     for (int j = 0; j < tile_keys; j += width) {
         vf y = load(x + j);
-        if constexpr (unit<S> != 1.0f) y = y * splat(unit<S>);
+        if (step != 1.0f) y = y * splat(step);
         if (scales) y = y * load(scales + j);
         y = y * splat(scale);
         if (!s.plain) {
@@ -308,37 +317,35 @@ inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t
 template <class T, class S>
 void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my) {
     const int64_t pitch = piece.pitch();
+    const bool whole_numbers = has_whole_numbers(s, piece);
     for (int64_t h = 0; h < piece.heads; ++h) {
         float* q = my.q + h * pitch * s.q_stride;
         for (int64_t r = 0; r < piece.rows; ++r) {
             const Row& row = my.row[h * piece_rows + r] = row_at(s, seq, piece.head + h, piece.row + r);
-            load_query<T, S>(s, seq, row, q + r * s.q_stride);
+            if (whole_numbers)
+                load_query<T, int8_t>(s, seq, row, q + r * s.q_stride);
+            else
+                load_query<T, S>(s, seq, row, q + r * s.q_stride);
         }
         memset(q + piece.rows * s.q_stride, 0, static_cast<size_t>((pitch - piece.rows) * s.q_stride) * sizeof(float));
         if constexpr (has_integers<S>) {
-            for (int64_t r = 0; s.integers && !piece.packed && r < pitch; ++r)
-                pack_query<S>(q + r * s.q_stride, s.q_stride, s.d, my.query.from(h * pitch + r));
+            for (int64_t r = 0; whole_numbers && r < pitch; ++r)
+                my.q_step[h * pitch + r] = to_whole<S>(q + r * s.q_stride, s.q_stride);
         }
     }
 }
 
-// What is read of a tile: its keys, a group after the other, and where there are values its values likewise.
-METATE_FN int64_t groups_of(const Tile& tile) {
-    return ceil_div(tile.count, group_keys);
-}
-
-// A group of keys of a tile, or of values, as runs of memory: rows and heads that lie beside each other are one.
-// Returns the end of the runs.
+// The keys of a tile, or its values, as runs of memory: rows and heads that lie beside each other are one. Returns the
+// end of the runs.
 template <class S>
-Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, int64_t group, Run* to) {
+Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, Run* to) {
     const int64_t bytes = cache.size[3] * static_cast<int64_t>(sizeof(S));
     const bool beside = cache.stride[3] == 1 && cache.stride[2] == cache.size[3];
     const int64_t heads = beside ? 1 : piece.heads, length = beside ? piece.heads * bytes : bytes;
     const uint8_t* end = nullptr;
-    for (int64_t j = group * group_keys; j < smaller((group + 1) * group_keys, tile.count); ++j) {
-        if (!(tile.some >> j & 1)) continue;
+    for (uint64_t left = tile.some; left; left &= left - 1) {
         for (int64_t h = 0; h < heads; ++h) {
-            const uint8_t* at = rows.at[j] + h * rows.next_head;
+            const uint8_t* at = rows.at[__builtin_ctzll(left)] + h * rows.next_head;
             if (at == end)
                 to[-1].end += length;
             else
@@ -349,59 +356,40 @@ Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const T
     return to;
 }
 
-// How often the products of a group of keys, of values, ask for lines that will be read.
+// Keys of a tile whose values are read head after head before those of the next keys: as many as are near each other.
 template <class S>
-int64_t steps_of(const Shape& s, const Piece& piece, bool values) {
+int64_t keys_together(const Shape& s, const Piece& piece) {
+    return piece.heads * bytes_before<S>(s.dv) > piece_bytes / 2 ? tile_keys / 2 : tile_keys;
+}
+
+// How often the products of the keys of a tile, or of its values, ask for lines that will be read.
+template <class S>
+int64_t steps_of(const Shape& s, const Piece& piece, const Tile& tile, bool values) {
+    const int64_t keys_of_word = s.integers ? 2 : elements_of_word<S>;
     int64_t steps = 0;
     for_row_tiles(piece.rows, [&]<int n>(int64_t) {
         constexpr int64_t columns = blocks_of<n> * block;
-        if (s.integers) {
-            steps += values ? 2 * quads_at_once * code_lines<S>(s.dv) * planes<S>
-                            : 2 * group_keys * n / width * code_lines<S>(s.d);
-            return;
-        }
-        steps += values ? group_keys / elements_of_word<S> * (s.dv / columns + ceil_div(s.dv % columns, block))
-                        : group_keys * n / width * ceil_div(s.d, block);
+        steps += values ? ceil_div(tile.count, keys_of_word) * (s.dv / columns + ceil_div(s.dv % columns, block))
+                        : ceil_div(tile.count * n, width) * ceil_div(s.d, block);
     });
     return piece.heads * steps;
 }
 
-// Tiles one after the other, and what is to be read of them while they are computed.
+// Tiles one after the other: the values of a tile are asked for while its keys are computed, the next keys while its
+// values are. What is packed is asked for at once.
 struct Stream {
     const Tile *tile, *next;
     bool has_values;
 
-    // The same for what is packed: the whole next tile.
+    // Starts to ask, in `steps` steps, for what is read after the keys of the tile, or after its values.
     template <class S>
-    void advance_whole(const Shape& s, const Piece& piece, int64_t steps, const Scratch& my) const {
+    void advance(const Shape& s, const Piece& piece, bool after_values, int64_t steps, const Scratch& my) const {
         Run* end = my.runs;
-        for (int64_t g = 0; next->some && g < groups_of(*next); ++g) {
-            end = runs_of<S>(s.a.k_cache, next->k, piece, *next, g, end);
-            if (has_values) end = runs_of<S>(s.a.v_cache, next->v, piece, *next, g, end);
-        }
+        const bool has_next = next->some && (after_values || !has_values);
+        if (has_next) end = runs_of<S>(s.a.k_cache, next->k, piece, *next, end);
+        if (has_next && piece.packed && has_values) end = runs_of<S>(s.a.v_cache, next->v, piece, *next, end);
+        if (!after_values && has_values) end = runs_of<S>(s.a.v_cache, tile->v, piece, *tile, end);
         my.ahead->begin(my.runs, end, steps);
-    }
-
-    // Before the `stage`-th group is read, in `steps` steps: starts to ask for the group after the next.
-    template <class S>
-    void advance(const Shape& s, const Piece& piece, int64_t stage, int64_t steps, const Scratch& my) const {
-        if (piece.packed) return advance_whole<S>(s, piece, steps, my);
-        const Tile* of = tile;
-        int64_t ahead = stage + 2;
-        for (int i = 0; i < 2; ++i) {
-            const int64_t groups = groups_of(*of);
-            if (ahead < groups) {
-                return my.ahead->begin(my.runs, runs_of<S>(s.a.k_cache, of->k, piece, *of, ahead, my.runs), steps);
-            }
-            ahead -= groups;
-            if (has_values && ahead < groups) {
-                return my.ahead->begin(my.runs, runs_of<S>(s.a.v_cache, of->v, piece, *of, ahead, my.runs), steps);
-            }
-            ahead -= has_values ? groups : 0;
-            of = next;
-            if (!next->some) break;
-        }
-        my.ahead->begin(my.runs, my.runs, steps);
     }
 };
 
@@ -409,24 +397,21 @@ struct Stream {
 template <class S>
 void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
     const Tile& tile = *stream.tile;
-    const int64_t pitch = piece.pitch(), steps = steps_of<S>(s, piece, false);
+    const int64_t pitch = piece.pitch();
+    const int64_t together = s.a.k_cache.stride[3] == 1 ? piece.heads : 1;  // copies are of one head
     const uint8_t* copies[group_keys];
-    for (int64_t g = 0; g < groups_of(tile); ++g) {
-        stream.advance<S>(s, piece, g, steps, my);
-        const int64_t first = g * group_keys;
-        for (int64_t h = 0; h < piece.heads; ++h) {
+    stream.advance<S>(s, piece, false, steps_of<S>(s, piece, tile, false), my);
+    for (int64_t first = 0; first < tile.count; first += group_keys) {
+        const int64_t count = smaller(tile.count - first, group_keys);
+        for (int64_t h = 0; h < piece.heads; h += together) {
             const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, first, group_keys, my.rows, copies);
-            const int64_t count = smaller(tile.count - first, group_keys);
-            for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
-                const int64_t row = h * pitch + r;
-                float* to = my.p + row * p_stride + first;
-                if constexpr (has_integers<S>) {
-                    if (s.integers)
-                        return multiply_key_codes<S, n>(keys.at, keys.offset, count, my.query.from(row), s.d, to,
-                                                        p_stride, *my.ahead);
-                }
-                multiply_keys<S, n>(keys.at, keys.offset, count, my.q + row * s.q_stride, s.q_stride, s.d, to, p_stride,
-                                    *my.ahead);
+            with_products<S>(s, piece, [&]<class W>() {
+                for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
+                    const int64_t row = h * pitch + r;
+                    const Matrix q{my.q + row * s.q_stride, pitch * s.q_stride, s.q_stride};
+                    const Matrix to{my.p + row * p_stride + first, pitch * p_stride, p_stride};
+                    multiply_keys<W, n>(keys, tile.k.next_head, together, count, q, s.d, to, *my.ahead);
+                });
             });
         }
     }

@@ -8,7 +8,7 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 constexpr int tile_keys = 64;
-constexpr int group_keys = 16;  // keys of a tile whose products are found for all heads before those of the next keys
+constexpr int group_keys = 16;  // rows of a cache that are written out in products
 
 // Memory that will be read, in its order.
 struct Run {
@@ -57,106 +57,129 @@ class Prefetch {
     int64_t due_ = 0, pace_ = 0;
 };
 
-// c[r · stride + key] = q_r · k_key for `rows` rows of words and `count` keys: pointers to rows, readable up to a
-// multiple of width.
+// Rows of one head: of key j at[j], `offset` bytes on.
+struct Lines {
+    const uint8_t* const* at;
+    int64_t offset;
+};
+// Rows that a product takes or makes: row r of head h at + h · head + r · row.
+struct Matrix {
+    float* at;
+    int64_t head, row;
+};
+
+// c(h, r)[key] = q(h, r) · k_key,h for `heads` heads, whose keys are next_head bytes apart, `rows` rows of words and
+// `count` keys: pointers to rows, readable up to a multiple of width. All heads of a few keys come before the next
+// keys: so each load of the innermost loop walks on from line to line. Steps from row to row would be taken for a
+// pattern, and what lies behind a page be fetched.
 template <class S, int rows>
-__attribute__((noinline)) void multiply_keys(const uint8_t* const* keys, int64_t offset, int64_t count, const float* q,
-                                             int64_t q_stride, int64_t d, float* c, int64_t stride, Prefetch& shared) {
+__attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_head, int64_t heads, int64_t count,
+                                             const Matrix& q, int64_t d, const Matrix& c, Prefetch& shared) {
     constexpr int together = width / rows;  // keys whose sums fill the accumulators
     Prefetch ahead = shared;
     for (int64_t first = 0; first < count; first += together) {
         const uint8_t* key[together];
-        vf sums[width];
 #pragma GCC unroll 16
-        for (int k = 0; k < together; ++k) key[k] = keys[first + k] + offset;
+        for (int k = 0; k < together; ++k) key[k] = keys.at[first + k] + keys.offset;
+        for (int64_t h = 0; h < heads; ++h) {
+            const float* x_of = q.at + h * q.head;
+            Sum<S> sums[width];
 #pragma GCC unroll 16
-        for (int i = 0; i < width; ++i) sums[i] = splat(0.0f);
-        const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
-            ahead.fetch();
-            constexpr int vectors = vectors_of_block<S>;
-            Words<S> x[rows][vectors];
+            for (int i = 0; i < width; ++i) sums[i] = Sum<S>{};
+            const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+                ahead.fetch();
+                constexpr int vectors = vectors_of_block<S>;
+                Words<S> x[rows][vectors];
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; ++r) {
+                for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v)
-                    x[r][v] = as_words<S>(load(q + r * q_stride + at / elements_of_word<S> + v * width));
-            }
-#pragma GCC unroll 16
-            for (int k = 0; k < together; ++k) {
-                Words<S> y[vectors];
-                take_key<S>(key[k] + bytes_before<S>(at), n, y);
-#pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v) {
-#pragma GCC unroll 4
-                    for (int r = 0; r < rows; ++r)
-                        sums[r * together + k] = add_product(sums[r * together + k], y[v], x[r][v]);
+                    for (int v = 0; v < vectors; ++v)
+                        x[r][v] = as_words<S>(load(x_of + r * q.row + at / elements_of_word<S> + v * width));
                 }
-            }
-        };
-        int64_t at = 0;
-        for (; at + block <= d; at += block) step(at, block);
-        if (at < d) step(at, d - at);
-        float line[width];
-        store(line, sum_rows(sums));
+#pragma GCC unroll 16
+                for (int k = 0; k < together; ++k) {
+                    Words<S> y[vectors];
+                    take_key<S>(key[k] + bytes_before<S>(at), n, y);
+#pragma GCC unroll 2
+                    for (int v = 0; v < vectors; ++v) {
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r)
-            __builtin_memcpy(c + r * stride + first, line + r * together, together * sizeof(float));
+                        for (int r = 0; r < rows; ++r)
+                            sums[r * together + k] = add_product(sums[r * together + k], y[v], x[r][v]);
+                    }
+                }
+            };
+            int64_t at = 0;
+            for (; at + block <= d; at += block) step(at, block);
+            if (at < d) step(at, d - at);
+#pragma GCC unroll 16
+            for (int k = 0; k < together; ++k) key[k] += next_head;
+            float line[width];
+            store(line, value_of(sum_rows(sums)));
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; ++r)
+                __builtin_memcpy(c.at + h * c.head + r * c.row + first, line + r * together, together * sizeof(float));
+        }
     }
     shared = ahead;
 }
 
-// Sums over the keys of a tile, group after group, and what they are added to when they are complete:
-// o = o · factor + sum. Rows are `stride` apart.
-struct Sums {
-    float *sum, *o;
-    int64_t stride;
-    const float* factor;
-    bool is_first, is_last;
+// What becomes of sums over the keys of a tile: o = o · factor + sum · step, where whole numbers have a step.
+struct Result {
+    float* o;
+    int64_t stride;  // from row to row
+    const float *factor, *step;
 };
 
 // Adds Σ_key p[r · stride + key] v_key for `blocks` blocks of columns from `at` on, `n` columns of them real; p is in
 // words.
-template <class S, int rows, int blocks, bool whole>
+template <class S, int rows, int blocks, bool whole_blocks>
 __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int64_t offset, int64_t count,
-                                               const float* p, int64_t stride, int64_t at, int64_t n, const Sums& to,
+                                               const float* p, int64_t stride, int64_t at, int64_t n, const Result& to,
                                                Prefetch& shared) {
+    constexpr int each = elements_of_word<S>;
     Prefetch ahead = shared;
-    vf sums[rows][2 * blocks];
+    Sum<S> sums[rows][2 * blocks];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * blocks; ++i)
-            sums[r][i] = to.is_first ? splat(0.0f) : load(to.sum + r * to.stride + at + i * width);
+        for (int i = 0; i < 2 * blocks; ++i) sums[r][i] = Sum<S>{};
     }
-    for (int64_t k = 0; k < count; k += elements_of_word<S>, ++p) {
+    offset += bytes_before<S>(at);
+    const auto add_key = [&](int64_t k, bool has_next) __attribute__((always_inline)) {
         ahead.fetch();
-        const uint8_t *v = values[k] + (offset + bytes_before<S>(at)), *next = row_of_zeros;
-        if (has_dots<S> && k + 1 < count) next = values[k + 1] + (offset + bytes_before<S>(at));
+        const uint8_t *v = values[k] + offset, *next = row_of_zeros;
+        if (each == 2 && has_next) next = values[k + 1] + offset;
         Words<S> weight[rows];
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) weight[r] = as_words<S>(splat(p[r * stride]));
+        for (int r = 0; r < rows; ++r) weight[r] = as_words<S>(splat(p[r * stride + k / each]));
 #pragma GCC unroll 4
         for (int i = 0; i < blocks; ++i) {
             Words<S> x[2];
-            take_values<S>(v + bytes_before<S>(i * block), next + bytes_before<S>(i * block), whole ? block : n, x);
+            take_values<S>(v + bytes_before<S>(i * block), next + bytes_before<S>(i * block), whole_blocks ? block : n,
+                           x);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 sums[r][2 * i] = add_product(sums[r][2 * i], x[0], weight[r]);
                 sums[r][2 * i + 1] = add_product(sums[r][2 * i + 1], x[1], weight[r]);
             }
         }
+    };
+    int64_t k = 0;
+    for (; k + group_keys <= count; k += group_keys) {  // written out, or one load would step from row to row
+#pragma GCC unroll 16
+        for (int i = 0; i < group_keys; i += each) add_key(k + i, true);
     }
+    for (; k < count; k += each) add_key(k, k + 1 < count);
     shared = ahead;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         const vf factor = splat(to.factor[r]);
 #pragma GCC unroll 8
         for (int i = 0; i < 2 * blocks; ++i) {
-            const int64_t place = r * to.stride + at + i * width;
-            if (to.is_last)
-                store(to.o + place, fma(load(to.o + place), factor, sums[r][i]));
-            else
-                store(to.sum + place, sums[r][i]);
+            float* const o = to.o + r * to.stride + at + i * width;
+            vf sum = value_of(sums[r][i]);
+            if constexpr (is_whole<S>) sum = sum * splat(to.step[r]);
+            store(o, fma(load(o), factor, sum));
         }
     }
 }
@@ -168,7 +191,7 @@ constexpr int blocks_of = width == 16 ? (rows == 4 ? 2 : 4) : 1;
 // The same for all dv columns.
 template <class S, int rows>
 METATE_FN void multiply_all_values(const uint8_t* const* values, int64_t offset, int64_t count, const float* p,
-                                   int64_t stride, int64_t dv, const Sums& to, Prefetch& ahead) {
+                                   int64_t stride, int64_t dv, const Result& to, Prefetch& ahead) {
     constexpr int blocks = blocks_of<rows>;
     int64_t at = 0;
     for (; at + blocks * block <= dv; at += blocks * block) {

@@ -267,6 +267,24 @@ METATE_FN vi add_clipped_words(vi a, vi b) {  // unsigned
 METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
+// sum + the products of two words: where isa() is avx512vnni or more.
+METATE_FN void vnni_add_word_dot(vi& sum, vi a, vi b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+// The first n <= 2·width signed bytes as words, zeros after them.
+METATE_FN vi load_words(const int8_t* p, int64_t n) {
+    const __mmask32 some = n >= 2 * width ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
+    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, p));
+}
+METATE_FN vi sub_words(vi a, vi b) {
+    return _mm512_sub_epi16(a, b);
+}
+// Two rows: the elements of each 16 bytes of a and b side by side, first their first four, then, in b, their last four.
+METATE_FN void zip_parts(vi& a, vi& b) {
+    const vi low = _mm512_unpacklo_epi16(a, b);
+    b = _mm512_unpackhi_epi16(a, b);
+    a = low;
+}
 // Sixteen bytes, again and again.
 METATE_FN vi table_of_bytes(const uint8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -285,15 +303,6 @@ METATE_FN vi sum_parts(const vi (&rows)[4]) {
     return add(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-// Four rows of bytes: dword j of quarter q of vector i becomes what the rows hold in byte 16 q + 4 i + j.
-METATE_FN void interleave_bytes(vi (&rows)[4]) {
-    const vi a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
-    const vi c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-    rows[0] = _mm512_unpacklo_epi16(a, c);
-    rows[1] = _mm512_unpackhi_epi16(a, c);
-    rows[2] = _mm512_unpacklo_epi16(b, d);
-    rows[3] = _mm512_unpackhi_epi16(b, d);
-}
 // Vector i gets quarter i of each, in their order.
 METATE_FN void transpose_quarters(vi (&r)[4]) {
     const vi a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[2], r[3], 0x44);
@@ -508,12 +517,6 @@ METATE_FN vi pair_table(const float* p) {
 }
 METATE_FN vi lookup_pairs(vi table, vi words, int shift) {
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(shift)), table);
-}
-// Two rows: the elements of each 16 bytes of a and b side by side, first their first four, then, in b, their last four.
-METATE_FN void zip_parts(vi& a, vi& b) {
-    const vi low = _mm512_unpacklo_epi16(a, b);
-    b = _mm512_unpackhi_epi16(a, b);
-    a = low;
 }
 // Zeros where the first or second elements of pairs are not to count.
 METATE_FN vi keep_elements(vi pairs, bool first, bool second) {

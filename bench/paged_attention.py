@@ -19,7 +19,7 @@ from metate.op import Case
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
 from metate.ops.paged_attention.reference import decode
 
-MOST_KEYS = 1 << 17  # of all sequences, that a rival gets a float32 copy of
+MOST_KEYS = 1 << 17  # of all sequences, that a rival gets a float32 copy of, and that a quick run draws
 
 
 def workloads(compile: bool) -> list[Workload]:
@@ -28,6 +28,8 @@ def workloads(compile: bool) -> list[Workload]:
         rivals["onnxruntime GroupQueryAttention, gathered, float32"] = onnxruntime
         rivals["openvino ScaledDotProductAttention, gathered"] = openvino
     decoding = [case for case in paged_attention_op.domain.sweep if case["Sq"] == 1]
+    if not compile:
+        decoding = [case for case in decoding if is_quick(case)]
     return [
         Workload(
             "paged attention, one query",
@@ -52,6 +54,16 @@ def workloads(compile: bool) -> list[Workload]:
     ]
 
 
+def keys_of(case: Case) -> int:
+    keys: int = case["B"] * case["max_pages"] * case["page_size"]
+    return keys
+
+
+def is_quick(case: Case) -> bool:
+    """Whether inputs and truth of a case take seconds: of large caches only the dtypes that are judged by speed."""
+    return keys_of(case) <= 1 << 14 or (keys_of(case) <= MOST_KEYS and case.get("cache") in (None, "int8"))
+
+
 def label(case: Case) -> str:
     keys = case["max_pages"] * case["page_size"]
     return f"B{case['B']} keys {keys} H{case['Hq']}/{case['Hkv']} D{case['D']} {case.get('cache') or ''}".strip()
@@ -59,7 +71,10 @@ def label(case: Case) -> str:
 
 def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
     """q, k and v as (batch, kv_heads, rows or keys, dim) of full sequences."""
-    sets = []
+    found: list[tuple[Tensor, ...]] | None = setup.shared.get("gathered")
+    if found is not None:
+        return found
+    sets: list[tuple[Tensor, ...]] = []
     for named in setup.named:
         q, pages = named["q"], named["block_table"].long()
         if not (named["seq_lens"] == setup.case["max_pages"] * setup.case["page_size"]).all():
@@ -70,6 +85,7 @@ def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
         )
         rows = q.view(q.shape[0], k.shape[2], -1, q.shape[3])
         sets.append((rows, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
+    setup.shared["gathered"] = sets
     return sets
 
 
@@ -93,7 +109,7 @@ def naive(setup: Setup) -> Run:
 
 
 def _floats(setup: Setup) -> attention.Sets:
-    if setup.case["B"] * setup.case["max_pages"] * setup.case["page_size"] > MOST_KEYS:
+    if keys_of(setup.case) > MOST_KEYS:
         raise Skip("too much memory in float32")
     return [tuple(x.float() for x in tensors) for tensors in gathered(setup)]
 

@@ -68,6 +68,7 @@ class Setup:
     dtype: torch.dtype
     device: str
     sets: Sequence[Args]
+    shared: dict[str, Any] = field(default_factory=dict)  # what rivals make of the inputs once for all of them
 
     @cached_property
     def named(self) -> list[dict[str, Any]]:

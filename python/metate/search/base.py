@@ -61,11 +61,12 @@ class Base:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, by `copy.deepcopy` and between processes: of one snapshot, with rows and a lock of their own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_adding")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+        self._adding = Adding({}, {}, None)
 
     def __copy__(self) -> Base:
         return copy.deepcopy(self)  # two indexes that share rows would write the same ones

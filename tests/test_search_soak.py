@@ -1,7 +1,6 @@
 """32 threads add, search and remove at once: every result is that of one snapshot, searched again alone, and what is
 there in the end is what one thread would have made. METATE_TEST_SOAK: seconds, minutes in the long target."""
 
-import copy
 import os
 import threading
 import time
@@ -44,7 +43,8 @@ def recorded(kind):
 
 
 def as_alone(index, state, queries, k, how):
-    alone = copy.copy(index)
+    alone = object.__new__(type(index))  # not a copy: rows are shared
+    alone.__dict__.update(index.__dict__)
     alone._state = state
     return alone.search(queries, k, **how)
 

@@ -95,6 +95,11 @@ class Lists:
     dead: int = 0
     _cache: dict[str, Places] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[type[Lists], tuple[Any, ...]]:
+        """For copies: without the cache, which searches write meanwhile."""
+        own = self.columns, self.start, self.length, self.room, self.used, self.capacity, self.live, self.dead
+        return Lists, own
+
     @staticmethod
     def empty(count: int, prototypes: Mapping[str, Column]) -> Lists:
         """No rows in `count` lists; a prototype is a column of no rows."""

@@ -96,6 +96,8 @@ def validate_scan(
     bits = bits_of(op, "tables", tables.shape[2])
     if M < 1:
         raise fail(op, "tables", f"of shape {tuple(tables.shape)}", "at least one sub-vector")
+    if n < 0:
+        raise fail(op, "n", n, "0 or more, the number of rows")
     _validate_codes(op, "codes", codes, M, bits)
     _validate_search(op, k, ranges, bias)
 

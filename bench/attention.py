@@ -52,7 +52,7 @@ def workloads(compile: bool) -> list[Workload]:
     return [
         workload("attention", attention_op, forward, checked=1),
         workload("attention, forward and backward", backward_op, training, train_ours, flops=both, checked=3),
-        workload("attention, delta of the backward", delta_op, {"torch": reference}, label=delta_label),
+        workload("attention, delta of the backward", delta_op, {"torch": reference}, label=rows_label),
         workload("attention column sums", column_sums_op, {"torch naive": naive_sums}),
         workload("merge of attention states", merge_op, {"torch": reference}, label=merge_label),
     ]
@@ -68,12 +68,12 @@ def label(case: Case) -> str:
     return " ".join([f"B{case['B']} S{case['Sq']} {heads} D{case['D']}", *marks])
 
 
-def delta_label(case: Case) -> str:
+def rows_label(case: Case) -> str:
     return f"B{case['B']} S{case['S']} H{case['H']} D{case['Dv']}"
 
 
 def merge_label(case: Case) -> str:
-    return f"n{case['n']} B{case['B']} S{case['S']} H{case['H']} D{case['Dv']}"
+    return f"n{case['n']} {rows_label(case)}"
 
 
 # What rivals get.

@@ -1,20 +1,11 @@
 // What the backward needs of a row: delta = Σ_d out · grad_out - grad_lse. A piece of work is a run of queries of all
 // heads, read in the order of memory.
-#include "../../attention.h"
 #include "../parallel.h"
 #include "../strided.h"
+#include "exact.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
-
-template <class T>
-METATE_FN const T* row_of(const View<4>& view, int64_t b, int64_t query, int64_t h) {
-    return static_cast<const T*>(view.data) + b * view.stride[0] + query * view.stride[1] + h * view.stride[2];
-}
-template <class T>
-METATE_FN T& value_of(const View<3>& view, int64_t b, int64_t h, int64_t query) {
-    return static_cast<T*>(view.data)[b * view.stride[0] + h * view.stride[1] + query * view.stride[2]];
-}
 
 template <class T>
 METATE_FN float dot(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t n) {
@@ -23,28 +14,23 @@ METATE_FN float dot(const T* x, int64_t x_stride, const T* y, int64_t y_stride, 
         total = fma(load_any(x + c * x_stride, x_stride, n - c), load_any(y + c * y_stride, y_stride, n - c), total);
     return sum(total);
 }
-#if defined(METATE_ISA_BASELINE)
-METATE_FN double dot(const double* x, int64_t x_stride, const double* y, int64_t y_stride, int64_t n) {
-    double total = 0;
-    for (int64_t c = 0; c < n; ++c) total += x[c * x_stride] * y[c * y_stride];
-    return total;
-}
-#endif
-
 template <class T, class Wide>
 void run(const AttentionDelta& call, const Runtime& runtime) {
     const View<4>& out = call.out;
     const int64_t queries = out.size[1], heads = out.size[2], n = out.size[3];
-    constexpr int64_t run = 16;
-    const int64_t runs = (queries + run - 1) / run;
+    constexpr int64_t together = 16;
+    const int64_t runs = ceil_div(queries, together);
     const auto find = [&](int64_t b, int64_t query, int64_t h) {
-        Wide& delta = value_of<Wide>(call.delta, b, h, query);
-        delta = dot(row_of<T>(out, b, query, h), out.stride[3], row_of<T>(call.grad_out, b, query, h),
-                    call.grad_out.stride[3], n);
-        if (call.grad_lse) delta -= value_of<Wide>(call.grad_lse, b, h, query);
+        Wide& delta = *value_at<Wide>(call.delta, b, h, query);
+        const T *x = row_at<T>(out, b, query, h), *y = row_at<T>(call.grad_out, b, query, h);
+        if constexpr (__is_same(T, double))
+            delta = dot_exact(x, out.stride[3], y, call.grad_out.stride[3], n);
+        else
+            delta = dot(x, out.stride[3], y, call.grad_out.stride[3], n);
+        if (call.grad_lse) delta -= *value_at<Wide>(call.grad_lse, b, h, query);
     };
     for_pieces(worth(runtime, out.size[0] * queries * heads * n / 16), out.size[0] * runs, [&](int, int64_t piece) {
-        const int64_t first = piece % runs * run, end = first + run < queries ? first + run : queries;
+        const int64_t first = piece % runs * together, end = smaller(first + together, queries);
         for (int64_t query = first; query < end; ++query)
             for (int64_t h = 0; h < heads; ++h) find(piece / runs, query, h);
     });

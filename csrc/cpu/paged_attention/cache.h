@@ -80,18 +80,18 @@ constexpr int elements_of_word = has_dots<S> ? 2 : 1;
 template <class S>
 constexpr int vectors_of_block = 2 / elements_of_word<S>;
 
-template <bool is_int>
-struct Vector {
-    using type = vf;
+template <bool condition, class Yes, class No>
+struct Either {
+    using type = Yes;
 };
-template <>
-struct Vector<true> {
-    using type = vi;
+template <class Yes, class No>
+struct Either<false, Yes, No> {
+    using type = No;
 };
 template <class S>
-using Words = typename Vector<has_dots<S>>::type;
+using Words = typename Either<has_dots<S>, vi, vf>::type;
 template <class S>
-using Sum = typename Vector<is_whole<S>>::type;
+using Sum = typename Either<is_whole<S>, vi, vf>::type;
 
 template <class S>
 METATE_FN Words<S> as_words(vf x) {

@@ -10,14 +10,8 @@ namespace {
 
 static_assert(panel == block && tile_keys % panel == 0);
 
-template <bool dots>
-struct WordOf {
-    using type = float;
-};
-template <>
-struct WordOf<true> {
-    using type = Pair;
-};
+template <class S>
+using WordOf = typename Either<has_dots<S>, Pair, float>::type;
 
 // Panel after panel of keys, one word of all in a line; words in the order of take_key(), as in q.
 template <class S>
@@ -80,7 +74,7 @@ template <class S>
 void multiply_packed_keys(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
     pack_keys<S>(s, lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies), my.packed);
-    using Word = typename WordOf<has_dots<S>>::type;
+    using Word = WordOf<S>;
     multiply_panels<Into::set>(
         piece.rows, tile_keys, s.q_stride * panel,
         Product<Word>{reinterpret_cast<Word*>(my.q), s.q_stride, reinterpret_cast<Word*>(my.packed), s.q_stride, my.p,
@@ -112,7 +106,7 @@ template <class S>
 void add_packed_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
     pack_values<S>(s, lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies), tile.count, my.packed);
-    using Word = typename WordOf<has_dots<S>>::type;
+    using Word = WordOf<S>;
     multiply_panels<Into::scaled>(
         piece.rows, s.o_stride, tile_keys / elements_of_word<S> * panel,
         Product<Word>{reinterpret_cast<Word*>(my.p), p_stride, reinterpret_cast<Word*>(my.packed),

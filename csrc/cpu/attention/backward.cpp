@@ -312,7 +312,9 @@ inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_
     }
     if (is_seen) {
         if (w.derivative) apply_softcap(call.size, w);
-        if constexpr (elements_of<Word> == 2) narrow_tile(call.size, w);
+        if constexpr (elements_of<Word> == 2) {
+            if (!w.plain) narrow_tile(call.size, w);
+        }
         add_key_gradients(call.size, a.q.size[3], a.v.size[3], w);
     }
     wait_for(call.plan.turn + tile, block);

@@ -63,6 +63,7 @@ struct Workspace {
     // The tile: queries first … first + queries - 1 of the sequence and keys key … key + keys - 1.
     int64_t first, queries, groups, key, keys;
     bool whole;  // every query sees every key, so that the masks are not set
+    bool plain;  // logits are scaled products and nothing is dropped: pairs come without p and ds
 };
 
 template <class Word>
@@ -102,6 +103,7 @@ inline bool see(const AttentionBackward& args, const Scoring& scoring, const Seq
         w.lse[r] = lse;
         w.delta[r] = *value_at<float>(args.delta, s.batch, head, s.q0 + w.first + r);
     }
+    w.plain = scoring.plain && !a.dropout_threshold;
     int64_t begin, end, last_begin, last_end;
     window_of(a, s, w.first, begin, end);
     window_of(a, s, w.first + w.queries - 1, last_begin, last_end);
@@ -143,31 +145,71 @@ inline void draw_dropout(const Attention& a, const Sequence& s, int64_t head, Wo
 
 // From products to P and dS.
 
-// tile_rows rows of a chunk where logits are scaled products: p = exp(s - lse), ds = p (dp - delta), 0 where the row's
-// word says so (no words: nowhere).
-template <bool is_whole>
-__attribute__((noinline)) void differentiate_plain(float scale, const float* lse, const float* delta,
-                                                   const uint32_t* words, int64_t line, float* p, float* ds) {
-    constexpr int vectors = chunk / width;
-    for (int r = 0; r < tile_rows; ++r, p += line, ds += line) {
-        vf x[vectors];
+constexpr int vectors_of_chunk = chunk / width;
+
+// Rows of a chunk where logits are scaled products: p = exp(s - lse), ds = p (dp - delta), 0 where the row's word says
+// so (no words: nowhere).
+template <bool is_whole, int rows>
+METATE_FN void differentiate_rows(float scale, const float* lse, const float* delta, const uint32_t* words,
+                                  int64_t line, const float* s, const float* dp, vf (&p)[rows * vectors_of_chunk],
+                                  vf (&ds)[rows * vectors_of_chunk]) {
+    constexpr int n = vectors_of_chunk;
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
-            x[v] = fma(load(p + v * width), splat(scale), splat(-lse[r])) * splat(log2_e);
-        }
-        exp2(x);
+    for (int i = 0; i < rows * n; ++i) {
+        const vf products = load(s + i / n * line + i % n * width);
+        p[i] = fma(products, splat(scale), splat(-lse[i / n])) * splat(log2_e);
+    }
+    exp2(p);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
-            vf y = x[v] * (load(ds + v * width) - splat(delta[r]));
-            if constexpr (!is_whole) {
-                x[v] = keep(words[r], v, x[v], splat(0.0f));
-                y = keep(words[r], v, y, splat(0.0f));
-            }
-            store(p + v * width, x[v]);
-            store(ds + v * width, y);
+    for (int i = 0; i < rows * n; ++i) {
+        ds[i] = p[i] * (load(dp + i / n * line + i % n * width) - splat(delta[i / n]));
+        if constexpr (!is_whole) {
+            p[i] = keep(words[i / n], i % n, p[i], splat(0.0f));
+            ds[i] = keep(words[i / n], i % n, ds[i], splat(0.0f));
         }
     }
 }
+
+// tile_rows rows from `first` on of the chunk at key j.
+template <bool is_whole>
+__attribute__((noinline)) void differentiate_plain(float scale, int64_t first, int64_t j, const uint32_t* words,
+                                                   int64_t line, Workspace<float>& w) {
+    float *p = w.p + first * line + j, *ds = w.ds + first * line + j;
+    for (int r = 0; r < tile_rows; ++r, p += line, ds += line) {
+        vf x[vectors_of_chunk], y[vectors_of_chunk];
+        differentiate_rows<is_whole, 1>(scale, w.lse + first + r, w.delta + first + r, words + r, line, p, ds, x, y);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors_of_chunk; ++v) {
+            store(p + v * width, x[v]);
+            store(ds + v * width, y[v]);
+        }
+    }
+}
+
+#if defined(METATE_HAS_BF16_DOT)
+// Pairs of p and ds in two rows of a chunk: along the queries for dk and dv, along the keys for dq.
+METATE_FN void narrow_rows(const vf (&p)[4], const vf (&ds)[4], int64_t row, int64_t j, int64_t line,
+                           const Workspace<Pair>& w) {
+    const int64_t column = row / 2 * line + j;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        store_words(w.p_columns + column + i * width, as_float(narrow_zip(p[i], p[2 + i])));
+        store_words(w.ds_columns + column + i * width, as_float(narrow_zip(ds[i], ds[2 + i])));
+        store_words(w.ds_rows + ((row + i) * line + j) / 2, as_float(narrow_pairs(ds[2 * i], ds[2 * i + 1])));
+    }
+}
+
+template <bool is_whole>
+__attribute__((noinline)) void differentiate_plain(float scale, int64_t first, int64_t j, const uint32_t* words,
+                                                   int64_t line, Workspace<Pair>& w) {
+    for (int r = 0; r < tile_rows; r += 2) {
+        const int64_t row = first + r, at = row * line + j;
+        vf p[4], ds[4];
+        differentiate_rows<is_whole, 2>(scale, w.lse + row, w.delta + row, words + r, line, w.p + at, w.ds + at, p, ds);
+        narrow_rows(p, ds, row, j, line, w);
+    }
+}
+#endif
 
 // The same with everything between product and probability; dropout scales dp and the p that multiplies dout.
 template <class Word>
@@ -203,14 +245,25 @@ METATE_FN void clear_row(int64_t at, Workspace<Word>& w) {
     }
 }
 
+// tile_rows rows of which none sees a key of the chunk at j.
+template <class Word>
+METATE_FN void clear_group(int64_t first, int64_t j, int64_t line, Workspace<Word>& w) {
+    for (int64_t r = first; r < first + tile_rows; ++r) clear_row(r * line + j, w);
+#if defined(METATE_HAS_BF16_DOT)
+    if constexpr (elements_of<Word> == 2) {
+        const vf zeros[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+        for (int64_t r = first; w.plain && r < first + tile_rows; r += 2) narrow_rows(zeros, zeros, r, j, line, w);
+    }
+#endif
+}
+
 template <class Word>
 inline void differentiate_group(const Attention& a, const Scoring& scoring, const Sequence& s, int64_t g, int64_t c,
                                 int64_t line, Workspace<Word>& w) {
-    const bool is_whole = w.whole || w.group[g].mask.all >> c & 1, is_plain = scoring.plain && !a.dropout_threshold;
+    const bool is_whole = w.whole || w.group[g].mask.all >> c & 1;
     const int64_t first = g * tile_rows, at = first * line + c * chunk;
-    if (is_whole && is_plain && first + tile_rows <= w.queries && (c + 1) * chunk <= w.keys) {
-        return differentiate_plain<true>(scoring.scale, w.lse + first, w.delta + first, nullptr, line, w.p + at,
-                                         w.ds + at);
+    if (is_whole && w.plain && first + tile_rows <= w.queries && (c + 1) * chunk <= w.keys) {
+        return differentiate_plain<true>(scoring.scale, first, c * chunk, nullptr, line, w);
     }
     uint32_t words[tile_rows];
     for (int64_t i = 0; i < tile_rows; ++i) {
@@ -218,10 +271,7 @@ inline void differentiate_group(const Attention& a, const Scoring& scoring, cons
                  : is_whole               ? range_word(0, w.keys, c * chunk)
                                           : w.group[g].mask.words[i][c];
     }
-    if (is_plain) {
-        return differentiate_plain<false>(scoring.scale, w.lse + first, w.delta + first, words, line, w.p + at,
-                                          w.ds + at);
-    }
+    if (w.plain) return differentiate_plain<false>(scoring.scale, first, c * chunk, words, line, w);
     for (int64_t i = 0; i < tile_rows; ++i) {
         if (words[i]) {
             differentiate(a, scoring, s, first + i, c, words[i], line, w);
@@ -256,7 +306,7 @@ inline void differentiate_tile(const Attention& a, const Scoring& scoring, const
     for (int64_t c = 0; c * chunk < w.keys; ++c) {
         for (int64_t g = 0; g < w.groups; ++g) {
             if (!w.whole && !(w.group[g].mask.any >> c & 1)) {
-                for (int64_t r = g * tile_rows; r < (g + 1) * tile_rows; ++r) clear_row(r * size.line + c * chunk, w);
+                clear_group(g * tile_rows, c * chunk, size.line, w);
                 continue;
             }
             const int64_t last = w.whole ? w.keys : w.group[g].end,
@@ -383,25 +433,16 @@ inline void add_query_gradient(const Blocking& size, int64_t d, Workspace<Word>&
 }
 
 #if defined(METATE_HAS_BF16_DOT)
-// p and ds as pairs: along the queries for dk and dv, along the keys for dq.
+// p and ds of the tile as pairs.
 inline void narrow_tile(const Blocking& size, Workspace<Pair>& w) {
-    const int64_t columns = round_up(w.keys, chunk);
-    const auto join = [](vf a, vf b) {
-        return as_float(
-            join_pairs(_mm512_castsi512_si256(narrow_pairs(a, a)), _mm512_castsi512_si256(narrow_pairs(b, b))));
-    };
     for (int64_t r = 0; r < w.groups * tile_rows; r += 2) {
-        const float *const p = w.p + r * size.line, *const ds = w.ds + r * size.line;
-        for (int64_t j = 0; j < columns; j += width) {
-            store_words(w.p_columns + r / 2 * size.line + j, join(load(p + j), load(p + size.line + j)));
-            store_words(w.ds_columns + r / 2 * size.line + j, join(load(ds + j), load(ds + size.line + j)));
-        }
-        for (int64_t i = 0; i < 2; ++i) {
-            for (int64_t j = 0; j < columns; j += 2 * width) {
-                const float* const at = ds + i * size.line + j;
-                store_words(w.ds_rows + (r + i) * size.line / 2 + j / 2,
-                            as_float(narrow_pairs(load(at), load(at + width))));
+        for (int64_t j = 0; j < w.keys; j += chunk) {
+            vf p[4], ds[4];
+            for (int i = 0; i < 4; ++i) {
+                const int64_t at = (r + i / 2) * size.line + j + i % 2 * width;
+                p[i] = load(w.p + at), ds[i] = load(w.ds + at);
             }
+            narrow_rows(p, ds, r, j, size.line, w);
         }
     }
 }

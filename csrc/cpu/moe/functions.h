@@ -13,8 +13,10 @@ METATE_FN vf exp(vf x) {
     return exp2(y) * fma(fma(x, splat(1.92596299e-8f), rest), splat(ln_2), splat(1.0f));
 }
 
+// 0 below -87, where eˣ leaves the normal numbers: what multiplies the result may be as large as 2^63.
 METATE_FN vf sigmoid(vf x) {
-    return splat(1.0f) / (splat(1.0f) + exp(min(splat(87.0f), splat(0.0f) - x)));
+    const vf value = splat(1.0f) / (splat(1.0f) + exp(min(splat(87.0f), splat(0.0f) - x)));
+    return select(less(x, splat(-87.0f)), splat(0.0f), value);
 }
 
 // erf(x): x times a polynomial of x² below 1, 1 - exp(a polynomial) above.

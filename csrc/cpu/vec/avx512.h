@@ -554,6 +554,12 @@ METATE_FN vi narrow_pairs(vf low, vf high) {
     return bit_cast<vi>(_mm512_cvtne2ps_pbh(high, low));
 }
 #endif
+// Lane c is the pair (a[c], b[c]).
+METATE_FN vi narrow_zip(vf a, vf b) {
+    alignas(64) static constexpr uint16_t by_turns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(by_turns), narrow_pairs(a, b));
+}
 #endif
 
 }  // namespace

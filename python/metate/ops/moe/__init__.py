@@ -179,15 +179,17 @@ def moe_mlp(
     """
     _check_tokens(x, route)
     options: dict[str, Any] = dict(scaling=scaling, backend=backend)
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # each view costs as much as a small kernel
     order, inverse, offsets = moe_sort(route.experts, route.num_experts, backend=backend)
-    order = order[: route.rows]
+    if route.rows < order.shape[0]:
+        order = order[: route.rows]
     hidden = grouped_linear(
         tokens, w_gate_up, offsets, bias_gate_up, order=order, k=inverse.shape[1], lora=lora_gate_up, **options
     )
     hidden = gated_activation(hidden, activation, gating=gating, limit=limit, alpha=alpha, shift=shift, backend=backend)
     y = grouped_linear(hidden, w_down, offsets, bias_down, lora=lora_down, **options)
-    return moe_unpermute(y, inverse, route.weights, backend=backend).view(x.shape)
+    out = moe_unpermute(y, inverse, route.weights, backend=backend)
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
 def _check_tokens(x: Tensor, route: Route) -> None:

@@ -2,26 +2,32 @@
 //
 // Every result is the sum of chains of products of `depth` words (gemm.h) in ascending order, added one after another.
 // Few rows take the weight as it lies, transposed in registers unless it lies transposed: memory bounds them. Many rows
-// share packed panels of it.
+// are transposed themselves, once, and the weight is what a product spreads; a transposed weight is packed for them.
 #include "../attention/gemm.h"
 #include "rows.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t depth = long_chain;         // words of a packed panel, which stays in the first-level cache
-constexpr int64_t piece_columns = 4 * panel;  // of the result, where there are many rows
-constexpr int64_t rows_at_once = 8 * tile_rows;
+constexpr int64_t depth = long_chain;  // words of a packed panel, which stays in the first-level cache
+constexpr int64_t rows_at_once = 3 * panel;
+static_assert(rows_at_once % tile_rows == 0);
 constexpr int few = width == 16 ? 12 : 4;  // rows whose sums fit the registers beside a square of the weight
 constexpr int strip_rows = 4;              // and beside strips of a transposed one
 constexpr int64_t ahead = 1024;  // bytes of each row of the weight on their way to the second cache, for few rows
 constexpr int64_t few_bytes = 1 << 19;  // of the weight in a piece of few rows
 
+// A run of rows of one expert.
+struct Span {
+    int64_t expert, first, rows;
+    int64_t place;  // among the rows of x as words
+};
+
 template <class T, class Word>
 struct Problem {
     const GroupedLinear& call;
     Rows rows;
-    Word* x;          // rows of all spans, `pitch` words apart
+    Word* x;          // of all spans, `pitch` words a row
     int64_t* pieces;  // before each span
     int64_t pitch;
 
@@ -32,6 +38,13 @@ struct Problem {
           pieces(nullptr),
           pitch(round_up(words(), width) + width) {}  // not a power of two: rows would share lines of the cache
     int64_t columns() const { return call.x.size[1]; }
+    Word* words_of(const Span& span) const { return x + span.place * pitch; }
+    bool lies_in_rows() const { return call.w.stride[2] == 1; }
+    bool takes_squares(const Span& span) const { return lies_in_rows() && span.rows <= few; }
+    bool takes_tiles(const Span& span) const { return lies_in_rows() && span.rows > few; }
+    bool takes_strips(const Span& span) const {
+        return !lies_in_rows() && call.w.stride[1] == 1 && span.rows <= strip_rows;
+    }
     int64_t words() const { return steps_of<Word>(columns()); }
     const T* weight(int64_t expert, int64_t n, int64_t k) const {
         const View<3>& w = call.w;
@@ -39,16 +52,63 @@ struct Problem {
     }
 };
 
+// visit(span) for the rows of every expert that has any.
+template <class T, class Word, class Visit>
+void for_spans(const Problem<T, Word>& p, const Visit& visit) {
+    Span span{0, 0, 0, 0};
+    for (; span.expert + 1 < p.call.offsets.size[0]; ++span.expert) {
+        const int64_t end = index_at(p.call.offsets, span.expert + 1);
+        for (span.first = index_at(p.call.offsets, span.expert); span.first < end; span.first += rows_at_once) {
+            span.rows = smaller(rows_at_once, end - span.first);
+            visit(span);
+            span.place += p.takes_tiles(span) ? round_up(span.rows, panel) : span.rows;
+        }
+    }
+}
+
 template <class T, class Word>
-void copy_row(const Problem<T, Word>& p, int64_t row) {
+void copy_row(const Problem<T, Word>& p, int64_t row, Word* to) {
     const T* const from = p.rows.template at<T>(row);
     const int64_t stride = p.call.x.stride[1];
     constexpr int64_t at_once = max_head_dim / elements_of<Word>;
     for (int64_t at = 0; at < p.pitch; at += at_once) {
         const int64_t k = at * elements_of<Word>, n = from ? clamp(p.columns() - k, 0, max_head_dim) : 0;
-        pack_row(p.x + row * p.pitch + at, smaller(at_once, p.pitch - at), n > 0 ? from + k * stride : nullptr, stride,
-                 n);
+        pack_row(to + at, smaller(at_once, p.pitch - at), n > 0 ? from + k * stride : nullptr, stride, n);
     }
+}
+
+// `n` rows side by side as half a panel: word (k, row) at k · panel + row; zeros stand for rows that there are not.
+template <class T, class Word>
+void copy_columns(const Problem<T, Word>& p, int64_t row, int64_t n, Word* to) {
+    constexpr int64_t unit = width * elements_of<Word>;
+    const int64_t stride = p.call.x.stride[1];
+    const T* from[width];
+    for (int i = 0; i < width; ++i) from[i] = i < n ? p.rows.template at<T>(row + i) : nullptr;
+    for (int64_t k = 0; k < p.columns(); k += unit, to += width * panel) {
+        const int64_t left = smaller(unit, p.columns() - k);
+        vf square[width];
+        for (int i = 0; i < width; ++i) {
+            T line[unit];
+            square[i] =
+                from[i] ? load_words(contiguous(from[i] + k * stride, stride, left, line), left, to) : splat(0.0f);
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) store_words(to + i * panel, square[i]);
+    }
+}
+
+// Panel number `number` of the rows of a span, or as many of its rows.
+template <class T, class Word>
+void copy_rows(const Problem<T, Word>& p, const Span& span, int64_t number) {
+    const int64_t first = number * panel, end = smaller(span.rows, first + panel);
+    Word* const to = p.words_of(span) + first * p.pitch;
+    if (p.takes_tiles(span)) {
+        for (int64_t c = 0; c < panel && first < end; c += width)
+            copy_columns(p, span.first + first + c, end - first - c, to + c);
+        return;
+    }
+    for (int64_t r = first; r < end; ++r) copy_row(p, span.first + r, p.words_of(span) + r * p.pitch);
 }
 
 // The bias of n columns and zeros behind.
@@ -141,16 +201,18 @@ void multiply_few(const Problem<T, Word>& p, const Word* x, const T* w, int64_t 
 
 // Rows behind those of the span are readable, and not written.
 template <int rows, class T, class Word>
-void compute_few(const Problem<T, Word>& p, const Span& span, int64_t n, int64_t end) {
+void compute_few(const Problem<T, Word>& p, const Span& span, int64_t n, int64_t end, const T* after) {
     if constexpr (rows > 1) {
         constexpr int fewer = rows > 4 ? rows - 2 : rows - 1;
-        if (span.rows <= fewer) return compute_few<fewer>(p, span, n, end);
+        if (span.rows <= fewer) return compute_few<fewer>(p, span, n, end, after);
     }
     for (; n < end; n += width) {
-        const int64_t count = smaller(width, end - n), after = n + 2 * width <= end ? n + width : -1;
+        const int64_t count = smaller(width, end - n);
+        const T* const next = n + width >= end     ? after
+                            : n + 2 * width <= end ? p.weight(span.expert, n + width, 0)
+                                                   : nullptr;
         vf total[rows];
-        multiply_few<rows>(p, p.x + span.first * p.pitch, p.weight(span.expert, n, 0), count,
-                           after < 0 ? nullptr : p.weight(span.expert, after, 0), total);
+        multiply_few<rows>(p, p.words_of(span), p.weight(span.expert, n, 0), count, next, total);
         const vf bias = bias_at<T>(p.call, span.expert, n, count);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r)
@@ -222,7 +284,7 @@ void compute_strips(const Problem<T, Word>& p, const Span& span, int64_t n) {
     constexpr int64_t chain = depth * elements_of<Word>;
     const int64_t stride = p.call.w.stride[2], columns = p.columns();
     const int64_t count = smaller(strips_columns, p.call.out.size[1] - n);
-    const Word* x = p.x + span.first * p.pitch;
+    const Word* x = p.words_of(span);
     constexpr int64_t at_once = strip_of(rows) * width;
     float totals[rows * strips_columns] = {};
     for (int64_t k = 0; k < columns; k += chain, x += depth) {
@@ -242,16 +304,124 @@ void compute_strips(const Problem<T, Word>& p, const Span& span, int64_t n) {
 
 // Many rows.
 
+constexpr int64_t piece_rows = 8 * tile_rows;  // of the weight
+constexpr int64_t piece_columns = 4 * panel;   // of the result, where the weight is packed
+constexpr int64_t tile_pitch = depth + width;  // of a tile's rows, which would share lines of the cache otherwise
+
 template <class Word>
 struct Workspace {
-    Word* w;        // a panel
-    float* totals;  // (row, column), `piece_columns` columns
+    Word* tiles[2];
+    Word* panel;
+    float* totals;  // (row of the weight, row of x), or the other way round
 };
 
 template <class Word>
 Workspace<Word> workspace(Arena& arena) {
-    return {arena.take<Word>(panel * depth), arena.take<float>(rows_at_once * piece_columns)};
+    return {{arena.take<Word>(tile_rows * tile_pitch), arena.take<Word>(tile_rows * tile_pitch)},
+            arena.take<Word>(panel * depth),
+            arena.take<float>(rows_at_once * larger(piece_rows, piece_columns))};
 }
+
+// Rows of the weight as words, copied beside the products of those before them, while the same of `later` rows on are
+// fetched.
+template <class T, class Word>
+struct Tile {
+    const T *from, *later;
+    int64_t stride, columns, rows;
+    Word* to;
+    int64_t at_once, at = 0;
+
+    METATE_FN void copy() {
+        constexpr int64_t unit = width * elements_of<Word>;
+        __builtin_prefetch(later + at, 0, 2);
+        store_words(to + at / elements_of<Word>, load_words(from + at, smaller(unit, columns - at), to));
+        at += unit;
+        if (at < columns) return;
+        at = 0;
+        from += stride;
+        later += stride;
+        to += tile_pitch;
+        --rows;
+    }
+};
+
+template <class T, class Word>
+struct CopyBeside {
+    Tile<T, Word>& tile;
+    METATE_FN void operator()() const {
+        for (int64_t i = 0; i < tile.at_once && tile.rows > 0; ++i) tile.copy();
+    }
+};
+
+// The tiles of a piece, chain after chain.
+template <class T, class Word>
+struct Tiles {
+    static constexpr int64_t chain = depth * elements_of<Word>;
+    const Problem<T, Word>& p;
+    int64_t expert, n, in_chain, count;
+
+    Tiles(const Problem<T, Word>& problem, int64_t of, int64_t first)
+        : p(problem),
+          expert(of),
+          n(first),
+          in_chain(ceil_div(smaller(piece_rows, p.call.out.size[1] - n), tile_rows)),
+          count(in_chain * ceil_div(p.columns(), chain)) {}
+    int64_t row(int64_t i) const { return i % in_chain * tile_rows; }
+    int64_t column(int64_t i) const { return i / in_chain * chain; }
+    int64_t rows(int64_t i) const {
+        return smaller(smaller(tile_rows, piece_rows - row(i)), p.call.out.size[1] - n - row(i));
+    }
+    int64_t columns(int64_t i) const { return smaller(chain, p.columns() - column(i)); }
+    const T* first(int64_t i) const { return p.weight(expert, n + row(i), column(i)); }
+
+    Tile<T, Word> tile(int64_t i, Word* to, int64_t panels) const {
+        if (i >= count) return {};
+        constexpr int64_t steps_between = 4;  // two calls of Beside
+        const int64_t vectors = rows(i) * ceil_div(columns(i), width * elements_of<Word>);
+        const int64_t calls = larger(panels * (steps_of<Word>(columns(i - 1)) / steps_between), 1);
+        return {first(i), first(i + 1 < count ? i + 1 : i), p.call.w.stride[1], columns(i), rows(i),
+                to,       ceil_div(vectors, calls)};
+    }
+};
+
+template <class T>
+void write_square(const GroupedLinear& call, const Span& span, const float* totals, int64_t pitch, int64_t row,
+                  int64_t n) {
+    vf square[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) square[i] = load(totals + i * pitch);
+    transpose(square);
+    const int64_t left = call.out.size[1] - n;
+    const vf bias = bias_at<T>(call, span.expert, n, left);
+    for (int i = 0; i < width && row + i < span.rows; ++i)
+        write<T>(call, span.first + row + i, n, square[i] + bias, left);
+}
+
+template <class T, class Word>
+void compute_tiles(const Problem<T, Word>& p, const Span& span, int64_t n, const Workspace<Word>& at) {
+    const Tiles<T, Word> tiles(p, span.expert, n);
+    const int64_t panels = ceil_div(span.rows, panel), pitch = panels * panel;
+    for (int64_t i = 0; i < piece_rows * pitch; i += width) store(at.totals + i, splat(0.0f));
+    Tile<T, Word> next = tiles.tile(0, at.tiles[0], panels);
+    while (next.rows > 0) next.copy();
+    for (int64_t i = 0; i < tiles.count; ++i) {
+        next = tiles.tile(i + 1, at.tiles[(i + 1) % 2], panels);
+        const int64_t words = tiles.column(i) / elements_of<Word>;
+        for (int64_t j = 0; j < panels; ++j)
+            multiply<Left::rows, Into::add>(
+                static_cast<int>(tiles.rows(i)), span.rows - j * panel,
+                Product<Word>{at.tiles[i % 2], tile_pitch, p.words_of(span) + j * panel * p.pitch + words * panel,
+                              steps_of<Word>(tiles.columns(i)), at.totals + tiles.row(i) * pitch + j * panel, pitch,
+                              nullptr},
+                CopyBeside<T, Word>{next});
+        while (next.rows > 0) next.copy();
+    }
+    for (int64_t c = 0; c < smaller(piece_rows, p.call.out.size[1] - n); c += width)
+        for (int64_t r = 0; r < span.rows; r += width)
+            write_square<T>(p.call, span, at.totals + c * pitch + r, pitch, r, n + c);
+}
+
+// Many rows with a weight that lies transposed, or anyhow.
 
 // A panel of the weight: columns n … n + count, `left` columns of the product from k on.
 template <class T, class Word>
@@ -259,22 +429,10 @@ void pack_panel(const Problem<T, Word>& p, int64_t expert, int64_t n, int64_t co
                 Word* to) {
     const int64_t stride = p.call.w.stride[1], step = p.call.w.stride[2];
     const T* const from = p.weight(expert, n, k);
-    if (step != 1) {
-        if (stride == 1)
-            pack_rows(to, from, step, 1, left, count, steps_of<Word>(left), 0);
-        else
-            pack_transposed(to, from, stride, step, count, left);
-        return;
-    }
-    for (int64_t i = 0; i < count; i += width) {
-        Word* out = to + i;
-        for (int64_t at = 0; at < left; at += square_columns<T>) {
-            vf square[width];
-            load_square(square, from + i * stride + at, stride, count - i, left - at);
-#pragma GCC unroll 32
-            for (int c = 0; c < square_words<T, Word>; ++c, out += panel) store_words(out, word<T, Word>(square, c));
-        }
-    }
+    if (stride == 1)
+        pack_rows(to, from, step, 1, left, count, steps_of<Word>(left), 0);
+    else
+        pack_transposed(to, from, stride, step, count, left);
 }
 
 // Lines of the weight that are fetched while others are multiplied, a few at a time: many at once would keep the
@@ -301,19 +459,16 @@ METATE_FN Fetch fetch_panel(const Problem<T, Word>& p, int64_t expert, int64_t c
                             int64_t parts, int64_t steps) {
     const View<3>& w = p.call.w;
     constexpr int64_t steps_between = 4;  // two calls of Beside
-    if (k >= p.columns() || (w.stride[2] != 1 && w.stride[1] != 1)) return {};
-    const int64_t size = static_cast<int64_t>(sizeof(T)), count = smaller(panel, w.size[1] - c),
+    if (k >= p.columns() || w.stride[1] != 1) return {};
+    const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = smaller(panel, w.size[1] - c) * size,
                   left = smaller(depth * elements_of<Word>, p.columns() - k);
-    const bool in_rows = w.stride[2] == 1;
-    const int64_t rows = in_rows ? count : left, bytes = (in_rows ? left : count) * size;
-    const int64_t begin = rows * part / parts, n = rows * (part + 1) / parts - begin;
-    const T* const first = in_rows ? p.weight(expert, c + begin, k) : p.weight(expert, c, k + begin);
-    return {reinterpret_cast<const char*>(first), w.stride[in_rows ? 1 : 2] * size, bytes, n,
+    const int64_t begin = left * part / parts, n = left * (part + 1) / parts - begin;
+    return {reinterpret_cast<const char*>(p.weight(expert, c, k + begin)), w.stride[2] * size, bytes, n,
             ceil_div(n * ceil_div(bytes, 64), larger(steps / steps_between, 1))};
 }
 
 template <class T, class Word>
-void compute_many(const Problem<T, Word>& p, const Span& span, int64_t n, const Workspace<Word>& at) {
+void compute_panels(const Problem<T, Word>& p, const Span& span, int64_t n, const Workspace<Word>& at) {
     constexpr int64_t chain = depth * elements_of<Word>;
     const int64_t N = p.call.out.size[1], last = smaller(n + piece_columns, N),
                   row_tiles = ceil_div(span.rows, tile_rows);
@@ -322,14 +477,14 @@ void compute_many(const Problem<T, Word>& p, const Span& span, int64_t n, const 
         const int64_t left = smaller(chain, p.columns() - k), steps = steps_of<Word>(left);
         for (int64_t c = n; c < last; c += panel) {
             const int64_t count = smaller(panel, last - c);
-            pack_panel(p, span.expert, c, count, k, left, at.w);
+            pack_panel(p, span.expert, c, count, k, left, at.panel);
             for (int64_t i = 0; i < row_tiles; ++i) {
                 const int64_t row = i * tile_rows;
                 const Fetch next = c + panel < last ? fetch_panel(p, span.expert, c + panel, k, i, row_tiles, steps)
                                                     : fetch_panel(p, span.expert, n, k + chain, i, row_tiles, steps);
                 multiply<Left::rows, Into::add>(
                     static_cast<int>(smaller(tile_rows, span.rows - row)), count,
-                    Product<Word>{p.x + (span.first + row) * p.pitch + k / elements_of<Word>, p.pitch, at.w, steps,
+                    Product<Word>{p.words_of(span) + row * p.pitch + k / elements_of<Word>, p.pitch, at.panel, steps,
                                   at.totals + row * piece_columns + c - n, piece_columns, nullptr},
                     next);
             }
@@ -345,11 +500,16 @@ void compute_many(const Problem<T, Word>& p, const Span& span, int64_t n, const 
 template <class T, class Word>
 void run(const GroupedLinear& call, const Runtime& runtime) {
     clear_outside(call.out, call.offsets);
-    const int64_t spans = spans_of(call.offsets, rows_at_once, nullptr), N = call.out.size[1];
-    if (spans == 0 || N == 0) return;
     Problem<T, Word> p(call);
+    int64_t spans = 0, rows = 0;
+    for_spans(p, [&](const Span& span) {
+        ++spans;
+        rows = span.place + round_up(span.rows, panel);
+    });
+    const int64_t N = call.out.size[1];
+    if (spans == 0 || N == 0) return;
     Span* list = nullptr;
-    const int64_t all_rows = p.rows.count(), row_bytes = larger(p.columns() * static_cast<int64_t>(sizeof(T)), 1);
+    const int64_t row_bytes = larger(p.columns() * static_cast<int64_t>(sizeof(T)), 1);
     const int64_t few_columns = round_up(clamp(few_bytes / row_bytes, width, N), width);
     const Runtime workers = worth(runtime, N * p.columns());
     const auto own = lay_out(
@@ -357,31 +517,41 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
         [&](Arena& arena) {
             list = arena.take<Span>(spans);
             p.pieces = arena.take<int64_t>(spans + 1);
-            p.x = arena.take<Word>((all_rows + tile_rows) * p.pitch);  // tiles run on behind the last row
+            p.x = arena.take<Word>((rows + tile_rows) * p.pitch);  // tiles run on behind the last row
         },
         workspace<Word>);
-    spans_of(call.offsets, rows_at_once, list);
-    const bool in_rows = call.w.stride[2] == 1, in_columns = call.w.stride[1] == 1;
-    const auto takes_squares = [&](const Span& span) { return in_rows && span.rows <= few; };
-    const auto takes_strips = [&](const Span& span) { return !in_rows && in_columns && span.rows <= strip_rows; };
     const auto columns_of = [&](const Span& span) {
-        return takes_squares(span) ? few_columns : takes_strips(span) ? strips_columns : piece_columns;
+        if (p.takes_squares(span)) return few_columns;
+        return p.takes_tiles(span) ? piece_rows : p.takes_strips(span) ? strips_columns : piece_columns;
     };
     p.pieces[0] = 0;
-    for (int64_t i = 0; i < spans; ++i) p.pieces[i + 1] = p.pieces[i] + ceil_div(N, columns_of(list[i]));
-    for_pieces(worth(runtime, all_rows * p.columns()), ceil_div(all_rows, few), [&](int, int64_t piece) {
-        for (int64_t r = piece * few; r < smaller(all_rows, (piece + 1) * few); ++r) copy_row(p, r);
+    int64_t n = 0;
+    for_spans(p, [&](const Span& span) {
+        list[n++] = span;
+        p.pieces[n] = p.pieces[n - 1] + ceil_div(N, columns_of(span));
     });
+    // The weight of a piece of few rows, or null. As many pieces on as there are workers is what a worker gets next,
+    // most likely.
+    const auto weight_of = [&](int64_t piece) -> const T* {
+        if (piece >= p.pieces[spans]) return nullptr;
+        const int64_t at = run_of(p.pieces, spans, piece), n = (piece - p.pieces[at]) * columns_of(list[at]);
+        return p.takes_squares(list[at]) && n + width <= N ? p.weight(list[at].expert, n, 0) : nullptr;
+    };
+    constexpr int64_t parts = rows_at_once / panel;
+    for_pieces(worth(runtime, rows * p.columns()), spans * parts,
+               [&](int, int64_t piece) { copy_rows(p, list[piece / parts], piece % parts); });
     for_pieces(workers, p.pieces[spans], [&](int worker, int64_t piece) {
         const int64_t at = run_of(p.pieces, spans, piece);
         const Span& span = list[at];
         const int64_t n = (piece - p.pieces[at]) * columns_of(span);
-        if (takes_squares(span))
-            compute_few<few>(p, span, n, smaller(N, n + few_columns));
-        else if (takes_strips(span))
+        if (p.takes_squares(span))
+            compute_few<few>(p, span, n, smaller(N, n + few_columns), weight_of(piece + workers.threads));
+        else if (p.takes_tiles(span))
+            compute_tiles(p, span, n, own(worker));
+        else if (p.takes_strips(span))
             compute_strips<strip_rows>(p, span, n);
         else
-            compute_many(p, span, n, own(worker));
+            compute_panels(p, span, n, own(worker));
     });
 }
 

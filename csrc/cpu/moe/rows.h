@@ -51,22 +51,6 @@ METATE_FN vi zip_any(const bf16* a, const bf16* b, int64_t stride, int64_t n) {
 }
 #endif
 
-// A run of rows of one expert.
-struct Span {
-    int64_t expert, first, rows;
-};
-
-// Cuts the rows of every expert that has any into runs of at most `most`; returns how many, and writes them if asked.
-inline int64_t spans_of(const View<1>& offsets, int64_t most, Span* spans) {
-    int64_t n = 0;
-    for (int64_t e = 0; e + 1 < offsets.size[0]; ++e) {
-        const int64_t begin = index_at(offsets, e), end = index_at(offsets, e + 1);
-        for (int64_t at = begin; at < end; at += most, ++n)
-            if (spans) spans[n] = {e, at, smaller(most, end - at)};
-    }
-    return n;
-}
-
 // Clears n elements of any dtype.
 METATE_FN void clear_line(char* to, int64_t n, int64_t stride, int64_t bytes) {
     if (stride == 1) {

@@ -102,15 +102,19 @@ inline int segments_of(Segment* to, const LowBitMatrix& w, int64_t k, bool int8_
 }
 
 // A line of dwords for every block and row of x: the digits of its segments, highest digit first, a quad a dword; and
-// for each segment the sums of its digits (in the low halves), its step and the sum of its numbers as floats; at the
-// end, the number of digits that are not 0 throughout the block.
+// for each segment the sums of its digits (in the low halves), what its sums start from, its step and the sum of its
+// numbers as floats; at the end, the number of digits that are not 0 throughout the block.
+//
+// Codes are not centered: where all have one center, sums start from -center times those of the digits, the first two
+// digits together and the last. Where centers differ, from the sums of the digits, for each center to multiply.
 struct IntegerRows {
     int32_t* lines;
     int64_t rows, most_quads, most_segments;
     int digits;
 
     METATE_FN int64_t sums_at() const { return most_quads * digits; }
-    METATE_FN int64_t steps_at() const { return sums_at() + most_segments * digits; }
+    METATE_FN int64_t starts_at() const { return sums_at() + most_segments * digits; }
+    METATE_FN int64_t steps_at() const { return starts_at() + most_segments * 2; }
     METATE_FN int64_t totals_at() const { return steps_at() + most_segments; }
     METATE_FN int64_t used_at() const { return totals_at() + most_segments; }
     METATE_FN int64_t stride() const { return round_up(used_at() + 1, 16); }
@@ -234,13 +238,20 @@ float write_digits(int32_t* to, int32_t* sums, const int32_t* q, const Segment& 
 
 template <int digits>
 void pack_segment(int32_t* line, const IntegerRows& to, const float* x, const Segment& segment, int number,
-                  const Order& order, const Arithmetic& arithmetic, float enough) {
+                  const Order& order, const Arithmetic& arithmetic, int center, float enough) {
     int32_t q[block + 32] = {};
     const int begin = segment.begin - segment.first_quad * 4, n = segment.end - segment.begin;
     const float step = digits == 3 ? round_floats(q + begin, line[to.used_at()], x + segment.begin, n, enough)
                                    : round_to_int8(q + begin, x + segment.begin, n);
     const float total = write_digits<digits>(line + segment.offset * digits, line + to.sums_at() + number * digits, q,
                                              segment, order, arithmetic.radix);
+    int32_t* const sums = line + to.sums_at() + number * digits;
+    for (int part = 0, d = 0; d < digits; ++part) {
+        int32_t start = static_cast<int16_t>(sums[d++]);
+        if (part == 0 && d < digits)
+            start = start * static_cast<int32_t>(arithmetic.radix) + static_cast<int16_t>(sums[d++]);
+        line[to.starts_at() + number * 2 + part] = start * center;
+    }
     const float unit = arithmetic.table.unit ? arithmetic.table.unit : 1.0f;
     line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
     line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
@@ -252,9 +263,15 @@ struct IntegerPlan {
     int count;
 };
 
+// Whether codes of different rows or groups are centered by different numbers.
+METATE_FN bool has_own_centers(const LowBitMatrix& w) {
+    return w.zeros && !w.offsets && !w.codebook;
+}
+
 template <class T>
 void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantLinear& call,
-                   const Arithmetic& arithmetic, const Runtime& runtime) {
+                   const Arithmetic& arithmetic, float center, const Runtime& runtime) {
+    const int factor = has_own_centers(call.w) ? 1 : -static_cast<int>(center);
     const int64_t columns = call.w.columns, rows_at_once = 16, row_pieces = ceil_div(to.rows, rows_at_once);
     const Order order = order_of(call.w.bits);
     for_pieces(runtime, ceil_div(columns, block) * row_pieces, [&](int, int64_t piece) {
@@ -269,13 +286,13 @@ void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantL
                 const Segment& segment = plans[k].segments[i];
                 switch (to.digits) {
                     case 1:
-                        pack_segment<1>(line, to, x, segment, i, order, arithmetic, 0);
+                        pack_segment<1>(line, to, x, segment, i, order, arithmetic, factor, 0);
                         break;
                     case 2:
-                        pack_segment<2>(line, to, x, segment, i, order, arithmetic, 0);
+                        pack_segment<2>(line, to, x, segment, i, order, arithmetic, factor, 0);
                         break;
                     default:
-                        pack_segment<3>(line, to, x, segment, i, order, arithmetic, enough_for<T>);
+                        pack_segment<3>(line, to, x, segment, i, order, arithmetic, factor, enough_for<T>);
                 }
             }
         }
@@ -351,23 +368,16 @@ inline void find_bytes([[maybe_unused]] int32_t* codes, [[maybe_unused]] int64_t
 #endif
 }
 
-// Whether codes of different rows or groups are centered by different numbers.
-METATE_FN bool has_own_centers(const LowBitMatrix& w) {
-    return w.zeros && !w.offsets && !w.codebook;
-}
-
-// What is subtracted from the codes of `width` rows for n groups from `group` on: its negative in the low half of each
-// lane, a vector a group, `stride` dwords apart.
-inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, float center, int64_t row, int64_t group,
-                         int64_t n) {
-    const bool varies = has_own_centers(w);
+// Of codes with their own centers, what is subtracted from those of `width` rows for n groups from `group` on: its
+// negative, a vector a group, `stride` dwords apart.
+inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, int64_t row, int64_t group, int64_t n) {
     const int64_t rows = smaller(w.rows - row, width);
-    const vi base = splat(varies ? static_cast<int32_t>(w.zero) : static_cast<int32_t>(center));
+    const vi base = splat(static_cast<int32_t>(w.zero));
     for (int64_t g = 0; g < n; g += width) {
         vf lines[width];
         for (int i = 0; i < width; ++i) {
             const int64_t columns = smaller(n - g, width);
-            if (!varies || i >= rows) {
+            if (i >= rows) {
                 lines[i] = as_float(base);
             } else if (w.zeros.stride[1] == 1) {
                 const uint8_t* const from = static_cast<const uint8_t*>(w.zeros.data);
@@ -380,8 +390,7 @@ inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, flo
             }
         }
         transpose(lines);
-        for (int j = 0; j < smaller(n - g, width); ++j)
-            store(to + (g + j) * stride, bit_and(sub(splat(0), as_int(lines[j])), splat(0xffff)));
+        for (int j = 0; j < smaller(n - g, width); ++j) store(to + (g + j) * stride, sub(splat(0), as_int(lines[j])));
     }
 }
 
@@ -389,11 +398,11 @@ inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, flo
 
 struct IntegerTile {
     const int32_t* x;  // lines `stride` dwords apart
-    int64_t stride, sums_at, steps_at, totals_at, used_at;
+    int64_t stride, sums_at, starts_at, steps_at, totals_at, used_at;
     const int32_t* codes;  // (quad, lane) at quad · panel + lane; or transposed words of 4-bit codes, half by half
     const Segment* segments;
     int count;
-    const int32_t* centers;  // like the scales
+    const int32_t* centers;  // like the scales, where codes have their own
     const float *scales, *corrections;
     int64_t first_group;
     float radix;
@@ -421,13 +430,22 @@ METATE_FN vi quad_at(const int32_t* codes, int q, int half) {
     return bit_and(q % 2 ? shift_right(word, 4) : word, splat(0x0f0f0f0f));
 }
 
+// What the sums of row r of a segment start from: all digits but the last of three, or that one.
+template <bool own_centers>
+METATE_FN vi start_of(const IntegerTile& t, int s, int r, int part, vi center) {
+    const vi start = splat(t.x[r * t.stride + t.starts_at + 2 * s + part]);
+    return own_centers ? multiply(center, start) : start;
+}
+
 // Few rows have too few chains of additions to keep the processor busy: they form `together` sums for each output.
 // Digits after the first `used` are 0.
-template <int rows, int digits, Sums kind, bool in_words, int used>
-__attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
+template <int rows, int digits, Sums kind, bool in_words, int used, bool own_centers>
+__attribute__((noinline)) void multiply_segments(const IntegerTile& tile) {
     constexpr int chains = rows * used * 2;
     constexpr int together = kind != Sums::dots || chains > 6 ? 1 : chains > 3 ? 2 : 4;
     constexpr bool are_kept = together * chains + 2 * rows <= (width == 16 ? 24 : 10);  // totals, in registers
+    constexpr int last = used > 1 ? 1 : 0;  // of the digits whose sums are joined as whole numbers
+    const IntegerTile t = tile;             // which no store to the totals can change
     vf totals[are_kept ? rows : 1][2];
 #pragma GCC unroll 12
     for (int r = 0; are_kept && r < rows; ++r) {
@@ -436,9 +454,10 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
     }
     const uint8_t* ahead = t.ahead;
     for (int s = 0; s < t.count; ++s) {
-        const Segment& segment = t.segments[s];
+        const Segment segment = t.segments[s];
         const int64_t at = (segment.group - t.first_group) * panel;
-        const vi first_center = load(t.centers + at), second_center = load(t.centers + at + width);
+        vi center[2] = {};
+        if (own_centers) center[0] = load(t.centers + at), center[1] = load(t.centers + at + width);
         vi sum[together][used][rows][2];
 #pragma GCC unroll 4
         for (int q = 0; q < together; ++q) {
@@ -446,11 +465,11 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
             for (int d = 0; d < used; ++d) {
 #pragma GCC unroll 12
                 for (int r = 0; r < rows; ++r) {
-                    sum[q][d][r][0] = sum[q][d][r][1] = splat(0);
-                    if (q > 0 || kind == Sums::words) continue;
-                    const vi digit_sum = splat(t.x[r * t.stride + t.sums_at + s * digits + d]);
-                    sum[q][d][r][0] = multiply_words(first_center, digit_sum);
-                    sum[q][d][r][1] = multiply_words(second_center, digit_sum);
+#pragma GCC unroll 2
+                    for (int v = 0; v < 2; ++v)
+                        sum[q][d][r][v] = q > 0 || d < last || kind == Sums::words
+                                            ? splat(0)
+                                            : start_of<own_centers>(t, s, r, d - last, center[v]);
                 }
             }
         }
@@ -482,29 +501,27 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
         constexpr int least = in_words ? 2 : 1, most = together > least ? together : least;
         for (; left >= most; left -= most) add_quads.template operator()<most>();
         for (; most > least && left > 0; left -= least) add_quads.template operator()<least>();
+        const vf scale[2] = {load(t.scales + at), load(t.scales + at + width)};
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
             const int32_t* const line = t.x + r * t.stride;
+            vf step = splat(bit_cast<float>(line[t.steps_at + s]));
+            if (used < digits) step = step * splat(t.radix);
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
-                vf value = splat(0.0f);
 #pragma GCC unroll 3
                 for (int d = 0; d < used; ++d) {
-                    vi whole = sum[0][d][r][v];
 #pragma GCC unroll 4
-                    for (int q = 1; q < together; ++q) whole = add(whole, sum[q][d][r][v]);
-                    if (kind == Sums::words) {
-                        const vi digit_sum = splat(line[t.sums_at + s * digits + d]);
-                        whole = add(multiply_words(whole, splat(0x00010001)),
-                                    multiply_words(v ? second_center : first_center, digit_sum));
-                    }
-                    value = d ? fma(value, splat(t.radix), to_float(whole)) : to_float(whole);
+                    for (int q = 1; q < together; ++q) sum[0][d][r][v] = add(sum[0][d][r][v], sum[q][d][r][v]);
                 }
-                if (used < digits) value = value * splat(t.radix);
+                vi whole = sum[0][last][r][v];
+                if (last) whole = add(shift_left(sum[0][0][r][v], digits == 3 ? 8 : 7), whole);
+                if (kind == Sums::words)
+                    whole = add(multiply_words(whole, splat(0x00010001)), start_of<own_centers>(t, s, r, 0, center[v]));
+                vf value = to_float(whole);
+                if (used == 3) value = fma(value, splat(t.radix), to_float(sum[0][used - 1][r][v]));
                 float* const total = t.total + r * panel + v * width;
-                const vf scale = load(t.scales + at + v * width);
-                vf result = are_kept ? totals[r][v] : load(total);
-                result = fma(value * splat(bit_cast<float>(line[t.steps_at + s])), scale, result);
+                vf result = fma(value * step, scale[v], are_kept ? totals[r][v] : load(total));
                 if (t.corrections)
                     result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at + v * width),
                                  result);
@@ -522,7 +539,8 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& t) {
 template <int digits, Sums kind, int rows, bool in_words = false, int used = digits>
 METATE_FN void multiply_heights(IntegerTile& t, int64_t n) {
     for (; n >= rows; n -= rows, t.x += rows * t.stride, t.total += rows * panel)
-        multiply_segments<rows, digits, kind, in_words, used>(t);
+        t.centers ? multiply_segments<rows, digits, kind, in_words, used, true>(t)
+                  : multiply_segments<rows, digits, kind, in_words, used, false>(t);
     if constexpr (rows > 1) multiply_heights<digits, kind, (rows == 6 ? 4 : rows / 2), in_words, used>(t, n);
 }
 

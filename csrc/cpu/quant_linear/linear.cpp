@@ -103,7 +103,6 @@ struct Problem {
         lane_rows = {nullptr, c.x.size[0], longest / (pairs ? 2 : 1)};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
-    bool reads_centers() const { return !dots_rows || has_own_centers(call.w); }
     bool is_corrected() const {
         return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
     }
@@ -116,7 +115,7 @@ struct Problem {
         at.earlier = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
         at.scales = arena.take<float>(cut.panels * window * panel);
         at.corrections = is_corrected() ? arena.take<float>(cut.panels * window * panel) : nullptr;
-        at.centers = arithmetic.digits ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
+        at.centers = arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
         at.first_group = arena.take<int64_t>(cut.panels);
         at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;
         at.chunk_sums = can_sum ? arena.take<float>(most_chunk_sums) : nullptr;
@@ -149,8 +148,7 @@ void load_window(const Problem& p, const Workspace& at, int64_t panel_number, in
         float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
         load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
                     groups);
-        if (at.centers && p.reads_centers())
-            load_centers(at.centers + offset + v * width, panel, w, p.center(), row + v * width, first, groups);
+        if (at.centers) load_centers(at.centers + offset + v * width, panel, w, row + v * width, first, groups);
     }
     fetch_levels(w, row + panel, first);  // after the loads, which would wait for it
 }
@@ -195,13 +193,14 @@ IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_nu
     return {nullptr,
             x.stride(),
             x.sums_at(),
+            x.starts_at(),
             x.steps_at(),
             x.totals_at(),
             x.used_at(),
             at.codes,
             nullptr,
             0,
-            p.reads_centers() ? at.centers + panel_number * p.window * panel : nullptr,
+            at.centers ? at.centers + panel_number * p.window * panel : nullptr,
             tile.scales,
             tile.corrections,
             tile.first_group,
@@ -419,7 +418,7 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
     const QuantLinear& call = p.call;
     const Runtime packers = worth(runtime, p.x.rows * call.w.columns * operations_to_pack);
     if (p.arithmetic.digits > 0)
-        pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic, packers);
+        pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic, p.center(), packers);
     else
         pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);
     if (p.dots_rows)

@@ -100,7 +100,8 @@ struct Problem {
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
         spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
         x.unit = pairs ? Unit::pairs : Unit::floats;
-        lane_rows = {nullptr, c.x.size[0], longest / (pairs ? 2 : 1)};
+        if (pairs && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
+        lane_rows = {nullptr, c.x.size[0], x.most_columns / (pairs ? 2 : 1), x.most_columns};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
     bool is_corrected() const {
@@ -130,7 +131,8 @@ void plan_blocks(const Problem& p, Chunk* chunks, Segment* segments) {
             Segment* const own = segments + k * p.x.most_chunks;
             p.integer_plans[k] = {own, segments_of(own, w, k, p.call.int8_activations)};
         }
-        const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k);
+        const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k,
+                                    p.x.most_columns);
         const int64_t last = smaller((k + 1) * block, w.columns) - 1;
         p.plans[k] = {chunks, count, k * block / w.group_size, last / w.group_size};
     }
@@ -282,6 +284,7 @@ Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_
             at.values,
             nullptr,
             0,
+            p.x.most_columns,
             at.scales + offset,
             at.corrections && p.sums_scaled ? at.corrections + offset : nullptr,
             0,
@@ -334,7 +337,7 @@ void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
 
 // The same in floats, whose sums take more room.
 void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
-    const ChunkSums sums{at.chunk_sums, p.x.rows};
+    const ChunkSums sums{at.chunk_sums, p.x.rows, p.x.most_columns};
     Tile tile = tile_of(p, at, 0, p.x.rows);
     const int64_t most = blocks_at_once / p.x.rows / span * span;
     for (int64_t first = 0; first < p.blocks; first += most) {
@@ -403,7 +406,7 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * p.x.words());
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
-            const int64_t columns = round_up(p.call.w.columns, run_columns);
+            const int64_t columns = round_up(p.call.w.columns, p.lane_rows.run_columns());
             p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;
         }
         if (!arena.base) continue;

@@ -86,7 +86,7 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t k) {
                 decode_strip(p, at, row, k, at.values + (row - n * block) * panel);
             for (int64_t i = 0; i < panels; ++i)
                 multiply<Unit::floats, false>(p.x, n, x_row, rows,
-                                              {nullptr, at.values + i * block * panel, chunks, count, nullptr, nullptr,
+                                              {nullptr, at.values + i * block * panel, chunks, count, longest, nullptr, nullptr,
                                                0, nullptr, 0, at.totals + i * rows * panel});
         }
         for (int64_t i = 0; i < panels; ++i) {

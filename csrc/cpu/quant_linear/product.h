@@ -14,19 +14,19 @@ namespace {
 
 constexpr int tile_rows = width == 16 ? 12 : width == 8 ? 6 : 4;
 
-// Columns of one block that share a scale, at most `longest`.
+// Columns of one block that share a scale, at most `longest` or, of some pairs, `longest_pairs`.
 struct Chunk {
     int begin, end;  // within the block
     int64_t group;
 };
 
-// The chunks of block k, at most `block` of them; returns how many.
-inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t k) {
+// The chunks of block k, at most `block` of them, of at most `most` columns; returns how many.
+inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t k, int64_t most = longest) {
     int n = 0;
     const int64_t last = smaller((k + 1) * block, columns);
     for (int64_t at = k * block; at < last; ++n) {
         const int64_t group = at / group_size, group_left = group_size - at % group_size;
-        const int64_t end = smaller(smaller(last, at + longest - at % longest), at + smaller(group_left, block));
+        const int64_t end = smaller(smaller(last, at + most - at % most), at + smaller(group_left, block));
         chunks[n] = {static_cast<int>(at - k * block), static_cast<int>(end - k * block), group};
         at = end;
     }
@@ -45,6 +45,7 @@ struct PackedRows {
     float* sums;  // (blocks, rows, most_chunks), or null
     int64_t rows, most_chunks;
     Unit unit = Unit::floats;
+    int most_columns = longest;  // of a chunk
 
     METATE_FN int64_t words() const { return unit == Unit::pairs ? block / 2 : block; }
     METATE_FN float* line(int64_t k, int64_t row) const { return x + (k * rows + row) * words(); }
@@ -102,7 +103,7 @@ void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, in
     for_pieces(runtime, ceil_div(columns, block) * row_pieces, [&](int, int64_t piece) {
         const int64_t k = piece / row_pieces, first = piece % row_pieces * rows_at_once;
         Chunk chunks[block];
-        const int count = to.sums || rounded ? chunks_of(chunks, columns, group_size, k) : 0;
+        const int count = to.sums || rounded ? chunks_of(chunks, columns, group_size, k, to.most_columns) : 0;
         for (int64_t row = first; row < smaller(to.rows, first + rows_at_once); ++row) {
             const T* from = static_cast<const T*>(x.data) + row * x.stride[0];
             float room[block] = {};
@@ -133,7 +134,7 @@ struct Tile {
     const float* x;       // rows of a block's words
     const float* values;  // (word, lane) at word · panel + lane
     const Chunk* chunks;
-    int count;
+    int count, most_columns;
     const float *scales, *corrections;  // (group, lane) at (group - first_group) · panel + lane; or null
     int64_t first_group;
     const float* sums;  // rows sums_stride apart
@@ -164,7 +165,8 @@ METATE_FN vf add_product(vf sum, vf x, vf values) {
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
 template <Unit unit, int rows, bool scaled, int together>
 METATE_FN void multiply_chunks(const Tile& t, int c) {
-    constexpr int per_word = columns_in<unit>, stride = block / per_word, chunk_words = longest / per_word;
+    constexpr int per_word = columns_in<unit>, stride = block / per_word;
+    const int chunk_words = t.most_columns / per_word;
     vf sum[together][rows][2];
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q) {
@@ -207,7 +209,7 @@ METATE_FN void multiply_chunks(const Tile& t, int c) {
 
 // Whether the n chunks from number c on are whole.
 METATE_FN bool are_whole(const Tile& t, int c, int n) {
-    return c + n <= t.count && t.chunks[c].begin + n * longest == t.chunks[c + n - 1].end;
+    return c + n <= t.count && t.chunks[c].begin + n * t.most_columns == t.chunks[c + n - 1].end;
 }
 
 template <Unit unit, int rows, bool scaled>

@@ -8,10 +8,13 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t run_columns = width * longest;  // columns whose chunks fill the lanes
+// Whether W is all chunks of so many columns.
+METATE_FN bool are_whole_chunks(const LowBitMatrix& w, int64_t columns) {
+    return w.columns % columns == 0 && (w.group_size % columns == 0 || w.group_size >= w.columns);
+}
 
 METATE_FN bool can_sum_chunks(const LowBitMatrix& w) {
-    return w.bits == 4 && w.columns % longest == 0 && (w.group_size % longest == 0 || w.group_size >= w.columns);
+    return w.bits == 4 && are_whole_chunks(w, longest);
 }
 
 // The chunk of a run that lies in a lane once transpose_parts has spread its dwords.
@@ -19,20 +22,21 @@ METATE_FN constexpr int chunk_in(int lane) {
     return lane % 4 * (width / 4) + lane / 4;
 }
 
-// x for every run, row and word of a chunk: one for each lane.
+// x for every run, which is as many chunks as there are lanes, row and word of a chunk: one for each lane.
 struct LaneRows {
     float* x;
-    int64_t rows, chunk_words;
+    int64_t rows, chunk_words, chunk_columns;
 
+    METATE_FN int64_t run_columns() const { return width * chunk_columns; }
     METATE_FN float* at(int64_t number, int64_t row) const { return x + (number * rows + row) * chunk_words * width; }
 };
 
 inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns, const Runtime& runtime) {
-    for_pieces(runtime, ceil_div(columns, run_columns) * to.rows, [&](int, int64_t i) {
+    for_pieces(runtime, ceil_div(columns, to.run_columns()) * to.rows, [&](int, int64_t i) {
         float* const x = to.at(i / to.rows, i % to.rows);
         for (int lane = 0; lane < width; ++lane) {
-            const int64_t column = i / to.rows * run_columns + chunk_in(lane) * longest;
-            const int64_t word = column % block / longest * to.chunk_words;
+            const int64_t column = i / to.rows * to.run_columns() + chunk_in(lane) * to.chunk_columns;
+            const int64_t word = column % block / to.chunk_columns * to.chunk_words;
             const float* line = column < columns ? from.line(column / block, i % to.rows) + word : nullptr;
             for (int64_t j = 0; j < to.chunk_words; ++j) x[j * width + lane] = line ? line[j] : 0.0f;
         }
@@ -42,14 +46,14 @@ inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns, 
 // The sums of some runs of a panel, for every row of x.
 struct ChunkSums {
     float* sums;
-    int64_t rows;
+    int64_t rows, chunk_columns;
 
     // Of `width` rows of W, the first or the second half of the panel: a vector a row, later a vector a chunk.
     METATE_FN float* at(int64_t number, int64_t row, int64_t half) const {
         return sums + ((number * rows + row) * 2 + half) * width * width;
     }
 };
-constexpr int64_t runs_at_once = blocks_at_once * block / run_columns;
+constexpr int64_t runs_at_once = blocks_at_once * block / (width * longest);
 constexpr int64_t most_chunk_sums = runs_at_once * few_rows * panel * width;
 
 // What finds values in dwords of codes, word j of a chunk.
@@ -75,46 +79,66 @@ struct Finder<Unit::pairs, kind> {
 };
 #endif
 
+// Part i of four of those of a run that hold the words of a chunk, or of its first or second half.
+template <int halves>
+METATE_FN vi part_of(const uint8_t* codes, int i, int half, int64_t left) {
+    constexpr int part = 4 * width;
+    const auto load_part = [&](int at) __attribute__((always_inline)) {
+        return left >= 4 * halves * part ? load(reinterpret_cast<const int32_t*>(codes + at))
+                                         : load_bytes(codes + at, larger(left - at, 0));
+    };
+    if constexpr (halves == 1) return load_part(i * part);
+#if defined(METATE_HAS_BF16_DOT)
+    if constexpr (halves == 2) {
+        const vi first = load_part(2 * i * part), second = load_part((2 * i + 1) * part);
+        return half ? odd_quarters(first, second) : even_quarters(first, second);
+    }
+#endif
+}
+
 // The sums of run `number` of those read, of `lines` rows of W.
-template <Unit unit, Values::Kind kind, int rows, int lines>
+template <Unit unit, Values::Kind kind, int rows, int lines, int halves>
 METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[lines], const Reading& reading,
                        int64_t number, Ahead& ahead, const float* x, const Finder<unit, kind>& find) {
-    constexpr int chunk_words = longest / columns_in<unit>;
-    constexpr int bytes = run_columns / 2, part = 4 * width;
+    constexpr int half_words = longest / columns_in<unit>, chunk_words = halves * half_words;
+    constexpr int bytes = halves * width * longest / 2;
     const int64_t left = reading.bytes_left(number * bytes);
-    vi words[lines][4];
 #pragma GCC unroll 4
     for (int r = 0; r < lines; ++r) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const uint8_t* const from = codes[r] + i * part;
-            words[r][i] = left >= bytes ? load(reinterpret_cast<const int32_t*>(from))
-                                        : load_bytes(from, larger(left - i * part, 0));
-        }
-        transpose_parts(words[r]);
-#pragma GCC unroll 4
         for (int m = 0; m < rows; ++m) sums[r][m] = splat(0.0f);
     }
+#pragma GCC unroll 2
+    for (int half = 0; half < halves; ++half, x += half_words * width) {
+        vi words[lines][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < lines; ++r) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) words[r][i] = part_of<halves>(codes[r], i, half, left);
+            transpose_parts(words[r]);
+        }
 #pragma GCC unroll 32
-    for (int j = 0; j < chunk_words; ++j) {
-        constexpr int fetches = lines * bytes / 64, apart = chunk_words / fetches;
-        if (j % apart == 0) ahead.fetch();
-        vf value[lines];
+        for (int j = 0; j < half_words; ++j) {
+            constexpr int fetches = lines * bytes / 64, apart = chunk_words / fetches;
+            if (j % apart == 0) ahead.fetch();
+            vf value[lines];
 #pragma GCC unroll 4
-        for (int r = 0; r < lines; ++r) value[r] = find(words[r], j);
+            for (int r = 0; r < lines; ++r) value[r] = find(words[r], j);
 #pragma GCC unroll 4
-        for (int m = 0; m < rows; ++m) {
-            const vf a = load(x + (m * chunk_words + j) * width);
+            for (int m = 0; m < rows; ++m) {
+                const vf a = load(x + (m * chunk_words + j) * width);
 #pragma GCC unroll 4
-            for (int r = 0; r < lines; ++r) sums[r][m] = add_product<unit>(sums[r][m], a, value[r]);
+                for (int r = 0; r < lines; ++r) sums[r][m] = add_product<unit>(sums[r][m], a, value[r]);
+            }
         }
     }
 }
 
-template <Unit unit, Values::Kind kind, int rows>
+template <Unit unit, Values::Kind kind, int rows, int halves>
 __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& reading, const LaneRows& x,
                                           const Values& values) {
     constexpr int lines = width == 16 && rows <= 2 ? 4 : 2;
+    constexpr int64_t run_columns = halves * width * longest;
     const Finder<unit, kind> find(values);
     const int64_t first = reading.first_block * block / run_columns,
                   runs = ceil_div(reading.blocks * block, run_columns);
@@ -124,7 +148,7 @@ __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& re
         Ahead ahead(reading, i);
         for (int64_t number = 0; number < runs; ++number) {
             vf sums[lines][rows];
-            sum_run(sums, codes, reading, number, ahead, x.at(first + number, 0), find);
+            sum_run<unit, kind, rows, lines, halves>(sums, codes, reading, number, ahead, x.at(first + number, 0), find);
             for (int r = 0; r < lines; ++r) {
                 for (int m = 0; m < rows; ++m) store(to.at(number, m, i / width) + (i + r) % width * width, sums[r][m]);
                 codes[r] += run_columns / 2;
@@ -146,11 +170,12 @@ METATE_FN void sum_chunks_of(const ChunkSums& to, const Reading& reading, const 
         if (to.rows < rows) return sum_chunks_of<rows - 1>(to, reading, x, values);
     }
 #if defined(METATE_HAS_BF16_DOT)
-    if (x.chunk_words < longest) return sum_chunks<Unit::pairs, Values::table, rows>(to, reading, x, values);
+    if (x.chunk_columns > longest) return sum_chunks<Unit::pairs, Values::table, rows, 2>(to, reading, x, values);
+    if (x.chunk_words < longest) return sum_chunks<Unit::pairs, Values::table, rows, 1>(to, reading, x, values);
 #endif
     if (width == 16 || values.kind == Values::table)
-        return sum_chunks<Unit::floats, Values::table, rows>(to, reading, x, values);
-    if constexpr (width < 16) sum_chunks<Unit::floats, Values::whole, rows>(to, reading, x, values);
+        return sum_chunks<Unit::floats, Values::table, rows, 1>(to, reading, x, values);
+    if constexpr (width < 16) sum_chunks<Unit::floats, Values::whole, rows, 1>(to, reading, x, values);
 }
 
 // Adds the sums of the chunks of one block, number k of those read, to the totals: add_sum, but a total stays in its
@@ -161,7 +186,7 @@ inline void add_chunks(const ChunkSums& from, int64_t k, const Tile t) {
             float* const at = t.total + m * panel + v * width;
             vf total = load(at);
             for (int c = 0; c < t.count; ++c) {
-                const int64_t chunk = (k * block + t.chunks[c].begin) / longest;
+                const int64_t chunk = (k * block + t.chunks[c].begin) / from.chunk_columns;
                 const int64_t scale = (t.chunks[c].group - t.first_group) * panel + v * width;
                 const vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
                 total = fma(sum, load(t.scales + scale), total);

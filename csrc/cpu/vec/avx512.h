@@ -513,6 +513,13 @@ METATE_FN vi zip(const bf16* a, const bf16* b) {
 METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
     return join_pairs(_mm256_maskz_loadu_epi16(first(n), a), _mm256_maskz_loadu_epi16(first(n), b));
 }
+// Every second 16 bytes of a and b, from the first or the second on.
+METATE_FN vi even_quarters(vi a, vi b) {
+    return _mm512_shuffle_i32x4(a, b, 0x88);
+}
+METATE_FN vi odd_quarters(vi a, vi b) {
+    return _mm512_shuffle_i32x4(a, b, 0xdd);
+}
 // Sixteen bfloat16, looked up by the low four bits of each word; and words shifted right.
 METATE_FN vi pair_table(const float* p) {
     const __m256i entries = narrow_bf16(_mm512_loadu_ps(p));

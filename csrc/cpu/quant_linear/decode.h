@@ -12,10 +12,10 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int block = 128;        // columns decoded at a time
-constexpr int longest = 32;       // columns of a chunk: the longest chain of additions
+constexpr int block = 128;         // columns decoded at a time
+constexpr int longest = 32;        // columns of a chunk: the longest chain of additions
 constexpr int longest_pairs = 64;  // the same where bfloat16 is multiplied, to which results round more than sums
-constexpr int panel = 2 * width;  // rows of a panel: with tile_rows rows of x they fill the registers
+constexpr int panel = 2 * width;   // rows of a panel: with tile_rows rows of x they fill the registers
 
 // What a code stands for before its scale.
 struct Values {

@@ -50,11 +50,12 @@ constexpr int64_t short_group = 64;  // below, whole numbers are scaled so often
 // Whether bfloat16 is multiplied in pairs. Entries of codebooks are rounded to it then: less than results are.
 inline bool takes_pairs(const QuantLinear& c, const Values& values) {
     const int64_t group = c.w.group_size;
-    if (c.x.dtype != DType::bf16 || c.int8_activations || c.w.bits != 4) return false;
+    if (c.x.dtype != DType::bf16 || c.w.bits != 4) return false;
     if (group % longest != 0 && (group < c.w.columns || group < small_group)) return false;
     bool is_exact = true;
     for (int i = 0; i < 16; ++i) is_exact &= to_float(from_float<bf16>(values.entries[i])) == values.entries[i];
     const bool in_integers = arithmetic_of(c, values, small_group).digits > 0;
+    if (c.int8_activations) return !in_integers && c.w.codebook;
     return in_integers ? is_exact && group < short_group : is_exact || c.w.codebook;
 }
 #else
@@ -94,13 +95,13 @@ struct Problem {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         window = round_up(groups_of_block, width);
         sums_scaled = c.w.group_size >= small_group;
-        x = {nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
+        x = {nullptr, nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
         spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
         x.unit = pairs ? Unit::pairs : Unit::floats;
-        if (pairs && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
+        if (pairs && !c.int8_activations && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
         lane_rows = {nullptr, c.x.size[0], x.most_columns / (pairs ? 2 : 1), x.most_columns};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
@@ -116,7 +117,8 @@ struct Problem {
         at.earlier = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
         at.scales = arena.take<float>(cut.panels * window * panel);
         at.corrections = is_corrected() ? arena.take<float>(cut.panels * window * panel) : nullptr;
-        at.centers = arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
+        at.centers =
+            arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
         at.first_group = arena.take<int64_t>(cut.panels);
         at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;
         at.chunk_sums = can_sum ? arena.take<float>(most_chunk_sums) : nullptr;
@@ -131,8 +133,7 @@ void plan_blocks(const Problem& p, Chunk* chunks, Segment* segments) {
             Segment* const own = segments + k * p.x.most_chunks;
             p.integer_plans[k] = {own, segments_of(own, w, k, p.call.int8_activations)};
         }
-        const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k,
-                                    p.x.most_columns);
+        const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k, p.x.most_columns);
         const int64_t last = smaller((k + 1) * block, w.columns) - 1;
         p.plans[k] = {chunks, count, k * block / w.group_size, last / w.group_size};
     }
@@ -289,6 +290,7 @@ Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_
             at.corrections && p.sums_scaled ? at.corrections + offset : nullptr,
             0,
             nullptr,
+            nullptr,
             p.x.most_chunks,
             at.totals + panel_number * rows * panel};
 }
@@ -348,6 +350,7 @@ void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
             load_window(p, at, 0, number * panel, first + k);
             enter_block(tile, p, first + k, at.first_group[0]);
             tile.sums = p.x.sums ? p.x.sums_of(first + k, 0) : nullptr;
+            tile.steps = p.x.steps ? p.x.steps + p.x.chunks_at(first + k, 0) : nullptr;
             add_chunks(sums, k, tile);
         }
     }
@@ -405,6 +408,8 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
             }
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * p.x.words());
+            const bool has_steps = p.pairs && all.calls[i].int8_activations;
+            p.x.steps = has_steps ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
             const int64_t columns = round_up(p.call.w.columns, p.lane_rows.run_columns());
             p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;

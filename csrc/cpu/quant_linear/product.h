@@ -39,17 +39,19 @@ template <Unit unit>
 constexpr int columns_in = unit == Unit::pairs ? 2 : 1;
 
 // A float or half a pair for every block, row and column of x, block after block, the rows of a block one after
-// another; and the sums of its chunks. Columns come in the order of the permutation.
+// another; and the sums of its chunks, and their steps where pairs are multiples of one. Columns come in the order of
+// the permutation.
 struct PackedRows {
-    float* x;     // (blocks, rows, words of a block)
-    float* sums;  // (blocks, rows, most_chunks), or null
+    float* x;             // (blocks, rows, words of a block)
+    float *sums, *steps;  // (blocks, rows, most_chunks), or null
     int64_t rows, most_chunks;
     Unit unit = Unit::floats;
     int most_columns = longest;  // of a chunk
 
     METATE_FN int64_t words() const { return unit == Unit::pairs ? block / 2 : block; }
     METATE_FN float* line(int64_t k, int64_t row) const { return x + (k * rows + row) * words(); }
-    METATE_FN float* sums_of(int64_t k, int64_t row) const { return sums + (k * rows + row) * most_chunks; }
+    METATE_FN int64_t chunks_at(int64_t k, int64_t row) const { return (k * rows + row) * most_chunks; }
+    METATE_FN float* sums_of(int64_t k, int64_t row) const { return sums + chunks_at(k, row); }
 };
 
 template <class T>
@@ -65,8 +67,9 @@ void pack_line(float* to, const T* from, int64_t stride, const View<1>& permutat
     for (; i < n; ++i) to[i] = to_float(from[i * stride]);
 }
 
-// The n <= longest numbers of a chunk to whole multiples of their largest magnitude / 127.
-inline void round_chunk(float* x, int n) {
+// The n <= longest numbers of a chunk to whole multiples of their largest magnitude / 127, in units of it if
+// `in_steps`; returns that step.
+inline float round_chunk(float* x, int n, bool in_steps) {
     const vf zero = splat(0.0f);
     vf most = zero, poison = zero;
     for (int i = 0; i < n; i += width) {
@@ -79,9 +82,10 @@ inline void round_chunk(float* x, int n) {
     const float inverse = largest_size > 0 && 127 / largest_size < infinity ? 127 / largest_size : 0;
     for (int i = 0; i < n; i += width) {
         const vf part = (n - i >= width ? load(x + i) : load(x + i, n - i)) * splat(inverse);
-        const vf rounded = (part - rest_of_round(part)) * splat(step);
+        const vf whole = part - rest_of_round(part), rounded = in_steps ? whole : whole * splat(step);
         n - i >= width ? store(x + i, rounded) : store(x + i, rounded, n - i);
     }
+    return step;
 }
 
 // The columns of a block as pairs, as decode_pairs has them: exact, for they were bfloat16.
@@ -109,12 +113,15 @@ void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, in
             float room[block] = {};
             float* const line = to.unit == Unit::pairs ? room : to.line(k, row);
             pack_line(line, from, x.stride[1], permutation, k * block, smaller(block, columns - k * block));
+            for (int c = 0; c < count && rounded; ++c) {
+                const float step = round_chunk(line + chunks[c].begin, chunks[c].end - chunks[c].begin, to.steps);
+                if (to.steps) to.steps[to.chunks_at(k, row) + c] = step;
+            }
             if (to.unit == Unit::pairs) to_pairs(to.line(k, row), line);
-            for (int c = 0; c < count && rounded; ++c)
-                round_chunk(line + chunks[c].begin, chunks[c].end - chunks[c].begin);
             for (int c = 0; c < count && to.sums; ++c) {
                 double sum = 0;
                 for (int i = chunks[c].begin; i < chunks[c].end; ++i) sum += static_cast<double>(line[i]);
+                if (to.steps) sum *= static_cast<double>(to.steps[to.chunks_at(k, row) + c]);
                 to.sums_of(k, row)[c] = static_cast<float>(sum);
             }
         }
@@ -137,16 +144,17 @@ struct Tile {
     int count, most_columns;
     const float *scales, *corrections;  // (group, lane) at (group - first_group) · panel + lane; or null
     int64_t first_group;
-    const float* sums;  // rows sums_stride apart
+    const float *sums, *steps;  // of the chunks of x, rows sums_stride apart
     int64_t sums_stride;
     float* total;  // rows `panel` floats apart
 };
 
-// total = fma(sum, scale, total), and the correction of what the sum left out.
+// total = fma(sum, scale, total), the sum in units of the step if there is one, and the correction of what it left out.
 template <bool scaled>
 METATE_FN void add_sum(const Tile& t, int c, int r, int lane, vf sum) {
     float* const at = t.total + r * panel + lane;
     if (!scaled) return store(at, load(at) + sum);
+    if (t.steps) sum = sum * splat(t.steps[r * t.sums_stride + c]);
     const int64_t scale = (t.chunks[c].group - t.first_group) * panel + lane;
     vf total = fma(sum, load(t.scales + scale), load(at));
     if (t.corrections) total = fma(splat(t.sums[r * t.sums_stride + c]), load(t.corrections + scale), total);
@@ -241,6 +249,7 @@ inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, 
         const int64_t first = rows * i / tiles, end = rows * (i + 1) / tiles;
         tile.x = x.line(k, row + first);
         tile.sums = x.sums ? x.sums_of(k, row + first) : nullptr;
+        tile.steps = x.steps ? x.steps + x.chunks_at(k, row + first) : nullptr;
         Tile part = tile;
         part.total += first * panel;
         multiply_rows<unit, scaled>(end - first, part);

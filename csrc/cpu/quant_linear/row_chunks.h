@@ -81,7 +81,7 @@ struct Finder<Unit::pairs, kind> {
 
 // Part i of four of those of a run that hold the words of a chunk, or of its first or second half.
 template <int halves>
-METATE_FN vi part_of(const uint8_t* codes, int i, int half, int64_t left) {
+METATE_FN vi part_of(const uint8_t* codes, int i, [[maybe_unused]] int half, int64_t left) {
     constexpr int part = 4 * width;
     const auto load_part = [&](int at) __attribute__((always_inline)) {
         return left >= 4 * halves * part ? load(reinterpret_cast<const int32_t*>(codes + at))
@@ -148,7 +148,8 @@ __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& re
         Ahead ahead(reading, i);
         for (int64_t number = 0; number < runs; ++number) {
             vf sums[lines][rows];
-            sum_run<unit, kind, rows, lines, halves>(sums, codes, reading, number, ahead, x.at(first + number, 0), find);
+            sum_run<unit, kind, rows, lines, halves>(sums, codes, reading, number, ahead, x.at(first + number, 0),
+                                                     find);
             for (int r = 0; r < lines; ++r) {
                 for (int m = 0; m < rows; ++m) store(to.at(number, m, i / width) + (i + r) % width * width, sums[r][m]);
                 codes[r] += run_columns / 2;
@@ -188,7 +189,8 @@ inline void add_chunks(const ChunkSums& from, int64_t k, const Tile t) {
             for (int c = 0; c < t.count; ++c) {
                 const int64_t chunk = (k * block + t.chunks[c].begin) / from.chunk_columns;
                 const int64_t scale = (t.chunks[c].group - t.first_group) * panel + v * width;
-                const vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
+                vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
+                if (t.steps) sum = sum * splat(t.steps[m * t.sums_stride + c]);
                 total = fma(sum, load(t.scales + scale), total);
                 if (t.corrections)
                     total = fma(splat(t.sums[m * t.sums_stride + c]), load(t.corrections + scale), total);

@@ -2,8 +2,7 @@
 #include "exact.h"
 #include "integer.h"
 #include "low_rank.h"
-#include "row_chunks.h"
-#include "row_dots.h"
+#include "row_turns.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -35,6 +34,7 @@ struct Workspace {
     int64_t* first_group;         // of each panel's window, -1: nothing loaded
     int32_t* quarter_sums;        // where codes are read row by row: of products in whole numbers,
     float* chunk_sums;            // and in floats
+    float* turn_sums;             // of one row of x: of two strips
 };
 
 // The chunks of one block, and the groups that its scales come from.
@@ -77,7 +77,9 @@ struct Problem {
     BlockPlan* plans;
     IntegerPlan* integer_plans;
     int64_t blocks, window;
+    UnitTerms* units;
     bool sums_scaled, can_dot, can_sum, dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
+    bool can_turn, takes_turns;                                  // one row of x
 
     explicit Problem(const QuantLinear& c)
         : call(c),
@@ -94,6 +96,9 @@ struct Problem {
           sums_chunks(can_sum && c.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         window = round_up(groups_of_block, width);
+        units = nullptr;
+        can_turn = can_take_turns(c.w, arithmetic);
+        takes_turns = can_turn && c.x.size[0] == 1;
         sums_scaled = c.w.group_size >= small_group;
         x = {nullptr, nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
@@ -105,6 +110,14 @@ struct Problem {
         lane_rows = {nullptr, c.x.size[0], x.most_columns / (pairs ? 2 : 1), x.most_columns};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
+    int segments_of(int64_t k) const { return arithmetic.digits ? integer_plans[k].count : plans[k].count; }
+    int64_t group_of(int64_t k, int c) const {
+        return arithmetic.digits ? integer_plans[k].segments[c].group : plans[k].chunks[c].group;
+    }
+    // What corrections are multiplied by.
+    float x_sum_of(int64_t k, int c) const {
+        return arithmetic.digits ? bit_cast<float>(integers.line(k, 0)[integers.totals_at() + c]) : x.sums_of(k, 0)[c];
+    }
     bool is_corrected() const {
         return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
     }
@@ -120,6 +133,7 @@ struct Problem {
         at.centers =
             arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
         at.first_group = arena.take<int64_t>(cut.panels);
+        at.turn_sums = can_turn ? arena.take<float>(2 * turn_sums) : nullptr;
         at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;
         at.chunk_sums = can_sum ? arena.take<float>(most_chunk_sums) : nullptr;
         return at;
@@ -139,21 +153,24 @@ void plan_blocks(const Problem& p, Chunk* chunks, Segment* segments) {
     }
 }
 
-// The scales of a panel for block k.
-void load_window(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {
+// The scales of a panel, or of one of its halves, for blocks from number k on.
+void load_window(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t end,
+                 int halves) {
     const LowBitMatrix& w = p.call.w;
-    const int64_t first = p.plans[k].first_group, last = p.plans[k].last_group;
+    const int64_t first = p.plans[k].first_group, last = p.plans[end - 1].last_group;
     int64_t& loaded = at.first_group[panel_number];
     if (loaded >= 0 && first >= loaded && last < loaded + p.window) return;
     loaded = first;
     const int64_t groups = smaller(p.window, w.scales.size[1] - first), offset = panel_number * p.window * panel;
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
+        if (!(halves >> v & 1)) continue;
         float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
         load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
                     groups);
-        if (at.centers) load_centers(at.centers + offset + v * width, panel, w, row + v * width, first, groups);
+        if (at.centers && !p.takes_turns)
+            load_centers(at.centers + offset + v * width, panel, w, row + v * width, first, groups);
     }
-    fetch_levels(w, row + panel, first);  // after the loads, which would wait for it
+    if (halves == 3) fetch_levels(w, row + panel, first);  // after the loads, which would wait for it
 }
 
 void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {
@@ -311,7 +328,7 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
         for (int64_t k = 0; k < p.blocks; ++k) {
             if (k % span == 0 && k > 0) end_span(at, count * rows * panel);
             for (int64_t i = 0; i < count; ++i) {
-                load_window(p, at, i, (first + i) * panel, k);
+                load_window(p, at, i, (first + i) * panel, k, k + 1, 3);
                 Tile tile = tile_of(p, at, i, rows);
                 enter_block(tile, p, k, at.first_group[i]);
                 multiply_panel(p, at, i, (first + i) * panel, k, x_row, rows, tile);
@@ -330,7 +347,7 @@ void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
         sum_codes_of(sums, reading, p.spread, p.arithmetic.table);
         for (int64_t k = 0; k < reading.blocks; ++k) {
             if (k % span == 0) end_span(at, p.x.rows * panel);
-            load_window(p, at, 0, number * panel, first + k);
+            load_window(p, at, 0, number * panel, first + k, first + k + 1, 3);
             enter_block(tile, p, first + k, 0, at.first_group[0]);
             add_sums(sums, k, tile, p.spread, first + k);
         }
@@ -347,7 +364,7 @@ void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
         sum_chunks_of(sums, reading, p.lane_rows, p.values);
         for (int64_t k = 0; k < reading.blocks; ++k) {
             if (k % span == 0) end_span(at, p.x.rows * panel);
-            load_window(p, at, 0, number * panel, first + k);
+            load_window(p, at, 0, number * panel, first + k, first + k + 1, 3);
             enter_block(tile, p, first + k, at.first_group[0]);
             tile.sums = p.x.sums ? p.x.sums_of(first + k, 0) : nullptr;
             tile.steps = p.x.steps ? p.x.steps + p.x.chunks_at(first + k, 0) : nullptr;
@@ -356,10 +373,74 @@ void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
     }
 }
 
+// Row number r of a strip.
+void read_row(const Problem& p, float* to, const Strip& s, int64_t r, int64_t ahead) {
+    if (p.dots_rows)
+        return dot_row(to, p.call.w, s.row + r, s, ahead, p.spread, p.units, p.arithmetic.table, p.arithmetic.radix);
+    sum_row(to, p.call.w, s.row + r, s, ahead, p.lane_rows, p.values);
+}
+
+// Scales unit number `number` of a strip and adds it to the totals.
+void scale_unit(const Problem& p, const Workspace& at, const float* sums, const Strip& s, int64_t number) {
+    const int unit_blocks = blocks_of_unit(p.arithmetic.digits, p.x.most_columns), segments = width / unit_blocks;
+    const int64_t v = s.row % panel / width, first = s.first_block + number * unit_blocks;
+    const int64_t end = smaller(first + unit_blocks, s.first_block + s.blocks);
+    vf ordered[width];
+    order_unit(ordered, sums + number * width * width, segments > 1);
+    load_window(p, at, 0, s.row / panel * panel, first, end, 1 << v);
+    const float* const scales = at.scales + v * width - at.first_group[0] * panel;
+    const float* const corrections = at.corrections ? at.corrections + v * width - at.first_group[0] * panel : nullptr;
+    float *const totals = at.totals + v * width, *const earlier = at.earlier + v * width;
+    vf total = load(totals);
+    const vf* sum = ordered;
+    for (int64_t k = first; k < end; ++k, sum += segments) {
+        if (k % span == 0) {
+            store(earlier, load(earlier) + total);
+            total = splat(0.0f);
+        }
+        const int count = p.segments_of(k);
+        for (int c = 0; c < count; ++c) {
+            const int64_t scale = p.group_of(k, c) * panel;
+            const vf value = p.x.steps ? sum[c] * splat(p.x.steps[p.x.chunks_at(k, 0) + c]) : sum[c];
+            total = fma(value, load(scales + scale), total);
+            if (corrections) total = fma(splat(p.x_sum_of(k, c)), load(corrections + scale), total);
+        }
+    }
+    store(totals, total);
+}
+
+// One row of x takes one row of W after another; a strip is scaled unit by unit while the next one is read.
+template <class T>
+void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64_t last) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t parts = ceil_div(w.columns, columns_in_turn), strips = ceil_div(last - first, width) * parts;
+    for (int64_t i = 0; i <= strips; ++i) {
+        const Strip now = strip_of(w, first, i), before = strip_of(w, first, i > 0 ? i - 1 : 0);
+        const int64_t units =
+            i > 0 ? ceil_div(before.blocks, blocks_of_unit(p.arithmetic.digits, p.x.most_columns)) : 0;
+        float* const sums[] = {at.turn_sums + i % 2 * turn_sums, at.turn_sums + (i + 1) % 2 * turn_sums};
+        if (i > 0 && before.first_block == 0) {
+            if (before.row % panel == 0) clear(at, panel);
+            at.first_group[0] = -1;
+        }
+        for (int64_t r = 0, unit = 0; r < width; ++r) {
+            if (i < strips && now.row + r < last) {
+                fetch_levels(w, now.row + r, p.plans[now.first_block].first_group,
+                             p.plans[now.first_block + now.blocks - 1].last_group);
+                read_row(p, sums[0] + r * width, now, r, bytes_ahead(w, now, strip_of(w, first, i + 1), r));
+            }
+            for (; unit * width < units * (r + 1); ++unit) scale_unit(p, at, sums[1], before, unit);
+        }
+        if (i > 0 && i % parts == 0 && (before.row % panel > 0 || before.row + width >= last))
+            finish<T>(p, at, before.row / panel, 1, 0, 1);
+    }
+}
+
 // Few rows of x take one panel after another: that reads W's rows in long runs.
 template <class T>
 void compute_piece(const Problem& p, const Workspace& at, int64_t piece) {
     const int64_t first = piece * p.cut.panels, end = smaller(first + p.cut.panels, ceil_div(p.call.w.rows, panel));
+    if (p.takes_turns) return compute_in_turn<T>(p, at, first * panel, smaller(end * panel, p.call.w.rows));
     if (!p.dots_rows && !p.sums_chunks) {
         const int64_t at_once = p.x.rows <= tile_rows ? 1 : p.cut.panels;
         for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, smaller(at_once, end - i));
@@ -402,8 +483,11 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
         if (in_integers) {
             p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
             if (p.dots_rows) {
-                p.spread.x = arena.take<int32_t>(p.blocks * p.x.rows * p.spread.stride());
+                p.spread.x = arena.take<int32_t>(round_up(p.blocks, width) * p.x.rows * p.spread.stride());
                 p.spread.used = arena.take<int32_t>(p.blocks);
+                p.units = p.takes_turns ? arena.take<UnitTerms>(
+                                              ceil_div(p.blocks, blocks_of_unit(p.arithmetic.digits, p.x.most_columns)))
+                                        : nullptr;
                 p.spread.terms = arena.take<Term>(p.blocks * p.x.rows * most_chunks);
             }
         } else {
@@ -432,6 +516,9 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
     if (p.dots_rows)
         spread(p.spread, p.integers, p.integer_plans, p.blocks, call.w.bits, static_cast<int>(p.center()),
                p.arithmetic.radix, packers);
+    const int unit_blocks = blocks_of_unit(p.arithmetic.digits, p.x.most_columns);
+    for (int64_t k = 0; p.units && k < p.blocks; k += unit_blocks)
+        set_unit(p.units[k / unit_blocks], p.spread, p.integers, p.integer_plans, k, p.blocks);
     if (p.sums_chunks) spread(p.lane_rows, p.x, call.w.columns, packers);
 }
 

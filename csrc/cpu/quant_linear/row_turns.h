@@ -1,0 +1,280 @@
+// One row of x times codes as they lie: the rows of W in turn, so that memory is read line after line. What is summed,
+// and in which order, is row_dots.h's and row_chunks.h's.
+#pragma once
+
+#include "row_chunks.h"
+#include "row_dots.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t columns_in_turn = 4096;  // of a row, at most: as much of x stays in the first-level cache
+constexpr int run_blocks = 4;              // of a row of W, whose quarters fill a vector
+constexpr int64_t turn_sums = columns_in_turn / longest * width;  // of a strip
+
+// Columns of `width` rows of W.
+struct Strip {
+    int64_t row, first_block, blocks;
+};
+
+// Number i of the strips from row `first` on.
+METATE_FN Strip strip_of(const LowBitMatrix& w, int64_t first, int64_t i) {
+    constexpr int64_t most = columns_in_turn / block;
+    const int64_t parts = ceil_div(w.columns, columns_in_turn), begin = i % parts * most;
+    return {first + i / parts * width, begin, smaller(most, ceil_div(w.columns, block) - begin)};
+}
+
+// Bytes from row number r of a strip to what is to be fetched meanwhile: as many rows later as are 8 KiB, or as many of
+// the next strip.
+METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, const Strip& s, const Strip& next, int64_t r) {
+    const int64_t stride = w.codes.stride[0], rows = 8192 / (smaller(columns_in_turn, w.columns) * w.bits / 8 + 1) + 1;
+    const int64_t later = r + smaller(rows, width);
+    if (later < width) return (later - r) * stride;
+    return (next.row - s.row + later - width - r) * stride + (next.first_block - s.first_block) * (block / 8) * w.bits;
+}
+
+// Segments side by side whose sums fill a vector, a unit: with three digits they are blocks, otherwise chunks, which
+// are quarters of blocks in whole numbers, in the lanes in which sum_parts leaves them.
+METATE_FN constexpr int blocks_of_unit(int digits, int chunk_columns) {
+    return digits == 3 ? width : width * chunk_columns / block;
+}
+
+// Of one row of W for `width` segments: where all codes have the same center, Term; otherwise what it is found from,
+// with groups numbered from the first one on.
+struct UnitTerms {
+    int32_t high[width], low[width];
+    int32_t digit_sums[3][width], groups[width], first_group;
+    float steps[width];
+    bool has_last;  // of the digits
+};
+
+METATE_FN bool can_take_turns(const LowBitMatrix& w, const Arithmetic& arithmetic) {
+    const bool are_blocks = w.group_size % block == 0 || w.group_size >= w.columns;
+    return arithmetic.digits == 0 ? can_sum_chunks(w)
+                                  : can_dot_rows(w, arithmetic) && (arithmetic.digits < 3 || are_blocks) &&
+                                        (!w.zeros || w.zeros.stride[1] == 1);
+}
+
+inline void set_unit(UnitTerms& to, const SpreadRows& x, const IntegerRows& from, const IntegerPlan* plans,
+                     int64_t first, int64_t blocks) {
+    to = {};
+    to.first_group = static_cast<int32_t>(plans[first].segments[0].group);
+    for (int lane = 0; lane < width; ++lane) {
+        const int chunk = x.digits == 3 ? lane * quarters : chunk_in(lane), s = chunk % quarters;
+        const int64_t k = first + chunk / quarters;
+        if (k >= blocks || s >= plans[k].count) continue;
+        const int32_t* const line = from.line(k, 0);
+        const Term& term = x.terms_of(k, 0)[s];
+        to.high[lane] = term.high;
+        to.low[lane] = term.low;
+        to.groups[lane] = static_cast<int32_t>(plans[k].segments[s].group) - to.first_group;
+        for (int d = 0; d < x.digits; ++d) to.digit_sums[d][lane] = line[from.sums_at() + s * x.digits + d];
+        to.steps[lane] = bit_cast<float>(line[from.steps_at() + s]);
+        to.has_last |= x.digits == 3 && x.used[k] == 3;
+    }
+}
+
+// The sums of a unit of `width` rows of W: a vector a segment, in ascending order.
+METATE_FN void order_unit(vf (&to)[width], const float* sums, bool are_chunks) {
+    vf square[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) square[i] = load(sums + i * width);
+    transpose(square);
+    if (are_chunks) {
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) to[chunk_in(i)] = square[i];
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) to[i] = square[i];
+    }
+}
+
+#if defined(METATE_HAS_VNNI_FORMS)
+
+// Codes of a row of W from some block on, and what their segments are centered by.
+struct TurnCodes {
+    const uint8_t* codes;
+    int64_t bytes, ahead;
+    const uint8_t* zeros;  // of the row, or null
+    int64_t groups;
+    int32_t zero;
+};
+
+METATE_FN vi center_of(const TurnCodes& w, const UnitTerms& terms) {
+    const vi zeros = load_wide(w.zeros + terms.first_group, smaller(w.groups - terms.first_group, width));
+    const vi spread = as_int(lookup({as_float(zeros)}, load(terms.groups)));
+    return bit_and(sub(splat(-w.zero), spread), splat(0xffff));
+}
+
+// What centered_sum() finds, times the step.
+template <int digits>
+METATE_FN vf stepped_sum(vi high, vi low, const TurnCodes& w, const UnitTerms& terms, float radix) {
+    vi high_term = load(terms.high), low_term = load(terms.low);
+    if (w.zeros) {
+        const vi center = center_of(w, terms);
+        high_term = multiply_words(center, load(terms.digit_sums[0]));
+        if (digits == 3) {
+            high_term = add(shift_left(high_term, 8), multiply_words(center, load(terms.digit_sums[1])));
+            low_term = multiply_words(center, load(terms.digit_sums[2]));
+        }
+    }
+    vf value = to_float(add(high, high_term));
+    if (digits == 3)
+        value = terms.has_last ? fma(value, splat(radix), to_float(add(low, low_term))) : value * splat(radix);
+    return value * load(terms.steps);
+}
+
+// Sums of some blocks of one row, a unit a vector, `width` vectors apart.
+template <int bits, bool has_table, int digits>
+__attribute__((noinline)) void sum_row_as(float* to, const TurnCodes& w, const int32_t* quads, int64_t blocks,
+                                          const UnitTerms* terms, const ByteTable& table, float radix) {
+    constexpr int block_bytes = block / 8 * bits, runs = blocks_of_unit(digits, longest) / run_blocks;
+    const vi entries = table_of_bytes(table.bytes);
+    const uint8_t* codes = w.codes;
+    int64_t bytes = w.bytes;
+    for (int64_t k = 0; k < blocks; k += runs * run_blocks, to += width * width, ++terms) {
+        vi high[runs], low[runs];
+        const auto sum_unit = [&]<bool has_last>() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int run = 0; run < runs; ++run) {
+                vi sums[2][run_blocks];
+#pragma GCC unroll 4
+                for (int i = 0; i < run_blocks; ++i, quads += digits * quads_of_block) {
+                    vi both[2];
+#pragma GCC unroll 2
+                    for (int at = 0; at < block_bytes; at += 64) __builtin_prefetch(codes + w.ahead + at, 0, 2);
+                    load_codes<bits>(both[0], both[1], codes, bytes);
+                    for (vi& part : both) part = has_table ? lookup_bytes(entries, part) : part;
+                    sums[0][i] = dot<digits == 3 ? 2 : 1>(both, quads);
+                    if constexpr (has_last) sums[1][i] = dot<1>(both, quads + 2 * quads_of_block);
+                    codes += block_bytes;
+                    bytes -= block_bytes;
+                }
+                high[run] = sum_parts(sums[0]);
+                if constexpr (has_last) low[run] = sum_parts(sums[1]);
+            }
+        };
+        if (digits == 3 && terms->has_last)
+            sum_unit.template operator()<digits == 3>();
+        else
+            sum_unit.template operator()<false>();
+        const auto joined = [](const vi(&x)[runs]) __attribute__((always_inline)) {
+            const auto halve = [](vi a, vi b) { return add(join_even_parts(a, b), join_odd_parts(a, b)); };
+            if constexpr (runs == 1)
+                return x[0];
+            else
+                return halve(halve(x[0], x[1]), halve(x[2], x[3]));
+        };
+        const bool has_last = digits == 3 && terms->has_last;
+        store(to, stepped_sum<digits>(joined(high), has_last ? joined(low) : splat(0), w, *terms, radix));
+    }
+}
+
+template <int bits, bool has_table>
+METATE_FN void sum_row_in(float* to, const TurnCodes& w, const int32_t* quads, int64_t blocks, const UnitTerms* terms,
+                          int digits, const ByteTable& table, float radix) {
+    digits == 3 ? sum_row_as<bits, has_table, 3>(to, w, quads, blocks, terms, table, radix)
+                : sum_row_as<bits, has_table, 1>(to, w, quads, blocks, terms, table, radix);
+}
+
+// Row `row` of W.
+inline void dot_row(float* to, const LowBitMatrix& w, int64_t row, const Strip& s, int64_t ahead, const SpreadRows& x,
+                    const UnitTerms* terms, const ByteTable& table, float radix) {
+    const int64_t begin = s.first_block * block / 8 * w.bits;
+    const bool has_own = has_own_centers(w);
+    const uint8_t* const zeros = static_cast<const uint8_t*>(w.zeros.data) + row * w.zeros.stride[0];
+    const TurnCodes codes{static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + begin,
+                          ceil_div(w.columns * w.bits, 8) - begin,
+                          ahead,
+                          has_own ? zeros : nullptr,
+                          w.zeros.size[1],
+                          static_cast<int32_t>(w.zero)};
+    const int32_t* const quads = x.at(s.first_block, 0);
+    terms += s.first_block / blocks_of_unit(x.digits, longest);
+    if (w.bits == 8) return sum_row_in<8, false>(to, codes, quads, s.blocks, terms, x.digits, table, radix);
+    table.unit ? sum_row_in<4, true>(to, codes, quads, s.blocks, terms, x.digits, table, radix)
+               : sum_row_in<4, false>(to, codes, quads, s.blocks, terms, x.digits, table, radix);
+}
+
+#else
+inline void dot_row(float*, const LowBitMatrix&, int64_t, const Strip&, int64_t, const SpreadRows&, const UnitTerms*,
+                    const ByteTable&, float) {}
+#endif
+
+// Floats and pairs.
+
+// n runs side by side: the chain of one would leave the processor waiting.
+template <Unit unit, Values::Kind kind, int n, int halves>
+METATE_FN void sum_runs(float* to, const uint8_t* codes, int64_t left, int64_t ahead, const float* x,
+                        const Finder<unit, kind>& find) {
+    constexpr int half_words = longest / columns_in<unit>, chunk_words = halves * half_words;
+    constexpr int bytes = halves * width * longest / 2;
+    vf sums[n];
+#pragma GCC unroll 4
+    for (int q = 0; q < n; ++q) sums[q] = splat(0.0f);
+#pragma GCC unroll 2
+    for (int half = 0; half < halves; ++half) {
+        vi words[n][4];
+#pragma GCC unroll 4
+        for (int q = 0; q < n; ++q) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) words[q][i] = part_of<halves>(codes + q * bytes, i, half, left - q * bytes);
+#pragma GCC unroll 4
+            for (int at = 0; half == 0 && at < bytes; at += 64)
+                __builtin_prefetch(codes + q * bytes + ahead + at, 0, 2);
+            transpose_parts(words[q]);
+        }
+#pragma GCC unroll 32
+        for (int j = 0; j < half_words; ++j) {
+#pragma GCC unroll 4
+            for (int q = 0; q < n; ++q)
+                sums[q] = add_product<unit>(sums[q], load(x + (q * chunk_words + half * half_words + j) * width),
+                                            find(words[q], j));
+        }
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < n; ++q) store(to + q * width * width, sums[q]);
+}
+
+template <Unit unit, Values::Kind kind, int halves>
+__attribute__((noinline)) void sum_row_as(float* to, const uint8_t* codes, int64_t left, int64_t ahead, const float* x,
+                                          int64_t runs, const Values& values) {
+    constexpr int n = width == 16 ? 4 : 2, columns = halves * width * longest, bytes = columns / 2;
+    constexpr int words = columns / columns_in<unit>;
+    const Finder<unit, kind> find(values);
+    for (; runs >= n; runs -= n, to += n * width * width, codes += n * bytes, left -= n * bytes, x += n * words)
+        sum_runs<unit, kind, n, halves>(to, codes, left, ahead, x, find);
+    for (; runs > 0; --runs, to += width * width, codes += bytes, left -= bytes, x += words)
+        sum_runs<unit, kind, 1, halves>(to, codes, left, ahead, x, find);
+}
+
+inline void sum_row(float* to, const LowBitMatrix& w, int64_t row, const Strip& s, int64_t ahead, const LaneRows& x,
+                    const Values& values) {
+    const int64_t begin = s.first_block * block / 2, left = ceil_div(w.columns, 2) - begin;
+    const int64_t runs = ceil_div(s.blocks * block, x.run_columns());
+    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + begin;
+    const float* const from = x.at(s.first_block * block / x.run_columns(), 0);
+#if defined(METATE_HAS_BF16_DOT)
+    if (x.chunk_columns > longest)
+        return sum_row_as<Unit::pairs, Values::table, 2>(to, codes, left, ahead, from, runs, values);
+    if (x.chunk_words < longest)
+        return sum_row_as<Unit::pairs, Values::table, 1>(to, codes, left, ahead, from, runs, values);
+#endif
+    if (width == 16 || values.kind == Values::table)
+        return sum_row_as<Unit::floats, Values::table, 1>(to, codes, left, ahead, from, runs, values);
+    if constexpr (width < 16) sum_row_as<Unit::floats, Values::whole, 1>(to, codes, left, ahead, from, runs, values);
+}
+
+// Asks for what scales some groups of a row.
+METATE_FN void fetch_levels(const LowBitMatrix& w, int64_t row, int64_t first, int64_t last) {
+    const View<2>* const levels[] = {&w.scales, &w.offsets};
+    for (const View<2>* level : levels) {
+        if (!*level) continue;
+        const int64_t size = bytes_of(level->dtype), stride = level->stride[1] * size;
+        const char* const line = static_cast<const char*>(level->data) + row * level->stride[0] * size;
+        for (int64_t at = first * stride; at <= last * stride; at += 64) __builtin_prefetch(line + at, 0, 2);
+    }
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

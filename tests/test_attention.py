@@ -213,6 +213,9 @@ WRONG = [
     (TypeError, "scale is '1', expected a number", dict(scale="1")),
     (ValueError, r"window\[0\] is -3, expected -1", dict(window=(-3, 0))),
     (TypeError, "window is 5, expected two integers", dict(window=5)),
+    (TypeError, "window is 'ab', expected two integers", dict(window="ab")),
+    (TypeError, r"window is \(0.5, 1.0\), expected two integers", dict(window=(0.5, 1.0))),
+    (ValueError, "seed is 18446744073709551616, expected a 64-bit integer", dict(dropout_p=0.5, seed=2**64)),
     (ValueError, "softcap is -1.0, expected 0", dict(softcap=-1.0)),
     (ValueError, r"dropout_p is 1.0, expected a probability in \[0, 1\)", dict(dropout_p=1.0, seed=0)),
     (ValueError, "dropout_p is nan", dict(dropout_p=math.nan, seed=0)),
@@ -280,3 +283,42 @@ def test_varlen_wants_starts_and_an_attention_mask() -> None:
         metate.attention_varlen(x, x, x, None, None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="mask is Tensor"):
         metate.attention_varlen(x, x, x, starts, starts, mask=torch.ones(5, 5, dtype=torch.bool))  # type: ignore[arg-type]
+
+
+SEQLENS = torch.tensor([3, 4])
+
+
+@pytest.mark.parametrize(
+    "error,message,make",
+    [
+        (TypeError, "lengths: seqlens_k is list", lambda: AttentionMask.lengths([3], 4)),
+        (ValueError, "lengths: seqlens_k is torch.float32", lambda: AttentionMask.lengths(torch.tensor([3.5]), 4)),
+        (ValueError, "lengths: starts is of shape", lambda: AttentionMask.lengths(SEQLENS, 4, SEQLENS[:1])),
+        (TypeError, "documents: document_ids is list", lambda: AttentionMask.documents([0, 1])),
+        (ValueError, r"documents: document_ids is of shape \(\)", lambda: AttentionMask.documents(torch.tensor(1))),
+        (TypeError, "dense: visible is list", lambda: AttentionMask.dense([True])),
+        (ValueError, "dense: visible is of shape", lambda: AttentionMask.dense(torch.ones(1, 1, 1, 1, 1).bool())),
+        (TypeError, "block_sparse: blocks is list", lambda: AttentionMask.block_sparse([1])),
+        (TypeError, ": block_size is 4, expected two", lambda: AttentionMask.block_sparse(torch.ones(2, 2), 4)),
+        (TypeError, r"tree: parents is \[-1.0, 0.0\], expected", lambda: AttentionMask.tree([-1.0, 0.0])),
+        (ValueError, "tree: prefix is -1", lambda: AttentionMask.tree([-1], -1)),
+    ],
+)
+def test_wrong_arguments_of_masks_are_named(error, message, make) -> None:
+    with pytest.raises(error, match=f"metate.AttentionMask.?{message}"):
+        make()
+
+
+def test_any_number_but_0_makes_a_block_visible() -> None:
+    """Cast to bytes, 0.5 and 256 would hide theirs."""
+    x = torch.randn(1, 4, 2, 8)
+    numbers = torch.tensor([[0.5, 0], [256, -1]])
+    masks = (AttentionMask.block_sparse(given, (2, 2)) for given in (numbers, numbers != 0))
+    assert same_bits(*(metate.attention(x, x, x, mask=mask) for mask in masks))
+
+
+def test_seeds_are_64_bits_signed_or_not() -> None:
+    """torch's generators are seeded by 0 to 2**64 - 1."""
+    x = torch.randn(1, 40, 2, 8)
+    signed, unsigned, other = (metate.attention(x, x, x, dropout_p=0.5, seed=s) for s in (-1, 2**64 - 1, 2**63))
+    assert same_bits(signed, unsigned) and not same_bits(unsigned, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,20 +26,20 @@ class AttentionMask:
     bits: Tensor | None = None
     block_size: tuple[int, int] = (1, 1)
 
+    def __post_init__(self) -> None:
+        _two("AttentionMask", "block_size", self.block_size, "two integers (rows, columns)")
+
     @staticmethod
     def documents(document_ids: Tensor) -> AttentionMask:
         """Tokens see their own document only; (batch, seqlen) or (seqlen) ids, equal ids next to each other.
 
         For the same queries and keys. A row sees from the first to the last token of its run of equal ids.
         """
+        _tensor("documents", "document_ids", document_ids)
+        if document_ids.dim() not in (1, 2):
+            got = f"of shape {tuple(document_ids.shape)}"
+            raise fail("AttentionMask.documents", "document_ids", got, "(batch, seqlen) or (seqlen)")
         ids = document_ids if document_ids.dim() == 2 else document_ids[None]
-        if ids.dim() != 2:
-            raise fail(
-                "AttentionMask.documents",
-                "document_ids",
-                f"shape {tuple(document_ids.shape)}",
-                "(batch, seqlen) or (seqlen)",
-            )
         position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         first = torch.ones_like(ids, dtype=torch.bool)
         first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -50,20 +51,31 @@ class AttentionMask:
 
     @staticmethod
     def lengths(seqlens_k: Tensor, seqlen_q: int, starts: Tensor | None = None) -> AttentionMask:
-        """Padded batches: row b sees the keys in [starts[b], seqlens_k[b]); both (batch), starts default 0."""
+        """Padded batches: row b sees the keys in [starts[b], seqlens_k[b]); both (batch) integers, starts default 0."""
+        for name, given in (("seqlens_k", seqlens_k), ("starts", starts)):
+            if given is not None:
+                _tensor("lengths", name, given)
+                if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
+                    got = f"{given.dtype} of shape {tuple(given.shape)}"
+                    raise fail("AttentionMask.lengths", name, got, "(batch) integers")
+        if starts is not None and starts.shape != seqlens_k.shape:
+            expected = f"{tuple(seqlens_k.shape)} like seqlens_k"
+            raise fail("AttentionMask.lengths", "starts", f"of shape {tuple(starts.shape)}", expected)
         start = torch.zeros_like(seqlens_k) if starts is None else starts
         ends = torch.stack([start, seqlens_k], -1).to(torch.int32)
         return AttentionMask(intervals=ends[:, None, None].expand(-1, 1, seqlen_q, 2))
 
     @staticmethod
     def block_sparse(blocks: Tensor, block_size: tuple[int, int] = (128, 128)) -> AttentionMask:
-        """Visible blocks of block_size (rows, columns); blocks as in the class, or without the leading dimensions."""
-        return AttentionMask(blocks=_four_dimensions("block_sparse", blocks).to(torch.uint8), block_size=block_size)
+        """Visible blocks of block_size (rows, columns), those not 0; blocks as in the class, bool or any numbers, or
+        without the leading dimensions."""
+        visible = _four_dimensions("block_sparse", "blocks", blocks) != 0
+        return AttentionMask(blocks=visible.to(torch.uint8), block_size=block_size)
 
     @staticmethod
     def dense(visible: Tensor, seqlen_k: int | None = None) -> AttentionMask:
         """Any bool mask, broadcastable to (batch, heads, seqlen_q, seqlen_k), packed to one bit per pair."""
-        visible = _four_dimensions("dense", visible)
+        visible = _four_dimensions("dense", "visible", visible)
         if visible.dtype != torch.bool:
             raise fail("AttentionMask.dense", "visible", visible.dtype, "torch.bool", error=TypeError)
         if seqlen_k is not None and visible.shape[3] == 1:
@@ -78,6 +90,13 @@ class AttentionMask:
 
         The keys are the prefix followed by the tokens of the tree; a parent comes before its children.
         """
+        try:
+            parents = [operator.index(parent) for parent in parents]
+        except TypeError:
+            op, got = "AttentionMask.tree", repr(parents)[:60]
+            raise fail(op, "parents", got, "a list of integers", error=TypeError) from None
+        if prefix < 0:
+            raise fail("AttentionMask.tree", "prefix", prefix, "a number of keys, 0 or more")
         n = len(parents)
         visible = torch.zeros(n, prefix + n, dtype=torch.bool)
         visible[:, :prefix] = True
@@ -90,12 +109,33 @@ class AttentionMask:
         return AttentionMask.dense(visible)
 
 
-def _four_dimensions(name: str, x: Tensor) -> Tensor:
+def window_sides(op: str, window: tuple[int, int], causal: bool) -> tuple[int, int]:
+    """How many keys before and behind its position a query sees, none behind it where causal; -1: no limit."""
+    left, right = _two(op, "window", window, "two integers (left, right); -1 means no limit")
+    if causal:
+        right = 0 if right == -1 else min(right, 0)
+    return left, right
+
+
+def _two(op: str, name: str, given: tuple[int, int], expected: str) -> tuple[int, int]:
+    """The two integers of a pair, which a compiler may not know yet."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2 or any(type(n) not in _WHOLE for n in given):
+        raise fail(op, name, repr(given)[:60], expected, error=TypeError)
+    first, second = given
+    return first, second
+
+
+_WHOLE = (int, torch.SymInt)
+
+
+def _tensor(function: str, name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise fail(f"AttentionMask.{function}", name, type(given).__name__, "a torch.Tensor", error=TypeError)
+
+
+def _four_dimensions(function: str, name: str, x: Tensor) -> Tensor:
+    _tensor(function, name, x)
     if x.dim() > 4:
-        raise fail(
-            f"AttentionMask.{name}",
-            "mask",
-            f"shape {tuple(x.shape)}",
-            "at most 4 dimensions (batch, heads, rows, columns)",
-        )
+        expected = "at most 4 dimensions (batch, heads, rows, columns)"
+        raise fail(f"AttentionMask.{function}", name, f"of shape {tuple(x.shape)}", expected)
     return x[(None,) * (4 - x.dim())]

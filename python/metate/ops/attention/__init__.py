@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.masks import AttentionMask
+from metate.masks import AttentionMask, window_sides
 from metate.op import use
 from metate.ops.attention.declaration import attention_op, column_sums_op, merge_op
 
@@ -58,7 +58,8 @@ def attention(
             (batch, heads, seqlen_q, seqlen_k), True where a query may see a key.
         top_left: measure causal, window and ALiBi from the diagonal j = i instead of the bottom-right one.
         dropout_p: probability in [0, 1) of dropping an attention weight; reproducible from (seed, offset) everywhere.
-        seed: 64-bit seed of the dropout; None draws one from torch's default generator.
+        seed: of the dropout, -2**63 to 2**64 - 1, as torch's generators take it (64 bits count); None draws one from
+            torch's default generator.
         return_lse: also return log Σ exp(score), natural logarithm, sinks included: (batch, heads, seqlen_q), float32.
         return_column_sums: also return Σ_i probability[i, j] before dropout, without gradient:
             (batch, heads, seqlen_k), float32.
@@ -209,14 +210,7 @@ def _flags(
     dropout_p: float, seed: int | None, offset: int, block_size: tuple[int, int],
 ) -> tuple[Any, ...]:  # fmt: skip
     """The scalar arguments of the operators, in order."""
-    try:
-        left, right = window
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"metate.attention: window is {window!r}, expected two integers (left, right); -1 means no limit"
-        ) from None
-    if causal:
-        right = 0 if right == -1 else min(right, 0)
+    left, right = window_sides("attention", window, causal)
     if scale is None:
         try:
             scale = q.shape[-1] ** -0.5
@@ -226,4 +220,6 @@ def _flags(
             scale = 1.0  # the operator says what is wrong
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu").item()) if dropout_p else 0
+    elif isinstance(seed, int) and 2**63 <= seed < 2**64:
+        seed -= 2**64  # the same 64 bits, as operators take them
     return scale, left, right, top_left, softcap, dropout_p, seed, offset, *block_size

@@ -140,7 +140,7 @@ def append(setup: Setup, backend: str) -> Run:
 def index_put(setup: Setup) -> Run:
     def run(i: int) -> tuple[Tensor, Tensor]:
         named = setup.named[i % len(setup.sets)]
-        cos, sin = (named[name][named["positions"]][:, None] for name in ("cos", "sin"))
+        cos, sin = (named[name][named["positions"]][:, None] for name in ("rotary_cos", "rotary_sin"))
         a, b = named["k"].float().chunk(2, -1)
         k = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         for cache, x in ((named["k_cache"], k), (named["v_cache"], named["v"])):

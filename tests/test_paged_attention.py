@@ -124,7 +124,7 @@ def changed(args, **values):
     return tuple(values.get(name, a) for name, a in zip(append_op.parameters, args, strict=True))
 
 
-SLOTS = torch.arange(33)
+SLOTS, WIDE = torch.arange(33), torch.ones(50, 65)
 MALFORMED = {
     "slot behind the cache": (changed(CALL, slot_mapping=SLOTS + 40), "slot_mapping is 40 to 72, expected -1"),
     "slot below -1": (changed(CALL, slot_mapping=SLOTS - 2), "slot_mapping is -2 to 30"),
@@ -133,8 +133,8 @@ MALFORMED = {
     "no scale": (changed(CALL, k_scale=None), "k_scale is None, expected .*float32 beside a cache of torch.int8"),
     "expanded": (changed(CALL, v_cache=CALL[3][:1].expand_as(CALL[3])), "v_cache is expanded"),
     "position": (changed(ROTATED, positions=ROTATED[9] + 30), "positions is .*expected 0 to 49"),
-    "angles without positions": (changed(ROTATED, positions=None), "cos is given without"),
-    "wide angles": (changed(ROTATED, cos=torch.ones(50, 65), sin=torch.ones(50, 65)), "cos is of 65 columns"),
+    "angles without positions": (changed(ROTATED, positions=None), "rotary_cos is given without"),
+    "wide angles": (changed(ROTATED, rotary_cos=WIDE, rotary_sin=WIDE), "rotary_cos is of 65 columns"),
 }  # fmt: skip
 
 

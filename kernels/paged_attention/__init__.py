@@ -56,7 +56,7 @@ def _rows_of_a_block(q: Tensor, rows: int, width: int, packed: bool) -> int:
 
 _PARAMETERS = (
     *("q", "k_cache", "v_cache", "block_table", "seq_lens", "k_scale", "v_scale", "cu_seqlens_q", "left_pad"),
-    *("alibi_slopes", "sinks", "bits", "scale", "window_left", "window_right", "softcap", "need_sums"),
+    *("alibi_slopes", "sinks", "tree_mask", "scale", "window_left", "window_right", "softcap", "return_column_sums"),
 )
 
 
@@ -67,7 +67,7 @@ def paged_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens = q.shape[:2]
     out = q.new_empty(batch, tokens, heads, problem["VALUE_DIM"])
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    sums = q.new_empty((sequences, heads, capacity) if call.need_sums else 0, dtype=torch.float32)
+    sums = q.new_empty((sequences, heads, capacity) if call.return_column_sums else 0, dtype=torch.float32)
     if call.cu_seqlens_q is not None:  # tokens of no sequence are nobody's
         out.zero_()
         lse.fill_(-math.inf)
@@ -108,7 +108,7 @@ def _problem(call: SimpleNamespace) -> dict[str, Any]:
         "left_pad": None if call.left_pad is None else call.left_pad.contiguous(),
         "slopes": slopes,
         "sinks": None if call.sinks is None else call.sinks.contiguous(),
-        "bits": _bits(call.bits),
+        "bits": _bits(call.tree_mask),
         "sequences": sequences,
         "tokens": q.shape[1],
         "capacity": capacity,

@@ -94,8 +94,10 @@ class Op:
     refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # backend -> why not
     gradient: str | None = None  # why there is none, where there is none
     writes: bool = False  # the outputs are arguments that kernels write in place; `reference` returns their new values
+    public: str = ""  # the function that users call, where it has another name: errors name it
 
     def __post_init__(self) -> None:
+        self.public = self.public or self.name
         schema = _schema(self.reference, tuple(self.outputs) if self.writes else ())
         for namespace in (_public, _compiled, _emulated):
             namespace.define(self.name + schema)
@@ -114,7 +116,7 @@ class Op:
             self.differentiable(self._no_gradient, lambda ctx, inputs, output: None)
         self.parameters = tuple(inspect.signature(self.reference).parameters)
         self.arity = len(self.axes)
-        self._axes = Axes(self.name, self.axes)
+        self._axes = Axes(self.public, self.axes)
         self._kinds = {name: str(kind) for name, kind in self.reference.__annotations__.items()}
         self._contents = [self.parameters.index(name) for name in self.contents[0].split()]
         self._implementations: dict[str, dict[str, Backend]] = {}
@@ -149,7 +151,7 @@ class Op:
     def _dispatch(self, args: Args) -> Any:
         for name, arg in zip(self.axes, args, strict=False):
             if arg is not None and not isinstance(arg, Tensor):
-                raise fail(self.name, name, type(arg).__name__, "a torch.Tensor", error=TypeError)
+                raise fail(self.public, name, type(arg).__name__, "a torch.Tensor", error=TypeError)
         return self.torch_op(*args)
 
     def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
@@ -169,14 +171,14 @@ class Op:
         torch.library.register_autograd(f"metate::{self.name}", run, setup_context=setup_context, lib=_public)
 
     def _no_gradient(self, ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"metate.{self.name}: no gradient: {self.gradient}")
+        raise NotImplementedError(f"metate.{self.public}: no gradient: {self.gradient}")
 
     def _without_tangents(self, args: Args) -> None:
         """Refuses forward mode, whose tangents torch would drop at a custom operator: results with a tangent of 0."""
         for name, arg in zip(self.axes, args, strict=False):
             if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
                 raise NotImplementedError(
-                    f"metate.{self.name}: {name} has a tangent, but there are no derivatives in forward mode (jvp, "
+                    f"metate.{self.public}: {name} has a tangent, but there are no derivatives in forward mode (jvp, "
                     "jacfwd); use reverse mode (grad, vjp)"
                 )
 
@@ -236,12 +238,12 @@ class Op:
             reason = self.refusal(name, args)
             if reason is None:
                 if name == "reference" and device == "cuda" and forced is None:
-                    _log.warning("metate.%s runs on its slow reference: %s", self.name, _join(reasons))
+                    _log.warning("metate.%s runs on its slow reference: %s", self.public, _join(reasons))
                 return name, backend
             reasons[name] = reason
         if forced is not None and forced not in available:
             reasons[forced] = f"not available for {device} tensors here; `metate info` says why"
-        raise NotImplementedError(f"metate.{self.name}: no backend runs this call ({_join(reasons)})")
+        raise NotImplementedError(f"metate.{self.public}: no backend runs this call ({_join(reasons)})")
 
     def _run(self, *args: Any) -> Any:
         """The kernel behind the dispatcher entry."""
@@ -309,13 +311,13 @@ class Op:
             if tensor is None and "None" in self._kinds[name]:
                 continue
             if not isinstance(tensor, Tensor):
-                raise fail(self.name, name, type(tensor).__name__, "a torch.Tensor", error=TypeError)
+                raise fail(self.public, name, type(tensor).__name__, "a torch.Tensor", error=TypeError)
             if tensor.layout != torch.strided:
-                raise fail(self.name, name, tensor.layout, "a dense tensor; use .to_dense()", error=TypeError)
+                raise fail(self.public, name, tensor.layout, "a dense tensor; use .to_dense()", error=TypeError)
             self._check_dtype(name, tensor, named)
             if tensor.device != named[first].device:
                 raise fail(
-                    self.name, name, f"on {tensor.device}", f"{named[first].device} like {first}; move it with .to()"
+                    self.public, name, f"on {tensor.device}", f"{named[first].device} like {first}; move it with .to()"
                 )
         scalars = dict(zip(self.parameters[self.arity :], args[self.arity :], strict=True))
         for name, value in scalars.items():
@@ -326,9 +328,9 @@ class Op:
     def _check_scalar(self, name: str, value: Any) -> None:
         expected, kinds = _SCALARS[self._kinds[name]]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise fail(self.name, name, repr(value), expected, error=TypeError)
+            raise fail(self.public, name, repr(value), expected, error=TypeError)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise fail(self.name, name, value, "a 64-bit integer")
+            raise fail(self.public, name, value, "a 64-bit integer")
 
     def _check_dtype(self, name: str, tensor: Tensor, named: Mapping[str, Any]) -> None:
         allowed: list[torch.dtype] = []
@@ -338,13 +340,8 @@ class Op:
             allowed.append(named[rule].dtype if isinstance(rule, str) else rule)
         if tensor.dtype not in allowed:
             expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
-            raise fail(
-                self.name,
-                name,
-                str(tensor.dtype).removeprefix("torch."),
-                f"{expected}; convert it with .to()",
-                error=TypeError,
-            )
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise fail(self.public, name, got, f"{expected}; convert it with .to()", error=TypeError)
 
     # The reference at a chosen precision: as truth, as fallback, as error budget.
 

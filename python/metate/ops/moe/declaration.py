@@ -90,7 +90,7 @@ topk_op = Op(
     axes={"logits": "T E", "bias": "E"},
     dtypes={"logits": FLOATS, "bias": _WIDE},
     outputs={"weights": torch.float32, "experts": torch.int32},
-    shapes=lambda logits, bias, k, *_: ((logits.shape[0], k),) * 2,
+    shapes=lambda logits, bias, top_k, *_: ((logits.shape[0], top_k),) * 2,
     domain=Domain(_topk_inputs, TOPK_CASES, TOPK_SWEEP, draw_topk, ("T",), "T"),
     flops=lambda case: float(8 * case["T"] * case["E"]),
     autocast=(),
@@ -98,6 +98,7 @@ topk_op = Op(
     sharding=rules.shard_rows,
     validate=rules.validate_topk,
     refuses={"cpu": rules.refused_float64, "cuda": rules.refused_topk_by_cuda},
+    public="moe_route",
 )
 
 topk_backward_op = Op(

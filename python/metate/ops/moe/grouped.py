@@ -195,6 +195,7 @@ quant_linear_op = Op(
     refuses={"cuda": rules.refused_by_cuda},
     contents=("expert_offsets order permutation", rules.check_quant_linear),
     contents_in_kernel=True,
+    public="grouped_linear",
 )
 
 quant_matmul_op = Op(

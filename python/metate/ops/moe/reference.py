@@ -34,10 +34,10 @@ def scores_of(logits: Tensor, score: int) -> Tensor:
 
 
 def moe_topk(
-    logits: Tensor, bias: Tensor | None, k: int, score: int, groups: int, top_groups: int, group_rule: int,
+    logits: Tensor, bias: Tensor | None, top_k: int, score: int, groups: int, top_groups: int, group_rule: int,
     renormalise: bool, scaling: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weights and numbers of the k chosen experts of every row, best first."""
+    """Weights and numbers of the chosen experts of every row, best first."""
     logits = _wide(logits)
     scores = scores_of(logits, score)
     choice = logits if bias is None else scores + bias.to(scores.dtype)
@@ -50,7 +50,7 @@ def moe_topk(
         barred = torch.ones_like(value, dtype=torch.bool).scatter(-1, best, False)
         barred = barred.repeat_interleave(logits.shape[-1] // groups, -1)
         order = order.gather(-1, barred.gather(-1, order).int().argsort(dim=-1, stable=True))
-    chosen = order[..., :k]
+    chosen = order[..., :top_k]
     return weights_of(scores, chosen, score, renormalise, scaling), chosen.int()
 
 

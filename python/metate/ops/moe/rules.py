@@ -33,7 +33,7 @@ def refused_by_cuda(x: Tensor, *rest: Any) -> str | None:
 
 
 def refused_topk_by_cuda(
-    logits: Tensor, bias: Tensor | None, k: int, score: int, groups: int, top_groups: int, *_: Any
+    logits: Tensor, bias: Tensor | None, top_k: int, score: int, groups: int, top_groups: int, *_: Any
 ) -> str | None:
     few = top_groups <= 3072
     return refused_float64(logits) or (None if few else f"{top_groups} groups chosen: up to 3072")
@@ -56,15 +56,15 @@ def _few_rows(op: str, name: str, x: Tensor) -> None:
 
 
 def validate_topk(
-    logits: Tensor, bias: Tensor | None, k: int, score: int, groups: int, top_groups: int, group_rule: int,
+    logits: Tensor, bias: Tensor | None, top_k: int, score: int, groups: int, top_groups: int, group_rule: int,
     renormalise: bool, scaling: float,
 ) -> None:  # fmt: skip
-    op, experts = "moe_topk", logits.shape[1]
+    op, experts = "moe_route", logits.shape[1]
     _whole(op, "groups", groups, 1, MAX_EXPERTS)
     if experts % groups or not experts:
         raise fail(op, "logits", f"of {experts} experts", f"1 or more, a multiple of the {groups} groups")
     _whole(op, "top_groups", top_groups, 1, groups)
-    _whole(op, "k", k, 1, experts // groups * top_groups)
+    _whole(op, "top_k", top_k, 1, experts // groups * top_groups)
     _whole(op, "group_rule", group_rule, 0, 1)
     _validate_weights(op, score, scaling)
     if bias is not None and bias.dtype == torch.float64 and logits.dtype != torch.float64:
@@ -189,7 +189,7 @@ def check_outer(a: Tensor, b: Tensor, offsets: Tensor, order: Tensor | None, k: 
 
 
 def validate_quant_linear(x: Tensor, *rest: Any) -> None:
-    op, k = "quant_grouped_linear", rest[-1]
+    op, k = "grouped_linear", rest[-1]
     _validate_k(op, x, k)
     bits, group_size, super_groups, zero, _ = rest[-5:]
     validate_weight(op, x, rest[:8], bits, group_size, super_groups, zero, x.shape[1])
@@ -203,9 +203,9 @@ def validate_quant_matmul(x: Tensor, *rest: Any) -> None:
 
 def check_quant_linear(x: Tensor, *rest: Any) -> None:
     permutation, _, offsets, order = rest[7:11]
-    _check_order("quant_grouped_linear", order, x.shape[0] * rest[-1])
-    _check_offsets("quant_grouped_linear", "expert_offsets", offsets, rows_of(x, order))
-    _check_permutation("quant_grouped_linear", permutation)
+    _check_order("grouped_linear", order, x.shape[0] * rest[-1])
+    _check_offsets("grouped_linear", "expert_offsets", offsets, rows_of(x, order))
+    _check_permutation("grouped_linear", permutation)
 
 
 def check_quant_matmul(x: Tensor, *rest: Any) -> None:

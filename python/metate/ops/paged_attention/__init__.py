@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.masks import AttentionMask
+from metate.masks import AttentionMask, window_sides
 from metate.op import REGISTRY, use
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
 
@@ -55,7 +55,8 @@ def paged_attention(
         block_table: (batch, max_pages) int32: key j of a sequence is row j % page_size of page
             block_table[b, j // page_size]. Entries behind the last used page may be anything; pages may be shared.
         seq_lens: (batch) int32: keys of each sequence, those of its queries included; query i of n stands at position
-            seq_len - n + i.
+            seq_len - n + i. Where a sequence has fewer keys than queries, the first of these stand before all keys: a
+            causal one sees none, and gives 0 and lse -inf, as in flash-attn.
         cu_seqlens_q: (batch + 1) int32: where the queries of each sequence start in a packed q.
         causal: a query sees no key behind its position. window: (left, right), how many keys before and after its
             position it sees, inclusive; -1: no limit.
@@ -84,7 +85,7 @@ def paged_attention(
     _check_dims(q, packed)
     single = q.dim() == 3
     q = q if not single else q.unsqueeze(0) if packed else q.unsqueeze(1)
-    left, right = _window(causal, window)
+    left, right = window_sides("paged_attention", window, causal)
     slopes, sinks = (_widen(q, x) for x in (alibi_slopes, sinks))
     bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
@@ -219,16 +220,6 @@ def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, 
         starts = cu_groups.tolist()
         if starts[0] != 0 or starts[-1] != batch or starts != sorted(starts):
             raise fail(op, "cu_groups", starts, f"non-decreasing numbers from 0 to the {batch} sequences of q")
-
-
-def _window(causal: bool, window: tuple[int, int]) -> tuple[int, int]:
-    try:
-        left, right = window
-    except (TypeError, ValueError):
-        raise fail(
-            "paged_attention", "window", repr(window), "two integers (left, right); -1 means no limit", error=TypeError
-        ) from None
-    return left, (0 if right == -1 else min(right, 0)) if causal else right
 
 
 def _widen(q: Tensor, x: Tensor | None) -> Tensor | None:

@@ -40,21 +40,21 @@ CASES = [
     _case(1, 65, 9, 16, 4, 2, 64, window=(-1, 0)),
     _case(2, 70, 7, 16, 2, 1, 40, window=(20, 0), left_pad=True),
     _case(2, 5, 130, 1, 6, 2, 32, softcap=4.0, sinks=True, window=(9, 1)),
-    _case(2, 2, 40, 16, 4, 4, 80, alibi=1, need_sums=True, window=(-1, 0)),
+    _case(2, 2, 40, 16, 4, 4, 80, alibi=1, return_column_sums=True, window=(-1, 0)),
     _case(2, 7, 6, 16, 4, 2, 48, alibi=2, sinks=True, left_pad=True, cache="int8"),
     _case(2, 6, 5, 16, 4, 2, 32, tree=True),
     _case(2, 40, 3, 32, 2, 2, 32, 64, tree=True, cache="int4"),
     _case(3, 30, 6, 8, 4, 2, 16, lengths=(1, 0, 25), window=(-1, 0), left_pad=True),
-    _case(2, 50, 5, 16, 4, 1, 64, lengths=(9, 40), tree=True, need_sums=True, sinks=True),
+    _case(2, 50, 5, 16, 4, 1, 64, lengths=(9, 40), tree=True, return_column_sums=True, sinks=True),
     _case(1, 1, 20, 16, 16, 1, 576, 512, shared=True),
     _case(2, 2, 20, 16, 20, 1, 576, 512, shared=True, cache="scaled fp8", window=(-1, 0)),
     _case(2, 1, 33, 16, 8, 2, 128, cache="int8"),
     _case(2, 4, 33, 16, 8, 2, 128, cache="int4", window=(-1, 0)),
-    _case(3, 1, 9, 16, 4, 2, 24, cache="fp8", need_sums=True),
+    _case(3, 1, 9, 16, 4, 2, 24, cache="fp8", return_column_sums=True),
     _case(1, 3, 40, 16, 2, 2, 128, cache="scaled fp8", window=(100, 0)),
     _case(0, 1, 2, 4, 2, 1, 8),
     _case(2, 0, 2, 4, 2, 1, 8),
-    _case(2, 3, 0, 4, 2, 1, 8, sinks=True, need_sums=True),
+    _case(2, 3, 0, 4, 2, 1, 8, sinks=True, return_column_sums=True),
 ]
 SWEEP = [
     _case(B, 1, keys // 16, 16, 32, 8, 128, full=True, cache=cache)
@@ -76,7 +76,7 @@ def draw(rng: Random) -> Case:
         rng.randint(0, 3), rng.choice([0, 1, 1, 2, 5, 17, 64, 90]), rng.randint(0, 400 // page_size), page_size,
         heads * rng.choice([1, 2, 4, 8]), heads, D, min(D, Dv) if (shared := rng.random() < 0.2) else Dv,
     )  # fmt: skip
-    case.update(cache=store, shared=shared, need_sums=rng.random() < 0.3)
+    case.update(cache=store, shared=shared, return_column_sums=rng.random() < 0.3)
     case["window"] = rng.choice([(-1, 0), (-1, -1), (rng.randint(0, 150), 0), (rng.randint(-1, 90), rng.randint(0, 9))])
     for name, value in (("softcap", 4.0), ("sinks", True), ("left_pad", True), ("alibi", rng.choice([1, 2])),
                         ("tree", True), ("full", True)):  # fmt: skip
@@ -133,7 +133,7 @@ def _attention_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator
         0.1 * _normal(generator, *slopes).abs().to(wide) if "alibi" in case else None,
         _normal(generator, Hq).to(wide) if case.get("sinks") else None,
         _tree(1 if lengths is not None else B, Sq, most, generator) if case.get("tree") else None,
-        case["D"] ** -0.5, left, right, case.get("softcap", 0.0), case.get("need_sums", False),
+        case["D"] ** -0.5, left, right, case.get("softcap", 0.0), case.get("return_column_sums", False),
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ paged_attention_op = Op(
         "left_pad": "B",
         "alibi_slopes": "Hq or B Hq",
         "sinks": "Hq",
-        "bits": "B? Sq words",
+        "tree_mask": "B? Sq words",
     },
     dtypes={
         "q": FLOATS,
@@ -177,7 +177,7 @@ paged_attention_op = Op(
         "left_pad": (torch.int32,),
         "alibi_slopes": _WIDE,
         "sinks": _WIDE,
-        "bits": (torch.int32,),
+        "tree_mask": (torch.int32,),
     },
     outputs={"out": "q", "lse": torch.float32, "sums": torch.float32},
     shapes=lambda q, k_cache, v_cache, block_table, seq_lens, *rest: (
@@ -272,8 +272,8 @@ append_op = Op(
         **_CACHE,
         "slot_mapping": "tokens",
         **_SCALES,
-        "cos": "positions R",
-        "sin": "positions R",
+        "rotary_cos": "positions R",
+        "rotary_sin": "positions R",
         "positions": "tokens",
     },
     dtypes={
@@ -284,8 +284,8 @@ append_op = Op(
         "slot_mapping": _INTEGERS,
         "k_scale": (torch.float32,),
         "v_scale": (torch.float32,),
-        "cos": (torch.float32,),
-        "sin": (torch.float32,),
+        "rotary_cos": (torch.float32,),
+        "rotary_sin": (torch.float32,),
         "positions": _INTEGERS,
     },
     outputs={"k_cache": "k_cache", "v_cache": "v_cache", "k_scale": "k_scale", "v_scale": "v_scale"},

@@ -76,12 +76,12 @@ def paged_attention(
     left_pad: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    bits: Tensor | None,
+    tree_mask: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
     softcap: float,
-    need_sums: bool,
+    return_column_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sequences = _Sequences(q, seq_lens, cu_seqlens_q)
     x, rows, n = sequences.apart(q), sequences.row, sequences.n
@@ -95,10 +95,10 @@ def paged_attention(
         allowed = allowed & (distance >= -window_left)
     if window_right >= 0:
         allowed = allowed & (distance <= window_right)
-    if bits is not None and bits.shape[2]:
+    if tree_mask is not None and tree_mask.shape[2]:
         own = keys - (seq_lens - n)[:, None]  # (B, K): place among the newest keys
-        words = sequences.apart(bits).expand(own.shape[0], -1, -1)
-        at = own.clamp(0, 32 * bits.shape[2] - 1)[:, None].expand(-1, words.shape[1], -1)
+        words = sequences.apart(tree_mask).expand(own.shape[0], -1, -1)
+        at = own.clamp(0, 32 * tree_mask.shape[2] - 1)[:, None].expand(-1, words.shape[1], -1)
         set_ = (words.gather(2, at // 32) >> (at % 32)) & 1 == 1
         allowed = allowed & (set_ | (own < 0)[:, None])
 
@@ -125,7 +125,7 @@ def paged_attention(
         out = out.masked_fill(allowed[:, None].to(s.dtype) @ (~v.isfinite()).to(s.dtype) > 0, math.nan)
     out = sequences.together(out.transpose(1, 2), 0.0)
     lse = sequences.together(lse.transpose(1, 2), -math.inf).transpose(1, 2)
-    return out.contiguous(), lse.contiguous(), p.sum(2) if need_sums else lse.new_empty(0)
+    return out.contiguous(), lse.contiguous(), p.sum(2) if return_column_sums else lse.new_empty(0)
 
 
 def _gather(
@@ -151,14 +151,15 @@ def append_kv(
     slot_mapping: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
     positions: Tensor | None,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The caches and scales after the call."""
-    if cos is not None and sin is not None and positions is not None:
-        k = _rotate(k, cos[positions.long()][:, None], sin[positions.long()][:, None], interleaved)
+    if rotary_cos is not None and rotary_sin is not None and positions is not None:
+        cos, sin = (angles[positions.long()][:, None] for angles in (rotary_cos, rotary_sin))
+        k = _rotate(k, cos, sin, interleaved)
     used = slot_mapping >= 0
     slots = slot_mapping[used].long()
     k_cache, k_scale = _write(k[used], k_cache, k_scale, slots)

@@ -39,11 +39,12 @@ def refused_by_cuda(q: Tensor, v_cache: Tensor) -> str | None:
 def validate_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, cu_seqlens_q: Tensor | None, left_pad: Tensor | None, slopes: Tensor | None,
-    sinks: Tensor | None, bits: Tensor | None, scale: float, left: int, right: int, softcap: float, need_sums: bool,
+    sinks: Tensor | None, bits: Tensor | None, scale: float, left: int, right: int, softcap: float,
+    return_column_sums: bool,
 ) -> None:  # fmt: skip
     op = "paged_attention"
     entries = 1 if cu_seqlens_q is not None else block_table.shape[0]
-    for name, tensor in (("q", q), ("bits", bits)):
+    for name, tensor in (("q", q), ("tree_mask", bits)):
         if tensor is not None and tensor.shape[0] != entries and (name == "q" or tensor.shape[0] != 1):
             packed = "packed sequences" if cu_seqlens_q is not None else "that of block_table"
             expected = f"a first dimension of {entries}: {packed}"
@@ -60,7 +61,8 @@ def validate_attention(
     if heads % kv_heads if kv_heads else heads:
         raise fail(op, "q", f"of {heads} heads", f"a multiple of the {kv_heads} heads of k_cache")
     if bits is not None and cu_seqlens_q is None and bits.shape[2] != -(-q.shape[1] // 32):
-        raise fail(op, "bits", f"{bits.shape[2]} words a row", f"{-(-q.shape[1] // 32)} for {q.shape[1]} queries")
+        expected = f"{-(-q.shape[1] // 32)} for {q.shape[1]} queries"
+        raise fail(op, "tree_mask", f"of {bits.shape[2]} words a row", expected)
     for name, tensor in (("alibi_slopes", slopes), ("sinks", sinks)):
         if tensor is not None and (tensor.dtype == torch.float64) != (q.dtype == torch.float64):
             wide = "float64" if q.dtype == torch.float64 else "float32"
@@ -69,7 +71,7 @@ def validate_attention(
         raise fail(op, "scale", scale, "a finite number")
     if not (math.isfinite(softcap) and softcap >= 0):
         raise fail(op, "softcap", softcap, "0 (none) or a positive number")
-    for name, value in (("window_left", left), ("window_right", right)):
+    for name, value in (("window[0]", left), ("window[1]", right)):
         if value < -1:
             raise fail(op, name, value, "-1 (no limit) or a number of keys")
 
@@ -113,7 +115,8 @@ def check_attention(*args: Any) -> None:
         bits = args[11]
         most = max((b - a for a, b in pairwise(starts)), default=0)
         if bits is not None and most > 32 * bits.shape[2]:
-            raise fail(op, "bits", f"{bits.shape[2]} words a row", f"{-(-most // 32)} for {most} queries of a sequence")
+            expected = f"{-(-most // 32)} for {most} queries of a sequence"
+            raise fail(op, "tree_mask", f"of {bits.shape[2]} words a row", expected)
 
 
 def _extremes(x: Tensor) -> tuple[int, int]:
@@ -148,9 +151,10 @@ def validate_append(
     if v_cache.dtype != k_cache.dtype:
         raise fail(op, "v_cache", v_cache.dtype, f"{k_cache.dtype} as k_cache", error=TypeError)
     if not (cos is None) == (sin is None) == (positions is None):
-        raise fail(op, "cos", "given without sin and positions, or they without it", "all three or none")
+        got = "given without rotary_sin and positions, or they without it"
+        raise fail(op, "rotary_cos", got, "all three or none")
     if cos is not None and 2 * cos.shape[1] > k.shape[2]:
-        raise fail(op, "cos", f"of {cos.shape[1]} columns", f"at most half of the {k.shape[2]} columns of k")
+        raise fail(op, "rotary_cos", f"of {cos.shape[1]} columns", f"at most half of the {k.shape[2]} columns of k")
 
 
 def check_append(
@@ -175,7 +179,7 @@ def check_append(
     if positions is not None and cos is not None:
         least, most = (int(x) for x in positions.aminmax())
         if least < 0 or most >= cos.shape[0]:
-            raise fail(op, "positions", f"{least} to {most}", f"0 to {cos.shape[0] - 1}, the rows of cos")
+            raise fail(op, "positions", f"{least} to {most}", f"0 to {cos.shape[0] - 1}, the rows of rotary_cos")
 
 
 # Batching and sharding.
@@ -190,7 +194,7 @@ def refuse_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> Any:
 def shard_attention(op: Op, args: Args) -> list[tuple[dict[str, int], dict[str, int]]]:
     """Over heads; over sequences, which share the pages."""
     named = dict(zip(op.parameters, args, strict=False))
-    sums = ["sums"] if named["need_sums"] else []
+    sums = ["sums"] if named["return_column_sums"] else []
     slopes = named["alibi_slopes"]
     heads = {"q": 2, "k_cache": 2, "v_cache": 2, "k_scale": 2, "v_scale": 2, "sinks": 0}
     if slopes is not None:
@@ -200,8 +204,8 @@ def shard_attention(op: Op, args: Args) -> list[tuple[dict[str, int], dict[str, 
         batch = {"q": 0, "block_table": 0, "seq_lens": 0, "left_pad": 0}
         if slopes is not None and len(slopes.shape) == 2:
             batch["alibi_slopes"] = 0
-        if named["bits"] is not None and named["bits"].shape[0] != 1:
-            batch["bits"] = 0
+        if named["tree_mask"] is not None and named["tree_mask"].shape[0] != 1:
+            batch["tree_mask"] = 0
         split.append((dict.fromkeys(["out", "lse", *sums], 0), _given(named, batch)))
     return split
 

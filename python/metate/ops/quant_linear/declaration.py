@@ -177,13 +177,14 @@ int8_op = Op(
     autocast=("x",),
     vmap=rules.fold_vmap,
     sharding=rules.shard_linear,
-    validate=rules.validate_linear("quant_linear_int8"),
+    validate=rules.validate_linear("quant_linear"),
     refuses={
         "cpu": lambda x, *_: "float64: up to float32" if x.dtype == torch.float64 else None,
         "cuda": lambda *_: "activations rounded to 8 bits: on a CPU",
     },
-    contents=("permutation", rules.check_permutation("quant_linear_int8")),
+    contents=("permutation", rules.check_permutation("quant_linear")),
     gradient='activations are rounded to integers; train without activation="int8"',
+    public="quant_linear",
 )
 
 matmul_op = Op(

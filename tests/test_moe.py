@@ -277,3 +277,34 @@ def test_gpt_oss_activation():
     gate, up = x[:, ::2].clamp(max=7), x[:, 1::2].clamp(-7, 7)
     out = metate.gated_activation(x, gating="interleaved", limit=7.0, alpha=1.702, shift=1.0)
     torch.testing.assert_close(out, gate * torch.sigmoid(1.702 * gate) * (up + 1))
+
+
+@pytest.mark.parametrize("policy", ["sinkhorn", "expert_choice", "mixture_of_depths"])
+def test_what_a_policy_does_not_look_at_is_refused(policy):
+    """Where it was ignored, DeepSeek's groups or a bias gave the routes of another model."""
+    logits = random(2, 6, 1 if policy == "mixture_of_depths" else 4)
+    for name, value in dict(bias=torch.zeros(logits.shape[-1]), groups=2, group_rule="sum").items():
+        with pytest.raises(ValueError, match=rf"metate.moe_route: {name} is .*policy '{policy}' does not look at it"):
+            metate.moe_route(logits, 1, policy=policy, **{name: value})
+    if policy != "mixture_of_depths":
+        with pytest.raises(ValueError, match=r"metate.moe_route: top_k is 5, expected 1 to 4"):
+            metate.moe_route(logits, 5, policy=policy)
+
+
+def test_errors_name_what_users_call():
+    logits, x = random(6, 4), random(6, 8)
+    route = metate.moe_route(logits, 2)
+    with pytest.raises(ValueError, match=r"metate.moe_route: top_k is 9, expected 1 to 4"):
+        metate.moe_route(logits, 9)
+    with pytest.raises(TypeError, match=r"metate.moe_route: noise is int, expected a torch.Tensor"):
+        metate.moe_route(logits, 2, noise=1)
+    with pytest.raises(
+        ValueError, match=r"metate.moe_mlp: w_down is of shape \(4, 9, 6\), expected \(experts, 8, width"
+    ):
+        metate.moe_mlp(x, route, random(4, 12, 8), random(4, 9, 6))
+    with pytest.raises(TypeError, match=r"metate.gated_activation: alpha is 'a', expected a number"):
+        metate.gated_activation(x, alpha="a")
+    with pytest.raises(ValueError, match=r"metate.update_bias: counts is of shape \(3,\), expected \(4,\) like bias"):
+        metate.update_bias(torch.zeros(4), torch.zeros(3))
+    with pytest.raises(ValueError, match="load_balance_loss: counts is of shape"):
+        route.load_balance_loss(counts=torch.zeros(3))

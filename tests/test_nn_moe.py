@@ -226,6 +226,37 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize(
+    "kind,message,wrong",
+    [
+        (ValueError, "gated_activation: activation is 'foo'", dict(activation="foo")),
+        (ValueError, "gated_activation: limit is -1.0", dict(limit=-1.0)),
+        (ValueError, "moe_route: score is 'tanh'", dict(score="tanh")),
+        (ValueError, "moe_route: groups is 2, expected 1: policy 'sinkhorn'", dict(policy="sinkhorn", groups=2)),
+        (ValueError, "moe_route: logits is of 5 experts", dict(groups=2)),
+        (ValueError, "nn.MoE: hidden_size is 0", dict(hidden_size=0)),
+        (TypeError, "unexpected keyword argument 'renormalize'", dict(renormalize=True)),
+    ],
+)
+def test_a_layer_that_could_not_compute_is_not_made(kind, message, wrong):
+    with pytest.raises(kind, match=message):
+        MoE(**{**dict(hidden_size=8, intermediate_size=8, num_experts=5), **wrong})
+
+
+def test_a_layer_is_made_without_its_random_numbers():
+    """What is wrong with its routing comes out in a try, which needs no backend that was asked for either."""
+    generator = torch.Generator()
+    before = generator.get_state()
+    with metate.use("cuda"):
+        MoE(8, 8, 5, policy="gshard", generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_part_of_frozen_adapters_is_frozen():
+    layer = LoraGroupedLinear(build().experts.down, 2).requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in layer.part(1, 3).parameters())
+
+
+@pytest.mark.parametrize(
     "shape", [[10**9, 12, 20], [0, 12, 20], [True, 12, 20], [2.0, 12, 20], [5, 12], [1, 5, 12, 20]]
 )
 def test_states_that_lie_about_their_shape_are_refused(shape):

@@ -125,7 +125,8 @@ class LoraGroupedLinear(nn.Module):
         """A copy with the experts first … last - 1."""
         found = LoraGroupedLinear(self.base.part(first, last), self.r, self.scale * self.r, self.dropout.p)
         for name in ("lora_A", "lora_B"):
-            setattr(found, name, nn.Parameter(getattr(self, name)[first:last].detach().clone()))
+            whole = getattr(self, name)
+            setattr(found, name, nn.Parameter(whole[first:last].detach().clone(), whole.requires_grad))
         return found
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ class SharedExpert(nn.Module):
 
 
 def _columns(intermediate_size: int, activation: Mapping[str, Any]) -> int:
+    """Of gate and up together; a try says what is wrong with the activation before anything computes with it."""
+    gated_activation(torch.zeros(1, 2, device="cpu"), **activation, backend="reference")
     return intermediate_size if activation.get("gating") == "none" else 2 * intermediate_size
 
 
@@ -125,6 +128,9 @@ class MoE(nn.Module):
         noisy: noise of learned deviation on the logits in training (Shazeer et al. 2017).
         routing: further arguments of `metate.moe_route`: score, policy, renormalise, capacity_factor, groups, …
 
+    Raises:
+        TypeError, ValueError: naming the argument of `metate.gated_activation` or `metate.moe_route` that is wrong.
+
     After a call `route` is how its tokens went: for losses (`moe.route.load_balance_loss()`), for counts of the load.
     """
 
@@ -136,10 +142,17 @@ class MoE(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, **routing: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size),
+                            ("num_experts", num_experts), ("top_k", top_k), ("shared_size", shared_size)):  # fmt: skip
+            if not isinstance(value, Integral) or value < (name != "shared_size"):
+                raise fail("nn.MoE", name, repr(value), "an integer, 1 or more (shared_size: or 0)")
+        if top_k > num_experts:
             raise fail("nn.MoE", "top_k", top_k, f"1 to num_experts, {num_experts}")
         gate: Any = dict(activation=activation, gating=gating, limit=limit, alpha=alpha, shift=shift)
         self.top_k, self.routing = top_k, routing
+        # A try, of which the caller's random numbers know nothing, says what is wrong with the routing.
+        tried = {**routing, "generator": torch.Generator("cpu")}
+        moe_route(torch.zeros(1, num_experts, device="cpu"), top_k, noise=None, **tried, backend="reference")
         self.router = Router(hidden_size, num_experts, router_bias, device, dtype)
         self.noise = Router(hidden_size, num_experts, False, device, dtype) if noisy else None
         self.experts = Experts(hidden_size, intermediate_size, num_experts, bias, device, dtype, **gate)

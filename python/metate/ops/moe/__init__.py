@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -103,6 +104,8 @@ def grouped_linear(
             out = grouped.linear_op(x, w, offsets, bias, order, k)
         if lora is None:
             return out
+        if not isinstance(lora, (tuple, list)) or len(lora) != 2:
+            raise fail("grouped_linear", "lora", type(lora).__name__, "two tensors, A and B", error=TypeError)
         low = grouped.linear_op(x, lora[0], offsets, None, order, k)
         update: Tensor = grouped.linear_op(low, lora[1], offsets, None, None, 1)
     return out + scaling * update
@@ -130,20 +133,27 @@ def gated_activation(
     Returns:
         (…, width), dtype of x.
     """
-    number, layout, most = _numbers("gated_activation", activation, gating, limit)
+    op = "gated_activation"
+    number, layout = _choice(op, "activation", activation, ACTIVATIONS), _choice(op, "gating", gating, GATINGS)
     if not isinstance(x, Tensor):
-        raise fail("gated_activation", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+        raise fail(op, "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    if not x.dim():
+        raise fail(op, "x", "of shape ()", "(…, columns)")
+    scalars = {"limit": math.inf if limit is None else limit, "alpha": alpha, "shift": shift}
+    for name, value in scalars.items():
+        if not isinstance(value, Real):
+            raise fail(op, name, repr(value), "a number", error=TypeError)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with nullcontext() if backend is None else use(backend):
-        out: Tensor = activation_op(rows, number, layout, most, float(alpha), float(shift))
+        out: Tensor = activation_op(rows, number, layout, *map(float, scalars.values()))
     return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1])
 
 
-def _numbers(op: str, activation: str, gating: str, limit: float | None) -> tuple[int, int, float]:
-    for name, value, allowed in (("activation", activation, ACTIVATIONS), ("gating", gating, GATINGS)):
-        if value not in allowed:
-            raise fail(op, name, repr(value), " or ".join(map(repr, allowed)))
-    return ACTIVATIONS.index(activation), GATINGS.index(gating), math.inf if limit is None else float(limit)
+def _choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> int:
+    """The number of a name."""
+    if value not in allowed:
+        raise fail(op, name, repr(value), " or ".join(map(repr, allowed)))
+    return allowed.index(value)
 
 
 def moe_mlp(
@@ -177,7 +187,7 @@ def moe_mlp(
     Returns:
         Like x. A token depends on no other, bit for bit. No permuted copy of x is made.
     """
-    _check_tokens(x, route)
+    _check_layer(x, route, w_down)
     options: dict[str, Any] = dict(scaling=scaling, backend=backend)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # each view costs as much as a small kernel
     order, inverse, offsets = moe_sort(route.experts, route.num_experts, backend=backend)
@@ -192,7 +202,7 @@ def moe_mlp(
     return out if x.dim() == 2 else out.view(x.shape)
 
 
-def _check_tokens(x: Tensor, route: Route) -> None:
+def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts) -> None:
     if not isinstance(route, Route):
         raise fail("moe_mlp", "route", type(route).__name__, "what metate.moe_route returns", error=TypeError)
     if not isinstance(x, Tensor):
@@ -200,3 +210,6 @@ def _check_tokens(x: Tensor, route: Route) -> None:
     tokens = route.experts.shape[0]
     if x.dim() < 2 or x.numel() != tokens * x.shape[-1]:
         raise fail("moe_mlp", "x", f"of shape {tuple(x.shape)}", f"(…, hidden) of the {tokens} tokens of the route")
+    if isinstance(w_down, (Tensor, QuantizedExperts)) and tuple(w_down.shape[1:2]) != tuple(x.shape[-1:]):
+        got = f"of shape {tuple(w_down.shape)}"
+        raise fail("moe_mlp", "w_down", got, f"(experts, {x.shape[-1]}, width): as many rows as x has columns")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from metate.ops.moe.declaration import topk_op
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
 POLICIES = ("topk", "switch", "gshard", "expert_choice", "sinkhorn", "mixture_of_depths")
 _ITERATIONS = 50  # of Sinkhorn's normalisation, at most
+_CHOICE = {"bias": None, "groups": 1, "top_groups": 1, "group_rule": "max"}
+_UNUSED: dict[str, dict[str, Any]] = {  # what policies with a choice of their own do not look at, and its default
+    "sinkhorn": _CHOICE,
+    "expert_choice": {**_CHOICE, "renormalise": False, "drop": "position"},
+    "mixture_of_depths": {**_CHOICE, "renormalise": False, "drop": "position", "scaling": 1.0},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +78,9 @@ class Route:
             parts = [_counts(part, self.num_experts) for part in chosen.view(sequences, -1, chosen.shape[1])]
             loads = torch.stack(parts)
         else:
+            if not isinstance(counts, Tensor) or tuple(counts.shape) != (self.num_experts,):
+                got = f"of shape {tuple(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
+                raise fail("load_balance_loss", "counts", got, f"a tensor ({self.num_experts},)")
             loads = counts.to(self.weights.dtype).expand(sequences, -1)
         shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
         means = self.probabilities().unflatten(0, (sequences, -1)).mean(1)
@@ -89,7 +99,18 @@ class Route:
 
 
 def update_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> None:
-    """Balances without a loss (Wang et al. 2024): the bias of an overloaded expert sinks by `rate`, others rise."""
+    """Balances without a loss (Wang et al. 2024): the bias of an overloaded expert sinks by `rate`, others rise.
+
+    Args:
+        bias: (num_experts), floating, changed in place. counts: (num_experts), as from `Route.counts`.
+    """
+    for name, x in (("bias", bias), ("counts", counts)):
+        if not isinstance(x, Tensor):
+            raise fail("update_bias", name, type(x).__name__, "a torch.Tensor", error=TypeError)
+    if not bias.is_floating_point():
+        raise fail("update_bias", "bias", bias.dtype, "a floating-point tensor", error=TypeError)
+    if counts.shape != bias.shape:
+        raise fail("update_bias", "counts", f"of shape {tuple(counts.shape)}", f"{tuple(bias.shape)} like bias")
     with torch.no_grad():
         counts = counts.to(bias.dtype)
         bias += rate * torch.sign(counts.mean() - counts)
@@ -129,21 +150,25 @@ def moe_route(
             probability of twice its weight (Lepikhin et al. 2021); "expert_choice": each expert takes its best tokens
             · top_k / num_experts (Zhou et al. 2022); "sinkhorn": top_k of the doubly normalised logits (Clark et al.
             2022); "mixture_of_depths": logits (…, length, 1), of each sequence the best capacity_factor · length
-            tokens (Raposo et al. 2024).
-        capacity_factor: an expert takes at most ⌈capacity_factor · tokens · top_k / num_experts⌉ choices; None: all.
+            tokens, weighted by sigmoids of theirs (Raposo et al. 2024).
+        capacity_factor: an expert takes at most ⌈capacity_factor · tokens · top_k / num_experts⌉ choices; None: all,
+            but 1 for "expert_choice" and 1/8 for "mixture_of_depths".
         drop: which choices an expert drops: those behind its capacity in order of position, first choices before
             second ones, or those of least weight ("probability").
         generator: of the random numbers.
 
     Returns:
         Route. Of equal scores the lower expert number is chosen. Gradients reach logits through the weights.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected; also for what
+            a policy with a choice of its own ("expert_choice", "sinkhorn", "mixture_of_depths") would not look at.
     """
     _check(logits, score, group_rule, policy, capacity_factor, drop)
+    _check_policy(policy, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups,
+                  group_rule=group_rule, renormalise=renormalise, scaling=scaling, drop=drop)  # fmt: skip
     if noise is not None:
-        pairs = zip(noise.shape[::-1], logits.shape[::-1], strict=False)
-        if noise.dim() > logits.dim() or any(size not in (1, whole) for size, whole in pairs):
-            got, expected = f"of shape {tuple(noise.shape)}", f"one that broadcasts to {tuple(logits.shape)}"
-            raise fail("moe_route", "noise", got, expected)
+        _check_noise(noise, logits)
         logits = logits + noise * _random(torch.randn, logits, generator)
     flat = logits.reshape(-1, logits.shape[-1])
     with nullcontext() if backend is None else use(backend):
@@ -184,8 +209,34 @@ def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_fa
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise fail("moe_route", name, repr(value), " or ".join(map(repr, allowed)))
-    if capacity_factor is not None and not (capacity_factor > 0 and math.isfinite(capacity_factor)):
+    real = isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < math.inf
+    if capacity_factor is not None and not real:
         raise fail("moe_route", "capacity_factor", capacity_factor, "a positive number, or None: nothing is dropped")
+
+
+def _check_policy(policy: str, top_k: int, experts: int, **given: Any) -> None:
+    """For policies that do not call the operator, what it would check; and that nothing given is ignored."""
+    if policy not in _UNUSED:
+        return
+    for name, default in _UNUSED[policy].items():
+        value = given[name]
+        if isinstance(value, Tensor) or value != default:
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise fail("moe_route", name, got, f"{default!r}: policy {policy!r} does not look at it")
+    if policy != "mixture_of_depths" and not (type(top_k) is int and 1 <= top_k <= experts):
+        raise fail("moe_route", "top_k", repr(top_k), f"1 to {experts}")
+    scaling = given["scaling"]
+    if not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
+        raise fail("moe_route", "scaling", repr(scaling), "a finite number")
+
+
+def _check_noise(noise: Tensor, logits: Tensor) -> None:
+    if not isinstance(noise, Tensor):
+        raise fail("moe_route", "noise", type(noise).__name__, "a torch.Tensor", error=TypeError)
+    pairs = zip(noise.shape[::-1], logits.shape[::-1], strict=False)
+    if noise.dim() > logits.dim() or any(size not in (1, whole) for size, whole in pairs):
+        got, expected = f"of shape {tuple(noise.shape)}", f"one that broadcasts to {tuple(logits.shape)}"
+        raise fail("moe_route", "noise", got, expected)
 
 
 def _random(draw: object, like: Tensor, generator: torch.Generator | None) -> Tensor:

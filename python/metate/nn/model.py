@@ -34,7 +34,9 @@ def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = 
     Raises:
         ValueError: the method is unknown, or a name of `skip` fits no module.
     """
-    if method not in METHODS:
+    if not isinstance(model, nn.Module):
+        raise fail("quantize_model", "model", type(model).__name__, "a torch.nn.Module", error=TypeError)
+    if not isinstance(method, str) or method not in METHODS:
         raise fail("quantize_model", "method", repr(method), " or ".join(map(repr, METHODS)))
     skip = [skip] if isinstance(skip, str) else list(skip)
     named = list(model.named_modules(remove_duplicate=False))

@@ -32,8 +32,7 @@ class QuantLinear(LowBit, nn.Linear):  # type: ignore[override]
         nn.Module.__init__(self)
         if not isinstance(weight, QuantizedWeight):
             raise fail("nn.QuantLinear", "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
-        if bias is not None and tuple(bias.shape) != (weight.out_features,):
-            raise fail("nn.QuantLinear", "bias", f"of shape {tuple(bias.shape)}", f"({weight.out_features},)")
+        _check_bias("nn.QuantLinear", bias, (weight.out_features,))
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.activation = activation
         self._take(weight, bias)
@@ -57,6 +56,13 @@ class QuantLinear(LowBit, nn.Linear):  # type: ignore[override]
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {form}"
 
 
+def _check_bias(layer: str, bias: Tensor | None, shape: tuple[int, ...]) -> None:
+    if bias is not None and not isinstance(bias, Tensor):
+        raise fail(layer, "bias", type(bias).__name__, "a torch.Tensor or None", error=TypeError)
+    if bias is not None and tuple(bias.shape) != shape:
+        raise fail(layer, "bias", f"of shape {tuple(bias.shape)}", f"{shape}")
+
+
 class QuantGroupedLinear(LowBit, GroupedLinear):
     """GroupedLinear from the codes of its weights, with gradients to the rows and to the bias; the weights are frozen.
 
@@ -72,8 +78,7 @@ class QuantGroupedLinear(LowBit, GroupedLinear):
         if not isinstance(weight, QuantizedExperts):
             got = type(weight).__name__
             raise fail("nn.QuantGroupedLinear", "weight", got, "a metate.QuantizedExperts", error=TypeError)
-        if bias is not None and tuple(bias.shape) != tuple(weight.shape[:2]):
-            raise fail("nn.QuantGroupedLinear", "bias", f"of shape {tuple(bias.shape)}", f"{weight.shape[:2]}")
+        _check_bias("nn.QuantGroupedLinear", bias, weight.shape[:2])
         self.num_experts, self.out_features, self.in_features = weight.shape
         self._take(weight, bias)
 

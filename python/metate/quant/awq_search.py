@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.low_bit import QuantizedWeight, pack_codes, packed_bytes
-from metate.quant.calibration import Calibration
+from metate.quant.calibration import Calibration, check_calibration
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.rtn import affine
 from metate.quant.settings import blocks
@@ -35,10 +35,13 @@ def search_awq_scale(
 
     scale = E|x|**r / mean|w|**(1 - r), the r in [0, 1) of the least output error; all ones where that is better.
     """
-    grid = Grid(bits, symmetric).check("search_awq_scale")
-    sizes = [checked("search_awq_scale", weight, group_size) for weight in weights]
+    op = "search_awq_scale"
+    grid = Grid(bits, symmetric).check(op)
+    if not isinstance(weights, Sequence) or not weights:
+        raise fail(op, "weights", type(weights).__name__, "a list of weights, one or more", error=TypeError)
+    sizes = [checked(op, weight, group_size) for weight in weights]
     for weight in weights:
-        calibration.check("search_awq_scale", weight)
+        check_calibration(op, calibration, weight)
     hessian = calibration.hessian
     magnitude = calibration.mean_magnitude.clamp(min=_LEAST)
     share = _mean_share(weights, sizes)
@@ -99,13 +102,14 @@ def quantize_awq(
         the quantised weight W' and s with W x ≈ W' (x / s); `fold_scale` puts 1 / s into the operation before.
     """
     group_size = checked("quantize_awq", weight, group_size)
-    calibration.check("quantize_awq", weight)
+    check_calibration("quantize_awq", calibration, weight)
     grid = Grid(bits, symmetric, scale_dtype).check("quantize_awq")
     if scale is None:
         scale = search_awq_scale([weight], calibration, bits, group_size, symmetric=symmetric)
     rows, columns = weight.shape
-    if tuple(scale.shape) != (columns,) or not bool((scale > 0).all()):
-        raise fail("quantize_awq", "scale", f"shape {tuple(scale.shape)}", f"({columns},), all positive")
+    if not isinstance(scale, Tensor) or tuple(scale.shape) != (columns,) or not bool((scale > 0).all()):
+        got = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
+        raise fail("quantize_awq", "scale", got, f"a tensor ({columns},), all positive")
     moments = _group_moments(calibration.hessian / torch.outer(scale, scale), group_size) if clip else None
     codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
     shape = rows, -(-columns // group_size)

@@ -12,6 +12,8 @@ class Calibration:
     """Statistics of the inputs of one linear layer (or of several that share them), gathered batch by batch."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        if type(in_features) is not int or in_features < 1:
+            raise fail("Calibration", "in_features", repr(in_features), "an integer, 1 or more")
         self.count = 0
         self._moments = torch.zeros(in_features, in_features, device=device)
         self._magnitudes = torch.zeros(in_features, device=device)
@@ -48,12 +50,21 @@ class Calibration:
         delta = difference.float()
         return float(((delta @ self.hessian) * delta).sum())
 
-    def check(self, op: str, weight: Tensor) -> None:
-        if weight.dim() != 2 or weight.shape[1] != self.in_features:
-            raise fail(
-                op, "weight", f"shape {tuple(weight.shape)}", f"(out_features, {self.in_features}) as calibrated"
-            )
-        if self.count == 0:
-            raise fail(op, "calibration", "empty", "one that has seen inputs; call its add() first")
-        if not bool(torch.isfinite(self._moments).all()):
-            raise fail(op, "calibration", "not finite", "inputs without NaN or infinity")
+    @property
+    def finite(self) -> bool:
+        """Whether no input was NaN or infinite."""
+        return bool(torch.isfinite(self._moments).all())
+
+
+def check_calibration(op: str, calibration: Calibration, weight: Tensor) -> None:
+    """That it is one, of this weight's inputs."""
+    if not isinstance(calibration, Calibration):
+        expected = "a metate.quant.Calibration of the layer's inputs"
+        raise fail(op, "calibration", type(calibration).__name__, expected, error=TypeError)
+    if weight.dim() != 2 or weight.shape[1] != calibration.in_features:
+        expected = f"(out_features, {calibration.in_features}) as calibrated"
+        raise fail(op, "weight", f"shape {tuple(weight.shape)}", expected)
+    if calibration.count == 0:
+        raise fail(op, "calibration", "empty", "one that has seen inputs; call its add() first")
+    if not calibration.finite:
+        raise fail(op, "calibration", "not finite", "inputs without NaN or infinity")

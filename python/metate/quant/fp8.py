@@ -58,9 +58,10 @@ def _canonical(codes: Tensor, scales: Tensor, height: int, width: int) -> Quanti
 def quantize_fp8(weight: Tensor, block: tuple[int, int] = _BLOCK) -> QuantizedWeight:
     """(N, K) to e4m3 with a float32 scale for every block of rows and columns: largest magnitude / 448."""
     checked("quantize_fp8", weight, 1)
+    pair = isinstance(block, (tuple, list)) and len(block) == 2 and all(type(size) is int for size in block)
+    if not pair or min(block) < 1:
+        raise fail("quantize_fp8", "block", repr(block), "(rows, columns), 1 or more each")
     height, width = block
-    if height < 1 or width < 1:
-        raise fail("quantize_fp8", "block", block, "(rows, columns), 1 or more each")
     rows, columns = weight.shape
     height, width = min(height, rows), min(width, columns)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)

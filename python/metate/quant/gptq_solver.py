@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.low_bit import QuantizedWeight, pack_codes
-from metate.quant.calibration import Calibration
+from metate.quant.calibration import Calibration, check_calibration
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.rtn import affine
 
@@ -44,7 +44,7 @@ def quantize_gptq(
         damp: what is added to the diagonal of the Hessian, relative to its mean.
     """
     group_size = checked("quantize_gptq", weight, group_size)
-    calibration.check("quantize_gptq", weight)
+    check_calibration("quantize_gptq", calibration, weight)
     if not 0 < damp < 1:
         raise fail("quantize_gptq", "damp", damp, "between 0 and 1")
     grid = Grid(bits, symmetric, scale_dtype).check("quantize_gptq")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | N
         raise fail(op, "x", got, "a float32 tensor; convert it with .to()", error=TypeError)
     if x.dim() != 2:
         raise fail(op, "x", f"of shape {tuple(x.shape)}", "(points, columns)")
-    if not isinstance(k, int) or not 1 <= k <= x.shape[0]:
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= x.shape[0]:
         raise fail(op, "k", k, f"1 to {x.shape[0]}, as many as there are points")
     if isinstance(init, Tensor):
         if init.dtype != torch.float32 or init.dim() != 2 or init.shape[1] != x.shape[1] or init.shape[0] > k:
@@ -123,13 +125,15 @@ def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | N
             raise fail(op, "init", "not finite everywhere", "finite numbers")
     elif init not in ("k-means++", "sample"):
         raise fail(op, "init", repr(init), "'k-means++', 'sample' or a tensor of centroids")
-    if iterations < 0:
-        raise fail(op, "iterations", iterations, "at least 0")
-    if most is not None and most < 1:
-        raise fail(op, "max_points_per_centroid", most, "at least 1, or None")
+    if not isinstance(iterations, Integral) or iterations < 0:
+        raise fail(op, "iterations", repr(iterations), "an integer, at least 0")
+    if most is not None and (not isinstance(most, Integral) or most < 1):
+        raise fail(op, "max_points_per_centroid", repr(most), "an integer, at least 1, or None")
     if x.shape[1] and not bool((4 * x.shape[1] * x.abs().amax().square()).isfinite()):
         raise fail(op, "x", "NaN, infinite or huge in places", "numbers whose squared distances are finite in float32")
     if weights is not None:
+        if not isinstance(weights, Tensor):
+            raise fail(op, "weights", type(weights).__name__, "a torch.Tensor", error=TypeError)
         if weights.dtype != torch.float32 or weights.shape != x.shape[:1]:
             raise fail(op, "weights", f"{weights.dtype} of shape {tuple(weights.shape)}", f"float32 ({x.shape[0]},)")
         if not bool((weights >= 0).all() & weights.sum().isfinite()):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -128,8 +129,13 @@ def _adapters(
     for name, matrix in (("A", A), ("B", B)):
         if not isinstance(matrix, Tensor):
             raise fail("lora_linear", name, type(matrix).__name__, "a torch.Tensor", error=TypeError)
+        if matrix.dim() not in (2, 3):
+            raise fail("lora_linear", name, f"of shape {tuple(matrix.shape)}", "2 dimensions, or 3 with adapters first")
     A, B = (matrix.unsqueeze(0) if matrix.dim() == 2 else matrix for matrix in (A, B))
     if not isinstance(scaling, Tensor):
+        if not isinstance(scaling, Real):
+            got = type(scaling).__name__
+            raise fail("lora_linear", "scaling", got, "a number, or a tensor of them", error=TypeError)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         scaling = torch.full(A.shape[:1], scaling, dtype=wide, device=x.device)
     if adapter_ids is None:

@@ -119,6 +119,19 @@ def test_whole_bytes_are_computed_from_as_they_are():
     assert torch.equal(state.lower(other).codes.flatten(), other.flatten()), "kept the weight of another"
 
 
+@pytest.mark.parametrize("columns", [33, 48, 128])
+def test_a_weight_written_over_is_seen(columns):
+    """Blocks that cross rows, and odd rows, are copied as they are lowered."""
+    weight = torch.randn(8, columns)
+    packed, state = F.quantize_4bit(weight, quant_type="nf4")
+    state.lower(packed)
+    packed.copy_(packed.flip(0))
+    assert torch.equal(state.lower(packed).dequantize(), F.dequantize_4bit(packed, state))
+    with torch.inference_mode():
+        packed, state = F.quantize_4bit(weight, quant_type="nf4")
+        assert torch.equal(state.lower(packed).dequantize(), F.dequantize_4bit(packed, state))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_states_are_those_of_checkpoints(nested):
     weight = torch.randn(16, 64)

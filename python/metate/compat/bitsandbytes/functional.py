@@ -58,10 +58,11 @@ class QuantState:
         if shape is None or len(shape) != 2 or quant_type is None or block_size is None:
             raise fail("compat.bitsandbytes", "quant_state.shape", shape, "(out_features, in_features)")
         rows, columns = shape
-        data = _bytes(packed)
-        key = (data.data_ptr(), data.device, packed._version if columns % 2 else 0, self.absmax)
+        data, copies = _bytes(packed), columns % block_size != 0 or columns % 2 != 0
+        version = packed._version if copies and not packed.is_inference() else 0
+        key = (data.data_ptr(), data.device, version, self.absmax)
         if self._lowered is None or any(a is not b and a != b for a, b in zip(self._lowered[0], key, strict=True)):
-            if columns % 2 or columns % block_size:
+            if copies:
                 state = format.State4bit(data, self.scales(), quant_type, block_size, (rows, columns))
                 weight = state.lower()
             else:

@@ -172,11 +172,27 @@ def test_ends(model):
     text, found = prompts(1)[0], alone(model, prompts(1))[0]
     eos = next(token for i, token in enumerate(found) if i > 3 and token not in found[:i])
     cut = found.index(eos) + 1
-    for draft in (None, "ngram"):
-        (got,) = metate.generate(model, [text], max_new_tokens=16, eos=eos, draft=draft)
+    for draft, ends in ((None, eos), ("ngram", eos), (None, torch.tensor(eos)), (None, torch.tensor([eos, eos]))):
+        (got,) = metate.generate(model, [text], max_new_tokens=16, eos=ends, draft=draft)
         assert (got.tokens, got.finished) == (found[:cut], "eos")
         (got,) = metate.generate(model, [text], max_new_tokens=16, stop=[found[cut - 2 : cut], [eos]], draft=draft)
         assert (got.tokens, got.finished) == (found[:cut], "stop")
+
+
+@pytest.mark.parametrize("eos", [None, "</s>", ["</s>"], 2.5])
+def test_ends_that_no_token_is_are_refused(model, eos):
+    with pytest.raises(TypeError, match=r"metate.generate: eos is .*, expected a"):
+        metate.generate(model, [[1, 2]], eos=eos)
+
+
+def test_seeds_go_round(model):
+    """torch.initial_seed() may be the last there is, and the next prompt's is one more."""
+    texts = prompts(2)
+    options = dict(max_new_tokens=4, temperature=1.0)
+    first = metate.generate(model, texts, seed=2**64 - 1, **options)
+    assert [g.tokens for g in first] == [
+        g.tokens for g in metate.generate(model, texts, seed=[2**64 - 1, 0], **options)
+    ]
 
 
 # The scheduler.

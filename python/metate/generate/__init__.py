@@ -150,7 +150,9 @@ def _prompts(prompts: Sequence[Sequence[int]] | Tensor) -> list[Sequence[int]]:
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, int):
+        return [seed, *((seed + i) % 2**64 for i in range(1, count))][:count]
+    seeds = list(seed)
     if len(seeds) != count:
         raise fail("generate", "seed", f"{len(seeds)} seeds", f"one, or {count}: one for each prompt")
     return seeds

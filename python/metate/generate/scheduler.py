@@ -101,6 +101,17 @@ def _numbers(name: str, tokens: Sequence[int]) -> list[int]:
         raise fail("generate", name, repr(tokens)[:60], "a sequence of token numbers", error=TypeError) from None
 
 
+def _ends(eos: int | Iterable[int]) -> frozenset[int]:
+    """The tokens that end a text; those of a tensor are numbers too, which no token would be equal to as they are."""
+    try:
+        return frozenset([operator.index(eos)])  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    if isinstance(eos, str) or not isinstance(eos, Iterable):
+        raise fail("generate", "eos", repr(eos), "a token number, or several; () for none", error=TypeError)
+    return frozenset(_numbers("eos", list(eos)))
+
+
 class Scheduler:
     """Serves requests with one model and one cache, a step at a time; a library class for one thread, not a server.
 
@@ -185,10 +196,9 @@ class Scheduler:
             raise fail("generate", "stop", "an empty sequence", "sequences of at least one token")
         seed = (self.seed + self.added) % 2**64 if seed is None else seed
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        eos = frozenset([eos] if isinstance(eos, int) else eos)
         request = _Request(
-            self.added, tokens, len(tokens), max_new_tokens, sampling, Uniforms(seed, TEXT), eos, stops, constraint,
-            return_logprobs,
+            self.added, tokens, len(tokens), max_new_tokens, sampling, Uniforms(seed, TEXT), _ends(eos), stops,
+            constraint, return_logprobs,
         )  # fmt: skip
         self.added += 1
         self.waiting.append(request)

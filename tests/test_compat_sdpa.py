@@ -203,3 +203,16 @@ def test_activates_once_and_restores(served):
     with pytest.raises(RuntimeError, match="stop"), sdpa.activated():
         raise RuntimeError("stop")
     assert not sdpa.active()
+
+
+def test_torch_without_a_registry_is_named(monkeypatch):
+    """2.10 has none: asking is no error, and serving says what to do."""
+    for name in ("restore_flash_attention_impl", "current_flash_attention_impl"):
+        monkeypatch.delattr(torch.nn.attention, name)
+    assert not sdpa.active()
+    sdpa.restore()
+    with (
+        pytest.raises(NotImplementedError, match=r"no registry of attention kernels; upgrade to 2\.11"),
+        sdpa.activated(),
+    ):
+        pass

@@ -45,7 +45,8 @@ def restore() -> None:
 
 def active() -> bool:
     """Whether metate serves `F.scaled_dot_product_attention` now."""
-    return bool(torch.nn.attention.current_flash_attention_impl() == _NAME)
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)  # not before torch 2.11
+    return bool(current() == _NAME)
 
 
 @contextlib.contextmanager

@@ -45,8 +45,8 @@ def compiler_problem() -> str | None:
 
 def available_gigabytes() -> float:
     """What this process may still take: free memory, or what its control group leaves."""
-    limits = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    limits, meminfo = [], Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
             limits.append(int(line.split()[1]) * 1024)
     for folder in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
@@ -62,7 +62,8 @@ def jobs() -> int:
     """As many compilers as there are cores and memory for."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
-    return max(1, min(len(os.sched_getaffinity(0)), int(available_gigabytes() / GIGABYTES_PER_JOB)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(available_gigabytes() / GIGABYTES_PER_JOB)))
 
 
 def one_at_a_time() -> IO[str]:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -389,10 +390,9 @@ def _repetition_cpu(contender: Contender, inner: int) -> tuple[float, float]:
 def _waited() -> float:
     """Seconds that threads of this process were runnable and got no core, so far."""
     total = 0
-    for thread in os.listdir("/proc/self/task"):
+    for record in Path("/proc/self/task").glob("*/schedstat"):  # none on systems without /proc
         try:
-            with open(f"/proc/self/task/{thread}/schedstat") as file:
-                total += int(file.read().split()[1])
+            total += int(record.read_text().split()[1])
         except (OSError, IndexError):
             continue  # the thread has ended, or the kernel keeps no such record
     return total * 1e-9

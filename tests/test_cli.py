@@ -38,6 +38,13 @@ def test_version():
     assert metate("--version").strip() == f"metate {__version__}"
 
 
+def test_info_where_no_process_is_bound_to_cores(monkeypatch):
+    """macOS knows no affinity."""
+    monkeypatch.delattr(hardware.os, "sched_getaffinity")
+    assert hardware.machine()["affinity"] == list(range(hardware.os.cpu_count()))
+    hardware.warnings()
+
+
 def test_info_as_json():
     facts = json.loads(metate("info", "--json"))
     assert set(facts) == {"machine", "backends", "operators", "build", "versions", "warnings"}

@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
-        "affinity": sorted(os.sched_getaffinity(0)),
+        "affinity": affinity(),
         "cpu_quota": cpu_quota(),
         "threads": torch.get_num_threads(),
         "caches": caches(),
@@ -34,6 +34,13 @@ def machine() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus(),
     }
+
+
+def affinity() -> list[int]:
+    """The cores that this process may use: all, on systems that bind none."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def cpu_name() -> str:
@@ -154,7 +161,7 @@ def _no_triton() -> str:
 def warnings() -> list[str]:
     """What makes kernels slow here and can be changed."""
     found = []
-    threads, available = torch.get_num_threads(), float(len(os.sched_getaffinity(0)))
+    threads, available = torch.get_num_threads(), float(len(affinity()))
     quota = cpu_quota()
     limit = min(available, quota) if quota else available
     if threads > limit:

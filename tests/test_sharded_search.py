@@ -1,6 +1,7 @@
 """An index over 2 and 4 gloo processes finds what one index finds."""
 
 import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,11 @@ def work(rank, ranks, folder, expected):
         assert index.search(x[1:2], 90, **({} if index.local.nlist is None else {"nprobe": 6}))[1].max() == 1041
     with pytest.raises(ValueError, match="5 vectors"):
         ShardedIndex(IVFPQIndex(D, 6, 4, 4)).train(x[:5])
+    if rank == 1:
+        Path(f"{folder}/{name}.1-of-{ranks}").unlink()
+    with pytest.raises((ValueError, OSError), match=r"No such file|by another rank"):
+        index.load(f"{folder}/{name}")
+    assert index.ntotal == counts[1] + 1
     dist.destroy_process_group()
 
 

@@ -118,8 +118,18 @@ class ShardedIndex:
         self.local.save(self._part(path))
 
     def load(self, path: str | Path, *, mmap: bool = False) -> None:
-        """Takes the part that `save` wrote, by as many ranks."""
-        self.local = load(self._part(path), mmap=mmap, device=self.local.device)
+        """Takes the part that `save` wrote, by as many ranks. An error of one is raised everywhere."""
+        found = self.local
+        refused: Exception | None = None
+        try:
+            found = load(self._part(path), mmap=mmap, device=self.local.device)
+        except (OSError, ValueError) as error:
+            refused = error
+        if self._sum(refused is not None):  # else the others would wait for this rank for ever
+            raise refused or fail(
+                "parallel.ShardedIndex", "path", "refused by another rank", "what every rank can load"
+            )
+        self.local = found
         newest = torch.tensor(self.local.next_id, device=self.local.device)
         dist.all_reduce(newest, dist.ReduceOp.MAX, self.group)
         self._next_id = int(newest)

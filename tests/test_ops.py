@@ -136,7 +136,7 @@ REFUSED = [pytest.param(op, id=op.name) for op in REGISTRY.values() if op.gradie
 @pytest.mark.parametrize("op", REFUSED)
 def test_refused_gradient_raises(op):
     args = op.example(op.domain.cases[1], torch.float32)
-    with pytest.raises(NotImplementedError, match=f"metate.{op.name}: no gradient"):
+    with pytest.raises(NotImplementedError, match=f"metate.{op.public}: no gradient"):
         outputs(op.torch_op(*differentiable(args)))[0].sum().backward()
     if op.writes:
         with torch.no_grad():
@@ -246,7 +246,7 @@ def test_public_errors_name_the_argument(op, device):
     args = list(op.example(op.domain.cases[1], torch.float32, device))
     first = op.parameters[0]
     for wrong, error in ((3, TypeError), (args[0].to(torch.int8), TypeError), (args[0][0], ValueError)):
-        with pytest.raises(error, match=rf"metate.{op.name}: {first} is .*expected"):
+        with pytest.raises(error, match=rf"metate.{op.public}: {first} is .*expected"):
             op(wrong, *args[1:])
 
 

@@ -64,7 +64,7 @@ def work(rank, ranks, folder, expected):
         ShardedIndex(IVFPQIndex(D, 6, 4, 4)).train(x[:5])
     if rank == 1:
         Path(f"{folder}/{name}.1-of-{ranks}").unlink()
-    with pytest.raises((ValueError, OSError), match=r"No such file|by another rank"):
+    with pytest.raises((ValueError, OSError), match=r"a file that exists|by another rank"):
         index.load(f"{folder}/{name}")
     assert index.ntotal == counts[1] + 1
     dist.destroy_process_group()

@@ -43,7 +43,8 @@ def quant_linear(
 
     Returns:
         (…, out_features), dtype of x. A row depends on no other row, bit for bit. Gradients reach x and bias through
-        the low-bit kernels, and float scales, offsets and codebooks that ask for one through W's formula.
+        the low-bit kernels, and float scales, offsets and codebooks that ask for one through W's formula. What a number
+        that is not finite reaches is not finite: infinite, or NaN.
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.

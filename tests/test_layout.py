@@ -17,7 +17,7 @@ LAYERS = [
     {"compat", "verify", "bench", "demo", "cli", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-SHOUTED = re.compile(r"METATE_(?!ISA\b|BACKEND\b|CACHE\b|ARCHS\b)[A-Z_]+")
+SHOUTED = re.compile(r"METATE_(?!ISA\b|BACKEND\b|ARCHS\b)[A-Z_]+")
 
 
 def sources(*patterns: str) -> list[Path]:

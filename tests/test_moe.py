@@ -154,6 +154,8 @@ def test_losses_are_their_formulas():
     torch.testing.assert_close(route.load_balance_loss(sequences=2), sum(halves) / 2)
     torch.testing.assert_close(route.load_balance_loss(counts=route.counts()), route.load_balance_loss())
     torch.testing.assert_close(route.z_loss(), torch.logsumexp(logits, -1).square().mean())
+    loads = torch.zeros(7).index_add(0, route.experts.flatten().long(), route.weights.flatten())
+    torch.testing.assert_close(route.importance_loss(), loads.var(correction=0) / loads.mean() ** 2)
     route.load_balance_loss().backward()
     assert logits.grad is not None and logits.grad.abs().sum() > 0
     scores = torch.sigmoid(logits)

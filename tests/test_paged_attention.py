@@ -182,6 +182,16 @@ def test_contents_are_looked_at_in_every_call():
         assert torch.equal(metate.paged_attention(q, k_cache, v_cache, table, lens), expected)
 
 
+def test_what_contents_forbid_is_not_supported():
+    """`explain` raises what the call would."""
+    k_cache, v_cache, table, lens = paged([5, 33], 16, 2, 24, 16)
+    q = torch.randn(2, 4, 24)
+    assert metate.supports(metate.paged_attention, q, k_cache, v_cache, table, lens)
+    assert not metate.supports(metate.paged_attention, q, k_cache, v_cache, table, lens + 16)
+    with pytest.raises(ValueError, match="seq_lens is 21 to 49"):
+        metate.explain(metate.paged_attention, q, k_cache, v_cache, table, lens + 16)
+
+
 def test_gradients_are_refused_before_anything_is_written():
     args = append_op.example(append_op.domain.cases[1], torch.float32)
     before = args[2].clone()

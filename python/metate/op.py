@@ -630,6 +630,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     op.check(call)
     forced, refusals, chosen = _forced(), {}, None
     device = call[0].device.type
+    if device != "meta" and any(call[i] is not None for i in op._contents):
+        op.contents[1](*call)
     available = op.implementations(device)
     for name in BACKENDS:
         if name not in available:

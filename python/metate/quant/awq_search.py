@@ -42,8 +42,9 @@ def search_awq_scale(
     sizes = [checked(op, weight, group_size) for weight in weights]
     for weight in weights:
         check_calibration(op, calibration, weight)
-    hessian = calibration.hessian
-    magnitude = calibration.mean_magnitude.clamp(min=_LEAST)
+    device = weights[0].device
+    hessian = calibration.hessian.to(device)
+    magnitude = calibration.mean_magnitude.to(device).clamp(min=_LEAST)
     share = _mean_share(weights, sizes)
     best_scale = torch.ones_like(magnitude)
     best = _loss(weights, best_scale, hessian, grid, sizes)
@@ -110,7 +111,9 @@ def quantize_awq(
     if not isinstance(scale, Tensor) or tuple(scale.shape) != (columns,) or not bool((scale > 0).all()):
         got = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
         raise fail("quantize_awq", "scale", got, f"a tensor ({columns},), all positive")
-    moments = _group_moments(calibration.hessian / torch.outer(scale, scale), group_size) if clip else None
+    scale = scale.to(weight.device)
+    hessian = calibration.hessian.to(weight.device)
+    moments = _group_moments(hessian / torch.outer(scale, scale), group_size) if clip else None
     codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
     shape = rows, -(-columns // group_size)
     scales = torch.empty(shape, dtype=scale_dtype, device=weight.device)

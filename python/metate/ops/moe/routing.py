@@ -186,17 +186,27 @@ def moe_route(
                 flat, bias, k, SCORES.index(score), groups, top_groups, ("max", "sum").index(group_rule),
                 renormalise or policy == "gshard", scaling,
             )  # fmt: skip
-    chosen, number = experts, flat.shape[1]
-    if policy == "gshard":
-        second = 2 * weights[:, 1] / (weights.sum(-1) + reference.TINY)
-        kept = _random(torch.rand, second, generator) < second
-        experts = torch.stack([experts[:, 0], experts[:, 1].where(kept, number)], 1)
-    if capacity_factor is not None:
-        capacity = math.ceil(capacity_factor * experts.numel() / number)
-        experts = _within_capacity(experts, weights, number, capacity, drop)
+    kept = experts if policy != "gshard" else _second_by_chance(weights, experts, flat.shape[1], generator)
+    return _dropped(weights, experts, kept, flat, score, capacity_factor, drop)
+
+
+def _second_by_chance(weights: Tensor, experts: Tensor, number: int, generator: torch.Generator | None) -> Tensor:
+    """The second choice with a probability of twice its weight, else the number of no expert."""
+    second = 2 * weights[:, 1] / (weights.sum(-1) + reference.TINY)
+    taken = _random(torch.rand, second, generator) < second
+    return torch.stack([experts[:, 0], experts[:, 1].where(taken, number)], 1)
+
+
+def _dropped(
+    weights: Tensor, chosen: Tensor, experts: Tensor, logits: Tensor, score: str, factor: float | None, drop: str
+) -> Route:
+    """The route to the experts that are left of those chosen, each of which takes no more than its capacity."""
+    number = logits.shape[1]
+    if factor is not None:
+        experts = _within_capacity(experts, weights, number, math.ceil(factor * experts.numel() / number), drop)
     if experts is not chosen:
         weights = weights.where(experts < number, 0)
-    return Route(weights, experts, chosen, flat, number, score, experts.numel())
+    return Route(weights, experts, chosen, logits, number, score, experts.numel())
 
 
 def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_factor: float | None, drop: str) -> None:

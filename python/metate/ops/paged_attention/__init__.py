@@ -55,8 +55,7 @@ def paged_attention(
         block_table: (batch, max_pages) int32: key j of a sequence is row j % page_size of page
             block_table[b, j // page_size]. Entries behind the last used page may be anything; pages may be shared.
         seq_lens: (batch) int32: keys of each sequence, those of its queries included; query i of n stands at position
-            seq_len - n + i. Where a sequence has fewer keys than queries, the first of these stand before all keys: a
-            causal one sees none, and gives 0 and lse -inf, as in flash-attn.
+            seq_len - n + i. If that is before all keys and causal, it sees none: 0 and lse -inf, as in flash-attn.
         cu_seqlens_q: (batch + 1) int32: where the queries of each sequence start in a packed q.
         causal: a query sees no key behind its position. window: (left, right), how many keys before and after its
             position it sees, inclusive; -1: no limit.

@@ -135,8 +135,8 @@ def _adapters(
     A, B = (matrix.unsqueeze(0) if matrix.dim() == 2 else matrix for matrix in (A, B))
     if not isinstance(scaling, Tensor):
         if not isinstance(scaling, Real):
-            got = type(scaling).__name__
-            raise fail("lora_linear", "scaling", got, "a number, or a tensor of them", error=TypeError)
+            kind = type(scaling).__name__
+            raise fail("lora_linear", "scaling", kind, "a number, or a tensor of them", error=TypeError)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         scaling = torch.full(A.shape[:1], scaling, dtype=wide, device=x.device)
     if adapter_ids is None:

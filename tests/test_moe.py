@@ -310,3 +310,10 @@ def test_errors_name_what_users_call():
         metate.update_bias(torch.zeros(4), torch.zeros(3))
     with pytest.raises(ValueError, match="load_balance_loss: counts is of shape"):
         route.load_balance_loss(counts=torch.zeros(3))
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 3, 0), (0, 8), (2, 0, 8)], ids=str)
+def test_activations_take_any_dimensions(shape):
+    x = random(*shape)
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(metate.gated_activation(x), torch.nn.functional.silu(gate) * up)

@@ -251,6 +251,17 @@ def test_a_layer_is_made_without_its_random_numbers():
     assert torch.equal(generator.get_state(), before)
 
 
+def test_the_correction_stays_as_fine_as_its_steps():
+    """In bfloat16 0.5 and 0.5 + 1e-3 are one number; and routing took no bias of 16 bits at all."""
+    moe = MoE(8, 16, 4, correction=True)
+    moe.correction_bias += 0.5 + 1e-3
+    kept = moe.correction_bias.clone()
+    for half in (moe.bfloat16(), moe.to("cpu", torch.float16), moe.float()):
+        assert torch.equal(half.correction_bias, kept)
+        half(torch.randn(5, 8, dtype=half.router.weight.dtype))
+    assert moe.double().correction_bias.dtype == torch.float64 and "correction_bias" in moe.state_dict()
+
+
 def test_a_part_of_frozen_adapters_is_frozen():
     layer = LoraGroupedLinear(build().experts.down, 2).requires_grad_(False)
     assert not any(parameter.requires_grad for parameter in layer.part(1, 3).parameters())

@@ -177,6 +177,15 @@ class MoE(nn.Module):
             raise fail("nn.MoE", "update_bias", got, "MoE(…, correction=True), and a call before")
         update_bias(self.correction_bias, self.route.counts(), rate)  # type: ignore[arg-type]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        """`correction_bias` stays float32 where the layer goes to 16 bits: the steps of `update_bias` would be lost."""
+        before = self._buffers["correction_bias"]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self._buffers["correction_bias"]
+        if before is not None and after is not None and after.element_size() < 4:
+            self._buffers["correction_bias"] = before.to(after.device)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are of the layer, not of the last call, whose tensors belong to a graph."""
         return {**self.__dict__, "route": None}

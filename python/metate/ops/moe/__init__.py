@@ -143,10 +143,10 @@ def gated_activation(
     for name, value in scalars.items():
         if not isinstance(value, Real):
             raise fail(op, name, repr(value), "a number", error=TypeError)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x[None].flatten(0, -2)
     with nullcontext() if backend is None else use(backend):
         out: Tensor = activation_op(rows, number, layout, *map(float, scalars.values()))
-    return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
 
 
 def _choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> int:

@@ -464,3 +464,18 @@ def test_metate_imports_none_of_this():
     code += "; print([m for m in sys.modules if m in ('transformers', 'flash_attn')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "[]"]
+
+
+@pytest.mark.parametrize(
+    "message,call",
+    [
+        ("flash_attn: window_size is 3", lambda q: fa.flash_attn_func(q, q, q, window_size=3)),
+        (r"kv is of shape \(2, 5, 4, 8\), expected \(batch, seqlen, 2", lambda q: fa.flash_attn_kvpacked_func(q, q)),
+        (r"qkv is of shape .*, expected \(batch, seqlen, 3", fa.flash_attn_qkvpacked_func),
+        (r"cache_seqlens is of shape \(3,\)", lambda q: fa.flash_attn_with_kvcache(q, q, q, cache_seqlens=[1, 2, 3])),
+        ("metate.attention: q is NoneType", lambda q: fa.flash_attn_func(None, q, q)),
+    ],
+)
+def test_wrong_arguments_are_named(message, call):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(draw(2, 5, 4, 8))

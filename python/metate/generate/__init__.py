@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from metate.errors import fail
-from metate.generate.cache import Batch, CacheLayout, Model, PagedKVCache, Part
+from metate.generate.cache import Batch, CacheLayout, Model, PagedKVCache, Part, positive
 from metate.generate.constraint import Constraint, MatcherConstraint
 from metate.generate.draft import Draft, ModelDraft, NgramDraft, Wish
 from metate.generate.sampling import Sampling, Speculated
@@ -101,8 +102,11 @@ def generate(
     if not hasattr(model, "cache_layout"):
         expected = "metate.models.Llama, or what has the members of metate.generate.Model"
         raise fail("generate", "model", type(model).__name__, expected, error=TypeError)
-    if page_size < 1:
-        raise fail("generate", "page_size", page_size, "at least 1")
+    page_size, max_new_tokens = (
+        positive("generate", name, value)
+        for name, value in (("page_size", page_size), ("max_new_tokens", max_new_tokens))
+    )
+    max_sequences = positive("Scheduler", "max_sequences", max_sequences)
     if cache is None:
         longest = sorted((len(text) + max_new_tokens for text in texts), reverse=True)[:max_sequences]
         blocks = sum(-(-length // page_size) for length in longest)
@@ -141,6 +145,9 @@ def _prompts(prompts: Sequence[Sequence[int]] | Tensor) -> list[Sequence[int]]:
             got = f"{prompts.dtype} of shape {tuple(prompts.shape)}"
             raise fail("generate", "prompts", got, "integers (prompts, length)", error=TypeError)
         return list(prompts.tolist())
+    if not isinstance(prompts, Iterable):
+        got = type(prompts).__name__
+        raise fail("generate", "prompts", got, "sequences of token numbers (encode text first)", error=TypeError)
     texts = [text.tolist() if isinstance(text, Tensor) else text for text in prompts]
     if isinstance(prompts, str) or any(isinstance(text, (str, int)) for text in texts):
         raise fail(
@@ -150,8 +157,13 @@ def _prompts(prompts: Sequence[Sequence[int]] | Tensor) -> list[Sequence[int]]:
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seed, int):
-        return [seed, *((seed + i) % 2**64 for i in range(1, count))][:count]
+    try:
+        first = operator.index(seed)  # type: ignore[arg-type]
+        return [first, *((first + i) % 2**64 for i in range(1, count))][:count]
+    except TypeError:
+        pass
+    if not isinstance(seed, Iterable):
+        raise fail("generate", "seed", repr(seed), "an integer, or one for each prompt", error=TypeError)
     seeds = list(seed)
     if len(seeds) != count:
         raise fail("generate", "seed", f"{len(seeds)} seeds", f"one, or {count}: one for each prompt")

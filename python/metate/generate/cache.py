@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +36,17 @@ class CacheLayout:
     value_dim: int
     dtype: torch.dtype  # of queries, keys and values
     device: torch.device
+
+
+def positive(op: str, name: str, given: object) -> int:
+    """A whole number from 1 on, numpy's too."""
+    try:
+        number = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise fail(op, name, repr(given)[:60], "an integer, at least 1", error=TypeError) from None
+    if number < 1:
+        raise fail(op, name, number, "at least 1")
+    return number
 
 
 class Model(Protocol):
@@ -126,6 +138,10 @@ class PagedKVCache:
         prefix_cache: bool = True,
         on_evict: Callable[[int, list[int]], None] | None = None,
     ) -> None:
+        if not isinstance(layout, CacheLayout):
+            raise fail("PagedKVCache", "layout", type(layout).__name__, "a CacheLayout, as model.cache_layout",
+                       error=TypeError)  # fmt: skip
+        blocks, page_size = positive("PagedKVCache", "blocks", blocks), positive("PagedKVCache", "page_size", page_size)
         if dtype is not None and dtype not in COMPRESSED:
             raise fail("PagedKVCache", "dtype", repr(dtype), f"None (that of the model) or one of {list(COMPRESSED)}")
         stored, share = COMPRESSED[dtype] if dtype else (layout.dtype, 1)

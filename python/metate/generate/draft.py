@@ -8,7 +8,7 @@ from typing import Protocol
 
 from metate import library
 from metate.errors import fail
-from metate.generate.cache import Model, PagedKVCache, Part
+from metate.generate.cache import Model, PagedKVCache, Part, positive
 from metate.generate.sampling import DRAFT, Sampling, Speculated, Uniforms, draw, probabilities
 
 
@@ -51,7 +51,7 @@ class NgramDraft:
     def __init__(self, tokens: int = 8, longest: int = 5, shortest: int = 2) -> None:
         if not 1 <= shortest <= longest:
             raise fail("NgramDraft", "shortest", shortest, f"1 to longest, {longest}")
-        self.tokens, self.lengths = tokens, range(longest, shortest - 1, -1)
+        self.tokens, self.lengths = positive("NgramDraft", "tokens", tokens), range(longest, shortest - 1, -1)
         self.seen: dict[int, tuple[int, dict[tuple[int, ...], int]]] = {}
 
     def begin(self, model: Model, cache: PagedKVCache) -> None:
@@ -97,7 +97,7 @@ class ModelDraft:
     """
 
     def __init__(self, model: Model, tokens: int = 4, dtype: str | None = None) -> None:
-        self.model, self.tokens, self.dtype = model, tokens, dtype
+        self.model, self.tokens, self.dtype = model, positive("ModelDraft", "tokens", tokens), dtype
         self.fed: dict[int, _Fed] = {}
 
     def begin(self, model: Model, cache: PagedKVCache) -> None:

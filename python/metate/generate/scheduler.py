@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metate import library
 from metate.errors import fail
-from metate.generate.cache import Model, PagedKVCache, Part
+from metate.generate.cache import Model, PagedKVCache, Part, positive
 from metate.generate.constraint import Constraint, allowed
 from metate.generate.draft import Draft, Wish, draft_of
 from metate.generate.sampling import TEXT, Sampling, Speculated, Uniforms, choose, probabilities
@@ -148,8 +148,10 @@ class Scheduler:
         seed: int = 0,
         draft: Draft | Model | str | None = None,
     ) -> None:
-        if max_sequences < 1:
-            raise fail("Scheduler", "max_sequences", max_sequences, "at least 1")
+        if not isinstance(cache, PagedKVCache):
+            raise fail("Scheduler", "cache", type(cache).__name__, "a metate.generate.PagedKVCache", error=TypeError)
+        max_sequences = positive("Scheduler", "max_sequences", max_sequences)
+        token_budget = positive("Scheduler", "token_budget", token_budget)
         if token_budget < max_sequences:
             raise fail("Scheduler", "token_budget", token_budget, f"at least max_sequences, {max_sequences}")
         self.model, self.cache, self.draft, self.seed = model, cache, draft_of(draft), seed
@@ -186,11 +188,12 @@ class Scheduler:
         if not tokens or not all(0 <= token < self.model.vocab_size for token in tokens):
             got = f"{len(tokens)} tokens, the largest {max(tokens, default=None)}"
             raise fail("generate", "prompt", got, f"at least one token, each 0 to {self.model.vocab_size - 1}")
-        if max_new_tokens < 1:
-            raise fail("generate", "max_new_tokens", max_new_tokens, "at least 1")
+        max_new_tokens = positive("generate", "max_new_tokens", max_new_tokens)
         if len(tokens) + max_new_tokens - 1 > self.cache.capacity:
             got = f"{len(tokens)} tokens of prompt and max_new_tokens {max_new_tokens}"
             raise fail("generate", "prompt", got, f"together at most the {self.cache.capacity} of the cache")
+        if not isinstance(stop, Iterable):
+            raise fail("generate", "stop", repr(stop), "sequences of token numbers; () for none", error=TypeError)
         stops = [_numbers("stop", each) for each in stop]
         if not all(stops):
             raise fail("generate", "stop", "an empty sequence", "sequences of at least one token")

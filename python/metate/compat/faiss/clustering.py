@@ -21,7 +21,7 @@ class Kmeans:
 
     def __init__(self, d: int, k: int, **given: Any) -> None:
         given.pop("gpu", None)
-        self.d, self.k, self.cp = d, k, ClusteringParameters(**given)
+        self.d, self.k, self.cp = int(d), int(k), ClusteringParameters(**given)
         self.centroids: Floats | None = None
         self.obj: Floats | None = None
         self.iteration_stats: list[dict[str, float]] | None = None
@@ -52,7 +52,7 @@ class Clustering(ClusteringParameters):
 
     def __init__(self, d: int, k: int, cp: ClusteringParameters | None = None) -> None:
         super().__init__(**({} if cp is None else cp.__dict__))
-        self.d, self.k = d, k
+        self.d, self.k = int(d), int(k)
         self.centroids: Floats = np.zeros(0, np.float32)
         self.iteration_stats: Vector[IterationStats] = Vector()
 

@@ -78,7 +78,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` with k and v in one tensor (batch, seqlen_k, 2, kv_heads, head_dim)."""
-    k, v = kv.unbind(2)
+    k, v = _parts("flash_attn_kvpacked_func", "kv", kv, 2, 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -96,7 +96,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` with q, k and v in one tensor (batch, seqlen, 3, heads, head_dim)."""
-    q, k, v = qkv.unbind(2)
+    q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", qkv, 2, 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -169,7 +169,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` with k and v in one tensor (tokens_k, 2, kv_heads, head_dim)."""
-    k, v = kv.unbind(1)
+    k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, 1, 2)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -190,7 +190,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` with q, k and v in one tensor (tokens, 3, heads, head_dim)."""
-    q, k, v = qkv.unbind(1)
+    q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 1, 3)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -241,13 +241,19 @@ def flash_attn_with_kvcache(
         batch = q.shape[0]
         table = _pages_of(k_cache, block_table, cache_batch_idx, batch)
         used = table.shape[1] * k_cache.shape[1] if cache_seqlens is None else cache_seqlens
-        lengths = torch.as_tensor(used, dtype=torch.int32, device=q.device).expand(batch)
+        lengths = torch.as_tensor(used, dtype=torch.int32, device=q.device)
+        if lengths.dim() and lengths.shape != (batch,):
+            raise ValueError(
+                f"flash_attn_with_kvcache: cache_seqlens is of shape {tuple(lengths.shape)}, expected one number or "
+                f"({batch},)"
+            )
+        lengths = lengths.expand(batch)
         if rotary_cos is not None and rotary_sin is not None:
             if k is None:
                 raise ValueError(
                     "flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin"
                 )
-            local = causal or any(int(side) >= 0 for side in window_size)
+            local = causal or max(_sides(window_size)) >= 0
             end = max(k.shape[1], q.shape[1] if local else 1) + (int(lengths.max()) if batch else 0)
             if end > rotary_cos.shape[0]:
                 raise ValueError(
@@ -265,13 +271,29 @@ def flash_attn_with_kvcache(
     return (out, _flash_lse(lse)) if return_softmax_lse else out
 
 
+def _sides(window: Any) -> tuple[int, int]:
+    try:
+        left, right = (int(side) for side in window)
+    except (TypeError, ValueError):
+        raise TypeError(f"flash_attn: window_size is {window!r}, expected two integers (left, right)") from None
+    return left, right
+
+
+def _parts(function: str, name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
+    """q, k and v, or k and v, of one tensor."""
+    if not isinstance(packed, Tensor) or packed.dim() != dim + 3 or packed.shape[dim] != count:
+        got = f"of shape {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
+        before = "batch, seqlen" if dim == 2 else "tokens"
+        raise ValueError(f"{function}: {name} is {got}, expected ({before}, {count}, heads, head_dim)")
+    return packed.unbind(dim)
+
+
 def _cache_options(
     scale: float | None, causal: bool, window: Any, softcap: float, alibi_slopes: Tensor | None
 ) -> dict[str, Any]:
     """Keyword arguments of metate.paged_attention."""
-    left, right = int(window[0]), int(window[1])
     return {
-        "scale": scale, "causal": causal, "window": (left, right), "softcap": max(softcap, 0.0),
+        "scale": scale, "causal": causal, "window": _sides(window), "softcap": max(softcap, 0.0),
         "alibi_slopes": alibi_slopes,
     }  # fmt: skip
 
@@ -283,9 +305,9 @@ def _options(
     """Keyword arguments of metate.attention. The seed is drawn here, so that S_dmask can tell what it dropped."""
     return {
         "dropout_p": dropout_p,
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "scale": q.shape[-1] ** -0.5 if scale is None and isinstance(q, Tensor) else scale,
         "causal": causal,
-        "window": (int(window[0]), int(window[1])),
+        "window": _sides(window),
         "softcap": max(softcap, 0.0),
         "alibi_slopes": alibi_slopes,
         "deterministic": deterministic,

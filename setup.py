@@ -39,7 +39,8 @@ def compiler_problem() -> str | None:
     except FileNotFoundError:
         return f"{command[0]} not found"
     except subprocess.CalledProcessError as error:
-        return f"{command[0]} cannot compile C++20: {error.stderr.decode().strip().splitlines()[0]}"
+        lines = error.stderr.decode().strip().splitlines() or [f"exit status {error.returncode}"]
+        return f"{command[0]} cannot compile C++20: {lines[0]}"
     return None
 
 

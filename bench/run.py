@@ -476,6 +476,8 @@ def record(ceilings: machine.Ceilings, rows: list[dict[str, Any]], before: dict[
 
 def _git() -> dict[str, Any]:
     root = os.path.dirname(metate.bench.__path__[0])
+    if not os.path.exists(os.path.join(root, ".git")):  # installed: a repository around it is another project's
+        return {}
     try:
         sha = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True)

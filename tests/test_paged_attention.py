@@ -253,6 +253,19 @@ def test_long_ragged_sequences(page_size, cache):
         paged_attention_op.assert_close(paged_attention_op(*args), args)
 
 
+def test_cascade_names_its_own_arguments():
+    """`seq_lens` and `block_table` of the errors within would be those of the suffixes."""
+    k_cache, v_cache, table, lens = paged([20, 33], 16, 2, 24, 16)
+    q, groups = torch.randn(2, 4, 24), torch.tensor([0, 2], dtype=torch.int32)
+    for prefix_table, length, message in (
+        (table, 16, "prefix_table is of shape"),
+        (table[:1, :1], 17, "prefix_lens is"),
+    ):
+        prefix = prefix_table, torch.tensor([length], dtype=torch.int32)
+        with pytest.raises(ValueError, match=rf"metate.cascade_attention: {message} .*expected"):
+            metate.cascade_attention(q, k_cache, v_cache, *prefix, groups, table, lens)
+
+
 @pytest.mark.parametrize("groups", [[0, 1], [0, 3], [1, 2], [0, 2, 1], None, [0.0, 2.0]])
 def test_cascade_refuses_groups_that_are_not_the_batch(groups):
     k_cache, v_cache, table, lens = paged([20, 33], 16, 2, 24, 16)

@@ -102,10 +102,8 @@ def generate(
     if not hasattr(model, "cache_layout"):
         expected = "metate.models.Llama, or what has the members of metate.generate.Model"
         raise fail("generate", "model", type(model).__name__, expected, error=TypeError)
-    page_size, max_new_tokens = (
-        positive("generate", name, value)
-        for name, value in (("page_size", page_size), ("max_new_tokens", max_new_tokens))
-    )
+    page_size = positive("generate", "page_size", page_size)
+    max_new_tokens = positive("generate", "max_new_tokens", max_new_tokens)
     max_sequences = positive("Scheduler", "max_sequences", max_sequences)
     if cache is None:
         longest = sorted((len(text) + max_new_tokens for text in texts), reverse=True)[:max_sequences]

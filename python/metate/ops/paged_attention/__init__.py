@@ -138,7 +138,7 @@ def cascade_attention(
     common: dict[str, Any] = dict(
         scale=scale, softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=True, backend=backend
     )
-    _check_groups(cu_groups, prefix_table, prefix_lens, x.shape[0])
+    _check_groups(cu_groups, prefix_table, prefix_lens, x.shape[0], k_cache)
     rows = x.flatten(0, 1)
     starts = cu_groups * x.shape[1]
     prefix, prefix_lse = paged_attention(
@@ -204,7 +204,9 @@ def _check_dims(q: Tensor, packed: bool) -> None:
         raise fail("paged_attention", "q", f"of shape {tuple(q.shape)}", expected)
 
 
-def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, batch: int) -> None:
+def _check_groups(
+    cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, batch: int, k_cache: Tensor
+) -> None:  # fmt: skip
     """A sequence outside of every group would lose its prefix and still give numbers."""
     op = "cascade_attention"
     for name, x in (("cu_groups", cu_groups), ("prefix_table", prefix_table), ("prefix_lens", prefix_lens)):
@@ -215,6 +217,14 @@ def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, 
     if cu_groups.dim() != 1 or prefix_lens.shape != (cu_groups.shape[0] - 1,):
         got = f"of shape {tuple(prefix_lens.shape)} beside cu_groups of shape {tuple(cu_groups.shape)}"
         raise fail(op, "prefix_lens", got, "(groups) beside (groups + 1)")
+    if prefix_table.dim() != 2 or prefix_table.shape[0] != prefix_lens.shape[0]:
+        got = f"of shape {tuple(prefix_table.shape)}"
+        raise fail(op, "prefix_table", got, f"({prefix_lens.shape[0]}, max_prefix_pages), a row for each group")
+    if isinstance(k_cache, Tensor) and k_cache.dim() == 4 and not torch.compiler.is_compiling():
+        keys = prefix_table.shape[1] * k_cache.shape[1]
+        if prefix_lens.device.type == "cpu" and ((prefix_lens < 0) | (prefix_lens > keys)).any():
+            expected = f"0 to {keys}, what {prefix_table.shape[1]} pages hold"
+            raise fail(op, "prefix_lens", prefix_lens.tolist(), expected)
     if cu_groups.device.type == "cpu" and not torch.compiler.is_compiling():
         starts = cu_groups.tolist()
         if starts[0] != 0 or starts[-1] != batch or starts != sorted(starts):

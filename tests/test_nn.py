@@ -301,6 +301,9 @@ def test_lora_refuses_what_is_wrong():
     for adapter in (3, -2, torch.tensor([0, 3]), torch.tensor([-2, 0])):
         with pytest.raises(ValueError, match=r"adapter(_ids)? is -?[23].*, expected 0 to 2, or -1"):
             lora(x, adapter)
+    for adapter in ([0, 1], "a", 0.5):
+        with pytest.raises(ValueError, match=r"adapter is .*, expected 0 to 2, or -1 for none; several as a tensor"):
+            lora(x, adapter)
     for adapter in (torch.tensor([0]), torch.tensor([[0, 1]]), torch.tensor(0)):
         with pytest.raises(ValueError, match=r"adapter_ids is of shape .* expected \(2,\)"):
             lora(x, adapter)

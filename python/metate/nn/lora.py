@@ -65,8 +65,9 @@ class LoraLinear(nn.Module):
         if isinstance(chosen, Tensor):
             ids = chosen.to(x.device)
         else:
-            if not -1 <= chosen < A.shape[0]:
-                raise fail("nn.LoraLinear", "adapter", chosen, f"0 to {A.shape[0] - 1}, or -1 for none")
+            if not isinstance(chosen, int) or not -1 <= chosen < A.shape[0]:
+                expected = f"0 to {A.shape[0] - 1}, or -1 for none; several as a tensor"
+                raise fail("nn.LoraLinear", "adapter", repr(chosen), expected)
             if chosen < 0:
                 return self.base(x)  # type: ignore[no-any-return]
             A, B = A[chosen : chosen + 1], B[chosen : chosen + 1]

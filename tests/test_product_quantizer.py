@@ -92,3 +92,23 @@ def test_shares_its_codebooks_with_an_index():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("assignment", ["straight-through", "soft"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_compute_in_float32(dtype, assignment):
+    """A model moved to 16 bits takes its codebooks along."""
+    quantizer, x = made(assignment=assignment)
+    quantizer, x = quantizer.to(dtype), x.detach().to(dtype)
+    out = quantizer(x)
+    (out.float().square().mean() + quantizer.loss(x)).backward()
+    assert out.dtype == dtype and quantizer.codebooks.grad.dtype == dtype and quantizer.codebooks.grad.abs().sum() > 0
+    quantizer.fit(x)
+    assert quantizer.eval()(x).shape == x.shape
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"M is True, expected a divisor of dim"):
+        ProductQuantizer(8, True)
+    with pytest.raises(TypeError, match=r"x is list, expected a torch.Tensor"):
+        made()[0]([[0.0] * D])

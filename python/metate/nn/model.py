@@ -73,6 +73,8 @@ def dequantize_model(model: Module, dtype: torch.dtype = torch.float32) -> Modul
     Args:
         dtype: of the weights. Biases stay what they are.
     """
+    if not isinstance(model, nn.Module):
+        raise fail("dequantize_model", "model", type(model).__name__, "a torch.nn.Module", error=TypeError)
     if isinstance(model, LowBit):
         return _dense(model, dtype)  # type: ignore[return-value]
     made: dict[int, nn.Module] = {}

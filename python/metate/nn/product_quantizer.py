@@ -36,7 +36,7 @@ class ProductQuantizer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         op = "nn.ProductQuantizer"
-        if not isinstance(M, int) or M < 1 or dim < 1 or dim % M:
+        if type(M) is not int or type(dim) is not int or M < 1 or dim < 1 or dim % M:
             raise fail(op, "M", M, f"a divisor of dim, {dim}")
         if bits not in range(4, 17):
             raise fail(op, "bits", bits, "4 to 16")
@@ -64,30 +64,37 @@ class ProductQuantizer(nn.Module):
         """x (…, dim), quantised."""
         rows = self._rows(x)
         if self.assignment == "soft" and self.training:
-            distances = pq_distance_tables(rows, self.codebooks)
+            distances = pq_distance_tables(rows, self._books)
             weights = torch.softmax(distances / -self.temperature, 2)
-            out = torch.einsum("nml,mld->nmd", weights, self.codebooks).flatten(1)
+            out = torch.einsum("nml,mld->nmd", weights, self._books).flatten(1)
         else:
-            out = pq_decode(self.encode(rows), self.codebooks)
+            out = pq_decode(self.encode(rows), self._books)
             out = out + (rows - rows.detach())  # adds zeros, and a path for the gradient
         return out.view(x.shape).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """The packed codes (…, ⌈M·bits/8⌉), uint8."""
-        return pq_encode(self._rows(x), self.codebooks).view(*x.shape[:-1], -1)
+        return pq_encode(self._rows(x), self._books).view(*x.shape[:-1], -1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The vectors (…, dim) of codes."""
-        return pq_decode(codes.reshape(-1, codes.shape[-1]), self.codebooks).view(*codes.shape[:-1], self.dim)
+        return pq_decode(codes.reshape(-1, codes.shape[-1]), self._books).view(*codes.shape[:-1], self.dim)
 
     def loss(self, x: Tensor, commitment: float = 0.25) -> Tensor:
         """How far centroids are from x, and, `commitment` times, x from its centroids (van den Oord et al. 2017)."""
         rows = self._rows(x)
-        nearest = pq_decode(self.encode(rows), self.codebooks)
+        nearest = pq_decode(self.encode(rows), self._books)
         return F.mse_loss(nearest, rows.detach()) + commitment * F.mse_loss(rows, nearest.detach())
 
+    @property
+    def _books(self) -> Tensor:
+        """The codebooks in float32, in which codes are chosen whatever the module was moved to."""
+        return self.codebooks.float()
+
     def _rows(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise fail("nn.ProductQuantizer", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
         if not x.dim() or x.shape[-1] != self.dim:
             raise fail("nn.ProductQuantizer", "x", f"of shape {tuple(x.shape)}", f"(…, {self.dim})")
         return x.reshape(-1, self.dim).float()

@@ -276,6 +276,9 @@ def save_quantized(
         raise fail("save_quantized", "method", method, " or ".join(writers))
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
+        if not isinstance(weight, (QuantizedWeight, QuantizedExperts, Tensor)):
+            expected = "a QuantizedWeight, QuantizedExperts or dense tensor"
+            raise fail("save_quantized", name, type(weight).__name__, expected, error=TypeError)
         if isinstance(weight, QuantizedExperts) and method != "metate":
             raise fail("save_quantized", name, weight, f"a QuantizedWeight for {method}: one expert at a time")
         if not isinstance(weight, Tensor):

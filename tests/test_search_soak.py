@@ -133,3 +133,48 @@ def test_threads_search_add_and_remove():
         assert index.ntotal == len(there) * GROUP
         how = {} if index.nlist is None else {"nprobe": index.nlist}
         assert same(index.search(queries, 50, **how), twin.search(queries, 50, **how)), kind
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq"])
+def test_arrays_are_added_while_others_search(kind):
+    """One by one, which goes a way of its own: a snapshot that was made late is still the one that was searched."""
+    index, twin, seen = recorded(kind)
+    how = {} if index.nlist is None else {"nprobe": index.nlist}
+    stop, faults, added = threading.Event(), [], [0] * 2
+
+    def write(number):
+        random = np.random.default_rng(number)
+        while not stop.is_set():
+            index.add(random.standard_normal((int(random.choice([1, 1, 1, 5])), D)).astype(np.float32))
+            added[number] += 1
+
+    def read(number):
+        random = np.random.default_rng(100 + number)
+        while not stop.is_set():
+            before = index.ntotal
+            queries = random.standard_normal((2, D)).astype(np.float32)
+            found = index.search(queries, 20, **how)
+            state = seen.state
+            assert before <= state.lists.total == state.next_id and found[1].max() < state.next_id
+            assert same(found, as_alone(index, state, queries, 20, how))
+
+    def guarded(work, number):
+        try:
+            work(number)
+        except Exception as error:
+            faults.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=guarded, args=(work, i)) for work in (write, read) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    stop.wait(SECONDS / 6)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert not faults, faults[0]
+    assert min(added) > 0 and index.ntotal == index.next_id
+    if kind == "flat":
+        twin.add(index.reconstruct(np.arange(index.ntotal)))
+        queries = np.random.default_rng(7).standard_normal((5, D)).astype(np.float32)
+        assert same(index.search(queries, 50), twin.search(queries, 50))

@@ -40,8 +40,8 @@ inline bool truth(PyObject* object) {
     return answer;
 }
 
-inline bool dispatcher_is_wanted() {
-    const Py_ssize_t count = PyTuple_Size(python.guards);
+// The first `count` guards; all of them where tensors are arguments.
+inline bool dispatcher_is_wanted(Py_ssize_t count = PyTuple_Size(python.guards)) {
     for (Py_ssize_t i = 0; i < count; ++i)
         if (truth(PyObject_CallNoArgs(PyTuple_GetItem(python.guards, i)))) return true;
     return false;
@@ -135,7 +135,7 @@ struct Py_buffer {
 PyAPI_FUNC(int) PyObject_GetBuffer(PyObject*, Py_buffer*, int flags);
 PyAPI_FUNC(void) PyBuffer_Release(Py_buffer*);
 }
-constexpr int PyBUF_WRITABLE = 1, PyBUF_ND = 8;
+constexpr int PyBUF_WRITABLE = 1, PyBUF_FORMAT = 4, PyBUF_ND = 8;
 #endif
 
 // Lets other Python threads run.

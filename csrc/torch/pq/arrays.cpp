@@ -9,6 +9,8 @@ namespace {
 
 using namespace direct;
 
+constexpr Py_ssize_t array_guards = 2;  // the first, which concern more than tensors
+
 // Lists that are searched from Python again and again, with numpy arrays: around a single query, making tensors costs
 // more than the kernels do.
 template <class T>
@@ -26,12 +28,12 @@ struct Prepared {
 class Array {
   public:
     Array(PyObject* object, DType dtype, int flags) {
-        valid_ = PyObject_GetBuffer(object, &buffer_, PyBUF_ND | flags) == 0;
+        valid_ = PyObject_GetBuffer(object, &buffer_, PyBUF_ND | PyBUF_FORMAT | flags) == 0;
         if (!valid_) {
             PyErr_Clear();
             return;
         }
-        if (buffer_.ndim < 1 || buffer_.ndim > 2 || buffer_.itemsize != bytes_of(dtype)) return;
+        if (buffer_.ndim < 1 || buffer_.ndim > 2 || buffer_.itemsize != bytes_of(dtype) || !is_native(dtype)) return;
         for (int i = 0; i < buffer_.ndim; ++i) sizes_[i] = buffer_.shape[i];
         strides_[0] = buffer_.ndim == 2 ? sizes_[1] : 1;
         fits_ = true;
@@ -59,6 +61,13 @@ class Array {
     }
 
   private:
+    // Numbers of this machine, where it reads them.
+    bool is_native(DType dtype) const {
+        const char* const format = buffer_.format ? buffer_.format : "";
+        const bool known = dtype == DType::f32 ? *format == 'f' : *format == 'l' || *format == 'q';
+        return known && format[1] == 0 && reinterpret_cast<uintptr_t>(buffer_.buf) % bytes_of(dtype) == 0;
+    }
+
     Py_buffer buffer_;
     bool valid_ = false, fits_ = false;
     DType dtype_ = DType::f32;
@@ -75,7 +84,7 @@ PyObject* search_prepared(PyObject* capsule, PyObject* args) {
     Array found(objects[2], DType::i64, PyBUF_WRITABLE);
     const int64_t Q = queries.size(0), k = found.size(1);
     if (!queries.is(Q, lists.centroids.size(1)) || !distances.is(Q, k) || !found.is(Q, k) || k < 1 || nprobe < 1 ||
-        nprobe > lists.centroids.size(0) || direct::dispatcher_is_wanted())
+        nprobe > lists.centroids.size(0) || direct::dispatcher_is_wanted(array_guards))
         Py_RETURN_FALSE;
     try {
         direct::Unlocked unlocked;
@@ -92,13 +101,21 @@ PyObject* search_prepared(PyObject* capsule, PyObject* args) {
 // Columns that rows are added to: vectors, codes, or codes interleaved, and what they come with.
 struct Pool {
     Optional centroids, codebooks, ids, row_bias;
-    Tensor rows;
+    Tensor rows, start, room;
     int64_t metric;
     bool residual;
 
-    Pool(const Optional& c, const Optional& books, const Tensor& r, const Optional& i, const Optional& bias, int64_t m,
-         bool re)
-        : centroids(c), codebooks(books), ids(i), row_bias(bias), rows(r), metric(m), residual(re) {}
+    Pool(const Optional& c, const Optional& books, const Tensor& r, const Optional& i, const Optional& bias,
+         const Tensor& s, const Tensor& free, int64_t m, bool re)
+        : centroids(c),
+          codebooks(books),
+          ids(i),
+          row_bias(bias),
+          rows(r),
+          start(s),
+          room(free),
+          metric(m),
+          residual(re) {}
 
     // Row `row` becomes a vector, or the bytes of its codes.
     void put(int64_t row, const char* from, int64_t bytes) const {
@@ -192,30 +209,29 @@ void put_rows(const Pool& pool, Array& x, const int64_t* lists, const int64_t* r
     for (int64_t i = 0; i < n; ++i) static_cast<int64_t*>(pool.ids->data_ptr())[rows[i]] = first_id + i;
 }
 
-// add(x, start, room, length, lists, rows, first_id, known): writes vectors, the lists and rows that they went to, and
-// the lengths that lists have then; `known`: lists are right already. None where one of them has no room; False where
+// add(x, length, places, first_id, known): writes vectors, the lists and then the rows that they went to, and the
+// lengths that lists have then; `known`: lists are right already. None where one of them has no room; False where
 // vectors are not finite or x is not what the pool takes.
 PyObject* add_prepared(PyObject* capsule, PyObject* args) {
     const Pool& pool = Prepared<Pool>::of(capsule);
-    PyObject* objects[6];
+    PyObject* objects[3];
     long long first_id;
     int known;
-    if (!PyArg_ParseTuple(args, "OOOOOOLp", objects, objects + 1, objects + 2, objects + 3, objects + 4, objects + 5,
-                          &first_id, &known))
-        return nullptr;
-    Array x(objects[0], DType::f32, 0), start(objects[1], DType::i64, 0), room(objects[2], DType::i64, 0);
-    Array length(objects[3], DType::i64, PyBUF_WRITABLE), lists(objects[4], DType::i64, PyBUF_WRITABLE);
-    Array rows(objects[5], DType::i64, PyBUF_WRITABLE);
-    const int64_t n = x.size(0), count = length.size(0);
+    if (!PyArg_ParseTuple(args, "OOOLp", objects, objects + 1, objects + 2, &first_id, &known)) return nullptr;
+    Array x(objects[0], DType::f32, 0), length(objects[1], DType::i64, PyBUF_WRITABLE);
+    Array places(objects[2], DType::i64, PyBUF_WRITABLE);
+    const int64_t n = x.size(0), count = pool.start.size(0);
     const int64_t D = pool.codebooks ? pool.codebooks->size(0) * pool.codebooks->size(2) : pool.rows.size(1);
-    if (!x.is(n, D) || n < 1 || !start.is(count) || !room.is(count) || !length.is(count) || !lists.is(n) ||
-        !rows.is(n) || direct::dispatcher_is_wanted())
+    if (!x.is(n, D) || n < 1 || !length.is(count) || !places.is(places.size(0)) || places.size(0) < 2 * n ||
+        direct::dispatcher_is_wanted(array_guards))
         Py_RETURN_FALSE;
     bool finite = false, fits = false;
     try {
-        direct::Unlocked unlocked;
-        int64_t* const list = lists.data<int64_t>();
-        finite = known || all_finite(x.data<float>(), n * D);
+        std::optional<direct::Unlocked> unlocked;
+        if (pool.centroids || pool.codebooks || n * D > 1 << 14) unlocked.emplace();
+        int64_t *const list = places.data<int64_t>(), *const row = list + n;
+        // Where one is not finite no list is found.
+        finite = known || pool.centroids || all_finite(x.data<float>(), n * D);
         if (finite) {
             if (pool.centroids && !known) {
                 const Tensor like = x.tensor();
@@ -238,10 +254,10 @@ PyObject* add_prepared(PyObject* capsule, PyObject* args) {
             } else if (!known) {
                 for (int64_t i = 0; i < n; ++i) list[i] = 0;
             }
-            int64_t* const row = rows.data<int64_t>();
             std::memcpy(row, list, static_cast<size_t>(8 * n));
             for (int64_t i = 0; i < n; ++i) finite &= list[i] >= 0;
-            fits = finite && find_rows(row, n, start.data<int64_t>(), room.data<int64_t>(), length.data<int64_t>());
+            fits = finite && find_rows(row, n, static_cast<const int64_t*>(pool.start.data_ptr()),
+                                       static_cast<const int64_t*>(pool.room.data_ptr()), length.data<int64_t>());
             if (fits) put_rows(pool, x, list, row, first_id);
         }
     } catch (const std::exception& error) {
@@ -285,7 +301,8 @@ PyObject* prepare_search(PyObject*, PyObject* args) {
 
 PyObject* prepare_add(PyObject*, PyObject* args) {
     static PyMethodDef method = {"add", add_prepared, METH_VARARGS, nullptr};
-    return prepare<Pool, std::tuple<Optional, Optional, Tensor, Optional, Optional, int64_t, bool>>(method, args);
+    return prepare<Pool, std::tuple<Optional, Optional, Tensor, Optional, Optional, Tensor, Tensor, int64_t, bool>>(
+        method, args);
 }
 
 // row_bias(decoded, centroids, bias): writes it, of arrays with as many rows.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,10 @@ from metate.ops.pq import topk_distances
 from metate.search.codecs import Model, Product
 from metate.search.codecs import Vectors as Raw
 from metate.search.interleaved import Column
-from metate.search.storage import Lists
+from metate.search.storage import Integers, Lists
 
 METRICS = ("l2", "inner_product", "cosine")
+_PLACES = 128
 REFINE = "refine"  # the column of full vectors beside codes
 
 
@@ -35,11 +37,29 @@ class State:
         return State, (self.model, self.lists, self.next_id)
 
 
+class Grown:
+    """The next snapshot, after rows were written behind the lists of one: made whole for whoever looks at it."""
+
+    __slots__ = "base", "length", "made", "next_id"
+
+    def __init__(self, base: State, length: Integers, next_id: int) -> None:
+        self.base, self.length, self.next_id = base, length, next_id
+        self.made: State | None = None
+
+    def state(self) -> State:
+        if self.made is None:
+            lists = replace(self.base.lists, length=self.length, _cache={})
+            self.made = State(self.base.model, lists, self.next_id)
+        return self.made
+
+
 class Adding(NamedTuple):
     """The compiled way to add to these columns, where there is one (csrc/torch/pq/arrays.cpp)."""
 
     columns: Mapping[str, Column]
+    start: Integers | None
     model: Model
+    places: Integers  # memory for the lists and rows of a few vectors
     run: Callable[..., bool | None] | None
 
 
@@ -57,16 +77,26 @@ class Base:
         self.nprobe = 1
         self._lock = threading.Lock()
         self._state = State({}, self._no_rows())
-        self._adding = Adding({}, {}, None)
+        self._adding = Adding({}, None, {}, np.empty(_PLACES, np.int64), None)
+
+    @property
+    def _state(self) -> State:
+        newest = self._newest
+        return newest if isinstance(newest, State) else newest.state()
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        self._newest: State | Grown = state
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, by `copy.deepcopy` and between processes: of one snapshot, with rows and a lock of their own."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_adding")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_adding")}
+        return kept | {"_newest": self._state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
-        self._adding = Adding({}, {}, None)
+        self._adding = Adding({}, None, {}, np.empty(_PLACES, np.int64), None)
 
     def __copy__(self) -> Base:
         return copy.deepcopy(self)  # two indexes that share rows would write the same ones

@@ -16,8 +16,8 @@ from metate.errors import fail
 from metate.op import is_plain
 from metate.ops.pq.declaration import topk_op
 from metate.ops.pq.kmeans import fit_centroids
-from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
-from metate.search.base import Adding, State
+from metate.search.arrays import Array, Vectors, tensor_of
+from metate.search.base import Adding, Grown, State
 from metate.search.codecs import Model, Product
 from metate.search.codecs import Vectors as Raw
 from metate.search.filters import Filter, matching
@@ -130,41 +130,57 @@ class Index(Searching):
             self._add(self._op("add"), x, None, progress)
 
     def _added_quickly(self, x: Any) -> bool:
-        """Where columns have room: around a single vector, Python costs more than its kernels do."""
-        if (
-            type(x) is not np.ndarray or x.dtype is not FLOAT32 or x.ndim != 2 or not x.flags.carray
-            or x.size > _AT_ONCE or not is_plain()
-        ):  # fmt: skip
+        """Where that is compiled: around a single vector, Python costs more than its kernels do."""
+        if type(x) is not np.ndarray or not is_plain() or x.ndim != 2 or x.size > _AT_ONCE:
             return False
-        lists, rows = np.empty(len(x), np.int64), np.empty(len(x), np.int64)
         with self._lock:
-            state = self._state
-            old, first, done = state.lists, state.next_id, None
-            while done is None:
-                if self._adding.columns is not old.columns or self._adding.model is not state.model:
-                    self._adding = self._prepared_adding(state.model, old)
-                if self._adding.run is None:
-                    return False
-                length = old.length.copy()
-                done = self._adding.run(x, old.start, old.room, length, lists, rows, first, old is not state.lists)
-                if done is None:
-                    old = old.with_room(np.bincount(lists, minlength=len(length)))
-            if done:
-                self._state = State(state.model, old.grown(length, lists, rows, first), first + len(x))
-            return done
+            newest = self._newest
+            if isinstance(newest, Grown) and newest.made is None:
+                base, length = newest.base, newest.length.copy()
+            else:
+                base = self._state
+                length = base.lists.length.copy()
+            adding = self._adding_to(base.model, base.lists)
+            if adding.run is None:
+                return False
+            places = adding.places if 2 * len(x) <= len(adding.places) else np.empty(2 * len(x), np.int64)
+            done = adding.run(x, length, places, newest.next_id, False)
+            if done and base.lists.known_places() is None:
+                self._newest = Grown(base, length, newest.next_id + len(x))
+                return True
+            return done is not False and self._made_room(x, length if done else None, places[: 2 * len(x)])
 
-    def _prepared_adding(self, model: Model, lists: Lists) -> Adding:
-        """The compiled way to add to these columns, where it does what `_add` does."""
-        run = None
-        raw = isinstance(self.codec, Raw) and self.codec.storage == "float32"
+    def _made_room(self, x: Any, length: Integers | None, places: Integers) -> bool:
+        """Ends an addition whose lists are known, and with a length its rows too: else lists have no room."""
+        state, lists = self._state, places[: len(x)]
+        rows = state.lists
+        if length is None:
+            rows = rows.with_room(np.bincount(lists, minlength=len(rows.length)))
+            length = rows.length.copy()  # which leaves out rows that are gone
+            run = self._adding_to(state.model, rows).run
+            assert run is not None
+            if not run(x, length, places, state.next_id, True):
+                return False
+        rows = rows.grown(length, lists, places[len(x) :], state.next_id)
+        self._state = State(state.model, rows, state.next_id + len(x))
+        return True
+
+    def _adding_to(self, model: Model, lists: Lists) -> Adding:
+        """The compiled way to add to these rows, where it does what `_add` does."""
+        old = self._adding
+        if old.start is lists.start and old.columns is lists.columns and old.model is model:
+            return old
+        run, raw = None, isinstance(self.codec, Raw) and self.codec.storage == "float32"
         plain = self.refine is None and not self.opq and self.metric != "cosine" and self.device.type == "cpu"
         if plain and (raw or isinstance(self.codec, Product)) and model.keys() == self.trained_shapes().keys():
             rows, codebooks, row_bias, *_ = self.codec.stored(model, lists.columns)
             columns = model.get("centroids"), codebooks, rows, lists.columns.get("ids"), row_bias
+            extents = torch.from_numpy(lists.start), torch.from_numpy(lists.room)
             residual = isinstance(self.codec, Product) and self.codec.residual
             if topk_op.plan((torch.empty(1, 1), torch.empty(1, 1), *[None] * 5, 1, 0, False))[0] == "cpu":
-                run = library.prepared_add((*columns, int(self.largest), residual))
-        return Adding(lists.columns, model, run)
+                run = library.prepared_add((*columns, *extents, int(self.largest), residual))
+        self._adding = Adding(lists.columns, lists.start, model, old.places, run)
+        return self._adding
 
     def add_with_ids(self, x: Array, ids: Array, *, progress: bool | None = None) -> None:
         """Adds vectors (n, dim) under ids (n,): integers from 0 on, each new to the index."""

@@ -209,22 +209,21 @@ class Lists:
             else:
                 column.index_copy_(0, at.to(column.device), values[name])
         cache = {}
-        if not new.implicit and (known := new._cache.get("places")) is not None:
+        if (known := new.known_places()) is not None:
             cache["places"] = known.plus(values["ids"].cpu().numpy(), new._place(rows))
         return replace(new, length=new.length + count, _cache=cache)
 
     def grown(self, length: Integers, lists: Integers, rows: Integers, first_id: int) -> Lists:
         """The next snapshot, after rows were written behind lists that had room, under the ids from first_id on."""
         cache = {}
-        if (known := self._cache.get("places")) is not None and not self.implicit:
+        if (known := self.known_places()) is not None:
             ids = np.arange(first_id, first_id + len(rows))
             cache["places"] = known.plus(ids, (lists << _OFFSET) + rows - self.start[lists])
-        new = object.__new__(Lists)  # what sets the fields of a frozen class takes longer than all else here
-        new.__dict__.update(
-            columns=self.columns, start=self.start, length=length, room=self.room, used=self.used,
-            capacity=self.capacity, live=self.live, dead=self.dead, _cache=cache,
-        )  # fmt: skip
-        return new
+        return replace(self, length=length, _cache=cache)
+
+    def known_places(self) -> Places | None:
+        """Where ids lie, if that was asked for: to be kept up to date."""
+        return None if self.implicit else self._cache.get("places")
 
     def with_room(self, count: Integers) -> Lists:
         """The same rows, with room for so many more in each list."""
@@ -233,7 +232,7 @@ class Lists:
         if not len(over):
             return self
         first = self.used == 0
-        room = _aligned(need[over] if first else need[over] + need[over] // 2)
+        room = _aligned(need[over] if first else 2 * need[over])
         if self.used + int(room.sum()) > self.capacity:
             return self.rebuilt(count, tight=first)
         start, rooms = self.start.copy(), self.room.copy()
@@ -255,9 +254,9 @@ class Lists:
         rows, length = self.rows(), self.living()
         need = length + count
         alone = len(need) == 1
-        room = _aligned(need if tight else need + (self._spare(need) if alone else need // 4))
+        room = _aligned(need if tight else need + (self._spare(need) if alone else need))
         used = int(room.sum())
-        capacity = used if tight or alone else used + int(_aligned(self._spare(used)))
+        capacity = used if tight or alone else used + int(_aligned(self._spare(used) // 2))
         columns = {name: empty_like(column, capacity) for name, column in self.columns.items()}
         start = np.cumsum(room) - room
         if self.dead:

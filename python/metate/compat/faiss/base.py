@@ -222,8 +222,9 @@ class Elementary(Index):
         return {}
 
     def add(self, x: Any) -> None:
-        self._ready()
-        self._inner.add(self._checked(x), progress=False)
+        if not self._inner._added_quickly(x):
+            self._ready()
+            self._inner.add(self._checked(x), progress=False)
 
     def _ready(self) -> None:
         if not self._inner.is_trained:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import pickle
 from pathlib import Path
 
@@ -467,6 +468,9 @@ def test_indexes_are_written_to_memory_and_functions():
     faiss.copy_array_to_vector(faiss.vector_to_array(writer.data), reader.data)
     again = faiss.read_index(reader)
     assert all(np.array_equal(*pair) for pair in zip(index.search(Q, 5), again.search(Q, 5), strict=True))
+    stream = io.BytesIO(bytes(writer.data))
+    again = faiss.read_index(faiss.PyCallbackIOReader(stream.read, 100))
+    assert all(np.array_equal(*pair) for pair in zip(index.search(Q, 5), again.search(Q, 5), strict=True))
     reader.data[:] = reader.data[:50]
     with pytest.raises(FormatError):
         faiss.read_index(reader)
@@ -478,3 +482,41 @@ def test_transforms_tell_whether_they_turn():
     for transform, expected in ((turn, True), (stretch, False)):
         transform.set_is_orthonormal()
         assert transform.is_orthonormal is expected
+
+
+@pytest.mark.parametrize("description", ["PCA5,IVF3,Flat", "PCAW5,Flat", "PCAR5,Flat", "PCAWR5,PQ5x4"])
+def test_principal_components(description, tmp_path):
+    """Directions of falling variance, white where that is wanted; the same behind a file, trained or not."""
+    x = X @ np.diag(np.arange(1, D + 1)).astype(np.float32) + 3
+    index = faiss.clone_index(faiss.index_factory(D, description))
+    index.train(x)
+    index.add(x)
+    pca, spread = index.chain.at(0), np.linalg.svd(x - x.mean(0))[1] ** 2
+    assert isinstance(pca, faiss.PCAMatrix) and index.index.d == 5
+    np.testing.assert_allclose(pca.eigenvalues, spread, rtol=1e-4)
+    y = pca.apply(x).astype(np.float64)
+    expected = np.ones(5) if "W" in description else spread[:5]
+    if "R" in description:
+        np.testing.assert_allclose(np.linalg.eigvalsh(y.T @ y)[::-1], expected, rtol=1e-4)
+    else:
+        np.testing.assert_allclose(y.T @ y, np.diag(expected), rtol=1e-4, atol=1e-3)
+    if "W" not in description:
+        np.testing.assert_allclose(pca.reverse_transform(y.astype(np.float32)).var(0).sum(), y.var(0).sum(), rtol=1e-4)
+    faiss.write_index(index, str(tmp_path / "index"))
+    again = faiss.read_index(str(tmp_path / "index"))
+    assert all(np.array_equal(*pair) for pair in zip(index.search(x, 5), again.search(x, 5), strict=True))
+    step = again.chain.at(0)
+    assert (step.eigen_power, step.random_rotation) == (pca.eigen_power, pca.random_rotation)
+    step.prepare_Ab()
+    assert np.array_equal(step.A, pca.A) and np.array_equal(step.b, pca.b)
+
+
+def test_whitening_wants_variance():
+    pca = faiss.PCAMatrix(D, D, -0.5)
+    with pytest.raises(RuntimeError, match="epsilon"):
+        pca.train(np.zeros((4, D), np.float32))
+    pca.epsilon = 1e-3
+    pca.train(np.zeros((4, D), np.float32))
+    assert np.isfinite(pca.apply(X)).all()
+    with pytest.raises(RuntimeError, match="at most d_in=8"):
+        faiss.PCAMatrix(D, D + 1)

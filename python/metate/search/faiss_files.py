@@ -68,12 +68,25 @@ class IVF(Node):
 
 
 @dataclass
+class PCA:
+    """What A and b of a principal component analysis are made of."""
+
+    eigen_power: float
+    epsilon: float
+    random_rotation: bool
+    mean: Floats
+    eigenvalues: Floats
+    directions: Floats
+
+
+@dataclass
 class Transform:
     """x → A x + b."""
 
     A: Floats
     b: Floats | None
     is_trained: bool = True
+    pca: PCA | None = None
 
 
 @dataclass
@@ -271,22 +284,36 @@ def _lists(reader: _Reader, nlist: int, size: int, ntotal: int) -> tuple[Integer
     return length, codes, ids
 
 
+def _pca(reader: _Reader, old: bool) -> PCA:
+    (power,) = reader.values("<f", "eigen_power")
+    epsilon = 0.0 if old else reader.values("<f", "epsilon")[0]
+    rotated = reader.flag("random_rotation")
+    reader.number("i", "balanced_bins", 0, 0)
+    found = []
+    for what in ("the mean", "eigenvalues", "directions"):
+        found.append(reader.array(np.float32, reader.number("Q", what, 0, reader.end // 4), what))
+    return PCA(power, epsilon, rotated, *found)
+
+
 def _transform(reader: _Reader) -> Transform:
-    if (kind := reader.fourcc()) not in ("LTra", "rrot"):
-        raise complain("transform", repr(kind), "'LTra' or 'rrot', a linear one")
+    if (kind := reader.fourcc()) not in ("LTra", "rrot", "PcAm", "Pcam"):
+        raise complain("transform", repr(kind), "'LTra', 'rrot' or 'Pcam', a linear one")
+    pca = _pca(reader, kind == "PcAm") if kind[0] == "P" else None
     biased = reader.flag("have_bias")
     at = reader.at
     for _ in range(2):  # the dimensions come last
         reader.array(np.float32, reader.number("Q", "size of A or b", 0, reader.end // 4), "A or b")
     d_in, d_out = (reader.number("i", name, 1, _MOST_DIMENSIONS) for name in ("d_in", "d_out"))
     trained, end = reader.flag("is_trained"), reader.at
+    if pca is not None and (d_out > d_in or pca.mean.size not in (0, d_in) or pca.directions.size % d_in):
+        raise complain("a PCA", f"{pca.mean.size} means and {d_in} to {d_out} dimensions", "what fits them")
     reader.at = at
     A = reader.finite("A", d_in * d_out if trained else 0)
     (count,) = struct.unpack_from("<Q", reader.data, reader.at)
     b = reader.finite("b", d_out if biased and trained else int(count))
     reader.at = end
     return Transform(
-        A.reshape(d_out, d_in) if trained else np.zeros((d_out, d_in), np.float32), b if biased else None, trained
+        A.reshape(d_out, d_in) if trained else np.zeros((d_out, d_in), np.float32), b if biased else None, trained, pca
     )
 
 
@@ -408,7 +435,11 @@ def _write_pretransform(node: PreTransform, file: BinaryIO) -> None:
     file.write(struct.pack("<i", len(node.chain)))
     for step in node.chain:
         d_out, d_in = step.A.shape
-        file.write(b"LTra" + struct.pack("<?", step.b is not None))
+        if (pca := step.pca) is not None:
+            file.write(b"Pcam" + struct.pack("<ff?i", pca.eigen_power, pca.epsilon, pca.random_rotation, 0))
+            for array in (pca.mean, pca.eigenvalues, pca.directions):
+                _put(file, np.float32, array)
+        file.write((b"" if pca else b"LTra") + struct.pack("<?", step.b is not None))
         _put(file, np.float32, step.A if step.is_trained else step.A[:0])
         _put(file, np.float32, np.zeros(0) if step.b is None else step.b)
         file.write(struct.pack("<ii?", d_in, d_out, step.is_trained))

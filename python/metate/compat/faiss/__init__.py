@@ -23,6 +23,7 @@ from metate.compat.faiss.factory import (
     IO_FLAG_READ_ONLY,
     IO_FLAG_SKIP_PRECOMPUTE_TABLE,
     ParameterSpace,
+    PyCallbackIOReader,
     PyCallbackIOWriter,
     VectorIOReader,
     VectorIOWriter,
@@ -61,7 +62,7 @@ from metate.compat.faiss.selectors import (
     SearchParametersPQ,
     SearchParametersPreTransform,
 )
-from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, RandomRotationMatrix, VectorTransform
+from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, PCAMatrix, RandomRotationMatrix, VectorTransform
 
 __version__ = "1.15.1"  # the faiss release whose interface this is
 
@@ -79,17 +80,18 @@ def omp_set_num_threads(threads: int) -> None:
 
 
 __all__ = [
-    "IO_FLAG_MMAP", "IO_FLAG_MMAP_IFC", "IO_FLAG_READ_ONLY", "IO_FLAG_SKIP_PRECOMPUTE_TABLE", "METRIC_INNER_PRODUCT",
-    "METRIC_L2", "Clustering", "ClusteringParameters", "DirectMap", "DistanceComputer", "IDSelector", "IDSelectorAll",
-    "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot", "IDSelectorOr",
-    "IDSelectorRange", "IDSelectorTranslated", "IDSelectorXOr", "IVFSearchParameters", "Index", "IndexFlat",
-    "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat",
-    "IndexIVFPQ", "IndexPQ", "IndexPreTransform", "IndexRefine", "IndexRefineFlat", "IndexRefineSearchParameters",
-    "Kmeans", "LinearTransform", "OPQMatrix", "ParameterSpace", "ProductQuantizer", "PyCallbackIDSelector",
-    "PyCallbackIOWriter", "RandomRotationMatrix", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ",
+    "IO_FLAG_MMAP", "IO_FLAG_MMAP_IFC", "IO_FLAG_READ_ONLY", "IO_FLAG_SKIP_PRECOMPUTE_TABLE",
+    "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "DirectMap", "DistanceComputer",
+    "IDSelector", "IDSelectorAll", "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap",
+    "IDSelectorNot", "IDSelectorOr", "IDSelectorRange", "IDSelectorTranslated", "IDSelectorXOr",
+    "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap",
+    "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexPQ", "IndexPreTransform", "IndexRefine",
+    "IndexRefineFlat", "IndexRefineSearchParameters", "Kmeans", "LinearTransform", "OPQMatrix", "PCAMatrix",
+    "ParameterSpace", "ProductQuantizer", "PyCallbackIDSelector", "PyCallbackIOReader", "PyCallbackIOWriter",
+    "RandomRotationMatrix", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ",
     "SearchParametersPreTransform", "VectorIOReader", "VectorIOWriter", "VectorTransform", "clone_index",
     "copy_array_to_vector", "deserialize_index", "downcast_index", "eval_intersection", "extract_index_ivf",
-    "index_factory", "kmin", "knn", "normalize_L2", "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances",
-    "rand", "randint", "randn", "read_ProductQuantizer", "read_index", "serialize_index", "swig_ptr",
-    "vector_float_to_array", "vector_to_array", "write_ProductQuantizer", "write_index",
+    "index_factory", "kmin", "knn", "normalize_L2", "omp_get_max_threads", "omp_set_num_threads",
+    "pairwise_distances", "rand", "randint", "randn", "read_ProductQuantizer", "read_index", "serialize_index",
+    "swig_ptr", "vector_float_to_array", "vector_to_array", "write_ProductQuantizer", "write_index",
 ]  # fmt: skip

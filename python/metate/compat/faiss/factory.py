@@ -17,7 +17,7 @@ from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTrans
 from metate.compat.faiss.indexes import IndexFlat, IndexPQ
 from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ
 from metate.compat.faiss.quantizer import ProductQuantizer
-from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, RandomRotationMatrix, VectorTransform
+from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, PCAMatrix, RandomRotationMatrix, VectorTransform
 from metate.errors import FormatError
 from metate.search import faiss_files as files
 from metate.search.faiss_index import from_tree, to_tree
@@ -26,7 +26,8 @@ from metate.search.files import replacing
 
 def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
     """The index of a string such as "OPQ16_64,IVF256,PQ16x4,RFlat" or "IDMap,Flat"."""
-    parts, chain, wrap, refine = description.split(","), [], None, ""
+    parts, wrap, refine = description.split(","), None, ""
+    chain: list[LinearTransform] = []
     if parts[0] in ("IDMap", "IDMap2"):
         wrap = parts.pop(0)
     elif parts[-1] in ("IDMap", "IDMap2"):
@@ -35,11 +36,9 @@ def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
         refine = again[1] or again[2]
         parts.pop()
     width = d
-    while parts and (match := re.fullmatch(r"(OPQ|RR)(\d*)(?:_(\d+))?", parts[0])):
-        kind, number, size = match.groups()
-        out = int(size or (number if kind == "RR" and number else width))
-        chain.append(OPQMatrix(width, int(number or 1), out) if kind == "OPQ" else RandomRotationMatrix(width, out))
-        width = out
+    while parts and (step := _made(parts[0], width)):
+        chain.append(step)
+        width = step.d_out
         parts.pop(0)
     index = _elementary(width, parts, metric, description)
     for step in chain:
@@ -55,6 +54,18 @@ def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
     return index
 
 
+def _made(part: str, d: int) -> LinearTransform | None:
+    """The transform that a part of a string stands for."""
+    if pca := re.fullmatch(r"PCA(W?)(R?)(\d+)", part):
+        return PCAMatrix(d, int(pca[3]), -0.5 if pca[1] else 0.0, bool(pca[2]))
+    match = re.fullmatch(r"(OPQ|RR)(\d*)(?:_(\d+))?", part)
+    if not match:
+        return None
+    kind, number, size = match.groups()
+    out = int(size or (number if kind == "RR" and number else d))
+    return OPQMatrix(d, int(number or 1), out) if kind == "OPQ" else RandomRotationMatrix(d, out)
+
+
 def _elementary(d: int, parts: list[str], metric: int, description: str) -> Index:
     lists = re.fullmatch(r"IVF(\d+)([kM]?)(?:\((PQ.+)\))?", parts[0]) if len(parts) == 2 else None
     nlist = int(lists[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[lists[2]] if lists else 0
@@ -63,7 +74,7 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
     if code != "Flat" and not match:
         raise RuntimeError(
             f"index_factory: {description!r}, expected what metate has: "
-            "[IDMap,][OPQ…|RR…,][IVFn[(PQm)],]Flat|PQm[xb][,Refine(Flat|PQm)]"
+            "[IDMap,][PCAn|OPQ…|RR…,][IVFn[(PQm)],]Flat|PQm[xb][,Refine(Flat|PQm)]"
         )
     if match:
         M, bits = int(match[1]), int(match[2] or 8)
@@ -112,6 +123,20 @@ class VectorIOReader:
         self.data = bytearray()
 
 
+class PyCallbackIOReader:
+    """Asks a function for at most `bs` bytes at a time, until it gives none: one index."""
+
+    def __init__(self, callback: Callable[[int], bytes], bs: int = 1 << 20) -> None:
+        self.callback, self.bs = callback, bs
+
+    @property
+    def data(self) -> bytearray:
+        found = bytearray()
+        while part := self.callback(self.bs):
+            found += part
+        return found
+
+
 def write_index(index: Index, path: str | VectorIOWriter | PyCallbackIOWriter) -> None:
     """In faiss' own format, to a file whole or not at all."""
     if isinstance(path, (VectorIOWriter, PyCallbackIOWriter)):
@@ -129,9 +154,9 @@ class ReadError(FormatError, RuntimeError):
     """A FormatError that code written for faiss catches too."""
 
 
-def read_index(path: str | VectorIOReader, *flags: Any) -> Index:
+def read_index(path: str | VectorIOReader | PyCallbackIOReader, *flags: Any) -> Index:
     """An index that faiss or `write_index` wrote; FormatError for anything else. Flags change nothing: it is copied."""
-    if isinstance(path, VectorIOReader):
+    if isinstance(path, (VectorIOReader, PyCallbackIOReader)):
         return deserialize_index(np.frombuffer(bytes(path.data), np.uint8))
     try:
         return _index(files.read_tree(path))
@@ -193,7 +218,12 @@ def _step(step: VectorTransform) -> files.Transform:
     if not isinstance(step, LinearTransform):
         raise RuntimeError(f"write_index: a transform is {type(step).__name__}, expected a linear one")
     A = step.A.reshape(step.d_out, step.d_in)
-    return files.Transform(A, step.b if step.have_bias else None, step.is_trained)
+    pca = None
+    if isinstance(step, PCAMatrix):
+        pca = files.PCA(
+            step.eigen_power, step.epsilon, step.random_rotation, step.mean, step.eigenvalues, step.PCAMat
+        )  # fmt: skip
+    return files.Transform(A, step.b if step.have_bias else None, step.is_trained, pca)
 
 
 def _index(node: files.Node) -> Index:
@@ -219,6 +249,10 @@ def _index(node: files.Node) -> Index:
 def _transform(step: files.Transform) -> LinearTransform:
     d_out, d_in = step.A.shape
     transform = LinearTransform(d_in, d_out)
+    if (pca := step.pca) is not None:
+        transform = PCAMatrix(d_in, d_out, pca.eigen_power, pca.random_rotation)
+        transform.epsilon, transform.PCAMat = pca.epsilon, pca.directions.copy()
+        transform.mean, transform.eigenvalues = pca.mean.copy(), pca.eigenvalues.copy()
     if step.is_trained:
         transform.set(step.A, step.b)
     return transform

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from metate.compat.faiss.parameters import Only
 from metate.compat.faiss.quantizer import ProductQuantizer, as_array, like
 from metate.search.training import train_rotation
 
@@ -83,6 +84,43 @@ class RandomRotationMatrix(LinearTransform):
     def init(self, seed: int) -> None:
         normal = np.random.default_rng(seed).standard_normal((max(self.d_in, self.d_out),) * 2)
         self.set(np.linalg.qr(normal)[0][: self.d_out, : self.d_in])
+
+
+class PCAMatrix(LinearTransform):
+    """Onto the principal directions, each scaled by its eigenvalue to `eigen_power` (-0.5 whitens), turned at random if
+    wanted. Eigenvalues are sums over the points, as faiss has them."""
+
+    balanced_bins = Only(0)
+
+    def __init__(self, d_in: int, d_out: int, eigen_power: float = 0.0, random_rotation: bool = False) -> None:
+        super().__init__(d_in, d_out, True)
+        if d_out > d_in:
+            raise RuntimeError(f"PCAMatrix: d_out is {d_out}, expected at most d_in={d_in}")
+        self.eigen_power, self.random_rotation, self.epsilon = eigen_power, random_rotation, 0.0
+        self.max_points_per_d = 1000
+        self.mean = self.eigenvalues = self.PCAMat = np.zeros(0, np.float32)
+
+    def train(self, x: Any) -> None:
+        points, most = as_array(x).astype(np.float64), self.max_points_per_d * self.d_in
+        if len(points) > most:
+            points = points[np.sort(np.random.default_rng(1234).choice(len(points), most, replace=False))]
+        mean = points.mean(0)
+        values, vectors = np.linalg.eigh((points - mean).T @ (points - mean))
+        self.mean, self.eigenvalues = as_array(mean), as_array(values[::-1].clip(0))
+        self.PCAMat = as_array(vectors.T[::-1]).reshape(-1)
+        self.prepare_Ab()
+
+    def prepare_Ab(self) -> None:
+        """Makes A and b of what training found."""
+        A = self.PCAMat.reshape(-1, self.d_in)[: self.d_out].astype(np.float64)
+        if self.eigen_power:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                A *= (self.eigenvalues[: self.d_out, None].astype(np.float64) + self.epsilon) ** self.eigen_power
+        if not np.isfinite(A).all():
+            raise RuntimeError("PCAMatrix: an eigenvalue is 0, expected more, or an epsilon that is")
+        if self.random_rotation:
+            A = RandomRotationMatrix(self.d_out, self.d_out, 5)._matrix() @ A
+        self.set(as_array(A), as_array(-A @ self.mean))
 
 
 class OPQMatrix(LinearTransform):

@@ -5,6 +5,8 @@ Recall varies with the sample and with where k-means begins; the rows of trainin
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,7 +27,7 @@ Floats = npt.NDArray[np.float32]
 
 D, POOL, K = 128, 512, 10
 _REFINED = 16  # times k: candidates that are ranked by full vectors
-_TRAINED = 1 << 16  # vectors to train on
+_TRAINED = 40 << 10  # vectors to train on: faiss wants 39 for each list
 _SEED = 20  # of the vectors whose search is timed
 _SEEDS = tuple(range(5))  # of those that recall is averaged over
 
@@ -36,13 +38,13 @@ class Kind:
 
     make: Callable[[], Index]
     faiss: str
-    fast: str = ""  # of faiss, with its scan of 4 bits
+    fast: bool = False  # faiss has its scan of 4 bits too
 
 
 FLAT_KINDS = {
     "PQ16x8": Kind(partial(PQIndex, D, 16), "PQ16x8np"),
-    "PQ32x4": Kind(partial(PQIndex, D, 32, 4), "PQ32x4np", "PQ32x4fs"),
-    "PQ32x4 refined": Kind(partial(PQIndex, D, 32, 4, refine="float32"), "PQ32x4np,RFlat", "PQ32x4fs,RFlat"),
+    "PQ32x4": Kind(partial(PQIndex, D, 32, 4), "PQ32x4np", True),
+    "PQ32x4 refined": Kind(partial(PQIndex, D, 32, 4, refine="float32"), "PQ32x4np,RFlat", True),
     "OPQ PQ16x8": Kind(partial(PQIndex, D, 16, opq=True), "OPQ16,PQ16x8np"),
 }
 
@@ -50,9 +52,7 @@ FLAT_KINDS = {
 def _kinds(lists: int) -> dict[str, Kind]:
     return FLAT_KINDS | {
         f"IVF{lists} PQ16x8": Kind(partial(IVFPQIndex, D, lists, 16), f"IVF{lists},PQ16x8np"),
-        f"IVF{lists} PQ32x4": Kind(
-            partial(IVFPQIndex, D, lists, 32, 4), f"IVF{lists},PQ32x4np", f"IVF{lists},PQ32x4fs"
-        ),
+        f"IVF{lists} PQ32x4": Kind(partial(IVFPQIndex, D, lists, 32, 4), f"IVF{lists},PQ32x4np", True),
         f"IVF{lists} Flat": Kind(partial(IVFFlatIndex, D, lists), f"IVF{lists},Flat"),
     }
 
@@ -164,28 +164,37 @@ def _approximate(case: Case, search: Search) -> Approximate:
     return Approximate(lambda i: search(batches[i % len(batches)]), (_recall(search, queries, truth),))
 
 
-def _trainer(case: Case, train: Callable[[int], Any], searches: Sequence[Search]) -> Approximate:
+def _trainer(case: Case, train: Callable[[Floats], Any], searches: Sequence[Search], seconds: float) -> Approximate:
     """Training on one sample after another, and the recall of each index over queries of the same kind."""
-    recalls = [
-        _recall(search, *vectors(case["data"], case["n"], seed)[1:])
-        for seed, search in zip(_SEEDS, searches, strict=True)
-    ]
-    return Approximate(lambda i: train(_SEEDS[i % len(_SEEDS)]), tuple(recalls))
+    samples = [vectors(case["data"], case["n"], seed) for seed in _SEEDS]
+    recalls = [_recall(search, *sample[1:]) for search, sample in zip(searches, samples, strict=True)]
+    return Approximate(lambda i: train(samples[i % len(samples)][0][:_TRAINED]), tuple(recalls), seconds)
 
 
-def _ours(kind: str, data: str, n: int, seed: int) -> Index:
+def _filled(
+    train: Callable[[Floats], Any], data: str, n: int, seeds: tuple[int, ...], **how: Any
+) -> tuple[list[Any], float]:
+    """Indexes, a seed each, and how long it took to train one."""
+    indexes, seconds = [], []
+    for seed in seeds:
+        x = vectors(data, n, seed)[0]
+        began = time.perf_counter()
+        index = train(x[:_TRAINED])
+        seconds.append(time.perf_counter() - began)
+        index.add(x, **how)
+        indexes.append(index)
+    return indexes, statistics.median(seconds)
+
+
+def _ours(kind: str, x: Floats) -> Index:
     index = KINDS[kind].make()
-    index.train(vectors(data, n, seed)[0][:_TRAINED], progress=False)
+    index.train(x, progress=False)
     return index
 
 
 @lru_cache(maxsize=1)
-def _our_indexes(kind: str, data: str, n: int, seeds: tuple[int, ...]) -> list[Index]:
-    """Filled, a seed each."""
-    indexes = [_ours(kind, data, n, seed) for seed in seeds]
-    for seed, index in zip(seeds, indexes, strict=True):
-        index.add(vectors(data, n, seed)[0], progress=False)
-    return indexes
+def _our_indexes(kind: str, data: str, n: int, seeds: tuple[int, ...]) -> tuple[list[Index], float]:
+    return _filled(partial(_ours, kind), data, n, seeds, progress=False)
 
 
 def _our_search(case: Case, index: Index, backend: str) -> Search:
@@ -203,19 +212,19 @@ def _our_search(case: Case, index: Index, backend: str) -> Search:
 
 def our_searcher(setup: Setup, backend: str) -> Approximate:
     case = setup.case
-    (index,) = _our_indexes(case["index"], case["data"], case["n"], (_SEED,))
+    (index,), _ = _our_indexes(case["index"], case["data"], case["n"], (_SEED,))
     return _approximate(case, _our_search(case, index, backend))
 
 
 def our_trainer(setup: Setup, backend: str) -> Approximate:
     case = setup.case
-    of = case["index"], case["data"], case["n"]
 
-    def train(seed: int) -> Index:
+    def train(x: Floats) -> Index:
         with metate.use(backend):
-            return _ours(*of, seed)
+            return _ours(case["index"], x)
 
-    return _trainer(case, train, [_our_search(case, index, backend) for index in _our_indexes(*of, _SEEDS)])
+    indexes, seconds = _our_indexes(case["index"], case["data"], case["n"], _SEEDS)
+    return _trainer(case, train, [_our_search(case, index, backend) for index in indexes], seconds)
 
 
 def faiss_module() -> Any:
@@ -227,18 +236,28 @@ def faiss_module() -> Any:
     return faiss
 
 
-def _theirs(description: str, data: str, n: int, seed: int) -> Any:
+def _theirs(description: str, x: Floats) -> Any:
     index = faiss_module().index_factory(D, description)
-    index.train(vectors(data, n, seed)[0][:_TRAINED])
+    index.train(x)
     return index
 
 
-@lru_cache(maxsize=2)
-def _faiss_indexes(description: str, data: str, n: int, seeds: tuple[int, ...]) -> list[Any]:
-    indexes = [_theirs(description, data, n, seed) for seed in seeds]
-    for seed, index in zip(seeds, indexes, strict=True):
-        index.add(vectors(data, n, seed)[0])
-    return indexes
+@lru_cache(maxsize=1)
+def _faiss_indexes(description: str, data: str, n: int, seeds: tuple[int, ...]) -> tuple[list[Any], float]:
+    return _filled(partial(_theirs, description), data, n, seeds)
+
+
+@lru_cache(maxsize=1)
+def _faiss_fast(description: str, data: str, n: int) -> Any:
+    """The same codes for the fast scan."""
+    faiss = faiss_module()
+    (index,), _ = _faiss_indexes(description, data, n, (_SEED,))
+    base = faiss.downcast_index(index.base_index) if description.endswith("RFlat") else index
+    fast = (faiss.IndexIVFPQFastScan if "IVF" in description else faiss.IndexPQFastScan)(base)
+    if base is index:
+        return fast
+    x = vectors(data, n)[0]
+    return faiss.IndexRefineFlat(fast, faiss.swig_ptr(x))
 
 
 def _faiss_search(case: Case, index: Any) -> Search:
@@ -253,15 +272,16 @@ def faiss_searcher(setup: Setup, fast: bool = False) -> Approximate:
     case, kind = setup.case, KINDS[setup.case["index"]]
     if fast and not kind.fast:
         raise Skip("codes of 4 bits only")
-    (index,) = _faiss_indexes(kind.fast if fast else kind.faiss, case["data"], case["n"], (_SEED,))
+    of = kind.faiss, case["data"], case["n"]
+    index = _faiss_fast(*of) if fast else _faiss_indexes(*of, (_SEED,))[0][0]
     return _approximate(case, _faiss_search(case, index))
 
 
 def faiss_trainer(setup: Setup) -> Approximate:
-    case = setup.case
-    of = KINDS[case["index"]].faiss, case["data"], case["n"]
-    searches = [_faiss_search(case, index) for index in _faiss_indexes(*of, _SEEDS)]
-    return _trainer(case, lambda seed: _theirs(*of, seed), searches)
+    case, description = setup.case, KINDS[setup.case["index"]].faiss
+    indexes, seconds = _faiss_indexes(description, case["data"], case["n"], _SEEDS)
+    searches = [_faiss_search(case, index) for index in indexes]
+    return _trainer(case, partial(_theirs, description), searches, seconds)
 
 
 def faiss_fast_searcher(setup: Setup) -> Approximate:

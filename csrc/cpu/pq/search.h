@@ -174,6 +174,8 @@ struct Turn {
 };
 
 constexpr int64_t bytes_alone = 1 << 17;  // of rows that are worth a piece of their own
+constexpr int64_t longer = 4;             // times as many, where all workers have enough pieces: memory is read in runs
+constexpr int64_t enough = 4;             // pieces of a worker
 constexpr int64_t split_queries = 64;     // fewer queries are cut by rows, and any number that scan the same rows
 constexpr int64_t split_room = 1 << 20;   // but only where heaps for every worker are small
 constexpr int most_together = 16;         // queries of a turn
@@ -223,7 +225,8 @@ void search_lists(const Search& s, const Runtime& runtime, int64_t rows_alone, i
                   const Prepare& prepare, const Scan& scan) {
     const int64_t Q = s.distances.size[0], most = Q * spans_of(s);
     const int workers = workers_of(runtime, most);
-    Visits visits{s.ranges.size[1], most, rows_alone, nullptr, nullptr, nullptr};
+    const bool many = most >= enough * together * runtime.threads;
+    Visits visits{s.ranges.size[1], most, many ? longer * rows_alone : rows_alone, nullptr, nullptr, nullptr};
     Heaps heaps{nullptr, nullptr, nullptr, workers, Q, room(s)};
     const auto memory = lay_out(
         runtime, most,
@@ -242,8 +245,8 @@ void search_lists(const Search& s, const Runtime& runtime, int64_t rows_alone, i
         const Span all = span_of(s, asked[0].q, asked[0].p);
         Best best[most_together];
         Turn turn{smaller(together, visits.first[run + 1] - at), all, asked, best};
-        turn.span.first += part * rows_alone;
-        turn.span.last = smaller(all.last, turn.span.first + rows_alone);
+        turn.span.first += part * visits.rows_alone;
+        turn.span.last = smaller(all.last, turn.span.first + visits.rows_alone);
         for (int64_t i = 0; i < turn.count; ++i) best[i] = heaps.open(worker, asked[i].q);
         scan(memory(worker), turn);
         for (int64_t i = 0; i < turn.count; ++i) heaps.close(worker, asked[i].q, best[i]);
@@ -263,8 +266,9 @@ void search_rows(const Search& s, const Runtime& runtime, int64_t row_bytes, int
     const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
     int64_t parts = 1;
     for (int64_t q = 0; split && q < (s.ranges ? Q : 1); ++q) {
-        const int64_t wanted = ceil_div(rows_of(s, q), rows_alone);
-        parts = wanted > parts ? wanted : parts;
+        const int64_t rows = rows_of(s, q), most = ceil_div(rows, rows_alone), least = ceil_div(most, longer);
+        const int64_t wanted = smaller(most, ceil_div(enough * runtime.threads, s.ranges ? Q : 1));
+        parts = larger(parts, larger(least, wanted));
     }
     const int64_t group = split && !s.ranges && Q * parts >= 2 * together * runtime.threads ? together : 1;
     const int64_t groups = ceil_div(Q, group), pieces = groups * parts;

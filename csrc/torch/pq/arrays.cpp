@@ -150,13 +150,21 @@ float row_bias_of(const float* r, const float* c, int64_t columns) {
 }
 
 bool all_finite(const float* x, int64_t count) {
-    uint32_t bad = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, sizeof bits);
-        bad |= (bits & 0x7f800000) == 0x7f800000;
-    }
-    return !bad;
+    using Words = int32_t __attribute__((vector_size(64)));
+    constexpr int64_t lanes = sizeof(Words) / 4;
+    const auto magnitudes = [&](int64_t first, int64_t n) {
+        Words words = {};
+        std::memcpy(&words, x + first, static_cast<size_t>(4 * n));
+        return words & 0x7fffffff;
+    };
+    Words most = {};
+    int64_t i = 0;
+    const auto meet = [&](Words words) { most = words > most ? words : most; };
+    for (; i + lanes <= count; i += lanes) meet(magnitudes(i, lanes));
+    if (i < count) meet(magnitudes(i, count - i));
+    bool finite = true;
+    for (int64_t lane = 0; lane < lanes; ++lane) finite &= most[lane] < 0x7f800000;
+    return finite;
 }
 
 // Gives every vector its row behind its list, which grows: `rows` holds lists before. False where one has no room.
@@ -169,8 +177,9 @@ bool find_rows(int64_t* rows, int64_t count, const int64_t* start, const int64_t
     return true;
 }
 
-// Adds vectors x to a pool: as row rows[i] under id first_id + i, in list lists[i].
-void put_rows(const Pool& pool, Array& x, const int64_t* lists, const int64_t* rows, int64_t first_id) {
+// Adds vectors x to a pool: as row rows[i] under ids[i], or id first_id + i, in list lists[i].
+void put_rows(const Pool& pool, Array& x, const int64_t* lists, const int64_t* rows, const int64_t* ids,
+              int64_t first_id) {
     constexpr int64_t together = 4096;
     const int64_t n = x.size(0), D = x.size(1), most = n < together ? n : together;
     const int64_t M = pool.codebooks ? pool.codebooks->size(0) : 0, L = pool.codebooks ? pool.codebooks->size(1) : 0;
@@ -206,24 +215,28 @@ void put_rows(const Pool& pool, Array& x, const int64_t* lists, const int64_t* r
         for (int64_t i = 0; i < count; ++i) pool.put(rows[first + i], stored + i * bytes, bytes);
     }
     if (!pool.ids) return;
-    for (int64_t i = 0; i < n; ++i) static_cast<int64_t*>(pool.ids->data_ptr())[rows[i]] = first_id + i;
+    int64_t* const names = static_cast<int64_t*>(pool.ids->data_ptr());
+    for (int64_t i = 0; i < n; ++i) names[rows[i]] = ids ? ids[i] : first_id + i;
 }
 
-// add(x, length, places, first_id, known): writes vectors, the lists and then the rows that they went to, and the
-// lengths that lists have then; `known`: lists are right already. None where one of them has no room; False where
-// vectors are not finite or x is not what the pool takes.
+// add(x, length, places, ids, first_id, known): writes vectors, the lists and then the rows that they went to, and the
+// lengths that lists have then; `ids`: theirs, or None, and they follow first_id; `known`: lists are right already.
+// None where one of them has no room; False where vectors are not finite or arrays are not what the pool takes.
 PyObject* add_prepared(PyObject* capsule, PyObject* args) {
     const Pool& pool = Prepared<Pool>::of(capsule);
-    PyObject* objects[3];
+    PyObject* objects[4];
     long long first_id;
     int known;
-    if (!PyArg_ParseTuple(args, "OOOLp", objects, objects + 1, objects + 2, &first_id, &known)) return nullptr;
+    if (!PyArg_ParseTuple(args, "OOOOLp", objects, objects + 1, objects + 2, objects + 3, &first_id, &known))
+        return nullptr;
     Array x(objects[0], DType::f32, 0), length(objects[1], DType::i64, PyBUF_WRITABLE);
     Array places(objects[2], DType::i64, PyBUF_WRITABLE);
+    std::optional<Array> ids;
+    if (objects[3] != Py_None) ids.emplace(objects[3], DType::i64, 0);
     const int64_t n = x.size(0), count = pool.start.size(0);
     const int64_t D = pool.codebooks ? pool.codebooks->size(0) * pool.codebooks->size(2) : pool.rows.size(1);
     if (!x.is(n, D) || n < 1 || !length.is(count) || !places.is(places.size(0)) || places.size(0) < 2 * n ||
-        direct::dispatcher_is_wanted(array_guards))
+        (ids && !(pool.ids && ids->is(n))) || direct::dispatcher_is_wanted(array_guards))
         Py_RETURN_FALSE;
     bool finite = false, fits = false;
     try {
@@ -258,7 +271,7 @@ PyObject* add_prepared(PyObject* capsule, PyObject* args) {
             for (int64_t i = 0; i < n; ++i) finite &= list[i] >= 0;
             fits = finite && find_rows(row, n, static_cast<const int64_t*>(pool.start.data_ptr()),
                                        static_cast<const int64_t*>(pool.room.data_ptr()), length.data<int64_t>());
-            if (fits) put_rows(pool, x, list, row, first_id);
+            if (fits) put_rows(pool, x, list, row, ids ? ids->data<const int64_t>() : nullptr, first_id);
         }
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());

@@ -129,41 +129,54 @@ class Index(Searching):
         if progress or not self._added_quickly(x):
             self._add(self._op("add"), x, None, progress)
 
-    def _added_quickly(self, x: Any) -> bool:
+    def _added_quickly(self, x: Any, ids: Any = None) -> bool:
         """Where that is compiled: around a single vector, Python costs more than its kernels do."""
-        if type(x) is not np.ndarray or not is_plain() or x.ndim != 2 or x.size > _AT_ONCE:
+        if type(x) is not np.ndarray or not is_plain() or x.ndim != 2 or not 0 < x.size <= _AT_ONCE:
+            return False
+        if ids is not None and (type(ids) is not np.ndarray or ids.dtype != np.int64 or ids.shape != x.shape[:1]):
             return False
         with self._lock:
             newest = self._newest
-            if isinstance(newest, Grown) and newest.made is None:
-                base, length = newest.base, newest.length.copy()
+            first = next_id = newest.next_id
+            later = ids is None or ids.min() >= next_id  # than all that are there
+            if later and isinstance(newest, Grown) and newest.made is None:
+                state, base, length = None, newest.base, newest.length.copy()
             else:
-                base = self._state
+                state = base = self._state
                 length = base.lists.length.copy()
+            if ids is None:
+                next_id += len(x)
+            else:
+                self._check_new(self._op("add_with_ids"), base, ids)
+                if base.lists.implicit:
+                    state = base = replace(self._state, lists=self._state.lists.explicit())
+                next_id = max(next_id, int(ids.max()) + 1)
             adding = self._adding_to(base.model, base.lists)
             if adding.run is None:
                 return False
             places = adding.places if 2 * len(x) <= len(adding.places) else np.empty(2 * len(x), np.int64)
-            done = adding.run(x, length, places, newest.next_id, False)
+            done = adding.run(x, length, places, ids, first, False)
             if done and base.lists.known_places() is None:
-                self._newest = Grown(base, length, newest.next_id + len(x))
-                return True
-            return done is not False and self._made_room(x, length if done else None, places[: 2 * len(x)])
+                self._newest = Grown(base, length, next_id)
+            elif done is not False:
+                state = state or self._state
+                lists = self._with_room(state, x, length if done else None, places[: 2 * len(x)], ids)
+                self._state = State(state.model, lists, next_id)
+            return done is not False
 
-    def _made_room(self, x: Any, length: Integers | None, places: Integers) -> bool:
-        """Ends an addition whose lists are known, and with a length its rows too: else lists have no room."""
-        state, lists = self._state, places[: len(x)]
-        rows = state.lists
+    def _with_room(
+        self, state: State, x: Any, length: Integers | None, places: Integers, ids: Integers | None
+    ) -> Lists:
+        """What ends an addition whose lists are known, and with a length its rows too: else lists have no room."""
+        old, lists, first = state.lists, places[: len(x)], state.next_id
         if length is None:
-            rows = rows.with_room(np.bincount(lists, minlength=len(rows.length)))
-            length = rows.length.copy()  # which leaves out rows that are gone
-            run = self._adding_to(state.model, rows).run
-            assert run is not None
-            if not run(x, length, places, state.next_id, True):
-                return False
-        rows = rows.grown(length, lists, places[len(x) :], state.next_id)
-        self._state = State(state.model, rows, state.next_id + len(x))
-        return True
+            old = old.with_room(np.bincount(lists, minlength=len(old.length)))
+            length = old.length.copy()  # which leaves out rows that are gone
+            run = self._adding_to(state.model, old).run
+            done = run is not None and run(x, length, places, ids, first, True)
+            assert done, "lists that were made longer have room"
+        ids = np.arange(first, first + len(x)) if ids is None else ids
+        return old.grown(length, lists, places[len(x) :], ids)
 
     def _adding_to(self, model: Model, lists: Lists) -> Adding:
         """The compiled way to add to these rows, where it does what `_add` does."""
@@ -184,6 +197,8 @@ class Index(Searching):
 
     def add_with_ids(self, x: Array, ids: Array, *, progress: bool | None = None) -> None:
         """Adds vectors (n, dim) under ids (n,): integers from 0 on, each new to the index."""
+        if not progress and self._added_quickly(x, ids):
+            return
         op = self._op("add_with_ids")
         numbers = tensor_of(op, "ids", np.asarray(ids) if isinstance(ids, (list, tuple, range)) else ids)
         if numbers.dtype.is_floating_point or numbers.dtype == torch.bool or numbers.dim() != 1:

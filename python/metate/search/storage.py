@@ -213,11 +213,10 @@ class Lists:
             cache["places"] = known.plus(values["ids"].cpu().numpy(), new._place(rows))
         return replace(new, length=new.length + count, _cache=cache)
 
-    def grown(self, length: Integers, lists: Integers, rows: Integers, first_id: int) -> Lists:
-        """The next snapshot, after rows were written behind lists that had room, under the ids from first_id on."""
+    def grown(self, length: Integers, lists: Integers, rows: Integers, ids: Integers) -> Lists:
+        """The next snapshot, after rows were written behind lists that had room."""
         cache = {}
         if (known := self.known_places()) is not None:
-            ids = np.arange(first_id, first_id + len(rows))
             cache["places"] = known.plus(ids, (lists << _OFFSET) + rows - self.start[lists])
         return replace(self, length=length, _cache=cache)
 

@@ -64,6 +64,8 @@ class _Around(Index):
 class IndexIDMap(_Around):
     """Ids of one's own for an index that numbers vectors."""
 
+    _room: Integers = np.zeros(0, np.int64)  # what `_ids` is the beginning of
+
     def __init__(self, index: Index) -> None:
         super().__init__(index)
         if index.ntotal:
@@ -82,13 +84,22 @@ class IndexIDMap(_Around):
         if numbers.shape != (len(x),):
             raise AssertionError(f"IndexIDMap: ids of shape {numbers.shape}, expected ({len(x)},)")
         self.index.add(x)
-        self._ids = np.concatenate([self._ids, numbers])
+        self._append(numbers)
 
     def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
         if ids is None:
             raise RuntimeError("IndexIDMap: add_sa_codes without ids, expected one for each row")
         self.index._add_codes(codes, None)
-        self._ids = np.concatenate([self._ids, ids])
+        self._append(ids)
+
+    def _append(self, ids: Integers) -> None:
+        """Behind the others, in memory with room for as many again: searches may hold the ones before."""
+        old, total = len(self._ids), len(self._ids) + len(ids)
+        if self._ids.base is not self._room or len(self._room) < total:
+            self._room = np.empty(2 * total, np.int64)
+            self._room[:old] = self._ids
+        self._room[old:total] = ids
+        self._ids = self._room[:total]
 
     def _named(self, places: Any) -> Any:
         """Ids of places, -1 for -1."""
@@ -124,7 +135,7 @@ class IndexIDMap(_Around):
 
     def reset(self) -> None:
         self.index.reset()
-        self._ids = self._ids[:0]
+        self._ids = np.zeros(0, np.int64)
 
     def reconstruct_batch(self, keys: Any) -> Any:
         raise RuntimeError("IndexIDMap: reconstruct is not there, use IndexIDMap2")

@@ -78,8 +78,9 @@ class IndexIVF(Elementary):
         return as_array(self.quantizer.reconstruct_n())
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
-        self._ready()
-        self._inner.add_with_ids(self._checked(x), ids, progress=False)
+        if ids is None or not self._inner._added_quickly(x, ids):
+            self._ready()
+            self._inner.add_with_ids(self._checked(x), ids, progress=False)
 
     def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
         self._ready()

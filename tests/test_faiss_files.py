@@ -9,6 +9,7 @@ from conftest import damaged
 
 from metate import FormatError
 from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, read_faiss, write_faiss
+from metate.search import faiss_files as files
 
 FOLDER = Path(__file__).parent / "data" / "faiss"
 FILES = sorted(FOLDER.glob("*.index"))
@@ -81,3 +82,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
             read_faiss(tmp_path / "index")
     with pytest.raises(FileNotFoundError):
         read_faiss(tmp_path / "none")
+
+
+def test_a_shape_alone_takes_no_memory(tmp_path):
+    A = np.broadcast_to(np.float32(0), (1 << 19, 1 << 18))
+    inner = files.Flat(1 << 19, 0, files.L2, True, np.zeros((0, 1 << 19), np.float32))
+    tree = files.PreTransform(1 << 18, 0, files.L2, False, [files.Transform(A, None, False)], inner)
+    with open(tmp_path / "index", "wb") as file:
+        files.write_tree(tree, file)
+    with pytest.raises(FormatError, match="an untrained transform is 262144 to 524288 dimensions"):
+        read_faiss(tmp_path / "index")

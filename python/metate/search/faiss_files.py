@@ -27,6 +27,7 @@ Integers = npt.NDArray[np.int64]
 L2, INNER_PRODUCT = 1, 0
 _DEPTH = 8  # nodes within nodes
 _MOST_DIMENSIONS = 1 << 20
+_MOST_UNTRAINED = 1 << 28  # numbers of a matrix that a file tells the shape of alone
 _UNUSED = 1 << 20  # what faiss writes into two fields of every header
 _HEADER = "<iqqq?i"
 
@@ -307,6 +308,8 @@ def _transform(reader: _Reader) -> Transform:
     trained, end = reader.flag("is_trained"), reader.at
     if pca is not None and (d_out > d_in or pca.mean.size not in (0, d_in) or pca.directions.size % d_in):
         raise complain("a PCA", f"{pca.mean.size} means and {d_in} to {d_out} dimensions", "what fits them")
+    if not trained and d_in * d_out > _MOST_UNTRAINED:
+        raise complain("an untrained transform", f"{d_in} to {d_out} dimensions", f"a matrix of {_MOST_UNTRAINED}")
     reader.at = at
     A = reader.finite("A", d_in * d_out if trained else 0)
     (count,) = struct.unpack_from("<Q", reader.data, reader.at)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import metate
 from metate.ops.paged_attention import reference
-from metate.ops.paged_attention.declaration import append_op, paged_attention_op
+from metate.ops.paged_attention.declaration import _case, append_op, paged_attention_op
 
 
 def paged(lens: list[int], page_size: int, *heads: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -334,3 +334,27 @@ def test_append_refuses_values_over_keys():
     pair = torch.zeros(4, 3, 2, 2, 16)
     metate.append_kv(k, k, pair[..., 0, :], pair[..., 1, :], torch.tensor([1, 2]))
     assert torch.equal(pair[0, 1:3, :, 1], k)
+
+
+@pytest.mark.parametrize("heads", [1, 64])  # many rows of queries for each head of the cache, and few
+def test_every_code_of_e4m3_counts(heads):
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = torch.where(codes.float().isfinite(), codes.float(), 0).to(codes.dtype)
+    k_cache, v_cache = (x.view(torch.uint8).expand(1, 1, heads, 256).view(codes.dtype) for x in (finite, codes))
+    q = torch.eye(256, dtype=torch.bfloat16).view(1, 1, 256, 256)  # each head looks at one column of the key
+    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    out, lse = metate.paged_attention(q, k_cache, v_cache, table, lens, scale=1.0, return_lse=True)
+    torch.testing.assert_close(lse.flatten(), finite.float(), rtol=1e-6, atol=1e-7)
+    expected = codes.to(torch.bfloat16).expand(256, 256)
+    torch.testing.assert_close(out[0, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4", "fp8", "scaled fp8"])
+@pytest.mark.parametrize("dim", [24, 72, 96])
+def test_many_queries_over_quantised_caches(cache, dim):
+    case = _case(2, 40, 9, 16, 8, 2, dim, dim, cache=cache, window=(-1, 0))
+    args = paged_attention_op.example(case, torch.bfloat16)
+    got = paged_attention_op(*args)[0].double()
+    truth = paged_attention_op.compute(torch.float64, args)[0]
+    plain = paged_attention_op.compute(torch.bfloat16, args)[0].double()
+    assert (got - truth).abs().max() <= 2 * (plain - truth).abs().max() + 2**-8 * truth.abs().max()

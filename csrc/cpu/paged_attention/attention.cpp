@@ -20,11 +20,11 @@ vf largest_of_rows(vf (&rows)[width]) {
 // Weights in the words of products, at the place of logits from j on.
 template <class S, int n>
 METATE_FN void store_weights(float* x, int j, const vf (&y)[n]) {
-    if constexpr (has_dots<S>) {
+    if constexpr (has_bf16_dots<S>) {
 #pragma GCC unroll 2
         for (int i = 0; i < n; i += 2) {
-            const Words<S> pairs = narrow_pairs(y[i], y[i + 1]);
-            store(x + (j + i * width) / 2, as_float(pairs));
+            const Words<S> words = narrow_pairs(y[i], y[i + 1]);
+            store(x + (j + i * width) / 2, as_float(words));
         }
     } else {
 #pragma GCC unroll 4
@@ -110,15 +110,15 @@ void add_seen_values(const Shape& s, const Piece& piece, int64_t h, const Tile& 
         const int64_t row = h * piece.pitch() + r;
         if (!tile.mask[r]) continue;
         const uint8_t* seen[tile_keys];
-        constexpr size_t bytes = sizeof(float) / elements_of_word<S>;
         float weight[tile_keys], step = 1.0f;
         memcpy(weight, my.p + row * p_stride, sizeof weight);
-        for (size_t j = 0; j < tile_keys; ++j) {
-            const bool is_seen = tile.mask[r] >> j & 1;
-            seen[j] = values.at[is_seen ? j : static_cast<size_t>(__builtin_ctzll(tile.mask[r]))];
-            if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
-        }
         with_products<S>(s, piece, [&]<class W>() {
+            constexpr size_t bytes = has_bf16_dots<W> ? sizeof(bf16) : sizeof(float);
+            for (size_t j = 0; j < tile_keys; ++j) {
+                const bool is_seen = tile.mask[r] >> j & 1;
+                seen[j] = values.at[is_seen ? j : static_cast<size_t>(__builtin_ctzll(tile.mask[r]))];
+                if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
+            }
             if constexpr (is_whole<W>) step = to_whole<S>(weight, tile_keys);
             const Result to{piece.state.o + row * s.o_stride, s.o_stride, my.factor + row, &step};
             multiply_all_values<W, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
@@ -180,11 +180,10 @@ template <class S>
 void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
     find_logits<S>(s, seq, piece, stream, my);
     const bool has_scales = bool(s.a.v_scale);
-    if (has_scales) gather_scales(s.a.v_scale, piece, *stream.tile, my.v_scale);
     int64_t steps = piece.heads * piece.rows * soft_steps;
     if (!piece.packed) steps += steps_of<S>(s, piece, *stream.tile, true);
     stream.advance<S>(s, piece, true, steps, my);
-    to_weights<S>(piece, has_scales ? my.v_scale : nullptr, my);
+    with_products<S>(s, piece, [&]<class W>() { to_weights<W>(piece, has_scales ? my.v_scale : nullptr, my); });
     add_values<S>(s, piece, *stream.tile, my);
 }
 
@@ -226,7 +225,7 @@ void for_pieces_of(const Shape& s, const Sequence& seq, const Run& run) {
 }
 
 template <class T, class S>
-void run_piece(const Shape& s, const Piece& piece, const Scratch& my) {
+void run_piece(const Shape& s, const Piece& piece, const Piece* following, const Scratch& my) {
     const int64_t rows = round_up(piece.heads * piece.pitch(), width);
     memset(piece.state.o, 0, static_cast<size_t>(rows * s.o_stride) * sizeof(float));
     for (int64_t r = 0; r < rows; r += width) {
@@ -234,7 +233,8 @@ void run_piece(const Shape& s, const Piece& piece, const Scratch& my) {
         store(piece.state.l + r, splat(0.0f));
     }
     const Sequence seq = sequence_of(s.a, piece.sequence);
-    for_tiles<T, S>(s, seq, piece, true, my, [&](const Stream& stream) { add_tile<S>(s, seq, piece, stream, my); });
+    for_tiles<T, S>(s, seq, piece, following, true, my,
+                    [&](const Stream& stream) { add_tile<S>(s, seq, piece, stream, my); });
 }
 
 // Results.
@@ -251,13 +251,11 @@ void store_out(const Shape& s, const Sequence& seq, int64_t query, int64_t head,
     for (; c < s.dv; ++c) to[c * out.stride[3]] = from_float<T>(o[c]);
 }
 
-// Merges what the splits found for the rows of the first piece; later splits are `step` pieces apart.
-template <class T, class S>
+// Merges what the splits found for the rows of the first piece, from products of W; later splits are `step` pieces
+// apart.
+template <class T, class W>
 void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
     const Sequence seq = sequence_of(s.a, piece->sequence);
-    const auto column = [whole_numbers = has_whole_numbers(s, *piece)](int vector, int i) {
-        return whole_numbers ? column_of<whole<S>>(vector, i) : column_of<S>(vector, i);
-    };
     alignas(64) float o[max_key_dim + 2 * block], line[max_key_dim + 2 * block];
     for (int64_t i = 0; i < piece->heads * piece->rows; ++i) {
         const int64_t h = i / piece->rows, r = i % piece->rows, at = h * piece->pitch() + r;
@@ -280,12 +278,9 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
             }
         }
         *lse_at(s.a, seq, query, head) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
-        const float scale = l == 0.0f ? 0.0f : unit<S> / l;
-        for (int64_t c = 0; c < s.o_stride; c += block) {
-            for (int j = 0; j < width; ++j) {
-                line[c + column(0, j)] = o[c + j] * scale;
-                line[c + column(1, j)] = o[c + width + j] * scale;
-            }
+        const float scale = l == 0.0f ? 0.0f : unit<W> / l;
+        for (int64_t c = 0; c < s.o_stride; c += width) {
+            for (int64_t j = c; j < c + width; ++j) line[column_of<W>(j)] = o[j] * scale;
         }
         store_out<T>(s, seq, query, head, line);
     }
@@ -348,9 +343,16 @@ void run(const PagedAttention& a, const Runtime& all_threads) {
     };
     const int64_t most = count > sum_splits * sequences * head_blocks ? count : sum_splits * sequences * head_blocks;
     const auto scratch_of = lay_out(runtime, most, shared, [&](Arena& arena) { return take_scratch<S>(s, arena); });
-    for_pieces(runtime, count, [&](int worker, int64_t i) { run_piece<T, S>(s, pieces[i], scratch_of(worker)); });
-    for_pieces(runtime, merge_count,
-               [&](int, int64_t i) { merge<T, S>(s, pieces + merges[i].first, merges[i].splits, merges[i].step); });
+    const int workers = workers_of(runtime, count);  // which go on at about the same pace
+    for_pieces(runtime, count, [&](int worker, int64_t i) {
+        const Piece* following = i + workers < count ? pieces + i + workers : nullptr;
+        run_piece<T, S>(s, pieces[i], following, scratch_of(worker));
+    });
+    for_pieces(runtime, merge_count, [&](int, int64_t i) {
+        const Merge& m = merges[i];
+        const Piece* first = pieces + m.first;
+        with_products<S>(s, *first, [&]<class W>() { merge<T, W>(s, first, m.splits, m.step); });
+    });
     for (int64_t n = 0; n < sequences; ++n) {
         const Sequence seq = sequence_of(a, n);
         if (seq.keys == 0) write_empty<T>(s, seq, bool(a.sinks));

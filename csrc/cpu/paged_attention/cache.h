@@ -19,9 +19,15 @@ struct e4m3 {
 template <class S>
 struct whole {};  // codes as whole numbers, which the products of integer.h take
 template <class S>
+struct pairs {};  // codes as pairs of bfloat16, exactly
+template <class S>
 constexpr bool is_whole = false;
 template <class S>
 constexpr bool is_whole<whole<S>> = true;
+template <class S>
+constexpr bool is_pairs = false;
+template <class S>
+constexpr bool is_pairs<pairs<S>> = true;
 
 // Elements are read as two vectors. Where they come in pairs, the first vector holds the even elements of a block, the
 // second the odd ones; else they are halves of the block. What is read is the number divided by `unit`.
@@ -33,8 +39,8 @@ template <class S>
 constexpr float unit = __is_same(S, e4m3) ? e4m3_unit : 1.0f;
 template <class S>
 METATE_FN constexpr int64_t bytes_before(int64_t element) {
-    return __is_same(S, nibbles) || __is_same(S, whole<nibbles>) ? element / 2
-                                                                 : element * static_cast<int64_t>(sizeof(S));
+    const bool are_halves = __is_same(S, nibbles) || __is_same(S, whole<nibbles>) || __is_same(S, pairs<nibbles>);
+    return are_halves ? element / 2 : element * static_cast<int64_t>(sizeof(S));
 }
 
 constexpr float nibble_values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
@@ -70,15 +76,27 @@ METATE_FN void read(const uint8_t* p, int64_t n, vf& a, vf& b) {
 // codes as numbers of 16 bits. Pairs are of neighbours in a row of keys, and of two rows of values.
 #if defined(METATE_HAS_BF16_DOT)
 template <class S>
-constexpr bool has_dots = __is_same(S, bf16) || is_whole<S>;
+constexpr bool has_pairs = quantised<S>;  // where queries are bfloat16
+template <class S>
+constexpr bool has_bf16_dots = __is_same(S, bf16) || is_pairs<S>;
 #else
 template <class S>
-constexpr bool has_dots = is_whole<S>;
+constexpr bool has_pairs = false;
+template <class S>
+constexpr bool has_bf16_dots = false;
 #endif
+template <class S>
+constexpr bool has_dots = has_bf16_dots<S> || is_whole<S>;
 template <class S>
 constexpr int elements_of_word = has_dots<S> ? 2 : 1;
 template <class S>
-constexpr int vectors_of_block = 2 / elements_of_word<S>;
+constexpr int block_of = __is_same(S, pairs<e4m3>) ? 2 * block : block;  // elements of a row that are read at a time
+template <class S>
+constexpr int vectors_of_block = block_of<S> / width / elements_of_word<S>;  // of a row of keys
+template <class S>
+METATE_FN constexpr int64_t words_of_row(int64_t elements) {
+    return round_up(elements, block_of<S>) / elements_of_word<S>;
+}
 
 template <bool condition, class Yes, class No>
 struct Either {
@@ -126,11 +144,61 @@ METATE_FN vi load_codes(const uint8_t* p, int64_t n, whole<nibbles>) {
 }
 #endif
 
+#if defined(METATE_HAS_BF16_DOT)
+// The bytes of the bfloat16 of each e4m3 number without its sign, the low ones and then the high ones.
+struct E4m3Bytes {
+    alignas(64) uint8_t at[2][128];
+    constexpr E4m3Bytes() : at{} {
+        for (int code = 0; code < 128; ++code) {
+            const int exponent = code >> 3;
+            const float size = exponent ? static_cast<float>(8 + code % 8) : static_cast<float>(code);
+            const float value = size * static_cast<float>(1 << (exponent ? exponent - 1 : 0)) / 512.0f;
+            const uint32_t bits = code == 127 ? 0x7fc00000u : __builtin_bit_cast(uint32_t, value);
+            at[0][code] = static_cast<uint8_t>(bits >> 16);
+            at[1][code] = static_cast<uint8_t>(bits >> 24);
+        }
+    }
+};
+constexpr E4m3Bytes e4m3_bytes;
+
+// Bytes of e4m3 as bfloat16: of every 16 of them, the first eight in one vector, the last eight in the other.
+METATE_FN void widen_e4m3(vi codes, vi& first, vi& last) {
+    const auto half = [&](int i) {
+        const auto* p = reinterpret_cast<const int32_t*>(e4m3_bytes.at[i]);
+        return vbmi_lookup_bytes(load(p), load(p + width), codes);
+    };
+    first = half(0);
+    last = bit_or(half(1), bit_and(codes, splat(static_cast<int32_t>(0x80808080u))));
+    zip_bytes(first, last);
+}
+METATE_FN void take_pairs(const uint8_t* p, int64_t n, vi (&x)[2], pairs<e4m3>) {
+    widen_e4m3(load_bytes(p, n), x[0], x[1]);
+}
+METATE_FN void take_pairs(const uint8_t* first, const uint8_t* second, int64_t n, vi (&x)[4], pairs<e4m3>) {
+    vi low = load_bytes(first, n), high = load_bytes(second, n);
+    zip_bytes(low, high);
+    widen_e4m3(low, x[0], x[1]);
+    widen_e4m3(high, x[2], x[3]);
+}
+METATE_FN void take_pairs(const uint8_t* p, int64_t n, vi (&x)[1], pairs<int8_t>) {
+    vf a, b;
+    read<int8_t>(p, n, a, b);
+    x[0] = narrow_pairs(a, b);
+}
+METATE_FN void take_pairs(const uint8_t* p, int64_t n, vi (&x)[1], pairs<nibbles>) {
+    vf even, odd;
+    read<nibbles>(p, n, even, odd);
+    x[0] = bit_or(shift_right(as_int(even), 16), as_int(odd));
+}
+#endif
+
 // The first n of a block of a row of keys.
 template <class S>
 METATE_FN void take_key(const uint8_t* p, int64_t n, Words<S> (&x)[vectors_of_block<S>]) {
     if constexpr (is_whole<S>)
         x[0] = load_codes(p, n, S{});
+    else if constexpr (is_pairs<S>)
+        take_pairs(p, n, x, S{});
     else if constexpr (has_dots<S>)
         x[0] = n >= block ? load(reinterpret_cast<const int32_t*>(p)) : load_bytes(p, 2 * n);
     else
@@ -139,8 +207,10 @@ METATE_FN void take_key(const uint8_t* p, int64_t n, Words<S> (&x)[vectors_of_bl
 
 // The first n columns of a block of two rows of values, or of the first where words are single elements.
 template <class S>
-METATE_FN void take_values(const uint8_t* first, const uint8_t* second, int64_t n, Words<S> (&x)[2]) {
-    if constexpr (has_dots<S>) {
+METATE_FN void take_values(const uint8_t* first, const uint8_t* second, int64_t n, Words<S> (&x)[block_of<S> / width]) {
+    if constexpr (__is_same(S, pairs<e4m3>)) {
+        take_pairs(first, second, n, x, S{});
+    } else if constexpr (has_dots<S>) {
         Words<S> key[1];
         take_key<S>(first, n, key);
         x[0] = key[0];
@@ -156,15 +226,16 @@ alignas(64) constexpr uint8_t row_of_zeros[2 * max_key_dim] = {};  // the second
 // Where element i of a block stands when read.
 template <class S>
 METATE_FN constexpr int64_t place(int64_t i) {
-    if (!in_pairs<S>) return i;
-    const int64_t inside = i % block;
-    return i - inside + inside % 2 * width + inside / 2;
+    const int64_t inside = i % block_of<S>, before = i - inside;
+    if (__is_same(S, pairs<e4m3>)) return before + inside / 8 % 2 * block + inside / 16 * 8 + i % 8;
+    return in_pairs<S> && !has_dots<S> ? before + inside % 2 * width + inside / 2 : i;
 }
-// Which column of a block lane i of the first or second vector of values is.
+// Which column stands at place i of a row of values.
 template <class S>
-METATE_FN constexpr int64_t column_of(int64_t vector, int64_t i) {
-    if (has_dots<S>) return i / 4 * 8 + vector * 4 + i % 4;
-    return in_pairs<S> ? 2 * i + vector : vector * width + i;
+METATE_FN constexpr int64_t column_of(int64_t i) {
+    const int64_t inside = i % block_of<S>, before = i - inside, vector = inside / width, lane = i % width;
+    if (has_dots<S>) return before + lane / 4 * (block_of<S> / 4) + vector * 4 + lane % 4;
+    return in_pairs<S> ? before + 2 * lane + vector : i;
 }
 
 METATE_FN int32_t at(const View<1>& view, int64_t i) {

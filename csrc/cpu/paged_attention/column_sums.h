@@ -12,7 +12,7 @@ void add_sums(const Shape& s, const Sequence& seq, const Cut& cut, Piece piece, 
     const PagedAttention& a = s.a;
     for (; piece.row < seq.queries * s.group; piece.row += cut.rows) {
         piece.rows = smaller(seq.queries * s.group - piece.row, cut.rows);
-        for_tiles<T, S>(s, seq, piece, false, my, [&](const Stream& stream) {
+        for_tiles<T, S>(s, seq, piece, nullptr, false, my, [&](const Stream& stream) {
             const Tile& tile = *stream.tile;
             find_logits<S>(s, seq, piece, stream, my);
             for (int64_t i = 0; i < piece.heads * piece.rows; ++i) {

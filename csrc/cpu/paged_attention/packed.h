@@ -11,20 +11,20 @@ namespace {
 static_assert(panel == block && tile_keys % panel == 0);
 
 template <class S>
-using WordOf = typename Either<has_dots<S>, Pair, float>::type;
+using WordOf = typename Either<has_bf16_dots<S>, Pair, float>::type;
 
 // Panel after panel of keys, one word of all in a line; words in the order of take_key(), as in q.
 template <class S>
 void pack_keys(const Shape& s, const Lines& keys, float* to) {
     for (int64_t first = 0; first < tile_keys; first += width) {
-        float* out = to + first / panel * s.q_stride * panel + first % panel;
-        for (int64_t c = 0; c < s.d; c += block) {
+        float* out = to + first / panel * words_of_row<S>(s.d) * panel + first % panel;
+        for (int64_t c = 0; c < s.d; c += block_of<S>) {
             constexpr int vectors = vectors_of_block<S>;
             vf rows[vectors][width];
 #pragma GCC unroll 16
             for (int i = 0; i < width; ++i) {
                 Words<S> x[vectors];
-                take_key<S>(keys.at[first + i] + (keys.offset + bytes_before<S>(c)), smaller(s.d - c, block), x);
+                take_key<S>(keys.at[first + i] + (keys.offset + bytes_before<S>(c)), smaller(s.d - c, block_of<S>), x);
 #pragma GCC unroll 2
                 for (int v = 0; v < vectors; ++v) rows[v][i] = as_floats(x[v]);
             }
@@ -41,15 +41,18 @@ void pack_keys(const Shape& s, const Lines& keys, float* to) {
 // Panel after panel of columns, those of one value, or two, in a line.
 template <class S>
 void pack_values(const Shape& s, const Lines& values, int64_t count, float* to) {
+    constexpr int vectors = block_of<S> / width, words = tile_keys / elements_of_word<S>;  // of a column
     for (int64_t k = 0; k < count; k += elements_of_word<S>, to += panel) {
         const uint8_t *v = values.at[k] + values.offset, *next = row_of_zeros;
         if (has_dots<S> && k + 1 < count) next = values.at[k + 1] + values.offset;
-        for (int64_t c = 0; c < s.dv; c += block) {
-            Words<S> x[2];
-            take_values<S>(v + bytes_before<S>(c), next + bytes_before<S>(c), smaller(s.dv - c, block), x);
-            float* const out = to + c * tile_keys / elements_of_word<S>;
-            store(out, as_floats(x[0]));
-            store(out + width, as_floats(x[1]));
+        for (int64_t c = 0; c < s.dv; c += block_of<S>) {
+            Words<S> x[vectors];
+            take_values<S>(v + bytes_before<S>(c), next + bytes_before<S>(c), smaller(s.dv - c, block_of<S>), x);
+#pragma GCC unroll 4
+            for (int i = 0; i < vectors; ++i) {
+                const int64_t column = c + i * width, before = column / panel * panel;
+                store(to + before * words + (column - before), as_floats(x[i]));
+            }
         }
     }
 }
@@ -73,12 +76,15 @@ void multiply_panels(int64_t rows, int64_t columns, int64_t panel_stride, const 
 template <class S>
 void multiply_packed_keys(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
-    pack_keys<S>(s, lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies), my.packed);
-    using Word = WordOf<S>;
-    multiply_panels<Into::set>(
-        piece.rows, tile_keys, s.q_stride * panel,
-        Product<Word>{reinterpret_cast<Word*>(my.q), s.q_stride, reinterpret_cast<Word*>(my.packed), s.q_stride, my.p,
-                      p_stride, my.factor});
+    const Lines keys = lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies);
+    with_products<S>(s, piece, [&]<class W>() {
+        using Word = WordOf<W>;
+        const int64_t words = words_of_row<W>(s.d);
+        pack_keys<W>(s, keys, my.packed);
+        multiply_panels<Into::set>(piece.rows, tile_keys, words * panel,
+                                   Product<Word>{reinterpret_cast<Word*>(my.q), s.q_stride,
+                                                 reinterpret_cast<Word*>(my.packed), words, my.p, p_stride, my.factor});
+    });
 }
 
 // The products of a tile's keys with the rows of a piece, as logits.
@@ -90,12 +96,14 @@ void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, const 
         multiply_packed_keys<S>(s, piece, tile, my);
     else
         multiply_tile_keys<S>(s, piece, stream, my);
-    if (s.a.k_scale) gather_scales(s.a.k_scale, piece, tile, my.k_scale);
+    if (s.a.k_scale) gather_scales(s, piece, tile, my);
+    float unit_of_products = 1.0f;
+    with_products<S>(s, piece, [&]<class W>() { unit_of_products = unit<W>; });
     for (int64_t h = 0; h < piece.heads; ++h) {
         const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
         for (int64_t r = 0; r < piece.rows; ++r) {
             const Row& row = my.row[h * piece_rows + r];
-            const float step = has_whole_numbers(s, piece) ? my.q_step[h * pitch + r] : unit<S>;
+            const float step = has_whole_numbers(s, piece) ? my.q_step[h * pitch + r] : unit_of_products;
             to_logits(s, seq, row, tile.mask[r], tile.key, step, scales, my.p + (h * pitch + r) * p_stride);
         }
     }
@@ -105,12 +113,15 @@ void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, const 
 template <class S>
 void add_packed_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
-    pack_values<S>(s, lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies), tile.count, my.packed);
-    using Word = WordOf<S>;
-    multiply_panels<Into::scaled>(
-        piece.rows, s.o_stride, tile_keys / elements_of_word<S> * panel,
-        Product<Word>{reinterpret_cast<Word*>(my.p), p_stride, reinterpret_cast<Word*>(my.packed),
-                      steps_of<Word>(tile.count), piece.state.o, s.o_stride, my.factor});
+    const Lines values = lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies);
+    with_products<S>(s, piece, [&]<class W>() {
+        using Word = WordOf<W>;
+        pack_values<W>(s, values, tile.count, my.packed);
+        multiply_panels<Into::scaled>(
+            piece.rows, round_up(s.dv, block_of<W>), tile_keys / elements_of_word<W> * panel,
+            Product<Word>{reinterpret_cast<Word*>(my.p), p_stride, reinterpret_cast<Word*>(my.packed),
+                          steps_of<Word>(tile.count), piece.state.o, s.o_stride, my.factor});
+    });
 }
 
 }  // namespace

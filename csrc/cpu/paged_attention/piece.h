@@ -26,6 +26,7 @@ struct Shape {
     int64_t q_stride, o_stride;  // words of a row of q, floats of a row of results
     bool plain;                  // logits are products times scale and nothing else
     bool integers;               // products of few rows are those of integer.h
+    bool pairs;                  // what is quantised is multiplied as bfloat16, but by those
     bool packs;                  // some sequence has many rows
     float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
 };
@@ -135,6 +136,9 @@ METATE_FN void with_products(const Shape& s, const Piece& piece, const Run& run)
     if constexpr (has_integers<S>) {
         if (has_whole_numbers(s, piece)) return run.template operator()<whole<S>>();
     }
+    if constexpr (has_pairs<S>) {
+        if (s.pairs) return run.template operator()<pairs<S>>();
+    }
     run.template operator()<S>();
 }
 
@@ -150,14 +154,16 @@ Shape shape_of(const PagedAttention& a) {
             false,
             false,
             false,
+            false,
             static_cast<float>(a.scale),
             static_cast<float>(a.softcap)};
     s.group = a.q.size[2] / a.k_cache.size[2];
     s.heads = clamp(piece_bytes / larger(bytes_before<S>(s.d), 1), 1, smaller(max_heads, a.k_cache.size[2]));
-    s.q_stride = round_up(s.d, block) / elements_of_word<S>;
-    s.o_stride = round_up(s.dv, block);
+    s.q_stride = quantised<S> ? round_up(s.d, 2 * block) : words_of_row<S>(s.d);
+    s.o_stride = round_up(s.dv, quantised<S> ? 2 * block : block);
     s.plain = !(s.softcap > 0) && !a.alibi_slopes;
     s.integers = has_integers<S> && a.q.dtype != DType::f32 && isa() >= Isa::avx512vnni;
+    s.pairs = has_pairs<S> && a.q.dtype == DType::bf16 && isa() >= Isa::avx512vbmi;
     return s;
 }
 
@@ -189,10 +195,11 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
     const T* from = static_cast<const T*>(q.data) + seq.batch * q.stride[0] + (seq.q0 + row.query) * q.stride[1] +
                     row.head * q.stride[2];
     int64_t i = 0;
-    if constexpr (has_dots<S>) {
+    if constexpr (has_bf16_dots<S> && __is_same(T, bf16)) {
         memset(to, 0, static_cast<size_t>(s.q_stride) * sizeof(float));
-        for (; i + width <= s.d && q.stride[3] == 1; i += width) memcpy(to + i / 2, from + i, width * sizeof(T));
-        for (; i < s.d; ++i) memcpy(reinterpret_cast<T*>(to) + i, from + i * q.stride[3], sizeof(T));
+        T* line = reinterpret_cast<T*>(to);
+        for (; i + 8 <= s.d && q.stride[3] == 1; i += 8) memcpy(line + place<S>(i), from + i, 8 * sizeof(T));
+        for (; i < s.d; ++i) memcpy(line + place<S>(i), from + i * q.stride[3], sizeof(T));
         return;
     }
     for (; !in_pairs<S> && q.stride[3] == 1 && i + width <= s.d; i += width) store(to + i, load(from + i));
@@ -241,10 +248,39 @@ void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece
     place_rows<S>(s.a.k_cache, piece.head, tile, tile.k);
     place_rows<S>(s.a.v_cache, piece.head, tile, tile.v);
     if (!s.a.k_scale) return;
-    for (int64_t j = 0; j < tile.count; ++j) {
-        __builtin_prefetch(scale_at(s.a.k_scale, tile.slot[j], piece.head));
-        __builtin_prefetch(scale_at(s.a.v_scale, tile.slot[j], piece.head));
+    const View<3>* const caches[] = {&s.a.k_scale, &s.a.v_scale};
+    for (const View<3>* scales : caches) {
+        uintptr_t last = 0;
+        for (int64_t j = 0; j < tile.count; ++j) {
+            const auto line = reinterpret_cast<uintptr_t>(scale_at(*scales, tile.slot[j], piece.head)) / 64;
+            if (line != last) __builtin_prefetch(reinterpret_cast<const void*>(line * 64), 0, 2);
+            last = line;
+        }
     }
+}
+
+// The keys that some row of a piece sees, from a whole tile on.
+inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t& end) {
+    begin = piece.key_end;
+    end = 0;
+    for (int64_t r = 0; r < piece.rows; ++r) {
+        if (row[r].begin >= row[r].end) continue;
+        begin = smaller(row[r].begin, begin);
+        if (row[r].end > end) end = row[r].end;
+    }
+    begin = (begin > piece.key_begin ? begin : piece.key_begin) / tile_keys * tile_keys;
+    end = smaller(end, piece.key_end);
+}
+
+// The first keys of another piece, to be asked for: those that its first row sees.
+template <class S>
+void place_first_tile(const Shape& s, Piece piece, Tile& tile) {
+    piece.rows = 1;
+    const Sequence seq = sequence_of(s.a, piece.sequence);
+    const Row row = row_at(s, seq, piece.head, piece.row);
+    int64_t begin, end;
+    range_of(&row, piece, begin, end);
+    if (begin < end) place_tile<S>(s, seq, &row, piece, begin, end, tile);
 }
 
 // `count` rows from `first` on; copies where elements do not stand side by side.
@@ -262,20 +298,35 @@ METATE_FN Lines lines_of(const View<4>& cache, const Rows& rows, int64_t h, int6
     return {copies, 0};
 }
 
-// Scales of the rows of a tile, 0 where nothing is seen.
-inline void gather_scales(const View<3>& scales, const Piece& piece, const Tile& tile, float* to) {
+// Scales of the rows of a tile, of keys and of values, 0 where nothing is seen.
+inline void gather_scales(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
+    constexpr int columns = 2 * max_heads;
+    static_assert(columns % width == 0);
+    alignas(64) float lines[tile_keys][columns];  // heads' scales of a key, then of its value
+    const View<3>* const scales[] = {&s.a.k_scale, &s.a.v_scale};
+    for (int i = 0; i < 2; ++i) {
+        const bool whole = piece.heads == max_heads && scales[i]->stride[2] == 1;
+        for (int64_t j = 0; j < tile_keys; ++j) {
+            const float* from = scale_at(*scales[i], tile.slot[j], piece.head);
+            float* to = lines[j] + i * max_heads;
+            if (whole)
+                memcpy(to, from, max_heads * sizeof(float));
+            else
+                for (int64_t h = 0; h < piece.heads; ++h) to[h] = from[h * scales[i]->stride[2]];
+        }
+    }
     for (int64_t j = 0; j < tile_keys; j += width) {
-        for (int64_t h = 0; h < piece.heads; h += width) {
-            const int64_t heads = smaller(piece.heads - h, width);
+        const vm seen = mask_of(static_cast<uint32_t>(tile.some >> j));
+        for (int64_t c = 0; c < columns; c += width) {
             vf rows[width];
-            for (int i = 0; i < width; ++i) {
-                const float* from = scale_at(scales, tile.slot[j + i], piece.head + h);
-                float line[width];
-                for (int64_t n = 0; n < heads && scales.stride[2] != 1; ++n) line[n] = from[n * scales.stride[2]];
-                rows[i] = tile.some >> (j + i) & 1 ? load(scales.stride[2] == 1 ? from : line, heads) : splat(0.0f);
-            }
+            for (int i = 0; i < width; ++i) rows[i] = load(lines[j + i] + c);
             transpose(rows);
-            for (int64_t i = 0; i < heads; ++i) store(to + (h + i) * tile_keys + j, rows[i]);
+            for (int64_t i = 0; i < width; ++i) {
+                const int64_t h = (c + i) % max_heads;
+                if (h >= piece.heads) continue;
+                float* to = c + i < max_heads ? my.k_scale : my.v_scale;
+                store(to + h * tile_keys + j, select(seen, rows[i], splat(0.0f)));
+            }
         }
     }
 }
@@ -300,19 +351,6 @@ inline void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint6
     }
 }
 
-// The keys that some row of a piece sees, from a whole tile on.
-inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t& end) {
-    begin = piece.key_end;
-    end = 0;
-    for (int64_t r = 0; r < piece.rows; ++r) {
-        if (row[r].begin >= row[r].end) continue;
-        begin = smaller(row[r].begin, begin);
-        if (row[r].end > end) end = row[r].end;
-    }
-    begin = (begin > piece.key_begin ? begin : piece.key_begin) / tile_keys * tile_keys;
-    end = smaller(end, piece.key_end);
-}
-
 // Rows and queries of a piece.
 template <class T, class S>
 void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my) {
@@ -322,10 +360,7 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
         float* q = my.q + h * pitch * s.q_stride;
         for (int64_t r = 0; r < piece.rows; ++r) {
             const Row& row = my.row[h * piece_rows + r] = row_at(s, seq, piece.head + h, piece.row + r);
-            if (whole_numbers)
-                load_query<T, int8_t>(s, seq, row, q + r * s.q_stride);
-            else
-                load_query<T, S>(s, seq, row, q + r * s.q_stride);
+            with_products<S>(s, piece, [&]<class W>() { load_query<T, W>(s, seq, row, q + r * s.q_stride); });
         }
         memset(q + piece.rows * s.q_stride, 0, static_cast<size_t>((pitch - piece.rows) * s.q_stride) * sizeof(float));
         if constexpr (has_integers<S>) {
@@ -365,12 +400,14 @@ int64_t keys_together(const Shape& s, const Piece& piece) {
 // How often the products of the keys of a tile, or of its values, ask for lines that will be read.
 template <class S>
 int64_t steps_of(const Shape& s, const Piece& piece, const Tile& tile, bool values) {
-    const int64_t keys_of_word = s.integers ? 2 : elements_of_word<S>;
     int64_t steps = 0;
-    for_row_tiles(piece.rows, [&]<int n>(int64_t) {
-        constexpr int64_t columns = blocks_of<n> * block;
-        steps += values ? ceil_div(tile.count, keys_of_word) * (s.dv / columns + ceil_div(s.dv % columns, block))
-                        : ceil_div(tile.count * n, width) * ceil_div(s.d, block);
+    with_products<S>(s, piece, [&]<class W>() {
+        for_row_tiles(piece.rows, [&]<int n>(int64_t) {
+            constexpr int64_t columns = blocks_of<W, n> * block_of<W>;
+            const int64_t blocks = s.dv / columns + ceil_div(s.dv % columns, block_of<W>);
+            steps += values ? ceil_div(tile.count, elements_of_word<W>) * blocks
+                            : ceil_div(tile.count * n, width) * ceil_div(s.d, block_of<W>);
+        });
     });
     return piece.heads * steps;
 }
@@ -417,10 +454,10 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
     }
 }
 
-// Runs body(stream) for the tiles of a piece.
+// Runs body(stream) for the tiles of a piece, which asks for the keys of a following one in the end.
 template <class T, class S, class Body>
-void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, bool has_values, const Scratch& my,
-               const Body& body) {
+void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Piece* following, bool has_values,
+               const Scratch& my, const Body& body) {
     begin_piece<T, S>(s, seq, piece, my);
     int64_t begin, end;
     range_of(my.row, piece, begin, end);
@@ -428,7 +465,10 @@ void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, bool has
     if (begin < end) place_tile<S>(s, seq, my.row, piece, begin, end, *tile);
     for (int64_t key = begin; key < end; key += tile_keys) {
         next->some = 0;
-        if (key + tile_keys < end) place_tile<S>(s, seq, my.row, piece, key + tile_keys, end, *next);
+        if (key + tile_keys < end)
+            place_tile<S>(s, seq, my.row, piece, key + tile_keys, end, *next);
+        else if (following)
+            place_first_tile<S>(s, *following, *next);
         if (tile->some) body(Stream{tile, next, has_values});
         Tile* done = tile;
         tile = next;

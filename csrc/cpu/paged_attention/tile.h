@@ -109,7 +109,7 @@ __attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_hea
                 }
             };
             int64_t at = 0;
-            for (; at + block <= d; at += block) step(at, block);
+            for (; at + block_of<S> <= d; at += block_of<S>) step(at, block_of<S>);
             if (at < d) step(at, d - at);
 #pragma GCC unroll 16
             for (int k = 0; k < together; ++k) key[k] += next_head;
@@ -136,13 +136,13 @@ template <class S, int rows, int blocks, bool whole_blocks>
 __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int64_t offset, int64_t count,
                                                const float* p, int64_t stride, int64_t at, int64_t n, const Result& to,
                                                Prefetch& shared) {
-    constexpr int each = elements_of_word<S>;
+    constexpr int each = elements_of_word<S>, columns = block_of<S>, vectors = columns / width;
     Prefetch ahead = shared;
-    Sum<S> sums[rows][2 * blocks];
+    Sum<S> sums[rows][vectors * blocks];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * blocks; ++i) sums[r][i] = Sum<S>{};
+        for (int i = 0; i < vectors * blocks; ++i) sums[r][i] = Sum<S>{};
     }
     offset += bytes_before<S>(at);
     const auto add_key = [&](int64_t k, bool has_next) __attribute__((always_inline)) {
@@ -154,13 +154,14 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
         for (int r = 0; r < rows; ++r) weight[r] = as_words<S>(splat(p[r * stride + k / each]));
 #pragma GCC unroll 4
         for (int i = 0; i < blocks; ++i) {
-            Words<S> x[2];
-            take_values<S>(v + bytes_before<S>(i * block), next + bytes_before<S>(i * block), whole_blocks ? block : n,
-                           x);
+            Words<S> x[vectors];
+            take_values<S>(v + bytes_before<S>(i * columns), next + bytes_before<S>(i * columns),
+                           whole_blocks ? columns : n, x);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
-                sums[r][2 * i] = add_product(sums[r][2 * i], x[0], weight[r]);
-                sums[r][2 * i + 1] = add_product(sums[r][2 * i + 1], x[1], weight[r]);
+#pragma GCC unroll 4
+                for (int j = 0; j < vectors; ++j)
+                    sums[r][vectors * i + j] = add_product(sums[r][vectors * i + j], x[j], weight[r]);
             }
         }
     };
@@ -175,7 +176,7 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
     for (int r = 0; r < rows; ++r) {
         const vf factor = splat(to.factor[r]);
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * blocks; ++i) {
+        for (int i = 0; i < vectors * blocks; ++i) {
             float* const o = to.o + r * to.stride + at + i * width;
             vf sum = value_of(sums[r][i]);
             if constexpr (is_whole<S>) sum = sum * splat(to.step[r]);
@@ -185,20 +186,20 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
 }
 
 // Blocks of columns whose sums fill the registers.
-template <int rows>
-constexpr int blocks_of = width == 16 ? (rows == 4 ? 2 : 4) : 1;
+template <class S, int rows>
+constexpr int blocks_of = width == 16 ? (rows == 4 ? 2 : 4) * block / block_of<S> : 1;
 
 // The same for all dv columns.
 template <class S, int rows>
 METATE_FN void multiply_all_values(const uint8_t* const* values, int64_t offset, int64_t count, const float* p,
                                    int64_t stride, int64_t dv, const Result& to, Prefetch& ahead) {
-    constexpr int blocks = blocks_of<rows>;
+    constexpr int blocks = blocks_of<S, rows>, columns = block_of<S>;
     int64_t at = 0;
-    for (; at + blocks * block <= dv; at += blocks * block) {
-        multiply_values<S, rows, blocks, true>(values, offset, count, p, stride, at, blocks * block, to, ahead);
+    for (; at + blocks * columns <= dv; at += blocks * columns) {
+        multiply_values<S, rows, blocks, true>(values, offset, count, p, stride, at, blocks * columns, to, ahead);
     }
-    for (; at + block <= dv; at += block) {
-        multiply_values<S, rows, 1, true>(values, offset, count, p, stride, at, block, to, ahead);
+    for (; blocks > 1 && at + columns <= dv; at += columns) {
+        multiply_values<S, rows, 1, true>(values, offset, count, p, stride, at, columns, to, ahead);
     }
     if (at < dv) multiply_values<S, rows, 1, false>(values, offset, count, p, stride, at, dv - at, to, ahead);
 }

@@ -223,6 +223,11 @@ METATE_FN vi vbmi_lookup_bytes(const Table256& table, vi index) {
     __asm__("vpermi2b %2, %1, %0" : "+v"(second) : "v"(table.quarters[2]), "v"(table.quarters[3]));
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), first, second);
 }
+// The entry of 128 that the low seven bits of each byte name: where isa() is avx512vbmi or more.
+METATE_FN vi vbmi_lookup_bytes(vi first, vi last, vi index) {
+    __asm__("vpermi2b %2, %1, %0" : "+v"(index) : "v"(first), "v"(last));
+    return index;
+}
 // Bit i: byte i is at most `most`, unsigned.
 METATE_FN uint64_t bytes_at_most(vi a, uint8_t most) {
     return _mm512_cmple_epu8_mask(a, _mm512_set1_epi8(static_cast<int8_t>(most)));
@@ -286,6 +291,12 @@ METATE_FN vi sub_words(vi a, vi b) {
 METATE_FN void zip_parts(vi& a, vi& b) {
     const vi low = _mm512_unpacklo_epi16(a, b);
     b = _mm512_unpackhi_epi16(a, b);
+    a = low;
+}
+// The same of bytes, eight of each sixteen at a time.
+METATE_FN void zip_bytes(vi& a, vi& b) {
+    const vi low = _mm512_unpacklo_epi8(a, b);
+    b = _mm512_unpackhi_epi8(a, b);
     a = low;
 }
 // Sixteen bytes, again and again.

@@ -1,7 +1,8 @@
 """Decoding from a paged cache, beside PyTorch on the same keys and values laid out contiguously; and writing one.
 
 Rivals of decoding get the cache gathered (and, where it is quantised, decoded to the dtype of the queries) outside the
-timing, with the query heads of a group as rows, so that no key is read twice.
+timing, with the query heads of a group as rows, so that no key is read twice. All caches lie where metate's own class
+puts them: in large pages of the system.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 import metate
 from metate.bench import attention
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
-from metate.op import Case
+from metate.generate.cache import allocate
+from metate.op import Args, Case
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
 from metate.ops.paged_attention.reference import decode
 
@@ -40,6 +42,7 @@ def workloads(compile: bool) -> list[Workload]:
             flops=paged_attention_op.flops,
             label=label,
             checked=1,
+            placed=in_large_pages,
         ),
         Workload(
             "append to a paged cache, rotated",
@@ -69,6 +72,21 @@ def label(case: Case) -> str:
     return f"B{case['B']} keys {keys} H{case['Hq']}/{case['Hkv']} D{case['D']} {case.get('cache') or ''}".strip()
 
 
+def large(x: Tensor) -> Tensor:
+    return allocate(x.shape, x.dtype, x.device).copy_(x)
+
+
+def in_large_pages(args: Args) -> Args:
+    named = dict(zip(paged_attention_op.parameters, args, strict=True))
+    shared = named["k_cache"].data_ptr() == named["v_cache"].data_ptr()
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        if named[name] is not None:
+            named[name] = large(named[name])
+    if shared:
+        named["v_cache"] = named["k_cache"][..., : named["v_cache"].shape[3]]
+    return tuple(named.values())
+
+
 def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
     """q, k and v as (batch, kv_heads, rows or keys, dim) of full sequences."""
     found: list[tuple[Tensor, ...]] | None = setup.shared.get("gathered")
@@ -84,7 +102,7 @@ def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
             for x, scale in (("k", named["k_scale"]), ("v", named["v_scale"]))
         )
         rows = q.view(q.shape[0], k.shape[2], -1, q.shape[3])
-        sets.append((rows, k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
+        sets.append((rows, large(k.transpose(1, 2)), large(v.transpose(1, 2))))
     setup.shared["gathered"] = sets
     return sets
 
@@ -111,7 +129,7 @@ def naive(setup: Setup) -> Run:
 def _floats(setup: Setup) -> attention.Sets:
     if keys_of(setup.case) > MOST_KEYS:
         raise Skip("too much memory in float32")
-    return [tuple(x.float() for x in tensors) for tensors in gathered(setup)]
+    return [tuple(large(x.float()) for x in tensors) for tensors in gathered(setup)]
 
 
 def onnxruntime(setup: Setup) -> Run:

@@ -93,6 +93,7 @@ class Workload:
     checked: int | None = None  # how many outputs are compared; None: all
     inputs: Callable[[Case], Args] | None = None  # instead of the op's examples, for contenders that are Approximate
     moved: Callable[[Setup], float] | None = None  # bytes a call cannot do without; None: all inputs and outputs once
+    placed: Callable[[Args], Args] = lambda args: args  # examples, in memory as users' inputs are
     sets: int = 2  # of inputs
 
 
@@ -156,7 +157,7 @@ def measure(
     if workload.inputs:
         sets = [workload.inputs(case)]
     else:
-        sets = [workload.op.example(case, dtype, device, seed + i) for i in range(count)]
+        sets = [workload.placed(workload.op.example(case, dtype, device, seed + i)) for i in range(count)]
     setup = Setup(workload.op, case, dtype, device, sets)
     contenders = [*_ours(workload, setup), *_rivals(workload, setup)]
     truths = [] if workload.inputs else _truth(workload, setup)

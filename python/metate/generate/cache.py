@@ -153,10 +153,10 @@ class PagedKVCache:
         self.manager.set_hook(on_evict)
         rows = (layout.layers, blocks, page_size, layout.kv_heads)
         self.keys, self.values = (
-            _empty((*rows, width // share), stored, layout.device) for width in (layout.head_dim, layout.value_dim)
+            allocate((*rows, width // share), stored, layout.device) for width in (layout.head_dim, layout.value_dim)
         )
         self.key_scales, self.value_scales = (
-            torch.empty(rows, device=layout.device) if dtype else None for _ in range(2)
+            allocate(rows, torch.float32, layout.device) if dtype else None for _ in range(2)
         )
         self.layers = [self._layer(i) for i in range(layout.layers)]
 
@@ -216,7 +216,7 @@ class PagedKVCache:
         return Batch(self, *(x.to(self.layout.device) for x in tensors))
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty, on a CPU in large pages of the system: a cache is read in short runs from everywhere."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):

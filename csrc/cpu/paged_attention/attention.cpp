@@ -278,6 +278,7 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
             }
         }
         *lse_at(s.a, seq, query, head) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
+        if (s.a.sums) *lse_base_2_at(s, seq, query, head) = l == 0.0f ? -INFINITY : m + log2f(l);
         const float scale = l == 0.0f ? 0.0f : unit<W> / l;
         for (int64_t c = 0; c < s.o_stride; c += width) {
             for (int64_t j = c; j < c + width; ++j) line[column_of<W>(j)] = o[j] * scale;
@@ -326,6 +327,7 @@ void run(const PagedAttention& a, const Runtime& all_threads) {
     const auto shared = [&](Arena& arena) {
         pieces = arena.take<Piece>(count);
         merges = arena.take<Merge>(merge_count);
+        if (a.sums) s.lse_base_2 = arena.take<float>(a.q.size[0] * a.q.size[1] * a.q.size[2]);
         int64_t i = 0, m = 0;
         for (int64_t n = 0; n < sequences; ++n) {
             const Sequence seq = sequence_of(a, n);

@@ -19,14 +19,12 @@ void add_sums(const Shape& s, const Sequence& seq, const Cut& cut, Piece piece, 
                 const int64_t h = i / piece.rows, r = i % piece.rows;
                 const Row& row = my.row[h * piece_rows + r];
                 const float* logits = my.p + (h * piece.pitch() + r) * p_stride;
-                const float lse = *lse_at(a, seq, row.query, row.head);
-                const double lse_base_2 =
-                    lse * 1.4426950408889634;  // a rounding to float32 would show where lse is large
+                const float lse = *lse_base_2_at(s, seq, row.query, row.head);
                 float* sums =
                     static_cast<float*>(a.sums.data) + seq.number * a.sums.stride[0] + row.head * a.sums.stride[1];
                 for (uint64_t left = lse == -INFINITY ? 0 : tile.mask[r]; left; left &= left - 1) {
                     const int j = __builtin_ctzll(left);
-                    sums[(tile.key + j) * a.sums.stride[2]] += exp2f(static_cast<float>(logits[j] - lse_base_2));
+                    sums[(tile.key + j) * a.sums.stride[2]] += exp2f(logits[j] - lse);
                 }
             }
         });

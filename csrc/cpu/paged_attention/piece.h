@@ -29,6 +29,7 @@ struct Shape {
     bool pairs;                  // what is quantised is multiplied as bfloat16, but by those
     bool packs;                  // some sequence has many rows
     float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
+    float* lse_base_2;           // (batch, head, query), where sums are asked for: lse is rounded once more
 };
 
 // One query of one head.
@@ -474,6 +475,11 @@ void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Pi
         tile = next;
         next = done;
     }
+}
+
+METATE_FN float* lse_base_2_at(const Shape& s, const Sequence& seq, int64_t query, int64_t head) {
+    const View<4>& q = s.a.q;
+    return s.lse_base_2 + (seq.batch * q.size[2] + head) * q.size[1] + seq.q0 + query;
 }
 
 METATE_FN float* lse_at(const PagedAttention& a, const Sequence& seq, int64_t query, int64_t head) {

@@ -1,0 +1,177 @@
+// One product of x with low-bit weights: how it is cut and planned, what workers hold, and the scales of a panel.
+#pragma once
+
+#include "integer.h"
+#include "row_turns.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
+constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
+constexpr int64_t operations_to_pack = 4;  // a number of x
+constexpr int64_t span = 8;                // blocks whose sums join the rest as one: short chains round less
+static_assert(blocks_at_once >= span * few_rows);
+
+// How the result is cut: pieces of `panels` panels of W's rows.
+struct Cut {
+    int64_t panels, pieces;
+};
+
+inline Cut cut_of(int64_t rows, int64_t n) {
+    const int64_t all = ceil_div(n, panel), most = rows >= 64 ? 8 : 4, spread = ceil_div(all, 32);
+    const int64_t panels = smaller(most, spread > 1 ? spread : 1);
+    return {panels, ceil_div(all, panels)};
+}
+
+// What a worker needs for one piece.
+struct Workspace {
+    int32_t* words;
+    float* values;
+    float *totals, *earlier;      // of the present span of blocks, and of those before it
+    float *scales, *corrections;  // of `window` groups for each panel
+    int32_t *codes, *centers;     // of products in whole numbers, like the values and the scales
+    int64_t* first_group;         // of each panel's window, -1: nothing loaded
+    int32_t* quarter_sums;        // where codes are read row by row: of products in whole numbers,
+    float* chunk_sums;            // and in floats
+    float* turn_sums;             // of one row of x: of two strips
+};
+
+// The chunks of one block, and the groups that its scales come from.
+struct BlockPlan {
+    Chunk* chunks;
+    int count;
+    int64_t first_group, last_group;
+};
+
+constexpr int64_t short_group = 64;  // below, whole numbers are scaled so often that pairs are faster
+
+#if defined(METATE_HAS_BF16_DOT)
+// Whether bfloat16 is multiplied in pairs. Entries of codebooks are rounded to it then: less than results are.
+inline bool takes_pairs(const QuantLinear& c, const Values& values) {
+    const int64_t group = c.w.group_size;
+    if (c.x.dtype != DType::bf16 || c.w.bits != 4) return false;
+    if (group % longest != 0 && (group < c.w.columns || group < small_group)) return false;
+    bool is_exact = true;
+    for (int i = 0; i < 16; ++i) is_exact &= to_float(from_float<bf16>(values.entries[i])) == values.entries[i];
+    const bool in_integers = arithmetic_of(c, values, small_group).digits > 0;
+    if (c.int8_activations) return !in_integers && c.w.codebook;
+    return in_integers ? is_exact && group < short_group : is_exact || c.w.codebook;
+}
+#else
+inline bool takes_pairs(const QuantLinear&, const Values&) {
+    return false;
+}
+#endif
+
+struct Problem {
+    QuantLinear call;
+    Values values;
+    bool pairs;
+    Arithmetic arithmetic;
+    PackedRows x;
+    IntegerRows integers;
+    SpreadRows spread;   // where codes are read row by row: of products in whole numbers,
+    LaneRows lane_rows;  // and in floats
+    Cut cut;
+    BlockPlan* plans;
+    IntegerPlan* integer_plans;
+    int64_t blocks, window;
+    UnitTerms* units;
+    bool sums_scaled, can_dot, can_sum, dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
+    bool can_turn, takes_turns;                                  // one row of x
+
+    explicit Problem(const QuantLinear& c)
+        : call(c),
+          values(values_of(c.w)),
+          pairs(takes_pairs(c, values)),
+          arithmetic(pairs ? Arithmetic{} : arithmetic_of(c, values, small_group)),
+          cut(cut_of(c.x.size[0], c.w.rows)),
+          plans(nullptr),
+          integer_plans(nullptr),
+          blocks(ceil_div(c.w.columns, block)),
+          can_dot(can_dot_rows(c.w, arithmetic)),
+          can_sum(!arithmetic.digits && can_sum_chunks(c.w)),
+          dots_rows(can_dot && c.x.size[0] <= few_rows),
+          sums_chunks(can_sum && c.x.size[0] <= few_rows) {
+        const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
+        window = round_up(groups_of_block, width);
+        units = nullptr;
+        can_turn = can_take_turns(c.w, arithmetic);
+        takes_turns = can_turn && c.x.size[0] == 1;
+        sums_scaled = c.w.group_size >= small_group;
+        x = {nullptr, nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
+        const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
+        const int64_t most_quads = ceil_div(block + shared + 16, 4);
+        integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
+        spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
+        x.unit = pairs ? Unit::pairs : Unit::floats;
+        if (pairs && !c.int8_activations && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
+        lane_rows = {nullptr, c.x.size[0], x.most_columns / (pairs ? 2 : 1), x.most_columns};
+    }
+    float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
+    int segments_of(int64_t k) const { return arithmetic.digits ? integer_plans[k].count : plans[k].count; }
+    int64_t group_of(int64_t k, int c) const {
+        return arithmetic.digits ? integer_plans[k].segments[c].group : plans[k].chunks[c].group;
+    }
+    // What corrections are multiplied by.
+    float x_sum_of(int64_t k, int c) const {
+        return arithmetic.digits ? bit_cast<float>(integers.line(k, 0)[integers.totals_at() + c]) : x.sums_of(k, 0)[c];
+    }
+    bool is_corrected() const {
+        return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
+    }
+    Workspace workspace(Arena& arena) const {
+        Workspace at{};
+        at.words = arena.take<int32_t>(2 * most_words);
+        at.values = arithmetic.digits ? nullptr : arena.take<float>(block * panel);
+        at.codes = arithmetic.digits ? arena.take<int32_t>(block / 4 * panel) : nullptr;
+        at.totals = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
+        at.earlier = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
+        at.scales = arena.take<float>(cut.panels * window * panel);
+        at.corrections = is_corrected() ? arena.take<float>(cut.panels * window * panel) : nullptr;
+        at.centers =
+            arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
+        at.first_group = arena.take<int64_t>(cut.panels);
+        at.turn_sums = can_turn ? arena.take<float>(2 * turn_sums) : nullptr;
+        at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;
+        at.chunk_sums = can_sum ? arena.take<float>(most_chunk_sums) : nullptr;
+        return at;
+    }
+};
+
+inline void plan_blocks(const Problem& p, Chunk* chunks, Segment* segments) {
+    const LowBitMatrix& w = p.call.w;
+    for (int64_t k = 0; k < p.blocks; ++k, chunks += p.x.most_chunks) {
+        if (p.arithmetic.digits) {
+            Segment* const own = segments + k * p.x.most_chunks;
+            p.integer_plans[k] = {own, segments_of(own, w, k, p.call.int8_activations)};
+        }
+        const int count = chunks_of(chunks, w.columns, p.sums_scaled ? w.group_size : w.columns, k, p.x.most_columns);
+        const int64_t last = smaller((k + 1) * block, w.columns) - 1;
+        p.plans[k] = {chunks, count, k * block / w.group_size, last / w.group_size};
+    }
+}
+
+// The scales of a panel, or of one of its halves, for blocks from number k on.
+inline void load_window(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k,
+                        int64_t end, int halves) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t first = p.plans[k].first_group, last = p.plans[end - 1].last_group;
+    int64_t& loaded = at.first_group[panel_number];
+    if (loaded >= 0 && first >= loaded && last < loaded + p.window) return;
+    loaded = first;
+    const int64_t groups = smaller(p.window, w.scales.size[1] - first), offset = panel_number * p.window * panel;
+    for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
+        if (!(halves >> v & 1)) continue;
+        float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
+        load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
+                    groups);
+        if (at.centers && !p.takes_turns)
+            load_centers(at.centers + offset + v * width, panel, w, row + v * width, first, groups);
+    }
+    if (halves == 3) fetch_levels(w, row + panel, first);  // after the loads, which would wait for it
+}
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -49,6 +49,7 @@ struct UnitTerms {
 };
 
 METATE_FN bool can_take_turns(const LowBitMatrix& w, const Arithmetic& arithmetic) {
+    if (w.columns == 0) return false;
     const bool are_blocks = w.group_size % block == 0 || w.group_size >= w.columns;
     return arithmetic.digits == 0 ? can_sum_chunks(w)
                                   : can_dot_rows(w, arithmetic) && (arithmetic.digits < 3 || are_blocks) &&

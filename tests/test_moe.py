@@ -317,3 +317,10 @@ def test_activations_take_any_dimensions(shape):
     x = random(*shape)
     gate, up = x.chunk(2, -1)
     torch.testing.assert_close(metate.gated_activation(x), torch.nn.functional.silu(gate) * up)
+
+
+def test_what_is_far_below_zero_is_gated_to_zero():
+    """A sigmoid that ends at its smallest number would be multiplied by as much as alpha is."""
+    x = torch.tensor([[1.5]], requires_grad=True)
+    out = metate.gated_activation(x, gating="none", alpha=-(2.0**63))
+    assert out.item() == 0 and torch.autograd.grad(out.sum(), x)[0].item() == 0

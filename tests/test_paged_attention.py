@@ -288,6 +288,15 @@ def test_column_sums_are_those_of_probabilities():
         assert not sums[b, :, n:].any()
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**62])
+def test_column_sums_of_large_scores_add_up(scale):
+    """Found from an lse that was rounded to base e and back, they were infinite at the larger scale."""
+    k_cache, v_cache, table, lens = paged([60, 33], 16, 2, 24, 16)
+    q = 30 * torch.randn(2, 1, 4, 24)
+    _, sums = metate.paged_attention(q, k_cache, v_cache, table, lens, scale=scale, return_column_sums=True)
+    torch.testing.assert_close(sums.sum(-1), torch.ones(2, 4), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8])
 def test_what_is_not_finite_stays_with_those_who_see_it(cache, bad):

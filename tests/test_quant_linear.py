@@ -78,6 +78,28 @@ def test_a_row_does_not_depend_on_their_number(activation, dtype, form, bits, gr
         assert same_bits(metate.quant_linear(x[:rows], w, activation=activation), whole[:rows]), rows
 
 
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "form,bits,group",
+    [("codebook", 4, 64), ("codebook", 4, 32), ("symmetric", 4, 32), ("zeros", 4, 128), ("zeros", 8, 32)],
+)
+def test_one_long_row_is_that_of_many(activation, dtype, form, bits, group):
+    """It takes the rows of W in turn, whole chunks of them, in strips that end before such rows do."""
+    w = weight(N=51, K=4288, bits=bits, group=group, form=form)
+    x = random(13, 4288).to(dtype)
+    whole = metate.quant_linear(x, w, activation=activation)
+    assert activation or error(whole, x, w) < (1e-6 if dtype == torch.float32 else 5e-3)
+    for row in (0, 12):
+        assert same_bits(metate.quant_linear(x[row : row + 1], w, activation=activation), whole[row : row + 1])
+
+
+def test_no_columns_give_the_bias():
+    bias = random(40)
+    for rows in (1, 3):
+        assert same_bits(metate.quant_linear(torch.empty(rows, 0), weight(K=0), bias), bias.expand(rows, -1))
+
+
 @everywhere
 def test_what_fills_the_last_byte_does_not_count(device, backend):
     w = weight(N=33, K=65)

@@ -215,6 +215,7 @@ WRONG = [
     (TypeError, "window is 5, expected two integers", dict(window=5)),
     (TypeError, "window is 'ab', expected two integers", dict(window="ab")),
     (TypeError, r"window is \(0.5, 1.0\), expected two integers", dict(window=(0.5, 1.0))),
+    (TypeError, "causal is Tensor, expected True or False", dict(causal=torch.tensor([True, False]))),
     (ValueError, "seed is 18446744073709551616, expected a 64-bit integer", dict(dropout_p=0.5, seed=2**64)),
     (ValueError, "softcap is -1.0, expected 0", dict(softcap=-1.0)),
     (ValueError, r"dropout_p is 1.0, expected a probability in \[0, 1\)", dict(dropout_p=1.0, seed=0)),

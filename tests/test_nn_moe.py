@@ -136,6 +136,9 @@ def test_low_bit_experts(method):
     moe = metate.quantize_model(build(bias=True, shared_size=8), method, **METHODS[method])
     assert type(moe.experts.gate_up) is type(moe.experts.down) is QuantGroupedLinear
     assert type(moe.router).__name__ == "Router", "the router stays dense"
+    with torch.autocast("cpu"):
+        again = metate.quantize_model(build(bias=True, shared_size=8), method, **METHODS[method])
+    assert torch.equal(again.experts.down.dequantize(), moe.experts.down.dequantize())
     dense = dequantize_model(copy.deepcopy(moe))
     assert type(dense.experts.down) is GroupedLinear
     x = torch.randn(7, HIDDEN, requires_grad=True)

@@ -276,6 +276,7 @@ def test_weights_of_other_dtypes_and_strides(layer, dtype):
         (lambda w, c: quantize_rtn(w / 0), "quantize_rtn: weight is not finite"),
         (lambda w, c: quantize_gptq(w.where(w < 0, torch.nan), c), "quantize_gptq: weight is not finite"),
         (lambda w, c: quantize_awq(w / 0, c), "quantize_awq: weight is not finite"),
+        (lambda w, c: quantize_rtn(w.sign() * 1e6), r"weight is 1e\+06 at most, expected up to 4.91e"),
         (lambda w, c: quantize_hqq(w, 4, -2), "group_size is -2"),
         (lambda w, c: quantize_gptq(w, c, damp=0), "damp is 0"),
         (lambda w, c: quantize_gptq(w, None), "quantize_gptq: calibration is NoneType, expected a metate.quant.Calib"),

@@ -112,6 +112,8 @@ class AttentionMask:
 def window_sides(op: str, window: tuple[int, int], causal: bool) -> tuple[int, int]:
     """How many keys before and behind its position a query sees, none behind it where causal; -1: no limit."""
     left, right = _two(op, "window", window, "two integers (left, right); -1 means no limit")
+    if not isinstance(causal, int):
+        raise fail(op, "causal", type(causal).__name__, "True or False", error=TypeError)
     if causal:
         right = 0 if right == -1 else min(right, 0)
     return left, right

@@ -300,7 +300,7 @@ class Op:
             arg.to(dtype) if name in self.autocast and _castable(arg) else arg
             for name, arg in zip(self.parameters, args, strict=False)
         ]
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with below_autocast():
             return self.torch_op(*cast)
 
     def check(self, args: Args) -> None:
@@ -472,6 +472,11 @@ _SCALARS: dict[str, tuple[str, tuple[type, ...]]] = {
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
+
+
+def below_autocast() -> contextlib.AbstractContextManager[None]:
+    """Context in which operators run in the dtypes of their inputs."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
 def _distances(results: Sequence[Tensor], truth: Sequence[Tensor] | None = None) -> list[float]:

@@ -13,6 +13,7 @@ from metate.errors import fail
 from metate.nn.low_bit import METHODS, LowBit
 from metate.nn.moe import GroupedLinear
 from metate.nn.quant_linear import QuantGroupedLinear, QuantLinear
+from metate.op import below_autocast
 
 Module = TypeVar("Module", bound=nn.Module)
 _LOW_BIT: dict[type, Any] = {nn.Linear: QuantLinear, GroupedLinear: QuantGroupedLinear}
@@ -87,7 +88,8 @@ def dequantize_model(model: Module, dtype: torch.dtype = torch.float32) -> Modul
 
 
 def _low_bit(layer: nn.Module, method: str, options: dict[str, Any]) -> nn.Module:
-    made: nn.Module = _LOW_BIT[type(layer)].from_linear(layer, method, **options)
+    with below_autocast():  # quantisers choose the dtypes they compute in
+        made: nn.Module = _LOW_BIT[type(layer)].from_linear(layer, method, **options)
     return made
 
 

@@ -104,7 +104,7 @@ def quantize_awq(
     """
     group_size = checked("quantize_awq", weight, group_size)
     check_calibration("quantize_awq", calibration, weight)
-    grid = Grid(bits, symmetric, scale_dtype).check("quantize_awq")
+    grid = Grid(bits, symmetric, scale_dtype).check("quantize_awq", weight)
     if scale is None:
         scale = search_awq_scale([weight], calibration, bits, group_size, symmetric=symmetric)
     rows, columns = weight.shape

@@ -47,7 +47,7 @@ def quantize_gptq(
     check_calibration("quantize_gptq", calibration, weight)
     if not 0 < damp < 1:
         raise fail("quantize_gptq", "damp", damp, "between 0 and 1")
-    grid = Grid(bits, symmetric, scale_dtype).check("quantize_gptq")
+    grid = Grid(bits, symmetric, scale_dtype).check("quantize_gptq", weight)
     hessian = calibration.hessian.to(weight.device)
     values = weight.detach().float().clone()
     unused = hessian.diagonal() == 0

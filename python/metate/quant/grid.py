@@ -22,11 +22,15 @@ class Grid:
     symmetric: bool
     scale_dtype: torch.dtype = torch.float16
 
-    def check(self, op: str) -> Grid:
+    def check(self, op: str, weight: Tensor | None = None) -> Grid:
+        """Itself, where it is sound and its scales reach the largest magnitude of `weight`."""
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
             raise fail(op, "bits", self.bits, "2 to 8")
         if self.scale_dtype not in FLOATS:
             raise fail(op, "scale_dtype", self.scale_dtype, "float32, bfloat16 or float16", error=TypeError)
+        reach = self.top / (1 + self.symmetric) * torch.finfo(self.scale_dtype).max
+        if weight is not None and not weight.is_meta and float(largest := weight.abs().max()) > reach:
+            raise fail(op, "weight", f"{largest:.3g} at most", f"up to {reach:.3g}, or a wider scale_dtype")
         return self
 
     @property

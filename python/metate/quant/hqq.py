@@ -29,7 +29,7 @@ def quantize_hqq(
     The zero points lower to offsets. Each group keeps the zero point of the iteration that had the least error.
     """
     group_size = checked("quantize_hqq", weight, group_size)
-    grid = Grid(bits, False, scale_dtype).check("quantize_hqq")
+    grid = Grid(bits, False, scale_dtype).check("quantize_hqq", weight)
     rows, columns = weight.shape
     codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
     scales = torch.empty(rows, -(-columns // group_size), dtype=scale_dtype, device=weight.device)

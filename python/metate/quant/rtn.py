@@ -28,7 +28,7 @@ def quantize_rtn(
         mse: shrink each range to where the error is least.
     """
     group_size = checked("quantize_rtn", weight, group_size)
-    grid = Grid(bits, symmetric, scale_dtype).check("quantize_rtn")
+    grid = Grid(bits, symmetric, scale_dtype).check("quantize_rtn", weight)
     rows, columns = weight.shape
     codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
     shape = rows, -(-columns // group_size)

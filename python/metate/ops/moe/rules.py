@@ -204,7 +204,7 @@ def validate_quant_matmul(x: Tensor, *rest: Any) -> None:
 def check_quant_linear(x: Tensor, *rest: Any) -> None:
     permutation, _, offsets, order = rest[7:11]
     _check_order("grouped_linear", order, x.shape[0] * rest[-1])
-    _check_offsets("grouped_linear", "expert_offsets", offsets, rows_of(x, order))
+    _check_offsets("grouped_linear", "offsets", offsets, rows_of(x, order))
     _check_permutation("grouped_linear", permutation)
 
 

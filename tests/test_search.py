@@ -461,6 +461,8 @@ def test_bad_settings_and_untrained():
         (lambda: FlatIndex(D, "L2"), "metric is 'L2', expected 'l2' or 'inner_product' or 'cosine'"),
         (lambda: FlatIndex(D, storage="int4"), "storage is 'int4'"),
         (lambda: IVFFlatIndex(D, 0), "nlist is 0"),
+        (lambda: IVFFlatIndex(D, 4, seed="a"), "seed is 'a', expected an integer from 0"),
+        (lambda: PQIndex(D, 4, 4, seed=-1), "seed is -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()
@@ -519,6 +521,10 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
             patch.setattr(os, broken, lambda *_: (_ for _ in ()).throw(OSError("disk")))
             index.save(path)
         assert [file.name for file in tmp_path.iterdir()] == ["index"] and load(path).ntotal == 70
+    path = tmp_path / "no folder" / "index"
+    with pytest.raises(FileNotFoundError) as caught:
+        index.save(path)
+    assert caught.value.filename == str(path)
 
 
 def _header(data):

@@ -29,7 +29,7 @@ from metate.errors import FormatError, fail
 from metate.search.arrays import bytes_of
 from metate.search.base import State
 from metate.search.index import MOST_ID, Index
-from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
+from metate.search.indexes import MOST_SEED, FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.storage import Lists
 
 VERSION = 1
@@ -57,7 +57,10 @@ def _complain(what: str, got: object, expected: str) -> FormatError:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when all is on disk, and leaves it alone otherwise."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
@@ -270,7 +273,7 @@ def _empty(about: dict[str, Any], tensors: dict[str, Tensor]) -> Index:
         raise _complain("index", kind, " or ".join(_KINDS))
     if not isinstance(settings, dict):
         raise _complain("settings", settings, "an object")
-    for name, limit in (("dim", _MOST_DIMENSIONS), ("nlist", len(tensors.get("length", ()))), ("seed", 2**63 - 1)):
+    for name, limit in (("dim", _MOST_DIMENSIONS), ("nlist", len(tensors.get("length", ()))), ("seed", MOST_SEED)):
         if name in settings and not _natural(settings[name], limit):
             raise _complain(f"settings {name}", settings[name], f"a number up to {limit}")
     if any(not isinstance(settings.get(name, True), bool) for name in ("opq", "residual")):

@@ -12,6 +12,7 @@ from metate.search.codecs import STORED, Product, Vectors
 from metate.search.index import Index
 
 _MOST_BITS = 16
+MOST_SEED = 2**63 - 1
 
 
 class FlatIndex(Index):
@@ -52,7 +53,7 @@ class PQIndex(Index):
         self, dim: int, M: int, bits: int = 8, metric: str = "l2", *, opq: bool = False, refine: str | None = None,
         seed: int = 0, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
-        _check("search.PQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine)
+        _check("search.PQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine, seed=seed)
         super().__init__(dim, metric, Product(dim, M, bits), opq=opq, refine=refine, seed=seed, device=device)
         self.M, self.bits = M, bits
 
@@ -76,7 +77,7 @@ class IVFFlatIndex(Index):
         self, dim: int, nlist: int, metric: str = "l2", *, storage: str = "float32", seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
-        _check("search.IVFFlatIndex", dim=dim, metric=metric, storage=storage, nlist=nlist)
+        _check("search.IVFFlatIndex", dim=dim, metric=metric, storage=storage, nlist=nlist, seed=seed)
         super().__init__(dim, metric, Vectors(dim, storage), nlist=nlist, seed=seed, device=device)
         self.storage = storage
 
@@ -100,7 +101,7 @@ class IVFPQIndex(Index):
         self, dim: int, nlist: int, M: int, bits: int = 8, metric: str = "l2", *, residual: bool = True,
         opq: bool = False, refine: str | None = None, seed: int = 0, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
-        _check("search.IVFPQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine, nlist=nlist)
+        _check("search.IVFPQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine, nlist=nlist, seed=seed)
         codec = Product(dim, M, bits, residual, row_bias=residual and metric == "l2")
         super().__init__(dim, metric, codec, nlist=nlist, opq=opq, refine=refine, seed=seed, device=device)
         self.M, self.bits, self.residual = M, bits, residual
@@ -119,6 +120,9 @@ def _check(op: str, **given: Any) -> None:
         value = given.get(name, 8)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise fail(op, name, repr(value), "an integer from 1 on")
+    seed = given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
+        raise fail(op, "seed", repr(seed), f"an integer from 0 to {MOST_SEED}")
     if given["metric"] not in METRICS:
         raise fail(op, "metric", repr(given["metric"]), " or ".join(map(repr, METRICS)))
     for name in ("storage", "refine"):

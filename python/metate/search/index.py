@@ -31,6 +31,12 @@ _SAMPLE = 256  # training vectors a centroid
 _AT_ONCE = 1 << 26  # numbers that are added without a sign of progress
 
 
+def _ascending_from(first: int, ids: Integers) -> bool:
+    """Whether ids ascend from one on that none has reached: they are new, without a look at those that are there."""
+    within = first <= int(ids[0]) and int(ids[-1]) <= MOST_ID
+    return within and (len(ids) == 1 or bool((ids[1:] > ids[:-1]).all()))
+
+
 class Index(Searching):
     """The base of all indexes; make FlatIndex, PQIndex, IVFFlatIndex or IVFPQIndex.
 
@@ -138,7 +144,8 @@ class Index(Searching):
         with self._lock:
             newest = self._newest
             first = next_id = newest.next_id
-            later = ids is None or ids.min() >= next_id  # than all that are there
+            new = ids is not None and _ascending_from(next_id, ids)
+            later = ids is None or new or ids.min() >= next_id  # than all that are there
             if later and isinstance(newest, Grown) and newest.made is None:
                 state, base, length = None, newest.base, newest.length.copy()
             else:
@@ -147,16 +154,17 @@ class Index(Searching):
             if ids is None:
                 next_id += len(x)
             else:
-                self._check_new(self._op("add_with_ids"), base, ids)
+                if not new:
+                    self._check_new(self._op("add_with_ids"), base, ids)
                 if base.lists.implicit:
                     state = base = replace(self._state, lists=self._state.lists.explicit())
-                next_id = max(next_id, int(ids.max()) + 1)
-            adding = self._adding_to(base.model, base.lists)
+                next_id = int(ids[-1]) + 1 if new else max(next_id, int(ids.max()) + 1)
+            adding = self._adding if state is None else self._adding_to(base.model, base.lists)  # made for the last one
             if adding.run is None:
                 return False
             places = adding.places if 2 * len(x) <= len(adding.places) else np.empty(2 * len(x), np.int64)
             done = adding.run(x, length, places, ids, first, False)
-            if done and base.lists.known_places() is None:
+            if done and (state is None or base.lists.known_places() is None):
                 self._newest = Grown(base, length, next_id)
             elif done is not False:
                 state = state or self._state
@@ -190,7 +198,8 @@ class Index(Searching):
             columns = model.get("centroids"), codebooks, rows, lists.columns.get("ids"), row_bias
             extents = torch.from_numpy(lists.start), torch.from_numpy(lists.room)
             residual = isinstance(self.codec, Product) and self.codec.residual
-            if topk_op.plan((torch.empty(1, 1), torch.empty(1, 1), *[None] * 5, 1, 0, False))[0] == "cpu":
+            like = torch.empty(1, 1), torch.empty(1, 1), *[None] * 5, 1, 0, False
+            if old.run is not None or topk_op.plan(like)[0] == "cpu":
                 run = library.prepared_add((*columns, *extents, int(self.largest), residual))
         self._adding = Adding(lists.columns, lists.start, model, old.places, run)
         return self._adding
@@ -218,7 +227,7 @@ class Index(Searching):
             self._state = self._appended(state, lists, values, ids)
 
     def _check_new(self, op: str, state: State, ids: Integers) -> None:
-        if not len(ids):
+        if not len(ids) or _ascending_from(state.next_id, ids):
             return
         if ids.min() < 0 or ids.max() > MOST_ID:
             got = ids.min() if ids.min() < 0 else ids.max()

@@ -250,7 +250,7 @@ class Lists:
 
     def rebuilt(self, count: Integers | int = 0, tight: bool = False) -> Lists:
         """The living rows in a new pool, with room for `count` more in each list; `tight`: and for no others."""
-        rows, length = self.rows(), self.living()
+        length = self.living()
         need = length + count
         alone = len(need) == 1
         room = _aligned(need if tight else need + (self._spare(need) if alone else need))
@@ -259,7 +259,7 @@ class Lists:
         columns = {name: empty_like(column, capacity) for name, column in self.columns.items()}
         start = np.cumsum(room) - room
         if self.dead:
-            _copy_rows(self.columns, rows, columns, spans(start, length))
+            _copy_rows(self.columns, self.rows(), columns, spans(start, length))
         else:
             _copy_lists(self.columns, self.start, length, columns, start)
         kept = self._cache if not self.dead else {}  # offsets hold where no row was dropped
@@ -284,6 +284,8 @@ class Lists:
 
     def living(self) -> Integers:
         """How many rows of each list are alive."""
+        if self.live is None:
+            return self.length
         rows = self.rows()
         return np.bincount(self.list_of(rows), minlength=len(self.length)) if len(rows) else np.zeros_like(self.length)
 

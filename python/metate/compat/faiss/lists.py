@@ -147,7 +147,7 @@ def _ranges(lists: Lists, probed: Integers, most: int) -> Tensor:
     ranges: Tensor = lists.extents[torch.from_numpy(probed)]
     if not most:
         return ranges
-    living = np.append(lists.length if lists.live is None else lists.living(), 0)[probed]
+    living = np.append(lists.living(), 0)[probed]
     left = most - (living.cumsum(1) - living)
     for q, p in zip(*np.nonzero(left < living), strict=True):
         rows = lists.rows(slice(probed[q, p], probed[q, p] + 1))

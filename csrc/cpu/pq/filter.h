@@ -149,6 +149,7 @@ struct Survivors<8> {
     }
     METATE_FN void add(int64_t row) {
         if (!kept(scan->call.search, row)) return;
+        if (scan->call.search.ids) __builtin_prefetch(static_cast<const int64_t*>(scan->call.search.ids.data) + row);
         rows[count++] = row;
         if (count == rows_together) flush();
     }

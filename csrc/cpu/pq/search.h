@@ -121,25 +121,30 @@ METATE_FN int64_t rows_of(const Search& s, int64_t q) {
     return rows;
 }
 
+// In a cache line of its own: workers on distant cores write those of different queries at once.
+struct Bound {
+    alignas(64) uint32_t key;
+};
+
 // The heaps of `queries` queries for each of `workers` workers, and the bound that workers share.
 struct Heaps {
     Hit* hits;
     int64_t* counts;
-    uint32_t* shared;
+    Bound* shared;
     int64_t workers, queries, k;
 
     void take(Arena& arena) {
         hits = arena.take<Hit>(workers * queries * k);
         counts = arena.take<int64_t>(workers * queries);
-        shared = arena.take<uint32_t>(queries);
+        shared = arena.take<Bound>(queries);
     }
     void clear() const {
         for (int64_t i = 0; i < workers * queries; ++i) counts[i] = 0;
-        for (int64_t q = 0; q < queries; ++q) shared[q] = bit_cast<uint32_t>(infinity);
+        for (int64_t q = 0; q < queries; ++q) shared[q].key = bit_cast<uint32_t>(infinity);
     }
     Best open(int64_t worker, int64_t q) const {
         const int64_t i = worker * queries + q;
-        return {hits + i * k, k, counts[i], shared + q};
+        return {hits + i * k, k, counts[i], &shared[q].key};
     }
     void close(int64_t worker, int64_t q, const Best& best) const { counts[worker * queries + q] = best.count; }
 
@@ -198,6 +203,15 @@ struct Visits {
         return ceil_div(span.last - span.first, rows_alone);
     }
 
+    METATE_FN const Asked* asked_of(const Search& s, int64_t run, int64_t piece, int64_t together) const {
+        return asked + first[run] + (piece - pieces[run]) / parts(s, run) * together;
+    }
+    METATE_FN Span span(const Search& s, int64_t run, int64_t piece) const {
+        const Span all = span_of(s, asked[first[run]].q, asked[first[run]].p);
+        const int64_t begin = all.first + (piece - pieces[run]) % parts(s, run) * rows_alone;
+        return {begin, smaller(all.last, begin + rows_alone)};
+    }
+
     // Pieces of work, each of up to `together` queries and rows_alone rows.
     int64_t sort(const Search& s, int64_t together) const {
         const int64_t Q = s.distances.size[0], P = spans_of(s);
@@ -237,16 +251,15 @@ void search_lists(const Search& s, const Runtime& runtime, int64_t rows_alone, i
         own);
     heaps.clear();
     for (int worker = 0; worker < workers; ++worker) prepare(memory(worker));
-    for_pieces(runtime, visits.sort(s, together), [&](int worker, int64_t piece) {
-        const int64_t run = run_of(visits.pieces, 2 * visits.lists, piece), parts = visits.parts(s, run);
-        const int64_t part = (piece - visits.pieces[run]) % parts;
-        const int64_t at = visits.first[run] + (piece - visits.pieces[run]) / parts * together;
-        const Asked* const asked = visits.asked + at;
-        const Span all = span_of(s, asked[0].q, asked[0].p);
+    const int64_t pieces = visits.sort(s, together);
+    for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
+        const int64_t run = run_of(visits.pieces, 2 * visits.lists, piece);
+        const Asked* const asked = visits.asked_of(s, run, piece, together);
         Best best[most_together];
-        Turn turn{smaller(together, visits.first[run + 1] - at), all, asked, best};
-        turn.span.first += part * visits.rows_alone;
-        turn.span.last = smaller(all.last, turn.span.first + visits.rows_alone);
+        Turn turn{smaller(together, visits.asked + visits.first[run + 1] - asked), visits.span(s, run, piece), asked,
+                  best};
+        if (const int64_t next = piece + workers; next < pieces)  // likely this worker's
+            turn.next = visits.span(s, run_of(visits.pieces, 2 * visits.lists, next), next);
         for (int64_t i = 0; i < turn.count; ++i) best[i] = heaps.open(worker, asked[i].q);
         scan(memory(worker), turn);
         for (int64_t i = 0; i < turn.count; ++i) heaps.close(worker, asked[i].q, best[i]);

@@ -206,12 +206,37 @@ void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
     }
 }
 
-// Row number r of a strip.
-void read_row(const Problem& p, float* to, const Strip& s, int64_t r, int64_t ahead) {
-    if (p.dots_rows)
-        return dot_row(to, p.call.w, s.row + r, s, ahead, p.spread, p.units, p.arithmetic.table, p.arithmetic.radix);
-    sum_row(to, p.call.w, s.row + r, s, ahead, p.lane_rows, p.values);
-}
+// Reads the rows of a strip, some at a time.
+struct StripReader {
+    const Problem& p;
+    const Strip& s;
+    TurnAhead ahead;
+    TurnLevels levels;
+    TurnRuns runs;
+    int64_t at_once;
+
+    StripReader(const Problem& problem, const Strip& strip, const uint8_t* next)
+        : p(problem),
+          s(strip),
+          ahead(p.call.w, s, next),
+          levels(p.call.w, s.row, p.plans[s.first_block].first_group, p.plans[s.first_block + s.blocks - 1].last_group),
+          runs(p.call.w, s, p.lane_rows),
+          at_once(p.dots_rows ? 1 : runs.rows_beside()) {}
+
+    void read(float* to, int64_t r, int64_t end) const {
+        Run list[runs_beside * runs_in_turn], *last = list;
+        for (; r < end; ++r) {
+            levels.fetch(r);
+            float* const line = to + r * width;
+            if (p.dots_rows)
+                dot_row(line, p.call.w, s.row + r, s, ahead.bytes(r), p.spread, p.units, p.arithmetic.table,
+                        p.arithmetic.radix);
+            else
+                last = runs.set(last, line, r, ahead.bytes(r));
+        }
+        if (last > list) sum_runs_of(list, last - list, p.lane_rows, p.values);
+    }
+};
 
 // Scales unit number `number` of a strip and adds it to the totals.
 void scale_unit(const Problem& p, const Workspace& at, const float* sums, const Strip& s, int64_t number) {
@@ -242,9 +267,10 @@ void scale_unit(const Problem& p, const Workspace& at, const float* sums, const 
     store(totals, total);
 }
 
-// One row of x takes one row of W after another; a strip is scaled unit by unit while the next one is read.
+// One row of x takes one row of W after another; a strip is scaled unit by unit while the next one is read. `after`:
+// the codes to be read after these, or null.
 template <class T>
-void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64_t last) {
+void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64_t last, const uint8_t* after) {
     const LowBitMatrix& w = p.call.w;
     const int64_t parts = ceil_div(w.columns, columns_in_turn), strips = ceil_div(last - first, width) * parts;
     for (int64_t i = 0; i <= strips; ++i) {
@@ -256,13 +282,12 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
             if (before.row % panel == 0) clear(at, panel);
             at.first_group[0] = -1;
         }
-        for (int64_t r = 0, unit = 0; r < width; ++r) {
-            if (i < strips && now.row + r < last) {
-                fetch_levels(w, now.row + r, p.plans[now.first_block].first_group,
-                             p.plans[now.first_block + now.blocks - 1].last_group);
-                read_row(p, sums[0] + r * width, now, r, bytes_ahead(w, now, strip_of(w, first, i + 1), r));
-            }
-            for (; unit * width < units * (r + 1); ++unit) scale_unit(p, at, sums[1], before, unit);
+        const uint8_t* const next = codes_of(w, strip_of(w, first, i + 1));
+        const StripReader reader(p, now, i + 1 == strips && after ? after : next);
+        const int64_t step = reader.at_once, rows = i < strips ? last - now.row : 0;
+        for (int64_t r = 0, unit = 0; r < width; r += step) {
+            reader.read(sums[0], r, smaller(r + step, rows));
+            for (; unit * width < units * (r + step); ++unit) scale_unit(p, at, sums[1], before, unit);
         }
         if (i > 0 && i % parts == 0 && (before.row % panel > 0 || before.row + width >= last))
             finish<T>(p, at, before.row / panel, 1, 0, 1);
@@ -271,9 +296,9 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
 
 // Few rows of x take one panel after another: that reads W's rows in long runs.
 template <class T>
-void compute_piece(const Problem& p, const Workspace& at, int64_t piece) {
+void compute_piece(const Problem& p, const Workspace& at, int64_t piece, const uint8_t* after) {
     const int64_t first = piece * p.cut.panels, end = smaller(first + p.cut.panels, ceil_div(p.call.w.rows, panel));
-    if (p.takes_turns) return compute_in_turn<T>(p, at, first * panel, smaller(end * panel, p.call.w.rows));
+    if (p.takes_turns) return compute_in_turn<T>(p, at, first * panel, smaller(end * panel, p.call.w.rows), after);
     if (!p.dots_rows && !p.sums_chunks) {
         const int64_t at_once = p.x.rows <= tile_rows ? 1 : p.cut.panels;
         for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, smaller(at_once, end - i));
@@ -368,9 +393,17 @@ void run(const QuantLinears& all, const Runtime& runtime) {
         [&](Arena& arena) { return largest.workspace(arena); });
     plan_blocks(s.problems[0], s.chunks, s.segments);
     for (int64_t i = 0; i < all.count; ++i) pack_rows<T>(s.problems[i], runtime);
-    for_pieces(workers, s.first[all.count], [&](int worker, int64_t piece) {
+    const int64_t pieces = s.first[all.count];
+    // As many pieces on as there are workers is what a worker gets next, most likely.
+    const auto codes_of_piece = [&](int64_t piece) -> const uint8_t* {
+        if (piece >= pieces) return nullptr;
         const int64_t i = run_of(s.first, all.count, piece);
-        compute_piece<T>(s.problems[i], own(worker), piece - s.first[i]);
+        const Problem& p = s.problems[i];
+        return codes_of(p.call.w, {(piece - s.first[i]) * p.cut.panels * panel, 0, 0});
+    };
+    for_pieces(workers, pieces, [&](int worker, int64_t piece) {
+        const int64_t i = run_of(s.first, all.count, piece);
+        compute_piece<T>(s.problems[i], own(worker), piece - s.first[i], codes_of_piece(piece + workers.threads));
     });
 }
 

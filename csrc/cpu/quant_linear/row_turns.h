@@ -24,14 +24,21 @@ METATE_FN Strip strip_of(const LowBitMatrix& w, int64_t first, int64_t i) {
     return {first + i / parts * width, begin, smaller(most, ceil_div(w.columns, block) - begin)};
 }
 
-// Bytes from row number r of a strip to what is to be fetched meanwhile: as many rows later as are 8 KiB, or as many of
-// the next strip.
-METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, const Strip& s, const Strip& next, int64_t r) {
-    const int64_t stride = w.codes.stride[0], rows = 8192 / (smaller(columns_in_turn, w.columns) * w.bits / 8 + 1) + 1;
-    const int64_t later = r + smaller(rows, width);
-    if (later < width) return (later - r) * stride;
-    return (next.row - s.row + later - width - r) * stride + (next.first_block - s.first_block) * (block / 8) * w.bits;
+METATE_FN const uint8_t* codes_of(const LowBitMatrix& w, const Strip& s) {
+    return static_cast<const uint8_t*>(w.codes.data) + s.row * w.codes.stride[0] + s.first_block * (block / 8) * w.bits;
 }
+
+// What is to be fetched meanwhile, from row number r of a strip: as many rows later as are 8 KiB, or as many of the
+// next strip.
+struct TurnAhead {
+    int64_t rows, stride, beyond;  // bytes to the row of that number in the next strip, were it behind the last of this
+
+    TurnAhead(const LowBitMatrix& w, const Strip& s, const uint8_t* next)
+        : rows(smaller(8192 / (smaller(columns_in_turn, w.columns) * w.bits / 8 + 1) + 1, width)),
+          stride(w.codes.stride[0]),
+          beyond(next - codes_of(w, s) - width * stride) {}
+    METATE_FN int64_t bytes(int64_t r) const { return rows * stride + (r + rows < width ? 0 : beyond); }
+};
 
 // Segments side by side whose sums fill a vector, a unit: with three digits they are blocks, otherwise chunks, which
 // are quarters of blocks in whole numbers, in the lanes in which sum_parts leaves them.
@@ -204,12 +211,50 @@ inline void dot_row(float*, const LowBitMatrix&, int64_t, const Strip&, int64_t,
 
 // Floats and pairs.
 
-// n runs side by side: the chain of one would leave the processor waiting.
+// As many chunks of a row of W as there are lanes, and the same columns of x.
+struct Run {
+    float* to;
+    const uint8_t* codes;
+    int64_t left, ahead;  // bytes: of the row, and to what is to be fetched meanwhile
+    const float* x;
+};
+
+constexpr int runs_beside = width == 16 ? 4 : 2;  // the chain of one would leave the processor waiting
+constexpr int64_t runs_in_turn = columns_in_turn / (width * longest);
+
+// The runs of a strip, row by row.
+struct TurnRuns {
+    const LaneRows& x;
+    const uint8_t* codes;
+    int64_t stride, left, bytes, first, count;
+
+    TurnRuns(const LowBitMatrix& w, const Strip& s, const LaneRows& from)
+        : x(from),
+          codes(codes_of(w, s)),
+          stride(w.codes.stride[0]),
+          left(ceil_div(w.columns, 2) - s.first_block * block / 2),
+          bytes(x.run_columns() / 2),
+          first(s.first_block * block / x.run_columns()),
+          count(ceil_div(s.blocks * block, x.run_columns())) {}
+
+    // Rows that are read together: their runs side by side leave none over.
+    METATE_FN int64_t rows_beside() const {
+        int64_t rows = 1;
+        while (rows * count % runs_beside) ++rows;
+        return rows;
+    }
+    // Those of row r, whose sums go to every width-th vector; returns the place behind them.
+    METATE_FN Run* set(Run* runs, float* to, int64_t r, int64_t ahead) const {
+        const uint8_t* from = codes + r * stride;
+        for (int64_t i = 0; i < count; ++i, to += width * width, from += bytes)
+            *runs++ = {to, from, left - i * bytes, ahead, x.at(first + i, 0)};
+        return runs;
+    }
+};
+
 template <Unit unit, Values::Kind kind, int n, int halves>
-METATE_FN void sum_runs(float* to, const uint8_t* codes, int64_t left, int64_t ahead, const float* x,
-                        const Finder<unit, kind>& find) {
-    constexpr int half_words = longest / columns_in<unit>, chunk_words = halves * half_words;
-    constexpr int bytes = halves * width * longest / 2;
+METATE_FN void sum_runs(const Run* runs, const Finder<unit, kind>& find) {
+    constexpr int half_words = longest / columns_in<unit>, bytes = halves * width * longest / 2;
     vf sums[n];
 #pragma GCC unroll 4
     for (int q = 0; q < n; ++q) sums[q] = splat(0.0f);
@@ -219,63 +264,66 @@ METATE_FN void sum_runs(float* to, const uint8_t* codes, int64_t left, int64_t a
 #pragma GCC unroll 4
         for (int q = 0; q < n; ++q) {
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) words[q][i] = part_of<halves>(codes + q * bytes, i, half, left - q * bytes);
-#pragma GCC unroll 4
-            for (int at = 0; half == 0 && at < bytes; at += 64)
-                __builtin_prefetch(codes + q * bytes + ahead + at, 0, 2);
+            for (int i = 0; i < 4; ++i) words[q][i] = part_of<halves>(runs[q].codes, i, half, runs[q].left);
+#pragma GCC unroll 8
+            for (int at = 0; at < bytes; at += 64)
+                if (half == q * halves / n) __builtin_prefetch(runs[q].codes + runs[q].ahead + at, 0, 2);
             transpose_parts(words[q]);
         }
 #pragma GCC unroll 32
         for (int j = 0; j < half_words; ++j) {
 #pragma GCC unroll 4
             for (int q = 0; q < n; ++q)
-                sums[q] = add_product<unit>(sums[q], load(x + (q * chunk_words + half * half_words + j) * width),
-                                            find(words[q], j));
+                sums[q] =
+                    add_product<unit>(sums[q], load(runs[q].x + (half * half_words + j) * width), find(words[q], j));
         }
     }
 #pragma GCC unroll 4
-    for (int q = 0; q < n; ++q) store(to + q * width * width, sums[q]);
+    for (int q = 0; q < n; ++q) store(runs[q].to, sums[q]);
 }
 
 template <Unit unit, Values::Kind kind, int halves>
-__attribute__((noinline)) void sum_row_as(float* to, const uint8_t* codes, int64_t left, int64_t ahead, const float* x,
-                                          int64_t runs, const Values& values) {
-    constexpr int n = width == 16 ? 4 : 2, columns = halves * width * longest, bytes = columns / 2;
-    constexpr int words = columns / columns_in<unit>;
+__attribute__((noinline)) void sum_runs_as(const Run* runs, int64_t n, const Values& values) {
     const Finder<unit, kind> find(values);
-    for (; runs >= n; runs -= n, to += n * width * width, codes += n * bytes, left -= n * bytes, x += n * words)
-        sum_runs<unit, kind, n, halves>(to, codes, left, ahead, x, find);
-    for (; runs > 0; --runs, to += width * width, codes += bytes, left -= bytes, x += words)
-        sum_runs<unit, kind, 1, halves>(to, codes, left, ahead, x, find);
+    for (; n >= runs_beside; n -= runs_beside, runs += runs_beside)
+        sum_runs<unit, kind, runs_beside, halves>(runs, find);
+    for (; n > 0; --n, ++runs) sum_runs<unit, kind, 1, halves>(runs, find);
 }
 
-inline void sum_row(float* to, const LowBitMatrix& w, int64_t row, const Strip& s, int64_t ahead, const LaneRows& x,
-                    const Values& values) {
-    const int64_t begin = s.first_block * block / 2, left = ceil_div(w.columns, 2) - begin;
-    const int64_t runs = ceil_div(s.blocks * block, x.run_columns());
-    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + begin;
-    const float* const from = x.at(s.first_block * block / x.run_columns(), 0);
+inline void sum_runs_of(const Run* runs, int64_t n, [[maybe_unused]] const LaneRows& x, const Values& values) {
 #if defined(METATE_HAS_BF16_DOT)
-    if (x.chunk_columns > longest)
-        return sum_row_as<Unit::pairs, Values::table, 2>(to, codes, left, ahead, from, runs, values);
-    if (x.chunk_words < longest)
-        return sum_row_as<Unit::pairs, Values::table, 1>(to, codes, left, ahead, from, runs, values);
+    if (x.chunk_columns > longest) return sum_runs_as<Unit::pairs, Values::table, 2>(runs, n, values);
+    if (x.chunk_words < longest) return sum_runs_as<Unit::pairs, Values::table, 1>(runs, n, values);
 #endif
     if (width == 16 || values.kind == Values::table)
-        return sum_row_as<Unit::floats, Values::table, 1>(to, codes, left, ahead, from, runs, values);
-    if constexpr (width < 16) sum_row_as<Unit::floats, Values::whole, 1>(to, codes, left, ahead, from, runs, values);
+        return sum_runs_as<Unit::floats, Values::table, 1>(runs, n, values);
+    if constexpr (width < 16) sum_runs_as<Unit::floats, Values::whole, 1>(runs, n, values);
 }
 
-// Asks for what scales some groups of a row.
-METATE_FN void fetch_levels(const LowBitMatrix& w, int64_t row, int64_t first, int64_t last) {
-    const View<2>* const levels[] = {&w.scales, &w.offsets};
-    for (const View<2>* level : levels) {
-        if (!*level) continue;
-        const int64_t size = bytes_of(level->dtype), stride = level->stride[1] * size;
-        const char* const line = static_cast<const char*>(level->data) + row * level->stride[0] * size;
-        for (int64_t at = first * stride; at <= last * stride; at += 64) __builtin_prefetch(line + at, 0, 2);
+// Asks for what scales the rows of a strip.
+struct TurnLevels {
+    struct Level {
+        const char* line;
+        int64_t stride, bytes;  // of a row, and of the groups of the strip
+    } levels[2];
+    int count = 0;
+
+    TurnLevels(const LowBitMatrix& w, int64_t row, int64_t first, int64_t last) {
+        const View<2>* const views[] = {&w.scales, &w.offsets};
+        for (const View<2>* view : views) {
+            if (!*view) continue;
+            const int64_t size = bytes_of(view->dtype), step = view->stride[1] * size, stride = view->stride[0] * size;
+            levels[count++] = {static_cast<const char*>(view->data) + row * stride + first * step, stride,
+                               (last - first) * step};
+        }
     }
-}
+    METATE_FN void fetch(int64_t r) const {
+        for (int i = 0; i < count; ++i) {
+            const char* const line = levels[i].line + r * levels[i].stride;
+            for (int64_t at = 0; at <= levels[i].bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+        }
+    }
+};
 
 }  // namespace
 }  // namespace metate::cpu::METATE_ISA

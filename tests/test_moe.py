@@ -11,7 +11,7 @@ from conftest import BACKENDS
 from torch import Tensor
 
 import metate
-from metate import FormatError, QuantizedExperts
+from metate import FormatError, QuantizedExperts, library
 from metate.quant.rtn import quantize_rtn
 
 ROUTERS = {
@@ -184,6 +184,55 @@ def test_layer_and_its_gradients_equal_every_expert_on_every_token():
         gradients.append([out, *(leaf.grad for leaf in mine)])
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def in_one_call(call):
+    """The result of the third call alike, if it took one direct call."""
+    call(), call()
+    before = library.direct_calls()
+    out = call()
+    return out if library.direct_calls() == before + 1 else None
+
+
+@pytest.mark.skipif(not library.layer(), reason="this torch has no C interface for exchanging tensors")
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "float64", "quantised", "mixed"])
+def test_a_layer_of_few_tokens_is_one_call_with_the_bits_of_its_operators(form):
+    dtype = getattr(torch, form, torch.float32)
+    x, w1, w2 = random(2, 3, 64).to(dtype), random(4, 128, 64, seed=1).to(dtype), random(4, 64, 64, seed=2).to(dtype)
+    if form in ("quantised", "mixed"):
+        w1 = QuantizedExperts.quantize(w1, lambda w: quantize_rtn(w, 4, group_size=32))
+    if form == "quantised":
+        w2 = QuantizedExperts.quantize(w2, lambda w: quantize_rtn(w, 4, group_size=32))
+    route = metate.moe_route(random(6, 4, seed=3).to(dtype), 2)
+    options = dict(limit=3.0, alpha=1.7, shift=1, gating="interleaved", bias_down=random(4, 64, seed=4).to(dtype))
+    with torch.no_grad():
+        out = in_one_call(lambda: metate.moe_mlp(x, route, w1, w2, **options))
+        assert (out is None) == (form == "float64")  # whose products are the reference's
+        order, inverse, offsets = metate.moe_sort(route.experts, 4)
+        options.pop("bias_down"), options.pop("gating")
+        h = metate.grouped_linear(x.view(6, 64), w1, offsets, order=order, k=2)
+        h = metate.gated_activation(h, gating="interleaved", **options)
+        y = metate.grouped_linear(h, w2, offsets, random(4, 64, seed=4).to(dtype))
+        expected = metate.moe_unpermute(y, inverse, route.weights)
+    if out is not None:
+        assert out.shape == x.shape and torch.equal(out.view(6, 64), expected)
+
+
+@pytest.mark.skipif(not library.layer(), reason="this torch has no C interface for exchanging tensors")
+def test_a_layer_is_not_one_call_where_its_operators_must_be_seen():
+    x, w1, w2 = random(6, 8), random(4, 16, 8, seed=1), random(4, 8, 8, seed=2)
+    route = metate.moe_route(random(6, 4, seed=3), 2)
+    call = lambda: metate.moe_mlp(x, route, w1, w2)  # noqa: E731
+    assert in_one_call(call) is not None
+    with metate.use("reference"):
+        assert in_one_call(call) is None
+    assert metate.explain(metate.moe_mlp, x, route, w1, w2).op == "moe_sort"
+    dropped = metate.moe_route(random(6, 4, seed=3), 2, policy="expert_choice")
+    assert in_one_call(lambda: metate.moe_mlp(x, dropped, w1, w2)) is None
+    w1.requires_grad_()
+    assert call().grad_fn is not None
+    with pytest.raises(ValueError, match="w_down"):
+        metate.moe_mlp(x, route, w1, w2[:, :7])
 
 
 @pytest.mark.parametrize("device,backend", LINEAR, ids=lambda value: value)

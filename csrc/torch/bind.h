@@ -109,11 +109,19 @@ struct Boxed<fn> {
     }
 };
 
+#if !defined(METATE_CUDA)
+// A function for direct calls alone, without an operator of its own.
+template <auto fn>
+void offer(const char* name) {
+    direct::bindings()[name] = {direct::Door<fn>::call, direct::Door<fn>::admit, {}};
+}
+#endif
+
 template <auto fn, class Library>
 void implement(Library& library, const char* name) {
     library.impl(name, TORCH_BOX((&Boxed<fn>::call)));
 #if !defined(METATE_CUDA)
-    direct::bindings()[name] = {direct::Door<fn>::call, direct::Door<fn>::admit, {}};
+    offer<fn>(name);
 #endif
 }
 

@@ -99,6 +99,13 @@ class Reader {
         return write(out);
     }
 
+    template <class... Values>
+    bool read(PyObject* object, std::tuple<Values...>& out) {
+        Py_ssize_t i = 0;
+        if (!PyTuple_Check(object) || PyTuple_Size(object) != sizeof...(Values)) return false;
+        return std::apply([&](auto&... each) { return (read(PyTuple_GetItem(object, i++), each) && ...); }, out);
+    }
+
     std::string_view key() const { return key_; }
 
   private:
@@ -111,14 +118,6 @@ class Reader {
     bool grad_;
     inline static thread_local std::string key_;
 };
-
-// Reads a tuple of arguments.
-template <class... Values>
-bool read(Reader& reader, PyObject* args, std::tuple<Values...>& values) {
-    Py_ssize_t i = 0;
-    if (PyTuple_Size(args) != sizeof...(Values)) return false;
-    return std::apply([&](auto&... each) { return (reader.read(PyTuple_GetItem(args, i++), each) && ...); }, values);
-}
 
 // Buffers joined the limited API with Python 3.11, as they have been since 3.0.
 #if defined(Py_LIMITED_API) && Py_LIMITED_API + 0 < 0x030b0000
@@ -190,6 +189,8 @@ inline std::unordered_map<std::string, Binding>& bindings() {
     return all;
 }
 
+inline thread_local int64_t served = 0;  // direct calls of this thread
+
 template <auto fn>
 struct Door;
 
@@ -201,12 +202,14 @@ struct Door<fn> {
         try {
             Values values;
             Reader reader(truth(PyObject_CallNoArgs(python.is_grad_enabled)));
-            if (!read(reader, args, values) || !binding.admitted.has(reader.key())) Py_RETURN_NOTIMPLEMENTED;
+            if (!reader.read(args, values) || !binding.admitted.has(reader.key())) Py_RETURN_NOTIMPLEMENTED;
             if constexpr (std::is_void_v<Result>) {
                 without_lock(values);
+                ++served;
                 Py_RETURN_NONE;
             } else {
                 Result result = without_lock(values);
+                ++served;
                 return to_python(result);
             }
         } catch (const NeedsDispatcher&) {
@@ -223,7 +226,7 @@ struct Door<fn> {
         try {
             Values values;
             Reader reader(false);
-            if (read(reader, args, values)) binding.admitted.add(reader.key());
+            if (reader.read(args, values)) binding.admitted.add(reader.key());
         } catch (const NeedsDispatcher&) {
         }
     }
@@ -264,6 +267,11 @@ inline PyObject* admit(PyObject* capsule, PyObject* args) {
 inline PyObject* forget(PyObject* capsule, PyObject*) {
     binding_of(capsule)->admitted.clear();
     Py_RETURN_NONE;
+}
+
+// count(): how many direct calls of this thread were served.
+inline PyObject* count(PyObject*, PyObject*) {
+    return PyLong_FromLongLong(served);
 }
 
 // Finds torch's interface for direct calls; false without an exception where it has none.

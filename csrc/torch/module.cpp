@@ -38,6 +38,7 @@ PyObject* row_bias(PyObject*, PyObject*);
 static PyMethodDef methods[] = {
     {"start", metate::bind::direct::start, METH_VARARGS, nullptr},
     {"direct", metate::bind::direct::direct, METH_O, nullptr},
+    {"direct_calls", metate::bind::direct::count, METH_NOARGS, nullptr},
     {"prepare_search", metate::bind::prepare_search, METH_VARARGS, nullptr},
     {"prepare_add", metate::bind::prepare_add, METH_VARARGS, nullptr},
     {"row_bias", metate::bind::row_bias, METH_VARARGS, nullptr},

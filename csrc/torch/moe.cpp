@@ -212,7 +212,39 @@ Tensor gated_activation_backward(const Tensor& grad, const Tensor& x, int64_t ac
     return dx;
 }
 
+#if !defined(METATE_CUDA)
+
+// A dense weight (experts, N, K), or the codes of low-bit ones; what else these have; bias; and of low-bit ones
+// bits, 0 for a dense weight, group_size, super_groups, zero and columns.
+using Weight = std::tuple<Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
+                          int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+Tensor product(const Tensor& x, const Weight& weight, const Tensor& expert_offsets, const Optional& order, int64_t k) {
+    const auto& [w, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias, bits, group_size,
+                 super_groups, zero, columns] = weight;
+    if (!bits) return grouped_linear(x, w, expert_offsets, bias, order, k);
+    return quant_grouped_linear(x, w, *scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias,
+                                expert_offsets, order, bits, group_size, super_groups, zero, k);
+}
+
+// A layer in one call, around which Python costs more than small kernels do: the operators that moe_mlp of
+// python/metate/ops/moe/__init__.py calls, one after another.
+Tensor moe_mlp(const Tensor& x, const Tensor& experts, const Tensor& weights, const Weight& gate_up, const Weight& down,
+               int64_t num_experts, int64_t rows, int64_t activation, int64_t layout, double limit, double alpha,
+               double shift) {
+    if (rows < experts.size(0) * experts.size(1)) throw NeedsDispatcher{};
+    const auto [order, inverse, offsets] = moe_sort(experts, num_experts);
+    const Tensor hidden = product(x, gate_up, offsets, order, experts.size(1));
+    const Tensor activated = gated_activation(hidden, activation, layout, limit, alpha, shift);
+    return moe_unpermute(product(activated, down, offsets, {}, 1), inverse, weights);
+}
+
+#endif
+
 METATE_REGISTER(m) {
+#if !defined(METATE_CUDA)
+    offer<&moe_mlp>("moe_mlp");
+#endif
     METATE_IMPL(m, moe_topk);
     METATE_IMPL(m, moe_topk_backward);
     METATE_IMPL(m, moe_sort);

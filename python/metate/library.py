@@ -64,6 +64,18 @@ def direct(name: str, entry: Any) -> tuple[Direct, ...]:
     return (Direct(entry, *module.direct(name)),) if module and _starts(module) else ()
 
 
+@cache
+def layer() -> tuple[Direct, ...]:
+    """A layer of experts in one direct call (csrc/torch/moe.cpp), or none."""
+    return direct("moe_mlp", None)
+
+
+def direct_calls() -> int:
+    """How many calls of this thread went the short way; 0 where there is none."""
+    module = load()["cpu"].module
+    return module.direct_calls() if module else 0
+
+
 def prepared_search(args: tuple[Any, ...]) -> Callable[..., bool] | None:
     """The short way to a search of lists with numpy arrays, the rest stays the same (csrc/torch/pq/arrays.cpp)."""
     module = load()["cpu"].module

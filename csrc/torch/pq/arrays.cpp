@@ -288,7 +288,7 @@ PyObject* prepare(PyMethodDef& method, PyObject* args) {
     try {
         Values values;
         direct::Reader reader(false);
-        if (!exchange || !direct::read(reader, args, values)) Py_RETURN_NONE;
+        if (!exchange || !reader.read(args, values)) Py_RETURN_NONE;
         auto prepared = std::apply([&](const auto&... each) { return new Prepared<T>{args, T(each...)}; }, values);
         Py_INCREF(args);
         const auto free = [](PyObject* owner) {

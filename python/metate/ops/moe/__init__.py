@@ -10,10 +10,12 @@ from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from metate import library
 from metate.errors import fail
-from metate.op import use
+from metate.op import is_plain, use
 from metate.ops.moe import grouped
 from metate.ops.moe.declaration import activation_op, permute_op, sort_op, unpermute_op
 from metate.ops.moe.experts import QuantizedExperts
@@ -27,6 +29,7 @@ __all__ = [
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATINGS = ("gate_up", "up_gate", "interleaved", "none")
 Lora = tuple[Tensor, Tensor]
+_FEW_TOKENS = 64  # beside which Python between the operators of a layer takes time
 
 
 def moe_sort(experts: Tensor, num_experts: int, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,27 +136,29 @@ def gated_activation(
     Returns:
         (…, width), dtype of x.
     """
-    op = "gated_activation"
-    number, layout = _choice(op, "activation", activation, ACTIVATIONS), _choice(op, "gating", gating, GATINGS)
+    choices = _choices(activation, gating, limit, alpha, shift)
     if not isinstance(x, Tensor):
-        raise fail(op, "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+        raise fail("gated_activation", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
     if not x.dim():
-        raise fail(op, "x", "of shape ()", "(…, columns)")
-    scalars = {"limit": math.inf if limit is None else limit, "alpha": alpha, "shift": shift}
-    for name, value in scalars.items():
-        if not isinstance(value, Real):
-            raise fail(op, name, repr(value), "a number", error=TypeError)
+        raise fail("gated_activation", "x", "of shape ()", "(…, columns)")
     rows = x if x.dim() == 2 else x[None].flatten(0, -2)
     with nullcontext() if backend is None else use(backend):
-        out: Tensor = activation_op(rows, number, layout, *map(float, scalars.values()))
+        out: Tensor = activation_op(rows, *choices)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
 
 
-def _choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> int:
-    """The number of a name."""
-    if value not in allowed:
-        raise fail(op, name, repr(value), " or ".join(map(repr, allowed)))
-    return allowed.index(value)
+def _choices(
+    activation: str, gating: str, limit: float | None, alpha: float, shift: float
+) -> tuple[int, int, float, float, float]:
+    """The scalars of the operator."""
+    limit = math.inf if limit is None else limit
+    for name, value in (("limit", limit), ("alpha", alpha), ("shift", shift)):
+        if not isinstance(value, Real):
+            raise fail("gated_activation", name, repr(value), "a number", error=TypeError)
+    for name, chosen, allowed in (("activation", activation, ACTIVATIONS), ("gating", gating, GATINGS)):
+        if chosen not in allowed:
+            raise fail("gated_activation", name, repr(chosen), " or ".join(map(repr, allowed)))
+    return ACTIVATIONS.index(activation), GATINGS.index(gating), float(limit), float(alpha), float(shift)
 
 
 def moe_mlp(
@@ -187,19 +192,59 @@ def moe_mlp(
     Returns:
         Like x. A token depends on no other, bit for bit. No permuted copy of x is made.
     """
+    activated: dict[str, Any] = dict(activation=activation, gating=gating, limit=limit, alpha=alpha, shift=shift)
+    parts = w_gate_up, w_down, bias_gate_up, bias_down
+    call = None
+    if backend is None and lora_gate_up is None and lora_down is None:
+        call = _in_one_call(x, route, parts, activated)
+    out: Any = NotImplemented if call is None else library.layer()[0].call(call)
+    if out is not NotImplemented:
+        return out if x.dim() == 2 else out.view(x.shape)  # type: ignore[no-any-return]
     _check_layer(x, route, w_down)
-    options: dict[str, Any] = dict(scaling=scaling, backend=backend)
+    before = library.direct_calls()
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # each view costs as much as a small kernel
+    out = _one_by_one(tokens, route, parts, (lora_gate_up, lora_down, scaling), activated, backend)
+    if call is not None and library.direct_calls() == before + 5:  # each operator: then they may together
+        library.layer()[0].admit(call)
+    return out if x.dim() == 2 else out.view(x.shape)  # type: ignore[no-any-return]
+
+
+def _in_one_call(x: Tensor, route: Route, parts: tuple[Any, ...], activated: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The arguments of csrc/torch/moe.cpp, unless somebody is to see the operators."""
+    if torch.compiler.is_dynamo_compiling() or not is_plain() or not library.layer():
+        return None
+    if type(route) is not Route or route.experts.shape[0] > _FEW_TOKENS or not isinstance(x, Tensor) or x.dim() < 2:
+        return None
+    w_gate_up, w_down, bias_gate_up, bias_down = parts
+    return (
+        x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), route.experts, route.weights,
+        _in_full(w_gate_up, bias_gate_up), _in_full(w_down, bias_down),
+        route.num_experts, route.rows, *_choices(**activated),
+    )  # fmt: skip
+
+
+def _one_by_one(
+    x: Tensor, route: Route, parts: tuple[Any, ...], loras: tuple[Lora | None, Lora | None, float],
+    activated: dict[str, Any], backend: str | None,
+) -> Tensor:  # fmt: skip
+    w_gate_up, w_down, bias_gate_up, bias_down = parts
+    options: dict[str, Any] = dict(scaling=loras[2], backend=backend)
     order, inverse, offsets = moe_sort(route.experts, route.num_experts, backend=backend)
     if route.rows < order.shape[0]:
         order = order[: route.rows]
     hidden = grouped_linear(
-        tokens, w_gate_up, offsets, bias_gate_up, order=order, k=inverse.shape[1], lora=lora_gate_up, **options
+        x, w_gate_up, offsets, bias_gate_up, order=order, k=inverse.shape[1], lora=loras[0], **options
     )
-    hidden = gated_activation(hidden, activation, gating=gating, limit=limit, alpha=alpha, shift=shift, backend=backend)
-    y = grouped_linear(hidden, w_down, offsets, bias_down, lora=lora_down, **options)
-    out = moe_unpermute(y, inverse, route.weights, backend=backend)
-    return out if x.dim() == 2 else out.view(x.shape)
+    hidden = gated_activation(hidden, **activated, backend=backend)
+    y = grouped_linear(hidden, w_down, offsets, bias_down, lora=loras[1], **options)
+    return moe_unpermute(y, inverse, route.weights, backend=backend)
+
+
+def _in_full(w: Tensor | QuantizedExperts, bias: Tensor | None) -> tuple[Any, ...]:
+    """A weight as csrc/torch/moe.cpp takes it."""
+    if isinstance(w, QuantizedExperts):
+        return *w.arguments(), bias, *w.scalars(), w.shape[2]
+    return w, *[None] * 7, bias, 0, 0, 0, 0, 0
 
 
 def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts) -> None:

@@ -279,11 +279,11 @@ def test_offsets_and_orders_that_are_wrong_are_refused():
     x, w = random(6, 8), random(2, 4, 8)
     low = QuantizedExperts.quantize(w, lambda one: quantize_rtn(one, bits=4, group_size=8))
     good, rows = torch.tensor([0, 3, 6], dtype=torch.int32), torch.arange(6, dtype=torch.int32)
-    for weight, name in ((w, "offsets"), (low, "expert_offsets")):
+    for weight in (w, low):
         metate.grouped_linear(x, weight, good)  # calls like an earlier one take a shorter way
         metate.grouped_linear(x, weight, good, order=rows)
         for offsets in ([0, 4, 3], [-1, 2, 6], [0, 3, 7]):
-            with pytest.raises(ValueError, match=rf"grouped_linear: {name} is .*non-decreasing"):
+            with pytest.raises(ValueError, match=r"grouped_linear: offsets is .*non-decreasing"):
                 metate.grouped_linear(x, weight, torch.tensor(offsets, dtype=torch.int32))
         for order, problem in (([0, 1, 2, 3, 4, 6], "order is 6"), ([0, 1, 1, 2, 3, 4], "1 twice")):
             with pytest.raises(ValueError, match=problem):

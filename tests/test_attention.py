@@ -88,6 +88,31 @@ def test_rows_without_a_key_are_zero_and_silent(device, backend):
     assert (q.grad[:, :20] == 0).all() and all(x.grad.isfinite().all() for x in (q, k, v))
 
 
+# One key a row, in several ways; ALiBi and caps change the logits, but not that there is one.
+SINGLE_KEYS = {
+    "one": (1, {}),
+    "diagonal": (150, {"window": (0, 0)}),
+    "alibi": (1, {"alibi_slopes": torch.tensor([0.3, 0.1, 0.7, 0.2])}),
+    "softcap": (1, {"softcap": 5.0}),
+    "dropout": (1, {"dropout_p": 0.5, "seed": 3}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SINGLE_KEYS)
+def test_a_single_key_has_the_whole_probability(name, dtype):
+    """dv is then a sum of grad_out, which here is exact before it is rounded, and often a tie."""
+    keys, options = SINGLE_KEYS[name]
+    q = 4 * random(2, 150, 4, 48, dtype=dtype)
+    k, v = (random(2, keys, 2, 48, dtype=dtype, seed=seed).requires_grad_() for seed in (1, 2))
+    grad = (random(2, 150, 4, 48, dtype=torch.float32, seed=3) * 128).round() / 128
+    with metate.use("cpu"):
+        kept = metate.attention(q, k, torch.ones_like(v), **options).detach().float()  # 1, with dropout 0 or 2
+        metate.attention(q, k, v, **options).backward(grad.to(dtype))
+    sums = (grad.to(dtype).double() * kept).unflatten(2, (2, 2)).sum(3)
+    assert torch.equal(v.grad, (sums if keys > 1 else sums.sum(1, keepdim=True)).to(dtype))
+
+
 def test_masks_agree_with_dense_ones():
     q, k, v = (random(1, 64, 2, 16, dtype=torch.float32, seed=seed) for seed in range(3))
     ids = torch.tensor([0] * 20 + [1] * 30 + [2] * 14)

@@ -62,7 +62,7 @@ struct Workspace {
     bool finite_keys, finite_queries, finite_gradients;
     // The tile: queries first … first + queries - 1 of the sequence and keys key … key + keys - 1.
     int64_t first, queries, groups, key, keys;
-    bool whole;  // every query sees every key, so that the masks are not set
+    bool whole;  // every query sees every key and these are several, so that the masks are not set
     bool plain;  // logits are scaled products and nothing is dropped: pairs come without p and ds
 };
 
@@ -107,7 +107,8 @@ inline bool see(const AttentionBackward& args, const Scoring& scoring, const Seq
     int64_t begin, end, last_begin, last_end;
     window_of(a, s, w.first, begin, end);
     window_of(a, s, w.first + w.queries - 1, last_begin, last_end);
-    w.whole = !has_dead_row && !a.intervals && !a.bits && !a.blocks && last_begin <= w.key && end >= w.key + w.keys;
+    w.whole = !has_dead_row && !a.intervals && !a.bits && !a.blocks && last_begin <= w.key && end >= w.key + w.keys &&
+              w.keys > 1;  // see settle
     if (w.whole && scoring.plain) return true;
     for (int64_t r = 0; r < w.groups * tile_rows; ++r) {
         w.row[r] = r < w.queries ? row_of(a, s, w.first + r, head) : Row{};
@@ -211,6 +212,16 @@ __attribute__((noinline)) void differentiate_plain(float scale, int64_t first, i
 }
 #endif
 
+// A row with a single key, which the chunk holds: its p is 1 where lse is the logit but for rounding. Sums of 16-bit
+// gradients are then often exact, and the last bit of their rounding would show it.
+template <class Word>
+METATE_FN void settle(const Attention& a, float scale, int64_t r, int64_t line, Workspace<Word>& w) {
+    const Row& row = w.row[r];
+    if (w.whole || row.end - row.begin != 1 || a.q.dtype == DType::f32) return;
+    float &logit = w.p[r * line + row.begin - w.key], &lse = w.lse[r];
+    if (__builtin_fabsf(logit * scale - lse) < 0x1p-20f * (16 + __builtin_fabsf(lse))) logit = lse = 0.0f;
+}
+
 // The same with everything between product and probability; dropout scales dp and the p that multiplies dout.
 template <class Word>
 inline void differentiate(const Attention& a, const Scoring& scoring, const Sequence& s, int64_t r, int64_t c,
@@ -221,6 +232,7 @@ inline void differentiate(const Attention& a, const Scoring& scoring, const Sequ
         to_logits(a, scoring, s, w.row[r], w.key, 1u << c, p, w.derivative ? w.derivative + r * line : nullptr);
     }
     const float scale = scoring.plain ? scoring.scale : 1.0f;
+    settle(a, scale, r, line, w);
     const vf dropout_scale = splat(static_cast<float>(a.dropout_scale)), zero = splat(0.0f);
     for (int v = 0; v < chunk / width; ++v) {
         const int64_t j = c * chunk + v * width;
@@ -271,7 +283,12 @@ inline void differentiate_group(const Attention& a, const Scoring& scoring, cons
                  : is_whole               ? range_word(0, w.keys, c * chunk)
                                           : w.group[g].mask.words[i][c];
     }
-    if (w.plain) return differentiate_plain<false>(scoring.scale, first, c * chunk, words, line, w);
+    if (w.plain) {
+        for (int64_t i = 0; i < tile_rows; ++i) {
+            if (words[i]) settle(a, scoring.scale, first + i, line, w);
+        }
+        return differentiate_plain<false>(scoring.scale, first, c * chunk, words, line, w);
+    }
     for (int64_t i = 0; i < tile_rows; ++i) {
         if (words[i]) {
             differentiate(a, scoring, s, first + i, c, words[i], line, w);

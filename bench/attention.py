@@ -1,4 +1,4 @@
-"""Attention forward, training, column sums and merging, beside PyTorch, ONNX Runtime, OpenVINO and flash-attn.
+"""Attention forward, training, column sums and merging, beside PyTorch, ONNX Runtime, OpenVINO, ggml and flash-attn.
 
 Layouts that a rival prefers, masks and compilations are made outside the timing. A rival that lacks a dtype gets the
 same inputs in float32 and says so in its name.
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metate
 from metate import library
+from metate.bench import ggml
 from metate.bench.onnx_session import session
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.op import Case
@@ -42,6 +43,7 @@ def workloads(compile: bool) -> list[Workload]:
     else:
         forward["onnxruntime GroupQueryAttention, float32"] = onnxruntime
         forward["openvino ScaledDotProductAttention"] = openvino
+        forward["ggml flash_attn_ext, float32 or float16"] = flash_attention
     dtypes = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float32, torch.bfloat16]
 
     def workload(name: str, op: Any, rivals: Any, ours: Any = call_op, **others: Any) -> Workload:
@@ -293,6 +295,20 @@ def scaled_products(sets: Sets, dtype: torch.dtype, causal: bool) -> Run:
         return torch.from_numpy(request.get_output_tensor(0).data)
 
     return run
+
+
+def flash_attention(setup: Setup) -> Run:
+    """ggml is faster with float16 than with bfloat16; it wants every mask spelt out."""
+    sets = heads_first(setup, dtype=half_as_float16(setup.dtype))
+    mask = allowed(setup, sets)
+    if mask is None:
+        mask = torch.ones(sets[0][0].shape[2], sets[0][1].shape[2], dtype=torch.bool).tril()
+    run = ggml.flash_attention(sets, torch.zeros(mask.shape).masked_fill_(~mask, -math.inf))
+    return lambda i: back(run(i).transpose(1, 2), setup)
+
+
+def half_as_float16(dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 # Training.

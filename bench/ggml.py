@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import itertools
 import weakref
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.bench.run import Skip
+from metate.bench.run import Run, Skip
 from metate.low_bit import unpack_codes
 
-F32, Q4_0, I32, BF16 = 0, 2, 26, 30  # enum ggml_type
+F32, F16, Q4_0, I32, BF16 = 0, 1, 2, 26, 30  # enum ggml_type
 _MEMORY = 16 << 20  # for the descriptions of tensors; their data lie in buffers of the backend
 _Pointer = ctypes.c_void_p
 
@@ -66,6 +67,7 @@ class Graphs:
         self.backend = _call("backend_cpu_init")
         _call("backend_cpu_set_n_threads", self.backend, ctypes.c_int(torch.get_num_threads()))
         self.buffers: list[int] = []
+        self.kept: list[Tensor] = []
         weakref.finalize(self, _free, self.backend, self.contexts, self.buffers)
 
     def tensor(self, kind: int, *sizes: int, weight: bool = False) -> int:
@@ -102,6 +104,12 @@ class Graphs:
                 return int(kinds[i])
         return 0
 
+    def place(self, tensor: int, values: Tensor) -> None:
+        """Gives a tensor the memory of `values`, before the others get theirs."""
+        self.kept.append(values)
+        self.buffers.append(_call("backend_cpu_buffer_from_ptr", values.data_ptr(), ctypes.c_size_t(values.nbytes)))
+        _call("backend_tensor_alloc", self.buffers[-1], tensor, values.data_ptr())
+
     def set(self, tensor: int, values: Tensor) -> None:
         values = values.contiguous()
         size = ctypes.c_size_t(values.nbytes)
@@ -121,6 +129,36 @@ def q4_0(codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     codes i and i + 16."""
     numbers = unpack_codes(codes, 4, columns).view(-1, 2, 16)
     return torch.cat([scales.reshape(-1, 1).view(torch.uint8), numbers[:, 0] | numbers[:, 1] << 4], 1)
+
+
+def flash_attention(sets: Sequence[tuple[Tensor, ...]], mask: Tensor | None) -> Run:
+    """Float32 queries on keys and values of their own dtype, (batch, heads, seqlen, head_dim), which stay where they
+    are; a mask is added to the logits. Outputs are (batch, seqlen, heads, head_dim)."""
+    (B, H, S, D), (_, G, T, Dv) = sets[0][0].shape, sets[0][2].shape
+    kind = {torch.float32: F32, torch.float16: F16}[sets[0][1].dtype]
+    graphs = Graphs()
+    added = 0 if mask is None else graphs.tensor(F16, T, S)
+    numbers = [ctypes.c_float(x) for x in (D**-0.5, 0, 0)]
+    built = []
+    for _ in sets:
+        q, k, v = (graphs.tensor(F32, D, S, H, B), graphs.tensor(kind, D, T, G, B), graphs.tensor(kind, Dv, T, G, B))
+        out = graphs.op("flash_attn_ext", q, k, v, added, *numbers)
+        built.append((q, k, v, out, graphs.graph(out)))
+    for (_, k, v, *_), (_, keys, values) in zip(built, sets, strict=True):
+        graphs.place(k, keys)
+        graphs.place(v, values)
+    graphs.allocate(repack=False)
+    for (q, *_), (queries, _, _) in zip(built, sets, strict=True):
+        graphs.set(q, queries.float())
+    if mask is not None:
+        graphs.set(added, mask.half())
+
+    def run(i: int) -> Tensor:
+        *_, out, graph = built[i % len(built)]
+        graphs.run(graph)
+        return graphs.get(out, B, S, H, Dv)
+
+    return run
 
 
 def _free(backend: int, contexts: list[int], buffers: list[int]) -> None:

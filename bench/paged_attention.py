@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metate
-from metate.bench import attention
+from metate.bench import attention, ggml
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.generate.cache import allocate
 from metate.op import Args, Case
@@ -29,6 +29,7 @@ def workloads(compile: bool) -> list[Workload]:
     if not torch.cuda.is_available():
         rivals["onnxruntime GroupQueryAttention, gathered, float32"] = onnxruntime
         rivals["openvino ScaledDotProductAttention, gathered"] = openvino
+        rivals["ggml flash_attn_ext, gathered, float32 or float16"] = flash_attention
     decoding = [case for case in paged_attention_op.domain.sweep if case["Sq"] == 1]
     if not compile:
         decoding = [case for case in decoding if is_quick(case)]
@@ -126,23 +127,30 @@ def naive(setup: Setup) -> Run:
     return _rival(setup, lambda q, k, v: (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).softmax(-1) @ v)
 
 
-def _floats(setup: Setup) -> attention.Sets:
+def _cast(setup: Setup, dtype: torch.dtype) -> attention.Sets:
     if keys_of(setup.case) > MOST_KEYS:
-        raise Skip("too much memory in float32")
-    return [tuple(large(x.float()) for x in tensors) for tensors in gathered(setup)]
+        raise Skip("too much memory for another copy")
+    return [tuple(large(x.to(dtype)) for x in tensors) for tensors in gathered(setup)]
 
 
 def onnxruntime(setup: Setup) -> Run:
     """The cache holds all but the last key, which comes beside the query."""
     if setup.case["D"] != setup.case["Dv"]:
         raise Skip("keys and values of one dimension only")
-    sets = [(q.flatten(1, 2)[:, :, None], k, v) for q, k, v in _floats(setup)]
-    return attention.group_queries(sets, setup.case)
+    return attention.group_queries(_as_one_query(_cast(setup, torch.float32)), setup.case)
+
+
+def _as_one_query(sets: attention.Sets) -> attention.Sets:
+    return [(q.flatten(1, 2)[:, :, None], k, v) for q, k, v in sets]
 
 
 def openvino(setup: Setup) -> Run:
-    run = attention.scaled_products(_floats(setup), setup.dtype, causal=False)
+    run = attention.scaled_products(_cast(setup, torch.float32), setup.dtype, causal=False)
     return lambda i: run(i).reshape(setup.case["B"], 1, setup.case["Hq"], -1)
+
+
+def flash_attention(setup: Setup) -> Run:
+    return ggml.flash_attention(_as_one_query(_cast(setup, attention.half_as_float16(setup.dtype))), None)
 
 
 def append(setup: Setup, backend: str) -> Run:

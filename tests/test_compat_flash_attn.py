@@ -284,6 +284,10 @@ def test_refusals():
         fa.flash_attn_varlen_func(q[0], cache, cache, cu, cu, 1, 1, dropout_p=0.1, block_table=table[:1])
     with pytest.raises(ValueError, match="expected at most the 40 positions"):
         fa.flash_attn_with_kvcache(q, cache, cache, q, q, cache_seqlens=40)
+    for kind in (ValueError, RuntimeError):  # the latter is flash-attn's
+        for new, length in ((q, 40), (None, 41)):
+            with pytest.raises(kind, match="at most the 40 positions of the pages in block_table"):
+                fa.flash_attn_with_kvcache(q, cache, cache, new, new, cache_seqlens=length, block_table=table)
     with pytest.raises(ValueError, match="new keys"):
         fa.flash_attn_with_kvcache(q, cache, cache, rotary_cos=draw(64, 4), rotary_sin=draw(64, 4), cache_seqlens=9)
     with pytest.raises(ValueError, match="dropout_p"):

@@ -261,6 +261,9 @@ def flash_attn_with_kvcache(
                     f"{end}: cache_seqlens and the new tokens"
                 )
             q = _rotate_queries(q, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
+        if k is not None or q.device.type == "cpu":  # looking waits for a GPU; its kernels trust lengths alone
+            place = "cache" if block_table is None else "pages in block_table"
+            _check_room(lengths, 0 if k is None else k.shape[1], table.shape[1] * k_cache.shape[1], place)
         if k is not None and v is not None:
             angles = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "interleaved": rotary_interleaved}
             lengths = _append(k_cache, v_cache, k, v, lengths, table, angles)
@@ -372,17 +375,25 @@ def _rotate_queries(q: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, local:
     return turned.view(q.shape)
 
 
+class _NoRoom(ValueError, RuntimeError):
+    """A ValueError as everywhere in metate, and flash-attn's RuntimeError for callers that catch that."""
+
+
+def _check_room(lengths: Tensor, new: int, room: int, place: str) -> None:
+    end = new + (int(lengths.max()) if lengths.numel() else 0)
+    if end > room:
+        raise _NoRoom(
+            f"flash_attn_with_kvcache: cache_seqlens + {new} new keys reach {end}, expected at most the {room} "
+            f"positions of the {place}"
+        )
+
+
 def _append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor, angles: dict[str, Any]
 ) -> Tensor:
     """Writes k, turned, and v behind what the cache holds; the new lengths."""
     page_size = k_cache.shape[1]
     positions = lengths[:, None] + torch.arange(k.shape[1], device=k.device, dtype=torch.int32)
-    if positions.numel() and int(positions.max()) >= table.shape[1] * page_size:
-        raise ValueError(
-            f"flash_attn_with_kvcache: cache_seqlens + {k.shape[1]} new keys reach {int(positions.max()) + 1}, "
-            f"expected at most the {table.shape[1] * page_size} positions of the cache"
-        )
     slots = table.gather(1, (positions // page_size).long()).long() * page_size + positions % page_size
     if angles["rotary_cos"] is not None:
         angles = {name: a.float() if isinstance(a, Tensor) else a for name, a in angles.items()}

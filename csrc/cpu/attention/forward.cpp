@@ -94,9 +94,9 @@ void pack_block(const Shape& s, const Sequence& seq, int64_t kv_head, Block& blo
     const int64_t keys = (until < seq.keys - block.key ? until : seq.keys - block.key) - from;
     pack_transposed(my.k + from * s.d_words, row_at<T>(a.k, seq.batch, seq.k0 + first, kv_head), a.k.stride[1],
                     a.k.stride[3], keys, s.d);
-    block.finite = pack_rows(my.v + from / elements_of<Word> * panel,
-                             row_at<T>(a.v, seq.batch, seq.k0 + first, kv_head), a.v.stride[1], a.v.stride[3], keys,
-                             s.dv, steps_of<Word>(until - from), steps_of<Word>(s.block) * panel);
+    block.finite =
+        pack_rows(my.v + from / elements_of<Word> * panel, row_at<T>(a.v, seq.batch, seq.k0 + first, kv_head),
+                  a.v.stride[1], a.v.stride[3], keys, s.dv, steps_of<Word>(keys), steps_of<Word>(s.block) * panel);
 }
 
 // Softmax of one tile.

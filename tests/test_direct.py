@@ -28,7 +28,7 @@ def states(*shape):
 
 
 def direct(*args):
-    return MERGE._direct[0].call(args)
+    return MERGE._direct[0].call(args, False)
 
 
 @pytest.mark.parametrize("op", WITH_KERNEL, ids=lambda op: op.name)
@@ -44,13 +44,16 @@ def test_both_ways_give_the_same_bits(op):
         if op.plan(args)[0] != "cpu":
             continue
         first = op(*args)
-        result = op._direct[0].call(args)
+        result = op._direct[0].call(args, False)
         if result is NotImplemented:
             continue
         taken += 1
         for a, b in zip(first, result, strict=True) if isinstance(first, tuple) else [(first, result)]:
             assert a.dtype == b.dtype and a.stride() == b.stride() and a.device == b.device
             assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), case
+        if isinstance(result, tuple):
+            alone = op._direct[0].call(args, True)
+            assert torch.equal(alone, result[0]) or torch.equal(alone.isnan(), result[0].isnan()), case
     assert taken or all(looks)
 
 
@@ -121,6 +124,23 @@ def test_a_lazily_negated_tensor_is_not_read_as_it_lies_in_memory():
     assert negated.is_neg()
     assert direct(negated, lses) is NotImplemented
     torch.testing.assert_close(metate.merge_attention_states(negated, lses), expected)
+
+
+def test_the_first_result_alone():
+    args = states(4)
+    out, _ = MERGE.call(args)
+    for _ in range(2):
+        assert torch.equal(MERGE.call(args, first_only=True), out)
+    with metate.use("reference"):
+        torch.testing.assert_close(MERGE.call(args, first_only=True), out)
+
+
+def test_a_result_beyond_all_memory_is_refused():
+    one = torch.zeros(1)
+    for queries in (2**40, 2**60):
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                metate.merge_attention_states(one.expand(2, 1, queries, 2, 2**10), one.expand(2, 1, 2, queries))
 
 
 def test_results_are_ordinary_tensors():

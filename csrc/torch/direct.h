@@ -51,7 +51,7 @@ inline bool dispatcher_is_wanted(Py_ssize_t count = PyTuple_Size(python.guards))
 class Reader {
   public:
     // grad: a tensor that wants a gradient needs the dispatcher.
-    explicit Reader(bool grad) : grad_(grad) { key_.clear(); }
+    explicit Reader(bool grad) : grad_(grad) {}
 
     bool read(PyObject* object, Tensor& out) {
         PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
@@ -69,10 +69,9 @@ class Reader {
         int64_t elements = 1;
         for (int i = 0; i < tensor.dims; ++i) elements *= tensor.sizes[i];
         if (!tensor.data && elements) return false;  // zeros that autograd does not store
-        write(tensor.dtype.kind | tensor.dtype.bits << 8 | tensor.dims << 16);
-        key_.append(reinterpret_cast<const char*>(tensor.sizes), sizeof(int64_t) * tensor.dims);
         out.borrow(tensor);
-        return true;
+        return write(tensor.dtype.kind | tensor.dtype.bits << 8 | tensor.dims << 16) &&
+               write(tensor.sizes, sizeof(int64_t) * tensor.dims);
     }
 
     bool read(PyObject* object, std::optional<Tensor>& out) {
@@ -106,17 +105,23 @@ class Reader {
         return std::apply([&](auto&... each) { return (read(PyTuple_GetItem(object, i++), each) && ...); }, out);
     }
 
-    std::string_view key() const { return key_; }
+    std::string_view key() const { return {key_, used_}; }
 
   private:
     template <class T>
     bool write(T value) {
-        key_.append(reinterpret_cast<const char*>(&value), sizeof value);
+        return write(&value, sizeof value);
+    }
+    bool write(const void* bytes, size_t count) {
+        if (count > sizeof key_ - used_) return false;
+        memcpy(key_ + used_, bytes, count);
+        used_ += count;
         return true;
     }
 
     bool grad_;
-    inline static thread_local std::string key_;
+    size_t used_ = 0;
+    char key_[1024];
 };
 
 // Buffers joined the limited API with Python 3.11, as they have been since 3.0.
@@ -157,14 +162,15 @@ class Admitted {
     std::unordered_set<std::string, Hash, std::equal_to<>> keys_;
 };
 
-inline PyObject* to_python(Tensor& result) {
+inline PyObject* to_python(Tensor& result, bool = false) {
     void* object = nullptr;
     if (exchange->object_from_managed(result.release(), &object)) return nullptr;
     return static_cast<PyObject*>(object);
 }
 
 template <class... Results>
-PyObject* to_python(std::tuple<Results...>& results) {
+PyObject* to_python(std::tuple<Results...>& results, bool first_only) {
+    if (first_only) return to_python(std::get<0>(results));
     PyObject* tuple = PyTuple_New(sizeof...(Results));
     Py_ssize_t i = 0;
     auto put = [&](Tensor& result) {
@@ -179,7 +185,7 @@ PyObject* to_python(std::tuple<Results...>& results) {
 }
 
 struct Binding {
-    PyObject* (*call)(const Binding&, PyObject* args);
+    PyObject* (*call)(const Binding&, PyObject* args, bool first_only);
     void (*admit)(Binding&, PyObject* args);
     Admitted admitted;
 };
@@ -198,10 +204,10 @@ template <class Result, class... Args, Result (*fn)(Args...)>
 struct Door<fn> {
     using Values = std::tuple<std::remove_cvref_t<Args>...>;
 
-    static PyObject* call(const Binding& binding, PyObject* args) {
+    static PyObject* call(const Binding& binding, PyObject* args, bool first_only) {
         try {
             Values values;
-            Reader reader(truth(PyObject_CallNoArgs(python.is_grad_enabled)));
+            Reader reader(aoti_torch_grad_mode_is_enabled());
             if (!reader.read(args, values) || !binding.admitted.has(reader.key())) Py_RETURN_NOTIMPLEMENTED;
             if constexpr (std::is_void_v<Result>) {
                 without_lock(values);
@@ -210,7 +216,7 @@ struct Door<fn> {
             } else {
                 Result result = without_lock(values);
                 ++served;
-                return to_python(result);
+                return to_python(result, first_only);
             }
         } catch (const NeedsDispatcher&) {
             Py_RETURN_NOTIMPLEMENTED;
@@ -248,12 +254,14 @@ inline bool is_tuple(PyObject* args) {
     return false;
 }
 
-// call(args): the binding's result, or NotImplemented where the dispatcher must be asked.
-inline PyObject* call(PyObject* capsule, PyObject* args) {
-    if (!is_tuple(args)) return nullptr;
+// call(args, first_only): the binding's results or the first of them, or NotImplemented where the dispatcher must be
+// asked.
+inline PyObject* call(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) {
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected two arguments");
+    if (!is_tuple(arguments[0])) return nullptr;
     if (dispatcher_is_wanted()) Py_RETURN_NOTIMPLEMENTED;
     const Binding& binding = *binding_of(capsule);
-    return binding.call(binding, args);
+    return binding.call(binding, arguments[0], arguments[1] == Py_True);
 }
 
 // admit(args): calls like this one may come directly.
@@ -303,7 +311,7 @@ inline PyObject* start(PyObject*, PyObject* args) {
 // direct(name): (call, admit, forget) of a binding.
 inline PyObject* direct(PyObject*, PyObject* name) {
     static PyMethodDef methods[] = {
-        {"call", call, METH_O, nullptr},
+        {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr},
         {"admit", admit, METH_O, nullptr},
         {"forget", forget, METH_NOARGS, nullptr},
     };

@@ -9,6 +9,8 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#include <stdlib.h>
+#include <string.h>
 
 #include <initializer_list>
 #include <memory>
@@ -158,13 +160,29 @@ View<N> view(const std::optional<Tensor>& tensor) {
     return tensor ? view<N>(*tensor) : View<N>{};
 }
 
-inline Tensor allocate_directly(int32_t dims, int64_t* sizes, int64_t* strides, const DTypeName& name) {
-    dlpack::Tensor prototype{nullptr, {dlpack::cpu, 0}, dims, {name.kind, name.bits, 1}, sizes, strides, 0};
-    dlpack::ManagedTensor* out = nullptr;
-    std::string problem;
-    auto note = [](void* context, const char*, const char* message) { *static_cast<std::string*>(context) = message; };
-    if (exchange->allocate(&prototype, &out, &problem, note)) throw std::runtime_error(problem);
-    return Tensor(out);
+constexpr int most_dims = 8;  // of a result
+
+// A result of a direct call: its description and, from the next cache line on, its memory. Torch's own allocation goes
+// through the dispatcher and takes as long as a small kernel; where there is no memory, it is asked and says so.
+inline Tensor allocate_directly(int32_t dims, const int64_t* sizes, const int64_t* strides, const DTypeName& name) {
+    struct Block {
+        dlpack::ManagedTensor result;
+        int64_t sizes[most_dims], strides[most_dims];
+    };
+    constexpr size_t line = 64, head = sizeof(Block) + line;
+    size_t bytes = name.bits / 8;
+    bool too_many = false;
+    for (int i = 0; i < dims; ++i) too_many |= __builtin_mul_overflow(bytes, sizes[i], &bytes);
+    Block* const block = too_many || bytes > PTRDIFF_MAX - head ? nullptr : static_cast<Block*>(malloc(head + bytes));
+    if (!block) throw NeedsDispatcher{};
+    memcpy(block->sizes, sizes, sizeof(int64_t) * dims);
+    memcpy(block->strides, strides, sizeof(int64_t) * dims);
+    void* const data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(block) + head) / line * line);
+    const auto give_back = [](dlpack::ManagedTensor* result) { free(result); };
+    const dlpack::Tensor tensor{data,         {dlpack::cpu, 0}, dims, {name.kind, name.bits, 1},
+                                block->sizes, block->strides,   0};
+    block->result = {{dlpack::major_version, 0}, nullptr, give_back, 0, tensor};
+    return Tensor(&block->result);
 }
 
 // Memory that nobody has touched yet comes a page at a time while a kernel writes; large results want large pages.
@@ -182,12 +200,11 @@ inline void prefer_large_pages(const Tensor& tensor) {
 
 // An uninitialised contiguous tensor on the device of `like`, and of its dtype unless one is given.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<DType> dtype = {}) {
-    constexpr int most = 8;
-    STD_TORCH_CHECK(sizes.size() <= most, "metate: at most ", most, " dimensions, got ", sizes.size());
+    STD_TORCH_CHECK(sizes.size() <= most_dims, "metate: at most ", most_dims, " dimensions, got ", sizes.size());
     const DType wanted = dtype ? *dtype : like.dtype();
     const DTypeName& name = *find_dtype([&](const DTypeName& each) { return each.dtype == wanted; });
     const int dims = static_cast<int>(sizes.size());
-    int64_t size[most], strides[most], next = 1;
+    int64_t size[most_dims], strides[most_dims], next = 1;
     for (int i = dims - 1; i >= 0; next *= size[i] > 1 ? size[i] : 1, --i) {
         size[i] = sizes.begin()[i];
         strides[i] = next;

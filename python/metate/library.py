@@ -53,7 +53,7 @@ class Direct:
     """The short way to a compiled operator, around torch's dispatcher (csrc/torch/direct.h)."""
 
     entry: Any  # the same operator by way of the dispatcher
-    call: Callable[[tuple[Any, ...]], Any]  # arguments -> results, or NotImplemented
+    call: Callable[[tuple[Any, ...], bool], Any]  # arguments, only the first result? -> results, or NotImplemented
     admit: Callable[[tuple[Any, ...]], None]  # calls like this one need no further check
     forget: Callable[[], None]  # all that was admitted
 

@@ -121,10 +121,11 @@ def window_sides(op: str, window: tuple[int, int], causal: bool) -> tuple[int, i
 
 def _two(op: str, name: str, given: tuple[int, int], expected: str) -> tuple[int, int]:
     """The two integers of a pair, which a compiler may not know yet."""
-    if not isinstance(given, (tuple, list)) or len(given) != 2 or any(type(n) not in _WHOLE for n in given):
-        raise fail(op, name, repr(given)[:60], expected, error=TypeError)
-    first, second = given
-    return first, second
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        first, second = given
+        if type(first) in _WHOLE and type(second) in _WHOLE:
+            return first, second
+    raise fail(op, name, repr(given)[:60], expected, error=TypeError)
 
 
 _WHOLE = (int, torch.SymInt)

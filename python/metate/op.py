@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from metate import library
@@ -127,19 +128,30 @@ class Op:
         REGISTRY[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        """The whole cost of a call without gradients is here and in the kernel: microseconds count."""
-        if torch.compiler.is_dynamo_compiling():
+        return self.call(args)
+
+    def call(self, args: Args, first_only: bool = False) -> Any:
+        """The results, or the first alone: direct calls make no tensors of the others.
+
+        The whole cost of a call without gradients is here and in the kernel: microseconds count.
+        """
+        if not is_dynamo_compiling():
+            state = _state.get()
+            if state is None:
+                for direct in self._direct:
+                    result = direct.call(args, first_only)
+                    if result is not NotImplemented:
+                        return result
+            elif state.capture:
+                self._without_tangents(args)
+                raise _Captured(self, args)
+        results = self._long_way(args)
+        return results[0] if first_only else results
+
+    def _long_way(self, args: Args) -> Any:
+        if is_dynamo_compiling():
             return self.torch_op(*args)
-        if forward_ad._current_level >= 0:
-            self._without_tangents(args)
-        state = _state.get()
-        if state is None:
-            for direct in self._direct:
-                result = direct.call(args)
-                if result is not NotImplemented:
-                    return result
-        elif state.capture:
-            raise _Captured(self, args)
+        self._without_tangents(args)
         if library.dispatcher_is_wanted():
             return self._dispatch(args)
         grad = torch.is_grad_enabled()
@@ -175,6 +187,8 @@ class Op:
 
     def _without_tangents(self, args: Args) -> None:
         """Refuses forward mode, whose tangents torch would drop at a custom operator: results with a tangent of 0."""
+        if forward_ad._current_level < 0:
+            return
         for name, arg in zip(self.axes, args, strict=False):
             if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
                 raise NotImplementedError(

@@ -153,7 +153,7 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
         out (batch, seqlen, heads, value_dim) and lse (batch, heads, seqlen); where every lse is -inf: 0 and -inf.
         Differentiable in both. Source: FlashInfer (Ye et al. 2025), section 2.2; FlashDecoding (2023).
     """
-    result: tuple[Tensor, Tensor] = merge_op(outs, lses)
+    result: tuple[Tensor, Tensor] = merge_op.call((outs, lses))
     return result
 
 
@@ -161,9 +161,9 @@ def _call(tensors: tuple[Any, ...], flags: tuple[Any, ...], lse: bool, sums: boo
     if backend is not None:
         with use(backend):
             return _call(tensors, flags, lse, sums, None)
-    out, log_sum = attention_op(*tensors, *flags)
     if not (lse or sums):
-        return out
+        return attention_op.call(tensors + flags, first_only=True)
+    out, log_sum = attention_op.call(tensors + flags)
     results = [out, log_sum] if lse else [out]
     if sums:
         q, k, _, bias, slopes, _, *masks = tensors

@@ -44,14 +44,14 @@ def moe_sort(experts: Tensor, num_experts: int, *, backend: str | None = None) -
         offsets: (num_experts + 1) int32: rows of expert e are offsets[e] … offsets[e+1] - 1.
     """
     with nullcontext() if backend is None else use(backend):
-        order, inverse, offsets = sort_op(experts, num_experts)
+        order, inverse, offsets = sort_op.call((experts, num_experts))
     return order, inverse, offsets
 
 
 def moe_permute(x: Tensor, order: Tensor, k: int = 1, *, backend: str | None = None) -> Tensor:
     """Row r of the result is x[order[r] // k], zeros where order[r] is -1; no choice stands in an order twice."""
     with nullcontext() if backend is None else use(backend):
-        out: Tensor = permute_op(x, order, k)
+        out: Tensor = permute_op.call((x, order, k))
     return out
 
 
@@ -63,7 +63,7 @@ def moe_unpermute(y: Tensor, inverse: Tensor, weights: Tensor | None = None, *, 
             y; None: all 1.
     """
     with nullcontext() if backend is None else use(backend):
-        out: Tensor = unpermute_op(y, inverse, weights)
+        out: Tensor = unpermute_op.call((y, inverse, weights))
     return out
 
 
@@ -102,9 +102,9 @@ def grouped_linear(
         if isinstance(w, QuantizedExperts):
             if isinstance(x, Tensor) and x.shape[-1:] != (w.shape[2],):
                 raise fail("grouped_linear", "x", f"of shape {tuple(x.shape)}", f"(rows, {w.shape[2]}) for {w!r}")
-            out: Tensor = grouped.quant_linear_op(x, *w.arguments(), bias, offsets, order, *w.scalars(), k)
+            out: Tensor = grouped.quant_linear_op.call((x, *w.arguments(), bias, offsets, order, *w.scalars(), k))
         else:
-            out = grouped.linear_op(x, w, offsets, bias, order, k)
+            out = grouped.linear_op.call((x, w, offsets, bias, order, k))
         if lora is None:
             return out
         if not isinstance(lora, (tuple, list)) or len(lora) != 2:
@@ -143,7 +143,7 @@ def gated_activation(
         raise fail("gated_activation", "x", "of shape ()", "(…, columns)")
     rows = x if x.dim() == 2 else x[None].flatten(0, -2)
     with nullcontext() if backend is None else use(backend):
-        out: Tensor = activation_op(rows, *choices)
+        out: Tensor = activation_op.call((rows, *choices))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
 
 
@@ -197,7 +197,7 @@ def moe_mlp(
     call = None
     if backend is None and lora_gate_up is None and lora_down is None:
         call = _in_one_call(x, route, parts, activated)
-    out: Any = NotImplemented if call is None else library.layer()[0].call(call)
+    out: Any = NotImplemented if call is None else library.layer()[0].call(call, False)
     if out is not NotImplemented:
         return out if x.dim() == 2 else out.view(x.shape)  # type: ignore[no-any-return]
     _check_layer(x, route, w_down)

@@ -165,12 +165,13 @@ def moe_route(
             a policy with a choice of its own ("expert_choice", "sinkhorn", "mixture_of_depths") would not look at.
     """
     _check(logits, score, group_rule, policy, capacity_factor, drop)
-    _check_policy(policy, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups,
-                  group_rule=group_rule, renormalise=renormalise, scaling=scaling, drop=drop)  # fmt: skip
+    if policy in _UNUSED:
+        _check_policy(policy, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups,
+                      group_rule=group_rule, renormalise=renormalise, scaling=scaling, drop=drop)  # fmt: skip
     if noise is not None:
         _check_noise(noise, logits)
         logits = logits + noise * _random(torch.randn, logits, generator)
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     with nullcontext() if backend is None else use(backend):
         if policy == "mixture_of_depths":
             return _mixture_of_depths(logits, 0.125 if capacity_factor is None else capacity_factor)
@@ -182,10 +183,10 @@ def moe_route(
             k = {"switch": 1, "gshard": 2}.get(policy, top_k)
             if k != top_k:
                 raise fail("moe_route", "top_k", top_k, f"{k} for policy {policy!r}")
-            weights, experts = topk_op(
+            weights, experts = topk_op.call((
                 flat, bias, k, SCORES.index(score), groups, top_groups, ("max", "sum").index(group_rule),
                 renormalise or policy == "gshard", scaling,
-            )  # fmt: skip
+            ))  # fmt: skip
     kept = experts if policy != "gshard" else _second_by_chance(weights, experts, flat.shape[1], generator)
     return _dropped(weights, experts, kept, flat, score, capacity_factor, drop)
 
@@ -214,9 +215,9 @@ def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_fa
         raise fail("moe_route", "logits", type(logits).__name__, "a torch.Tensor", error=TypeError)
     if logits.dim() < 2 or not logits.shape[-1]:
         raise fail("moe_route", "logits", f"of shape {tuple(logits.shape)}", "(…, num_experts)")
-    choices = {"score": (score, SCORES), "group_rule": (group_rule, ("max", "sum")), "policy": (policy, POLICIES),
-               "drop": (drop, ("position", "probability"))}  # fmt: skip
-    for name, (value, allowed) in choices.items():
+    choices = (("score", score, SCORES), ("group_rule", group_rule, ("max", "sum")), ("policy", policy, POLICIES),
+               ("drop", drop, ("position", "probability")))  # fmt: skip
+    for name, value, allowed in choices:
         if value not in allowed:
             raise fail("moe_route", name, repr(value), " or ".join(map(repr, allowed)))
     real = isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < math.inf
@@ -226,8 +227,6 @@ def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_fa
 
 def _check_policy(policy: str, top_k: int, experts: int, **given: Any) -> None:
     """For policies that do not call the operator, what it would check; and that nothing given is ignored."""
-    if policy not in _UNUSED:
-        return
     for name, default in _UNUSED[policy].items():
         value = given[name]
         if isinstance(value, Tensor) or value != default:

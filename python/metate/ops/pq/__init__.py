@@ -124,7 +124,7 @@ def pq_scan(
         if codes.dim() == 3:
             raise fail("pq_scan", "n", None, "the number of rows beside interleaved codes")
         n = codes.shape[0] if codes.dim() else 0
-    distances, found = scan_op(tables, codes, ranges, bias, row_bias, ids, keep, n, k, largest)
+    distances, found = scan_op.call((tables, codes, ranges, bias, row_bias, ids, keep, n, k, largest))
     return distances, found
 
 
@@ -163,7 +163,7 @@ def topk_distances(
     if metric == "cosine" and isinstance(queries, Tensor) and queries.is_floating_point():
         queries = torch.nn.functional.normalize(queries, dim=-1)
     biggest = bool(number) if largest is None else largest
-    distances, found = topk_op(queries, base, ranges, scale, offset, ids, keep, k, number, biggest)
+    distances, found = topk_op.call((queries, base, ranges, scale, offset, ids, keep, k, number, biggest))
     return distances, found
 
 

@@ -57,7 +57,7 @@ def quant_linear(
             return quant_linear(x, weight, bias, activation=activation)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     op = linear_op if activation is None else int8_op
-    out: Tensor = op(rows, *arguments(weight), bias, *scalars(weight))
+    out: Tensor = op.call((rows, *arguments(weight), bias, *scalars(weight)))
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.out_features)
 
 

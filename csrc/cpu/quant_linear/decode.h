@@ -157,8 +157,24 @@ inline void decode_pairs(float* to, int64_t stride, const int32_t* words, int64_
         for (int j = 0; j < 4; ++j, to += stride) store(to, as_float(lookup_pairs(table, word, 4 * j)));
     }
 }
+
+// The same of a whole block of `width` rows, as their codes lie: what fills the time in which rows come from memory.
+__attribute__((noinline)) static void decode_square(float* to, const uint8_t* from, int64_t row_bytes, int64_t ahead,
+                                                    const Values& v) {
+    const vi table = pair_table(v.entries);
+    vf square[width];
+    for (int i = 0; i < width; ++i) __builtin_prefetch(from + ahead + i * row_bytes, 0, 2);
+    load_transposed(square, from, row_bytes);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+            store(to + (4 * i + j) * panel, as_float(lookup_pairs(table, as_int(square[i]), 4 * j)));
+    }
+}
 #else
 inline void decode_pairs(float*, int64_t, const int32_t*, int64_t, const Values&) {}
+inline void decode_square(float*, const uint8_t*, int64_t, int64_t, const Values&) {}
 #endif
 
 // Scales.

@@ -8,9 +8,14 @@ namespace {
 
 void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {
     const LowBitMatrix& w = p.call.w;
-    const int64_t columns = smaller(block, w.columns - k * block);
+    const int64_t columns = smaller(block, w.columns - k * block), stride = w.codes.stride[0];
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const values = at.values + v * width;
+        if (p.pairs && columns == block && row + (v + 1) * width <= w.rows) {
+            const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + (row + v * width) * stride;
+            decode_square(values, codes + k * block / 2, stride, bytes_ahead(w, k), p.values);
+            continue;
+        }
         transpose_words(at.words, w, row + v * width, k, bytes_ahead(w, k));
         if (p.x.unit == Unit::pairs)
             decode_pairs(values, panel, at.words, columns, p.values);

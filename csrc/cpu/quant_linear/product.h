@@ -12,7 +12,10 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int tile_rows = width == 16 ? 12 : width == 8 ? 6 : 4;
+// Rows of x whose sums stay in registers; and, where there are enough of them, their totals too: with twice the rows,
+// stores would take a tenth of the time.
+constexpr int tile_rows = width == 4 ? 4 : 6;
+constexpr bool keeps_totals = width == 16;
 
 // Columns of one block that share a scale, at most `longest` or, of some pairs, `longest_pairs`.
 struct Chunk {
@@ -149,16 +152,50 @@ struct Tile {
     float* total;  // rows `panel` floats apart
 };
 
-// total = fma(sum, scale, total), the sum in units of the step if there is one, and the correction of what it left out.
-template <bool scaled>
-METATE_FN void add_sum(const Tile& t, int c, int r, int lane, vf sum) {
-    float* const at = t.total + r * panel + lane;
-    if (!scaled) return store(at, load(at) + sum);
-    if (t.steps) sum = sum * splat(t.steps[r * t.sums_stride + c]);
-    const int64_t scale = (t.chunks[c].group - t.first_group) * panel + lane;
-    vf total = fma(sum, load(t.scales + scale), load(at));
-    if (t.corrections) total = fma(splat(t.sums[r * t.sums_stride + c]), load(t.corrections + scale), total);
-    store(at, total);
+template <int rows>
+METATE_FN void load_totals(vf (&total)[rows][2], const float* from) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) total[r][v] = load(from + r * panel + v * width);
+    }
+}
+template <int rows>
+METATE_FN void store_totals(float* to, const vf (&total)[rows][2]) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) store(to + r * panel + v * width, total[r][v]);
+    }
+}
+
+// total = fma(sum, scale, total) for the sums of chunk c, which are in units of the step if there is one, and the
+// corrections of what they left out.
+template <bool scaled, int rows>
+METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, int64_t c, vf (&sum)[rows][2]) {
+    const int64_t scale = (t.chunks[c].group - t.first_group) * panel;
+    if (scaled && t.steps) {
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; ++r) {
+            const vf step = splat(t.steps[r * t.sums_stride + c]);
+            sum[r][0] = sum[r][0] * step;
+            sum[r][1] = sum[r][1] * step;
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v)
+            total[r][v] =
+                scaled ? fma(sum[r][v], load(t.scales + scale + v * width), total[r][v]) : total[r][v] + sum[r][v];
+    }
+    if (!scaled || !t.corrections) return;
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+        const vf x_sum = splat(t.sums[r * t.sums_stride + c]);
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) total[r][v] = fma(x_sum, load(t.corrections + scale + v * width), total[r][v]);
+    }
 }
 
 // sum + a word of x times words of W.
@@ -172,13 +209,13 @@ METATE_FN vf add_product(vf sum, vf x, vf values) {
 
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
 template <Unit unit, int rows, bool scaled, int together>
-METATE_FN void multiply_chunks(const Tile& t, int c) {
+METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, int c) {
     constexpr int per_word = columns_in<unit>, stride = block / per_word;
     const int chunk_words = t.most_columns / per_word;
     vf sum[together][rows][2];
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q) {
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
     }
     const int begin = t.chunks[c].begin / per_word;
@@ -190,7 +227,7 @@ METATE_FN void multiply_chunks(const Tile& t, int c) {
             for (int q = 0; q < together; ++q) {
                 const float* const value = values + (q * chunk_words + j) * panel;
                 const vf first = load(value), second = load(value + width);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
                 for (int r = 0; r < rows; ++r) {
                     const vf a = splat(x[r * stride + q * chunk_words + j]);
                     sum[q][r][0] = add_product<unit>(sum[q][r][0], a, first);
@@ -205,14 +242,10 @@ METATE_FN void multiply_chunks(const Tile& t, int c) {
     int left = unit == Unit::pairs ? static_cast<int>(ceil_div(columns, unit_columns)) * 4 : columns;
     for (; left >= 4; left -= 4) add_columns.template operator()<4>();
     for (; left > 0; --left) add_columns.template operator()<1>();
+    if (!keeps_totals) load_totals(total, t.total);
 #pragma GCC unroll 4
-    for (int q = 0; q < together; ++q) {
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v) add_sum<scaled>(t, c + q, r, v * width, sum[q][r][v]);
-        }
-    }
+    for (int q = 0; q < together; ++q) add_sums<scaled>(total, t, c + q, sum[q]);
+    if (!keeps_totals) store_totals(t.total, total);
 }
 
 // Whether the n chunks from number c on are whole.
@@ -221,16 +254,20 @@ METATE_FN bool are_whole(const Tile& t, int c, int n) {
 }
 
 template <Unit unit, int rows, bool scaled>
-__attribute__((noinline)) void multiply_tile(const Tile& t) {
+__attribute__((noinline)) void multiply_tile(const Tile& tile) {
     constexpr int together = rows > 2 ? 1 : 4 / rows;
+    const Tile t = tile;  // which no store to the totals can change
+    vf total[rows][2];
+    if (keeps_totals) load_totals(total, t.total);
     for (int c = 0; c < t.count;) {
         if (together > 1 && are_whole(t, c, together)) {
-            multiply_chunks<unit, rows, scaled, together>(t, c);
+            multiply_chunks<unit, rows, scaled, together>(total, t, c);
             c += together;
         } else {
-            multiply_chunks<unit, rows, scaled, 1>(t, c++);
+            multiply_chunks<unit, rows, scaled, 1>(total, t, c++);
         }
     }
+    if (keeps_totals) store_totals(t.total, total);
 }
 
 template <Unit unit, bool scaled, int rows = tile_rows>
@@ -241,7 +278,7 @@ METATE_FN void multiply_rows(int64_t n, const Tile& tile) {
     multiply_tile<unit, rows, scaled>(tile);
 }
 
-// All rows of x from `row` on with one panel. Tiles of about the same height: two of 8 are better than 12 and 4.
+// All rows of x from `row` on with one panel. Tiles of about the same height: two of 4 are better than 6 and 2.
 template <Unit unit, bool scaled>
 inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, Tile tile) {
     const int64_t tiles = ceil_div(rows, tile_rows);

@@ -13,7 +13,8 @@
 //
 // With int8_activations, x is rounded first: a chunk is a run of stored columns that ends at every 32nd column and at
 // every group's end; with `largest` the largest |x| of the row in it, x becomes round(x · (127 / largest)) · (largest
-// / 127), in float32, ties to even; 0 where largest is 0, or so small that 127 / largest is infinite.
+// / 127), in float32, ties to even; 0 where largest is 0, or so small that 127 / largest is infinite. With bfloat16 x
+// and a codebook, the rounded x may be rounded to bfloat16.
 #pragma once
 
 #include "metate.h"

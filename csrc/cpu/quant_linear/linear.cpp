@@ -145,7 +145,6 @@ Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_
             at.corrections && p.sums_scaled ? at.corrections + offset : nullptr,
             0,
             nullptr,
-            nullptr,
             p.x.most_chunks,
             at.totals + panel_number * rows * panel};
 }
@@ -205,7 +204,6 @@ void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
             load_window(p, at, 0, number * panel, first + k, first + k + 1, 3);
             enter_block(tile, p, first + k, at.first_group[0]);
             tile.sums = p.x.sums ? p.x.sums_of(first + k, 0) : nullptr;
-            tile.steps = p.x.steps ? p.x.steps + p.x.chunks_at(first + k, 0) : nullptr;
             add_chunks(sums, k, tile);
         }
     }
@@ -264,8 +262,7 @@ void scale_unit(const Problem& p, const Workspace& at, const float* sums, const 
         const int count = p.segments_of(k);
         for (int c = 0; c < count; ++c) {
             const int64_t scale = p.group_of(k, c) * panel;
-            const vf value = p.x.steps ? sum[c] * splat(p.x.steps[p.x.chunks_at(k, 0) + c]) : sum[c];
-            total = fma(value, load(scales + scale), total);
+            total = fma(sum[c], load(scales + scale), total);
             if (corrections) total = fma(splat(p.x_sum_of(k, c)), load(corrections + scale), total);
         }
     }
@@ -355,8 +352,6 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
             }
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * p.x.words());
-            const bool has_steps = p.pairs && all.calls[i].int8_activations;
-            p.x.steps = has_steps ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
             const int64_t columns = round_up(p.call.w.columns, p.lane_rows.run_columns());
             p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;

@@ -18,10 +18,7 @@ struct Problem {
     int64_t blocks, rows_at_once;
 
     explicit Problem(const QuantMatmul& c)
-        : call(c),
-          values(values_of(c.w)),
-          x{nullptr, nullptr, nullptr, c.x.size[0], 0},
-          blocks(ceil_div(c.w.rows, block)) {
+        : call(c), values(values_of(c.w)), x{nullptr, nullptr, c.x.size[0], 0}, blocks(ceil_div(c.w.rows, block)) {
         rows_at_once = smaller(128, x.rows);
     }
     Workspace workspace(Arena& arena) const {
@@ -90,7 +87,7 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t k) {
             for (int64_t i = 0; i < panels; ++i)
                 multiply<Unit::floats, false>(p.x, n, x_row, rows,
                                               {nullptr, at.values + i * block * panel, chunks, count, longest, nullptr,
-                                               nullptr, 0, nullptr, nullptr, 0, at.totals + i * rows * panel});
+                                               nullptr, 0, nullptr, 0, at.totals + i * rows * panel});
         }
         for (int64_t i = 0; i < panels; ++i) {
             float* const totals = at.totals + i * rows * panel;

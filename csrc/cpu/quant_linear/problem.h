@@ -100,13 +100,13 @@ struct Problem {
         can_turn = can_take_turns(c.w, arithmetic);
         takes_turns = can_turn && c.x.size[0] == 1;
         sums_scaled = c.w.group_size >= small_group;
-        x = {nullptr, nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
+        x = {nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
         spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
         x.unit = pairs ? Unit::pairs : Unit::floats;
-        if (pairs && !c.int8_activations && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
+        if (pairs && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
         lane_rows = {nullptr, c.x.size[0], x.most_columns / (pairs ? 2 : 1), x.most_columns};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }

@@ -42,11 +42,10 @@ template <Unit unit>
 constexpr int columns_in = unit == Unit::pairs ? 2 : 1;
 
 // A float or half a pair for every block, row and column of x, block after block, the rows of a block one after
-// another; and the sums of its chunks, and their steps where pairs are multiples of one. Columns come in the order of
-// the permutation.
+// another; and the sums of its chunks. Columns come in the order of the permutation.
 struct PackedRows {
-    float* x;             // (blocks, rows, words of a block)
-    float *sums, *steps;  // (blocks, rows, most_chunks), or null
+    float* x;     // (blocks, rows, words of a block)
+    float* sums;  // (blocks, rows, most_chunks), or null
     int64_t rows, most_chunks;
     Unit unit = Unit::floats;
     int most_columns = longest;  // of a chunk
@@ -70,9 +69,8 @@ void pack_line(float* to, const T* from, int64_t stride, const View<1>& permutat
     for (; i < n; ++i) to[i] = to_float(from[i * stride]);
 }
 
-// The n <= longest numbers of a chunk to whole multiples of their largest magnitude / 127, in units of it if
-// `in_steps`; returns that step.
-inline float round_chunk(float* x, int n, bool in_steps) {
+// The n <= longest numbers of a chunk to whole multiples of their largest magnitude / 127.
+inline void round_chunk(float* x, int n) {
     const vf zero = splat(0.0f);
     vf most = zero, poison = zero;
     for (int i = 0; i < n; i += width) {
@@ -85,46 +83,41 @@ inline float round_chunk(float* x, int n, bool in_steps) {
     const float inverse = largest_size > 0 && 127 / largest_size < infinity ? 127 / largest_size : 0;
     for (int i = 0; i < n; i += width) {
         const vf part = (n - i >= width ? load(x + i) : load(x + i, n - i)) * splat(inverse);
-        const vf whole = part - rest_of_round(part), rounded = in_steps ? whole : whole * splat(step);
+        const vf rounded = (part - rest_of_round(part)) * splat(step);
         n - i >= width ? store(x + i, rounded) : store(x + i, rounded, n - i);
     }
-    return step;
 }
 
-// The columns of a block as pairs, as decode_pairs has them: exact, for they were bfloat16.
+// The columns of a block as pairs, as decode_pairs has them, rounded to bfloat16 if they were not.
 inline void to_pairs(float* to, const float* from) {
-    int32_t bits[block], pairs[block / 2];
+    uint32_t bits[block], pairs[block / 2];
     memcpy(bits, from, sizeof bits);
+    for (uint32_t& x : bits) x += 0x7fff + (x >> 16 & 1);
     for (int i = 0; i < block; i += unit_columns)
-        for (int j = 0; j < 4; ++j)
-            pairs[i / 2 + j] = static_cast<int32_t>(static_cast<uint32_t>(bits[i + j]) >> 16) |
-                               (bits[i + j + 4] & static_cast<int32_t>(0xffff0000u));
+        for (int j = 0; j < 4; ++j) pairs[i / 2 + j] = bits[i + j] >> 16 | (bits[i + j + 4] & 0xffff0000u);
     memcpy(to, pairs, sizeof pairs);
 }
 
-// x, (rows, columns), as PackedRows; `group_size` for the sums, and where chunks are `rounded`.
+// x, (rows, columns), as PackedRows; `group_size` for the sums, and where chunks are `rounded`, of `longest` columns.
 template <class T>
 void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, int64_t group_size, bool rounded,
           const Runtime& runtime) {
     const int64_t columns = x.size[1], rows_at_once = 16, row_pieces = ceil_div(to.rows, rows_at_once);
     for_pieces(runtime, ceil_div(columns, block) * row_pieces, [&](int, int64_t piece) {
         const int64_t k = piece / row_pieces, first = piece % row_pieces * rows_at_once;
-        Chunk chunks[block];
-        const int count = to.sums || rounded ? chunks_of(chunks, columns, group_size, k, to.most_columns) : 0;
+        Chunk chunks[block], parts[block];
+        const int count = to.sums ? chunks_of(chunks, columns, group_size, k, to.most_columns) : 0;
+        const int rounded_parts = rounded ? chunks_of(parts, columns, group_size, k) : 0;
         for (int64_t row = first; row < smaller(to.rows, first + rows_at_once); ++row) {
             const T* from = static_cast<const T*>(x.data) + row * x.stride[0];
             float room[block] = {};
             float* const line = to.unit == Unit::pairs ? room : to.line(k, row);
             pack_line(line, from, x.stride[1], permutation, k * block, smaller(block, columns - k * block));
-            for (int c = 0; c < count && rounded; ++c) {
-                const float step = round_chunk(line + chunks[c].begin, chunks[c].end - chunks[c].begin, to.steps);
-                if (to.steps) to.steps[to.chunks_at(k, row) + c] = step;
-            }
+            for (int c = 0; c < rounded_parts; ++c) round_chunk(line + parts[c].begin, parts[c].end - parts[c].begin);
             if (to.unit == Unit::pairs) to_pairs(to.line(k, row), line);
             for (int c = 0; c < count && to.sums; ++c) {
                 double sum = 0;
                 for (int i = chunks[c].begin; i < chunks[c].end; ++i) sum += static_cast<double>(line[i]);
-                if (to.steps) sum *= static_cast<double>(to.steps[to.chunks_at(k, row) + c]);
                 to.sums_of(k, row)[c] = static_cast<float>(sum);
             }
         }
@@ -147,7 +140,7 @@ struct Tile {
     int count, most_columns;
     const float *scales, *corrections;  // (group, lane) at (group - first_group) · panel + lane; or null
     int64_t first_group;
-    const float *sums, *steps;  // of the chunks of x, rows sums_stride apart
+    const float* sums;  // of the chunks of x, rows sums_stride apart
     int64_t sums_stride;
     float* total;  // rows `panel` floats apart
 };
@@ -169,19 +162,10 @@ METATE_FN void store_totals(float* to, const vf (&total)[rows][2]) {
     }
 }
 
-// total = fma(sum, scale, total) for the sums of chunk c, which are in units of the step if there is one, and the
-// corrections of what they left out.
+// total = fma(sum, scale, total) for the sums of chunk c, and the corrections of what they left out.
 template <bool scaled, int rows>
-METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, int64_t c, vf (&sum)[rows][2]) {
+METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, int64_t c, const vf (&sum)[rows][2]) {
     const int64_t scale = (t.chunks[c].group - t.first_group) * panel;
-    if (scaled && t.steps) {
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; ++r) {
-            const vf step = splat(t.steps[r * t.sums_stride + c]);
-            sum[r][0] = sum[r][0] * step;
-            sum[r][1] = sum[r][1] * step;
-        }
-    }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
@@ -286,7 +270,6 @@ inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, 
         const int64_t first = rows * i / tiles, end = rows * (i + 1) / tiles;
         tile.x = x.line(k, row + first);
         tile.sums = x.sums ? x.sums_of(k, row + first) : nullptr;
-        tile.steps = x.steps ? x.steps + x.chunks_at(k, row + first) : nullptr;
         Tile part = tile;
         part.total += first * panel;
         multiply_rows<unit, scaled>(end - first, part);

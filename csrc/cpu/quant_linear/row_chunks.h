@@ -189,8 +189,7 @@ inline void add_chunks(const ChunkSums& from, int64_t k, const Tile t) {
             for (int c = 0; c < t.count; ++c) {
                 const int64_t chunk = (k * block + t.chunks[c].begin) / from.chunk_columns;
                 const int64_t scale = (t.chunks[c].group - t.first_group) * panel + v * width;
-                vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
-                if (t.steps) sum = sum * splat(t.steps[m * t.sums_stride + c]);
+                const vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
                 total = fma(sum, load(t.scales + scale), total);
                 if (t.corrections)
                     total = fma(splat(t.sums[m * t.sums_stride + c]), load(t.corrections + scale), total);

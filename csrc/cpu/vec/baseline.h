@@ -11,6 +11,7 @@ typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
 typedef uint64_t vl __attribute__((vector_size(16)));
+typedef uint16_t vs __attribute__((vector_size(8)));  // 16 bits of each lane
 typedef int16_t vh __attribute__((vector_size(16)));
 typedef uint16_t vuh __attribute__((vector_size(16)));
 struct vm {
@@ -52,11 +53,19 @@ METATE_FN vf load(const float* p, int64_t n) {
 METATE_FN void store(float* p, vf x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = x[i];
 }
+METATE_FN vi load_halves(const void* p) {
+    vs x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, vi);
+}
 METATE_FN vf load(const bf16* p) {
-    return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+    return (vf)(load_halves(p) << 16);
 }
 METATE_FN vf load(const f16* p) {
-    return vf{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+    const vi bits = load_halves(p), rest = bits & 0x7fff;
+    const vi normal = (rest << 13) + (rest < 0x7c00 ? splat(0x38000000) : splat(0x70000000));
+    const vi tiny = (vi)(__builtin_convertvector(rest, vf) * 0x1p-24f);
+    return (vf)((bits & 0x8000) << 16 | (rest < 0x400 ? tiny : normal));
 }
 
 METATE_FN vf fma(vf a, vf b, vf c) {
@@ -217,15 +226,22 @@ METATE_FN vf scale_by_power(vf p, vf n, vm m) {
     return (vf)(add((vi)p, power << 23) & m.lanes);
 }
 
-template <class T>
-METATE_FN void store_16_bit(T* p, vf x) {
-    for (int i = 0; i < width; ++i) p[i] = from_float<T>(x[i]);
+// As from_float(), lane by lane.
+METATE_FN void store_halves(void* p, vu x) {
+    const vs narrow = __builtin_convertvector(x, vs);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
 }
 METATE_FN void store(bf16* p, vf x) {
-    store_16_bit(p, x);
+    const vu bits = (vu)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    store_halves(p, x == x ? rounded : bits >> 16 | 0x40);
 }
 METATE_FN void store(f16* p, vf x) {
-    store_16_bit(p, x);
+    const vi bits = (vi)x, rest = bits & INT32_MAX;
+    const vi normal = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+    const vi tiny = (vi)((vf)rest + 0.5f) - 0x3f000000;
+    const vi finite = rest < 0x38800000 ? tiny : normal, no_number = splat(0x7e00), infinite = splat(0x7c00);
+    const vi size = rest < 0x477ff000 ? finite : rest > 0x7f800000 ? no_number : infinite;
+    store_halves(p, ((vu)bits >> 16 & 0x8000) | (vu)size);
 }
 
 METATE_FN void transpose(vf (&r)[width]) {

@@ -3,8 +3,9 @@
 // The build compiles each file of csrc/cpu but isa.cpp once per instruction set, with that set's flags and
 // -DMETATE_ISA=<name>. A kernel lives in namespace metate::cpu::<name>; METATE_DISPATCH, at the end of its file, emits
 // the chooser in the baseline pass only. A file that multiplies pairs of bfloat16 ends with METATE_DISPATCH_BF16
-// instead, and only then the build makes an avx512bf16 pass of it. Everything but the entry points stands in an unnamed
-// namespace: whatever the linker could merge across passes might run on a machine that lacks the instructions.
+// instead, and only then the build makes an avx512bf16 pass of it, for calls of bfloat16 alone. Everything but the
+// entry points stands in an unnamed namespace: whatever the linker could merge across passes might run on a machine
+// that lacks the instructions.
 #pragma once
 
 #include "../metate.h"
@@ -39,28 +40,29 @@ inline __attribute__((always_inline)) Isa isa_for(DType dtype) {
     void fn(const Params&, const Runtime&);     \
     }                                           \
     METATE_DISPATCH_TO(avx512bf16, fn, Params, dtype)
-#define METATE_DISPATCH_TO(best, fn, Params, dtype)    \
-    namespace metate::cpu {                            \
-    namespace avx2 {                                   \
-    void fn(const Params&, const Runtime&);            \
-    }                                                  \
-    namespace avx512 {                                 \
-    void fn(const Params&, const Runtime&);            \
-    }                                                  \
-    void fn(const Params& p, const Runtime& runtime) { \
-        switch (isa_for(dtype)) {                      \
-            case Isa::avx512bf16:                      \
-                return best::fn(p, runtime);           \
-            case Isa::avx512vbmi:                      \
-            case Isa::avx512vnni:                      \
-            case Isa::avx512:                          \
-                return avx512::fn(p, runtime);         \
-            case Isa::avx2:                            \
-                return avx2::fn(p, runtime);           \
-            case Isa::baseline:                        \
-                return baseline::fn(p, runtime);       \
-        }                                              \
-    }                                                  \
+#define METATE_DISPATCH_TO(best, fn, Params, dtype)                      \
+    namespace metate::cpu {                                              \
+    namespace avx2 {                                                     \
+    void fn(const Params&, const Runtime&);                              \
+    }                                                                    \
+    namespace avx512 {                                                   \
+    void fn(const Params&, const Runtime&);                              \
+    }                                                                    \
+    void fn(const Params& p, const Runtime& runtime) {                   \
+        switch (isa_for(dtype)) {                                        \
+            case Isa::avx512bf16:                                        \
+                if ((dtype) == DType::bf16) return best::fn(p, runtime); \
+                [[fallthrough]];                                         \
+            case Isa::avx512vbmi:                                        \
+            case Isa::avx512vnni:                                        \
+            case Isa::avx512:                                            \
+                return avx512::fn(p, runtime);                           \
+            case Isa::avx2:                                              \
+                return avx2::fn(p, runtime);                             \
+            case Isa::baseline:                                          \
+                return baseline::fn(p, runtime);                         \
+        }                                                                \
+    }                                                                    \
     }
 #else
 #define METATE_DISPATCH_BF16 METATE_DISPATCH

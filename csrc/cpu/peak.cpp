@@ -101,4 +101,4 @@ void peak(const Peak& p, const Runtime& runtime) {
 
 }  // namespace metate::cpu::METATE_ISA
 
-METATE_DISPATCH_BF16(peak, Peak, DType::f32)
+METATE_DISPATCH_BF16(peak, Peak, DType::bf16)

@@ -23,5 +23,12 @@ METATE_FN void store_any(T* to, int64_t stride, vf x, int64_t n) {
     for (int64_t i = 0; i < n && i < width; ++i) to[i * stride] = from_float<T>(line[i]);
 }
 
+// run<T>() with the elements of a dtype.
+template <class Run>
+METATE_FN void with_floats(DType dtype, const Run& run) {
+    if (only_bf16 || dtype == DType::bf16) return run.template operator()<bf16>();
+    if constexpr (!only_bf16) dtype == DType::f16 ? run.template operator()<f16>() : run.template operator()<float>();
+}
+
 }  // namespace
 }  // namespace metate::cpu::METATE_ISA

@@ -10,6 +10,16 @@
 #define METATE_HAS_BF16_DOT 1
 #endif
 
+namespace metate::cpu::METATE_ISA {
+namespace {
+#if defined(METATE_HAS_BF16_DOT)
+constexpr bool only_bf16 = true;  // calls of other dtypes take the avx512 pass
+#else
+constexpr bool only_bf16 = false;
+#endif
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA
+
 #if defined(__AVX512F__)
 #include "vec/avx512.h"
 #elif defined(__AVX2__)

@@ -5,7 +5,7 @@
 // float, or a Pair of bfloat16 that stand one after the other in k; `steps` counts words.
 #pragma once
 
-#include "../vec.h"
+#include "../strided.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -22,18 +22,12 @@ constexpr int elements_of = __is_same(Word, Pair) ? 2 : 1;
 // Calls run<T, Word>() with the elements of a dtype and the words in which this instruction set multiplies them.
 template <class Run>
 void with_words(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::bf16:
-#if defined(METATE_HAS_BF16_DOT)
-            return run.template operator()<bf16, Pair>();
-#else
-            return run.template operator()<bf16, float>();
-#endif
-        case DType::f16:
-            return run.template operator()<f16, float>();
-        default:
-            return run.template operator()<float, float>();
-    }
+    with_floats(dtype, [&]<class T>() {
+        if constexpr (only_bf16)
+            run.template operator()<T, Pair>();
+        else
+            run.template operator()<T, float>();
+    });
 }
 
 template <class Word>

@@ -71,13 +71,5 @@ inline void clear_outside(const View<2>& out, const View<1>& offsets) {
     }
 }
 
-// run<T>() with the elements of a dtype.
-template <class Run>
-METATE_FN void with_floats(DType dtype, const Run& run) {
-    if (dtype == DType::bf16) return run.template operator()<bf16>();
-    if (dtype == DType::f16) return run.template operator()<f16>();
-    run.template operator()<float>();
-}
-
 }  // namespace
 }  // namespace metate::cpu::METATE_ISA

@@ -92,7 +92,7 @@ struct Place {
 
     template <class S>
     S* row() const {
-        return const_cast<S*>(reinterpret_cast<const S*>(row_of<S>(cache, slot, head)));
+        return const_cast<S*>(reinterpret_cast<const S*>(row_of(cache, slot, head)));
     }
     void put(const uint8_t* codes, int64_t n) const {
         uint8_t* to = row<uint8_t>();

@@ -17,24 +17,20 @@ vf largest_of_rows(vf (&rows)[width]) {
     return rows[0];
 }
 
-// Weights in the words of products, at the place of logits from j on.
-template <class S, int n>
+// Weights at the place of logits from j on, as floats or as pairs of bfloat16.
+template <bool as_pairs, int n>
 METATE_FN void store_weights(float* x, int j, const vf (&y)[n]) {
-    if constexpr (has_bf16_dots<S>) {
+#if defined(METATE_HAS_BF16_DOT)
 #pragma GCC unroll 2
-        for (int i = 0; i < n; i += 2) {
-            const Words<S> words = narrow_pairs(y[i], y[i + 1]);
-            store(x + (j + i * width) / 2, as_float(words));
-        }
-    } else {
+    for (int i = 0; as_pairs && i < n; i += 2) store(x + (j + i * width) / 2, as_float(narrow_pairs(y[i], y[i + 1])));
+#endif
 #pragma GCC unroll 4
-        for (int i = 0; i < n; ++i) store(x + j + i * width, y[i]);
-    }
+    for (int i = 0; !as_pairs && i < n; ++i) store(x + j + i * width, y[i]);
 }
 
 // Turns the logits of a row into 2^(logit - reference), each times its scale where there are scales. Returns the sum
 // of the powers.
-template <class S>
+template <bool as_pairs>
 METATE_FN vf to_powers(float* x, float reference, const float* scales) {
     constexpr int vectors = tile_keys / width, batch = vectors < 4 ? vectors : 4;
     vf total = splat(0.0f);
@@ -48,7 +44,7 @@ METATE_FN vf to_powers(float* x, float reference, const float* scales) {
             total = total + y[i];
             if (scales) y[i] = y[i] * load(scales + j + i * width);
         }
-        store_weights<S>(x, j, y);
+        store_weights<as_pairs>(x, j, y);
     }
     return total;
 }
@@ -57,7 +53,7 @@ constexpr int soft_steps = 4;  // between products, how often a row asks for wha
 
 // Turns logits into weights of the values, for the new maximum m of each row, and finds by which factor old results
 // shrink: `width` rows at a time, for one alone waits for its own results most of the time.
-template <class S>
+template <bool as_pairs>
 void to_weights(const Piece& piece, const float* scales, const Scratch& my) {
     const int64_t pitch = piece.pitch(), count = piece.heads * pitch;
     for (int64_t first = 0; first < count; first += width) {
@@ -79,8 +75,8 @@ void to_weights(const Piece& piece, const float* scales, const Scratch& my) {
             rows[i] = splat(0.0f);
             if (row >= count || row % pitch >= piece.rows) continue;
             for (int step = 0; step < soft_steps; ++step) my.ahead->fetch();
-            rows[i] =
-                to_powers<S>(my.p + row * p_stride, references[i], scales ? scales + row / pitch * tile_keys : nullptr);
+            rows[i] = to_powers<as_pairs>(my.p + row * p_stride, references[i],
+                                          scales ? scales + row / pitch * tile_keys : nullptr);
         }
         store(piece.state.l + first, fma(load(piece.state.l + first), factor, sum_rows(rows)));
     }
@@ -162,7 +158,7 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
         for (int64_t h = 0; h < piece.heads; ++h) {
             if (done >> h & 1) continue;
             const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, first, together, my.rows, copies);
-            with_products<S>(s, piece, [&]<class W>() {
+            with_row_products<S>(s, [&]<class W>() {
                 for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
                     const int64_t row = h * piece.pitch() + r;
                     const Result to{piece.state.o + row * s.o_stride, s.o_stride, first ? as_it_is : my.factor + row,
@@ -182,8 +178,9 @@ void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Str
     const bool has_scales = bool(s.a.v_scale);
     int64_t steps = piece.heads * piece.rows * soft_steps;
     if (!piece.packed) steps += steps_of<S>(s, piece, *stream.tile, true);
-    stream.advance<S>(s, piece, true, steps, my);
-    with_products<S>(s, piece, [&]<class W>() { to_weights<W>(piece, has_scales ? my.v_scale : nullptr, my); });
+    stream.advance(s, piece, true, steps, my);
+    with_products<S>(s, piece,
+                     [&]<class W>() { to_weights<has_bf16_dots<W>>(piece, has_scales ? my.v_scale : nullptr, my); });
     add_values<S>(s, piece, *stream.tile, my);
 }
 
@@ -224,7 +221,7 @@ void for_pieces_of(const Shape& s, const Sequence& seq, const Run& run) {
     }
 }
 
-template <class T, class S>
+template <class S>
 void run_piece(const Shape& s, const Piece& piece, const Piece* following, const Scratch& my) {
     const int64_t rows = round_up(piece.heads * piece.pitch(), width);
     memset(piece.state.o, 0, static_cast<size_t>(rows * s.o_stride) * sizeof(float));
@@ -233,28 +230,36 @@ void run_piece(const Shape& s, const Piece& piece, const Piece* following, const
         store(piece.state.l + r, splat(0.0f));
     }
     const Sequence seq = sequence_of(s.a, piece.sequence);
-    for_tiles<T, S>(s, seq, piece, following, true, my,
-                    [&](const Stream& stream) { add_tile<S>(s, seq, piece, stream, my); });
+    for_tiles<S>(s, seq, piece, following, true, my,
+                 [&](const Stream& stream) { add_tile<S>(s, seq, piece, stream, my); });
 }
 
 // Results.
 
-template <class T>
-void store_out(const Shape& s, const Sequence& seq, int64_t query, int64_t head, const float* o) {
+inline void store_out(const Shape& s, const Sequence& seq, int64_t query, int64_t head, const float* o) {
     const View<4>& out = s.a.out;
-    T* to =
-        static_cast<T*>(out.data) + seq.batch * out.stride[0] + (seq.q0 + query) * out.stride[1] + head * out.stride[2];
-    int64_t c = 0;
-    if (out.stride[3] == 1) {
-        for (; c + width <= s.dv; c += width) store(to + c, load(o + c));
-    }
-    for (; c < s.dv; ++c) to[c * out.stride[3]] = from_float<T>(o[c]);
+    with_floats(out.dtype, [&]<class T>() {
+        T* const to = static_cast<T*>(out.data) + seq.batch * out.stride[0] + (seq.q0 + query) * out.stride[1] +
+                      head * out.stride[2];
+        int64_t c = 0;
+        if (out.stride[3] == 1) {
+            for (; c + width <= s.dv; c += width) store(to + c, load(o + c));
+        }
+        for (; c < s.dv; ++c) to[c * out.stride[3]] = from_float<T>(o[c]);
+    });
 }
 
-// Merges what the splits found for the rows of the first piece, from products of W; later splits are `step` pieces
-// apart.
-template <class T, class W>
-void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
+// The columns of a row of sums of W, divided by l, in their order.
+template <class W>
+void order_columns(const Shape& s, const float* o, float l, float* line) {
+    const float scale = l == 0.0f ? 0.0f : unit<W> / l;
+    for (int64_t c = 0; c < s.o_stride; c += width) {
+        for (int64_t j = c; j < c + width; ++j) line[column_of<W>(j)] = o[j] * scale;
+    }
+}
+
+// Merges what the splits found for the rows of the first piece; later splits are `step` pieces apart.
+inline void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
     const Sequence seq = sequence_of(s.a, piece->sequence);
     alignas(64) float o[max_key_dim + 2 * block], line[max_key_dim + 2 * block];
     for (int64_t i = 0; i < piece->heads * piece->rows; ++i) {
@@ -279,21 +284,18 @@ void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t step) {
         }
         *lse_at(s.a, seq, query, head) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
         if (s.a.sums) *lse_base_2_at(s, seq, query, head) = l == 0.0f ? -INFINITY : m + log2f(l);
-        const float scale = l == 0.0f ? 0.0f : unit<W> / l;
-        for (int64_t c = 0; c < s.o_stride; c += width) {
-            for (int64_t j = c; j < c + width; ++j) line[column_of<W>(j)] = o[j] * scale;
-        }
-        store_out<T>(s, seq, query, head, line);
+        with_cache(
+            s.a, [&]<class S>() { with_products<S>(s, *piece, [&]<class W>() { order_columns<W>(s, o, l, line); }); });
+        store_out(s, seq, query, head, line);
     }
 }
 
 // Rows without a sequence, and those of sequences without keys.
-template <class T>
-void write_empty(const Shape& s, const Sequence& seq, bool sinks) {
+inline void write_empty(const Shape& s, const Sequence& seq, bool sinks) {
     const float zeros[max_key_dim] = {};
     for (int64_t query = 0; query < seq.queries; ++query) {
         for (int64_t head = 0; head < s.a.q.size[2]; ++head) {
-            store_out<T>(s, seq, query, head, zeros);
+            store_out(s, seq, query, head, zeros);
             *lse_at(s.a, seq, query, head) =
                 sinks ? static_cast<const float*>(s.a.sinks.data)[head * s.a.sinks.stride[0]] : -INFINITY;
         }
@@ -305,10 +307,11 @@ struct Merge {
     int64_t first, splits, step;
 };
 
-template <class T, class S>
-void run(const PagedAttention& a, const Runtime& all_threads) {
+}  // namespace
+
+void paged_attention(const PagedAttention& a, const Runtime& all_threads) {
     if (a.q.size[2] == 0) return;
-    Shape s = shape_of<S>(a);
+    Shape s = shape_of(a);
     const int64_t sequences = a.seq_lens.size[0], sum_splits = a.sums ? ceil_div(a.sums.size[2], split_keys) : 0;
     const int64_t head_blocks = ceil_div(a.k_cache.size[2], s.heads);
     int64_t count = 0, merge_count = 0, logits = 0;
@@ -344,58 +347,31 @@ void run(const PagedAttention& a, const Runtime& all_threads) {
         }
     };
     const int64_t most = count > sum_splits * sequences * head_blocks ? count : sum_splits * sequences * head_blocks;
-    const auto scratch_of = lay_out(runtime, most, shared, [&](Arena& arena) { return take_scratch<S>(s, arena); });
+    const auto scratch_of = lay_out(runtime, most, shared, [&](Arena& arena) { return take_scratch(s, arena); });
     const int workers = workers_of(runtime, count);  // which go on at about the same pace
     for_pieces(runtime, count, [&](int worker, int64_t i) {
         const Piece* following = i + workers < count ? pieces + i + workers : nullptr;
-        run_piece<T, S>(s, pieces[i], following, scratch_of(worker));
+        with_cache(a, [&]<class S>() { run_piece<S>(s, pieces[i], following, scratch_of(worker)); });
     });
     for_pieces(runtime, merge_count, [&](int, int64_t i) {
         const Merge& m = merges[i];
-        const Piece* first = pieces + m.first;
-        with_products<S>(s, *first, [&]<class W>() { merge<T, W>(s, first, m.splits, m.step); });
+        merge(s, pieces + m.first, m.splits, m.step);
     });
     for (int64_t n = 0; n < sequences; ++n) {
         const Sequence seq = sequence_of(a, n);
-        if (seq.keys == 0) write_empty<T>(s, seq, bool(a.sinks));
+        if (seq.keys == 0) write_empty(s, seq, bool(a.sinks));
     }
     if (a.cu_seqlens_q) {
         const int64_t begin = at(a.cu_seqlens_q, 0), end = at(a.cu_seqlens_q, sequences);
-        write_empty<T>(s, {-1, 0, 0, begin, 0, 0}, false);
-        write_empty<T>(s, {-1, 0, end, a.q.size[1] - end, 0, 0}, false);
+        write_empty(s, {-1, 0, 0, begin, 0, 0}, false);
+        write_empty(s, {-1, 0, end, a.q.size[1] - end, 0, 0}, false);
     }
     for_pieces(runtime, sum_splits * sequences * head_blocks, [&](int worker, int64_t i) {
         const int64_t block = i % head_blocks, n = i / head_blocks;
-        find_sums<T, S>(s, n / sum_splits, n % sum_splits, block * s.heads, scratch_of(worker));
+        with_cache(a, [&]<class S>() {
+            find_sums<S>(s, n / sum_splits, n % sum_splits, block * s.heads, scratch_of(worker));
+        });
     });
-}
-
-// A cache of the queries' dtype, or a quantised one.
-template <class T>
-void run_stored(const PagedAttention& a, const Runtime& runtime) {
-    switch (a.k_cache.dtype) {
-        case DType::i8:
-            return run<T, int8_t>(a, runtime);
-        case DType::u8:
-            return run<T, nibbles>(a, runtime);
-        case DType::f8:
-            return run<T, e4m3>(a, runtime);
-        default:
-            return run<T, T>(a, runtime);
-    }
-}
-
-}  // namespace
-
-void paged_attention(const PagedAttention& a, const Runtime& runtime) {
-    switch (a.q.dtype) {
-        case DType::bf16:
-            return run_stored<bf16>(a, runtime);
-        case DType::f16:
-            return run_stored<f16>(a, runtime);
-        default:
-            return run_stored<float>(a, runtime);
-    }
 }
 
 }  // namespace metate::cpu::METATE_ISA

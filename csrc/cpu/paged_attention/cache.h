@@ -264,11 +264,9 @@ struct Slot {
     int64_t page, row;
 };
 
-template <class S>
 METATE_FN const uint8_t* row_of(const View<4>& cache, Slot slot, int64_t head) {
     return static_cast<const uint8_t*>(cache.data) +
-           (slot.page * cache.stride[0] + slot.row * cache.stride[1] + head * cache.stride[2]) *
-               static_cast<int64_t>(sizeof(S));
+           (slot.page * cache.stride[0] + slot.row * cache.stride[1] + head * cache.stride[2]) * bytes_of(cache.dtype);
 }
 
 METATE_FN float* scale_at(const View<3>& scales, Slot slot, int64_t head) {

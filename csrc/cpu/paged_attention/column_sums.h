@@ -7,12 +7,12 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 // sums[b, h, j] = Σ_i 2^(logit_ij - lse_i) of one split and a piece's heads: products as they were when lse was found.
-template <class T, class S>
+template <class S>
 void add_sums(const Shape& s, const Sequence& seq, const Cut& cut, Piece piece, const Scratch& my) {
     const PagedAttention& a = s.a;
     for (; piece.row < seq.queries * s.group; piece.row += cut.rows) {
         piece.rows = smaller(seq.queries * s.group - piece.row, cut.rows);
-        for_tiles<T, S>(s, seq, piece, nullptr, false, my, [&](const Stream& stream) {
+        for_tiles<S>(s, seq, piece, nullptr, false, my, [&](const Stream& stream) {
             const Tile& tile = *stream.tile;
             find_logits<S>(s, seq, piece, stream, my);
             for (int64_t i = 0; i < piece.heads * piece.rows; ++i) {
@@ -32,7 +32,7 @@ void add_sums(const Shape& s, const Sequence& seq, const Cut& cut, Piece piece, 
 }
 
 // The sums of some heads over one split, from nothing.
-template <class T, class S>
+template <class S>
 void find_sums(const Shape& s, int64_t n, int64_t split, int64_t head, const Scratch& my) {
     const View<3>& sums = s.a.sums;
     const int64_t heads = smaller(s.a.k_cache.size[2] - head, s.heads), first = split * split_keys;
@@ -44,7 +44,7 @@ void find_sums(const Shape& s, int64_t n, int64_t split, int64_t head, const Scr
     const Cut cut = cut_of(s, seq);
     for (int64_t h = 0; h < heads; h += cut.heads) {
         const int64_t together = smaller(heads - h, cut.heads);
-        add_sums<T, S>(s, seq, cut, Piece{n, head + h, together, 0, 0, first, first + split_keys, cut.packed, {}}, my);
+        add_sums<S>(s, seq, cut, Piece{n, head + h, together, 0, 0, first, first + split_keys, cut.packed, {}}, my);
     }
 }
 

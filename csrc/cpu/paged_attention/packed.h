@@ -77,7 +77,7 @@ template <class S>
 void multiply_packed_keys(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
     const Lines keys = lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies);
-    with_products<S>(s, piece, [&]<class W>() {
+    with_packed_products<S>([&]<class W>() {
         using Word = WordOf<W>;
         const int64_t words = words_of_row<W>(s.d);
         pack_keys<W>(s, keys, my.packed);
@@ -89,7 +89,8 @@ void multiply_packed_keys(const Shape& s, const Piece& piece, const Tile& tile, 
 
 // The products of a tile's keys with the rows of a piece, as logits.
 template <class S>
-void find_logits(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
+__attribute__((noinline)) void find_logits(const Shape& s, const Sequence& seq, const Piece& piece,
+                                           const Stream& stream, const Scratch& my) {
     const Tile& tile = *stream.tile;
     const int64_t pitch = piece.pitch();
     if (piece.packed)
@@ -114,7 +115,7 @@ template <class S>
 void add_packed_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
     const Lines values = lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies);
-    with_products<S>(s, piece, [&]<class W>() {
+    with_packed_products<S>([&]<class W>() {
         using Word = WordOf<W>;
         pack_values<W>(s, values, tile.count, my.packed);
         multiply_panels<Into::scaled>(

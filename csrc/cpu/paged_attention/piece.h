@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "../parallel.h"
+#include "../strided.h"
 #include "integer.h"
 #include "tile.h"
 
@@ -26,7 +27,6 @@ struct Shape {
     int64_t q_stride, o_stride;  // words of a row of q, floats of a row of results
     bool plain;                  // logits are products times scale and nothing else
     bool integers;               // products of few rows are those of integer.h
-    bool pairs;                  // what is quantised is multiplied as bfloat16, but by those
     bool packs;                  // some sequence has many rows
     float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
     float* lse_base_2;           // (batch, head, query), where sums are asked for: lse is rounded once more
@@ -131,20 +131,35 @@ constexpr int64_t p_stride = tile_keys + line_floats;
 METATE_FN bool has_whole_numbers(const Shape& s, const Piece& piece) {
     return s.integers && !piece.packed;
 }
-// Calls run<W>() for what the products of a piece read a cache as.
+// Calls run<S>() for what a cache holds.
+template <class Run>
+METATE_FN void with_cache(const PagedAttention& a, const Run& run) {
+    if (a.k_cache.dtype == DType::i8) return run.template operator()<int8_t>();
+    if (a.k_cache.dtype == DType::u8) return run.template operator()<nibbles>();
+    if (a.k_cache.dtype == DType::f8) return run.template operator()<e4m3>();
+    with_floats(a.k_cache.dtype, run);
+}
+// Calls run<W>() for what the products of a piece read a cache as: of many rows, of few, or of either.
+template <class S, class Run>
+METATE_FN void with_packed_products(const Run& run) {
+    if constexpr (has_pairs<S>)
+        run.template operator()<pairs<S>>();
+    else
+        run.template operator()<S>();
+}
+template <class S, class Run>
+METATE_FN void with_row_products([[maybe_unused]] const Shape& s, const Run& run) {
+    if constexpr (has_integers<S>) {
+        if (only_bf16 || s.integers) return run.template operator()<whole<S>>();  // all machines with pairs have them
+    }
+    if constexpr (!has_integers<S> || !only_bf16) with_packed_products<S>(run);
+}
 template <class S, class Run>
 METATE_FN void with_products(const Shape& s, const Piece& piece, const Run& run) {
-    if constexpr (has_integers<S>) {
-        if (has_whole_numbers(s, piece)) return run.template operator()<whole<S>>();
-    }
-    if constexpr (has_pairs<S>) {
-        if (s.pairs) return run.template operator()<pairs<S>>();
-    }
-    run.template operator()<S>();
+    piece.packed ? with_packed_products<S>(run) : with_row_products<S>(s, run);
 }
 
-template <class S>
-Shape shape_of(const PagedAttention& a) {
+inline Shape shape_of(const PagedAttention& a) {
     Shape s{a,
             1,
             1,
@@ -155,21 +170,21 @@ Shape shape_of(const PagedAttention& a) {
             false,
             false,
             false,
-            false,
             static_cast<float>(a.scale),
-            static_cast<float>(a.softcap)};
+            static_cast<float>(a.softcap),
+            nullptr};
     s.group = a.q.size[2] / a.k_cache.size[2];
-    s.heads = clamp(piece_bytes / larger(bytes_before<S>(s.d), 1), 1, smaller(max_heads, a.k_cache.size[2]));
-    s.q_stride = quantised<S> ? round_up(s.d, 2 * block) : words_of_row<S>(s.d);
-    s.o_stride = round_up(s.dv, quantised<S> ? 2 * block : block);
     s.plain = !(s.softcap > 0) && !a.alibi_slopes;
-    s.integers = has_integers<S> && a.q.dtype != DType::f32 && isa() >= Isa::avx512vnni;
-    s.pairs = has_pairs<S> && a.q.dtype == DType::bf16 && isa() >= Isa::avx512vbmi;
+    with_cache(a, [&]<class S>() {
+        s.heads = clamp(piece_bytes / larger(bytes_before<S>(s.d), 1), 1, smaller(max_heads, a.k_cache.size[2]));
+        s.q_stride = quantised<S> ? round_up(s.d, 2 * block) : words_of_row<S>(s.d);
+        s.o_stride = round_up(s.dv, quantised<S> ? 2 * block : block);
+        s.integers = has_integers<S> && a.q.dtype != DType::f32 && isa() >= Isa::avx512vnni;
+    });
     return s;
 }
 
-template <class S>
-Scratch take_scratch(const Shape& s, Arena& arena) {
+inline Scratch take_scratch(const Shape& s, Arena& arena) {
     const int64_t rows = round_up(larger(s.heads * piece_rows, s.packs ? packed_rows : 0), width);
     Scratch my;
     my.q = arena.take<float>(rows * s.q_stride);
@@ -189,6 +204,17 @@ Scratch take_scratch(const Shape& s, Arena& arena) {
 }
 
 // Queries.
+
+// Calls run<T>() for the elements of queries: those of the cache, unless it is quantised.
+template <class S, class Run>
+METATE_FN void with_queries(const Shape& s, const Run& run) {
+    if constexpr (is_pairs<S>)
+        run.template operator()<bf16>();
+    else if constexpr (quantised<S> || is_whole<S>)
+        with_floats(s.a.q.dtype, run);
+    else
+        run.template operator()<S>();
+}
 
 template <class T, class S>
 void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) {
@@ -218,16 +244,14 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
 
 // Tiles.
 
-template <class S>
-void place_rows(const View<4>& cache, int64_t head, const Tile& tile, Rows& rows) {
-    for (int64_t j = 0; j < tile_keys; ++j) rows.at[j] = row_of<S>(cache, tile.slot[j], head);
-    rows.next_head = cache.stride[2] * static_cast<int64_t>(sizeof(S));
+METATE_FN void place_rows(const View<4>& cache, int64_t head, const Tile& tile, Rows& rows) {
+    for (int64_t j = 0; j < tile_keys; ++j) rows.at[j] = row_of(cache, tile.slot[j], head);
+    rows.next_head = cache.stride[2] * bytes_of(cache.dtype);
 }
 
 // A key that no query sees takes the place of one that is seen: its row may be read, and its weight is 0.
-template <class S>
-void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece& piece, int64_t key, int64_t end,
-                Tile& tile) {
+inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece& piece, int64_t key,
+                       int64_t end, Tile& tile) {
     tile.key = key;
     tile.count = smaller(end - key, tile_keys);
     tile.some = 0;
@@ -246,8 +270,8 @@ void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece
     for (int64_t j = 0; j < tile_keys; ++j) {
         if (!(tile.some >> j & 1)) tile.slot[j] = tile.slot[seen];
     }
-    place_rows<S>(s.a.k_cache, piece.head, tile, tile.k);
-    place_rows<S>(s.a.v_cache, piece.head, tile, tile.v);
+    place_rows(s.a.k_cache, piece.head, tile, tile.k);
+    place_rows(s.a.v_cache, piece.head, tile, tile.v);
     if (!s.a.k_scale) return;
     const View<3>* const caches[] = {&s.a.k_scale, &s.a.v_scale};
     for (const View<3>* scales : caches) {
@@ -274,14 +298,13 @@ inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t
 }
 
 // The first keys of another piece, to be asked for: those that its first row sees.
-template <class S>
-void place_first_tile(const Shape& s, Piece piece, Tile& tile) {
+inline void place_first_tile(const Shape& s, Piece piece, Tile& tile) {
     piece.rows = 1;
     const Sequence seq = sequence_of(s.a, piece.sequence);
     const Row row = row_at(s, seq, piece.head, piece.row);
     int64_t begin, end;
     range_of(&row, piece, begin, end);
-    if (begin < end) place_tile<S>(s, seq, &row, piece, begin, end, tile);
+    if (begin < end) place_tile(s, seq, &row, piece, begin, end, tile);
 }
 
 // `count` rows from `first` on; copies where elements do not stand side by side.
@@ -300,7 +323,7 @@ METATE_FN Lines lines_of(const View<4>& cache, const Rows& rows, int64_t h, int6
 }
 
 // Scales of the rows of a tile, of keys and of values, 0 where nothing is seen.
-inline void gather_scales(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
+__attribute__((noinline)) void gather_scales(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     constexpr int columns = 2 * max_heads;
     static_assert(columns % width == 0);
     alignas(64) float lines[tile_keys][columns];  // heads' scales of a key, then of its value
@@ -353,7 +376,7 @@ inline void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint6
 }
 
 // Rows and queries of a piece.
-template <class T, class S>
+template <class S>
 void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my) {
     const int64_t pitch = piece.pitch();
     const bool whole_numbers = has_whole_numbers(s, piece);
@@ -361,7 +384,9 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
         float* q = my.q + h * pitch * s.q_stride;
         for (int64_t r = 0; r < piece.rows; ++r) {
             const Row& row = my.row[h * piece_rows + r] = row_at(s, seq, piece.head + h, piece.row + r);
-            with_products<S>(s, piece, [&]<class W>() { load_query<T, W>(s, seq, row, q + r * s.q_stride); });
+            with_products<S>(s, piece, [&]<class W>() {
+                with_queries<W>(s, [&]<class T>() { load_query<T, W>(s, seq, row, q + r * s.q_stride); });
+            });
         }
         memset(q + piece.rows * s.q_stride, 0, static_cast<size_t>((pitch - piece.rows) * s.q_stride) * sizeof(float));
         if constexpr (has_integers<S>) {
@@ -373,9 +398,8 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
 
 // The keys of a tile, or its values, as runs of memory: rows and heads that lie beside each other are one. Returns the
 // end of the runs.
-template <class S>
-Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, Run* to) {
-    const int64_t bytes = cache.size[3] * static_cast<int64_t>(sizeof(S));
+inline Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, Run* to) {
+    const int64_t bytes = cache.size[3] * bytes_of(cache.dtype);
     const bool beside = cache.stride[3] == 1 && cache.stride[2] == cache.size[3];
     const int64_t heads = beside ? 1 : piece.heads, length = beside ? piece.heads * bytes : bytes;
     const uint8_t* end = nullptr;
@@ -402,7 +426,7 @@ int64_t keys_together(const Shape& s, const Piece& piece) {
 template <class S>
 int64_t steps_of(const Shape& s, const Piece& piece, const Tile& tile, bool values) {
     int64_t steps = 0;
-    with_products<S>(s, piece, [&]<class W>() {
+    with_row_products<S>(s, [&]<class W>() {
         for_row_tiles(piece.rows, [&]<int n>(int64_t) {
             constexpr int64_t columns = blocks_of<W, n> * block_of<W>;
             const int64_t blocks = s.dv / columns + ceil_div(s.dv % columns, block_of<W>);
@@ -420,13 +444,12 @@ struct Stream {
     bool has_values;
 
     // Starts to ask, in `steps` steps, for what is read after the keys of the tile, or after its values.
-    template <class S>
     void advance(const Shape& s, const Piece& piece, bool after_values, int64_t steps, const Scratch& my) const {
         Run* end = my.runs;
         const bool has_next = next->some && (after_values || !has_values);
-        if (has_next) end = runs_of<S>(s.a.k_cache, next->k, piece, *next, end);
-        if (has_next && piece.packed && has_values) end = runs_of<S>(s.a.v_cache, next->v, piece, *next, end);
-        if (!after_values && has_values) end = runs_of<S>(s.a.v_cache, tile->v, piece, *tile, end);
+        if (has_next) end = runs_of(s.a.k_cache, next->k, piece, *next, end);
+        if (has_next && piece.packed && has_values) end = runs_of(s.a.v_cache, next->v, piece, *next, end);
+        if (!after_values && has_values) end = runs_of(s.a.v_cache, tile->v, piece, *tile, end);
         my.ahead->begin(my.runs, end, steps);
     }
 };
@@ -438,12 +461,12 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
     const int64_t pitch = piece.pitch();
     const int64_t together = s.a.k_cache.stride[3] == 1 ? piece.heads : 1;  // copies are of one head
     const uint8_t* copies[group_keys];
-    stream.advance<S>(s, piece, false, steps_of<S>(s, piece, tile, false), my);
+    stream.advance(s, piece, false, steps_of<S>(s, piece, tile, false), my);
     for (int64_t first = 0; first < tile.count; first += group_keys) {
         const int64_t count = smaller(tile.count - first, group_keys);
         for (int64_t h = 0; h < piece.heads; h += together) {
             const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, first, group_keys, my.rows, copies);
-            with_products<S>(s, piece, [&]<class W>() {
+            with_row_products<S>(s, [&]<class W>() {
                 for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
                     const int64_t row = h * pitch + r;
                     const Matrix q{my.q + row * s.q_stride, pitch * s.q_stride, s.q_stride};
@@ -456,20 +479,20 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
 }
 
 // Runs body(stream) for the tiles of a piece, which asks for the keys of a following one in the end.
-template <class T, class S, class Body>
+template <class S, class Body>
 void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Piece* following, bool has_values,
                const Scratch& my, const Body& body) {
-    begin_piece<T, S>(s, seq, piece, my);
+    begin_piece<S>(s, seq, piece, my);
     int64_t begin, end;
     range_of(my.row, piece, begin, end);
     Tile *tile = my.tile, *next = my.tile + 1;
-    if (begin < end) place_tile<S>(s, seq, my.row, piece, begin, end, *tile);
+    if (begin < end) place_tile(s, seq, my.row, piece, begin, end, *tile);
     for (int64_t key = begin; key < end; key += tile_keys) {
         next->some = 0;
         if (key + tile_keys < end)
-            place_tile<S>(s, seq, my.row, piece, key + tile_keys, end, *next);
+            place_tile(s, seq, my.row, piece, key + tile_keys, end, *next);
         else if (following)
-            place_first_tile<S>(s, *following, *next);
+            place_first_tile(s, *following, *next);
         if (tile->some) body(Stream{tile, next, has_values});
         Tile* done = tile;
         tile = next;

@@ -1,4 +1,5 @@
 // x Wᵀ + bias with W decoded panel by panel into the first-level cache.
+#include "../strided.h"
 #include "exact.h"
 #include "low_rank.h"
 #include "problem.h"
@@ -410,19 +411,13 @@ void run(const QuantLinears& all, const Runtime& runtime) {
 }  // namespace
 
 void quant_linears(const QuantLinears& all, const Runtime& runtime) {
-    switch (all.calls->x.dtype) {
 #if defined(METATE_ISA_BASELINE)
-        case DType::f64:
-            for (int64_t i = 0; i < all.count; ++i) linear_exact(all.calls[i], runtime);
-            return;
-#endif
-        case DType::bf16:
-            return run<bf16>(all, runtime);
-        case DType::f16:
-            return run<f16>(all, runtime);
-        default:
-            return run<float>(all, runtime);
+    if (all.calls->x.dtype == DType::f64) {
+        for (int64_t i = 0; i < all.count; ++i) linear_exact(all.calls[i], runtime);
+        return;
     }
+#endif
+    with_floats(all.calls->x.dtype, [&]<class T>() { run<T>(all, runtime); });
 }
 
 void quant_linear(const QuantLinear& call, const Runtime& runtime) {

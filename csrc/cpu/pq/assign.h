@@ -27,8 +27,7 @@ METATE_FN double error_share(int64_t columns) {
     return (static_cast<double>(columns + 8) * 3.3 + 10) * unit;
 }
 
-template <bool l2>
-void pack_centroids(Centroids& c, const Vectors<float>& v, bool largest) {
+inline void pack_centroids(Centroids& c, const Vectors<float>& v, bool l2, bool largest) {
     const float sign = largest ? -1.0f : 1.0f;
     double most = 0.0;
     for (int64_t r = 0; r < c.count; ++r) {
@@ -77,11 +76,11 @@ METATE_FN void pack_points(float* to, vf (&squares)[2], const Vectors<float>& x,
 }
 
 // The exact best of all centroids; id -1 where no distance is finite.
-template <bool l2>
-Hit best_of_all(const Vectors<float>& v, int64_t count, const float* point, bool largest) {
+inline Hit best_of_all(const Vectors<float>& v, int64_t count, const float* point, bool l2, bool largest) {
     Hit best{infinity, -1};
     for (int64_t i = 0; i < count; ++i) {
-        const float distance = static_cast<float>(exact_distance<l2>(v, point, v.row(i)));
+        const float distance = static_cast<float>(l2 ? exact_distance<true>(v, point, v.row(i))
+                                                     : exact_distance<false>(v, point, v.row(i)));
         const float key = largest ? -distance : distance;
         if (key < best.key && key > -infinity) best = {key, i};
     }
@@ -89,8 +88,8 @@ Hit best_of_all(const Vectors<float>& v, int64_t count, const float* point, bool
 }
 
 // found(point, centroid) for points first … first + count, count <= panel; centroid -1 where there is none.
-template <bool l2, class Found>
-METATE_FN void assign_points(const Centroids& c, const Vectors<float>& v, bool largest, const AssignSpace& at,
+template <class Found>
+METATE_FN void assign_points(const Centroids& c, const Vectors<float>& v, bool l2, bool largest, const AssignSpace& at,
                              const Vectors<float>& x, int64_t first, int64_t count, const Found& found) {
     vf squares[2], best[2], second[2];
     vi number[2] = {splat(0), splat(0)};
@@ -130,7 +129,7 @@ METATE_FN void assign_points(const Centroids& c, const Vectors<float>& v, bool l
     }
     for (int i = 0; i < count; ++i) {
         const bool known = c.count > 1 && (sure >> i & 1);
-        found(first + i, known ? numbers[i] : best_of_all<l2>(v, c.count, x.row(first + i), largest).id);
+        found(first + i, known ? numbers[i] : best_of_all(v, c.count, x.row(first + i), l2, largest).id);
     }
 }
 

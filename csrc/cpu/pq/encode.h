@@ -78,7 +78,7 @@ METATE_FN void encode_lanes(const Vectors<float>& book, int64_t centroids, float
     int32_t numbers[width];
     store(numbers, at.number);
     for (int64_t i = 0; i < count; ++i)
-        found(i, sure >> i & 1 ? numbers[i] : best_of_all<true>(book, centroids, x.row(i), false).id);
+        found(i, sure >> i & 1 ? numbers[i] : best_of_all(book, centroids, x.row(i), true, false).id);
 }
 
 // How far a point is from `width` centroids, each in a lane. `columns` divide a vector, in which the point stands again
@@ -145,7 +145,7 @@ METATE_FN int64_t encode_point(const Vectors<float>& book, int64_t centroids, co
     const vf bound = bound_of(splat(-largest(splat(0.0f) - at.best)), d);
     const uint32_t near = bits_of(not_less(bound, at.best));
     if (__builtin_popcount(near) != 1 || bits_of(not_less(bound, at.second)))
-        return best_of_all<true>(book, centroids, point, false).id;
+        return best_of_all(book, centroids, point, true, false).id;
     int32_t numbers[width];
     store(numbers, at.number);
     return numbers[__builtin_ctz(near)];

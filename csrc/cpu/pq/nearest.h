@@ -97,8 +97,8 @@ METATE_FN int64_t steps_of_rows(int64_t columns, bool l2) {
 }
 
 // Packs -2 b and |b|² (or -b), negated where the largest are sought. Lanes without a row are zeros.
-template <bool l2, class T>
-void pack_rows_of(PackedRows& packed, const Vectors<T>& v, int64_t first, int64_t rows, bool largest) {
+template <class T>
+void pack_rows_of(PackedRows& packed, const Vectors<T>& v, int64_t first, int64_t rows, bool l2, bool largest) {
     const vf factor = splat((l2 ? -2.0f : 1.0f) * (largest ? -1.0f : 1.0f));
     vf most = splat(0.0f);
     for (int64_t row = 0; row < rows; row += panel) {
@@ -156,26 +156,24 @@ struct PackedQueries {
     }
 };
 
-// What compare_block knows of a block: rows first … first + count of `v`, packed.
-template <class T>
+// What compare_block knows of a block: rows first … first + count, packed.
 struct Block {
-    const Vectors<T>& v;
     const PackedRows& packed;
-    int64_t first, count;
+    int64_t columns, first, count;
+    bool l2;
 };
 
-// Offers the rows of a block whose approximate keys do not exceed the bound.
-template <bool l2, class T>
-METATE_FN void offer_rows(const Search& s, const Block<T>& block, const float* query, const float* keys, float bound,
-                          double shift, double error, Best& best) {
+// Offers the rows of a block whose approximate keys do not exceed the bound; distance(query, row) is exact.
+template <class Distance>
+METATE_FN void offer_rows(const Search& s, const Block& block, const float* query, const float* keys, float bound,
+                          double shift, double error, const Distance& distance, Best& best) {
     for (int64_t c = 0; c < block.count; c += width) {
         uint32_t near = bits_of(not_less(splat(bound), load(keys + c)));
         for (; near; near &= near - 1) {
             const int64_t at = c + __builtin_ctz(near), row = block.first + at;
             if (at >= block.count || keys[at] > bound || !kept(s, row)) continue;
-            const float distance = static_cast<float>(exact_distance<l2>(block.v, query, block.v.row(row)));
             const float before = best.limit();
-            best.offer({key_of(s, distance), id_of(s, row)});
+            best.offer({key_of(s, distance(query, row)), id_of(s, row)});
             const float limit = best.limit();
             if (limit < before) {
                 const float lower = bound_of(limit, shift, error);
@@ -195,7 +193,7 @@ METATE_FN int64_t count_near(const float* keys, int64_t count, float bound) {
 
 // No less than the k-th least of `count` keys, whole vectors, and not much more, or inf: by halving what lies between
 // the least of all and the largest of the least of each lane.
-METATE_FN float kth_key(const float* keys, int64_t count, int64_t k) {
+inline float kth_key(const float* keys, int64_t count, int64_t k) {
     vf least[2] = {splat(infinity), splat(infinity)};
     for (int64_t i = 0; i < count; i += width) {
         vf& lane = least[i / width & 1];
@@ -222,13 +220,13 @@ METATE_FN bool worth_bound(const Search& s, const float* keys, int64_t count, fl
 }
 
 // Compares query r of a block of queries with a block of rows, given their approximate keys.
-template <bool l2, class T>
-METATE_FN void compare_query(const Search& s, const Block<T>& block, const PackedQueries& queries, int64_t r,
-                             const float* keys, Best& best) {
+template <class Distance>
+METATE_FN void compare_query(const Search& s, const Block& block, const PackedQueries& queries, int64_t r,
+                             const float* keys, const Distance& distance, Best& best) {
     const double size = queries.size[r], far = block.packed.size;
-    const double error = static_cast<double>(block.v.columns + 8) * 1.1 * unit * size * far * (l2 ? 2 : 1) +
-                         (l2 ? static_cast<double>(block.v.columns + 8) * 2.2 * unit * far * far : 0.0);
-    const double shift = l2 ? (s.largest ? -queries.square[r] : queries.square[r]) : 0.0;
+    const double error = static_cast<double>(block.columns + 8) * 1.1 * unit * size * far * (block.l2 ? 2 : 1) +
+                         (block.l2 ? static_cast<double>(block.columns + 8) * 2.2 * unit * far * far : 0.0);
+    const double shift = block.l2 ? (s.largest ? -queries.square[r] : queries.square[r]) : 0.0;
     const float* const query = queries.rows + r * block.packed.steps;
     float bound = bound_of(best.limit(), shift, error);
     if (const int64_t whole = block.count / width * width; worth_bound(s, keys, whole, bound)) {
@@ -236,13 +234,13 @@ METATE_FN void compare_query(const Search& s, const Block<T>& block, const Packe
         const float other = bound_of(static_cast<float>(least), shift, error);
         bound = other < bound ? other : bound;
     }
-    offer_rows<l2>(s, block, query, keys, bound, shift, error, best);
+    offer_rows(s, block, query, keys, bound, shift, error, distance, best);
 }
 
 // Compares `count` queries with a block. best(r) gives the best of query r, done(r, best) takes it back.
-template <bool l2, class T, class Open, class Close>
-METATE_FN void compare_block(const Search& s, const Block<T>& block, const PackedQueries& queries, int64_t count,
-                             float* keys, const Open& open, const Close& close) {
+template <class Distance, class Open, class Close>
+METATE_FN void compare_block(const Search& s, const Block& block, const PackedQueries& queries, int64_t count,
+                             float* keys, const Distance& distance, const Open& open, const Close& close) {
     const int64_t steps = block.packed.steps, panels = ceil_div(block.count, panel);
     for (int64_t q = 0; q < count; q += tile_rows) {
         const int rows = static_cast<int>(smaller(tile_rows, count - q));
@@ -253,7 +251,7 @@ METATE_FN void compare_block(const Search& s, const Block<T>& block, const Packe
                                keys + i * panel, base_rows, nullptr});
         for (int r = 0; r < rows; ++r) {
             Best best = open(q + r);
-            compare_query<l2>(s, block, queries, q + r, keys + r * base_rows, best);
+            compare_query(s, block, queries, q + r, keys + r * base_rows, distance, best);
             close(q + r, best);
         }
     }

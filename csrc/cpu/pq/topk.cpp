@@ -1,13 +1,34 @@
 // Brute-force search: many queries by products (nearest.h), few, or those with ranges of their own, row by row.
+#include "../strided.h"
 #include "assign.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
 
 template <class T>
-Vectors<T> vectors_of(const TopkDistances& c) {
+METATE_FN Vectors<T> vectors_of(const TopkDistances& c) {
     return {static_cast<const T*>(c.base.data), c.base.stride[0], c.base.size[1],
             static_cast<const float*>(c.scale.data), static_cast<const float*>(c.offset.data)};
+}
+
+// Calls run(vectors) for the rows of the base.
+template <class Run>
+METATE_FN void with_vectors(const TopkDistances& c, const Run& run) {
+    if (c.base.dtype == DType::i8) return run(vectors_of<int8_t>(c));
+    with_floats(c.base.dtype, [&]<class T>() { run(vectors_of<T>(c)); });
+}
+
+METATE_FN bool is_l2(const TopkDistances& c) {
+    return c.metric == Metric::l2;
+}
+
+// Of a row from a query, exactly.
+float distance_of(const TopkDistances& c, const float* query, int64_t row) {
+    double distance = 0.0;
+    with_vectors(c, [&]<class T>(const Vectors<T>& v) {
+        distance = is_l2(c) ? exact_distance<true>(v, query, v.row(row)) : exact_distance<false>(v, query, v.row(row));
+    });
+    return static_cast<float>(distance);
 }
 
 METATE_FN const float* query_of(const TopkDistances& c, int64_t q) {
@@ -46,32 +67,29 @@ METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* row
 }
 
 // The share of its magnitudes that a sum over the columns may be off.
-template <class T>
-METATE_FN double sum_share(const Vectors<T>& v) {
-    return unit * 2 * (static_cast<double>(v.columns / width) + 16);
+METATE_FN double sum_share(int64_t columns) {
+    return unit * 2 * (static_cast<double>(columns / width) + 16);
 }
 
 // How far off the sum of a squared distance of `distance` may be, u (columns / width + 16) of it; of int8, whose values
 // are rounded, as far as that moves the row.
-template <class T>
-METATE_FN double rounding(const Vectors<T>& v, double distance, double query) {
+METATE_FN double rounding(const TopkDistances& c, double distance, double query) {
     const double gap = __builtin_sqrt(distance);
-    return sum_share(v) * distance +
-           (__is_same(T, int8_t) ? 16 * unit * gap * (query + gap) + 1e-12 * query * query : 0.0);
+    return sum_share(c.base.size[1]) * distance +
+           (c.base.dtype == DType::i8 ? 16 * unit * gap * (query + gap) + 1e-12 * query * query : 0.0);
 }
 
-template <bool l2, class T>
-METATE_FN float row_bound(const Vectors<T>& v, float limit, double query) {
-    const double distance = l2 && limit - limit == 0.0f ? __builtin_fabs(static_cast<double>(limit)) : 0.0;
-    return bound_of(limit, 0.0, rounding(v, distance, query) + 0x1p-140);
+METATE_FN float row_bound(const TopkDistances& c, float limit, double query) {
+    const double distance = is_l2(c) && limit - limit == 0.0f ? __builtin_fabs(static_cast<double>(limit)) : 0.0;
+    return bound_of(limit, 0.0, rounding(c, distance, query) + 0x1p-140);
 }
 
 // Approximate keys of `count` rows, and inf to the end of a vector; of inner products, no more than the exact ones.
 // Returns how much more those may be.
 template <bool l2, class T>
-METATE_FN double approximate_keys(float* keys, const Vectors<T>& v, const float* query, int64_t first, int64_t count,
-                                  bool largest) {
-    const vf sign = splat(largest ? -1.0f : 1.0f), share = splat(static_cast<float>(-sum_share(v)));
+double approximate_keys(float* keys, const Vectors<T>& v, const float* query, int64_t first, int64_t count,
+                        bool largest) {
+    const vf sign = splat(largest ? -1.0f : 1.0f), share = splat(static_cast<float>(-sum_share(v.columns)));
     vf most = splat(0.0f);
     for (int64_t at = 0; at < count; at += width) {
         vf sums[width], sizes[width];
@@ -86,35 +104,37 @@ METATE_FN double approximate_keys(float* keys, const Vectors<T>& v, const float*
         const int64_t left = count - at;
         store(keys + at, left < width ? select(METATE_ISA::first(left), key, splat(infinity)) : key);
     }
-    return l2 ? 0.0 : 2 * sum_share(v) * static_cast<double>(METATE_ISA::largest(most));
+    return l2 ? 0.0 : 2 * sum_share(v.columns) * static_cast<double>(METATE_ISA::largest(most));
 }
 
 // The exact k-th best key is not more than this, given the k-th of the approximate ones.
-template <bool l2, class T>
-METATE_FN float kth_limit(const Vectors<T>& v, double kth, double off, double query) {
-    const double further = l2 ? rounding(v, 2 * __builtin_fabs(kth) + 4e-12 * query * query, query) : off;
+METATE_FN float kth_limit(const TopkDistances& c, double kth, double off, double query) {
+    const double further = is_l2(c) ? rounding(c, 2 * __builtin_fabs(kth) + 4e-12 * query * query, query) : off;
     return static_cast<float>(kth + further + 0x1p-140);
 }
 
-template <bool l2, class T>
-void compare_rows(const Search& s, const Vectors<T>& v, const float* query, double size, Span span, Best& best) {
+void compare_rows(const TopkDistances& c, const float* query, double size, Span span, Best& best) {
+    const Search& s = c.search;
     float keys[keys_at_once];
     for (int64_t first = span.first; first < span.last; first += keys_at_once) {
         const int64_t count = smaller(keys_at_once, span.last - first), whole = round_up(count, width);
-        const double off = approximate_keys<l2>(keys, v, query, first, count, s.largest);
-        float limit = best.limit(), bound = row_bound<l2>(v, limit, size);
+        double off = 0.0;
+        with_vectors(c, [&]<class T>(const Vectors<T>& v) {
+            off = is_l2(c) ? approximate_keys<true>(keys, v, query, first, count, s.largest)
+                           : approximate_keys<false>(keys, v, query, first, count, s.largest);
+        });
+        float limit = best.limit(), bound = row_bound(c, limit, size);
         if (worth_bound(s, keys, whole, bound)) {
-            const float kth = kth_limit<l2>(v, static_cast<double>(kth_key(keys, whole, s.k)), off, size);
-            if (kth < limit) bound = row_bound<l2>(v, limit = kth, size);
+            const float kth = kth_limit(c, static_cast<double>(kth_key(keys, whole, s.k)), off, size);
+            if (kth < limit) bound = row_bound(c, limit = kth, size);
         }
         for (int64_t i = 0; i < count; i += width) {
             uint32_t near = bits_of(not_less(splat(bound), load(keys + i)));
             for (; near; near &= near - 1) {
                 const int64_t at = i + __builtin_ctz(near), row = first + at;
                 if (at >= count || keys[at] > bound || !kept(s, row)) continue;
-                const float distance = static_cast<float>(exact_distance<l2>(v, query, v.row(row)));
-                best.offer({key_of(s, distance), id_of(s, row)});
-                if (const float now = best.limit(); now < limit) bound = row_bound<l2>(v, limit = now, size);
+                best.offer({key_of(s, distance_of(c, query, row)), id_of(s, row)});
+                if (const float now = best.limit(); now < limit) bound = row_bound(c, limit = now, size);
             }
         }
     }
@@ -122,24 +142,23 @@ void compare_rows(const Search& s, const Vectors<T>& v, const float* query, doub
 
 constexpr int64_t cached_rows = 64;  // that one query after another looks at
 
-template <bool l2, class T>
 void by_rows(const TopkDistances& c, const Runtime& runtime) {
-    const Vectors<T> v = vectors_of<T>(c);
+    const int64_t columns = c.base.size[1];
     search_rows(
-        c.search, runtime, v.columns * int64_t{sizeof(T)}, most_together,
+        c.search, runtime, columns * bytes_of(c.base.dtype), most_together,
         [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& turn) {
             double sizes[most_together];
             for (int64_t i = 0; i < turn.count; ++i) {
                 const float* const query = query_of(c, turn.asked[i].q);
-                const Vectors<float> queries{query, 0, v.columns, nullptr, nullptr};
+                const Vectors<float> queries{query, 0, columns, nullptr, nullptr};
                 sizes[i] = __builtin_sqrt(exact_distance<false>(queries, query, query));
             }
             Span rows = turn.span;
             for (; rows.first < turn.span.last; rows.first = rows.last) {
                 rows.last = turn.count > 1 ? smaller(turn.span.last, rows.first + cached_rows) : turn.span.last;
                 for (int64_t i = 0; i < turn.count; ++i)
-                    compare_rows<l2>(c.search, v, query_of(c, turn.asked[i].q), sizes[i], rows, turn.best[i]);
+                    compare_rows(c, query_of(c, turn.asked[i].q), sizes[i], rows, turn.best[i]);
             }
         });
 }
@@ -157,11 +176,10 @@ struct Workspace {
     float* keys;
 };
 
-template <bool l2, class T>
 void by_products(const TopkDistances& c, const Runtime& runtime) {
     const Search& s = c.search;
-    const Vectors<T> v = vectors_of<T>(c);
-    const int64_t Q = c.queries.size[0], steps = steps_of_rows(v.columns, l2);
+    const bool l2 = is_l2(c);
+    const int64_t Q = c.queries.size[0], columns = c.base.size[1], steps = steps_of_rows(columns, l2);
     const bool split = Q <= shared_queries && Q * room(s) <= shared_room;
     const int64_t quarter = round_up(ceil_div(s.n, 4), base_rows);
     const int64_t length = !split ? s.n : quarter < segment_rows ? quarter : segment_rows;
@@ -183,13 +201,15 @@ void by_products(const TopkDistances& c, const Runtime& runtime) {
         const int64_t first_query = piece % blocks * query_rows, segment = piece / blocks;
         const int64_t count = smaller(query_rows, Q - first_query);
         const int64_t lane = split ? worker : 0, slot = split ? first_query : worker * query_rows;
-        at.queries.fill(query_of(c, first_query), c.queries.stride[0], count, v.columns, steps);
+        at.queries.fill(query_of(c, first_query), c.queries.stride[0], count, columns, steps);
         const int64_t end = smaller(s.n, (segment + 1) * length);
         for (int64_t first = segment * length; first < end; first += base_rows) {
             const int64_t rows = smaller(base_rows, end - first);
-            pack_rows_of<l2>(at.rows, v, first, rows, s.largest);
-            compare_block<l2>(
-                s, Block<T>{v, at.rows, first, rows}, at.queries, count, at.keys,
+            with_vectors(c,
+                         [&]<class T>(const Vectors<T>& v) { pack_rows_of(at.rows, v, first, rows, l2, s.largest); });
+            compare_block(
+                s, Block{at.rows, columns, first, rows, l2}, at.queries, count, at.keys,
+                [&](const float* query, int64_t row) { return distance_of(c, query, row); },
                 [&](int64_t r) { return heaps.open(lane, slot + r); },
                 [&](int64_t r, const Best& best) { heaps.close(lane, slot + r, best); });
         }
@@ -215,57 +235,41 @@ bool is_assignment(const TopkDistances& c) {
            s.n <= most_centroids && c.queries.size[0] >= few_queries && s.n <= 4 * c.queries.size[0];
 }
 
-template <bool l2>
 void assign(const TopkDistances& c, const Runtime& runtime) {
     const Search& s = c.search;
+    const bool l2 = is_l2(c);
     const int64_t Q = c.queries.size[0], D = c.base.size[1], pieces = ceil_div(Q, assign_together);
     const Vectors<float> v = vectors_of<float>(c), x{query_of(c, 0), c.queries.stride[0], D, nullptr, nullptr};
     Centroids centroids{nullptr, s.n, D + 1, 0.0};
     const auto memory = lay_out(
         runtime, pieces, [&](Arena& arena) { centroids.rows = arena.take<float>(Centroids::floats(s.n, D)); },
         [&](Arena& arena) { return AssignSpace::take(arena, D); });
-    pack_centroids<l2>(centroids, v, s.largest);
+    pack_centroids(centroids, v, l2, s.largest);
     for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
         const int64_t end = smaller(Q, (piece + 1) * assign_together);
         for (int64_t first = piece * assign_together; first < end; first += panel)
-            assign_points<l2>(centroids, v, s.largest, memory(worker), x, first, smaller(panel, end - first),
-                              [&](int64_t q, int64_t number) {
-                                  float distance = infinity;
-                                  for (int again = 0; number >= 0 && again < 2; ++again) {
-                                      distance = static_cast<float>(exact_distance<l2>(v, x.row(q), v.row(number)));
-                                      if (distance - distance == 0.0f) break;
-                                      number = best_of_all<l2>(v, s.n, x.row(q), s.largest).id;
-                                  }
-                                  if (number < 0) distance = s.largest ? -infinity : infinity;
-                                  static_cast<float*>(s.distances.data)[q] = distance;
-                                  static_cast<int64_t*>(s.found.data)[q] = number;
-                              });
+            assign_points(centroids, v, l2, s.largest, memory(worker), x, first, smaller(panel, end - first),
+                          [&](int64_t q, int64_t number) {
+                              float distance = infinity;
+                              for (int again = 0; number >= 0 && again < 2; ++again) {
+                                  distance = distance_of(c, x.row(q), number);
+                                  if (distance - distance == 0.0f) break;
+                                  number = best_of_all(v, s.n, x.row(q), l2, s.largest).id;
+                              }
+                              if (number < 0) distance = s.largest ? -infinity : infinity;
+                              static_cast<float*>(s.distances.data)[q] = distance;
+                              static_cast<int64_t*>(s.found.data)[q] = number;
+                          });
     });
-}
-
-template <class T>
-void run(const TopkDistances& c, const Runtime& runtime) {
-    const int64_t Q = c.queries.size[0];
-    const bool alone = c.search.ranges || Q < few_queries || query_rows * room(c.search) > int64_t{1} << 24;
-    const bool l2 = c.metric == Metric::l2;
-    if (is_assignment(c)) return l2 ? assign<true>(c, runtime) : assign<false>(c, runtime);
-    if (alone) return l2 ? by_rows<true, T>(c, runtime) : by_rows<false, T>(c, runtime);
-    return l2 ? by_products<true, T>(c, runtime) : by_products<false, T>(c, runtime);
 }
 
 }  // namespace
 
 void topk_distances(const TopkDistances& c, const Runtime& runtime) {
-    switch (c.base.dtype) {
-        case DType::bf16:
-            return run<bf16>(c, runtime);
-        case DType::f16:
-            return run<f16>(c, runtime);
-        case DType::i8:
-            return run<int8_t>(c, runtime);
-        default:
-            return run<float>(c, runtime);
-    }
+    const int64_t Q = c.queries.size[0];
+    const bool alone = c.search.ranges || Q < few_queries || query_rows * room(c.search) > int64_t{1} << 24;
+    if (is_assignment(c)) return assign(c, runtime);
+    alone ? by_rows(c, runtime) : by_products(c, runtime);
 }
 
 }  // namespace metate::cpu::METATE_ISA

@@ -85,22 +85,19 @@ def paged_attention(
     single = q.dim() == 3
     q = q if not single else q.unsqueeze(0) if packed else q.unsqueeze(1)
     left, right = window_sides("paged_attention", window, causal)
-    slopes, sinks = (_widen(q, x) for x in (alibi_slopes, sinks))
     bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     args = (
-        q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad, slopes, sinks, bits,
-        scale, left, right, softcap, return_column_sums,
+        q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad,
+        _widen(q, alibi_slopes), _widen(q, sinks), bits, scale, left, right, softcap, return_column_sums,
     )  # fmt: skip
     with nullcontext() if backend is None else use(backend):
         if not (return_lse or return_column_sums):
             out = paged_attention_op.call(args, first_only=True)
             return out.squeeze(0 if packed else 1) if single else out
         out, lse, sums = paged_attention_op.call(args)
-    if packed:
-        out, lse = out.squeeze(0), lse.squeeze(0)
-    elif single:
-        out, lse = out.squeeze(1), lse.squeeze(2)
+    if single:
+        out, lse = out.squeeze(0 if packed else 1), lse.squeeze(0 if packed else 2)
     return (out, *([lse] if return_lse else []), *([sums] if return_column_sums else []))
 
 

@@ -18,6 +18,7 @@
 
 #include "attention.h"
 #include "cpu/isa.h"
+#include "passes.h"
 
 namespace metate::cpu {
 #define DECLARE(isa)                                                          \
@@ -64,12 +65,6 @@ std::vector<Pass> passes() {
     }
 #endif
     return all;
-}
-
-// Double precision has one pass, and one pass takes nothing but bfloat16.
-bool takes(const Pass& pass, DType dtype) {
-    if (!strcmp(pass.name, "avx512bf16")) return dtype == DType::bf16;
-    return dtype != DType::f64 || !strcmp(pass.name, "baseline");
 }
 
 // Memory between two unreadable pages, its last or its first byte at the fence.
@@ -677,7 +672,7 @@ int main(int argc, char** argv) {
                    first = argc > 2 ? strtoull(argv[2], nullptr, 10) : 0;
     for (const Pass& pass : passes()) {
         for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
-            if (!takes(pass, dtype)) continue;
+            if (!takes(pass.name, dtype)) continue;
             for (uint64_t seed = first; seed < first + count; ++seed) {
                 const Drawn c = draw(seed, dtype);
                 check_case(pass, c);

@@ -222,6 +222,8 @@ def test_refusals_say_what_to_do():
     tables, codes = torch.zeros(2, 3, 16), torch.zeros(5, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="n is None, expected the number of rows"):
         metate.pq_scan(tables, metate.pq_interleave(codes, 3, 4), 1)
+    with pytest.raises(ValueError, match="pq_scan: n is -2, expected 0 or more"):
+        metate.pq_scan(tables, metate.pq_interleave(codes[:0], 3, 4), 1, n=-2)
     with pytest.raises(ValueError, match="codebooks is of 20 centroids"):
         metate.pq_encode(torch.zeros(2, 6), torch.zeros(3, 20, 2))
     with pytest.raises(ValueError, match="scale is None, expected a number a column"):
@@ -232,6 +234,7 @@ def test_refusals_say_what_to_do():
         ({"rows": codes}, r"rows is of shape \(5, 2\), expected \(n, 6\): vectors"),
         ({"rows": codes, "codebooks": torch.zeros(3, 16, 2), "residual": True}, "row_bias is None, expected a number"),
         ({"residual": True}, "residual is True, expected False without codebooks"),
+        ({"rows": codes[:0, None], "codebooks": torch.zeros(1, 16, 6), "n": -2}, "n is -2, expected 0 or more"),
     ):
         with pytest.raises(ValueError, match=match):
             metate.ivf_search(torch.zeros(2, 6), lists, extents, k=1, **{"rows": torch.zeros(5, 6), **wrong})

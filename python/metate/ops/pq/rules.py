@@ -88,6 +88,11 @@ def _validate_search(op: str, k: int, ranges: Tensor | None, bias: Tensor | None
         raise fail(op, "bias", f"of shape {tuple(bias.shape)}", f"({bias.shape[0]}, 1) without ranges")
 
 
+def _validate_count(op: str, n: int) -> None:
+    if n < 0:  # whole blocks of interleaved codes do not show it
+        raise fail(op, "n", n, "0 or more, the number of rows")
+
+
 def validate_scan(
     tables: Tensor, codes: Tensor, ranges: Tensor | None, bias: Tensor | None, row_bias: Tensor | None,
     ids: Tensor | None, keep: Tensor | None, n: int, k: int, largest: bool,
@@ -96,8 +101,7 @@ def validate_scan(
     bits = bits_of(op, "tables", tables.shape[2])
     if M < 1:
         raise fail(op, "tables", f"of shape {tuple(tables.shape)}", "at least one sub-vector")
-    if n < 0:
-        raise fail(op, "n", n, "0 or more, the number of rows")
+    _validate_count(op, n)
     _validate_codes(op, "codes", codes, M, bits)
     _validate_search(op, k, ranges, bias)
 
@@ -124,6 +128,7 @@ def validate_ivf(
     n: int, nprobe: int, k: int, metric: int, residual: bool,
 ) -> None:  # fmt: skip
     op, D = "ivf_search", queries.shape[1]
+    _validate_count(op, n)
     _validate_metric(op, metric)
     _validate_search(op, k, None, None)
     if not 1 <= nprobe <= max(centroids.shape[0], 1):

@@ -25,7 +25,6 @@ namespace metate::bind::direct {
 // Python objects that reading arguments needs; set once.
 struct Python {
     PyObject *tensor_type, *parameter_type;
-    PyObject* is_grad_enabled;
     PyObject* guards;         // a tuple of functions; one that says true wants the dispatcher
     PyObject* is_neg;         // torch.Tensor.is_neg
     PyObject* requires_grad;  // the name
@@ -298,10 +297,9 @@ inline bool find_exchange() {
     return exchange;
 }
 
-// start(tensor_type, parameter_type, is_grad_enabled, guards): whether there are direct ways with this torch.
+// start(tensor_type, parameter_type, guards): whether there are direct ways with this torch.
 inline PyObject* start(PyObject*, PyObject* args) {
-    if (!PyArg_ParseTuple(args, "OOOO!", &python.tensor_type, &python.parameter_type, &python.is_grad_enabled,
-                          &PyTuple_Type, &python.guards))
+    if (!PyArg_ParseTuple(args, "OOO!", &python.tensor_type, &python.parameter_type, &PyTuple_Type, &python.guards))
         return nullptr;
     Py_INCREF(args);  // for as long as the process lives
     const bool found = find_exchange();

@@ -85,7 +85,7 @@ class Tensor {
         dtype_ = name->dtype;
     }
 
-    // Memory that torch has allocated for a result of a direct call.
+    // Memory of a result of a direct call.
     explicit Tensor(dlpack::ManagedTensor* owned) : owner_(std::make_shared<Result>(owned)) { borrow(owned->tensor); }
 
     // Becomes the description of memory that outlives the call.

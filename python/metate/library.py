@@ -98,7 +98,7 @@ def row_bias(decoded: Any, centroids: Any, bias: Any) -> bool:
 
 @cache
 def _starts(module: ModuleType) -> bool:
-    started: bool = module.start(torch.Tensor, Parameter, torch.is_grad_enabled, _GUARDS)
+    started: bool = module.start(torch.Tensor, Parameter, _GUARDS)
     return started
 
 

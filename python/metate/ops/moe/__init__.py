@@ -29,6 +29,7 @@ __all__ = [
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATINGS = ("gate_up", "up_gate", "interleaved", "none")
 Lora = tuple[Tensor, Tensor]
+_OPERATORS = 5  # of a layer
 _FEW_TOKENS = 64  # beside which Python between the operators of a layer takes time
 
 
@@ -204,7 +205,7 @@ def moe_mlp(
     before = library.direct_calls()
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # each view costs as much as a small kernel
     out = _one_by_one(tokens, route, parts, (lora_gate_up, lora_down, scaling), activated, backend)
-    if call is not None and library.direct_calls() == before + 5:  # each operator: then they may together
+    if call is not None and library.direct_calls() == before + _OPERATORS:  # each: then they may together
         library.layer()[0].admit(call)
     return out if x.dim() == 2 else out.view(x.shape)  # type: ignore[no-any-return]
 

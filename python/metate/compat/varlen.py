@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.ops.attention import attention_varlen
-from metate.ops.attention.declaration import backward_op
-from metate.ops.paged_attention import paged_attention
+from metate.compat.flash_attn.passes import _flash_attn_varlen_forward, gradients
 
 __all__ = ["activate", "activated", "active", "restore"]
 
@@ -64,24 +62,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if cu_q is None or dropout_p or return_debug_mask:
         raise NotImplementedError("varlen_attn on metate: expected packed sequences (cu_seq_q) without dropout")
-    options: dict[str, Any] = {
-        "scale": scale, "causal": is_causal, "window": _window(window_size_left, window_size_right),
-        "alibi_slopes": alibi_slopes, "return_lse": True,
-    }  # fmt: skip
-    if seqused_k is None and block_table is None:
-        if cu_k is None:
-            raise ValueError("varlen_attn: cu_seq_k is None, expected it where block_table is None")
-        out, lse = attention_varlen(q, k, v, cu_q, cu_k, **options)
-    else:
-        lengths = cu_k.diff() if seqused_k is None and cu_k is not None else seqused_k
-        if lengths is None or (block_table is None and cu_k is None):
-            raise ValueError("varlen_attn: seqused_k is None, expected it where cu_seq_k is")
-        if block_table is None and cu_k is not None:  # every key a page: sequences of which only the start is in use
-            block_table = cu_k[:-1, None] + torch.arange(int(max_k), dtype=torch.int32)
-            k, v = k[:, None], v[:, None]
-        assert block_table is not None
-        out, lse = paged_attention(q, k, v, block_table, lengths, cu_seqlens_q=cu_q, **options)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # so torch's kernels mark a query without a key
+    if cu_k is None and (block_table is None or seqused_k is None):
+        missing, where = ("cu_seq_k", "block_table") if block_table is None else ("seqused_k", "cu_seq_k")
+        raise ValueError(f"varlen_attn: {missing} is None, expected it where {where} is None")
+    window = _window(window_size_left, window_size_right)
+    out, lse, *_ = _flash_attn_varlen_forward(
+        q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, is_causal, *window, alibi_slopes=alibi_slopes,
+        block_table=block_table, seqused_k=seqused_k,
+    )  # fmt: skip
     unused = q.new_empty(0)
     return out, lse, torch.zeros(2, dtype=torch.uint64), unused, unused
 
@@ -97,14 +85,9 @@ def _backward(
     max_q: int, max_k: int, dropout_p: float, is_causal: bool, rng_state: Tensor, unused: Tensor, *,
     scale: float | None = None, window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    left, right = _window(window_size_left, window_size_right)
-    right = 0 if is_causal else right
-    delta = (out.to(lse.dtype) * grad_out.to(lse.dtype)).sum(-1).T
-    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-    batched = (x.unsqueeze(0) for x in (grad_out, q, k, v, lse, delta))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scalars = (scale, left, right, False, 0.0, 0.0, 0, 0, 1, 1, False, False)
-    dq, dk, dv, _, _ = backward_op(*batched, None, None, None, None, None, cu_q, cu_k, *scalars)
+    window = _window(window_size_left, window_size_right)
+    batched = (x.unsqueeze(0) for x in (grad_out, q, k, v, out, lse))
+    dq, dk, dv, _ = gradients(*batched, cu_q, cu_k, 0.0, scale, is_causal, window, 0.0, None, 0)
     return dq[0], dk[0], dv[0]
 
 

@@ -1,8 +1,4 @@
-"""The attention functions of flash-attn 2 over `metate.attention`: its argument order, defaults and results.
-
-What differs from metate's own functions: softmax_lse is +inf where a query sees no key, and with return_attn_probs and
-dropout comes S_dmask, which shows what was dropped.
-"""
+"""The attention functions of flash-attn 2 over `metate.attention`: its argument order, defaults and results."""
 
 from __future__ import annotations
 
@@ -11,12 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.compat.flash_attn.passes import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+)
+from metate.compat.flash_attn.semantics import (
+    attend,
+    attend_packed,
+    attend_pages,
+    attention_options,
+    cache_options,
+    flash_lse,
+    window_sides,
+)
 from metate.ops.attention import attention, attention_varlen
 from metate.ops.paged_attention import append_kv, paged_attention
-from metate.philox import keep_mask
 
 __all__ = [
     "USE_TRITON_ROCM",
+    "_flash_attn_backward",
+    "_flash_attn_forward",
+    "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_forward",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -55,14 +69,10 @@ def flash_attn_func(
         return_attn_probs: also return softmax_lse (batch, heads, seqlen_q) and S_dmask (batch, heads, seqlen_q,
             seqlen_k): exp(score - the row's largest score), negative where dropped; empty without dropout.
     """
-    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = attention_options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     if not return_attn_probs:
         return attention(q, k, v, **options)
-    out, lse = attention(q, k, v, return_lse=True, **options)
-    if not dropout_p:
-        return out, _flash_lse(lse), q.new_empty(0)
-    rows = [_dmask(b, q[b], k[b], options) for b in range(q.shape[0])]
-    return out, _flash_lse(lse), torch.stack(rows) if rows else q.new_empty(0, q.shape[2], q.shape[1], k.shape[1])
+    return attend(q, k, v, options, True)
 
 
 def flash_attn_kvpacked_func(
@@ -132,24 +142,13 @@ def flash_attn_varlen_func(
             raise NotImplementedError(
                 f"flash_attn_varlen_func: dropout_p is {dropout_p}, expected 0 beside block_table"
             )
-        with torch.no_grad():
-            out, lse = paged_attention(
-                q, k, v, block_table, cu_seqlens_k.diff(), cu_seqlens_q=cu_seqlens_q, return_lse=True,
-                **_cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
-            )  # fmt: skip
-        return (out, _flash_lse(lse), q.new_empty(0)) if return_attn_probs else out
-    options = _options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+        options = cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+        out, lse = attend_pages(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, block_table, None, options)
+        return (out, lse, q.new_empty(0)) if return_attn_probs else out
+    options = attention_options(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     if not return_attn_probs:
         return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
-    out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, **options)
-    if not dropout_p:
-        return out, _flash_lse(lse), q.new_empty(0)
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    padded = q.new_zeros(len(starts_q) - 1, q.shape[1], int(max_seqlen_q), int(max_seqlen_k))
-    for b in range(padded.shape[0]):
-        q_b, k_b = q[starts_q[b] : starts_q[b + 1]], k[starts_k[b] : starts_k[b + 1]]
-        padded[b, :, : q_b.shape[0], : k_b.shape[0]] = _dmask(b, q_b, k_b, options)
-    return out, _flash_lse(lse), padded
+    return attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, True)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -253,7 +252,7 @@ def flash_attn_with_kvcache(
                 raise ValueError(
                     "flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin"
                 )
-            local = causal or max(_sides(window_size)) >= 0
+            local = causal or max(window_sides(window_size)) >= 0
             end = max(k.shape[1], q.shape[1] if local else 1) + (int(lengths.max()) if batch else 0)
             if end > rotary_cos.shape[0]:
                 raise ValueError(
@@ -269,17 +268,10 @@ def flash_attn_with_kvcache(
             lengths = _append(k_cache, v_cache, k, v, lengths, table, angles)
         out, lse = paged_attention(
             q, k_cache, v_cache, table, lengths, left_pad=cache_leftpad, return_lse=True,
-            **_cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
+            **cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
         )  # fmt: skip
-    return (out, _flash_lse(lse)) if return_softmax_lse else out
+    return (out, flash_lse(lse)) if return_softmax_lse else out
 
-
-def _sides(window: Any) -> tuple[int, int]:
-    try:
-        left, right = (int(side) for side in window)
-    except (TypeError, ValueError):
-        raise TypeError(f"flash_attn: window_size is {window!r}, expected two integers (left, right)") from None
-    return left, right
 
 
 def _parts(function: str, name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
@@ -291,68 +283,13 @@ def _parts(function: str, name: str, packed: Tensor, dim: int, count: int) -> tu
     return packed.unbind(dim)
 
 
-def _cache_options(
-    scale: float | None, causal: bool, window: Any, softcap: float, alibi_slopes: Tensor | None
-) -> dict[str, Any]:
-    """Keyword arguments of metate.paged_attention."""
-    return {
-        "scale": scale, "causal": causal, "window": _sides(window), "softcap": max(softcap, 0.0),
-        "alibi_slopes": alibi_slopes,
-    }  # fmt: skip
 
-
-def _options(
-    q: Tensor, dropout_p: float, scale: float | None, causal: bool, window: Any, softcap: float,
-    alibi_slopes: Tensor | None, deterministic: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Keyword arguments of metate.attention. The seed is drawn here, so that S_dmask can tell what it dropped."""
-    return {
-        "dropout_p": dropout_p,
-        "scale": q.shape[-1] ** -0.5 if scale is None and isinstance(q, Tensor) else scale,
-        "causal": causal,
-        "window": _sides(window),
-        "softcap": max(softcap, 0.0),
-        "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic,
-        "seed": int(torch.randint(2**62, ()).item()) if dropout_p else 0,
-    }
-
-
-def _flash_lse(lse: Tensor) -> Tensor:
-    """flash-attn marks a query without a key by +inf."""
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
     """How many columns of S_dmask share a running maximum: whole rows."""
     return 2**30
 
-
-def _dmask(entry: int, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
-    """(heads, seqlen_q, seqlen_k) of one batch entry: exp(score - maximum of the row), negative where dropped."""
-    (seqlen_q, heads, _), seqlen_k = q.shape, k.shape[0]
-    with torch.no_grad():
-        keys = k.transpose(0, 1).float().repeat_interleave(heads // k.shape[1], 0)
-        s = (q.transpose(0, 1).float() * options["scale"]) @ keys.transpose(1, 2)
-        if cap := options["softcap"]:
-            s = cap * torch.tanh(s / cap)
-        rows, columns = torch.arange(seqlen_q, device=q.device)[:, None], torch.arange(seqlen_k, device=q.device)
-        distance = columns - rows - (seqlen_k - seqlen_q)
-        if (slopes := options["alibi_slopes"]) is not None:
-            s = s - (slopes if slopes.dim() == 1 else slopes[entry])[:, None, None] * distance.abs()
-        left, right = options["window"]
-        right = 0 if options["causal"] else right
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if left >= 0:
-            hidden |= distance < -left
-        if right >= 0:
-            hidden |= distance > right
-        s = s.masked_fill(hidden, -torch.inf)
-        top = s.amax(-1, keepdim=True) if seqlen_k else s.new_zeros(heads, seqlen_q, 1)
-        s = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
-        stream = torch.arange(heads, device=q.device)[:, None, None] + entry * heads
-        kept = keep_mask(options["dropout_p"], options["seed"], 0, stream, rows, columns)
-        return torch.where(kept, s, -s).to(q.dtype)
 
 
 def _pages_of(k_cache: Tensor, block_table: Tensor | None, entries: Tensor | None, batch: int) -> Tensor:

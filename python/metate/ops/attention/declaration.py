@@ -65,7 +65,7 @@ CASES = [
     _case(2, 4, 0, 2, 1, 8),
 ]
 
-SWEEP = [_case(1, s, s, 32, 8, 128, causal=True) for s in (512, 2048, 4096)] + [
+SWEEP = [_case(1, s, s, 32, 8, 128, causal=True) for s in (512, 2048, 4096, 8192)] + [
     _case(1, 1024, 1024, 12, 12, 64, causal=True),
     _case(1, 4096, 4096, 8, 8, 64, causal=True, window=(255, 0)),
     _case(1, 4096, 4096, 8, 8, 64, lengths_q=(1024,) * 4, lengths_k=(1024,) * 4, causal=True),

@@ -82,7 +82,7 @@ def prepared_search(args: tuple[Any, ...]) -> Callable[..., bool] | None:
     return module.prepare_search(*args) if module and _starts(module) else None
 
 
-def prepared_add(args: tuple[Any, ...]) -> Callable[..., bool | None] | None:
+def prepared_add(args: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The short way to add numpy arrays to the columns of an index, which stay the same."""
     module = load()["cpu"].module
     return module.prepare_add(*args) if module and _starts(module) else None

@@ -20,7 +20,6 @@ from metate.search.interleaved import Column
 from metate.search.storage import Integers, Lists
 
 METRICS = ("l2", "inner_product", "cosine")
-_PLACES = 128
 REFINE = "refine"  # the column of full vectors beside codes
 
 
@@ -42,13 +41,14 @@ class Grown:
 
     __slots__ = "base", "length", "made", "next_id"
 
-    def __init__(self, base: State, length: Integers, next_id: int) -> None:
-        self.base, self.length, self.next_id = base, length, next_id
-        self.made: State | None = None
+    base: State
+    length: bytes
+    next_id: int
+    made: State | None
 
     def state(self) -> State:
         if self.made is None:
-            lists = replace(self.base.lists, length=self.length, _cache={})
+            lists = replace(self.base.lists, length=np.frombuffer(self.length, np.int64).copy(), _cache={})
             self.made = State(self.base.model, lists, self.next_id)
         return self.made
 
@@ -59,8 +59,7 @@ class Adding(NamedTuple):
     columns: Mapping[str, Column]
     start: Integers | None
     model: Model
-    places: Integers  # memory for the lists and rows of a few vectors
-    run: Callable[..., bool | None] | None
+    run: Callable[..., Any] | None
 
 
 class Base:
@@ -77,7 +76,7 @@ class Base:
         self.nprobe = 1
         self._lock = threading.Lock()
         self._state = State({}, self._no_rows())
-        self._adding = Adding({}, None, {}, np.empty(_PLACES, np.int64), None)
+        self._adding = Adding({}, None, {}, None)
 
     @property
     def _state(self) -> State:
@@ -96,7 +95,7 @@ class Base:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
-        self._adding = Adding({}, None, {}, np.empty(_PLACES, np.int64), None)
+        self._adding = Adding({}, None, {}, None)
 
     def __copy__(self) -> Base:
         return copy.deepcopy(self)  # two indexes that share rows would write the same ones

@@ -28,12 +28,11 @@ from metate.search.training import LIST_ITERATIONS, train_rotation
 
 MOST_ID = 2**62
 _SAMPLE = 256  # training vectors a centroid
-_AT_ONCE = 1 << 26  # numbers that are added without a sign of progress
 
 
 def _ascending_from(first: int, ids: Integers) -> bool:
     """Whether ids ascend from one on that none has reached: they are new, without a look at those that are there."""
-    within = first <= int(ids[0]) and int(ids[-1]) <= MOST_ID
+    within = first <= ids.item(0) and ids.item(-1) <= MOST_ID
     return within and (len(ids) == 1 or bool((ids[1:] > ids[:-1]).all()))
 
 
@@ -137,54 +136,52 @@ class Index(Searching):
 
     def _added_quickly(self, x: Any, ids: Any = None) -> bool:
         """Where that is compiled: around a single vector, Python costs more than its kernels do."""
-        if type(x) is not np.ndarray or not is_plain() or x.ndim != 2 or not 0 < x.size <= _AT_ONCE:
+        if type(x) is not np.ndarray or not is_plain():
             return False
         if ids is not None and (type(ids) is not np.ndarray or ids.dtype != np.int64 or ids.shape != x.shape[:1]):
             return False
         with self._lock:
             newest = self._newest
-            first = next_id = newest.next_id
-            new = ids is not None and _ascending_from(next_id, ids)
-            later = ids is None or new or ids.min() >= next_id  # than all that are there
-            if later and isinstance(newest, Grown) and newest.made is None:
-                state, base, length = None, newest.base, newest.length.copy()
+            first = newest.next_id
+            new = ids is None or (len(ids) > 0 and _ascending_from(first, ids))
+            if new and type(newest) is Grown and newest.made is None:
+                state, base, adding = None, newest.base, self._adding  # made for the last one
+                length: Integers | bytes = newest.length
             else:
                 state = base = self._state
-                length = base.lists.length.copy()
-            if ids is None:
-                next_id += len(x)
-            else:
-                if not new:
-                    self._check_new(self._op("add_with_ids"), base, ids)
-                if base.lists.implicit:
-                    state = base = replace(self._state, lists=self._state.lists.explicit())
-                next_id = int(ids[-1]) + 1 if new else max(next_id, int(ids.max()) + 1)
-            adding = self._adding if state is None else self._adding_to(base.model, base.lists)  # made for the last one
+                if ids is not None:
+                    self._check_new(self._op("add_with_ids"), state, ids)
+                    if state.lists.implicit:
+                        state = base = replace(state, lists=state.lists.explicit())
+                length, adding = base.lists.length, self._adding_to(base.model, base.lists)
             if adding.run is None:
                 return False
-            places = adding.places if 2 * len(x) <= len(adding.places) else np.empty(2 * len(x), np.int64)
-            done = adding.run(x, length, places, ids, first, False)
-            if done and (state is None or base.lists.known_places() is None):
-                self._newest = Grown(base, length, next_id)
-            elif done is not False:
+            wanted = state is not None and state.lists.known_places() is not None
+            found = adding.run(x, length, ids, first, None, wanted)
+            if found is False:
+                return False
+            next_id = first + len(x) if ids is None else ids.item(-1) + 1 if new else max(first, int(ids.max()) + 1)
+            if type(found) is bytes:
+                grown = Grown()
+                grown.base, grown.length, grown.next_id, grown.made = base, found, next_id, None
+                self._newest = grown
+            else:
                 state = state or self._state
-                lists = self._with_room(state, x, length if done else None, places[: 2 * len(x)], ids)
-                self._state = State(state.model, lists, next_id)
-            return done is not False
+                self._state = State(state.model, self._with_places(state, x, ids, *found), next_id)
+            return True
 
-    def _with_room(
-        self, state: State, x: Any, length: Integers | None, places: Integers, ids: Integers | None
-    ) -> Lists:
+    def _with_places(self, state: State, x: Any, ids: Integers | None, length: bytes | None, places: bytes) -> Lists:
         """What ends an addition whose lists are known, and with a length its rows too: else lists have no room."""
-        old, lists, first = state.lists, places[: len(x)], state.next_id
+        old, at, first = state.lists, np.frombuffer(places, np.int64), state.next_id
         if length is None:
-            old = old.with_room(np.bincount(lists, minlength=len(old.length)))
-            length = old.length.copy()  # which leaves out rows that are gone
+            old = old.with_room(np.bincount(at, minlength=len(old.length)))  # which leaves out rows that are gone
             run = self._adding_to(state.model, old).run
-            done = run is not None and run(x, length, places, ids, first, True)
+            assert run is not None
+            done = run(x, old.length, ids, first, places, True)
             assert done, "lists that were made longer have room"
+            length, at = done[0], np.frombuffer(done[1], np.int64)
         ids = np.arange(first, first + len(x)) if ids is None else ids
-        return old.grown(length, lists, places[len(x) :], ids)
+        return old.grown(np.frombuffer(length, np.int64).copy(), at[: len(x)], at[len(x) :], ids)
 
     def _adding_to(self, model: Model, lists: Lists) -> Adding:
         """The compiled way to add to these rows, where it does what `_add` does."""
@@ -201,7 +198,7 @@ class Index(Searching):
             like = torch.empty(1, 1), torch.empty(1, 1), *[None] * 5, 1, 0, False
             if old.run is not None or topk_op.plan(like)[0] == "cpu":
                 run = library.prepared_add((*columns, *extents, int(self.largest), residual))
-        self._adding = Adding(lists.columns, lists.start, model, old.places, run)
+        self._adding = Adding(lists.columns, lists.start, model, run)
         return self._adding
 
     def add_with_ids(self, x: Array, ids: Array, *, progress: bool | None = None) -> None:

@@ -12,6 +12,7 @@ Only the newest snapshot may be extended: two that extend the same one would wri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ Bits = npt.NDArray[np.uint8]
 
 _ALIGN = 32  # rows; whole bytes of a bitmap, and whole blocks of interleaved codes
 _MOVED = 1 << 18  # rows that are copied at a time
+_SMALL = 1 << 21  # bytes for which a list alone has room where it must move
 _OFFSET = 40  # bits of a place that count rows within a list
 
 
@@ -248,12 +250,17 @@ class Lists:
         """How many more rows than so many a pool has: a CPU gives memory to those that are written."""
         return rows if self.device.type == "cpu" else rows // 4
 
+    def _spare_alone(self, rows: Any) -> Any:
+        """The same where one list has the pool."""
+        small = _SMALL // sum(math.prod(c.shape[1:]) * c.dtype.itemsize for c in self.columns.values())
+        return self._spare(np.maximum(rows, small)) if self.device.type == "cpu" else self._spare(rows)
+
     def rebuilt(self, count: Integers | int = 0, tight: bool = False) -> Lists:
         """The living rows in a new pool, with room for `count` more in each list; `tight`: and for no others."""
         length = self.living()
         need = length + count
         alone = len(need) == 1
-        room = _aligned(need if tight else need + (self._spare(need) if alone else need))
+        room = _aligned(need if tight else need + (self._spare_alone(need) if alone else need))
         used = int(room.sum())
         capacity = used if tight or alone else used + int(_aligned(self._spare(used) // 2))
         columns = {name: empty_like(column, capacity) for name, column in self.columns.items()}
@@ -307,7 +314,10 @@ def _copy_lists(
     blocks = -(-length // _ALIGN)
     for name, column in source.items():
         here, there = whole_blocks(column), whole_blocks(target[name])
-        if here.device.type == "cpu":  # a list is one piece of memory, which numpy copies without a copy between
+        if len(blocks) == 1:  # by all threads
+            i, j, n = int(start[0]) // _ALIGN, int(to[0]) // _ALIGN, int(blocks[0])
+            there[j : j + n] = here[i : i + n]
+        elif here.device.type == "cpu":  # a list is one piece of memory, which numpy copies without a copy between
             x, y = here.view(torch.uint8).numpy(), there.view(torch.uint8).numpy()
             for i, j, n in zip((start // _ALIGN).tolist(), (to // _ALIGN).tolist(), blocks.tolist(), strict=True):
                 y[j : j + n] = x[i : i + n]

@@ -64,23 +64,35 @@ class _Around(Index):
 class IndexIDMap(_Around):
     """Ids of one's own for an index that numbers vectors."""
 
-    _room: Integers = np.zeros(0, np.int64)  # what `_ids` is the beginning of
+    _room: Integers  # what `_ids` is the beginning of
+    _count: int
 
     def __init__(self, index: Index) -> None:
         super().__init__(index)
         if index.ntotal:
             raise RuntimeError(f"IndexIDMap: index holds {index.ntotal} vectors, expected an empty one")
-        self._ids: Integers = np.zeros(0, np.int64)
+        self._ids = np.zeros(0, np.int64)
 
     @property
     def id_map(self) -> Integers:
         return self._ids
 
+    @property
+    def _ids(self) -> Integers:
+        count = self._count  # before the memory, which may be that of more
+        return self._room[:count]
+
+    @_ids.setter
+    def _ids(self, ids: Integers) -> None:
+        self._room, self._count = ids, len(ids)
+
     def add(self, x: Any) -> None:
         raise RuntimeError("IndexIDMap: add is not there, use add_with_ids")
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
-        numbers = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids, np.int64)
+        numbers = (
+            ids if type(ids) is np.ndarray else np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids, np.int64)
+        )
         if numbers.shape != (len(x),):
             raise AssertionError(f"IndexIDMap: ids of shape {numbers.shape}, expected ({len(x)},)")
         self.index.add(x)
@@ -94,12 +106,13 @@ class IndexIDMap(_Around):
 
     def _append(self, ids: Integers) -> None:
         """Behind the others, in memory with room for as many again: searches may hold the ones before."""
-        old, total = len(self._ids), len(self._ids) + len(ids)
-        if self._ids.base is not self._room or len(self._room) < total:
-            self._room = np.empty(2 * total, np.int64)
-            self._room[:old] = self._ids
+        old, total = self._count, self._count + len(ids)
+        if len(self._room) < total:
+            room = np.empty(2 * total, np.int64)
+            room[:old] = self._room[:old]
+            self._room = room
         self._room[old:total] = ids
-        self._ids = self._room[:total]
+        self._count = total
 
     def _named(self, places: Any) -> Any:
         """Ids of places, -1 for -1."""

@@ -205,14 +205,19 @@ struct Chunk {
 
 constexpr int64_t lines_ahead = 32;  // of codes that are fetched while others are looked up
 
-// Fetches where a list begins: lists lie anywhere.
+// Fetches how a list begins: lists lie anywhere. Those of 8 bits are read in pieces of 32 bytes, which no processor
+// foresees, and of them it fetches more. To L2: L1 waits for as few lines at once as it has buffers.
+template <Form form>
 METATE_FN void fetch(const Scan& scan, Span rows) {
     if (rows.first >= rows.last) return;
+    constexpr int64_t most = form == Form::nibbles ? 64 : 256;
     const uint8_t* const codes = scan.block(rows.first);
-    for (int64_t i = 0; i < lines_ahead; ++i) __builtin_prefetch(codes + 64 * i);
+    const int64_t bytes = scan.block(rows.last - 1) - codes + scan.M * scan.call.blocks.size[2];
+    for (int64_t i = 0; i < smaller(64 * most, bytes); i += 64) __builtin_prefetch(codes + i, 0, 2);
     const float* const bias = static_cast<const float*>(scan.call.row_bias.data);
     if (bias)
-        for (int64_t i = rows.first; i < smaller(rows.last, rows.first + 1024); i += 16) __builtin_prefetch(bias + i);
+        for (int64_t i = rows.first; i < smaller(rows.last, rows.first + 1024); i += 16)
+            __builtin_prefetch(bias + i, 0, 2);
 }
 
 METATE_FN float inverse_of(const Filter& f) {
@@ -293,7 +298,7 @@ void scan_bytes(const Chunk& c, const Filter& f, Survivors<8>& found) {
 #pragma GCC unroll 4
             for (int v = 0; v < byte_vectors; ++v) {
                 const vi codes = load_halves(first[v] + m * block_codes, second[v] + m * block_codes);
-                __builtin_prefetch(block + (byte_vectors * (M + m) + v) * pair);  // of those that come next
+                __builtin_prefetch(block + (byte_vectors * (M + m) + v) * pair, 0, 2);  // of those that come next
                 sum[v] = add_clipped_bytes(sum[v], vbmi_lookup_bytes(table, codes));
             }
         }
@@ -391,8 +396,8 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
     }
     const bool each = kept_filters<form>(scan.M, scan.call.tables.size[0]) > together;
     const auto filter_of = [&](int64_t i) -> Filter& { return filters[each ? turn.asked[i].q : i]; };
-    if (turn.next.first == turn.next.last || filter_of(0).query != turn.asked[0].q) fetch(scan, turn.span);
-    fetch(scan, turn.next);
+    if (turn.next.first == turn.next.last || filter_of(0).query != turn.asked[0].q) fetch<form>(scan, turn.span);
+    fetch<form>(scan, turn.next);
     Survivors<bits> found[together], *near[together];
     Filter* used[together];
     for (int64_t i = 0; i < turn.count; ++i) {

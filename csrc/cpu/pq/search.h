@@ -281,7 +281,9 @@ void search_rows(const Search& s, const Runtime& runtime, int64_t row_bytes, int
     for (int64_t q = 0; split && q < (s.ranges ? Q : 1); ++q) {
         const int64_t rows = rows_of(s, q), most = ceil_div(rows, rows_alone), least = ceil_div(most, longer);
         const int64_t wanted = smaller(most, ceil_div(enough * runtime.threads, s.ranges ? Q : 1));
-        parts = larger(parts, larger(least, wanted));
+        // As many as workers, who find the same rows in their caches as in the search before, where these have room.
+        const bool again = !s.ranges && most <= enough * runtime.threads;
+        parts = larger(parts, again ? smaller(most, runtime.threads) : larger(least, wanted));
     }
     const int64_t group = split && !s.ranges && Q * parts >= 2 * together * runtime.threads ? together : 1;
     const int64_t groups = ceil_div(Q, group), pieces = groups * parts;

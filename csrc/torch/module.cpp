@@ -31,7 +31,8 @@ static PyObject* isas(PyObject*, PyObject*) {
 
 namespace metate::bind {
 PyObject* prepare_search(PyObject*, PyObject*);  // pq/arrays.cpp
-PyObject* prepare_add(PyObject*, PyObject*);
+PyObject* prepare_add(PyObject*, PyObject*);     // pq/adding.cpp
+PyObject* copy_lists(PyObject*, PyObject*);
 PyObject* row_bias(PyObject*, PyObject*);
 }  // namespace metate::bind
 
@@ -41,6 +42,7 @@ static PyMethodDef methods[] = {
     {"direct_calls", metate::bind::direct::count, METH_NOARGS, nullptr},
     {"prepare_search", metate::bind::prepare_search, METH_VARARGS, nullptr},
     {"prepare_add", metate::bind::prepare_add, METH_VARARGS, nullptr},
+    {"copy_lists", metate::bind::copy_lists, METH_VARARGS, nullptr},
     {"row_bias", metate::bind::row_bias, METH_VARARGS, nullptr},
     {"isas", isas, METH_NOARGS, nullptr},
     {"poison_scratch", poison_scratch, METH_O, nullptr},

@@ -88,6 +88,12 @@ def prepared_add(args: tuple[Any, ...]) -> Callable[..., Any] | None:
     return module.prepare_add(*args) if module and _starts(module) else None
 
 
+def copy_lists(args: tuple[Any, ...]) -> bool:
+    """Copies (target, source, to, from, count) rows of a column to another; False where it has not."""
+    module = load()["cpu"].module
+    return bool(module and _starts(module) and module.copy_lists(*args))
+
+
 def row_bias(decoded: Any, centroids: Any, bias: Any) -> bool:
     """Writes Σ r (r + 2 c) of rows of arrays, as `prepared_add` does; False where that is not compiled."""
     module = load()["cpu"].module

@@ -90,8 +90,8 @@ View<N> contiguous_view(void* data, DType dtype, const int64_t (&size)[N]) {
     return view;
 }
 
-void search_lists(const Lists& lists, const Tensor& asked, int64_t nprobe, const View<2>& distances,
-                  const View<2>& found) {
+inline void search_lists(const Lists& lists, const Tensor& asked, int64_t nprobe, const View<2>& distances,
+                         const View<2>& found) {
     const int64_t Q = asked.size(0), M = lists.codebooks ? lists.codebooks->size(0) : 0;
     const int64_t L = lists.codebooks ? lists.codebooks->size(1) : 0;
     const Workspace workspace(asked, 12 * Q * nprobe + 4 * Q * M * L);

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from metate import library
 from metate.search.interleaved import Column, empty_like, first_rows, whole_blocks
 
 Integers = npt.NDArray[np.int64]
@@ -311,18 +312,12 @@ def _copy_lists(
     if ((start | to) % _ALIGN).any() or any(len(c) % _ALIGN for c in (*source.values(), *target.values())):
         _copy_rows(source, spans(start, length), target, spans(to, length))
         return
-    blocks = -(-length // _ALIGN)
+    first, then, blocks = start // _ALIGN, to // _ALIGN, -(-length // _ALIGN)
+    numbers = [torch.from_numpy(each) for each in (then, first, blocks)]
     for name, column in source.items():
         here, there = whole_blocks(column), whole_blocks(target[name])
-        if len(blocks) == 1:  # by all threads
-            i, j, n = int(start[0]) // _ALIGN, int(to[0]) // _ALIGN, int(blocks[0])
-            there[j : j + n] = here[i : i + n]
-        elif here.device.type == "cpu":  # a list is one piece of memory, which numpy copies without a copy between
-            x, y = here.view(torch.uint8).numpy(), there.view(torch.uint8).numpy()
-            for i, j, n in zip((start // _ALIGN).tolist(), (to // _ALIGN).tolist(), blocks.tolist(), strict=True):
-                y[j : j + n] = x[i : i + n]
-        else:
-            _copy_rows({name: here}, spans(start // _ALIGN, blocks), {name: there}, spans(to // _ALIGN, blocks))
+        if here.device.type != "cpu" or not library.copy_lists((there, here, *numbers)):
+            _copy_rows({name: here}, spans(first, blocks), {name: there}, spans(then, blocks))
 
 
 def _copy_rows(source: Mapping[str, Column], rows: Integers, target: Mapping[str, Column], to: Integers) -> None:

@@ -137,6 +137,25 @@ def test_arrays_are_added_as_tensors_are(kind, metric):
     assert short.ntotal == total - 6
 
 
+@pytest.mark.parametrize("dim", [7, 8])
+@pytest.mark.parametrize("make", [FlatIndex, lambda dim: filled(IVFFlatIndex(dim, 3))])
+def test_many_vectors_are_checked_as_they_are_copied(make, dim):
+    """By several threads and past the caches; one that is not finite leaves the index as it was."""
+    index, random = make(dim), np.random.default_rng(3)
+    x = random.standard_normal((1 << 16, dim)).astype(np.float32)
+    for count in (1, 300, len(x), 5):
+        bad = x[:count].copy()
+        bad[-1, -1] = np.nan if count % 2 else np.inf
+        before = index.ntotal
+        with pytest.raises(ValueError, match="not finite everywhere"):
+            index.add(bad)
+        assert index.ntotal == index.next_id == before
+        index.add(x[:count])
+        assert np.array_equal(index.reconstruct(np.arange(before, before + count)), x[:count])
+    index.add_with_ids(x[:4], 10**6 + np.arange(4)[::-1])
+    assert np.array_equal(index.reconstruct(10**6 + np.arange(4)), x[:4][::-1])
+
+
 def test_decodes_what_was_added():
     unit = X / np.linalg.norm(X, axis=1, keepdims=True)
     for kind, metric, x, bound in [

@@ -159,9 +159,10 @@ constexpr int64_t long_chain = 128, short_chain = 32;
 // c += a · b for `rows` <= tile_rows rows and `columns` <= panel columns. A tile may run on a few rows and columns more
 // than were asked for, up to tile_rows and panel: they must be readable in a (and factor) and writable in c.
 template <Left left, Into into, int64_t longest = long_chain, class Word, class Beside = Nothing>
-METATE_FN void multiply(int rows, int64_t columns, Product<Word> p, const Beside& beside = {}) {
-    if (into != Into::set || p.steps <= longest) return multiply_steps<left, into>(rows, columns, p, beside);
-    int64_t steps = p.steps;
+METATE_FN void multiply(int rows, int64_t columns, const Product<Word>& whole, const Beside& beside = {}) {
+    if (into != Into::set || whole.steps <= longest) return multiply_steps<left, into>(rows, columns, whole, beside);
+    int64_t steps = whole.steps;
+    Product<Word> p = whole;
     p.steps = longest;
     multiply_steps<left, Into::set>(rows, columns, p, beside);
     for (steps -= longest; steps > 0; steps -= longest) {

@@ -8,7 +8,7 @@
 #include <sched.h>
 
 #include "backward_exact.h"
-#include "backward_tile.h"
+#include "differentiate.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {

@@ -314,15 +314,16 @@ void multiply_live_values(const Shape& s, int rows, const TileMask& mask, const 
 template <class T, class Word>
 int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch<Word>& my) {
     const int64_t rows = piece.queries * s.group, filled = round_up(rows, tile_rows);
+    const int64_t ahead = ceil_div(rows_ahead, s.group);  // queries
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t query = piece.first_query + r / s.group, head = piece.kv_head * s.group + r % s.group;
         Row& row = my.row[r] = row_of(s.a, seq, query, head);
         if (row.begin < piece.key_begin) row.begin = piece.key_begin;
         if (row.end > piece.key_end) row.end = piece.key_end;
         const T* q = row_at<T>(s.a.q, seq.batch, seq.q0 + query, head);
-        if (query + 2 < seq.queries) {
+        if (query + ahead < seq.queries) {
             for (int64_t c = 0; c < s.d; c += 64 / static_cast<int64_t>(sizeof(T))) {
-                __builtin_prefetch(q + 2 * s.a.q.stride[1] + c * s.a.q.stride[3]);
+                __builtin_prefetch(q + ahead * s.a.q.stride[1] + c * s.a.q.stride[3], 0, 2);
             }
         }
         pack_row(my.q + r * s.q_stride, round_up(s.d_words, width), q, s.a.q.stride[3], s.d);

@@ -110,9 +110,8 @@ bool copy_finite(float* to, const float* x, int64_t count) {
 
 // Gives every vector its row behind its list, which grows. False where one has no room.
 bool find_rows(const int64_t* lists, int64_t* rows, int64_t count, const Pool& pool, int64_t* length) {
-    const int64_t *const start = static_cast<const int64_t*>(pool.start.data_ptr()), *const room =
-                                                                                         static_cast<const int64_t*>(
-                                                                                             pool.room.data_ptr());
+    const auto* const start = static_cast<const int64_t*>(pool.start.data_ptr());
+    const auto* const room = static_cast<const int64_t*>(pool.room.data_ptr());
     for (int64_t i = 0; i < count; ++i) {
         const int64_t list = lists[i];
         if (length[list] == room[list]) return false;

@@ -225,19 +225,17 @@ struct StripReader {
           ahead(p.call.w, s, next),
           levels(p.call.w, s.row, p.plans[s.first_block].first_group, p.plans[s.first_block + s.blocks - 1].last_group),
           runs(p.call.w, s, p.lane_rows),
-          at_once(p.dots_rows ? 1 : runs.rows_beside()) {}
+          at_once(!p.dots_rows               ? runs.rows_beside()
+                  : p.arithmetic.digits == 1 ? dots_beside
+                                             : 1) {}
 
     void read(float* to, int64_t r, int64_t end) const {
+        for (int64_t i = r; i < end; ++i) levels.fetch(i);
+        if (p.dots_rows)
+            return dot_in_turn(to + r * width, p.call.w, s, r, end - r, ahead, p.spread, p.units, p.arithmetic.table,
+                               p.arithmetic.radix);
         Run list[runs_beside * runs_in_turn], *last = list;
-        for (; r < end; ++r) {
-            levels.fetch(r);
-            float* const line = to + r * width;
-            if (p.dots_rows)
-                dot_row(line, p.call.w, s.row + r, s, ahead.bytes(r), p.spread, p.units, p.arithmetic.table,
-                        p.arithmetic.radix);
-            else
-                last = runs.set(last, line, r, ahead.bytes(r));
-        }
+        for (; r < end; ++r) last = runs.set(last, to + r * width, r, ahead.bytes(r));
         if (last > list) sum_runs_of(list, last - list, p.lane_rows, p.values);
     }
 };
@@ -393,7 +391,13 @@ void run(const QuantLinears& all, const Runtime& runtime) {
         workers, workers.threads, [&](Arena& arena) { s = schedule_of(all, largest, arena); },
         [&](Arena& arena) { return largest.workspace(arena); });
     plan_blocks(s.problems[0], s.chunks, s.segments);
-    for (int64_t i = 0; i < all.count; ++i) pack_rows<T>(s.problems[i], runtime);
+    const int64_t operations = largest.x.rows * w.columns * operations_to_pack;
+    const Runtime packers = worth(runtime, operations);
+    if (packers.threads > 1)
+        for (int64_t i = 0; i < all.count; ++i) pack_rows<T>(s.problems[i], runtime);
+    else  // the calls side by side
+        for_pieces(worth(runtime, all.count * operations), all.count,
+                   [&](int, int64_t i) { pack_rows<T>(s.problems[i], packers); });
     const int64_t pieces = s.first[all.count];
     // As many pieces on as there are workers is what a worker gets next, most likely.
     const auto codes_of_piece = [&](int64_t piece) -> const uint8_t* {

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
 constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
-constexpr int64_t operations_to_pack = 4;  // a number of x
+constexpr int64_t operations_to_pack = 6;  // a number of x
 constexpr int64_t span = 8;                // blocks whose sums join the rest as one: short chains round less
 static_assert(blocks_at_once >= span * few_rows);
 

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t columns_in_turn = 4096;  // of a row, at most: as much of x stays in the first-level cache
 constexpr int run_blocks = 4;              // of a row of W, whose quarters fill a vector
+constexpr int dots_beside = 4;             // rows of W that share what is loaded of x, where that has one digit
 constexpr int64_t turn_sums = columns_in_turn / longest * width;  // of a strip
 
 // Columns of `width` rows of W.
@@ -132,11 +133,48 @@ METATE_FN vf stepped_sum(vi high, vi low, const TurnCodes& w, const UnitTerms& t
     return value * load(terms.steps);
 }
 
-// Sums of some blocks of one row, a unit a vector, `width` vectors apart.
-template <int bits, bool has_table, int digits>
+// A unit of one row whose numbers have one digit, and of x what stands beside it.
+template <int bits, bool has_table>
+METATE_FN void sum_unit(float* to, const TurnCodes& w, int64_t read, const vi (&x)[run_blocks][2],
+                        const UnitTerms& terms, vi entries) {
+    constexpr int block_bytes = block / 8 * bits;
+    vi sums[run_blocks];
+#pragma GCC unroll 4
+    for (int i = 0; i < run_blocks; ++i, read += block_bytes) {
+        vi both[2];
+#pragma GCC unroll 2
+        for (int at = 0; at < block_bytes; at += 64) __builtin_prefetch(w.codes + read + w.ahead + at, 0, 2);
+        load_codes<bits>(both[0], both[1], w.codes + read, w.bytes - read);
+        sums[i] = splat(0);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+            vnni_add_dot(sums[i], has_table ? lookup_bytes(entries, both[half]) : both[half], x[i][half]);
+    }
+    store(to, stepped_sum<1>(sum_parts(sums), splat(0), w, terms, 0));
+}
+
+// Sums of some blocks of `rows` rows, which share what is loaded of x: a unit of a row a vector, the rows of a unit one
+// after another, units `width` vectors apart.
+template <int bits, bool has_table, int rows>
+__attribute__((noinline)) void sum_rows_as(float* to, const TurnCodes* w, const int32_t* quads, int64_t blocks,
+                                           const UnitTerms* terms, const ByteTable& table) {
+    const vi entries = table_of_bytes(table.bytes);
+    for (int64_t k = 0; k < blocks; k += run_blocks, to += width * width, ++terms) {
+        vi x[run_blocks][2];
+#pragma GCC unroll 4
+        for (int i = 0; i < run_blocks; ++i, quads += quads_of_block)
+            x[i][0] = load(quads), x[i][1] = load(quads + width);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r)
+            sum_unit<bits, has_table>(to + r * width, w[r], k * (block / 8) * bits, x, *terms, entries);
+    }
+}
+
+// The same of one row whose numbers have three digits.
+template <int bits, bool has_table>
 __attribute__((noinline)) void sum_row_as(float* to, const TurnCodes& w, const int32_t* quads, int64_t blocks,
                                           const UnitTerms* terms, const ByteTable& table, float radix) {
-    constexpr int block_bytes = block / 8 * bits, runs = blocks_of_unit(digits, longest) / run_blocks;
+    constexpr int digits = 3, block_bytes = block / 8 * bits, runs = blocks_of_unit(digits, longest) / run_blocks;
     const vi entries = table_of_bytes(table.bytes);
     const uint8_t* codes = w.codes;
     int64_t bytes = w.bytes;
@@ -153,7 +191,7 @@ __attribute__((noinline)) void sum_row_as(float* to, const TurnCodes& w, const i
                     for (int at = 0; at < block_bytes; at += 64) __builtin_prefetch(codes + w.ahead + at, 0, 2);
                     load_codes<bits>(both[0], both[1], codes, bytes);
                     for (vi& part : both) part = has_table ? lookup_bytes(entries, part) : part;
-                    sums[0][i] = dot<digits == 3 ? 2 : 1>(both, quads);
+                    sums[0][i] = dot<2>(both, quads);
                     if constexpr (has_last) sums[1][i] = dot<1>(both, quads + 2 * quads_of_block);
                     codes += block_bytes;
                     bytes -= block_bytes;
@@ -162,51 +200,51 @@ __attribute__((noinline)) void sum_row_as(float* to, const TurnCodes& w, const i
                 if constexpr (has_last) low[run] = sum_parts(sums[1]);
             }
         };
-        if (digits == 3 && terms->has_last)
-            sum_unit.template operator()<digits == 3>();
-        else
-            sum_unit.template operator()<false>();
+        terms->has_last ? sum_unit.template operator()<true>() : sum_unit.template operator()<false>();
         const auto joined = [](const vi(&x)[runs]) __attribute__((always_inline)) {
             const auto halve = [](vi a, vi b) { return add(join_even_parts(a, b), join_odd_parts(a, b)); };
-            if constexpr (runs == 1)
-                return x[0];
-            else
-                return halve(halve(x[0], x[1]), halve(x[2], x[3]));
+            return halve(halve(x[0], x[1]), halve(x[2], x[3]));
         };
-        const bool has_last = digits == 3 && terms->has_last;
-        store(to, stepped_sum<digits>(joined(high), has_last ? joined(low) : splat(0), w, *terms, radix));
+        store(to, stepped_sum<digits>(joined(high), terms->has_last ? joined(low) : splat(0), w, *terms, radix));
     }
 }
 
 template <int bits, bool has_table>
-METATE_FN void sum_row_in(float* to, const TurnCodes& w, const int32_t* quads, int64_t blocks, const UnitTerms* terms,
-                          int digits, const ByteTable& table, float radix) {
-    digits == 3 ? sum_row_as<bits, has_table, 3>(to, w, quads, blocks, terms, table, radix)
-                : sum_row_as<bits, has_table, 1>(to, w, quads, blocks, terms, table, radix);
+METATE_FN void sum_rows_in(float* to, const TurnCodes* w, int64_t rows, const int32_t* quads, int64_t blocks,
+                           const UnitTerms* terms, int digits, const ByteTable& table, float radix) {
+    if (digits == 1 && rows == dots_beside)
+        return sum_rows_as<bits, has_table, dots_beside>(to, w, quads, blocks, terms, table);
+    for (; rows > 0; --rows, ++w, to += width)
+        digits == 3 ? sum_row_as<bits, has_table>(to, *w, quads, blocks, terms, table, radix)
+                    : sum_rows_as<bits, has_table, 1>(to, w, quads, blocks, terms, table);
 }
 
-// Row `row` of W.
-inline void dot_row(float* to, const LowBitMatrix& w, int64_t row, const Strip& s, int64_t ahead, const SpreadRows& x,
-                    const UnitTerms* terms, const ByteTable& table, float radix) {
+// Up to dots_beside rows of a strip, from number `first` on.
+inline void dot_in_turn(float* to, const LowBitMatrix& w, const Strip& s, int64_t first, int64_t rows,
+                        const TurnAhead& ahead, const SpreadRows& x, const UnitTerms* terms, const ByteTable& table,
+                        float radix) {
     const int64_t begin = s.first_block * block / 8 * w.bits;
-    const bool has_own = has_own_centers(w);
-    const uint8_t* const zeros = static_cast<const uint8_t*>(w.zeros.data) + row * w.zeros.stride[0];
-    const TurnCodes codes{static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + begin,
-                          ceil_div(w.columns * w.bits, 8) - begin,
-                          ahead,
-                          has_own ? zeros : nullptr,
-                          w.zeros.size[1],
-                          static_cast<int32_t>(w.zero)};
+    TurnCodes codes[dots_beside];
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = s.row + first + r;
+        const uint8_t* const zeros = static_cast<const uint8_t*>(w.zeros.data) + row * w.zeros.stride[0];
+        codes[r] = {static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + begin,
+                    ceil_div(w.columns * w.bits, 8) - begin,
+                    ahead.bytes(first + r),
+                    has_own_centers(w) ? zeros : nullptr,
+                    w.zeros.size[1],
+                    static_cast<int32_t>(w.zero)};
+    }
     const int32_t* const quads = x.at(s.first_block, 0);
     terms += s.first_block / blocks_of_unit(x.digits, longest);
-    if (w.bits == 8) return sum_row_in<8, false>(to, codes, quads, s.blocks, terms, x.digits, table, radix);
-    table.unit ? sum_row_in<4, true>(to, codes, quads, s.blocks, terms, x.digits, table, radix)
-               : sum_row_in<4, false>(to, codes, quads, s.blocks, terms, x.digits, table, radix);
+    if (w.bits == 8) return sum_rows_in<8, false>(to, codes, rows, quads, s.blocks, terms, x.digits, table, radix);
+    table.unit ? sum_rows_in<4, true>(to, codes, rows, quads, s.blocks, terms, x.digits, table, radix)
+               : sum_rows_in<4, false>(to, codes, rows, quads, s.blocks, terms, x.digits, table, radix);
 }
 
 #else
-inline void dot_row(float*, const LowBitMatrix&, int64_t, const Strip&, int64_t, const SpreadRows&, const UnitTerms*,
-                    const ByteTable&, float) {}
+inline void dot_in_turn(float*, const LowBitMatrix&, const Strip&, int64_t, int64_t, const TurnAhead&,
+                        const SpreadRows&, const UnitTerms*, const ByteTable&, float) {}
 #endif
 
 // Floats and pairs.

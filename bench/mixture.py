@@ -20,6 +20,7 @@ import metate
 from metate import QuantizedExperts, QuantizedWeight
 from metate.bench import ggml
 from metate.bench.run import Run, Setup, Skip, Workload
+from metate.low_bit import int8_activations
 from metate.op import REGISTRY, Args, Case
 from metate.ops.moe import Route
 from metate.quant import quantize_nf4
@@ -32,15 +33,18 @@ Weights = Tensor | QuantizedExperts
 
 def layers() -> list[Workload]:
     forward, training = Layer("moe_mlp"), Training("moe_mlp, forward and backward")
+    rounded = Rounded("moe_mlp, int8 activations")
     rivals = {
         "transformers eager": lambda setup: transformers(setup, "eager"),
         "transformers grouped_mm": lambda setup: transformers(setup, "grouped_mm"),
     }
     cases = [dict(T=T, k=2, E=8, N=3584, K=1024, form=form) for form in FORMS for T in (1, 16, 256)]
     several = [case for case in cases if case["T"] > 1 and case["form"] == "dense"]
-    both = {**rivals, "ggml mul_mat_id": mul_mat_id}
+    low_bit = [case for case in cases if case["form"] == "int4"]
+    product = {"ggml mul_mat_id": mul_mat_id}
     return [
-        Workload(forward.name, forward, cases, both, ours, flops, label=label, moved=forward.moved, sets=1),  # type: ignore[arg-type]
+        Workload(forward.name, forward, cases, rivals | product, ours, flops, label=label, moved=forward.moved, sets=1),  # type: ignore[arg-type]
+        Workload(rounded.name, rounded, low_bit, product, ours, flops, label=label, moved=rounded.moved, sets=1),  # type: ignore[arg-type]
         Workload(training.name, training, several, rivals, train_ours, lambda case: 3 * flops(case), label=label,  # type: ignore[arg-type]
                  moved=training.moved, sets=1),
     ]  # fmt: skip
@@ -128,6 +132,19 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Rounded(Layer):
+    """The same with activations rounded to 8 bits; its own error from the exact layer is what others may have."""
+
+    def compute(self, dtype: torch.dtype, args: Args) -> tuple[Tensor, ...]:
+        if dtype == torch.float64:
+            return super().compute(dtype, args)
+        x, experts, weights, *matrices = args
+        group = matrices[0].group_size
+        problem = x[0].to(dtype), experts[0], weights[0].to(dtype)
+        return (layer(*problem, *matrices, rounded=lambda rows: int8_activations(rows, group)),)
+
+
+@dataclass(frozen=True)
 class Training(Layer):
     """The same with gradients to the tokens and to the weights."""
 
@@ -148,14 +165,17 @@ class Training(Layer):
         return 3 * super().moved(setup)
 
 
-def layer(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Weights, w_down: Weights) -> Tensor:
+def layer(
+    x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Weights, w_down: Weights,
+    rounded: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:  # fmt: skip
     """The truth: expert after expert."""
     out = torch.zeros_like(x)
     for expert in range(len(w_gate_up)):
         token, choice = (experts == expert).nonzero(as_tuple=True)
         if len(token):
-            gate, up = (x[token] @ dense(w_gate_up)[expert].to(x.dtype).T).chunk(2, -1)
-            y = (F.silu(gate) * up) @ dense(w_down)[expert].to(x.dtype).T
+            gate, up = (rounded(x[token]) @ dense(w_gate_up)[expert].to(x.dtype).T).chunk(2, -1)
+            y = rounded(F.silu(gate) * up) @ dense(w_down)[expert].to(x.dtype).T
             out = out.index_add(0, token, y * weights[token, choice, None])
     return out
 
@@ -185,10 +205,12 @@ def ours(setup: Setup, backend: str) -> Run:
     found = routes(setup)
     first = next(iter(setup.op.implementations(setup.device)))
     chosen = None if backend == first else backend  # a call that names none costs less
+    rounds = isinstance(setup.op, Rounded)
 
     @torch.no_grad()
     def run(i: int) -> Tensor:
-        return metate.moe_mlp(x[i % len(x)], found[i % len(x)], w_gate_up, w_down, backend=chosen)
+        route = found[i % len(x)]
+        return metate.moe_mlp(x[i % len(x)], route, w_gate_up, w_down, int8_activations=rounds, backend=chosen)
 
     return run
 
@@ -240,9 +262,10 @@ def transformers(setup: Setup, implementation: str) -> Run:
 def mul_mat_id(setup: Setup) -> Run:
     """ggml takes float32 tokens; it rounds them to the type of dense weights, and beside 4-bit ones to 8 bits."""
     case, (x, experts, weights, w_gate_up, w_down) = setup.case, setup.sets[0]
-    if setup.device != "cpu" or case["form"] == "nf4":
-        raise Skip("ggml's CPU backend has no NF4" if setup.device == "cpu" else "on a CPU only")
-    kind = ggml.Q4_0 if case["form"] == "int4" else {torch.float32: ggml.F32, torch.bfloat16: ggml.BF16}[setup.dtype]
+    rounds = isinstance(setup.op, Rounded)
+    if setup.device != "cpu" or rounds != (case["form"] == "int4"):
+        raise Skip("on a CPU, dense weights, or 4-bit ones beside activations of 8 bits")
+    kind = ggml.Q4_0 if rounds else {torch.float32: ggml.F32, torch.bfloat16: ggml.BF16}[setup.dtype]
     T, k, E, N, K = (case[letter] for letter in "TkENK")
     graphs = ggml.Graphs()
     gate, up = (graphs.tensor(kind, K, N, E, weight=True) for _ in range(2))

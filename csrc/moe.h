@@ -152,7 +152,8 @@ struct QuantGroupedLinear {
     View<2> bias;            // (E, rows) f32 or the dtype of x, or absent
     View<1> offsets, order;  // of experts, as above; cpu:: takes no order
     int64_t k;
-    View<2> out;  // (R, rows), dtype of x
+    bool int8_activations;  // as in QuantLinear; cpu:: alone
+    View<2> out;            // (R, rows), dtype of x
 };
 
 // out[r] = x[r] · W[e]; zeros in the rows of no expert.

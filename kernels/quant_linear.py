@@ -293,14 +293,20 @@ def quant_linear(x: Tensor, *weight: Any) -> Tensor:
     return _product(stored, dict(zip(_TENSORS, tensors, strict=True)), bias, None, weight[9:], x.shape[1], False)
 
 
+def round_rows(x: Tensor, group_size: int) -> Tensor:
+    """x, its columns in the order of the codes, with the activations rounded to 8 bits."""
+    rounded = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if rounded.numel():
+        arguments = {"x": x, "x_strides": x.stride(), "out": rounded, "x_rows": x.shape[0], "BLOCK_M": 8}
+        arguments |= {"columns": x.shape[1], "group_size": min(group_size, x.shape[1])}
+        shared.launch(round_kernel, (triton.cdiv(x.shape[0], 8) * triton.cdiv(x.shape[1], 32),), arguments, x)
+    return rounded
+
+
 def quant_linear_int8(x: Tensor, *weight: Any) -> Tensor:
     *tensors, permutation, bias = weight[:9]
     stored = x if permutation is None else x.index_select(1, permutation)
-    rounded = torch.empty_like(stored, memory_format=torch.contiguous_format)
-    if rounded.numel():
-        arguments = {"x": stored, "x_strides": stored.stride(), "out": rounded, "x_rows": x.shape[0], "BLOCK_M": 8}
-        arguments |= {"columns": x.shape[1], "group_size": min(weight[10], x.shape[1])}
-        shared.launch(round_kernel, (triton.cdiv(x.shape[0], 8) * triton.cdiv(x.shape[1], 32),), arguments, x)
+    rounded = round_rows(stored, weight[10])
     return _product(rounded, dict(zip(_TENSORS, tensors, strict=True)), bias, None, weight[9:], x.shape[1], False)
 
 

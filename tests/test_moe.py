@@ -218,6 +218,27 @@ def test_a_layer_of_few_tokens_is_one_call_with_the_bits_of_its_operators(form):
         assert out.shape == x.shape and torch.equal(out.view(6, 64), expected)
 
 
+def test_int8_activations_of_experts_are_those_of_quant_linear():
+    """Bit for bit, in one call or five; a little off the exact layer, without gradients, of low-bit weights alone."""
+    x, dense = random(6, 128), [random(4, n, k, seed=n) / k**0.5 for n, k in ((256, 128), (128, 128))]
+    w1, w2 = (QuantizedExperts.quantize(w, lambda one: quantize_rtn(one, 4, group_size=32)) for w in dense)
+    route = metate.moe_route(random(6, 4, seed=3), 2)
+    exact, rounded = (metate.moe_mlp(x, route, w1, w2, int8_activations=rounds) for rounds in (False, True))
+    assert 1e-3 < float((rounded - exact).abs().max() / exact.abs().max()) < 3e-2
+    assert torch.equal(metate.moe_mlp(x, route, w1, w2, int8_activations=True), rounded)
+    expected = torch.zeros_like(x)
+    for t in range(6):
+        for e, weight in zip(route.experts[t].tolist(), route.weights[t], strict=True):
+            hidden = metate.quant_linear(x[t : t + 1], w1[e], activation="int8")
+            y = metate.quant_linear(metate.gated_activation(hidden), w2[e], activation="int8")
+            expected[t] = torch.addcmul(expected[t], weight, y[0])
+    torch.testing.assert_close(rounded, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(NotImplementedError, match=r"metate.grouped_linear: no gradient: .*int8_activations"):
+        metate.moe_mlp(x.requires_grad_(), route, w1, w2, int8_activations=True).sum().backward()
+    with pytest.raises(ValueError, match=r"grouped_linear: int8_activations is True, expected False beside a dense w"):
+        metate.moe_mlp(x.detach(), route, *dense, int8_activations=True)
+
+
 @pytest.mark.skipif(not library.layer(), reason="this torch has no C interface for exchanging tensors")
 def test_a_layer_is_not_one_call_where_its_operators_must_be_seen():
     x, w1, w2 = random(6, 8), random(4, 16, 8, seed=1), random(4, 8, 8, seed=2)

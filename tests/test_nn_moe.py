@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import metate
+from metate import library
 from metate.nn import GroupedLinear, LoraGroupedLinear, MoE, QuantGroupedLinear, dequantize_model
 from metate.quant import quantize_hqq, quantize_rtn
 
@@ -150,6 +151,27 @@ def test_low_bit_experts(method):
     want = torch.autograd.grad(full.square().sum(), [x, *(p for n, p in dense.named_parameters() if n in names)])
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not library.layer(), reason="this torch has no C interface for exchanging tensors")
+@pytest.mark.parametrize("method", [None, "int4"])
+def test_experts_of_few_tokens_are_one_call_unless_somebody_hooks_into_them(method):
+    moe = build(bias=True)
+    experts = (moe if method is None else metate.quantize_model(moe, method)).experts
+    x, route = torch.randn(3, HIDDEN), metate.moe_route(torch.randn(3, experts.num_experts), 2)
+    with torch.no_grad():
+        experts(x, route)  # each operator is looked at, then the layer
+        expected = experts(x, route)
+        before = library.direct_calls()
+        assert torch.equal(experts(x, route), expected) and library.direct_calls() == before + 1
+        seen = []
+        experts.down.register_forward_hook(lambda layer, args, out: seen.append(out))
+        assert torch.equal(experts(x, route), expected) and len(seen) == 1
+        if method is not None:
+            del experts.down._forward_hooks[next(iter(experts.down._forward_hooks))]
+            experts.gate_up.int8_activations = experts.down.int8_activations = True
+            rounded = experts(x, route)
+            assert not torch.equal(rounded, expected) and torch.equal(experts(x, route), rounded)
 
 
 def test_states_come_back_into_another_format(tmp_path):

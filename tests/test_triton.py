@@ -192,6 +192,7 @@ def compile_moe(everything: bool) -> None:
     weight: list[Any] = [codes, levels, None, None, None, None, tensor(16)]
     permutation = tensor(experts, width, **int32) if everything else None
     moe.quant_grouped_linear(x, *weight, permutation, None, offsets, order, 4, 64, 0, 0, k)
+    moe.quant_grouped_linear_int8(x, *weight, None, None, offsets, order, 4, 64, 0, 0, k)
     moe.quant_grouped_matmul(tensor(tokens * k, 512, dtype=half), *weight, permutation, offsets, 4, 64, 0, 0, width)
 
 

@@ -152,20 +152,20 @@ Tensor grouped_outer(const Tensor& a, const Tensor& b, const Tensor& offsets, co
     return out;
 }
 
-Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
-                            const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
-                            const Optional& codebook, const Optional& permutation, const Optional& bias,
-                            const Tensor& expert_offsets, const Optional& order, int64_t bits, int64_t group_size,
-                            int64_t super_groups, int64_t zero, int64_t k) {
+Tensor low_bit_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                      const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
+                      const Optional& codebook, const Optional& permutation, const Optional& bias,
+                      const Tensor& expert_offsets, const Optional& order, int64_t bits, int64_t group_size,
+                      int64_t super_groups, int64_t zero, int64_t k, bool int8_activations) {
     expect(x, [&] {
         return are_rows(expert_offsets, rows_of(x, order), order, x.size(0) * k) && are_permutations(permutation);
     });
     const Tensor bytes = rows_of_bytes(codes);
 #if !defined(METATE_CUDA)
     if (order)  // low-bit kernels of the CPU read rows that stand one after another
-        return quant_grouped_linear(moe_permute(x, *order, k), codes, scales, super_scales, zeros, offsets,
-                                    super_offsets, codebook, permutation, bias, expert_offsets, {}, bits, group_size,
-                                    super_groups, zero, 1);
+        return low_bit_linear(moe_permute(x, *order, k), codes, scales, super_scales, zeros, offsets, super_offsets,
+                              codebook, permutation, bias, expert_offsets, {}, bits, group_size, super_groups, zero, 1,
+                              int8_activations);
 #endif
     Tensor out = empty(x, {rows_of(x, order), codes.size(1)});
     METATE_LAUNCH(
@@ -173,9 +173,29 @@ Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& 
         QuantGroupedLinear{view<2>(x),
                            low_bit<LowBitExperts>(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
                                                   codebook, permutation, bits, group_size, super_groups, zero),
-                           view<2>(bias), view<1>(expert_offsets), view<1>(order), k, view<2>(out)});
+                           view<2>(bias), view<1>(expert_offsets), view<1>(order), k, int8_activations, view<2>(out)});
     return out;
 }
+
+Tensor quant_grouped_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                            const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
+                            const Optional& codebook, const Optional& permutation, const Optional& bias,
+                            const Tensor& expert_offsets, const Optional& order, int64_t bits, int64_t group_size,
+                            int64_t super_groups, int64_t zero, int64_t k) {
+    return low_bit_linear(x, codes, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias,
+                          expert_offsets, order, bits, group_size, super_groups, zero, k, false);
+}
+
+#if !defined(METATE_CUDA)
+Tensor quant_grouped_linear_int8(const Tensor& x, const Tensor& codes, const Tensor& scales,
+                                 const Optional& super_scales, const Optional& zeros, const Optional& offsets,
+                                 const Optional& super_offsets, const Optional& codebook, const Optional& permutation,
+                                 const Optional& bias, const Tensor& expert_offsets, const Optional& order,
+                                 int64_t bits, int64_t group_size, int64_t super_groups, int64_t zero, int64_t k) {
+    return low_bit_linear(x, codes, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias,
+                          expert_offsets, order, bits, group_size, super_groups, zero, k, true);
+}
+#endif
 
 Tensor quant_grouped_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
                             const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
@@ -219,24 +239,25 @@ Tensor gated_activation_backward(const Tensor& grad, const Tensor& x, int64_t ac
 using Weight = std::tuple<Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
                           int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-Tensor product(const Tensor& x, const Weight& weight, const Tensor& expert_offsets, const Optional& order, int64_t k) {
+Tensor product(const Tensor& x, const Weight& weight, const Tensor& expert_offsets, const Optional& order, int64_t k,
+               bool int8_activations) {
     const auto& [w, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias, bits, group_size,
                  super_groups, zero, columns] = weight;
     if (!bits) return grouped_linear(x, w, expert_offsets, bias, order, k);
-    return quant_grouped_linear(x, w, *scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias,
-                                expert_offsets, order, bits, group_size, super_groups, zero, k);
+    return low_bit_linear(x, w, *scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias,
+                          expert_offsets, order, bits, group_size, super_groups, zero, k, int8_activations);
 }
 
 // A layer in one call, around which Python costs more than small kernels do: the operators that moe_mlp of
 // python/metate/ops/moe/__init__.py calls, one after another.
 Tensor moe_mlp(const Tensor& x, const Tensor& experts, const Tensor& weights, const Weight& gate_up, const Weight& down,
-               int64_t num_experts, int64_t rows, int64_t activation, int64_t layout, double limit, double alpha,
-               double shift) {
+               int64_t num_experts, int64_t rows, bool int8_activations, int64_t activation, int64_t layout,
+               double limit, double alpha, double shift) {
     if (rows < experts.size(0) * experts.size(1)) throw NeedsDispatcher{};
     const auto [order, inverse, offsets] = moe_sort(experts, num_experts);
-    const Tensor hidden = product(x, gate_up, offsets, order, experts.size(1));
+    const Tensor hidden = product(x, gate_up, offsets, order, experts.size(1), int8_activations);
     const Tensor activated = gated_activation(hidden, activation, layout, limit, alpha, shift);
-    return moe_unpermute(product(activated, down, offsets, {}, 1), inverse, weights);
+    return moe_unpermute(product(activated, down, offsets, {}, 1, int8_activations), inverse, weights);
 }
 
 #endif
@@ -254,6 +275,9 @@ METATE_REGISTER(m) {
     METATE_IMPL(m, grouped_linear);
     METATE_IMPL(m, grouped_outer);
     METATE_IMPL(m, quant_grouped_linear);
+#if !defined(METATE_CUDA)
+    METATE_IMPL(m, quant_grouped_linear_int8);
+#endif
     METATE_IMPL(m, quant_grouped_matmul);
     METATE_IMPL(m, gated_activation);
     METATE_IMPL(m, gated_activation_backward);

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..quant_linear import rows_of_a_tile, sizes_of, strided
+from ..quant_linear import round_rows, rows_of_a_tile, sizes_of, strided
 from ..shared import launch, refusal
 from .activation import backward_kernel, forward_kernel
 from .grouped import linear_kernel, outer_kernel
@@ -166,6 +166,10 @@ def quant_grouped_linear(x: Tensor, *rest: Any) -> Tensor:
     )  # fmt: skip
 
 
+def quant_grouped_linear_int8(x: Tensor, *rest: Any) -> Tensor:
+    return quant_grouped_linear(round_rows(x, rest[12]), *rest)
+
+
 def quant_grouped_matmul(x: Tensor, *rest: Any) -> Tensor:
     *levels, codebook, permutation, starts = rest[:9]
     *scalars, columns = rest[9:]
@@ -246,6 +250,16 @@ def _refused_rows(x: Tensor, *tensors: Any) -> str | None:
     return _refusal(x, *(t.numel() for t in tensors if isinstance(t, Tensor) and t.dtype == torch.int32))
 
 
+def _refused_low_bit(x: Tensor, codes: Tensor, *rest: Any) -> str | None:
+    return _refused_rows(x, rest[9]) or _refusal(x, *codes.shape, x.shape[0] * rest[-1])
+
+
+def _refused_int8(x: Tensor, *rest: Any) -> str | None:
+    if rest[7] is not None:
+        return "activations rounded to 8 bits in an order of each expert: on a CPU"
+    return _refused_low_bit(x, *rest)
+
+
 REFUSES = {
     "moe_topk": lambda logits, bias, k, score, groups, *_: _refused_route(logits, groups),
     "moe_topk_backward": lambda grad, logits, *_: _refused_route(logits, 1),
@@ -255,9 +269,8 @@ REFUSES = {
     "moe_unpermute_backward": _refused_rows,
     "grouped_linear": lambda x, w, *rest: _refused_rows(x, rest[2]) or _refusal(x, *w.shape, x.shape[0] * rest[-1]),
     "grouped_outer": lambda a, b, *rest: _refused_rows(a, rest[1]) or _refusal(b, b.shape[0] * rest[-1]),
-    "quant_grouped_linear": lambda x, codes, *rest: (
-        _refused_rows(x, rest[9]) or _refusal(x, *codes.shape, x.shape[0] * rest[-1])
-    ),
+    "quant_grouped_linear": _refused_low_bit,
+    "quant_grouped_linear_int8": _refused_int8,
     "quant_grouped_matmul": lambda x, codes, *rest: _refusal(x, *codes.shape, rest[-1]),
     "gated_activation": lambda x, *_: _refusal(x),
     "gated_activation_backward": lambda grad, x, *_: _refusal(x),

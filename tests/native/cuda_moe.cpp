@@ -352,7 +352,7 @@ void check_low_bit(const Route& r, Random& random) {
     w.zeros = zeros ? zero.view : none<3>(), w.permutation = permuted ? permutation.view : none<2>();
     Tensor<2> out = make<2>(dtype, {rows.rows, N}, random), back = make<2>(dtype, {rows.rows, K}, random);
     const Tensor<2> grad = make<2>(dtype, {rows.rows, N}, random);
-    cuda::quant_grouped_linear({rows.x.view, w, {}, rows.offsets.view, rows.order, rows.k, out.view},
+    cuda::quant_grouped_linear({rows.x.view, w, {}, rows.offsets.view, rows.order, rows.k, false, out.view},
                                emulator::device());
     cuda::quant_grouped_matmul({grad.view, w, rows.offsets.view, back.view}, emulator::device());
     Truth<2> products(out.view), across(back.view);

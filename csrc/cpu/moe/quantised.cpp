@@ -39,7 +39,7 @@ void quant_grouped_linear(const QuantGroupedLinear& call, const Runtime& runtime
     for_experts<QuantLinear>(
         call,
         [&](int64_t e, const View<2>& x, const View<2>& out) {
-            return QuantLinear{x, call.w[e], row_of(call.bias, e), false, out};
+            return QuantLinear{x, call.w[e], row_of(call.bias, e), call.int8_activations, out};
         },
         [&](const QuantLinear* list, int64_t n) { cpu::quant_linears({list, n}, runtime); });
 }

@@ -4,6 +4,7 @@ LoraGroupedLinear: one for every expert."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ class LoraGroupedLinear(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor, order: Tensor | None = None, k: int = 1) -> Tensor:
         A, B, base = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.base
         if not (self.training and self.dropout.p > 0):
-            return grouped_linear(x, base.weight, offsets, base.bias, order=order, k=k, lora=(A, B), scaling=self.scale)
+            options: dict[str, Any] = dict(lora=(A, B), scaling=self.scale, int8_activations=base.int8_activations)
+            return grouped_linear(x, base.weight, offsets, base.bias, order=order, k=k, **options)
         update = grouped_linear(grouped_linear(self.dropout(x), A, offsets, order=order, k=k), B, offsets)
         out: Tensor = base(x, offsets, order, k) + self.scale * update
         return out

@@ -10,9 +10,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from metate.errors import fail
-from metate.ops.moe import Route, gated_activation, grouped_linear, moe_route, moe_sort, moe_unpermute, update_bias
+from metate.ops.moe import (
+    Route,
+    call_of_layer,
+    gated_activation,
+    grouped_linear,
+    is_layer_of_few,
+    moe_route,
+    moe_sort,
+    moe_unpermute,
+    run_layer,
+    update_bias,
+)
 
 
 class GroupedLinear(nn.Module):
@@ -22,6 +34,8 @@ class GroupedLinear(nn.Module):
     `forward` takes rows sorted by expert, those of expert e from offsets[e] to offsets[e + 1]; or any rows and the
     `order` in which they stand so, as `metate.grouped_linear` does.
     """
+
+    int8_activations = False  # as in `metate.grouped_linear`, of low-bit layers
 
     def __init__(
         self, num_experts: int, in_features: int, out_features: int, bias: bool = False,
@@ -41,7 +55,8 @@ class GroupedLinear(nn.Module):
             parameter.uniform_(-bound, bound)
 
     def forward(self, x: Tensor, offsets: Tensor, order: Tensor | None = None, k: int = 1) -> Tensor:
-        return grouped_linear(x, self.weight, offsets, self.bias, order=order, k=k)
+        options: dict[str, Any] = dict(order=order, k=k, int8_activations=self.int8_activations)
+        return grouped_linear(x, self.weight, offsets, self.bias, **options)
 
     def part(self, first: int, last: int) -> GroupedLinear:
         """A copy with the experts first … last - 1."""
@@ -80,10 +95,32 @@ class Experts(nn.Module):
 
     def combine(self, x: Tensor, experts: Tensor, weights: Tensor | None, rows: int) -> Tensor:
         """Σ_j weights[t, j] · expert experts[t, j] of x[t]; at most `rows` of the numbers are those of an expert."""
-        order, inverse, offsets = moe_sort(experts, self.num_experts)
-        hidden = self.gate_up(x, offsets, order[:rows], experts.shape[1])
-        hidden = self.down(gated_activation(hidden, **self.activation), offsets)
-        return moe_unpermute(hidden, inverse, weights)
+
+        def one_by_one() -> Tensor:
+            order, inverse, offsets = moe_sort(experts, self.num_experts)
+            hidden = self.gate_up(x, offsets, order[:rows], experts.shape[1])
+            hidden = self.down(gated_activation(hidden, **self.activation), offsets)
+            return moe_unpermute(hidden, inverse, weights)
+
+        if weights is None or torch.is_grad_enabled() or not is_layer_of_few(experts):
+            return one_by_one()
+        parts = parts_in_one_call(self.gate_up, self.down)
+        if parts is None:
+            return one_by_one()
+        routed: Any = experts, weights, self.num_experts, rows
+        return run_layer(call_of_layer(x, routed, *parts, self.activation), one_by_one)
+
+
+def parts_in_one_call(gate_up: Any, down: Any) -> tuple[tuple[Any, ...], bool] | None:
+    """Weights and biases of two layers, and whether they round activations; or None where the layers are to be called:
+    they are of other kinds, or somebody hooks into them."""
+    for layer in (gate_up, down):
+        is_plain = getattr(layer.forward, "__func__", None) is GroupedLinear.forward
+        if not is_plain or layer._forward_hooks or layer._forward_pre_hooks or has_global_hooks():
+            return None
+    if gate_up.int8_activations != down.int8_activations:
+        return None
+    return (gate_up.weight, down.weight, gate_up.bias, down.bias), bool(gate_up.int8_activations)
 
 
 class SharedExpert(nn.Module):

@@ -71,15 +71,19 @@ class QuantGroupedLinear(LowBit, GroupedLinear):
     Args:
         weight: of every expert, (num_experts, out_features, in_features).
         bias: (num_experts, out_features); a Parameter stays one, another tensor becomes a buffer.
+        int8_activations: as in `metate.grouped_linear`.
     """
 
-    def __init__(self, weight: QuantizedExperts, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedExperts, bias: Tensor | None = None, *, int8_activations: bool = False
+    ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         if not isinstance(weight, QuantizedExperts):
             got = type(weight).__name__
             raise fail("nn.QuantGroupedLinear", "weight", got, "a metate.QuantizedExperts", error=TypeError)
         _check_bias("nn.QuantGroupedLinear", bias, weight.shape[:2])
         self.num_experts, self.out_features, self.in_features = weight.shape
+        self.int8_activations = int8_activations
         self._take(weight, bias)
 
     @classmethod
@@ -101,7 +105,8 @@ class QuantGroupedLinear(LowBit, GroupedLinear):
             bias = self.bias[first:last].detach().clone()
             if isinstance(self.bias, nn.Parameter):
                 bias = nn.Parameter(bias, self.bias.requires_grad)
-        return QuantGroupedLinear(QuantizedExperts.stack([self.weight[e] for e in range(first, last)]), bias)
+        weight = QuantizedExperts.stack([self.weight[e] for e in range(first, last)])
+        return QuantGroupedLinear(weight, bias, int8_activations=self.int8_activations)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self._numbers['bits']}, group_size={self._numbers['group_size']}"

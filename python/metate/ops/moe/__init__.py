@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from numbers import Real
 from typing import Any
@@ -78,6 +79,7 @@ def grouped_linear(
     k: int = 1,
     lora: Lora | None = None,
     scaling: float = 1.0,
+    int8_activations: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The rows of each expert times its own weight: row r of expert e gives row r · w[e]ᵀ + bias[e].
@@ -91,6 +93,8 @@ def grouped_linear(
         order: (rows) int32: row r is x[order[r] // k], gathered in the product: no permuted copy of x exists.
         lora: A (experts, rank, in_features) and B (experts, out_features, rank), dtype of x: scaling · (row Aᵀ) Bᵀ is
             added (Hu et al. 2022).
+        int8_activations: round every chunk of at most 32 columns of a row to 8 bits before it meets a low-bit w, as
+            `quant_linear` does with activation="int8": a relative error of about 8e-3, and no gradients.
 
     Returns:
         (rows, out_features), dtype of x. A row depends on no other row, bit for bit. Gradients reach x, dense w, bias,
@@ -103,8 +107,11 @@ def grouped_linear(
         if isinstance(w, QuantizedExperts):
             if isinstance(x, Tensor) and x.shape[-1:] != (w.shape[2],):
                 raise fail("grouped_linear", "x", f"of shape {tuple(x.shape)}", f"(rows, {w.shape[2]}) for {w!r}")
-            out: Tensor = grouped.quant_linear_op.call((x, *w.arguments(), bias, offsets, order, *w.scalars(), k))
+            op = grouped.quant_int8_op if int8_activations else grouped.quant_linear_op
+            out: Tensor = op.call((x, *w.arguments(), bias, offsets, order, *w.scalars(), k))
         else:
+            if int8_activations:
+                raise fail("grouped_linear", "int8_activations", True, "False beside a dense w, or QuantizedExperts")
             out = grouped.linear_op.call((x, w, offsets, bias, order, k))
         if lora is None:
             return out
@@ -149,8 +156,9 @@ def gated_activation(
 
 
 def _choices(
-    activation: str, gating: str, limit: float | None, alpha: float, shift: float
-) -> tuple[int, int, float, float, float]:
+    activation: str = "silu", gating: str = "gate_up", limit: float | None = None, alpha: float = 1.0,
+    shift: float = 0.0,
+) -> tuple[int, int, float, float, float]:  # fmt: skip
     """The scalars of the operator."""
     limit = math.inf if limit is None else limit
     for name, value in (("limit", limit), ("alpha", alpha), ("shift", shift)):
@@ -178,6 +186,7 @@ def moe_mlp(
     lora_gate_up: Lora | None = None,
     lora_down: Lora | None = None,
     scaling: float = 1.0,
+    int8_activations: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """A layer of experts: Σ_j weight_j · W_down[e_j] f(W_gate_up[e_j] x) of every token, e_j its choices.
@@ -188,48 +197,75 @@ def moe_mlp(
         w_gate_up: (experts, 2 · width, hidden), or (experts, width, hidden) with gating "none"; w_down: (experts,
             hidden, width): tensors in the dtype of x with any strides, or QuantizedExperts.
         activation, gating, limit, alpha, shift: as in `gated_activation`.
-        bias_gate_up, bias_down, lora_gate_up, lora_down, scaling: as in `grouped_linear`.
+        bias_gate_up, bias_down, lora_gate_up, lora_down, scaling, int8_activations: as in `grouped_linear`.
 
     Returns:
         Like x. A token depends on no other, bit for bit. No permuted copy of x is made.
     """
     activated: dict[str, Any] = dict(activation=activation, gating=gating, limit=limit, alpha=alpha, shift=shift)
     parts = w_gate_up, w_down, bias_gate_up, bias_down
+    loras = lora_gate_up, lora_down
     call = None
-    if backend is None and lora_gate_up is None and lora_down is None:
-        call = _in_one_call(x, route, parts, activated)
-    out: Any = NotImplemented if call is None else library.layer()[0].call(call, False)
-    if out is not NotImplemented:
-        return out if x.dim() == 2 else out.view(x.shape)  # type: ignore[no-any-return]
-    _check_layer(x, route, w_down)
-    before = library.direct_calls()
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # each view costs as much as a small kernel
-    out = _one_by_one(tokens, route, parts, (lora_gate_up, lora_down, scaling), activated, backend)
-    if call is not None and library.direct_calls() == before + _OPERATORS:  # each: then they may together
-        library.layer()[0].admit(call)
-    return out if x.dim() == 2 else out.view(x.shape)  # type: ignore[no-any-return]
+    is_whole = type(route) is Route and isinstance(x, Tensor) and x.dim() > 1
+    if backend is None and is_whole and lora_gate_up is None and lora_down is None and is_layer_of_few(route.experts):
+        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # each view costs as much as a small kernel
+        routed = route.experts, route.weights, route.num_experts, route.rows
+        call = call_of_layer(tokens, routed, parts, int8_activations, activated)
+
+    def one_by_one() -> Tensor:
+        _check_layer(x, route, w_down)
+        options: dict[str, Any] = dict(scaling=scaling, int8_activations=int8_activations, backend=backend)
+        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        return _one_by_one(tokens, route, parts, loras, activated, options)
+
+    out = run_layer(call, one_by_one)
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
-def _in_one_call(x: Tensor, route: Route, parts: tuple[Any, ...], activated: dict[str, Any]) -> tuple[Any, ...] | None:
-    """The arguments of csrc/torch/moe.cpp, unless somebody is to see the operators."""
-    if torch.compiler.is_dynamo_compiling() or not is_plain() or not library.layer():
-        return None
-    if type(route) is not Route or route.experts.shape[0] > _FEW_TOKENS or not isinstance(x, Tensor) or x.dim() < 2:
-        return None
+def is_layer_of_few(experts: Tensor) -> bool:
+    """Whether a layer of so few tokens may be one call: nobody is to see its operators."""
+    if torch.compiler.is_dynamo_compiling() or experts.shape[0] > _FEW_TOKENS:
+        return False
+    return is_plain() and bool(library.layer())
+
+
+def call_of_layer(
+    x: Tensor, routed: tuple[Tensor, Tensor, int, int], parts: tuple[Any, ...], int8_activations: bool,
+    activated: dict[str, Any],
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of csrc/torch/moe.cpp.
+
+    routed: experts and weights of the tokens, how many experts there are, and at most how many rows. parts: both
+    weights, both biases.
+    """
+    experts, weights, num_experts, rows = routed
     w_gate_up, w_down, bias_gate_up, bias_down = parts
     return (
-        x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), route.experts, route.weights,
-        _in_full(w_gate_up, bias_gate_up), _in_full(w_down, bias_down),
-        route.num_experts, route.rows, *_choices(**activated),
+        x, experts, weights, _in_full(w_gate_up, bias_gate_up), _in_full(w_down, bias_down), num_experts, rows,
+        int8_activations, *_choices(**activated),
     )  # fmt: skip
 
 
+def run_layer(call: tuple[Any, ...] | None, one_by_one: Callable[[], Tensor]) -> Tensor:
+    """The layer in one call; the first one like it operator by operator."""
+    if call is None:
+        return one_by_one()
+    out: Any = library.layer()[0].call(call, False)
+    if out is not NotImplemented:
+        return out  # type: ignore[no-any-return]
+    before = library.direct_calls()
+    out = one_by_one()
+    if library.direct_calls() == before + _OPERATORS:  # each: then they may together
+        library.layer()[0].admit(call)
+    return out  # type: ignore[no-any-return]
+
+
 def _one_by_one(
-    x: Tensor, route: Route, parts: tuple[Any, ...], loras: tuple[Lora | None, Lora | None, float],
-    activated: dict[str, Any], backend: str | None,
+    x: Tensor, route: Route, parts: tuple[Any, ...], loras: tuple[Lora | None, Lora | None],
+    activated: dict[str, Any], options: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     w_gate_up, w_down, bias_gate_up, bias_down = parts
-    options: dict[str, Any] = dict(scaling=loras[2], backend=backend)
+    backend = options["backend"]
     order, inverse, offsets = moe_sort(route.experts, route.num_experts, backend=backend)
     if route.rows < order.shape[0]:
         order = order[: route.rows]

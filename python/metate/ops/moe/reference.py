@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metate.low_bit import stored_weight
+from metate.low_bit import int8_activations, stored_weight
 
 SOFTMAX, SOFTMAX_CHOSEN, SIGMOID, SQRT_SOFTPLUS = range(4)
 SILU, GELU, GELU_TANH, RELU, RELU2 = range(5)
@@ -189,13 +190,35 @@ def quant_grouped_linear(
     zero: int, k: int,
 ) -> Tensor:  # fmt: skip
     """`grouped_linear` on low-bit weights."""
+    levels = codes, scales, super_scales, zeros, offsets, super_offsets, codebook
+    numbers = bits, group_size, super_groups, zero
+    return _low_bit(x, levels, permutation, bias, expert_offsets, order, numbers, k, lambda rows: rows)
+
+
+def quant_grouped_linear_int8(
+    x: Tensor, codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None,
+    offsets: Tensor | None, super_offsets: Tensor | None, codebook: Tensor | None, permutation: Tensor | None,
+    bias: Tensor | None, expert_offsets: Tensor, order: Tensor | None, bits: int, group_size: int, super_groups: int,
+    zero: int, k: int,
+) -> Tensor:  # fmt: skip
+    """The same with the rows rounded to 8 bits, as `quant_linear_int8` rounds them."""
+    levels = codes, scales, super_scales, zeros, offsets, super_offsets, codebook
+    numbers = bits, group_size, super_groups, zero
+    rounded = partial(int8_activations, group_size=group_size)
+    return _low_bit(x, levels, permutation, bias, expert_offsets, order, numbers, k, rounded)
+
+
+def _low_bit(
+    x: Tensor, levels: tuple[Tensor | None, ...], permutation: Tensor | None, bias: Tensor | None,
+    expert_offsets: Tensor, order: Tensor | None, numbers: tuple[int, ...], k: int, rounded: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    *stacked, codebook = levels
     rows = gather(x, order, k)
-    out = x.new_zeros(rows.shape[0], codes.shape[1])
-    stacked = codes, scales, super_scales, zeros, offsets, super_offsets
+    out = x.new_zeros(rows.shape[0], stacked[0].shape[1])  # type: ignore[union-attr]
     for expert, segment in _segments(expert_offsets):
-        weight = _dense(expert, stacked, codebook, bits, group_size, super_groups, zero, x.shape[1])
+        weight = _dense(expert, tuple(stacked), codebook, *numbers, x.shape[1])
         here = rows[segment] if permutation is None else rows[segment][:, permutation[expert].long()]
-        out[segment] = here @ weight.to(x.dtype).T
+        out[segment] = rounded(here) @ weight.to(x.dtype).T
         if bias is not None:
             out[segment] += bias[expert].to(x.dtype)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.low_bit import stored_weight
+from metate.low_bit import int8_activations, stored_weight
 
 
 def quant_linear(
@@ -37,26 +37,6 @@ def quant_linear_int8(
         rounded, codes, scales, super_scales, zeros, offsets, super_offsets, codebook, None, bias, bits, group_size,
         super_groups, zero,
     )  # fmt: skip
-
-
-def int8_activations(x: Tensor, group_size: int) -> Tensor:
-    """x with every chunk of a row rounded to whole multiples of its largest magnitude / 127.
-
-    Chunks end at every 32nd column and where a group ends. The rounding is done in float32 whatever the dtype, so that
-    every precision computes from the same integers.
-    """
-    columns = torch.arange(x.shape[1], device=x.device)
-    starts = (columns % 32 == 0) | (columns % group_size == 0)
-    chunk = torch.cumsum(starts.int(), 0) - 1
-    single = x.float()
-    number = int(starts.sum())
-    index = chunk.expand(x.shape[0], -1)
-    largest = single.new_zeros(x.shape[0], number).scatter_reduce(1, index, single.abs(), "amax")
-    steps = torch.full_like(largest, 127)  # 127 / largest would be a product with a rounded reciprocal
-    inverse = steps / largest
-    inverse = torch.where((largest > 0) & ~inverse.isinf(), inverse, torch.zeros_like(largest))
-    whole = torch.round(single * inverse.gather(1, index))
-    return whole.to(x.dtype) * (largest / 127).gather(1, index).to(x.dtype)
 
 
 def quant_matmul(

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from metate.nn import QuantGroupedLinear
-from metate.ops.moe import gated_activation, grouped_linear, moe_permute, moe_sort, moe_unpermute
+from metate.nn.moe import parts_in_one_call
+from metate.ops.moe import (
+    call_of_layer,
+    gated_activation,
+    grouped_linear,
+    is_layer_of_few,
+    moe_permute,
+    moe_sort,
+    moe_unpermute,
+    run_layer,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,13 +48,41 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
     Numbers of no expert (tokens that belong to another process) cost nothing and give zero, and no gradient.
     """
-    order, inverse, offsets = moe_sort(top_k_index.to(torch.int32), experts.num_experts)
-    first = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-    hidden = _project(experts, first, hidden_states, offsets, order, top_k_index.shape[1])
-    hidden = _project(experts, "down_proj", _activate(experts, hidden), offsets)
-    if getattr(experts, "has_post_expert_norm", False):
-        hidden = experts.post_expert_norm(hidden)
-    return _add_up(hidden, inverse, top_k_weights)
+    first, chosen = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", top_k_index.to(torch.int32)
+
+    def one_by_one() -> Tensor:
+        order, inverse, offsets = moe_sort(chosen, experts.num_experts)
+        hidden = _project(experts, first, hidden_states, offsets, order, top_k_index.shape[1])
+        hidden = _project(experts, "down_proj", _activate(experts, hidden), offsets)
+        if getattr(experts, "has_post_expert_norm", False):
+            hidden = experts.post_expert_norm(hidden)
+        return _add_up(hidden, inverse, top_k_weights)
+
+    if torch.is_grad_enabled() or not is_layer_of_few(chosen) or getattr(experts, "has_post_expert_norm", False):
+        return one_by_one()
+    activated, parts = _activation(experts), _parts(experts, first)
+    if activated is None or parts is None:
+        return one_by_one()
+    weights = top_k_weights.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
+    routed = chosen, weights, experts.num_experts, chosen.numel()
+    return run_layer(call_of_layer(hidden_states, routed, *parts, activated), one_by_one)
+
+
+def _parts(experts: Any, first: str) -> tuple[tuple[Any, ...], bool] | None:
+    """What the whole layer takes of the experts, if neither projection has to be called for itself."""
+    layers = getattr(experts, first), experts.down_proj
+    modules = [isinstance(layer, nn.Module) for layer in layers]
+    if any(modules):
+        return parts_in_one_call(*layers) if all(modules) else None
+    return (*(_weight(experts, layer) for layer in layers), _bias(experts, first), _bias(experts, "down_proj")), False
+
+
+def _weight(experts: Any, weight: Tensor) -> Tensor:
+    return weight.mT if getattr(experts, "is_transposed", False) else weight
+
+
+def _bias(experts: Any, name: str) -> Tensor | None:
+    return getattr(experts, f"{name}_bias") if getattr(experts, "has_bias", False) else None
 
 
 def _project(
@@ -53,26 +91,42 @@ def _project(
     weight = getattr(experts, name)
     if isinstance(weight, nn.Module):  # of `quantize_experts`, or an adapter around it
         return weight(x, offsets, order, k)  # type: ignore[no-any-return]
-    bias = getattr(experts, f"{name}_bias") if getattr(experts, "has_bias", False) else None
-    transposed = getattr(experts, "is_transposed", False)
-    return grouped_linear(x, weight.mT if transposed else weight, offsets, bias, order=order, k=k)
+    return grouped_linear(x, _weight(experts, weight), offsets, _bias(experts, name), order=order, k=k)
 
 
 def _activate(experts: Any, hidden: Tensor) -> Tensor:
     """In one pass where the activation is known here; else by the experts' own function, which sees rows."""
+    known = _activation(experts)
+    if known is not None:
+        return gated_activation(hidden, **known)
+    if not getattr(experts, "has_gate", True):
+        return _gated(experts.act_fn, hidden, "none")
+    if _own_gate(experts) is None:
+        return _gated(experts.act_fn, hidden)
+    out: Tensor = experts._apply_gate(hidden)
+    return out
+
+
+def _own_gate(experts: Any) -> Any:
+    """The function of the class, if it has one of its own."""
     from transformers.integrations.moe import _default_apply_gate
 
     own = getattr(type(experts), "_apply_gate", _default_apply_gate)
-    if not getattr(experts, "has_gate", True):
-        return _gated(experts.act_fn, hidden, "none")
-    if own is _default_apply_gate:
-        return _gated(experts.act_fn, hidden)
-    if own.__qualname__ in _CLAMPED:
-        gating, *names = _CLAMPED[own.__qualname__]
-        limit, alpha = (getattr(experts, name) for name in names)
-        return gated_activation(hidden, gating=gating, limit=limit, alpha=alpha, shift=1.0)
-    out: Tensor = experts._apply_gate(hidden)
-    return out
+    return None if own is _default_apply_gate else own
+
+
+def _activation(experts: Any) -> dict[str, Any] | None:
+    """Arguments of `metate.gated_activation`, where it has what the experts compute."""
+    gated = getattr(experts, "has_gate", True)
+    own = _own_gate(experts) if gated else None
+    if own is None:
+        name = _GATED.get(type(experts.act_fn).__name__)
+        return None if name is None else dict(activation=name, gating="gate_up" if gated else "none")
+    if own.__qualname__ not in _CLAMPED:
+        return None
+    gating, *names = _CLAMPED[own.__qualname__]
+    limit, alpha = (getattr(experts, name) for name in names)
+    return dict(gating=gating, limit=limit, alpha=alpha, shift=1.0)
 
 
 def _gated(activation: nn.Module, hidden: Tensor, gating: str = "gate_up") -> Tensor:

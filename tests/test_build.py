@@ -130,6 +130,15 @@ def test_gpu_kernels_do_not_spill(log):
         assert not narrow or spills == ("0", "0"), f"{name} on {arch} spills {spills}"
 
 
+@pytest.mark.parametrize("log", PTXAS_LOGS, ids=name_of)
+def test_gpu_kernels_multiply_what_they_copy(log):
+    """No emulator sees what nvcc leaves out: a kernel that fills tiles asynchronously has tensor-core products."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    for kernel in run(tool, "--dump-sass", log.with_suffix("")).split("Function : ")[1:]:
+        assert "LDGSTS" not in kernel or "HMMA" in kernel, kernel.split()[0]
+
+
 def test_gpu_kernels_are_few():
     """At most 60 kernels of a family per architecture are compiled ahead of time."""
     if not PTXAS_LOGS:

@@ -10,18 +10,26 @@ namespace metate::cuda::arch {
 METATE_DEVICE uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+
+// The same addresses, of which the compiler knows where they lead. Told by __builtin_assume, nvcc 13.0 took code that
+// runs for code that cannot, and left it out.
+METATE_DEVICE void* in_shared(const void* address) {
+    return __cvta_shared_to_generic(__cvta_generic_to_shared(address));
+}
+METATE_DEVICE void* in_global(const void* address) {
+    return __cvta_global_to_generic(__cvta_generic_to_global(address));
+}
 #endif
 
 // T is any plain type of 2, 4, 8 or 16 bytes and the address a multiple of its size: load_shared<Words<4>>(p).
 template <typename T>
 METATE_DEVICE T load_shared(const void* address METATE_SITE) {
 #if defined(__CUDACC__)
-    __builtin_assume(__isShared(address));
     if constexpr (sizeof(T) == 16) {
-        const uint4 value = *static_cast<const uint4*>(address);
+        const uint4 value = *static_cast<const uint4*>(in_shared(address));
         return reinterpret_cast<const T&>(value);
     } else {
-        return *static_cast<const T*>(address);
+        return *static_cast<const T*>(in_shared(address));
     }
 #else
     emulator::check_shared_load(address, sizeof(T), where);
@@ -34,11 +42,10 @@ METATE_DEVICE T load_shared(const void* address METATE_SITE) {
 template <typename T>
 METATE_DEVICE void store_shared(void* address, const T& value METATE_SITE) {
 #if defined(__CUDACC__)
-    __builtin_assume(__isShared(address));
     if constexpr (sizeof(T) == 16) {
-        *static_cast<uint4*>(address) = reinterpret_cast<const uint4&>(value);
+        *static_cast<uint4*>(in_shared(address)) = reinterpret_cast<const uint4&>(value);
     } else {
-        *static_cast<T*>(address) = value;
+        *static_cast<T*>(in_shared(address)) = value;
     }
 #else
     emulator::check_shared_store(address, sizeof(T), where);
@@ -49,12 +56,11 @@ METATE_DEVICE void store_shared(void* address, const T& value METATE_SITE) {
 template <typename T>
 METATE_DEVICE T load_global(const void* address METATE_SITE) {
 #if defined(__CUDACC__)
-    __builtin_assume(__isGlobal(address));
     if constexpr (sizeof(T) == 16) {
-        const uint4 value = *static_cast<const uint4*>(address);
+        const uint4 value = *static_cast<const uint4*>(in_global(address));
         return reinterpret_cast<const T&>(value);
     } else {
-        return *static_cast<const T*>(address);
+        return *static_cast<const T*>(in_global(address));
     }
 #else
     emulator::check_global(address, sizeof(T), "load_global", where);
@@ -67,11 +73,10 @@ METATE_DEVICE T load_global(const void* address METATE_SITE) {
 template <typename T>
 METATE_DEVICE void store_global(void* address, const T& value METATE_SITE) {
 #if defined(__CUDACC__)
-    __builtin_assume(__isGlobal(address));
     if constexpr (sizeof(T) == 16) {
-        *static_cast<uint4*>(address) = reinterpret_cast<const uint4&>(value);
+        *static_cast<uint4*>(in_global(address)) = reinterpret_cast<const uint4&>(value);
     } else {
-        *static_cast<T*>(address) = value;
+        *static_cast<T*>(in_global(address)) = value;
     }
 #else
     emulator::check_global(address, sizeof(T), "store_global", where);

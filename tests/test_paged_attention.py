@@ -241,6 +241,28 @@ def test_bits_do_not_depend_on_pages_batch_or_threads(queries, dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif("cuda" not in paged_attention_op.implementations("cpu"), reason="the emulator is not built")
+@pytest.mark.parametrize("queries", [1, 3])
+def test_bits_of_latent_attention_depend_on_a_sequence_alone(queries):
+    """16 and 48 rows: each number has a kernel of its own, packed beside sequences of other numbers too."""
+    k_cache, _, table, lens = paged([90, 700, 5], 16, 1, 576, 8)
+    k_cache, q = k_cache.bfloat16(), torch.randn(3, queries, 16, 576).bfloat16()
+    with metate.use("cuda"):
+        expected = metate.paged_attention(q, k_cache, k_cache[..., :512], table, lens)
+        copied = k_cache[..., :512].clone()
+        assert torch.equal(metate.paged_attention(q, k_cache, copied, table, lens), expected)
+        other, _, *rest = repaged(k_cache, k_cache, table, lens, 24, 24)
+        assert torch.equal(metate.paged_attention(q, other, other[..., :512], *rest), expected)
+        for b in range(3):
+            one = slice(b, b + 1)
+            got = metate.paged_attention(q[one], k_cache, k_cache[..., :512], table[one], lens[one])
+            assert torch.equal(got, expected[one])
+        packed = torch.cat([torch.randn(4 - queries, 16, 576).bfloat16(), q[1]])
+        starts = torch.tensor([0, 4 - queries, 4, 4], dtype=torch.int32)
+        got = metate.paged_attention(packed, k_cache, k_cache[..., :512], table, lens, cu_seqlens_q=starts)
+        assert torch.equal(got[4 - queries :], expected[1])
+
+
 @pytest.mark.parametrize("cache", [None, "int8", "int4", "fp8", "scaled fp8"])
 @pytest.mark.parametrize("page_size", [1, 3, 16, 128])
 def test_long_ragged_sequences(page_size, cache):

@@ -32,6 +32,7 @@ struct Attend {
     int slots;
     bool few_alone;  // sequences of few rows only, one slot each; false: packed sequences of few rows are left out
     bool vector_q;
+    bool values_in_keys;  // values are the first columns of the keys
 };
 
 // The rows of one block and the keys that they visit in one split.
@@ -59,10 +60,6 @@ METATE_DEVICE void with_format(Format format, const Body& body) {
     } else {
         body.template operator()<Format::int4>();
     }
-}
-
-constexpr int pitch_of(Format format, int head) {
-    return format == Format::plain ? head * 2 : format == Format::int4 ? head / 2 : head;
 }
 
 // The queries of a block into shared memory, their columns in the order in which products take them.
@@ -98,51 +95,37 @@ METATE_DEVICE void load_queries(unsigned char* tile, const Attend& f, const Span
     }
 }
 
-// What a split left in the registers of all warps, into `area`, a row of outputs for each row and warp of keys; then
-// into the results, or the partial results where there are several splits.
-template <typename T, int head, bool coded, int row_warps>
-METATE_DEVICE void finish(const Attend& f, const Span& s, const Splits& splits, int split, int m0, unsigned char* area,
-                          unsigned char* statistics, float (&o)[1][head / 8][4], const float (&largest)[2],
-                          float (&sum)[2]) {
-    constexpr Shape c{head, coded, row_warps};
-    constexpr int pitch = head * 4;
-    const Problem& p = f.problem;
-    const int l = lane(), key_warp = warp() / row_warps, first = warp() % row_warps * 16;
-    // Statistics: maximum and sum for each warp of keys and row.
-    const auto at = [&](int part, int row) { return statistics + (part * c.rows() + row) * 8; };
-    METATE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-        sum[r] += shuffle_xor(sum[r], 1);
-        sum[r] += shuffle_xor(sum[r], 2);
-        if ((l & 3) == 0) {
-            store_shared(at(key_warp, first + (l >> 2) + r * 8), Words<2>{{bits_of(largest[r]), bits_of(sum[r])}});
-        }
-        METATE_UNROLL
-        for (int e = 0; e < head / 4; ++e) {
-            const int column = output_column(f.k.format, e / 2, (l & 3) * 2 + e % 2);
-            store_shared(area + (key_warp * c.rows() + first + (l >> 2) + r * 8) * pitch + column * 4,
-                         o[0][e / 2][r * 2 + e % 2]);
-        }
-    }
-    sync_threads();
+// Statistics of a row in the eyes of one warp of keys: its maximum and its sum.
+METATE_DEVICE void put_statistics(unsigned char* statistics, int row, float largest, float sum) {
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    if ((lane() & 3) == 0) store_shared(statistics + row * 8, Words<2>{{bits_of(largest), bits_of(sum)}});
+}
 
+// Results of a split, or partial results where there are several, from statistics of `key_warps` warps and `parts`
+// areas of outputs: one for each of these warps, or one for all, whose maxima are then the same.
+template <typename T, int rows, int warps, int key_warps, int parts, int pitch>
+METATE_DEVICE void write_rows(const Attend& f, const Span& s, const Splits& splits, int split, int m0,
+                              const unsigned char* area, const unsigned char* statistics) {
+    const Problem& p = f.problem;
+    const int l = lane();
     METATE_NO_UNROLL
-    for (int r = warp(); r < c.rows(); r += c.warps()) {
+    for (int r = warp(); r < rows; r += warps) {
         const int i = p.by_group(m0 + r), h = s.kv_head * p.group + m0 + r - i * p.group;
         if (i >= s.queries) break;
-        float top = -infinite(), total = 0.f, factor[c.key_warps()];
+        float top = -infinite(), total = 0.f, factor[key_warps];
+        const auto of_warp = [&](int w) { return load_shared<Words<2>>(statistics + (w * rows + r) * 8); };
         METATE_UNROLL
-        for (int w = 0; w < c.key_warps(); ++w) top = fmaxf(top, float_of(load_shared<Words<2>>(at(w, r))[0]));
+        for (int w = 0; w < key_warps; ++w) top = fmaxf(top, float_of(of_warp(w)[0]));
         const bool last = splits.count <= 1;
         float sink = -infinite();
         if (last && p.a.sinks) sink = log2_e * float_at(p.a.sinks, h);
         top = fmaxf(top, sink);
         const float base = top == -infinite() ? 0.f : top;
         METATE_UNROLL
-        for (int w = 0; w < c.key_warps(); ++w) {
-            const auto of_warp = load_shared<Words<2>>(at(w, r));
-            factor[w] = fast_exp2(float_of(of_warp[0]) - base);
-            total += float_of(of_warp[1]) * factor[w];
+        for (int w = 0; w < key_warps; ++w) {
+            factor[w] = fast_exp2(float_of(of_warp(w)[0]) - base);
+            total += float_of(of_warp(w)[1]) * factor[w];
         }
         total += fast_exp2(sink - base);
         const float scale = !last ? 1.f : total == 0.f ? 0.f : 1.f / total;
@@ -152,8 +135,8 @@ METATE_DEVICE void finish(const Attend& f, const Span& s, const Splits& splits, 
         for (int column = l; column < columns; column += warp_size) {
             float x = 0.f;
             METATE_UNROLL
-            for (int w = 0; w < c.key_warps(); ++w) {
-                x += load_shared<float>(area + (w * c.rows() + r) * pitch + column * 4) * factor[w];
+            for (int w = 0; w < parts; ++w) {
+                x += load_shared<float>(area + (w * rows + r) * pitch + column * 4) * factor[w];
             }
             if (last) {
                 const View<4>& v = p.a.out;
@@ -173,6 +156,61 @@ METATE_DEVICE void finish(const Attend& f, const Span& s, const Splits& splits, 
         } else {
             store_global(p.partial + p.entries * columns + entry, total);
             store_global(p.partial + p.entries * (columns + 1) + entry, top);
+        }
+    }
+}
+
+// What a split left in the registers of all warps, into `area`, a row of outputs for each row and warp of keys, and
+// from there to where it belongs.
+template <typename T, int head, bool coded, int row_warps>
+METATE_DEVICE void finish(const Attend& f, const Span& s, const Splits& splits, int split, int m0, unsigned char* area,
+                          unsigned char* statistics, float (&o)[1][head / 8][4], const float (&largest)[2],
+                          const float (&sum)[2]) {
+    constexpr Shape c{head, coded, row_warps};
+    constexpr int pitch = head * 4;
+    const int l = lane(), first = warp() / row_warps * c.rows() + warp() % row_warps * 16 + (l >> 2);
+    METATE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        put_statistics(statistics, first + r * 8, largest[r], sum[r]);
+        METATE_UNROLL
+        for (int e = 0; e < head / 4; ++e) {
+            const int column = output_column(f.k.format, e / 2, (l & 3) * 2 + e % 2);
+            store_shared(area + (first + r * 8) * pitch + column * 4, o[0][e / 2][r * 2 + e % 2]);
+        }
+    }
+    sync_threads();
+    write_rows<T, c.rows(), c.warps(), c.key_warps(), c.key_warps(), pitch>(f, s, splits, split, m0, area, statistics);
+}
+
+// Dot products into logits, and what a row does not see to -inf. `first`: the key of the first column.
+template <bool coded, int n>
+METATE_DEVICE void make_logits(float (&x)[1][n][4], const Attend& f, const Span& s, const Row (&rows)[2], int first,
+                               const unsigned char* counts, bool masked) {
+    const Problem& p = f.problem;
+    const int column = first + (lane() & 3) * 2;
+    METATE_UNROLL
+    for (int e = 0; e < 2 * n; ++e) {
+        float factor = p.softcap > 0.f ? p.scale : p.scale * log2_e;
+        if constexpr (coded) factor *= load_shared<float>(counts + (e / 2 * 8 + (lane() & 3) * 2 + e % 2) * 4);
+        x[0][e / 2][e % 2] *= factor;
+        x[0][e / 2][2 + e % 2] *= factor;
+    }
+    if (p.softcap > 0.f) {
+        METATE_UNROLL
+        for (int e = 0; e < 4 * n; ++e) x[0][e / 4][e % 4] = log2_e * capped(x[0][e / 4][e % 4], p.softcap);
+    }
+    if (p.a.alibi_slopes) {
+        METATE_UNROLL
+        for (int e = 0; e < 4 * n; ++e) x[0][e / 4][e % 4] -= rows[e % 4 / 2].penalty(column + e / 4 * 8 + e % 2);
+    }
+    if (!masked) return;
+    METATE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        const uint32_t tree = p.a.bits ? rows[r].tree_columns(p, s, column, 2 * n) : ~0u;
+        METATE_UNROLL
+        for (int e = 0; e < 2 * n; ++e) {
+            const int j = column + e / 2 * 8 + e % 2;
+            if (j < rows[r].low || j >= rows[r].high || !(tree >> e & 1)) x[0][e / 2][r * 2 + e % 2] = -infinite();
         }
     }
 }
@@ -221,41 +259,6 @@ struct Walk {
         if constexpr (coded) store_shared(k_scales(tile) + thread_index() * 4, scale);
     }
 
-    // Dot products into logits, and what a row does not see to -inf.
-    METATE_DEVICE void make_logits(float (&x)[1][n][4], int first, const unsigned char* counts, bool masked) const {
-        const Problem& p = f.problem;
-        const int column = first + (lane() & 3) * 2;
-        METATE_UNROLL
-        for (int e = 0; e < 2 * n; ++e) {
-            float factor = p.softcap > 0.f ? p.scale : p.scale * log2_e;
-            if constexpr (coded) factor *= load_shared<float>(counts + (e / 2 * 8 + (lane() & 3) * 2 + e % 2) * 4);
-            x[0][e / 2][e % 2] *= factor;
-            x[0][e / 2][2 + e % 2] *= factor;
-        }
-        if (p.softcap > 0.f) {
-            METATE_UNROLL
-            for (int e = 0; e < 4 * n; ++e) x[0][e / 4][e % 4] = log2_e * capped(x[0][e / 4][e % 4], p.softcap);
-        }
-        if (p.a.alibi_slopes) {
-            METATE_UNROLL
-            for (int e = 0; e < 4 * n; ++e) {
-                x[0][e / 4][e % 4] -= rows[e % 4 / 2].penalty(column + e / 4 * 8 + e % 2);
-            }
-        }
-        if (!masked) return;
-        METATE_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            const uint32_t tree = f.problem.a.bits ? rows[r].tree_columns(p, s, column, 2 * n) : ~0u;
-            METATE_UNROLL
-            for (int e = 0; e < 2 * n; ++e) {
-                const int j = column + e / 2 * 8 + e % 2;
-                if (j < rows[r].low || j >= rows[r].high || !(tree >> e & 1)) {
-                    x[0][e / 2][r * 2 + e % 2] = -infinite();
-                }
-            }
-        }
-    }
-
     // Scores of one tile, their softmax, and the product with the values.
     METATE_DEVICE void take(int tile, float (&o)[1][head / 8][4], float (&largest)[2], float (&sum)[2]) const {
         const int mine = warp() / row_warps * c.keys_of_warp(), first = tile * c.step();
@@ -263,7 +266,7 @@ struct Walk {
         float x[1][n][4];
         flash::clear(x);
         multiply_keys<T, format, head, n>(x, q_tile + warp() % row_warps * 16 * head * 2, k(tile), mine);
-        make_logits(x, first + mine, k_scales(tile) + mine * 4, masked);
+        make_logits<coded>(x, f, s, rows, first + mine, k_scales(tile) + mine * 4, masked);
         flash::softmax(x, largest, sum, o, 1.f);
         uint32_t weights[1][n / 2][4];
         flash::pack_left<T>(weights, x);
@@ -272,7 +275,7 @@ struct Walk {
         if (masked && sync_threads_or(unsound)) {
             multiply_unsound_values<T, format, head>(o, weights, v(tile), v_scales(tile), mine);
         } else {
-            multiply_values<T, format, head>(o, weights, v(tile), v_scales(tile), mine);
+            multiply_values<T, format, head>(o, weights, v(tile), v_scales(tile), mine, 0);
         }
     }
 
@@ -303,35 +306,43 @@ constexpr int blocks_per_processor(int head, int row_warps) {
     return head > 128 ? 1 : row_warps > 1 ? 2 : 3;
 }
 
+// The rows of a block, a tile of those of a sequence, from row m0 on, and which of its splits come first. False: none.
+template <int rows>
+METATE_DEVICE bool find_rows(const Attend& f, Span& s, int& m0, int& part) {
+    const Problem& p = f.problem;
+    const int kv_head = block_index().x % p.kv_heads, rest = block_index().x / p.kv_heads, slot = rest / p.at_once;
+    part = rest % p.at_once;
+    int sequence = slot, tile = 0;
+    if (!p.packed) {
+        const int tiles = f.slots / p.sequences;
+        sequence = slot / tiles, tile = slot % tiles;
+    } else if (!f.few_alone) {
+        sequence = packed_owner(p, slot, p.group, rows, 1);
+        tile = slot - sequence - packed_start(p, sequence) * p.group / rows;
+    }
+    s = span_of(p, sequence, kv_head);
+    m0 = tile * rows;
+    const int all_rows = s.queries * p.group;
+    if (m0 < 0 || m0 >= all_rows) return false;
+    if (p.packed && rows != few_rows && all_rows <= few_rows) return false;
+    return !(p.packed && f.few_alone && all_rows > few_rows);
+}
+
 template <typename T, int head, bool coded, int row_warps>
 METATE_KERNEL((Shape{head, coded, row_warps}.threads()), blocks_per_processor(head, row_warps))
 attend_kernel(METATE_PARAMETER(Attend, f)) {
     METATE_SHARED(unsigned char, shared);
     constexpr Shape c{head, coded, row_warps};
     const Problem& p = f.problem;
-    const int kv_head = block_index().x % p.kv_heads, rest = block_index().x / p.kv_heads;
-    const int part = rest % p.at_once, slot = rest / p.at_once;
-
-    // Which rows: a tile of those of a sequence.
-    int sequence = slot, tile = 0;
-    if (!p.packed) {
-        const int tiles = f.slots / p.sequences;
-        sequence = slot / tiles, tile = slot % tiles;
-    } else if (!f.few_alone) {
-        sequence = packed_owner(p, slot, p.group, c.rows(), 1);
-        tile = slot - sequence - packed_start(p, sequence) * p.group / c.rows();
-    }
-    const Span s = span_of(p, sequence, kv_head);
-    const int m0 = tile * c.rows(), all_rows = s.queries * p.group;
-    if (m0 < 0 || m0 >= all_rows) return;
-    if (p.packed && c.rows() != few_rows && all_rows <= few_rows) return;
-    if (p.packed && f.few_alone && all_rows > few_rows) return;
+    Span s;
+    int m0, part;
+    if (!find_rows<c.rows()>(f, s, m0, part)) return;
 
     load_queries<T, head, c.rows(), c.threads()>(shared, f, s, m0);
     unsigned char *const tiles = shared + c.q_bytes(), *const scales = tiles + c.ring_bytes();
     const int mine = m0 + warp() % row_warps * 16 + (lane() >> 2);
     const Row rows[2] = {Row(p, s, mine), Row(p, s, mine + 8)};
-    const int i_first = p.by_group(m0), i_last = p.by_group(least(m0 + c.rows(), all_rows) - 1);
+    const int i_first = p.by_group(m0), i_last = p.by_group(least(m0 + c.rows(), s.queries * p.group) - 1);
     const Splits splits = splits_of(p, s);
     METATE_NO_UNROLL
     for (int split = part; split < most(splits.count, 1); split += p.at_once) {

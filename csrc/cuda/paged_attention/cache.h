@@ -43,8 +43,16 @@ struct ByteTile {
 
     // From the offset of a chunk to one `chunk` chunks further on, whose numbers have no bit in common, and `rows`
     // rows, a multiple of 8, down.
-    METATE_DEVICE static int advance(int offset, int chunk, int rows) { return (offset ^ (chunk << 4)) + rows * pitch; }
+    METATE_DEVICE static int advance(int offset, int chunk, int rows) {
+        return (offset ^ ((chunk & 7) << 4)) + (chunk & ~7) * 16 + rows * pitch;
+    }
 };
+
+// Bytes of a tile's row of `columns` columns: a part of a line of 128 bytes, or whole lines.
+METATE_INLINE constexpr int pitch_of(Format format, int columns) {
+    const int bytes = format == Format::plain ? columns * 2 : format == Format::int4 ? columns / 2 : columns;
+    return bytes <= 128 ? bytes : (bytes + 127) / 128 * 128;
+}
 
 // The pages of the rows that a thread copies: rows row, row + at_once, … of a tile.
 template <int step, int pitch, int threads>
@@ -157,9 +165,8 @@ METATE_DEVICE int pair_place(Format format, int pair) {
 // s += a · kᵀ for 16 rows of queries, whose columns are placed by pair_place, and 8·n keys from `first` on.
 template <typename T, Format format, int columns, int n>
 METATE_DEVICE void multiply_keys(float (&s)[1][n][4], const unsigned char* a, const unsigned char* k, int first) {
-    constexpr int pitch = format == Format::plain ? columns * 2 : format == Format::int4 ? columns / 2 : columns;
     constexpr int deep = format == Format::int4 ? 2 : 1;  // steps of 16 columns that a word serves
-    using Tile = ByteTile<pitch>;
+    using Tile = ByteTile<pitch_of(format, columns)>;
     using Rows = ByteTile<columns * 2>;
     const int l = lane(), a_offset = opaque(Rows::offset(l & 15, l >> 4));
     const int k_offset = opaque(format == Format::plain ? Tile::offset(first + (l & 7) + (l >> 4) * 8, l >> 3 & 1)
@@ -208,28 +215,31 @@ METATE_DEVICE int output_column(Format format, int tile, int place) {
     }
 }
 
-// o += a · v for 16·k keys from `first` on. `scales`: what the codes of each key count.
-template <typename T, Format format, int columns, int k>
-METATE_DEVICE void multiply_values(float (&o)[1][columns / 8][4], const uint32_t (&a)[1][k][4], const unsigned char* v,
-                                   const unsigned char* scales, int first) {
+// o += a · v for 16·k keys from `first` on and 8·n columns from `column` on. `scales`: what the codes of each key
+// count.
+template <typename T, Format format, int columns, int m, int n, int k>
+METATE_DEVICE void multiply_values(float (&o)[m][n][4], const uint32_t (&a)[m][k][4], const unsigned char* v,
+                                   const unsigned char* scales, int first, int column) {
     const int l = lane();
+    using Tile = ByteTile<pitch_of(format, columns)>;
     if constexpr (format == Format::plain) {
-        using Tile = ByteTile<columns * 2>;
-        const int offset = opaque(Tile::offset(first + (l & 15), l >> 4));
+        const int offset = opaque(Tile::offset(first + (l & 15), column / 8 + (l >> 4)));
         METATE_UNROLL
-        for (int step = 0; step < k * columns / 16; ++step) {
-            const int kk = step / (columns / 16), j = step % (columns / 16) * 2;
+        for (int step = 0; step < k * n / 2; ++step) {
+            const int kk = step / (n / 2), j = step % (n / 2) * 2;
             uint32_t pair[4];
             ldmatrix_x4_trans(pair, v + Tile::advance(offset, j, kk * 16));
-            mma_m16n8k16<T>(o[0][j], a[0][kk], {pair[0], pair[1]});
-            mma_m16n8k16<T>(o[0][j + 1], a[0][kk], {pair[2], pair[3]});
+            METATE_UNROLL
+            for (int i = 0; i < m; ++i) {
+                mma_m16n8k16<T>(o[i][j], a[i][kk], {pair[0], pair[1]});
+                mma_m16n8k16<T>(o[i][j + 1], a[i][kk], {pair[2], pair[3]});
+            }
         }
     } else {
         constexpr int codes = format == Format::int4 ? 8 : 4;
-        using Tile = ByteTile<columns * 4 / codes>;
-        const int key = first + (l & 3) * 2;
-        const int even = opaque(Tile::offset(key, l >> 4) + (l >> 2 & 3) * 4);
-        const int odd = opaque(Tile::offset(key + 1, l >> 4) + (l >> 2 & 3) * 4);
+        const int key = first + (l & 3) * 2, chunk = column / (4 * codes) + (l >> 4);
+        const int even = opaque(Tile::offset(key, chunk) + (l >> 2 & 3) * 4);
+        const int odd = opaque(Tile::offset(key + 1, chunk) + (l >> 2 & 3) * 4);
         METATE_UNROLL
         for (int kk = 0; kk < k; ++kk) {
             float scale[4];
@@ -238,7 +248,7 @@ METATE_DEVICE void multiply_values(float (&o)[1][columns / 8][4], const uint32_t
                 scale[i] = load_shared<float>(scales + (key + kk * 16 + i / 2 * 8 + i % 2) * 4);
             }
             METATE_UNROLL
-            for (int c = 0; c < columns / (8 * codes); ++c) {
+            for (int c = 0; c < n / codes; ++c) {
                 float x[4][codes];
                 METATE_UNROLL
                 for (int i = 0; i < 4; ++i) {
@@ -247,9 +257,10 @@ METATE_DEVICE void multiply_values(float (&o)[1][columns / 8][4], const uint32_t
                 }
                 METATE_UNROLL
                 for (int e = 0; e < codes; ++e) {
-                    mma_m16n8k16<T>(o[0][c * codes + e], a[0][kk],
-                                    {pack<T>(x[0][e] * scale[0], x[1][e] * scale[1]),
-                                     pack<T>(x[2][e] * scale[2], x[3][e] * scale[3])});
+                    const uint32_t pair[2] = {pack<T>(x[0][e] * scale[0], x[1][e] * scale[1]),
+                                              pack<T>(x[2][e] * scale[2], x[3][e] * scale[3])};
+                    METATE_UNROLL
+                    for (int i = 0; i < m; ++i) mma_m16n8k16<T>(o[i][c * codes + e], a[i][kk], pair);
                 }
             }
         }
@@ -259,11 +270,12 @@ METATE_DEVICE void multiply_values(float (&o)[1][columns / 8][4], const uint32_t
 // One element of v as a product takes it.
 template <typename T, Format format, int columns>
 METATE_DEVICE float value_at(const unsigned char* v, const unsigned char* scales, int key, int column) {
+    using Tile = ByteTile<pitch_of(format, columns)>;
     if constexpr (format == Format::plain) {
-        return to_float(load_shared<T>(v + ByteTile<columns * 2>::offset(key, column / 8) + column % 8 * 2));
+        return to_float(load_shared<T>(v + Tile::offset(key, column / 8) + column % 8 * 2));
     } else {
         constexpr int per_byte = format == Format::int4 ? 2 : 1, per_chunk = 16 * per_byte;
-        const int offset = ByteTile<columns / per_byte>::offset(key, column / per_chunk);
+        const int offset = Tile::offset(key, column / per_chunk);
         uint32_t code = load_shared<uint8_t>(v + offset + column % per_chunk / per_byte);
         if (per_byte == 2) code >>= column % 2 * 4;
         float x[format == Format::int4 ? 8 : 4];
@@ -283,7 +295,7 @@ METATE_DEVICE bool any_unsound(const unsigned char* v, const unsigned char* scal
         }
     }
     if constexpr (format == Format::plain || format == Format::float8) {
-        constexpr int bytes = count * columns * (format == Format::plain ? 2 : 1);
+        constexpr int bytes = count * pitch_of(format, columns);
         METATE_NO_UNROLL
         for (int index = thread_index(); index < bytes / 16; index += threads) {
             const auto words = load_shared<Words<4>>(v + index * 16);

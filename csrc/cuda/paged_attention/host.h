@@ -8,6 +8,8 @@ namespace metate::cuda::paged {
 
 void attend_few(const Attend& f, void* stream);   // up to 16 rows a block
 void attend_many(const Attend& f, void* stream);  // 64 rows
+template <int row_warps>
+void attend_wide(const Attend& f, void* stream);  // of more than 256 columns: 16 rows for each of 1 or 2 row_warps
 void merge_splits(const Problem& p, void* stream);
 void sum_columns(const Problem& p, const Cache& k, void* stream);
 
@@ -26,7 +28,15 @@ inline Cache cache_of(const View<4>& view, const View<3>& scale, DType plain) {
     return {view, scale, format, static_cast<int>(view.size[3] * element), vectors};
 }
 
-// body<T, head, coded>() for the kernel that serves these caches.
+// Whether values are the first columns of the keys, and counted alike.
+inline bool are_in_keys(const Cache& v, const Cache& k) {
+    bool same = v.view.data == k.view.data && v.scale.data == k.scale.data && v.bytes <= k.bytes;
+    for (int i = 0; i < 4; ++i) same = same && v.view.stride[i] == k.view.stride[i];
+    for (int i = 0; i < 3; ++i) same = same && v.scale.stride[i] == k.scale.stride[i];
+    return same;
+}
+
+// body<T, head, coded>() for the kernel that serves these caches of up to 256 columns.
 template <typename T, bool coded, typename Body>
 void for_head(int64_t columns, Body body) {
     if (columns <= 64) {

@@ -4,6 +4,10 @@
 namespace metate::cuda::paged {
 namespace {
 
+int64_t most_columns(const PagedAttention& a) {
+    return a.q.size[3] > a.out.size[3] ? a.q.size[3] : a.out.size[3];
+}
+
 Problem problem_of(const PagedAttention& a, const Device& device) {
     Problem p{};
     p.a = a;
@@ -22,7 +26,8 @@ Problem problem_of(const PagedAttention& a, const Device& device) {
     p.capacity = static_cast<int>(capacity);
     p.left = static_cast<int>(a.window_left < longest ? a.window_left : longest);
     p.right = static_cast<int>(a.window_right < longest ? a.window_right : longest);
-    p.shortest = 256;  // what a split leaves behind grows with the group, and so does what it should read
+    // What a split leaves behind grows with the group and with the columns of values, and so does what it should read.
+    p.shortest = most_columns(a) > 256 ? 512 : 256;
     while (p.shortest < 16 * p.group) p.shortest *= 2;
     p.splits = (p.capacity + p.shortest - 1) / p.shortest;
     const int64_t wanted = 32 * device.processors, there = static_cast<int64_t>(p.sequences) * p.kv_heads;
@@ -75,7 +80,8 @@ namespace metate::cuda {
 void paged_attention(const PagedAttention& a, const Device& device) {
     using namespace paged;
     if (a.q.dtype != DType::bf16 && a.q.dtype != DType::f16) refuse("paged_attention", "q is not a 16-bit float");
-    if (a.q.size[3] > 256 || a.out.size[3] > 256) refuse("paged_attention", "head dimensions go up to 256");
+    if (a.q.size[3] > 576 || a.out.size[3] > 512)
+        refuse("paged_attention", "head dimensions go up to 576, those of values up to 512");
     Problem p = problem_of(a, device);
     const Cache k = cache_of(a.k_cache, a.k_scale, a.q.dtype), v = cache_of(a.v_cache, a.v_scale, a.q.dtype);
     if (p.packed) {
@@ -88,18 +94,18 @@ void paged_attention(const PagedAttention& a, const Device& device) {
             const size_t bytes = static_cast<size_t>(p.entries) * (a.out.size[3] + 2) * sizeof(float);
             p.partial = static_cast<float*>(device.scratch(bytes, device.context));
         }
-        Attend f{p, k, v, 0, false, flash::moves_vectors(a.q)};
-        const bool wide = a.q.size[3] > 128 || a.out.size[3] > 128;
-        const int64_t rows = static_cast<int64_t>(p.tokens) * p.group;
-        if (wide || rows <= few_rows || p.packed) {
-            f.few_alone = p.packed && !wide;
+        Attend f{p, k, v, 0, false, flash::moves_vectors(a.q), are_in_keys(v, k)};
+        const int64_t rows = static_cast<int64_t>(p.tokens) * p.group, columns = most_columns(a);
+        const int many_rows = columns > 256 ? 32 : columns > 128 ? few_rows : 64;
+        if (many_rows == few_rows || rows <= few_rows || p.packed) {
+            f.few_alone = p.packed && many_rows != few_rows;
             f.slots = f.few_alone ? p.sequences : slots_of(p, few_rows);
-            attend_few(f, device.stream);
+            columns > 256 ? attend_wide<1>(f, device.stream) : attend_few(f, device.stream);
         }
-        if (!wide && rows > few_rows) {
+        if (many_rows != few_rows && rows > few_rows) {
             f.few_alone = false;
-            f.slots = slots_of(p, 64);
-            attend_many(f, device.stream);
+            f.slots = slots_of(p, many_rows);
+            columns > 256 ? attend_wide<2>(f, device.stream) : attend_many(f, device.stream);
         }
         if (p.entries > 0) merge_splits(p, device.stream);
     }

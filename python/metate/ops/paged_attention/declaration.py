@@ -48,6 +48,9 @@ CASES = [
     _case(2, 50, 5, 16, 4, 1, 64, lengths=(9, 40), tree=True, return_column_sums=True, sinks=True),
     _case(1, 1, 20, 16, 16, 1, 576, 512, shared=True),
     _case(2, 2, 20, 16, 20, 1, 576, 512, shared=True, cache="scaled fp8", window=(-1, 0)),
+    _case(2, 1, 33, 16, 16, 1, 576, 512, shared=True, lengths=(1, 0)),
+    _case(1, 9, 30, 16, 4, 1, 512, window=(-1, 0)),
+    _case(2, 3, 9, 64, 4, 2, 320, 264, cache="int4", softcap=4.0, sinks=True),
     _case(2, 1, 33, 16, 8, 2, 128, cache="int8"),
     _case(2, 4, 33, 16, 8, 2, 128, cache="int4", window=(-1, 0)),
     _case(3, 1, 9, 16, 4, 2, 24, cache="fp8", return_column_sums=True),
@@ -193,7 +196,7 @@ paged_attention_op = Op(
     validate=rules.validate_attention,
     refuses={
         "cpu": lambda q, *_: rules.refused_float64(q),
-        "cuda": lambda q, k_cache, v_cache, *_: rules.refused_by_cuda(q, v_cache),
+        "cuda": lambda q, *_: rules.refused_by_cuda(q),
     },
     contents=("block_table seq_lens left_pad cu_seqlens_q", rules.check_attention),
     contents_in_kernel=True,

@@ -28,11 +28,9 @@ def refused_float64(x: Tensor) -> str | None:
     return "float64: up to float32" if x.dtype == torch.float64 else None
 
 
-def refused_by_cuda(q: Tensor, v_cache: Tensor) -> str | None:
+def refused_by_cuda(q: Tensor) -> str | None:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(q.dtype).removeprefix('torch.')}: bfloat16 or float16 (tensor cores)"
-    if max(q.shape[3], numbers(v_cache)) > 256:
-        return f"head_dim {q.shape[3]}, value_dim {numbers(v_cache)}: up to 256"
     return None
 
 

@@ -33,7 +33,19 @@ def workloads(compile: bool) -> list[Workload]:
     decoding = [case for case in paged_attention_op.domain.sweep if case["Sq"] == 1]
     if not compile:
         decoding = [case for case in decoding if is_quick(case)]
+    paging = [case for case in decoding if compile and case["B"] == 8 and not case.get("cache") and case["D"] == 128]
     return [
+        Workload(
+            "paged attention, shuffled pages of 16 beside others",
+            paged_attention_op,
+            paging,
+            {"metate, shuffled pages of 128": in_pages(128), "metate, one page a sequence": in_pages(None)},
+            call_op,
+            flops=paged_attention_op.flops,
+            label=label,
+            checked=1,
+            placed=in_large_pages,
+        ),
         Workload(
             "paged attention, one query",
             paged_attention_op,
@@ -88,6 +100,29 @@ def in_large_pages(args: Args) -> Args:
     return tuple(named.values())
 
 
+def in_pages(page_size: int | None) -> Callable[[Setup], Run]:
+    """The same call over the same keys in pages of another size, None: of a sequence's length."""
+
+    def prepare(setup: Setup) -> Run:
+        sets = []
+        for named in setup.named:
+            old = named["block_table"].long()
+            sequences, keys = old.shape[0], old.shape[1] * named["k_cache"].shape[1]
+            size = page_size or keys
+            pages = sequences * keys // size
+            table = (torch.randperm(pages) if page_size else torch.arange(pages)).view(sequences, -1).to(old.device)
+            caches = {}
+            for name in ("k_cache", "v_cache"):
+                x = named[name]
+                caches[name] = allocate((pages, size, *x.shape[2:]), x.dtype, x.device)
+                for sequence, at in zip(old, table, strict=True):
+                    caches[name][at] = x[sequence].view(-1, size, *x.shape[2:])
+            sets.append(tuple({**named, **caches, "block_table": table.int()}.values()))
+        return lambda i: setup.op(*sets[i % len(sets)])
+
+    return prepare
+
+
 def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
     """q, k and v as (batch, kv_heads, rows or keys, dim) of full sequences."""
     found: list[tuple[Tensor, ...]] | None = setup.shared.get("gathered")
@@ -128,7 +163,7 @@ def naive(setup: Setup) -> Run:
 
 
 def _cast(setup: Setup, dtype: torch.dtype) -> attention.Sets:
-    if keys_of(setup.case) > MOST_KEYS:
+    if keys_of(setup.case) * dtype.itemsize > MOST_KEYS * torch.float32.itemsize:
         raise Skip("too much memory for another copy")
     return [tuple(large(x.to(dtype)) for x in tensors) for tensors in gathered(setup)]
 

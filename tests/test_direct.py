@@ -4,11 +4,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from conftest import outputs
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metate
+from metate import library
 from metate.op import REGISTRY
 
 MERGE = REGISTRY["merge_attention_states"]
@@ -43,15 +45,15 @@ def test_both_ways_give_the_same_bits(op):
         args = op.example(case, torch.float32)
         if op.plan(args)[0] != "cpu":
             continue
-        first = op(*args)
-        result = op._direct[0].call(args, False)
-        if result is NotImplemented:
+        first, before = op.trial(args), library.direct_calls()
+        result = op.trial(args)
+        if library.direct_calls() == before:
             continue
         taken += 1
-        for a, b in zip(first, result, strict=True) if isinstance(first, tuple) else [(first, result)]:
+        for a, b in zip(outputs(first), outputs(result), strict=True):
             assert a.dtype == b.dtype and a.stride() == b.stride() and a.device == b.device
             assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), case
-        if isinstance(result, tuple):
+        if isinstance(result, tuple) and not op.writes:
             alone = op._direct[0].call(args, True)
             torch.testing.assert_close(alone, result[0], rtol=0, atol=0, equal_nan=True)
     assert taken or all(looks)
@@ -133,6 +135,57 @@ def test_the_first_result_alone():
         assert torch.equal(MERGE.call(args, first_only=True), out)
     with metate.use("reference"):
         torch.testing.assert_close(MERGE.call(args, first_only=True), out)
+
+
+def few(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+WEIGHT = metate.quant.quantize_rtn(torch.randn(24, 32), bits=4, group_size=16)
+CACHE, TABLE, LENGTHS = torch.randn(3, 8, 2, 16), few(2, 0, 1, 2).view(2, 2), few(9, 12)
+SHAPED = {  # calls with tensors of fewer or more dimensions than the operator's
+    "quant_linear": (lambda x: metate.quant_linear(x, WEIGHT), (2, 3, 32)),
+    "quant_linear, one row": (lambda x: metate.quant_linear(x, WEIGHT), (32,)),
+    "gated_activation": (metate.gated_activation, (2, 1, 3, 8)),
+    "one query": (lambda q: metate.paged_attention(q, CACHE, CACHE, TABLE, LENGTHS, return_lse=True), (2, 4, 16)),
+    "packed queries": (
+        lambda q: metate.paged_attention(q, CACHE, CACHE, TABLE, LENGTHS, cu_seqlens_q=few(0, 2, 5), return_lse=True),
+        (5, 4, 16),
+    ),
+    "packed sequences": (
+        lambda q: metate.attention_varlen(q, q, q, few(0, 2, 5), few(0, 2, 5), causal=True, return_lse=True),
+        (5, 4, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("call,shape", SHAPED.values(), ids=SHAPED)
+def test_other_shapes_come_directly_too(call, shape):
+    x = torch.randn(shape)
+    with metate.use("cpu"):
+        expected = outputs(call(x))
+    for x_ in (x, x, x, x.new_empty(*shape[::-1]).permute(*range(len(shape))[::-1]).copy_(x)):
+        before = library.direct_calls()
+        for a, b in zip(outputs(call(x_)), expected, strict=True):
+            assert a.shape == b.shape and a.is_contiguous() and torch.equal(a, b)
+    assert before < library.direct_calls()
+
+
+def test_a_cache_that_was_written_has_another_version():
+    cache = torch.zeros(2, 4, 1, 8)
+    for slot in (3, 5):
+        before = cache._version, library.direct_calls()
+        metate.append_kv(torch.ones(1, 1, 8), None, cache, None, few(slot))
+        assert cache._version > before[0] and cache.flatten(0, 1)[slot].eq(1).all()
+    assert library.direct_calls() > before[1]
+    for wrong in (few(8), few(-2)):
+        with pytest.raises(ValueError, match="slot_mapping"):
+            metate.append_kv(torch.ones(1, 1, 8), None, cache, None, wrong)
+    keys = torch.ones(2, 1, 8)
+    for _ in range(2):
+        metate.append_kv(keys, None, cache, None, few(1, 2))
+    with pytest.raises(ValueError, match="slot_mapping is 2 twice"):
+        metate.append_kv(keys, None, cache, None, few(2, 2))
 
 
 def test_a_result_beyond_all_memory_is_refused():

@@ -55,8 +55,10 @@ def test_fuzz(op, device, backend):
 def test_declaration_is_complete(op):
     """What the dataclass cannot demand: rules registered with torch, and cases that reach the edges."""
     name = f"metate::{op.name}"
-    for key in ("CPU", "CUDA", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched", "Autograd", "Meta"):
+    for key in ("AutocastCPU", "AutocastCUDA", "FuncTorchBatched", "Autograd", "Meta"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{op.name} has no {key} rule"
+    for key in ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1"):  # where there is no kernel, the reference
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key), f"{op.name} does not run on {key}"
     cases = op.domain.cases
     assert any(0 in case.values() for case in cases), "no case of size zero"
     assert any(isinstance(v, int) and v > 1 and v % 2 for case in cases for v in case.values()), "no odd size"
@@ -125,6 +127,24 @@ def test_gradgradcheck(op):
             )
 
 
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_transformed_gradients_equal_those_of_autograd(op):
+    args = differentiable(op.example(op.domain.cases[1], torch.float64))
+    at = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+
+    def loss(*leaves: Tensor) -> Tensor:
+        given = dict(zip(at, leaves, strict=True))
+        results = outputs(op(*(given.get(i, a) for i, a in enumerate(args))))
+        return sum((r * r.detach().cos()).where(r.isfinite(), 0).sum() for r in results if r.is_floating_point())
+
+    leaves = [args[i] for i in at]
+    expected = torch.autograd.grad(loss(*leaves), leaves, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(torch.func.grad(loss, tuple(range(len(at))))(*leaves), expected)
+    stacked = [torch.stack([x, x]) for x in leaves]
+    mapped = torch.vmap(torch.func.grad(loss, tuple(range(len(at)))))(*stacked)
+    torch.testing.assert_close(mapped, tuple(torch.stack([x, x]) for x in expected))
+
+
 def has_numbers(op: Op) -> bool:
     """Torch itself never asks for a gradient of outputs that are all whole numbers."""
     return any(isinstance(kind, str) or kind.is_floating_point for kind in op.outputs.values())
@@ -163,6 +183,25 @@ def test_compiles_to_one_graph_for_all_sizes(op):
     assert counter.frame_count == first, f"{counter.frame_count - first} recompilations for 10 sizes"
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_the_backend_of_a_compiled_call(op, monkeypatch):
+    torch._dynamo.reset()
+    args = op.example(op.domain.cases[1], torch.float32)
+    with metate.use("reference"):
+        expected = op.trial(args)
+    ran, reference = [], op.implementations("cpu")["reference"]
+    monkeypatch.setitem(op.implementations("cpu"), "reference", lambda *args: (ran.append(0), reference(*args))[1])
+    op.forget_plans()
+
+    def on_reference(*tensors):
+        with metate.use("reference"):
+            return op(*tensors, *args[op.arity :])
+
+    got = torch.compile(on_reference, backend="eager", fullgraph=True)(*args[: op.arity])
+    op.forget_plans()
+    assert ran and same_bits(tuple(op.written(args)) if op.writes else got, expected)
+
+
 FIRST = [p for p in GRADIENTS if not p.id.endswith("_backward")]  # second derivatives do not compile in torch
 
 
@@ -199,8 +238,10 @@ def test_meta_tensors_give_shapes(op):
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_is_a_cast_of_the_activations(op, dtype):
     args = op.example(op.domain.cases[1], torch.float32)
+    stored = dict(zip(op.parameters, args, strict=True)).get(op.storage)
+    to = dtype if stored is None or not stored.is_floating_point() else stored.dtype
     cast = tuple(
-        a.to(dtype) if name in op.autocast and isinstance(a, Tensor) else a
+        a.to(to) if name in op.autocast and isinstance(a, Tensor) else a
         for name, a in zip(op.parameters, args, strict=True)
     )
     with torch.autocast("cpu", dtype):

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "bind.h"
+#include "contents.h"
 
 namespace metate::bind {
 namespace {
@@ -46,13 +47,18 @@ Attention problem(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
                   const Optional& sinks, const Optional& intervals, const Optional& blocks, const Optional& bits,
                   const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, const Scalars& scalars,
                   const Dropout& dropout = {}) {
-    const int64_t B = q.size(0), Sq = q.size(1), H = q.size(2), Sk = k.size(1);
+    const View<4> queries = view_with<4>(q, 0), keys = view_with<4>(k, 0);
+    const int64_t B = queries.size[0], Sq = queries.size[1], H = queries.size[2], Sk = keys.size[1];
+    expect(q, [&] {
+        return (!cu_seqlens_q || are_offsets(view<1>(cu_seqlens_q), Sq)) &&
+               (!cu_seqlens_k || are_offsets(view<1>(cu_seqlens_k), Sk));
+    });
     const int64_t m = scalars.block_m, n = scalars.block_n;
     const double threshold = nearbyint(dropout.p * 0x1p32);
     return {
-        .q = view<4>(q),
-        .k = view<4>(k),
-        .v = view<4>(v),
+        .q = queries,
+        .k = keys,
+        .v = view_with<4>(v, 0),
         .bias = broadcast<4>(bias, {B, H, Sq, Sk}),
         .alibi_slopes = per_head(slopes, cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : B),
         .sinks = view<1>(sinks),
@@ -86,14 +92,17 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Optional& cu_seqlens_k, double scale, int64_t window_left,
                                      int64_t window_right, bool top_left, double softcap, double dropout_p,
                                      int64_t seed, int64_t offset, int64_t block_m, int64_t block_n) {
-    Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-    Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, wide(q));
+    const bool packed = q.dim() == 3;
+    Tensor out =
+        packed ? empty(q, {q.size(0), q.size(1), v.size(2)}) : empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
+    Tensor lse =
+        packed ? empty(q, {q.size(1), q.size(0)}, wide(q)) : empty(q, {q.size(0), q.size(2), q.size(1)}, wide(q));
     METATE_LAUNCH(
         attention, q,
         AttentionForward{
             problem(q, k, v, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
                     {scale, window_left, window_right, top_left, softcap, block_m, block_n}, {dropout_p, seed, offset}),
-            view<4>(out), view<3>(lse)});
+            view_with<4>(out, 0), view_with<3>(lse, 0)});
     return {out, lse};
 }
 

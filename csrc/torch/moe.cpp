@@ -1,9 +1,8 @@
 // Binds csrc/moe.h: the operators declared in python/metate/ops/moe.
 #include "moe.h"
 
-#include <vector>
-
 #include "bind.h"
+#include "contents.h"
 #include "low_bit.h"
 
 namespace metate::bind {
@@ -11,67 +10,22 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// What rules.py in python/metate/ops/moe expects of a CPU's numbers, for calls that it does not see.
-
-View<2> as_row(const View<1>& numbers) {
-    return {numbers.data, numbers.dtype, {1, numbers.size[0]}, {0, numbers.stride[0]}};
-}
-
-template <class Test>
-bool are_all(const View<2>& numbers, const Test& test) {
-    const int32_t* row = static_cast<const int32_t*>(numbers.data);
-    for (int64_t i = 0; i < numbers.size[0]; ++i, row += numbers.stride[0])
-        for (int64_t j = 0; j < numbers.size[1]; ++j)
-            if (!test(int64_t{row[j * numbers.stride[1]]})) return false;
-    return true;
-}
-
-bool are_within(const View<2>& numbers, int64_t least, int64_t most) {
-    return are_all(numbers, [=](int64_t number) { return least <= number && number < most; });
-}
-
-// Of -1 … most - 1; all but -1 at most once.
-bool are_once(const View<2>& numbers, int64_t most) {
-    std::vector<bool> seen(static_cast<size_t>(most));
-    return are_all(numbers, [&](int64_t number) {
-        if (number < 0 || number >= most) return number == -1;
-        auto one = seen[static_cast<size_t>(number)];
-        if (one) return false;
-        one = true;
-        return true;
-    });
-}
-
 bool is_order(const Tensor& order, int64_t slots) {
     return are_once(as_row(view<1>(order)), slots);
 }
 
 // Offsets of experts, and the order of the rows if there is one.
 bool are_rows(const Tensor& offsets, int64_t rows, const Optional& order, int64_t slots) {
-    int64_t last = 0;
-    const auto follows = [&](int64_t start) {
-        const bool fine = last <= start && start <= rows;
-        last = start;
-        return fine;
-    };
-    return are_all(as_row(view<1>(offsets)), follows) && (!order || is_order(*order, slots));
+    return are_offsets(view<1>(offsets), rows) && (!order || is_order(*order, slots));
 }
 
 bool are_permutations(const Optional& numbers) {
-    if (!numbers) return true;
-    View<2> row = view<2>(*numbers);
-    row.size[0] = 1;
-    for (int64_t e = 0; e < numbers->size(0); ++e) {
-        if (!are_within(row, 0, row.size[1]) || !are_once(row, row.size[1])) return false;
-        row.data = static_cast<int32_t*>(row.data) + row.stride[0];
-    }
+    const View<2> all = view<2>(numbers);
+    for (int64_t e = 0; all && e < all.size[0]; ++e)
+        if (!is_permutation(
+                {static_cast<int32_t*>(all.data) + e * all.stride[0], all.dtype, {all.size[1]}, {all.stride[1]}}))
+            return false;
     return true;
-}
-
-// Calls that Python did not check and that are wrong go to it.
-template <class Test>
-void expect(const Tensor& x, const Test& is_fine) {
-    if (x.direct() && !is_fine()) throw NeedsDispatcher{};
 }
 
 std::tuple<Tensor, Tensor> moe_topk(const Tensor& logits, const Optional& bias, int64_t k, int64_t score,
@@ -215,10 +169,11 @@ Tensor quant_grouped_matmul(const Tensor& x, const Tensor& codes, const Tensor& 
 
 Tensor gated_activation(const Tensor& x, int64_t activation, int64_t layout, double limit, double alpha, double shift) {
     const Gating gating = static_cast<Gating>(layout);
-    Tensor out = empty(x, {x.size(0), gating == Gating::none ? x.size(1) : x.size(1) / 2});
+    const View<2> rows = view_rows(x);
+    Tensor out = empty_rows(x, gating == Gating::none ? rows.size[1] : rows.size[1] / 2);
     METATE_LAUNCH(gated_activation, x,
-                  GatedActivation{view<2>(x), static_cast<Activation>(activation), gating, static_cast<float>(limit),
-                                  static_cast<float>(alpha), static_cast<float>(shift), view<2>(out)});
+                  GatedActivation{rows, static_cast<Activation>(activation), gating, static_cast<float>(limit),
+                                  static_cast<float>(alpha), static_cast<float>(shift), view_rows(out)});
     return out;
 }
 

@@ -2,6 +2,7 @@
 #include "paged_attention.h"
 
 #include "bind.h"
+#include "contents.h"
 
 namespace metate::bind {
 namespace {
@@ -43,6 +44,22 @@ bool are_within(const PagedAttention& a) {
     return true;
 }
 
+template <int N>
+bool has_own_memory(const View<N>& view) {
+    for (int i = 0; view && i < N; ++i)
+        if (view.stride[i] == 0 && view.size[i] > 1) return false;
+    return true;
+}
+
+// The same of what a cache is written by, and of its memory.
+bool are_within(const AppendKv& a) {
+    const auto elements = [](const View<4>& v) { return v.size[0] * v.size[1] * v.size[2] * v.size[3]; };
+    const bool shared = a.k_cache.data == a.v_cache.data && elements(a.k_cache) && elements(a.v_cache);
+    return !shared && has_own_memory(a.k_cache) && has_own_memory(a.v_cache) && has_own_memory(a.k_scale) &&
+           has_own_memory(a.v_scale) && are_few_once(a.slot_mapping, a.k_cache.size[0] * a.k_cache.size[1]) &&
+           (!a.positions || bind::are_within(as_row(a.positions), 0, a.cos.size[0]));
+}
+
 std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                                    const Tensor& block_table, const Tensor& seq_lens,
                                                    const Optional& k_scale, const Optional& v_scale,
@@ -52,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor
                                                    int64_t window_right, double softcap, bool need_sums) {
     View<3> shared_bits = view<3>(bits);
     if (bits && shared_bits.size[0] == 1) shared_bits.stride[0] = 0;
-    PagedAttention call{view<4>(q),
+    const bool given = q.dim() == 4, packed = cu_seqlens_q.has_value();
+    PagedAttention call{view_with<4>(q, packed ? 0 : 1),
                         view<4>(k_cache),
                         view<4>(v_cache),
                         view<2>(block_table),
@@ -71,15 +89,18 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor
                         {},
                         {},
                         {}};
-    if (q.direct() && !are_within(call)) throw NeedsDispatcher{};  // where Python says what is wrong
+    expect(q, [&] { return are_within(call); });
     const DType wide = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
     const int64_t dv = v_cache.size(3) * (v_cache.dtype() == DType::u8 ? 2 : 1);
-    Tensor out = empty(q, {q.size(0), q.size(1), q.size(2), dv});
-    Tensor lse = empty(q, {q.size(0), q.size(2), q.size(1)}, wide);
-    Tensor sums = need_sums ? empty(q, {block_table.size(0), q.size(2), block_table.size(1) * k_cache.size(1)}, wide)
+    const auto& [batch, queries, heads, columns] = call.q.size;
+    Tensor out = given ? empty(q, {batch, queries, heads, dv}) : empty(q, {q.size(0), heads, dv});
+    Tensor lse = given  ? empty(q, {batch, heads, queries}, wide)
+               : packed ? empty(q, {heads, queries}, wide)
+                        : empty(q, {batch, heads}, wide);
+    Tensor sums = need_sums ? empty(q, {block_table.size(0), heads, block_table.size(1) * k_cache.size(1)}, wide)
                             : empty(q, {0}, wide);
-    call.out = view<4>(out);
-    call.lse = view<3>(lse);
+    call.out = view_with<4>(out, packed ? 0 : 1);
+    call.lse = view_with<3>(lse, packed ? 0 : 2);
     if (need_sums) call.sums = view<3>(sums);
     METATE_LAUNCH(paged_attention, q, call);
     return {out, lse, sums};
@@ -88,10 +109,11 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor
 void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& slot_mapping, const Optional& k_scale, const Optional& v_scale, const Optional& cos,
                const Optional& sin, const Optional& positions, bool interleaved) {
-    METATE_LAUNCH(
-        append_kv, k,
-        AppendKv{view<3>(k), view<3>(v), view<4>(k_cache), view<4>(v_cache), view<1>(slot_mapping), view<3>(k_scale),
-                 view<3>(v_scale), view<2>(cos), view<2>(sin), view<1>(positions), interleaved});
+    const AppendKv call{view<3>(k),       view<3>(v),       view<4>(k_cache), view<4>(v_cache), view<1>(slot_mapping),
+                        view<3>(k_scale), view<3>(v_scale), view<2>(cos),     view<2>(sin),     view<1>(positions),
+                        interleaved};
+    expect(k, [&] { return are_within(call); });
+    METATE_LAUNCH(append_kv, k, call);
 }
 
 METATE_REGISTER(m) {

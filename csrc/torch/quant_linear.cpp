@@ -2,6 +2,7 @@
 #include "quant_linear.h"
 
 #include "bind.h"
+#include "contents.h"
 #include "low_bit.h"
 
 namespace metate::bind {
@@ -9,18 +10,24 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+void expect_permutation(const Tensor& x, const Optional& permutation) {
+    expect(x, [&] { return !permutation || is_permutation(view<1>(permutation)); });
+}
+
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
               const Optional& zeros, const Optional& offsets, const Optional& super_offsets, const Optional& codebook,
               const Optional& permutation, const Optional& bias, int64_t bits, int64_t group_size, int64_t super_groups,
               int64_t zero, bool int8_activations) {
+    expect_permutation(x, permutation);
     const Tensor bytes = rows_of_bytes(codes);
-    Tensor out = empty(x, {x.size(0), codes.size(0)});
+    const View<2> rows = view_rows(x);
+    Tensor out = empty_rows(x, codes.size(0));
     METATE_LAUNCH(
         quant_linear, x,
-        QuantLinear{view<2>(x),
-                    low_bit<LowBitMatrix>(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
+        QuantLinear{rows,
+                    low_bit<LowBitMatrix>(rows.size[1], bytes, scales, super_scales, zeros, offsets, super_offsets,
                                           codebook, permutation, bits, group_size, super_groups, zero),
-                    view<1>(bias), int8_activations, view<2>(out)});
+                    view<1>(bias), int8_activations, view_rows(out)});
     return out;
 }
 
@@ -46,6 +53,7 @@ Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, 
                     const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
                     const Optional& codebook, const Optional& permutation, int64_t bits, int64_t group_size,
                     int64_t super_groups, int64_t zero, int64_t in_features) {
+    expect_permutation(x, permutation);
     const Tensor bytes = rows_of_bytes(codes);
     Tensor out = empty(x, {x.size(0), in_features});
     METATE_LAUNCH(
@@ -89,6 +97,8 @@ Tensor lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, c
                    const Optional& codebook, const Optional& permutation, const Optional& bias, const Tensor& a,
                    const Tensor& b, const Tensor& scaling, const Optional& ids, int64_t bits, int64_t group_size,
                    int64_t super_groups, int64_t zero) {
+    expect_permutation(x, permutation);
+    expect(x, [&] { return !ids || are_within(as_row(view<1>(ids)), -1, a.size(0)); });
     const Tensor bytes = rows_of_bytes(codes), low = lora_shrink(x, a, ids);
     Tensor out = empty(x, {x.size(0), codes.size(0)});
     METATE_LAUNCH(
@@ -106,6 +116,7 @@ Tensor lora_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, c
                    const Optional& codebook, const Optional& permutation, const Tensor& a, const Tensor& b,
                    const Tensor& scaling, const Optional& ids, int64_t bits, int64_t group_size, int64_t super_groups,
                    int64_t zero, int64_t in_features) {
+    expect_permutation(x, permutation);
     const Tensor bytes = rows_of_bytes(codes), low = shrink(x, transposed(b), ids);
     Tensor out = empty(x, {x.size(0), in_features});
     METATE_LAUNCH(

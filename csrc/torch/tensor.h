@@ -160,6 +160,35 @@ View<N> view(const std::optional<Tensor>& tensor) {
     return tensor ? view<N>(*tensor) : View<N>{};
 }
 
+// Direct calls may bring tensors of another shape than the operator's, for which Python would have to make a tensor
+// each time: without a dimension of size 1, which stands at `at`,
+template <int N>
+View<N> view_with(const Tensor& tensor, int at) {
+    if (tensor.dim() == N) return view<N>(tensor);
+    const View<N - 1> given = view<N - 1>(tensor);
+    View<N> all{given.data, given.dtype, {}, {}};
+    for (int i = 0; i < N; ++i) {
+        all.size[i] = i == at ? 1 : given.size[i - (i > at)];
+        all.stride[i] = i == at ? 0 : given.stride[i - (i > at)];
+    }
+    return all;
+}
+
+// or rows in more dimensions than one. Those that do not lie evenly are torch's to copy.
+inline View<2> view_rows(const Tensor& tensor) {
+    if (tensor.dim() == 2) return view<2>(tensor);
+    const int last = tensor.dim() - 1;
+    if (last < 0) throw NeedsDispatcher{};
+    View<2> rows{tensor.data_ptr(), tensor.dtype(), {1, tensor.size(last)}, {0, tensor.stride(last)}};
+    for (int i = last - 1; i >= 0; --i) {
+        if (tensor.size(i) == 1) continue;
+        if (rows.size[0] == 1) rows.stride[0] = tensor.stride(i);
+        if (!rows.data || tensor.stride(i) != rows.size[0] * rows.stride[0]) throw NeedsDispatcher{};
+        rows.size[0] *= tensor.size(i);
+    }
+    return rows;
+}
+
 constexpr int most_dims = 8;  // of a result
 
 // A result of a direct call: its description and, from the next cache line on, its memory. Torch's own allocation goes
@@ -199,26 +228,34 @@ inline void prefer_large_pages(const Tensor& tensor) {
 }
 
 // An uninitialised contiguous tensor on the device of `like`, and of its dtype unless one is given.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<DType> dtype = {}) {
-    STD_TORCH_CHECK(sizes.size() <= most_dims, "metate: at most ", most_dims, " dimensions, got ", sizes.size());
+inline Tensor empty(const Tensor& like, int dims, const int64_t* sizes, std::optional<DType> dtype = {}) {
+    STD_TORCH_CHECK(dims <= most_dims, "metate: at most ", most_dims, " dimensions, got ", dims);
     const DType wanted = dtype ? *dtype : like.dtype();
     const DTypeName& name = *find_dtype([&](const DTypeName& each) { return each.dtype == wanted; });
-    const int dims = static_cast<int>(sizes.size());
-    int64_t size[most_dims], strides[most_dims], next = 1;
-    for (int i = dims - 1; i >= 0; next *= size[i] > 1 ? size[i] : 1, --i) {
-        size[i] = sizes.begin()[i];
-        strides[i] = next;
-    }
+    int64_t strides[most_dims], next = 1;
+    for (int i = dims - 1; i >= 0; next *= sizes[i] > 1 ? sizes[i] : 1, --i) strides[i] = next;
     const auto allocate = [&] {
-        if (like.direct()) return allocate_directly(dims, size, strides, name);
+        if (like.direct()) return allocate_directly(dims, sizes, strides, name);
         AtenTensorHandle out;
         TORCH_ERROR_CODE_CHECK(
-            aoti_torch_empty_strided(dims, size, strides, name.torch, like.device_type(), like.device_index(), &out));
+            aoti_torch_empty_strided(dims, sizes, strides, name.torch, like.device_type(), like.device_index(), &out));
         return Tensor(torch::stable::Tensor(out));
     };
     Tensor out = allocate();
     prefer_large_pages(out);
     return out;
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<DType> dtype = {}) {
+    return empty(like, static_cast<int>(sizes.size()), sizes.begin(), dtype);
+}
+
+// As many rows as x has, in its dimensions.
+inline Tensor empty_rows(const Tensor& x, int64_t columns) {
+    if (x.dim() > most_dims) throw NeedsDispatcher{};
+    int64_t sizes[most_dims];
+    for (int i = 0; i < x.dim(); ++i) sizes[i] = i + 1 < x.dim() ? x.size(i) : columns;
+    return empty(x, static_cast<int>(x.dim()), sizes);
 }
 
 inline Tensor contiguous(const Tensor& tensor) {

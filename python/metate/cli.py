@@ -417,13 +417,14 @@ def _operator_lines(op: Op) -> list[str]:
         lines.append(f"| `{name}` | `{axes}` | {dtypes} |")
     scalars = ", ".join(f"`{name}`" for name in op.parameters[op.arity :])
     outputs = [f"`{name}` ({f'that of `{d}`' if isinstance(d, str) else _name(d)})" for name, d in op.outputs.items()]
+    stored = f", to the dtype of `{op.storage}` where it has floats" if op.storage else ""
     return [
         *lines,
         "",
         f"- Scalars: {scalars or 'none'}.",
         f"- Outputs: {', '.join(outputs)}.",
         f"- Gradient: {'none: ' + op.gradient if op.gradient else 'yes'}.",
-        f"- Autocast: {', '.join(f'`{name}`' for name in op.autocast) or 'leaves the inputs as they are'}.",
+        f"- Autocast: {', '.join(f'`{name}`' for name in op.autocast) or 'leaves the inputs as they are'}{stored}.",
         f"- Declared cases: {len(op.domain.cases)}, beside drawn ones; shapes measured: {len(op.domain.sweep)}.",
         "",
         f"| backend | {' | '.join(DTYPES)} |",

@@ -25,7 +25,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from metate import library
+from metate import accuracy, library
+from metate.accuracy import computes
 from metate.axes import Axes
 from metate.errors import fail
 
@@ -53,6 +54,25 @@ class _State:
 
 
 _state: ContextVar[_State | None] = ContextVar("metate", default=None)
+
+
+@contextlib.contextmanager
+def _within(state: _State | None) -> Iterator[None]:
+    token = _state.set(state)
+    try:
+        yield
+    finally:
+        _state.reset(token)
+
+
+@dataclass
+class _Traced:
+    """What `use` says to a compiler, which knows no context variables."""
+
+    backend: str | None = None
+
+
+_traced = _Traced()
 
 
 class _Captured(BaseException):
@@ -86,31 +106,33 @@ class Op:
     shapes: Callable[..., tuple[Sequence[int], ...]]  # args -> shape of every output, or of what is written of it
     domain: Domain
     flops: Callable[[Case], float]
-    autocast: tuple[str, ...]  # arguments cast to the autocast dtype
+    autocast: tuple[str, ...]  # arguments cast to the autocast dtype, or to that of `storage` where it has floats
     vmap: Callable[..., Any]  # (info, in_dims, *args) -> (outputs, out_dims); `loop_vmap` where batches cannot fold
     sharding: Callable[..., Sequence[Any]]  # args -> [({output: dim}, {argument: dim}), …] that need no communication
     validate: Callable[..., None] = lambda *args: None  # scalars and relations, from shapes alone
     contents: tuple[str, Callable[..., None]] = ("", lambda *args: None)  # arguments whose values are checked, and how
     contents_in_kernel: bool = False  # direct calls check them too, and come to Python where they are wrong
     refuses: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)  # backend -> why not
+    storage: str = ""  # an argument too large to be cast at every call
     gradient: str | None = None  # why there is none, where there is none
     writes: bool = False  # the outputs are arguments that kernels write in place; `reference` returns their new values
     public: str = ""  # the function that users call, where it has another name: errors name it
 
     def __post_init__(self) -> None:
         self.public = self.public or self.name
+        self.transformed: type[torch.autograd.Function] | None = None
         schema = _schema(self.reference, tuple(self.outputs) if self.writes else ())
-        for namespace in (_public, _compiled, _emulated):
+        for namespace in (_compiled, _emulated):
             namespace.define(self.name + schema)
+        _public.define(self.name + schema.replace(") -> ", ", *, str? backend=None) -> ", 1))  # for graphs
         run = torch.compiler.disable(self._run)  # else dynamo traces the kernel while a compiled graph runs
-        for key in ("CPU", "CUDA"):
-            _public.impl(self.name, run, key)
-            _public.impl(self.name, self._under_autocast, f"Autocast{key}")
+        _public.impl(self.name, run, "CompositeExplicitAutograd")  # for every device: there is the reference
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            _public.impl(self.name, self._under_autocast, key)
+        self.torch_op = getattr(torch.ops.metate, self.name).default
         qualified = f"metate::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_public)
-        torch.library.register_vmap(
-            qualified, lambda info, in_dims, *args: self.vmap(self, info, in_dims, args), lib=_public
-        )
+        torch.library.register_vmap(qualified, self._under_vmap, lib=_public)
         if self.writes:  # torch's register_autograd takes functions only
             _public.impl(self.name, self._without_gradient, "Autograd")
         elif self.gradient is not None:
@@ -124,33 +146,57 @@ class Op:
         self._plans: dict[Any, Backend] = {}
         self.shapes_only: Backend = self._fake  # for tensors without contents
         self._direct: tuple[library.Direct, ...] = ()  # the short ways to compiled backends
-        self.torch_op = getattr(torch.ops.metate, self.name).default
         REGISTRY[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
         return self.call(args)
 
-    def call(self, args: Args, first_only: bool = False) -> Any:
-        """The results, or the first alone: direct calls make no tensors of the others.
+    def call(self, args: Args, first_only: bool = False, backend: str | None = None) -> Any:
+        """The results, or the first alone: direct calls make no tensors of the others. On `backend`, if one is given.
 
         The whole cost of a call without gradients is here and in the kernel: microseconds count.
         """
-        if not is_dynamo_compiling():
-            state = _state.get()
-            if state is None:
-                for direct in self._direct:
-                    result = direct.call(args, first_only)
-                    if result is not NotImplemented:
-                        return result
-            elif state.capture:
-                self._without_tangents(args)
-                raise _Captured(self, args)
+        if backend is not None:
+            with use(backend):
+                return self.call(args, first_only)
+        if is_dynamo_compiling():
+            results = self.torch_op(*args, backend=_traced.backend)
+            return results[0] if first_only else results
+        state = _state.get()
+        if state is None:
+            for direct in self._direct:
+                result = direct.call(args, first_only)
+                if result is not NotImplemented:
+                    if self.writes:
+                        self._count_write(args)
+                    return result
+        elif state.capture:
+            self._without_tangents(args)
+            raise _Captured(self, args)
         results = self._long_way(args)
         return results[0] if first_only else results
 
+    def call_shaped(
+        self, args: Args, fitted: Callable[[], Args], shaped: Callable[[Any], Any], first_only: bool = False,
+        backend: str | None = None,
+    ) -> Any:  # fmt: skip
+        """As `call`, of arguments that the binding takes from a direct call and the operator does not: a tensor made of
+        another costs as much as a small kernel. It takes `fitted()`, and of its results `shaped(…)` are those wanted.
+        """
+        if is_dynamo_compiling() or backend is not None or _state.get() is not None:
+            return shaped(self.call(fitted(), first_only, backend))
+        for direct in self._direct:
+            result = direct.call(args, first_only)
+            if result is not NotImplemented:
+                return result
+        before = library.direct_calls()
+        result = shaped(self.call(fitted(), first_only))
+        if library.direct_calls() > before:  # what was admitted differs in the shapes alone
+            for direct in self._direct:
+                direct.admit(args)
+        return result
+
     def _long_way(self, args: Args) -> Any:
-        if is_dynamo_compiling():
-            return self.torch_op(*args)
         self._without_tangents(args)
         if library.dispatcher_is_wanted():
             return self._dispatch(args)
@@ -164,23 +210,34 @@ class Op:
         for name, arg in zip(self.axes, args, strict=False):
             if arg is not None and not isinstance(arg, Tensor):
                 raise fail(self.public, name, type(arg).__name__, "a torch.Tensor", error=TypeError)
-        return self.torch_op(*args)
+        if self.transformed is not None and library.is_transformed():
+            return self.transformed.apply(*args)
+        state = _state.get()
+        return self.torch_op(*args, backend=state.backend if state else None)
 
     def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
         """Gradients by `backward(ctx, *grads)`, saved by `setup(ctx, inputs, output)`, on the forward's backend."""
 
-        def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
-            ctx.metate = _state.get()
+        def setup_context(
+            ctx: Any, inputs: Args, output: Any, keyword_only_inputs: Mapping[str, str | None] | None = None
+        ) -> None:
+            backend = keyword_only_inputs["backend"] if keyword_only_inputs else None
+            ctx.metate = _State(backend) if backend else _state.get()
             setup(ctx, inputs, output)
 
         def run(ctx: Any, *grads: Any) -> Any:
-            token = _state.set(ctx.metate)
-            try:
+            with _within(ctx.metate):
                 return backward(ctx, *grads)
-            finally:
-                _state.reset(token)
 
         torch.library.register_autograd(f"metate::{self.name}", run, setup_context=setup_context, lib=_public)
+        # torch.func does not see gradients of torch.library: under its transforms an operator is this.
+        rules = dict(forward=self.torch_op, setup_context=setup_context, backward=run, vmap=self._under_vmap)
+        methods = {name: staticmethod(rule) for name, rule in rules.items()}
+        self.transformed = type(f"metate.{self.name}", (torch.autograd.Function,), methods)
+
+    def _under_vmap(self, info: Any, in_dims: Args, *args: Any, backend: str | None = None) -> tuple[Any, Any]:
+        with _within(_State(backend) if backend else _state.get()):
+            return self.vmap(self, info, in_dims, args)  # type: ignore[no-any-return]
 
     def _no_gradient(self, ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"metate.{self.public}: no gradient: {self.gradient}")
@@ -196,11 +253,11 @@ class Op:
                     "jacfwd); use reverse mode (grad, vjp)"
                 )
 
-    def _without_gradient(self, *args: Any) -> Any:
+    def _without_gradient(self, *args: Any, backend: str | None = None) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             self._no_gradient(None)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.torch_op(*args)
+            return self.torch_op(*args, backend=backend)
 
     # Choosing a backend.
 
@@ -259,16 +316,22 @@ class Op:
             reasons[forced] = f"not available for {device} tensors here; `metate info` says why"
         raise NotImplementedError(f"metate.{self.public}: no backend runs this call ({_join(reasons)})")
 
-    def _run(self, *args: Any) -> Any:
-        """The kernel behind the dispatcher entry."""
+    def _run(self, *args: Any, backend: str | None = None) -> Any:
+        """The kernel behind the dispatcher entry; on `backend`, where a compiled graph was traced with one."""
+        if backend is not None:
+            with _within(_State(backend)):
+                return self._run(*args)
         state, arity = _state.get(), self.arity
         key: list[Any] = [state, args[arity:], *map(type, args[arity:])]  # True equals 1, but is none
         for tensor in args[:arity]:
             key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
         result = self._backend(state, tuple(key), args)(*args)
         if self.writes:
-            torch.autograd.graph.increment_version([x for x in self.written(args) if not x.is_inference()])
+            self._count_write(args)
         return result
+
+    def _count_write(self, args: Args) -> None:
+        torch.autograd.graph.increment_version([x for x in self.written(args) if not x.is_inference()])
 
     def _backend(self, state: _State | None, key: Args, args: Args) -> Backend:
         """The backend of a call, remembered by all that the choice depends on; raises what is wrong with the call."""
@@ -297,7 +360,7 @@ class Op:
         for direct in self._direct:
             direct.forget()
 
-    def _fake(self, *args: Any) -> Any:
+    def _fake(self, *args: Any, backend: str | None = None) -> Any:
         """Shapes without values, for compilers. The reference on fake tensors says the same 30 times slower."""
         self.check(args)
         if self.writes:
@@ -308,14 +371,17 @@ class Op:
         )
         return out if len(out) > 1 else out[0]
 
-    def _under_autocast(self, *args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(args[0].device.type)
-        cast = [
-            arg.to(dtype) if name in self.autocast and _castable(arg) else arg
-            for name, arg in zip(self.parameters, args, strict=False)
-        ]
+    def _under_autocast(self, *args: Any, backend: str | None = None) -> Any:
+        cast = self.cast(args, torch.get_autocast_dtype(args[0].device.type))
         with below_autocast():
-            return self.torch_op(*cast)
+            return self.torch_op(*cast, backend=backend)
+
+    def cast(self, args: Args, dtype: torch.dtype) -> Args:
+        """The arguments of a call under autocast to `dtype`: beside a storage of floats to its dtype instead."""
+        named = dict(zip(self.parameters, args, strict=False))
+        if self.storage and computes(named[self.storage]):
+            dtype = named[self.storage].dtype
+        return tuple(x.to(dtype) if name in self.autocast and _castable(x) else x for name, x in named.items())
 
     def check(self, args: Args) -> None:
         """TypeError or ValueError naming the argument that is wrong: kind, dtype, device, shape, then scalars."""
@@ -361,7 +427,7 @@ class Op:
 
     def compute(self, dtype: torch.dtype, args: Args) -> tuple[Any, ...]:
         """The reference with every floating tensor in `dtype`; of the outputs, those that there are."""
-        out = self.reference(*(a.to(dtype) if _computes(a) else a for a in args))
+        out = self.reference(*(a.to(dtype) if computes(a) else a for a in args))
         return tuple(o for o in out if o is not None) if isinstance(out, tuple) else (out,)
 
     def fallback(self, *args: Any) -> Any:
@@ -406,60 +472,7 @@ class Op:
         sets the budget. Few numbers may all happen to be rounded well: then the error of plain torch is the largest on
         this problem and on problems whose inputs differ from it by a rounding.
         """
-        dtype = args[0].dtype
-        truth = _comparable(self.compute(torch.float64, args))
-        kinds = [g.dtype for g in (got if isinstance(got, tuple) else (got,))]
-        results = _comparable(got if isinstance(got, tuple) else (got,))
-        named = dict(zip(self.parameters, args, strict=False))
-        names = [name for name in self.outputs if not self.writes or named[name] is not None]
-        for name, g, t in zip(names, results, truth, strict=True):
-            if g.shape != t.shape:
-                raise AssertionError(f"{self.name}: {name} has shape {tuple(g.shape)}, expected {tuple(t.shape)}")
-        for name, g, t in zip(names, results, self._with_overflow(args, results, truth), strict=True):
-            if not torch.equal(t.isfinite(), g.isfinite()):
-                raise AssertionError(f"{self.name}: {name} is finite where the truth is not, or the reverse")
-        errors = _distances(results, truth)
-        tiny = torch.finfo(torch.float32).tiny if dtype != torch.float64 else 0.0  # kernels may flush what is smaller
-        roundings = 4 if dtype == torch.float64 else 1  # there the truth is rounded too
-        ulps = [
-            roundings * torch.finfo(kind).eps * size + tiny
-            if kind.is_floating_point
-            else float(kind.itemsize == 1)  # a code beside a tie; other integers are exact
-            for kind, size in zip(kinds, _distances(truth), strict=True)
-        ]
-        budgets = [0.0] * len(errors)
-        for more in self._errors_of_torch(dtype, args, truth):
-            budgets = [max(pair) for pair in zip(budgets, more, strict=True)]
-            if all(e <= 2 * b + ulp for e, b, ulp in zip(errors, budgets, ulps, strict=True)):
-                return
-        raise AssertionError(
-            f"{self.name}: {', '.join(names)} are off by {_numbers(errors)}; torch in {dtype} by "
-            f"{_numbers(budgets)}, one ulp is {_numbers(ulps)}"
-        )
-
-    def _with_overflow(self, args: Args, results: Sequence[Tensor], truth: Args) -> Args:
-        """The truth, without what is beyond float32, in which kernels compute, or beyond the dtype of a result."""
-        if all(torch.equal(t.isfinite(), g.isfinite()) for g, t in zip(results, truth, strict=True)):
-            return truth
-        narrow = _comparable(self.compute(torch.float32, args))
-        return tuple(
-            torch.where(n.to(g.dtype).isfinite() | ~t.isfinite(), t, g.double())
-            for g, n, t in zip(results, narrow, truth, strict=True)
-        )
-
-    def _errors_of_torch(self, dtype: torch.dtype, args: Args, truth: Args) -> Iterator[list[float]]:
-        """Errors of every output of plain torch: as asked, in float32, and on the same problem rounded otherwise.
-
-        In float64, where plain torch is the truth: by how much the results move with a rounding of the inputs.
-        """
-        double = dtype == torch.float64
-        for working in () if double else (dtype, torch.float32):
-            yield _distances(_comparable(self.compute(working, args)), truth)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(8):
-            nearby = tuple(_jitter(arg, generator) for arg in args)
-            moved = _comparable(self.compute(torch.float64, nearby))
-            yield _distances(moved, truth) if double else _distances(_comparable(self.compute(dtype, nearby)), moved)
+        accuracy.assert_close(self, got, args)
 
     def example(self, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Args:
         """Positional arguments of a case."""
@@ -493,37 +506,6 @@ def below_autocast() -> contextlib.AbstractContextManager[None]:
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
-def _distances(results: Sequence[Tensor], truth: Sequence[Tensor] | None = None) -> list[float]:
-    """Largest difference of each result, from 0 without a truth, among the entries that are finite in both."""
-    truth = [torch.zeros_like(x) for x in results] if truth is None else truth
-    distances = []
-    for x, t in zip(results, truth, strict=True):
-        finite = t.isfinite() & x.isfinite()
-        distances.append((x.double() - t).where(finite, 0).abs().amax().item() if t.numel() else 0.0)
-    return distances
-
-
-def _jitter(arg: Any, generator: torch.Generator) -> Any:
-    """A floating tensor with every number moved by about one rounding."""
-    if not _computes(arg):
-        return arg
-    noise = 2 * torch.rand(arg.shape, generator=generator, dtype=torch.float64) - 1
-    return (arg.double() * (1 + torch.finfo(arg.dtype).eps * noise.to(arg.device))).to(arg.dtype)
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:.2e}" for value in values) + ")"
-
-
-def _computes(arg: Any) -> bool:
-    """Whether an argument is a tensor of a dtype that torch computes in: 8-bit floats are storage, like integers."""
-    return isinstance(arg, Tensor) and arg.is_floating_point() and arg.element_size() > 1
-
-
-def _comparable(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(x if not x.is_floating_point() or _computes(x) else x.float() for x in results)
-
-
 def _copy(x: Tensor) -> Tensor:
     """The same values in the same layout in memory of their own."""
     return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
@@ -546,7 +528,7 @@ def _widened(dtype: torch.dtype, wide: torch.dtype) -> torch.dtype:
 
 
 def _castable(arg: Any) -> bool:
-    return _computes(arg) and arg.dtype != torch.float64
+    return computes(arg) and arg.dtype != torch.float64
 
 
 def _has_kernel(name: str, device: str) -> bool:
@@ -580,7 +562,7 @@ def _join(reasons: Mapping[str, str]) -> str:
 def loop_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
     """The batching rule of last resort: one call after another, stacked."""
     rows = [
-        op.torch_op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     if isinstance(rows[0], tuple):
@@ -606,11 +588,15 @@ def use(backend: str) -> Iterator[None]:
     """Allow one backend only, in this thread or task: `with metate.use("triton"): ...`"""
     if backend not in BACKENDS:
         raise fail("use", "backend", repr(backend), " or ".join(map(repr, BACKENDS)))
-    token = _state.set(_State(backend=backend))
+    if not is_dynamo_compiling():
+        with _within(_State(backend)):
+            yield
+        return
+    before, _traced.backend = _traced.backend, backend
     try:
         yield
     finally:
-        _state.reset(token)
+        _traced.backend = before
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,22 @@ def attention_varlen(
         raise fail("attention_varlen", "mask", type(mask).__name__, "an AttentionMask of intervals", error=TypeError)
     if alibi_slopes is not None or sinks is not None:
         _, alibi_slopes, sinks = _widen(q, None, alibi_slopes, sinks)
-    tensors = (
-        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-        None, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, cu_seqlens_q, cu_seqlens_k,
-    )  # fmt: skip
     flags = _flags(q, causal, window, scale, top_left, softcap, dropout_p, seed, offset, mask.block_size)
-    results = _call(tensors, flags, return_lse, return_column_sums, backend)
-    return tuple(r.squeeze(0) for r in results) if isinstance(results, tuple) else results.squeeze(0)
+    rest = None, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, cu_seqlens_q, cu_seqlens_k
+
+    def batch() -> tuple[Any, ...]:
+        return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), *rest
+
+    if return_column_sums:
+        results = _call(batch(), flags, return_lse, return_column_sums, backend)
+        return tuple(r.squeeze(0) for r in results)
+    return attention_op.call_shaped(
+        (q, k, v, *rest, *flags),
+        lambda: batch() + flags,
+        lambda found: tuple(r.squeeze(0) for r in found) if return_lse else found.squeeze(0),
+        first_only=not return_lse,
+        backend=backend,
+    )
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

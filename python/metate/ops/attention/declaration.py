@@ -208,6 +208,7 @@ attention_op = Op(
     validate=rules.validate_forward,
     refuses={"cuda": lambda q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_forward),
+    contents_in_kernel=True,
 )
 
 
@@ -275,6 +276,7 @@ backward_op = Op(
     validate=rules.validate_backward,
     refuses={"cuda": lambda grad_out, q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_backward),
+    contents_in_kernel=True,
 )
 
 column_sums_op = Op(
@@ -292,6 +294,7 @@ column_sums_op = Op(
     validate=rules.validate_column_sums,
     refuses={"cuda": lambda q, k, *_: rules.refused_by_cuda(q, k, k)},
     contents=("cu_seqlens_q", rules.check_column_sums),
+    contents_in_kernel=True,
     gradient="column sums are a statistic for cache eviction; detach them, or sum explicit probabilities",
 )
 

@@ -314,7 +314,7 @@ def fold_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
         return x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
 
     folded = [fold(name, x, dim) for name, x, dim in zip(op.parameters, args, in_dims, strict=True)]
-    results = op.torch_op(*folded)
+    results = op(*folded)
     if isinstance(results, Tensor):
         return results.unflatten(0, (info.batch_size, batch)), 0
     unfolded = tuple(
@@ -339,7 +339,7 @@ def delta_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...
         else (x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)).flatten(0, 1)
         for x, dim in zip(args, in_dims, strict=True)
     )
-    return op.torch_op(*folded).unflatten(0, (info.batch_size, -1)), 0
+    return op(*folded).unflatten(0, (info.batch_size, -1)), 0
 
 
 def merge_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -348,4 +348,4 @@ def merge_vmap(op: Op, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...
         (x.movedim(dim, 1) if dim is not None else x[:, None].expand(-1, info.batch_size, *x.shape[1:])).flatten(1, 2)
         for x, dim in zip(args, in_dims, strict=True)
     )
-    return tuple(r.unflatten(0, (info.batch_size, -1)) for r in op.torch_op(outs, lses)), (0, 0)
+    return tuple(r.unflatten(0, (info.batch_size, -1)) for r in op(outs, lses)), (0, 0)

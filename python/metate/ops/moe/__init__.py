@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from metate import library
 from metate.errors import fail
-from metate.op import is_plain, use
+from metate.op import is_plain
 from metate.ops.moe import grouped
 from metate.ops.moe.declaration import activation_op, permute_op, sort_op, unpermute_op
 from metate.ops.moe.experts import QuantizedExperts
@@ -45,15 +44,13 @@ def moe_sort(experts: Tensor, num_experts: int, *, backend: str | None = None) -
         inverse: (tokens, k) int32: the row of each choice, -1 for none.
         offsets: (num_experts + 1) int32: rows of expert e are offsets[e] … offsets[e+1] - 1.
     """
-    with nullcontext() if backend is None else use(backend):
-        order, inverse, offsets = sort_op.call((experts, num_experts))
+    order, inverse, offsets = sort_op.call((experts, num_experts), backend=backend)
     return order, inverse, offsets
 
 
 def moe_permute(x: Tensor, order: Tensor, k: int = 1, *, backend: str | None = None) -> Tensor:
     """Row r of the result is x[order[r] // k], zeros where order[r] is -1; no choice stands in an order twice."""
-    with nullcontext() if backend is None else use(backend):
-        out: Tensor = permute_op.call((x, order, k))
+    out: Tensor = permute_op.call((x, order, k), backend=backend)
     return out
 
 
@@ -64,8 +61,7 @@ def moe_unpermute(y: Tensor, inverse: Tensor, weights: Tensor | None = None, *, 
         y: (rows, hidden). inverse: (tokens, k) int32, as from `moe_sort`. weights: (tokens, k), float32 or the dtype of
             y; None: all 1.
     """
-    with nullcontext() if backend is None else use(backend):
-        out: Tensor = unpermute_op.call((y, inverse, weights))
+    out: Tensor = unpermute_op.call((y, inverse, weights), backend=backend)
     return out
 
 
@@ -103,22 +99,22 @@ def grouped_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    with nullcontext() if backend is None else use(backend):
-        if isinstance(w, QuantizedExperts):
-            if isinstance(x, Tensor) and x.shape[-1:] != (w.shape[2],):
-                raise fail("grouped_linear", "x", f"of shape {tuple(x.shape)}", f"(rows, {w.shape[2]}) for {w!r}")
-            op = grouped.quant_int8_op if int8_activations else grouped.quant_linear_op
-            out: Tensor = op.call((x, *w.arguments(), bias, offsets, order, *w.scalars(), k))
-        else:
-            if int8_activations:
-                raise fail("grouped_linear", "int8_activations", True, "False beside a dense w, or QuantizedExperts")
-            out = grouped.linear_op.call((x, w, offsets, bias, order, k))
-        if lora is None:
-            return out
-        if not isinstance(lora, (tuple, list)) or len(lora) != 2:
-            raise fail("grouped_linear", "lora", type(lora).__name__, "two tensors, A and B", error=TypeError)
-        low = grouped.linear_op(x, lora[0], offsets, None, order, k)
-        update: Tensor = grouped.linear_op(low, lora[1], offsets, None, None, 1)
+    if isinstance(w, QuantizedExperts):
+        if isinstance(x, Tensor) and x.shape[-1:] != (w.shape[2],):
+            raise fail("grouped_linear", "x", f"of shape {tuple(x.shape)}", f"(rows, {w.shape[2]}) for {w!r}")
+        op = grouped.quant_int8_op if int8_activations else grouped.quant_linear_op
+        args = x, *w.arguments(), bias, offsets, order, *w.scalars(), k
+        out: Tensor = op.call(args, backend=backend)
+    else:
+        if int8_activations:
+            raise fail("grouped_linear", "int8_activations", True, "False beside a dense w, or QuantizedExperts")
+        out = grouped.linear_op.call((x, w, offsets, bias, order, k), backend=backend)
+    if lora is None:
+        return out
+    if not isinstance(lora, (tuple, list)) or len(lora) != 2:
+        raise fail("grouped_linear", "lora", type(lora).__name__, "two tensors, A and B", error=TypeError)
+    low = grouped.linear_op.call((x, lora[0], offsets, None, order, k), backend=backend)
+    update: Tensor = grouped.linear_op.call((low, lora[1], offsets, None, None, 1), backend=backend)
     return out + scaling * update
 
 
@@ -149,10 +145,14 @@ def gated_activation(
         raise fail("gated_activation", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
     if not x.dim():
         raise fail("gated_activation", "x", "of shape ()", "(…, columns)")
-    rows = x if x.dim() == 2 else x[None].flatten(0, -2)
-    with nullcontext() if backend is None else use(backend):
-        out: Tensor = activation_op.call((rows, *choices))
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+    if x.dim() == 2:
+        return activation_op.call((x, *choices), backend=backend)  # type: ignore[no-any-return]
+    return activation_op.call_shaped(  # type: ignore[no-any-return]
+        (x, *choices),
+        lambda: (x[None].flatten(0, -2), *choices),
+        lambda out: out.view(*x.shape[:-1], out.shape[1]),
+        backend=backend,
+    )
 
 
 def _choices(
@@ -162,7 +162,7 @@ def _choices(
     """The scalars of the operator."""
     limit = math.inf if limit is None else limit
     for name, value in (("limit", limit), ("alpha", alpha), ("shift", shift)):
-        if not isinstance(value, Real):
+        if not isinstance(value, (float, int, Real)):
             raise fail("gated_activation", name, repr(value), "a number", error=TypeError)
     for name, chosen, allowed in (("activation", activation, ACTIVATIONS), ("gating", gating, GATINGS)):
         if chosen not in allowed:

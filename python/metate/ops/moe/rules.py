@@ -405,7 +405,7 @@ def fold_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
     if any(a is not None and (d is None or a.dim() != 2) for a, d in zip(tensors, in_dims, strict=False)):
         return loop_vmap(op, info, in_dims, args)
     rows = [None if a is None else a.movedim(d, 0).flatten(0, 1) for a, d in zip(tensors, in_dims, strict=False)]
-    out = op.torch_op(*rows, *args[op.arity :])
+    out = op(*rows, *args[op.arity :])
     if isinstance(out, tuple):
         return tuple(o.unflatten(0, (info.batch_size, -1)) for o in out), (0,) * len(out)
     return out.unflatten(0, (info.batch_size, -1)), 0

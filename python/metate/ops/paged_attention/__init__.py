@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.masks import AttentionMask, window_sides
-from metate.op import REGISTRY, use
+from metate.op import REGISTRY
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
 
 __all__ = ["append_kv", "cascade_attention", "paged_attention"]
@@ -46,7 +45,7 @@ def paged_attention(
     Args:
         q: (batch, heads, head_dim), one query a sequence; or (batch, queries, heads, head_dim); or, with cu_seqlens_q,
             (tokens, heads, head_dim): sequences of different numbers of queries one after another. float32, bfloat16,
-            float16 (float64 on a CPU).
+            float16 (float64 on a CPU). Under autocast it takes the dtype of a cache of floats: no call casts a cache.
         k_cache: (pages, page_size, kv_heads, head_dim), any strides; heads a multiple of kv_heads. In the dtype of q;
             or int8 or float8_e4m3fn; or uint8 of head_dim / 2 columns, two 4-bit codes (value + 8) a byte, the even
             element in the low nibble. head_dim: 1 to 576.
@@ -81,23 +80,23 @@ def paged_attention(
         numbers and lengths are not looked at.
     """
     packed = cu_seqlens_q is not None
-    _check_dims(q, packed)
-    single = q.dim() == 3
-    q = q if not single else q.unsqueeze(0) if packed else q.unsqueeze(1)
+    dims = _check_dims(q, packed)
     left, right = window_sides("paged_attention", window, causal)
     bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
     scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
-    args = (
-        q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad,
-        _widen(q, alibi_slopes), _widen(q, sinks), bits, scale, left, right, softcap, return_column_sums,
+    rest = (
+        k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad,
+        alibi_slopes if alibi_slopes is None else _widen(q, alibi_slopes),
+        sinks if sinks is None else _widen(q, sinks), bits, scale, left, right, softcap, return_column_sums,
     )  # fmt: skip
-    with nullcontext() if backend is None else use(backend):
-        if not (return_lse or return_column_sums):
-            out = paged_attention_op.call(args, first_only=True)
-            return out.squeeze(0 if packed else 1) if single else out
-        out, lse, sums = paged_attention_op.call(args)
-    if single:
-        out, lse = out.squeeze(0 if packed else 1), lse.squeeze(0 if packed else 2)
+    first_only = not (return_lse or return_column_sums)
+    if dims == 4:
+        results = paged_attention_op.call((q, *rest), first_only, backend)
+    else:
+        results = _call_with_three_dims((q, *rest), packed, first_only, backend)
+    if first_only:
+        return results
+    out, lse, sums = results
     return (out, *([lse] if return_lse else []), *([sums] if return_column_sums else []))
 
 
@@ -147,8 +146,7 @@ def cascade_attention(
     out, lse = paged_attention(x, k_cache, v_cache, block_table, seq_lens, causal=causal, sinks=sinks, **common)
     outs = torch.stack([prefix.unflatten(0, x.shape[:2]), out])
     lses = torch.stack([prefix_lse.unflatten(1, x.shape[:2]).transpose(0, 1), lse])
-    with nullcontext() if backend is None else use(backend):
-        out, lse = REGISTRY["merge_attention_states"](outs, lses)
+    out, lse = REGISTRY["merge_attention_states"].call((outs, lses), backend=backend)
     if q.dim() == 3:
         out, lse = out.squeeze(1), lse.squeeze(2)
     return (out, lse) if return_lse else out
@@ -173,7 +171,7 @@ def append_kv(
 
     Args:
         k: (tokens, kv_heads, head_dim), v: (tokens, kv_heads, value_dim), float32, bfloat16, float16 or float64. v and
-            v_cache None: keys only, as where v_cache is a view of k_cache.
+            v_cache None: keys only, as where v_cache is a view of k_cache. Under autocast as q of `paged_attention`.
         k_cache, v_cache: (pages, page_size, kv_heads, ·) as in `paged_attention`, written in place.
         slot_mapping: (tokens) int32 or int64: page · page_size + row for each token, none twice; -1 skips a token.
         k_scale, v_scale: (pages, page_size, kv_heads) float32, written in place: for int8 (amax / 127), 4-bit codes in
@@ -188,20 +186,37 @@ def append_kv(
     """
     if v is None and v_cache is None and isinstance(k, Tensor) and isinstance(k_cache, Tensor):
         v, v_cache = k.new_empty((*k.shape[:-1], 0)), k_cache.new_empty((*k_cache.shape[:-1], 0))
-    with nullcontext() if backend is None else use(backend):
-        append_op(
-            k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rotary_cos, rotary_sin, positions, interleaved
-        )
+    append_op.call(
+        (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rotary_cos, rotary_sin, positions, interleaved),
+        backend=backend,
+    )
 
 
-def _check_dims(q: Tensor, packed: bool) -> None:
+def _call_with_three_dims(args: tuple[Any, ...], packed: bool, first_only: bool, backend: str | None) -> Any:
+    """One query a sequence, or packed ones: the operator has a dimension more, of size 1."""
+    one, of_lse = (0, 0) if packed else (1, 2)
+
+    def shaped(found: Any) -> Any:
+        if first_only:
+            return found.squeeze(one)
+        return found[0].squeeze(one), found[1].squeeze(of_lse), found[2]
+
+    return paged_attention_op.call_shaped(
+        args, lambda: (args[0].unsqueeze(one), *args[1:]), shaped, first_only, backend
+    )
+
+
+def _check_dims(q: Tensor, packed: bool) -> int:
+    """How many dimensions q has."""
     if not isinstance(q, Tensor):
         raise fail("paged_attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
-    if q.dim() != 3 and (packed or q.dim() != 4):
+    dims = q.dim()
+    if dims != 3 and (packed or dims != 4):
         expected = (
             "(tokens, heads, head_dim)" if packed else "(batch, heads, head_dim) or (batch, queries, heads, head_dim)"
         )
         raise fail("paged_attention", "q", f"of shape {tuple(q.shape)}", expected)
+    return dims
 
 
 def _check_groups(

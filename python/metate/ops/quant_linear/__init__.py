@@ -49,16 +49,24 @@ def quant_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    _check_rows("quant_linear", x, weight)
-    if activation not in (None, "int8"):
+    shape = x.shape if isinstance(x, Tensor) and isinstance(weight, QuantizedWeight) else ()
+    if not shape or shape[-1] != weight.shape[1]:
+        _check_rows("quant_linear", x, weight)
+    if activation is not None and activation != "int8":
         raise fail("quant_linear", "activation", repr(activation), "None or 'int8'")
-    if backend is not None:
-        with use(backend):
-            return quant_linear(x, weight, bias, activation=activation)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    op = linear_op if activation is None else int8_op
-    out: Tensor = op.call((rows, *arguments(weight), bias, *scalars(weight)))
-    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.out_features)
+    w, op = weight, linear_op if activation is None else int8_op
+    rest = (
+        w.codes, w.scales, w.super_scales, w.zeros, w.offsets, w.super_offsets, w.codebook, w.permutation, bias,
+        w.bits, w.group_size, w.super_groups, w.zero,
+    )  # fmt: skip
+    if len(shape) == 2:
+        return op.call((x, *rest), backend=backend)  # type: ignore[no-any-return]
+    return op.call_shaped(  # type: ignore[no-any-return]
+        (x, *rest),
+        lambda: (x.reshape(-1, shape[-1]), *rest),
+        lambda out: out.reshape(*shape[:-1], w.shape[0]),
+        backend=backend,
+    )
 
 
 def lora_linear(

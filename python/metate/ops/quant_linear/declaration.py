@@ -163,6 +163,7 @@ linear_op = Op(
     validate=rules.validate_linear("quant_linear"),
     refuses={"cuda": lambda x, codes, *_: rules.refused_by_cuda(x, codes.shape[0])},
     contents=("permutation", rules.check_permutation("quant_linear")),
+    contents_in_kernel=True,
 )
 
 int8_op = Op(
@@ -183,6 +184,7 @@ int8_op = Op(
         "cuda": lambda *_: "activations rounded to 8 bits: on a CPU",
     },
     contents=("permutation", rules.check_permutation("quant_linear")),
+    contents_in_kernel=True,
     gradient='activations are rounded to integers; train without activation="int8"',
     public="quant_linear",
 )
@@ -205,6 +207,7 @@ matmul_op = Op(
     validate=rules.validate_matmul("quant_matmul"),
     refuses={"cuda": lambda x, *rest: rules.refused_by_cuda(x, rest[-1])},
     contents=("permutation", rules.check_permutation("quant_matmul")),
+    contents_in_kernel=True,
 )
 
 linear_op.differentiable(rules.backward_linear(matmul_op), rules.save)

@@ -168,7 +168,7 @@ def _fold_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
     if ids is not None:
         ids = ids.expand(info.batch_size, -1) if in_dims[place] is None else ids.movedim(in_dims[place], 0)
         ids = ids.flatten()
-    out = op.torch_op(x.flatten(0, 1), *args[1:place], ids, *args[place + 1 :])
+    out = op(x.flatten(0, 1), *args[1:place], ids, *args[place + 1 :])
     return out.unflatten(0, x.shape[:2]), 0
 
 
@@ -287,6 +287,7 @@ linear_op = Op(
     validate=_validate_linear,
     refuses={"cuda": lambda x, codes, *rest: _refused_by_cuda(x, *rest[8].shape[:2], codes.shape[0])},
     contents=("permutation adapter_ids", _check_contents),
+    contents_in_kernel=True,
 )
 
 matmul_op = Op(
@@ -304,6 +305,7 @@ matmul_op = Op(
     validate=_validate_matmul,
     refuses={"cuda": lambda x, *rest: _refused_by_cuda(x, *rest[8].shape[:2], rest[-1])},
     contents=("permutation", rules.check_permutation("lora_matmul")),
+    contents_in_kernel=True,
 )
 
 shrink_op = Op(

@@ -125,7 +125,7 @@ def fold_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
     if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
         return loop_vmap(op, info, in_dims, args)
     x = args[0].movedim(in_dims[0], 0)
-    return op.torch_op(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
+    return op(x.flatten(0, 1), *args[1:]).unflatten(0, x.shape[:2]), 0
 
 
 BY_ROWS = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "bias")

@@ -68,8 +68,12 @@ def timed(record: dict[str, Any]) -> list[Row]:
 
 
 def plotted(record: dict[str, Any]) -> list[Row]:
-    """Those that do all the work that is counted: results are exact."""
-    return [row for row in timed(record) if row.get("recall") is None]
+    """Those that do all the work that is counted, which takes their time: results are exact."""
+    return [row for row in timed(record) if works(row)]
+
+
+def works(row: Row) -> bool:
+    return row.get("recall") is None and not row.get("call")
 
 
 def groups(record: dict[str, Any]) -> dict[tuple[str, str, str], list[Row]]:
@@ -92,6 +96,8 @@ def _time(seconds: float) -> str:
 def _speed(row: Row) -> str:
     if row.get("recall") is not None:
         return f"recall {recall(row)}"
+    if row.get("call"):
+        return ""
     if row["bound"] == "memory":
         return f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
     flops = row["flops_per_second"]
@@ -105,7 +111,7 @@ def recall(row: Row) -> str:
 
 
 def _limit(row: Row) -> str:
-    return f"{row['of_limit']:.0%}" if row.get("recall") is None else ""
+    return f"{row['of_limit']:.0%}" if works(row) else ""
 
 
 def _geometric_mean(values: list[float]) -> float:
@@ -269,7 +275,7 @@ def _cards(record: dict[str, Any]) -> str:
         ratios = [row["times_best_rival"] for row in ours if "times_best_rival" in row]
         if ratios:
             text = f"{escape(workload)}: speed over the best rival's, geometric mean of {len(ratios)}"
-            if ours[0].get("recall") is None:
+            if works(ours[0]):
                 text += f"; up to {max(row['of_limit'] for row in ours):.0%} of the limit"
             cards.append(_card(f"<b>{_geometric_mean(ratios):.2f}×</b>", text))
     wrong = sum(row["status"] == "wrong" and row["ours"] for row in record["rows"])
@@ -358,7 +364,7 @@ def markdown(record: dict[str, Any]) -> str:
         if ours and others:
             best = min(others, key=lambda row: row["p50"])
             rival = f"{best['contender']}, {_time(best['p50'])}"
-            speed = f"{_time(ours[0]['p50'])}, {_speed(ours[0])} | {_limit(ours[0])}"
+            speed = ", ".join(filter(None, (_time(ours[0]["p50"]), _speed(ours[0])))) + f" | {_limit(ours[0])}"
             lines.append(f"| {workload}, {label} | {dtype} | {speed} | {rival} | {ours[0]['times_best_rival']:.2f} |")
     return "\n".join(lines)
 

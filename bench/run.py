@@ -95,6 +95,7 @@ class Workload:
     moved: Callable[[Setup], float] | None = None  # bytes a call cannot do without; None: all inputs and outputs once
     placed: Callable[[Args], Args] = lambda args: args  # examples, in memory as users' inputs are
     sets: int = 2  # of inputs
+    call: bool = False  # what takes time is the call, not its work: no limit of the machine is near
 
 
 @dataclass
@@ -438,6 +439,7 @@ def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machi
         "allowed": contender.budget,
         "recall": contender.recall,
         "recall_gap": contender.gap,
+        "call": workload.call,
     }
     if not contender.times:
         return row

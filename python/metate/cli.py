@@ -288,7 +288,7 @@ def _bench_table(rows: list[dict[str, Any]]) -> Table:
     from metate.bench import report
 
     approximate = any(row["recall"] is not None for row in rows)
-    columns = ("ms", "recall") if approximate else ("ms", "GFLOP/s", "limit")
+    columns = ("ms", "recall") if approximate else ("µs",) if rows[0]["call"] else ("ms", "GFLOP/s", "limit")
     table = Table(
         Column("", min_width=44, no_wrap=True),
         *(Column(name, justify="right", no_wrap=True) for name in (*columns, "× best")),
@@ -306,9 +306,11 @@ def _bench_table(rows: list[dict[str, Any]]) -> Table:
         color = "green" if ratio and row["times_best_rival"] >= 1 else "yellow"
         noise = " [yellow]~[/]" if row["disturbed"] else ""
         shown = [f"{row['flops_per_second'] / 1e9:.1f}", f"{row['of_limit']:.0%}"]
-        if approximate:
+        if rows[0]["call"]:
+            shown = []
+        elif approximate:
             shown = ["" if row["recall"] is None else report.recall(row)]
-        table.add_row(name + noise, f"{row['p50'] * 1e3:.3g}", *shown, f"[{color}]{ratio}[/]")
+        table.add_row(name + noise, f"{row['p50'] * (1e6 if row['call'] else 1e3):.3g}", *shown, f"[{color}]{ratio}[/]")
     return table
 
 

@@ -281,6 +281,16 @@ inline void load_square(float* to, int64_t stride, const View<2>& view, int64_t 
     load_square<float>(to, stride, view, row, group);
 }
 
+// The zeros of n <= width groups of a row.
+METATE_FN vi zeros_of(const LowBitMatrix& w, int64_t row, int64_t group, int64_t n) {
+    const uint8_t* const from =
+        static_cast<const uint8_t*>(w.zeros.data) + row * w.zeros.stride[0] + group * w.zeros.stride[1];
+    if (w.zeros.stride[1] == 1) return load_wide(from, n);
+    int32_t line[width] = {};
+    for (int64_t i = 0; i < n; ++i) line[i] = from[i * w.zeros.stride[1]];
+    return load(line);
+}
+
 METATE_FN bool has_corrections(const LowBitMatrix& w) {
     return w.zeros || w.offsets;
 }
@@ -302,10 +312,8 @@ inline void load_scales(float* scales, float* corrections, int64_t stride, const
         load_levels(scale, w.scales, w.super_scales, w.super_groups, row, rows, group + g, n - g);
         if (w.offsets) load_levels(offset, w.offsets, w.super_offsets, w.super_groups, row, rows, group + g, n - g);
         for (int i = 0; i < rows && corrections; ++i) {
-            float zeros[width] = {};
-            for (int64_t j = 0; j < smaller(n - g, width) && w.zeros; ++j)
-                zeros[j] = number_at<uint8_t>(w.zeros, row + i, group + g + j);
-            offset[i] = fma(splat(shift) - load(zeros), scale[i], offset[i]);
+            const vf zeros = w.zeros ? to_float(zeros_of(w, row + i, group + g, smaller(n - g, width))) : splat(0.0f);
+            offset[i] = fma(splat(shift) - zeros, scale[i], offset[i]);
         }
         transpose(scale);
         if (corrections) transpose(offset);

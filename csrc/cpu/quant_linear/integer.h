@@ -376,18 +376,8 @@ inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, int
     for (int64_t g = 0; g < n; g += width) {
         vf lines[width];
         for (int i = 0; i < width; ++i) {
-            const int64_t columns = smaller(n - g, width);
-            if (i >= rows) {
-                lines[i] = as_float(base);
-            } else if (w.zeros.stride[1] == 1) {
-                const uint8_t* const from = static_cast<const uint8_t*>(w.zeros.data);
-                lines[i] = as_float(add(base, load_wide(from + (row + i) * w.zeros.stride[0] + group + g, columns)));
-            } else {
-                int32_t line[width] = {};
-                for (int64_t j = 0; j < columns; ++j)
-                    line[j] = static_cast<int32_t>(number_at<uint8_t>(w.zeros, row + i, group + g + j));
-                lines[i] = as_float(add(base, load(line)));
-            }
+            const vi zeros = i < rows ? zeros_of(w, row + i, group + g, smaller(n - g, width)) : splat(0);
+            lines[i] = as_float(add(base, zeros));
         }
         transpose(lines);
         for (int j = 0; j < smaller(n - g, width); ++j) store(to + (g + j) * stride, sub(splat(0), as_int(lines[j])));

@@ -7,11 +7,11 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k) {
+void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, float* to) {
     const LowBitMatrix& w = p.call.w;
     const int64_t columns = smaller(block, w.columns - k * block), stride = w.codes.stride[0];
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
-        float* const values = at.values + v * width;
+        float* const values = to + v * width;
         if (p.pairs && columns == block && row + (v + 1) * width <= w.rows) {
             const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + (row + v * width) * stride;
             decode_square(values, codes + k * block / 2, stride, bytes_ahead(w, k), p.values);
@@ -39,10 +39,17 @@ void write_panel(const QuantLinear& call, const float* totals, int64_t row, int6
         bias[i] = call.bias.dtype == DType::f32 ? static_cast<const float*>(call.bias.data)[at]
                                                 : to_float(static_cast<const T*>(call.bias.data)[at]);
     }
-    for (int64_t r = 0; r < rows; ++r, totals += panel) {
-        float line[panel];
-        for (int v = 0; v < 2; ++v) store(line + v * width, load(totals + v * width) + load(bias + v * width));
-        store_line(static_cast<T*>(call.out.data) + (first_x + r) * call.out.stride[0] + row, line, n);
+    const vf first = load(bias), second = load(bias + width);
+    T* out = static_cast<T*>(call.out.data) + first_x * call.out.stride[0] + row;
+    for (int64_t r = 0; r < rows; ++r, totals += panel, out += call.out.stride[0]) {
+        const vf line[] = {load(totals) + first, load(totals + width) + second};
+        if (n == panel) {
+            store(out, line[0]);
+            store(out + width, line[1]);
+        } else {
+            store(out, line[0], smaller(n, width));
+            if (n > width) store(out + width, line[1], n - width);
+        }
     }
 }
 
@@ -100,7 +107,8 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
 void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
                     int64_t rows, Tile tile) {
     if (p.arithmetic.digits) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
-    decode_panel(p, at, panel_number, row, k);
+    for (int64_t i = 0; i < tile.blocks; ++i)
+        decode_panel(p, at, panel_number, row, k + i, at.values + i * p.x.words() * panel);
 #if defined(METATE_HAS_BF16_DOT)
     if (p.x.unit == Unit::pairs) return multiply<Unit::pairs, true>(p.x, k, x_row, rows, tile);
 #endif
@@ -123,21 +131,20 @@ void clear(const Workspace& at, int64_t n) {
     }
 }
 
-// The totals of `rows` rows of x with `count` panels become results.
+// The earlier totals of `rows` rows of x with `count` panels become results.
 template <class T>
 void finish(const Problem& p, const Workspace& at, int64_t first, int64_t count, int64_t x_row, int64_t rows) {
-    for (int64_t i = 0; i < count * rows * panel; i += width)
-        store(at.totals + i, load(at.earlier + i) + load(at.totals + i));
     for (int64_t i = 0; i < count; ++i) {
-        float* const totals = at.totals + i * rows * panel;
+        float* const totals = at.earlier + i * rows * panel;
         add_low_rank(p.call.update, {}, totals, panel, (first + i) * panel, x_row, rows);
         write_panel<T>(p.call, totals, (first + i) * panel, x_row, rows);
     }
 }
 
 Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_t rows) {
-    const int64_t offset = panel_number * p.window * panel;
+    const int64_t offset = panel_number * p.window * panel, total = panel_number * rows * panel;
     return {nullptr,
+            0,
             at.values,
             nullptr,
             0,
@@ -147,30 +154,39 @@ Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_
             0,
             nullptr,
             p.x.most_chunks,
-            at.totals + panel_number * rows * panel};
+            p.x.sums ? p.x.rows * p.x.most_chunks : 0,
+            at.totals + total,
+            at.earlier + total,
+            false,
+            false};
 }
 
-void enter_block(Tile& tile, const Problem& p, int64_t k, int64_t first_group) {
-    tile.chunks = p.plans[k].chunks;
-    tile.count = p.plans[k].count;
+// Blocks k … end - 1 of one span.
+void enter_blocks(Tile& tile, const Problem& p, int64_t k, int64_t end, int64_t first_group) {
+    tile.stride = p.x.stride(k);
+    tile.plan = p.plans + k;
+    tile.blocks = end - k;
     tile.first_group = first_group;
+    tile.begins = k % span == 0;
+    tile.ends = end % span == 0 || end == p.blocks;
 }
 
 // `count` panels from number `first` on.
 template <class T>
 void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
-    for (int64_t x_row = 0; x_row < p.x.rows; x_row += rows_at_once) {
-        const int64_t rows = smaller(rows_at_once, p.x.rows - x_row);
+    for (int64_t x_row = 0; x_row < p.x.rows; x_row += p.rows_at_once) {
+        const int64_t rows = smaller(p.rows_at_once, p.x.rows - x_row);
         clear(at, count * rows * panel);
         for (int64_t i = 0; i < count; ++i) at.first_group[i] = -1;
-        for (int64_t k = 0; k < p.blocks; ++k) {
-            if (k % span == 0 && k > 0) end_span(at, count * rows * panel);
+        for (int64_t k = 0; k < p.blocks; k += p.blocks_together) {
+            const int64_t end = smaller(k + p.blocks_together, p.blocks);
             for (int64_t i = 0; i < count; ++i) {
-                load_window(p, at, i, (first + i) * panel, k, k + 1, 3);
+                load_window(p, at, i, (first + i) * panel, k, end, 3);
                 Tile tile = tile_of(p, at, i, rows);
-                enter_block(tile, p, k, at.first_group[i]);
+                enter_blocks(tile, p, k, end, at.first_group[i]);
                 multiply_panel(p, at, i, (first + i) * panel, k, x_row, rows, tile);
             }
+            if (p.arithmetic.digits && (end % span == 0 || end == p.blocks)) end_span(at, count * rows * panel);
         }
         finish<T>(p, at, first, count, x_row, rows);
     }
@@ -203,7 +219,7 @@ void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
         for (int64_t k = 0; k < reading.blocks; ++k) {
             if (k % span == 0) end_span(at, p.x.rows * panel);
             load_window(p, at, 0, number * panel, first + k, first + k + 1, 3);
-            enter_block(tile, p, first + k, at.first_group[0]);
+            enter_blocks(tile, p, first + k, first + k + 1, at.first_group[0]);
             tile.sums = p.x.sums ? p.x.sums_of(first + k, 0) : nullptr;
             add_chunks(sums, k, tile);
         }
@@ -262,7 +278,8 @@ void scale_unit(const Problem& p, const Workspace& at, const float* sums, const 
         for (int c = 0; c < count; ++c) {
             const int64_t scale = p.group_of(k, c) * panel;
             total = fma(sum[c], load(scales + scale), total);
-            if (corrections) total = fma(splat(p.x_sum_of(k, c)), load(corrections + scale), total);
+            if (corrections && p.is_corrected_by(k, c))
+                total = fma(splat(p.x_sum_of(k, c)), load(corrections + scale), total);
         }
     }
     store(totals, total);
@@ -290,8 +307,10 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
             reader.read(sums[0], r, smaller(r + step, rows));
             for (; unit * width < units * (r + step); ++unit) scale_unit(p, at, sums[1], before, unit);
         }
-        if (i > 0 && i % parts == 0 && (before.row % panel > 0 || before.row + width >= last))
+        if (i > 0 && i % parts == 0 && (before.row % panel > 0 || before.row + width >= last)) {
+            end_span(at, panel);
             finish<T>(p, at, before.row / panel, 1, 0, 1);
+        }
     }
 }
 
@@ -309,6 +328,7 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t piece, const u
         clear(at, p.x.rows * panel);
         at.first_group[0] = -1;
         p.dots_rows ? dot_rows(p, at, i) : sum_rows(p, at, i);
+        end_span(at, p.x.rows * panel);
         finish<T>(p, at, i, 1, 0, p.x.rows);
     }
 }

@@ -18,7 +18,10 @@ struct Problem {
     int64_t blocks, rows_at_once;
 
     explicit Problem(const QuantMatmul& c)
-        : call(c), values(values_of(c.w)), x{nullptr, nullptr, c.x.size[0], 0}, blocks(ceil_div(c.w.rows, block)) {
+        : call(c),
+          values(values_of(c.w)),
+          x{nullptr, nullptr, c.x.size[0], ceil_div(c.w.rows, block), 0},
+          blocks(ceil_div(c.w.rows, block)) {
         rows_at_once = smaller(128, x.rows);
     }
     Workspace workspace(Arena& arena) const {
@@ -81,13 +84,19 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t k) {
         for (int64_t i = 0; i < panels * rows * panel; i += width) store(at.totals + i, splat(0.0f));
         for (int64_t n = 0; n < p.blocks; ++n) {
             Chunk chunks[block];
-            const int count = chunks_of(chunks, w.rows, w.rows, n);
+            const BlockPlan plan{chunks, chunks_of(chunks, w.rows, w.rows, n), 0, 0};
             for (int64_t row = n * block; row < smaller(w.rows, (n + 1) * block); row += width)
                 decode_strip(p, at, row, k, at.values + (row - n * block) * panel);
-            for (int64_t i = 0; i < panels; ++i)
-                multiply<Unit::floats, false>(p.x, n, x_row, rows,
-                                              {nullptr, at.values + i * block * panel, chunks, count, longest, nullptr,
-                                               nullptr, 0, nullptr, 0, at.totals + i * rows * panel});
+            for (int64_t i = 0; i < panels; ++i) {
+                Tile tile{};
+                tile.stride = p.x.stride(n);
+                tile.values = at.values + i * block * panel;
+                tile.plan = &plan;
+                tile.blocks = 1;
+                tile.most_columns = longest;
+                tile.total = at.totals + i * rows * panel;
+                multiply<Unit::floats, false>(p.x, n, x_row, rows, tile);
+            }
         }
         for (int64_t i = 0; i < panels; ++i) {
             float* const totals = at.totals + i * rows * panel;

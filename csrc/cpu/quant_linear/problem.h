@@ -7,10 +7,9 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t rows_at_once = 256;  // of x, whose blocks stay in the second-level cache
-constexpr int64_t small_group = 16;    // below, weights are scaled instead of sums: many short sums round more often
+constexpr int64_t many_rows = 24;    // of x, that are multiplied with whole spans, whose totals stay in registers
+constexpr int64_t small_group = 16;  // below, weights are scaled instead of sums: many short sums round more often
 constexpr int64_t operations_to_pack = 6;  // a number of x
-constexpr int64_t span = 8;                // blocks whose sums join the rest as one: short chains round less
 static_assert(blocks_at_once >= span * few_rows);
 
 // How the result is cut: pieces of `panels` panels of W's rows.
@@ -35,13 +34,6 @@ struct Workspace {
     int32_t* quarter_sums;        // where codes are read row by row: of products in whole numbers,
     float* chunk_sums;            // and in floats
     float* turn_sums;             // of one row of x: of two strips
-};
-
-// The chunks of one block, and the groups that its scales come from.
-struct BlockPlan {
-    Chunk* chunks;
-    int count;
-    int64_t first_group, last_group;
 };
 
 constexpr int64_t short_group = 64;  // below, whole numbers are scaled so often that pairs are faster
@@ -76,7 +68,8 @@ struct Problem {
     Cut cut;
     BlockPlan* plans;
     IntegerPlan* integer_plans;
-    int64_t blocks, window;
+    int64_t blocks, blocks_together, window;
+    int64_t rows_at_once;  // of x, for which W is decoded once: their blocks and totals share the second-level cache
     UnitTerms* units;
     bool sums_scaled, can_dot, can_sum, dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
     bool can_turn, takes_turns;                                  // one row of x
@@ -95,12 +88,15 @@ struct Problem {
           dots_rows(can_dot && c.x.size[0] <= few_rows),
           sums_chunks(can_sum && c.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
-        window = round_up(groups_of_block, width);
+        const bool are_many = c.x.size[0] >= many_rows && !arithmetic.digits && c.w.group_size >= small_group;
+        blocks_together = are_many ? span : 1;
+        rows_at_once = arithmetic.digits ? 256 : 512;
+        window = round_up(are_many ? (span * block - 2) / c.w.group_size + 2 : groups_of_block, width);
         units = nullptr;
         can_turn = can_take_turns(c.w, arithmetic);
         takes_turns = can_turn && c.x.size[0] == 1;
         sums_scaled = c.w.group_size >= small_group;
-        x = {nullptr, nullptr, c.x.size[0], groups_of_block + block / longest};
+        x = {nullptr, nullptr, c.x.size[0], blocks, groups_of_block + block / longest};
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
@@ -118,13 +114,14 @@ struct Problem {
     float x_sum_of(int64_t k, int c) const {
         return arithmetic.digits ? bit_cast<float>(integers.line(k, 0)[integers.totals_at() + c]) : x.sums_of(k, 0)[c];
     }
+    bool is_corrected_by(int64_t k, int c) const { return arithmetic.digits || plans[k].chunks[c].is_last; }
     bool is_corrected() const {
         return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
     }
     Workspace workspace(Arena& arena) const {
         Workspace at{};
         at.words = arena.take<int32_t>(2 * most_words);
-        at.values = arithmetic.digits ? nullptr : arena.take<float>(block * panel);
+        at.values = arithmetic.digits ? nullptr : arena.take<float>(blocks_together * x.words() * panel);
         at.codes = arithmetic.digits ? arena.take<int32_t>(block / 4 * panel) : nullptr;
         at.totals = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
         at.earlier = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);

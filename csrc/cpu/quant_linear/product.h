@@ -21,6 +21,7 @@ constexpr bool keeps_totals = width == 16;
 struct Chunk {
     int begin, end;  // within the block
     int64_t group;
+    bool is_last;  // of its group, or of the block
 };
 
 // The chunks of block k, at most `block` of them, of at most `most` columns; returns how many.
@@ -30,7 +31,8 @@ inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t
     for (int64_t at = k * block; at < last; ++n) {
         const int64_t group = at / group_size, group_left = group_size - at % group_size;
         const int64_t end = smaller(smaller(last, at + most - at % most), at + smaller(group_left, block));
-        chunks[n] = {static_cast<int>(at - k * block), static_cast<int>(end - k * block), group};
+        const bool is_last = end == last || end % group_size == 0;
+        chunks[n] = {static_cast<int>(at - k * block), static_cast<int>(end - k * block), group, is_last};
         at = end;
     }
     return n;
@@ -41,17 +43,24 @@ enum class Unit { floats, pairs };
 template <Unit unit>
 constexpr int columns_in = unit == Unit::pairs ? 2 : 1;
 
-// A float or half a pair for every block, row and column of x, block after block, the rows of a block one after
-// another; and the sums of its chunks. Columns come in the order of the permutation.
+constexpr int64_t span = 8;  // blocks whose sums join the rest as one: short chains round less
+
+// A float or half a pair for every block, row and column of x, span after span, the rows of a span one after another;
+// and the sums of its chunks, those of one group together, as the last one's. Columns come in the order of the
+// permutation.
 struct PackedRows {
-    float* x;     // (blocks, rows, words of a block)
+    float* x;     // (spans, rows, blocks of a span, words of a block)
     float* sums;  // (blocks, rows, most_chunks), or null
-    int64_t rows, most_chunks;
+    int64_t rows, blocks, most_chunks;
     Unit unit = Unit::floats;
     int most_columns = longest;  // of a chunk
 
     METATE_FN int64_t words() const { return unit == Unit::pairs ? block / 2 : block; }
-    METATE_FN float* line(int64_t k, int64_t row) const { return x + (k * rows + row) * words(); }
+    // Floats from one row to the next in the span of block k.
+    METATE_FN int64_t stride(int64_t k) const { return smaller(span, blocks - k / span * span) * words(); }
+    METATE_FN float* line(int64_t k, int64_t row) const {
+        return x + (k / span * span * rows + k % span) * words() + row * stride(k);
+    }
     METATE_FN int64_t chunks_at(int64_t k, int64_t row) const { return (k * rows + row) * most_chunks; }
     METATE_FN float* sums_of(int64_t k, int64_t row) const { return sums + chunks_at(k, row); }
 };
@@ -98,28 +107,63 @@ inline void to_pairs(float* to, const float* from) {
     memcpy(to, pairs, sizeof pairs);
 }
 
+// A whole block of bfloat16 as it lies, and the sums of its chunks, which are whole vectors.
+template <class T>
+METATE_FN bool pack_pairs([[maybe_unused]] float* to, [[maybe_unused]] float* sums, [[maybe_unused]] const T* from,
+                          [[maybe_unused]] const Chunk* chunks, [[maybe_unused]] int count) {
+#if defined(METATE_HAS_BF16_DOT)
+    if constexpr (__is_same(T, bf16)) {
+        for (int i = 0; i < block; i += 2 * width) store(to + i / 2, as_float(interleave_halves(load_pairs(from + i))));
+        vf total = splat(0.0f);
+        for (int c = 0; c < count; ++c) {
+            for (int i = chunks[c].begin; i < chunks[c].end; i += 2 * width)
+                total = dot(total, as_int(load(to + i / 2)), splat(0x3f803f80));
+            if (!chunks[c].is_last) continue;
+            sums[c] = sum(total);
+            total = splat(0.0f);
+        }
+        return true;
+    }
+#endif
+    return false;
+}
+
+// The same of floats.
+METATE_FN void sum_groups(float* sums, const float* x, const Chunk* chunks, int count) {
+    for (int c = 0, begin = 0; c < count; ++c) {
+        if (!chunks[c].is_last) continue;
+        vf total = splat(0.0f);
+        for (; begin < chunks[c].end; begin += width) {
+            const int n = chunks[c].end - begin;
+            total = total + (n >= width ? load(x + begin) : load(x + begin, n));
+        }
+        begin = chunks[c].end;
+        sums[c] = sum(total);
+    }
+}
+
 // x, (rows, columns), as PackedRows; `group_size` for the sums, and where chunks are `rounded`, of `longest` columns.
 template <class T>
 void pack(const PackedRows& to, const View<2>& x, const View<1>& permutation, int64_t group_size, bool rounded,
           const Runtime& runtime) {
     const int64_t columns = x.size[1], rows_at_once = 16, row_pieces = ceil_div(to.rows, rows_at_once);
+    const bool is_plain = to.unit == Unit::pairs && x.stride[1] == 1 && !permutation && !rounded;
     for_pieces(runtime, ceil_div(columns, block) * row_pieces, [&](int, int64_t piece) {
         const int64_t k = piece / row_pieces, first = piece % row_pieces * rows_at_once;
+        const bool is_whole = is_plain && columns - k * block >= block;
         Chunk chunks[block], parts[block];
         const int count = to.sums ? chunks_of(chunks, columns, group_size, k, to.most_columns) : 0;
         const int rounded_parts = rounded ? chunks_of(parts, columns, group_size, k) : 0;
         for (int64_t row = first; row < smaller(to.rows, first + rows_at_once); ++row) {
             const T* from = static_cast<const T*>(x.data) + row * x.stride[0];
+            float* const sums = to.sums ? to.sums_of(k, row) : nullptr;
+            if (is_whole && pack_pairs(to.line(k, row), sums, from + k * block, chunks, count)) continue;
             float room[block] = {};
             float* const line = to.unit == Unit::pairs ? room : to.line(k, row);
             pack_line(line, from, x.stride[1], permutation, k * block, smaller(block, columns - k * block));
             for (int c = 0; c < rounded_parts; ++c) round_chunk(line + parts[c].begin, parts[c].end - parts[c].begin);
             if (to.unit == Unit::pairs) to_pairs(to.line(k, row), line);
-            for (int c = 0; c < count && to.sums; ++c) {
-                double sum = 0;
-                for (int i = chunks[c].begin; i < chunks[c].end; ++i) sum += static_cast<double>(line[i]);
-                to.sums_of(k, row)[c] = static_cast<float>(sum);
-            }
+            sum_groups(sums, line, chunks, count);
         }
     });
 }
@@ -133,16 +177,27 @@ const auto& with_most_rows(const Calls& all) {
     return all.calls[most];
 }
 
+// The chunks of one block, and the groups that its scales come from.
+struct BlockPlan {
+    Chunk* chunks;
+    int count;
+    int64_t first_group, last_group;
+};
+
+// Blocks of one span, one after another, with some rows of x.
 struct Tile {
-    const float* x;       // rows of a block's words
+    const float* x;  // rows `stride` apart
+    int64_t stride;
     const float* values;  // (word, lane) at word · panel + lane
-    const Chunk* chunks;
-    int count, most_columns;
+    const BlockPlan* plan;
+    int64_t blocks;
+    int most_columns;
     const float *scales, *corrections;  // (group, lane) at (group - first_group) · panel + lane; or null
     int64_t first_group;
-    const float* sums;  // of the chunks of x, rows sums_stride apart
-    int64_t sums_stride;
-    float* total;  // rows `panel` floats apart
+    const float* sums;  // of the chunks of x, rows sums_stride and blocks block_sums apart
+    int64_t sums_stride, block_sums;
+    float *total, *earlier;  // of the span, and of those before it: rows `panel` floats apart
+    bool begins, ends;       // the span
 };
 
 template <int rows>
@@ -162,10 +217,23 @@ METATE_FN void store_totals(float* to, const vf (&total)[rows][2]) {
     }
 }
 
-// total = fma(sum, scale, total) for the sums of chunk c, and the corrections of what they left out.
+template <int rows>
+METATE_FN void add_totals(float* to, const vf (&total)[rows][2]) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+            float* const at = to + r * panel + v * width;
+            store(at, load(at) + total[r][v]);
+        }
+    }
+}
+
+// total = fma(sum, scale, total) for the sums of a chunk, number c of its block, and the corrections of what they left
+// out.
 template <bool scaled, int rows>
-METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, int64_t c, const vf (&sum)[rows][2]) {
-    const int64_t scale = (t.chunks[c].group - t.first_group) * panel;
+METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, const Chunk& chunk, int64_t c, const vf (&sum)[rows][2]) {
+    const int64_t scale = (chunk.group - t.first_group) * panel;
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
@@ -173,7 +241,7 @@ METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, int64_t c, const vf
             total[r][v] =
                 scaled ? fma(sum[r][v], load(t.scales + scale + v * width), total[r][v]) : total[r][v] + sum[r][v];
     }
-    if (!scaled || !t.corrections) return;
+    if (!scaled || !t.corrections || !chunk.is_last) return;
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
         const vf x_sum = splat(t.sums[r * t.sums_stride + c]);
@@ -193,16 +261,17 @@ METATE_FN vf add_product(vf sum, vf x, vf values) {
 
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
 template <Unit unit, int rows, bool scaled, int together>
-METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, int c) {
-    constexpr int per_word = columns_in<unit>, stride = block / per_word;
+METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, const Chunk* chunks, int c) {
+    constexpr int per_word = columns_in<unit>;
     const int chunk_words = t.most_columns / per_word;
+    const int64_t stride = t.stride;
     vf sum[together][rows][2];
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q) {
 #pragma GCC unroll 6
         for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
     }
-    const int begin = t.chunks[c].begin / per_word;
+    const int begin = chunks[c].begin / per_word;
     const float *x = t.x + begin, *values = t.values + begin * panel;
     const auto add_columns = [&]<int n>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -222,36 +291,45 @@ METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, int c) {
         x += n;
         values += n * panel;
     };
-    const int columns = t.chunks[c].end - t.chunks[c].begin;
+    const int columns = chunks[c].end - chunks[c].begin;
     int left = unit == Unit::pairs ? static_cast<int>(ceil_div(columns, unit_columns)) * 4 : columns;
     for (; left >= 4; left -= 4) add_columns.template operator()<4>();
     for (; left > 0; --left) add_columns.template operator()<1>();
     if (!keeps_totals) load_totals(total, t.total);
 #pragma GCC unroll 4
-    for (int q = 0; q < together; ++q) add_sums<scaled>(total, t, c + q, sum[q]);
+    for (int q = 0; q < together; ++q) add_sums<scaled>(total, t, chunks[c + q], c + q, sum[q]);
     if (!keeps_totals) store_totals(t.total, total);
 }
 
 // Whether the n chunks from number c on are whole.
-METATE_FN bool are_whole(const Tile& t, int c, int n) {
-    return c + n <= t.count && t.chunks[c].begin + n * t.most_columns == t.chunks[c + n - 1].end;
+METATE_FN bool are_whole(const BlockPlan& plan, int c, int n, int most_columns) {
+    return c + n <= plan.count && plan.chunks[c].begin + n * most_columns == plan.chunks[c + n - 1].end;
 }
 
 template <Unit unit, int rows, bool scaled>
 __attribute__((noinline)) void multiply_tile(const Tile& tile) {
     constexpr int together = rows > 2 ? 1 : 4 / rows;
-    const Tile t = tile;  // which no store to the totals can change
-    vf total[rows][2];
-    if (keeps_totals) load_totals(total, t.total);
-    for (int c = 0; c < t.count;) {
-        if (together > 1 && are_whole(t, c, together)) {
-            multiply_chunks<unit, rows, scaled, together>(total, t, c);
-            c += together;
-        } else {
-            multiply_chunks<unit, rows, scaled, 1>(total, t, c++);
+    Tile t = tile;  // which no store to the totals can change
+    vf total[rows][2] = {};
+    if (!t.begins)
+        load_totals(total, t.total);
+    else if (!keeps_totals)
+        store_totals(t.total, total);
+    for (const BlockPlan* const end = t.plan + t.blocks; t.plan < end; ++t.plan) {
+        const BlockPlan plan = *t.plan;
+        for (int c = 0; c < plan.count;) {
+            if (together > 1 && are_whole(plan, c, together, t.most_columns)) {
+                multiply_chunks<unit, rows, scaled, together>(total, t, plan.chunks, c);
+                c += together;
+            } else {
+                multiply_chunks<unit, rows, scaled, 1>(total, t, plan.chunks, c++);
+            }
         }
+        t.x += block / columns_in<unit>;
+        t.values += block / columns_in<unit> * panel;
+        t.sums += t.block_sums;
     }
-    if (keeps_totals) store_totals(t.total, total);
+    t.ends ? add_totals(t.earlier, total) : store_totals(t.total, total);
 }
 
 template <Unit unit, bool scaled, int rows = tile_rows>
@@ -262,7 +340,8 @@ METATE_FN void multiply_rows(int64_t n, const Tile& tile) {
     multiply_tile<unit, rows, scaled>(tile);
 }
 
-// All rows of x from `row` on with one panel. Tiles of about the same height: two of 4 are better than 6 and 2.
+// All rows of x from `row` on with one panel from block k on. Tiles of about the same height: two of 4 are better than
+// 6 and 2.
 template <Unit unit, bool scaled>
 inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, Tile tile) {
     const int64_t tiles = ceil_div(rows, tile_rows);
@@ -272,6 +351,7 @@ inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, 
         tile.sums = x.sums ? x.sums_of(k, row + first) : nullptr;
         Tile part = tile;
         part.total += first * panel;
+        if (tile.ends) part.earlier += first * panel;
         multiply_rows<unit, scaled>(end - first, part);
     }
 }

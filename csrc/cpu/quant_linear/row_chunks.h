@@ -186,12 +186,12 @@ inline void add_chunks(const ChunkSums& from, int64_t k, const Tile t) {
         for (int v = 0; v < 2; ++v) {
             float* const at = t.total + m * panel + v * width;
             vf total = load(at);
-            for (int c = 0; c < t.count; ++c) {
-                const int64_t chunk = (k * block + t.chunks[c].begin) / from.chunk_columns;
-                const int64_t scale = (t.chunks[c].group - t.first_group) * panel + v * width;
+            for (int c = 0; c < t.plan->count; ++c) {
+                const int64_t chunk = (k * block + t.plan->chunks[c].begin) / from.chunk_columns;
+                const int64_t scale = (t.plan->chunks[c].group - t.first_group) * panel + v * width;
                 const vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
                 total = fma(sum, load(t.scales + scale), total);
-                if (t.corrections)
+                if (t.corrections && t.plan->chunks[c].is_last)
                     total = fma(splat(t.sums[m * t.sums_stride + c]), load(t.corrections + scale), total);
             }
             store(at, total);

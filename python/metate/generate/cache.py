@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +12,11 @@ from torch import Tensor
 
 from metate import library
 from metate.errors import fail
+from metate.memory import allocate
 from metate.ops.paged_attention import append_kv, paged_attention
 
 if TYPE_CHECKING:
     from metate._runtime import BlockManager
-
-LARGE_PAGE = 2 << 20  # bytes
 
 # What a cache may hold beside the model's own dtype: dtype of the tensors, heads' columns a byte holds.
 COMPRESSED = {"int8": (torch.int8, 1), "int4": (torch.uint8, 2), "fp8": (torch.float8_e4m3fn, 1)}
@@ -214,14 +210,3 @@ class PagedKVCache:
             torch.tensor(rows, dtype=torch.int64),
         )
         return Batch(self, *(x.to(self.layout.device) for x in tensors))
-
-
-def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, on a CPU in large pages of the system: a cache is read in short runs from everywhere."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(*shape)

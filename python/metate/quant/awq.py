@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metate.errors import FormatError, fail
 from metate.low_bit import FLOATS, QuantizedWeight, pack_codes, unpack_codes
+from metate.memory import allocate
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of a word of gemm -> hence nibble i holds column _ORDER[i]
@@ -41,7 +42,7 @@ def _lower_gemm(tensors: Mapping[str, Tensor], settings: Settings, qweight: Tens
     group_size, groups = _groups(settings, columns)
     scales = take(tensors, "scales", *FLOATS, shape=(groups, rows))
     qzeros = take(tensors, "qzeros", torch.int32, shape=(groups, rows // 8))
-    codes = torch.empty(rows, -(-columns // 2), dtype=torch.uint8)
+    codes = allocate((rows, -(-columns // 2)), torch.uint8)
     for part in blocks(rows, columns, 8):
         codes[part] = _packed_rows(qweight[:, part.start // 8 : part.stop // 8])
     return QuantizedWeight(
@@ -87,7 +88,7 @@ def _lower_fast(tensors: Mapping[str, Tensor], settings: Settings, qweight: Tens
     scales = _at_least(take(tensors, "scales", *FLOATS, shape=(None, rows)), "scales", groups, 0)
     name = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
     offsets = _at_least(take(tensors, name, *FLOATS, shape=(None, rows)), name, groups, 0)
-    codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    codes = allocate((rows, columns // 2), torch.uint8)
     for part in blocks(rows, columns, 4):
         codes[part] = pack_codes(_deinterleaved(qweight[part.start // 4 : part.stop // 4]), 4)
     return QuantizedWeight(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.low_bit import QuantizedWeight, pack_codes, packed_bytes
+from metate.memory import allocate
 from metate.quant.calibration import Calibration, check_calibration
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.rtn import affine
@@ -114,7 +115,7 @@ def quantize_awq(
     scale = scale.to(weight.device)
     hessian = calibration.hessian.to(weight.device)
     moments = _group_moments(hessian / torch.outer(scale, scale), group_size) if clip else None
-    codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
+    codes = allocate((rows, packed_bytes(columns, bits)), torch.uint8, weight.device)
     shape = rows, -(-columns // group_size)
     scales = torch.empty(shape, dtype=scale_dtype, device=weight.device)
     zeros = torch.empty(shape, dtype=torch.uint8, device=weight.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metate.errors import FormatError, fail
 from metate.low_bit import QuantizedWeight, pack_codes
+from metate.memory import allocate
 from metate.quant.settings import Settings, as_bytes, blocks, complain, parse_json, take
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -117,9 +118,10 @@ class State4bit:
 
     def _codes(self) -> Tensor:
         rows, columns = self.shape
+        codes = allocate((rows, -(-columns // 2)), torch.uint8, self.packed.device)
         if columns % 2 == 0:
-            return (self.packed << 4).bitwise_or_(self.packed >> 4).view(rows, columns // 2)
-        codes = self.packed.new_empty(rows, -(-columns // 2))
+            torch.bitwise_left_shift(self.packed.reshape(codes.shape), 4, out=codes)
+            return codes.bitwise_or_(self.packed.reshape(codes.shape) >> 4)
         for rows_here in blocks(rows, columns, 2):  # an even number of rows begins with a byte
             first, last = rows_here.start * columns // 2, -(-rows_here.stop * columns // 2)
             flat = self.packed[first:last]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.low_bit import FLOATS, QuantizedWeight
+from metate.memory import allocate
 from metate.quant.grid import checked
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
 
@@ -64,7 +65,7 @@ def quantize_fp8(weight: Tensor, block: tuple[int, int] = _BLOCK) -> QuantizedWe
     height, width = block
     rows, columns = weight.shape
     height, width = min(height, rows), min(width, columns)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    codes = allocate((rows, columns), torch.uint8, weight.device)
     scales = torch.empty(-(-rows // height), -(-columns // width), device=weight.device)
     for part in blocks(rows, columns, height):
         values = weight[part].detach().float()

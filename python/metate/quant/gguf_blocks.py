@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metate.low_bit import QuantizedWeight, pack_codes
+from metate.memory import allocate
 from metate.quant.settings import blocks as slices
 
 Fields = dict[str, Tensor]
@@ -45,7 +46,7 @@ def lower(kind: BlockType, raw: Tensor) -> QuantizedWeight:
         fields["codes"] = pack_codes(fields["codes"], kind.bits)
         for name, value in fields.items():
             if name not in result:
-                result[name] = value.new_empty(rows, *value.shape[1:])
+                result[name] = allocate((rows, *value.shape[1:]), value.dtype, value.device)
             result[name][part] = value
     if kind.table is not None:
         result["codebook"] = torch.tensor(kind.table, dtype=torch.float32)

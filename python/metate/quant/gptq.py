@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metate.errors import FormatError, fail
 from metate.low_bit import FLOATS, QuantizedWeight, pack_codes, unpack_codes
+from metate.memory import allocate
 from metate.quant.patterns import Patterns
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
 
@@ -82,14 +83,14 @@ def _transposed_bytes(qweight: Tensor) -> Tensor:
     """(N, K · bits / 8): the words of a column one after another are the packed row of the canonical form."""
     words, rows = qweight.shape
     size = qweight.element_size()
-    codes = torch.empty(rows, words * size, dtype=torch.uint8)
+    codes = allocate((rows, words * size), torch.uint8)
     for part in blocks(rows, words * size):
         codes[part] = as_bytes(qweight[:, part].t())
     return codes
 
 
 def _permuted(codes: Tensor, bits: int, permutation: Tensor) -> Tensor:
-    result = torch.empty_like(codes)
+    result = allocate(codes.shape, codes.dtype, codes.device)
     for part in blocks(codes.shape[0], permutation.numel()):
         result[part] = pack_codes(unpack_codes(codes[part], bits, permutation.numel())[:, permutation], bits)
     return result

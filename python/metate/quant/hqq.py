@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metate.low_bit import QuantizedWeight, pack_codes, packed_bytes
+from metate.memory import allocate
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.settings import blocks
 
@@ -31,7 +32,7 @@ def quantize_hqq(
     group_size = checked("quantize_hqq", weight, group_size)
     grid = Grid(bits, False, scale_dtype).check("quantize_hqq", weight)
     rows, columns = weight.shape
-    codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
+    codes = allocate((rows, packed_bytes(columns, bits)), torch.uint8, weight.device)
     scales = torch.empty(rows, -(-columns // group_size), dtype=scale_dtype, device=weight.device)
     offsets = torch.empty_like(scales)
     for part in blocks(rows, columns):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metate.low_bit import QuantizedWeight, pack_codes, packed_bytes
+from metate.memory import allocate
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.settings import blocks
 
@@ -30,7 +31,7 @@ def quantize_rtn(
     group_size = checked("quantize_rtn", weight, group_size)
     grid = Grid(bits, symmetric, scale_dtype).check("quantize_rtn", weight)
     rows, columns = weight.shape
-    codes = torch.empty(rows, packed_bytes(columns, bits), dtype=torch.uint8, device=weight.device)
+    codes = allocate((rows, packed_bytes(columns, bits)), torch.uint8, weight.device)
     shape = rows, -(-columns // group_size)
     scales = torch.empty(shape, dtype=scale_dtype, device=weight.device)
     zeros = torch.empty(shape, dtype=torch.uint8, device=weight.device)

@@ -1,13 +1,15 @@
-"""Low-bit linear layers beside PyTorch (dense weights, and its own 4-bit kernel), ONNX Runtime and ggml.
+"""Low-bit linear layers beside PyTorch (dense weights, and its own 4-bit kernel), bitsandbytes, ONNX Runtime and ggml.
 
 Every contender computes with the same dequantised weights up to the rounding of its own scales; packing is outside the
-timing. torch's 4-bit kernel takes bfloat16 only, asymmetric groups of 32 to 256 columns; ONNX Runtime and ggml take
-float32 and symmetric weights, as GGUF's Q4_0 has them. Who rounds activations to 8 bits, each in its own way, is judged
-by the exact product.
+timing. Codebooks of 4 bits are NF4's. torch's 4-bit kernel takes bfloat16 only, asymmetric groups of 32 to 256 columns;
+bitsandbytes bfloat16 and NF4; ONNX Runtime and ggml take float32 and symmetric weights, as GGUF's Q4_0 has them. Who
+rounds activations to 8 bits, each in its own way, is judged by the exact product.
 """
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,23 +21,28 @@ from metate.bench import ggml
 from metate.bench.onnx_session import session
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.low_bit import stored_weight, unpack_codes
+from metate.memory import allocate
 from metate.op import Args, Case
 from metate.ops.quant_linear.declaration import int8_op, linear_op, matmul_op, weight_case
+from metate.quant.bitsandbytes import codebook
 
 PACKABLE = (32, 64, 128, 256)
 Q4_0 = [weight_case(M, 4096, 4096, 4, 32, "symmetric", scales="float16") for M in (1, 4, 16, 128, 512)]
 
 
 def workloads(compile: bool) -> list[Workload]:
-    exact = {"torch dense": dense, "torch int4pack": int4pack, "onnxruntime MatMulNBits": lambda setup: onnx(setup, 1)}
+    exact = {
+        "torch dense": dense, "torch int4pack": int4pack, "bitsandbytes NF4": bitsandbytes,
+        "onnxruntime MatMulNBits": lambda setup: onnx(setup, 1),
+    }  # fmt: skip
     rounded = {"onnxruntime MatMulNBits, level 4": lambda setup: onnx(setup, 4), "ggml mul_mat": mul_mat}
     cases = [*Q4_0, *linear_op.domain.sweep]
     return [
-        Workload("low-bit linear", linear_op, cases, exact, call_op, linear_op.flops, label=label),
+        Workload("low-bit linear", linear_op, cases, exact, call_op, linear_op.flops, label=label, placed=placed),
         Workload("low-bit linear, int8 activations", Rounded(), cases, rounded, call_op, int8_op.flops,  # type: ignore[arg-type]
-                 label=label),
+                 label=label, placed=placed),
         Workload("low-bit matmul (input gradient)", matmul_op, matmul_op.domain.sweep, {"torch dense": dense_matmul},
-                 call_op, matmul_op.flops, label=label),
+                 call_op, matmul_op.flops, label=label, placed=placed),
     ]  # fmt: skip
 
 
@@ -54,6 +61,17 @@ class Rounded:
 
 def label(case: Case) -> str:
     return f"M{case['M']} N{case['N']} K{case['K']} {case['bits']}-bit {case['form']} g{case['group']}"
+
+
+def placed(args: Args) -> Args:
+    """Codes lie where those of a quantised model do; codebooks of 16 entries become NF4's."""
+    x, codes = args[0], args[1]
+    own = allocate(codes.shape, codes.dtype, codes.device).copy_(codes)
+    at = linear_op.parameters.index("codebook")
+    table = args[at]
+    if table is not None and len(table) == 16:
+        table = codebook("nf4").to(table)
+    return (x, own, *args[2:at], table, *args[at + 1 :])
 
 
 def dense_weight(named: dict[str, Any], columns: int, dtype: torch.dtype) -> Tensor:
@@ -88,6 +106,29 @@ def int4pack(setup: Setup) -> Run:
         levels = torch.stack([named["scales"].T, shift.T], dim=-1).to(torch.bfloat16).contiguous()
         sets.append((named["x"], packed, case["group"], levels))
     return lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(*sets[i % len(sets)])
+
+
+def bitsandbytes(setup: Setup) -> Run:
+    """Scales become bfloat16, as in its Linear4bit on a CPU."""
+    case = setup.case
+    if setup.device != "cpu" or setup.dtype != torch.bfloat16 or (case["bits"], case["form"]) != (4, "codebook"):
+        raise Skip("bfloat16 times NF4 on a CPU only")
+    try:
+        functional = importlib.import_module("bitsandbytes.functional")
+    except ImportError:
+        raise Skip("needs bitsandbytes") from None
+    if not functional.has_avx512bf16():
+        raise Skip("its CPU kernel needs AVX512_BF16")
+    sets = []
+    for named in setup.named:
+        codes = named["codes"] << 4 | named["codes"] >> 4
+        state = SimpleNamespace(
+            dtype=setup.dtype, nested=False, shape=(case["N"], case["K"]), blocksize=case["group"],
+            absmax=named["scales"].float(),
+        )  # fmt: skip
+        packed, state = functional._convert_weight_packed_for_cpu(codes, state)
+        sets.append((named["x"], packed, state.shape, state.absmax, named["codebook"], case["group"]))
+    return lambda i: torch.ops.bitsandbytes.gemv_4bit(*sets[i % len(sets)])
 
 
 def onnx(setup: Setup, level: int) -> Run:

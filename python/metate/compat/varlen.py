@@ -86,8 +86,8 @@ def _backward(
     scale: float | None = None, window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     window = _window(window_size_left, window_size_right)
-    batched = (x.unsqueeze(0) for x in (grad_out, q, k, v, out, lse))
-    dq, dk, dv, _ = gradients(*batched, cu_q, cu_k, 0.0, scale, is_causal, window, 0.0, None, 0)
+    batched = [x.unsqueeze(0) for x in (grad_out, q, k, v, out, lse)]
+    dq, dk, dv, _ = gradients(batched, cu_q, cu_k, 0.0, scale, is_causal, window, 0.0, None, 0)
     return dq[0], dk[0], dv[0]
 
 

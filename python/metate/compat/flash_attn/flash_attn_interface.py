@@ -273,7 +273,6 @@ def flash_attn_with_kvcache(
     return (out, flash_lse(lse)) if return_softmax_lse else out
 
 
-
 def _parts(function: str, name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
     """q, k and v, or k and v, of one tensor."""
     if not isinstance(packed, Tensor) or packed.dim() != dim + 3 or packed.shape[dim] != count:
@@ -283,13 +282,9 @@ def _parts(function: str, name: str, packed: Tensor, dim: int, count: int) -> tu
     return packed.unbind(dim)
 
 
-
-
-
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
     """How many columns of S_dmask share a running maximum: whole rows."""
     return 2**30
-
 
 
 def _pages_of(k_cache: Tensor, block_table: Tensor | None, entries: Tensor | None, batch: int) -> Tensor:

@@ -35,8 +35,8 @@ def _flash_attn_forward(
 
 
 def _flash_attn_varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    dropout_p: float, softmax_scale: float | None, causal: bool, window_size_left: int = -1,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, causal: bool, window_size_left: int = -1,
     window_size_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     return_softmax: bool = False, block_table: Tensor | None = None, leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None, zero_tensors: bool = False, num_splits: int = 0,
@@ -50,7 +50,7 @@ def _flash_attn_varlen_forward(
             f"_flash_attn_varlen_forward: num_splits > 1 is not supported, got {num_splits}; 0 lets metate cut the work"
         )
     window = (window_size_left, window_size_right)
-    if block_table is None and leftpad_k is None and seqused_k is None:
+    if cu_seqlens_k is not None and block_table is None and leftpad_k is None and seqused_k is None:
         options = attention_options(q, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, False)
         packed = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         with torch.no_grad():
@@ -78,7 +78,7 @@ def _flash_attn_backward(
     window = (window_size_left, window_size_right)
     seed = _seed("_flash_attn_backward", dropout_p, rng_state)
     *found, delta = gradients(
-        dout, q, k, v, out, softmax_lse, None, None, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes,
+        [dout, q, k, v, out, softmax_lse], None, None, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes,
         seed,
     )  # fmt: skip
     _write((dq, dk, dv), found)
@@ -95,20 +95,23 @@ def _flash_attn_varlen_backward(
     """`_flash_attn_backward` over packed sequences; softmax_d is (heads, tokens_q)."""
     window = (window_size_left, window_size_right)
     seed = _seed("_flash_attn_varlen_backward", dropout_p, rng_state)
-    batched = (x.unsqueeze(0) for x in (dout, q, k, v, out, softmax_lse))
+    batched = [x.unsqueeze(0) for x in (dout, q, k, v, out, softmax_lse)]
     *found, delta = gradients(
-        *batched, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, seed
+        batched, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, seed
     )
     _write((dq, dk, dv), [x.squeeze(0) for x in found])
     return delta.squeeze(0)
 
 
 def gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, dropout_p: float, scale: float | None, causal: bool, window: tuple[int, int],
-    softcap: float, alibi_slopes: Tensor | None, seed: int,
+    tensors: list[Tensor], cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, dropout_p: float,
+    scale: float | None, causal: bool, window: tuple[int, int], softcap: float, alibi_slopes: Tensor | None, seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv and Σ out dout of `attention`'s operator, from a softmax_lse with +inf where no key is seen."""
+    """dq, dk, dv and Σ out dout of `attention`'s operator.
+
+    tensors: dout, q, k, v, out and the softmax_lse, with a batch dimension; the last is +inf where no key is seen.
+    """
+    dout, q, k, v, out, lse = tensors
     left, right = window
     scalars = (
         q.shape[-1] ** -0.5 if scale is None else scale, left, 0 if causal else right, False, max(softcap, 0.0),

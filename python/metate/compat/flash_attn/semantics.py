@@ -85,14 +85,17 @@ def attend_packed(
 
 
 def attend_pages(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int,
     block_table: Tensor | None, lengths: Tensor | None, options: dict[str, Any], left_pad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, softmax_lse) of packed queries over pages, or over sequences of k of which only `lengths` are in use."""
-    if block_table is None:  # every key a page
-        block_table = cu_seqlens_k[:-1, None] + torch.arange(int(max_seqlen_k), dtype=torch.int32, device=k.device)
-        k, v = k[:, None], v[:, None]
-    lengths = cu_seqlens_k.diff() if lengths is None else lengths
+    if block_table is None or lengths is None:
+        if cu_seqlens_k is None:
+            raise ValueError("flash_attn: cu_seqlens_k is None, expected it where block_table or seqused_k is None")
+        lengths = cu_seqlens_k.diff() if lengths is None else lengths
+        if block_table is None:  # every key a page
+            block_table = cu_seqlens_k[:-1, None] + torch.arange(int(max_seqlen_k), dtype=torch.int32, device=k.device)
+            k, v = k[:, None], v[:, None]
     with torch.no_grad():
         out, lse = paged_attention(
             q, k, v, block_table, lengths, cu_seqlens_q=cu_seqlens_q, left_pad=left_pad, return_lse=True, **options

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "metate"
 LAYERS = [
-    {"errors", "accuracy", "axes", "philox", "masks", "low_bit", "library", "hardware"},
+    {"errors", "accuracy", "axes", "philox", "masks", "low_bit", "memory", "library", "hardware"},
     {"op"},
     {"ops"},
     {"nn", "quant", "search"},

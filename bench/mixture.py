@@ -263,7 +263,7 @@ def mul_mat_id(setup: Setup) -> Run:
     """ggml takes float32 tokens; it rounds them to the type of dense weights, and beside 4-bit ones to 8 bits."""
     case, (x, experts, weights, w_gate_up, w_down) = setup.case, setup.sets[0]
     rounds = isinstance(setup.op, Rounded)
-    if setup.device != "cpu" or rounds != (case["form"] == "int4"):
+    if setup.device != "cpu" or case["form"] != ("int4" if rounds else "dense"):
         raise Skip("on a CPU, dense weights, or 4-bit ones beside activations of 8 bits")
     kind = ggml.Q4_0 if rounds else {torch.float32: ggml.F32, torch.bfloat16: ggml.BF16}[setup.dtype]
     T, k, E, N, K = (case[letter] for letter in "TkENK")

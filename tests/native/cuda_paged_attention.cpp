@@ -226,7 +226,8 @@ void check_attention(Case& c) {
         }
     }
     cuda::paged_attention(a, emulator::device());
-    compare(c.text, "out", c.out, out, 2, a.q.dtype);
+    const bool cancels = c.v.store.dtype == DType::f8;  // large values of few bits, whose sums are small
+    compare(c.text, "out", c.out, out, cancels ? 2 : 1.5, a.q.dtype);
     compare(c.text, "lse", c.lse, lse, 1, DType::f32);
     if (a.sums) compare(c.text, "sums", c.sums, sums, 4, DType::f32);
 }

@@ -179,9 +179,7 @@ def _make(parameters: tuple[str, ...], **renamed: str) -> Any:
 _LINEAR = tuple(reference.quant_grouped_linear.__annotations__)[:-1]
 _MATMUL = tuple(reference.quant_grouped_matmul.__annotations__)[:-1]
 
-quant_linear_op = Op(
-    "quant_grouped_linear",
-    reference.quant_grouped_linear,
+_PRODUCT: dict[str, Any] = dict(  # of low-bit experts, with activations as they are or rounded
     axes={"x": "T K", **_WEIGHT, "permutation": "E K", "bias": "E N", "expert_offsets": "E+1", "order": "R"},
     dtypes={"x": FLOATS, **_WEIGHT_DTYPES, "bias": ("x", torch.float32), "expert_offsets": INDEX, "order": INDEX},
     outputs={"out": "x"},
@@ -192,30 +190,21 @@ quant_linear_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_columns(codes=1, scales=1, super_scales=1, zeros=1, offsets=1, super_offsets=1, bias=1),
     validate=rules.validate_quant_linear,
-    refuses={"cuda": rules.refused_by_cuda},
     contents=("expert_offsets order permutation", rules.check_quant_linear),
     contents_in_kernel=True,
     public="grouped_linear",
 )
 
+quant_linear_op = Op(
+    "quant_grouped_linear", reference.quant_grouped_linear, refuses={"cuda": rules.refused_by_cuda}, **_PRODUCT
+)
+
 quant_int8_op = Op(
     "quant_grouped_linear_int8",
     reference.quant_grouped_linear_int8,
-    axes={"x": "T K", **_WEIGHT, "permutation": "E K", "bias": "E N", "expert_offsets": "E+1", "order": "R"},
-    dtypes={"x": FLOATS, **_WEIGHT_DTYPES, "bias": ("x", torch.float32), "expert_offsets": INDEX, "order": INDEX},
-    outputs={"out": "x"},
-    shapes=lambda x, codes, *rest: ((rules.rows_of(x, rest[9]), codes.shape[1]),),
-    domain=Domain(_make(_LINEAR), QUANT_CASES, QUANT_SWEEP, draw_quant, ("T",), "N"),
-    flops=_flops,
-    autocast=("x",),
-    vmap=loop_vmap,
-    sharding=rules.shard_columns(codes=1, scales=1, super_scales=1, zeros=1, offsets=1, super_offsets=1, bias=1),
-    validate=rules.validate_quant_linear,
     refuses={"cpu": rules.refused_float64, "cuda": lambda *_: "activations rounded to 8 bits: on a CPU"},
-    contents=("expert_offsets order permutation", rules.check_quant_linear),
-    contents_in_kernel=True,
     gradient="activations are rounded to integers; train without int8_activations",
-    public="grouped_linear",
+    **_PRODUCT,
 )
 
 quant_matmul_op = Op(

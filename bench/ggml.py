@@ -49,6 +49,14 @@ def _libraries() -> tuple[ctypes.CDLL, ...]:
     raise Skip("ggml is not installed: pip install llama-cpp-python")
 
 
+def versions() -> dict[str, str]:
+    """Of the ggml found: empty without one, or where it is too old to tell."""
+    try:
+        return {"ggml": ctypes.string_at(_call("version")).decode()}
+    except Skip:
+        return {}
+
+
 def _call(name: str, *arguments: Any) -> int:
     """ggml_<name>: plain integers are pointers, other numbers come as the ctypes that they are passed as."""
     for library in _libraries():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -344,29 +344,68 @@ torch and one unit in the last place, a rival's {protocol["rival_slack"]} times 
 "disturbed": the share of the time that our threads waited for a core.</p>"""
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """Our rows beside the best rival of each case, as the README shows them."""
+# For the project's own pages.
+
+
+def page(records: Iterable[dict[str, Any]]) -> str:
+    """Our rows beside the best rival of each case: docs/measured.md."""
+    lines = ["# Measured", "", "Written by `metate docs --measured` from records of `metate bench`; do not edit.", ""]
+    for record in records:
+        lines += [
+            f"## `{record['command']}`",
+            "",
+            _origin(record),
+            "",
+            "| case | dtype | metate | of the limit | best rival | times as fast |",
+            "|---|---|---|---|---|---|",
+        ]
+        for (workload, label, dtype), ours, best in compared(record):
+            speed = ", ".join(filter(None, (_time(ours["p50"]), _speed(ours))))
+            rival, ratio = f"{best['contender']}, {_time(best['p50'])}", f"{ours['times_best_rival']:.2f}"
+            lines.append(f"| {workload}, {label} | {dtype} | {speed} | {_limit(ours)} | {rival} | {ratio} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """How much faster than the best rival of each case, in a line for each operator and dtype: README's table."""
+    lines = [
+        "| | dtype | cases | times as fast as the best rival: least, median, most | of the limit, median |",
+        "|---|---|---|---|---|",
+    ]
+    for record in records:
+        rows: dict[tuple[str, str], list[Row]] = {}
+        for (workload, _, dtype), ours, _ in compared(record):
+            rows.setdefault((workload, dtype), []).append(ours)
+        for (workload, dtype), found in rows.items():
+            ratios = [row["times_best_rival"] for row in found]
+            spread = ", ".join(f"{f(ratios):.2f}" for f in (min, statistics.median, max))
+            limits = [row["of_limit"] for row in found if works(row)]
+            limit = f"{statistics.median(limits):.0%}" if limits else ""
+            lines.append(f"| {workload} | {dtype} | {len(found)} | {spread} | {limit} |")
+    return "\n".join([*(f"- `{record['command']}`: {_origin(record)}" for record in records), "", *lines])
+
+
+def compared(record: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], Row, Row]]:
+    """Of each case (workload, label, dtype) that a rival does too: our row, and the fastest rival's."""
+    for case, rows in groups({"rows": timed(record)}).items():
+        ours, others = [row for row in rows if row["ours"]], [row for row in rows if not row["ours"]]
+        if ours and others:
+            yield case, ours[0], others[0]
+
+
+def _origin(record: dict[str, Any]) -> str:
+    """Machine, versions of who took part, date."""
     machine, versions = record["machine"], record["versions"]
     where = machine["gpus"][0]["name"] if machine["gpus"] else machine["cpu"]
-    rivals = {row["contender"].split()[0] for row in timed(record) if not row["ours"]}
-    used = ["torch", *(name for name in ("onnxruntime", "openvino", "flash-attn") if name in rivals | {"torch"})]
-    lines = [
-        f"{where}, {machine['threads']} threads, ISA {machine['isa'][0] if machine['isa'] else 'none'}; "
-        + ", ".join(f"{name} {versions[name]}" for name in dict.fromkeys(used) if name in versions)
-        + f"; {record['time'][:10]}, `metate bench`.",
-        "",
-        "| case | dtype | metate | of the limit | best rival | times as fast |",
-        "|---|---|---|---|---|---|",
-    ]
-    for (workload, label, dtype), rows in groups(record).items():
-        ours = [row for row in rows if row["ours"] and "p50" in row and row["status"] == "ok"]
-        others = [row for row in rows if not row["ours"] and "p50" in row and row["status"] == "ok"]
-        if ours and others:
-            best = min(others, key=lambda row: row["p50"])
-            rival = f"{best['contender']}, {_time(best['p50'])}"
-            speed = ", ".join(filter(None, (_time(ours[0]["p50"]), _speed(ours[0])))) + f" | {_limit(ours[0])}"
-            lines.append(f"| {workload}, {label} | {dtype} | {speed} | {rival} | {ours[0]['times_best_rival']:.2f} |")
-    return "\n".join(lines)
+    rivals = {row["contender"] for row in timed(record) if not row["ours"]} | {"torch"}
+    used = [name for name in versions if any(rival.startswith(name.removesuffix("-cpu")) for rival in rivals)]
+    isa = machine["isa"][0] if machine["isa"] else "none"
+    return (
+        f"{where}, {machine['threads']} threads, ISA {isa}; "
+        + ", ".join(f"{name} {versions[name]}" for name in used)
+        + f"; {record['time'][:10]}."
+    )
 
 
 # The picture.

@@ -466,15 +466,20 @@ def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machi
     return row
 
 
-def record(ceilings: machine.Ceilings, rows: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
+def record(
+    command: str, ceilings: machine.Ceilings, rows: list[dict[str, Any]], before: dict[str, Any]
+) -> dict[str, Any]:
     """Everything a number needs to be a result."""
+    from metate.bench import ggml
+
     return {
         "schema": 1,
+        "command": command,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git": _git(),
         "machine": hardware.machine(),
         "build": library.report(),
-        "versions": hardware.versions(),
+        "versions": hardware.versions() | ggml.versions(),
         "protocol": {
             "rounds": ROUNDS, "quiet": QUIET, "rival_slack": RIVAL_SLACK, "freed_memory": "kept by the process",
             "inputs": "fresh, normal", "time": "CUDA events, cold L2" if torch.cuda.is_available() else "wall clock",

@@ -241,7 +241,9 @@ def bench(
     effort = run.QUICK if quick else run.Effort()
     if largest is not None:
         effort = dataclasses.replace(effort, largest=largest)
-    if not run_bench([family] if family else list(families), effort, json_path or _results()):
+    command = ["metate bench", family, quick and "--quick", largest is not None and f"--largest {largest:g}"]
+    path = json_path or _results()
+    if not run_bench(" ".join(filter(None, command)), [family] if family else list(families), effort, path):
         raise typer.Exit(1)
 
 
@@ -251,7 +253,7 @@ def _results() -> Path:
     return folder / "bench.json"
 
 
-def run_bench(families: list[str], effort: Any, path: Path) -> bool:
+def run_bench(command: str, families: list[str], effort: Any, path: Path) -> bool:
     """Measures, shows and writes; whether every result of ours was right."""
     from metate.bench import machine, report, run
 
@@ -278,7 +280,7 @@ def run_bench(families: list[str], effort: Any, path: Path) -> bool:
                     bar.console.print(f" [{color}]{escape(reason)}[/]", highlight=False, soft_wrap=True)
             rows += found
             bar.advance(task)
-    for written in report.write(run.record(ceilings, rows, before), path):
+    for written in report.write(run.record(command, ceilings, rows, before), path):
         console.print(f"wrote {escape(str(written))}", highlight=False, soft_wrap=True)
     return not any(row["ours"] and row["status"] in ("wrong", "failed") for row in rows)
 
@@ -380,7 +382,7 @@ def demo(
     ops, dtypes = list(REGISTRY.values()), [torch.float32, torch.bfloat16]
     right = show_checks([check for check in engine.parity(ops, dtypes, _where(ops, None, None)) if check.number < 8])
     console.rule("bench", align="left")
-    right &= run_bench(["attention"], run.QUICK, _results())
+    right &= run_bench("metate demo", ["attention"], run.QUICK, _results())
     console.rule("train", align="left")
     if not (play(console) and right):
         raise typer.Exit(1)
@@ -390,18 +392,20 @@ def demo(
 def docs(
     folder: Annotated[Path, typer.Argument(help="metate's source")] = Path(),
     measured: Annotated[
-        Path | None, typer.Option(help="a record of `metate bench` for README's table", exists=True)
+        list[Path] | None, typer.Option(help="a record of `metate bench`; once for each", exists=True)
     ] = None,
 ) -> None:
-    """Write docs/ops.md from the declarations, and README's table of measurements from a record."""
+    """Write docs/ops.md from the declarations; from records docs/measured.md and README's summary of it."""
     (folder / "docs" / "ops.md").write_text(operators_page())
-    if measured is not None:
+    if measured:
         from metate.bench import report
 
+        records = [json.loads(path.read_text()) for path in measured]
+        (folder / "docs" / "measured.md").write_text(report.page(records))
         readme = folder / "README.md"
         head, begin, rest = readme.read_text().partition("<!-- measured -->\n")
         _, end, tail = rest.partition("<!-- end -->\n")
-        readme.write_text(f"{head}{begin}{report.markdown(json.loads(measured.read_text()))}\n{end}{tail}")
+        readme.write_text(f"{head}{begin}{report.summary(records)}\n{end}{tail}")
 
 
 def operators_page() -> str:

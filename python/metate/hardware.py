@@ -13,7 +13,10 @@ import torch
 
 from metate import library
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "onnxruntime", "openvino", "flash-attn", "matplotlib")
+PACKAGES = (
+    *("torch", "triton", "numpy", "matplotlib"),
+    *("transformers", "onnxruntime", "openvino", "flash-attn", "bitsandbytes", "faiss-cpu"),
+)
 _CPU0 = Path("/sys/devices/system/cpu/cpu0")
 
 

@@ -113,6 +113,41 @@ def test_distances_near_zero_are_exact():
     assert torch.equal(ids[1:-1, 1], torch.arange(38)) and torch.equal(ids[1:-1, 2], torch.arange(2, 40))
 
 
+@pytest.mark.parametrize("product,largest", [(False, False), (False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    "kind", ["plain", "equal", "on centroids", "far", "tiny", "huge", "zeros", "not numbers", "bad centroids"]
+)
+def test_one_nearest_of_many_is_exact(kind, product, largest):
+    """However little products in whole numbers or in floats tell, of points that are far away or hardly differ."""
+    generator = torch.Generator().manual_seed(7)
+    queries, base = (torch.randn(n, 50, generator=generator) for n in (300, 70))
+    if kind in ("equal", "on centroids"):
+        base[40:] = base[:30]
+    if kind == "on centroids":
+        queries = base[torch.randint(0, 70, (300,), generator=generator)] + 0
+    if kind in ("far", "tiny", "huge"):
+        queries, base = (
+            1000 * (kind == "far") + x * {"far": 1, "tiny": 1e-20, "huge": 1e18}[kind] for x in (queries, base)
+        )
+    if kind in ("zeros", "bad centroids"):
+        queries[::7], base[9] = 0, 0
+    if kind == "not numbers":
+        queries[3, 5], queries[5, 1], queries[40:45] = torch.nan, torch.inf, queries[40:45] * 1e-30
+    if kind == "bad centroids":
+        base[3, 3], base[11, 2], base[13] = torch.nan, torch.inf, base[13] * 1e19
+    metric = "inner_product" if product else "l2"
+    distances, found = metate.topk_distances(queries, base, 1, metric=metric, largest=largest)
+    x, y = queries.double(), base.double()
+    exact = x @ y.T if product else (x[:, None] - y).square().sum(2)
+    key = torch.where(exact.float().isfinite(), exact.float() * (-1 if largest else 1), torch.inf)
+    best = key.min(1).values
+    there = best < torch.inf
+    assert torch.equal(there, found[:, 0] >= 0) and torch.equal(there, distances[:, 0].isfinite())
+    torch.testing.assert_close(key.gather(1, found.clamp(min=0))[there, 0], best[there], rtol=3e-7, atol=0)
+    if kind in ("equal", "on centroids"):
+        assert found.max() < 40
+
+
 def test_tables_add_up_to_distances():
     generator = torch.Generator().manual_seed(2)
     x, books = torch.randn(50, 12, generator=generator), torch.randn(3, 16, 4, generator=generator)

@@ -75,16 +75,23 @@ METATE_FN void pack_points(float* to, vf (&squares)[2], const Vectors<float>& x,
     }
 }
 
-// The exact best of all centroids; id -1 where no distance is finite.
-inline Hit best_of_all(const Vectors<float>& v, int64_t count, const float* point, bool l2, bool largest) {
+// The exact best of the centroids that may be near; id -1 where no distance is finite.
+template <class Near>
+METATE_FN Hit best_of(const Vectors<float>& v, int64_t count, const float* point, bool l2, bool largest,
+                      const Near& near) {
     Hit best{infinity, -1};
     for (int64_t i = 0; i < count; ++i) {
+        if (!near(i)) continue;
         const float distance = static_cast<float>(l2 ? exact_distance<true>(v, point, v.row(i))
                                                      : exact_distance<false>(v, point, v.row(i)));
         const float key = largest ? -distance : distance;
         if (key < best.key && key > -infinity) best = {key, i};
     }
     return best;
+}
+
+inline Hit best_of_all(const Vectors<float>& v, int64_t count, const float* point, bool l2, bool largest) {
+    return best_of(v, count, point, l2, largest, [](int64_t) { return true; });
 }
 
 // found(point, centroid) for points first … first + count, count <= panel; centroid -1 where there is none.

@@ -1,6 +1,6 @@
 // Brute-force search: many queries by products (nearest.h), few, or those with ranges of their own, row by row.
 #include "../strided.h"
-#include "assign.h"
+#include "screen.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -235,32 +235,74 @@ bool is_assignment(const TopkDistances& c) {
            s.n <= most_centroids && c.queries.size[0] >= few_queries && s.n <= 4 * c.queries.size[0];
 }
 
-void assign(const TopkDistances& c, const Runtime& runtime) {
+// Words that no instruction multiplies fast.
+struct NoScreen {
+    struct Space {};
+
+    void take(Arena&) const {}
+    Space space(Arena&) const { return {}; }
+    void pack(const Vectors<float>&) const {}
+    template <class... Anything>
+    bool assign(const Anything&...) const {
+        return false;
+    }
+};
+
+// The distance to a centroid, or to the best of those at a finite distance.
+void put_nearest(const TopkDistances& c, const Vectors<float>& v, int64_t q, int64_t number) {
+    const Search& s = c.search;
+    const float* const query = query_of(c, q);
+    float distance = infinity;
+    for (int again = 0; number >= 0 && again < 2; ++again) {
+        distance = distance_of(c, query, number);
+        if (distance - distance == 0.0f) break;
+        number = best_of_all(v, s.n, query, is_l2(c), s.largest).id;
+    }
+    if (number < 0) distance = s.largest ? -infinity : infinity;
+    static_cast<float*>(s.distances.data)[q] = distance;
+    static_cast<int64_t*>(s.found.data)[q] = number;
+}
+
+template <class Screen>
+void assign(const TopkDistances& c, const Runtime& runtime, Screen screen) {
     const Search& s = c.search;
     const bool l2 = is_l2(c);
     const int64_t Q = c.queries.size[0], D = c.base.size[1], pieces = ceil_div(Q, assign_together);
     const Vectors<float> v = vectors_of<float>(c), x{query_of(c, 0), c.queries.stride[0], D, nullptr, nullptr};
     Centroids centroids{nullptr, s.n, D + 1, 0.0};
+    struct Space {
+        AssignSpace floats;
+        typename Screen::Space words;
+    };
     const auto memory = lay_out(
-        runtime, pieces, [&](Arena& arena) { centroids.rows = arena.take<float>(Centroids::floats(s.n, D)); },
-        [&](Arena& arena) { return AssignSpace::take(arena, D); });
+        runtime, pieces,
+        [&](Arena& arena) {
+            centroids.rows = arena.take<float>(Centroids::floats(s.n, D));
+            screen.take(arena);
+        },
+        [&](Arena& arena) { return Space{AssignSpace::take(arena, D), screen.space(arena)}; });
     pack_centroids(centroids, v, l2, s.largest);
+    screen.pack(v);
     for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
+        const Space at = memory(worker);
         const int64_t end = smaller(Q, (piece + 1) * assign_together);
-        for (int64_t first = piece * assign_together; first < end; first += panel)
-            assign_points(centroids, v, l2, s.largest, memory(worker), x, first, smaller(panel, end - first),
-                          [&](int64_t q, int64_t number) {
-                              float distance = infinity;
-                              for (int again = 0; number >= 0 && again < 2; ++again) {
-                                  distance = distance_of(c, x.row(q), number);
-                                  if (distance - distance == 0.0f) break;
-                                  number = best_of_all(v, s.n, x.row(q), l2, s.largest).id;
-                              }
-                              if (number < 0) distance = s.largest ? -infinity : infinity;
-                              static_cast<float*>(s.distances.data)[q] = distance;
-                              static_cast<int64_t*>(s.found.data)[q] = number;
-                          });
+        const auto found = [&](int64_t q, int64_t number) { put_nearest(c, v, q, number); };
+        bool screened = true;
+        for (int64_t first = piece * assign_together; first < end; first += panel) {
+            const int64_t count = smaller(panel, end - first);
+            screened = screened && screen.assign(at.words, v, x, first, count, found);
+            if (!screened) assign_points(centroids, v, l2, s.largest, at.floats, x, first, count, found);
+        }
     });
+}
+
+void assign(const TopkDistances& c, const Runtime& runtime) {
+#if defined(METATE_HAS_VNNI_FORMS)
+    const int64_t D = c.base.size[1], n = c.search.n;
+    if (Screen::fits(D, n))
+        return assign(c, runtime, Screen{nullptr, nullptr, nullptr, D, n, (D + 1) / 2, is_l2(c), c.search.largest});
+#endif
+    assign(c, runtime, NoScreen{});
 }
 
 }  // namespace

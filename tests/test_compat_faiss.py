@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -305,6 +306,118 @@ def test_at_most_so_many_codes(description):
     assert np.array_equal(index.search(Q, 7)[1], index.search(Q, 60)[1][:, :7])
 
 
+def test_budgets_of_a_search_count_what_a_selector_keeps():
+    index = faiss.index_factory(D, "IVF8,Flat")
+    index.train(X)
+    index.add(X)
+    index.remove_ids(np.arange(0, 60, 7))
+    sel, lists = faiss.IDSelectorRange(10, 45), index.quantizer.search(Q, 6)[1]
+    stats = faiss.cvar.indexIVF_stats
+    for most in (0, 1, 7, 20):
+        for full in (False, True):
+            asked = faiss.SearchParametersIVF(sel=sel, nprobe=6, max_codes=most, ensure_topk_full=full)
+            stats.reset()
+            found, compared = index.search(Q, 3, params=asked)[1], 0
+            for row, probed in zip(found, lists, strict=True):
+                left, seen = (max(most, 3) if full else most) if most else 100, []
+                for ids in (index.invlists.get_ids(int(i)) for i in probed):
+                    kept = [i for i in (ids if full else ids[: max(left, 0)]) if 10 <= i < 45 and left > 0]
+                    left, seen, compared = left - len(kept), seen + kept, compared + len(kept)
+                assert set(row[row >= 0]) <= set(seen) and (row >= 0).sum() == min(3, len(seen))
+            assert (stats.ndis, stats.nq) == (compared, 5)
+
+
+def test_range_search_ends_after_lists_without_results():
+    index = faiss.index_factory(D, "IVF12,Flat")
+    index.train(X)
+    index.add(X)
+    index.nprobe, radius = 12, 9.0
+    lists, whole = index.quantizer.search(Q, 12)[1], index.range_search(Q, radius)
+    assert len(whole[1]) > 20
+    for most in (1, 2, 12):
+        asked = faiss.SearchParametersIVF(nprobe=12, max_empty_result_buckets=most)
+        lims, distances, ids = index.range_search(Q, radius, params=asked)
+        for q in range(5):
+            inside, kept, turn = set(whole[2][whole[0][q] : whole[0][q + 1]]), [], 0
+            for i in lists[q]:
+                hits = inside & set(index.invlists.get_ids(int(i)))
+                kept, turn = kept + sorted(hits), 0 if hits else turn + 1
+                if turn == most:
+                    break
+            assert ids[lims[q] : lims[q + 1]].tolist() == sorted(kept)
+            assert np.allclose(distances[lims[q] : lims[q + 1]], ((X[sorted(kept)] - Q[q]) ** 2).sum(1), rtol=1e-5)
+    index.parallel_mode = 1
+    with pytest.raises(RuntimeError, match="parallel_mode"):
+        index.range_search(Q, radius, params=faiss.SearchParametersIVF(max_empty_result_buckets=1))
+
+
+def test_results_in_parts_are_those_of_all():
+    flat = {product: (faiss.IndexFlatIP if product else faiss.IndexFlatL2)(D) for product in (False, True)}
+    for product, index in flat.items():
+        index.add(X)
+        distances, ids = index.search(Q, 7)
+        parts = []
+        for first in (0, 25, 50):
+            index.reset()
+            index.add(X[first : first + 25])
+            found = index.search(Q, 7)
+            parts.append((found[0], np.where(found[1] < 0, -1, found[1] + first)))
+        heap = faiss.ResultHeap(5, 7, keep_max=product)
+        for part in parts[1:]:
+            heap.add_result(*part)
+        heap.add_result_subset(np.arange(5), *parts[0])
+        heap.finalize()
+        merged = faiss.merge_knn_results(*(np.stack(part) for part in zip(*parts, strict=True)), keep_max=product)
+        for found in ((heap.D, heap.I), merged):
+            assert np.array_equal(found[0], distances) and np.array_equal(found[1], ids)
+        assert faiss.is_similarity_metric(index.metric_type) == product
+    assert faiss.imbalance_factor(4, 2, np.array([0, 0, 1, 1])) == 1 and faiss.imbalance_factor(2, 2, [1, 1]) == 2
+
+
+@pytest.mark.parametrize("description", ["IVF4,PQ4x4", "OPQ4_4,PQ2x4", "IDMap,L2norm,PCA4,Flat"])
+def test_streams(description, tmp_path):
+    """A pipe stays open: no byte behind the index is waited for."""
+    index = faiss.index_factory(D, description)
+    index.train(X)
+    (index.add_with_ids(X, np.arange(60)) if "IDMap" in description else index.add(X))
+    data = faiss.serialize_index(index)
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as near, os.fdopen(write, "wb") as far:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(lambda part: os.write(far.fileno(), part), 100))
+        os.write(far.fileno(), b"behind")
+        faiss.write_index(None, faiss.PyCallbackIOWriter(lambda part: os.write(far.fileno(), part)))
+        reader = faiss.PyCallbackIOReader(lambda size: os.read(near.fileno(), size), 77)
+        assert np.array_equal(faiss.serialize_index(faiss.read_index(reader)), data)
+        behind = np.zeros(6, np.uint8)
+        assert reader(behind, 2, 3) == 3 and behind.tobytes() == b"behind" and faiss.read_index(reader) is None
+    for buffered in (False, True):
+        writer, reader = faiss.FileIOWriter(str(tmp_path / "index")), None
+        faiss.write_index(index, faiss.BufferedIOWriter(writer, 12) if buffered else writer)
+        reader = faiss.FileIOReader(str(tmp_path / "index"))
+        again = faiss.read_index(faiss.BufferedIOReader(reader, 12) if buffered else reader)
+        assert np.array_equal(faiss.serialize_index(again), data)
+    assert np.array_equal(faiss.serialize_index(faiss.read_index(faiss.ZeroCopyIOReader(data, data.size))), data)
+    for size in range(0, len(data), 7):
+        with pytest.raises(FormatError, match="the file ends there"):
+            faiss.read_index(faiss.ZeroCopyIOReader(data, size))
+
+
+def test_transforms_have_files(tmp_path):
+    pca = faiss.PCAMatrix(D, 4)
+    pca.train(X)
+    for step in (pca, faiss.NormalizationTransform(D)):
+        writer, reader = faiss.VectorIOWriter(), faiss.VectorIOReader()
+        faiss.write_VectorTransform(step, writer)
+        reader.data.swap(writer.data)
+        faiss.write_VectorTransform(step, str(tmp_path / "step"))
+        for again in (faiss.read_VectorTransform(reader), faiss.read_VectorTransform(str(tmp_path / "step"))):
+            assert np.array_equal(again.apply(X), step.apply(X)) and again.d_out == step.d_out
+    assert np.allclose(np.linalg.norm(again.apply(X), axis=1), 1) and not again.apply(np.zeros((2, D))).any()
+    (tmp_path / "step").write_bytes(b"VNrm" + (tmp_path / "step").read_bytes()[4:8] + bytes(9))
+    with pytest.raises(RuntimeError, match="d_in is 0"):
+        faiss.read_VectorTransform(str(tmp_path / "step"))
+
+
 def test_product_quantizers_have_files(tmp_path):
     index = faiss.IndexPQ(D, 4, 4)
     index.train(X)
@@ -442,8 +555,7 @@ def test_installed_under_its_name():
 def test_what_is_not_there_is_not_ignored():
     flat, lists = faiss.IndexPQ(D, 2, 4), faiss.IndexIVFPQ(faiss.IndexFlatL2(D), D, 3, 2, 4)
     for index, name, value in [
-        (flat, "do_polysemous_training", True), (flat, "search_type", 1), (lists, "polysemous_ht", 10),
-        (lists, "do_polysemous_training", True), (lists, "quantizer_trains_alone", 2),
+        (flat, "search_type", 1), (lists, "polysemous_ht", 10), (lists, "quantizer_trains_alone", 2),
         (lists, "clustering_index", faiss.IndexFlatL2(D)),
     ]:  # fmt: skip
         setattr(index, name, getattr(index, name))

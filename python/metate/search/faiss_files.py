@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Head: TypeAlias = "tuple[int, int, int, bool]"  # d, ntotal, metric, is_trained
 Integers = npt.NDArray[np.int64]
+Read = TypeVar("Read")
 
 L2, INNER_PRODUCT = 1, 0
 _DEPTH = 8  # nodes within nodes
@@ -89,10 +90,29 @@ class Transform:
     is_trained: bool = True
     pca: PCA | None = None
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Dimensions before and after."""
+        return self.A.shape[1], self.A.shape[0]
+
+
+@dataclass
+class Normalization:
+    """x → x / |x|."""
+
+    d: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.d, self.d
+
+
+Step: TypeAlias = Transform | Normalization
+
 
 @dataclass
 class PreTransform(Node):
-    chain: list[Transform] = field(default_factory=list)
+    chain: list[Step] = field(default_factory=list)
     index: Any = None
 
 
@@ -116,10 +136,22 @@ def complain(what: str, got: object, expected: str) -> FormatError:
     return error
 
 
+class TooShort(FormatError):
+    """What there is of a file ends before byte `needed`."""
+
+    needed: int
+
+
+def _too_short(what: str, needed: int, end: int) -> TooShort:
+    error = TooShort(str(complain(what, f"beyond byte {needed}", f"within {end}: the file ends there")))
+    error.needed = needed
+    return error
+
+
 # Reading.
 
 
-class _Reader:
+class Reader:
     """A position in the file that never passes its end. Arrays are views of it."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
@@ -127,7 +159,7 @@ class _Reader:
 
     def skip(self, size: int, what: str) -> int:
         if size > self.end - self.at:
-            raise complain(what, f"{size} bytes at {self.at}", f"at most {self.end - self.at}: the file ends there")
+            raise _too_short(what, self.at + size, self.end)
         self.at += size
         return self.at - size
 
@@ -139,6 +171,13 @@ class _Reader:
         if not least <= value <= most:
             raise complain(what, value, f"{least} to {most}")
         return int(value)
+
+    def count(self, code: str, what: str, least: int = 0) -> int:
+        """Of what takes a byte at least."""
+        value = self.number(code, what, least, 2**62)
+        if value > self.end:
+            raise _too_short(what, value, self.end)
+        return value
 
     def flag(self, what: str) -> bool:
         return self.number("B", what, 0, 1) == 1
@@ -162,36 +201,55 @@ class _Reader:
         return bytes(self.array(np.uint8, 4, "a node")).decode("latin-1")
 
 
-def parse(data: bytes | mmap.mmap) -> Node:
-    """The tree of a whole file."""
-    reader = _Reader(data)
-    node = _node(reader, 0)
+def whole(data: bytes | mmap.mmap, read: Callable[[Reader], Read]) -> Read:
+    """What stands in a file and ends with it."""
+    reader = Reader(data)
+    found = read(reader)
     if reader.at != reader.end:
         raise complain("file", f"{reader.end} bytes", f"{reader.at}, where the index ends")
-    return node
+    return found
 
 
-def _node(reader: _Reader, depth: int) -> Node:
+def from_stream(take: Callable[[int], bytes], read: Callable[[Reader], Read]) -> Read:
+    """What stands in a stream next: of `take`, which gives up to so many bytes, none at the end, no byte more is asked
+    for, or a pipe might wait forever. As more turns out to be needed, it is read from the beginning again."""
+    data, needed = bytearray(), 4
+    while True:
+        while len(data) < needed and (part := take(needed - len(data))):
+            data += part
+        try:
+            return read(Reader(bytes(data)))
+        except TooShort as error:
+            if len(data) < needed:
+                raise
+            needed = error.needed
+
+
+def read_node(reader: Reader) -> Node:
+    return _node(reader, 0)
+
+
+def _node(reader: Reader, depth: int) -> Node:
     kind = reader.fourcc()
     if kind not in _READERS:
         raise complain("a node", repr(kind), f"one of {', '.join(_READERS)}")
     if depth > _DEPTH:
         raise complain("the tree", f"{depth} nodes deep", f"at most {_DEPTH}")
     d = reader.number("i", "d", 1, _MOST_DIMENSIONS)
-    ntotal = reader.number("q", "ntotal", 0, reader.end)
+    ntotal = reader.count("q", "ntotal")
     reader.values("<qq", "the header")
     trained, metric = reader.flag("is_trained"), reader.number("i", "metric", INNER_PRODUCT, L2)
     return _READERS[kind](reader, kind, (d, ntotal, metric, trained), depth)
 
 
-def _flat(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+def _flat(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, metric, _ = head
     if (kind == "IxFI") != (metric == INNER_PRODUCT):
         raise complain("metric", metric, f"that of {kind}")
     return Flat(*head, reader.vector(np.float32, "vectors", ntotal * d).reshape(ntotal, d))
 
 
-def _codebooks(reader: _Reader, d: int | None, trained: bool) -> Floats:
+def _codebooks(reader: Reader, d: int | None, trained: bool) -> Floats:
     d = reader.number("Q", "d of the quantizer", d or 1, d or _MOST_DIMENSIONS)
     M, bits = reader.number("Q", "M", 1, d), reader.number("Q", "nbits", 4, 16)
     if d % M:
@@ -202,7 +260,7 @@ def _codebooks(reader: _Reader, d: int | None, trained: bool) -> Floats:
     return centroids.reshape(M, 1 << bits, d // M)
 
 
-def _pq(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+def _pq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, _, trained = head
     codebooks = _codebooks(reader, d, trained)
     size = code_size(codebooks)
@@ -218,9 +276,9 @@ def code_size(codebooks: Floats) -> int:
     return int(M * (levels.bit_length() - 1) + 7) // 8
 
 
-def _ivf(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+def _ivf(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, _, trained = head
-    nlist, nprobe = reader.number("Q", "nlist", 1, reader.end), reader.number("Q", "nprobe", 1, 2**63)
+    nlist, nprobe = reader.count("Q", "nlist", 1), reader.number("Q", "nprobe", 1, 2**63)
     quantizer = _node(reader, depth + 1)
     if (
         not isinstance(quantizer, (Flat, PQ))
@@ -244,16 +302,14 @@ def _ivf(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
     return IVF(*head, nprobe, quantizer, length, codes, ids, codebooks, residual)
 
 
-def _pass_direct_map(reader: _Reader) -> None:
+def _pass_direct_map(reader: Reader) -> None:
     kind = reader.number("B", "direct map", 0, 2)
-    count = reader.number("Q", "direct map", 0, (reader.end - reader.at) // 8)
-    reader.array(np.int64, count, "direct map")
+    reader.array(np.int64, reader.count("Q", "direct map"), "direct map")
     if kind == 2:
-        count = reader.number("Q", "direct map", 0, (reader.end - reader.at) // 16)
-        reader.array(np.int64, 2 * count, "direct map")
+        reader.array(np.int64, 2 * reader.count("Q", "direct map"), "direct map")
 
 
-def _lists(reader: _Reader, nlist: int, size: int, ntotal: int) -> tuple[Integers, Bytes, Integers]:
+def _lists(reader: Reader, nlist: int, size: int, ntotal: int) -> tuple[Integers, Bytes, Integers]:
     if (kind := reader.fourcc()) != "ilar":
         raise complain("inverted lists", repr(kind), "'ilar', lists in memory")
     reader.number("Q", "nlist of the lists", nlist, nlist)
@@ -285,25 +341,36 @@ def _lists(reader: _Reader, nlist: int, size: int, ntotal: int) -> tuple[Integer
     return length, codes, ids
 
 
-def _pca(reader: _Reader, old: bool) -> PCA:
+def _pca(reader: Reader, old: bool) -> PCA:
     (power,) = reader.values("<f", "eigen_power")
     epsilon = 0.0 if old else reader.values("<f", "epsilon")[0]
     rotated = reader.flag("random_rotation")
     reader.number("i", "balanced_bins", 0, 0)
     found = []
     for what in ("the mean", "eigenvalues", "directions"):
-        found.append(reader.array(np.float32, reader.number("Q", what, 0, reader.end // 4), what))
+        found.append(reader.array(np.float32, reader.count("Q", what), what))
     return PCA(power, epsilon, rotated, *found)
 
 
-def _transform(reader: _Reader) -> Transform:
-    if (kind := reader.fourcc()) not in ("LTra", "rrot", "PcAm", "Pcam"):
-        raise complain("transform", repr(kind), "'LTra', 'rrot' or 'Pcam', a linear one")
+def _normalization(reader: Reader) -> Normalization:
+    (norm,) = reader.values("<f", "norm")
+    d_in, d_out = (reader.number("i", name, 1, _MOST_DIMENSIONS) for name in ("d_in", "d_out"))
+    if norm != 2 or d_in != d_out or not reader.flag("is_trained"):
+        raise complain("a normalization", f"by norm {norm}, {d_in} to {d_out} dimensions", "norm 2 and as many")
+    return Normalization(d_in)
+
+
+def read_transform(reader: Reader) -> Step:
+    kind = reader.fourcc()
+    if kind == "VNrm":
+        return _normalization(reader)
+    if kind not in ("LTra", "rrot", "PcAm", "Pcam"):
+        raise complain("transform", repr(kind), "'VNrm', or 'LTra', 'rrot' or 'Pcam', a linear one")
     pca = _pca(reader, kind == "PcAm") if kind[0] == "P" else None
     biased = reader.flag("have_bias")
     at = reader.at
     for _ in range(2):  # the dimensions come last
-        reader.array(np.float32, reader.number("Q", "size of A or b", 0, reader.end // 4), "A or b")
+        reader.array(np.float32, reader.count("Q", "size of A or b"), "A or b")
     d_in, d_out = (reader.number("i", name, 1, _MOST_DIMENSIONS) for name in ("d_in", "d_out"))
     trained, end = reader.flag("is_trained"), reader.at
     if pca is not None and (d_out > d_in or pca.mean.size not in (0, d_in) or pca.directions.size % d_in):
@@ -320,17 +387,17 @@ def _transform(reader: _Reader) -> Transform:
     )
 
 
-def _pretransform(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+def _pretransform(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, metric, _ = head
-    chain = [_transform(reader) for _ in range(reader.number("i", "transforms", 0, _DEPTH))]
+    chain = [read_transform(reader) for _ in range(reader.number("i", "transforms", 0, _DEPTH))]
     inner = _within(reader, depth, ntotal)
-    sizes = [d, *(size for step in chain for size in reversed(step.A.shape)), inner.d]
+    sizes = [d, *(size for step in chain for size in step.sizes), inner.d]
     if sizes[::2] != sizes[1::2] or inner.metric != metric:
         raise complain("transforms", sizes, "each to take what the one before it gives")
     return PreTransform(*head, chain, inner)
 
 
-def _refine(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+def _refine(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, _, _ = head
     base, refine = _within(reader, depth, ntotal), _within(reader, depth, ntotal)
     (factor,) = reader.values("<f", "k_factor")
@@ -341,45 +408,37 @@ def _refine(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
     return Refine(*head, base, refine, factor)
 
 
-def _idmap(reader: _Reader, kind: str, head: Head, depth: int) -> Node:
+def _idmap(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     inner = _within(reader, depth, head[1])
     if inner.d != head[0]:
         raise complain("dimensions of the mapped index", inner.d, f"{head[0]}")
     return IDMap(*head, inner, reader.vector(np.int64, "id_map", head[1]), kind == "IxM2")
 
 
-def _within(reader: _Reader, depth: int, ntotal: int) -> Node:
+def _within(reader: Reader, depth: int, ntotal: int) -> Node:
     inner = _node(reader, depth + 1)
     if inner.ntotal != ntotal:
         raise complain("vectors of the inner index", inner.ntotal, f"{ntotal}")
     return inner
 
 
-_READERS: dict[str, Callable[[_Reader, str, Head, int], Node]] = {
+_READERS: dict[str, Callable[[Reader, str, Head, int], Node]] = {
     "IxF2": _flat, "IxFI": _flat, "IxPq": _pq, "IwFl": _ivf, "IwPQ": _ivf, "IxPT": _pretransform, "IxRF": _refine,
     "IxMp": _idmap, "IxM2": _idmap,
 }  # fmt: skip
 
 
-def read_tree(path: str | Path) -> Node:
-    """The tree of a file, whose arrays are views of it."""
-    return parse(_mapped(path))
-
-
-def read_codebooks(path: str | Path) -> Floats:
+def read_codebooks(reader: Reader) -> Floats:
     """The codebooks (M, 2**bits, d/M) of a product quantizer's own file."""
-    reader = _Reader(_mapped(path))
-    codebooks = _codebooks(reader, None, True)
-    if reader.at != reader.end:
-        raise complain("file", f"{reader.end} bytes", f"{reader.at}, where the quantizer ends")
-    return codebooks
+    return _codebooks(reader, None, True)
 
 
-def _mapped(path: str | Path) -> mmap.mmap:
+def from_file(path: str | Path, read: Callable[[Reader], Read]) -> Read:
+    """What a file holds; its arrays are views of it."""
     with open(path, "rb") as file:
         if not file.seek(0, 2):
             raise complain("file", "empty", "an index of faiss")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return whole(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), read)
 
 
 # Writing.
@@ -434,18 +493,24 @@ def _write_ivf(node: IVF, file: BinaryIO) -> None:
         at += n
 
 
+def write_transform(step: Step, file: BinaryIO) -> None:
+    if isinstance(step, Normalization):
+        file.write(b"VNrm" + struct.pack("<fii?", 2.0, step.d, step.d, True))
+        return
+    if (pca := step.pca) is not None:
+        file.write(b"Pcam" + struct.pack("<ff?i", pca.eigen_power, pca.epsilon, pca.random_rotation, 0))
+        for array in (pca.mean, pca.eigenvalues, pca.directions):
+            _put(file, np.float32, array)
+    file.write((b"" if pca else b"LTra") + struct.pack("<?", step.b is not None))
+    _put(file, np.float32, step.A if step.is_trained else step.A[:0])
+    _put(file, np.float32, np.zeros(0) if step.b is None else step.b)
+    file.write(struct.pack("<ii?", *step.sizes, step.is_trained))
+
+
 def _write_pretransform(node: PreTransform, file: BinaryIO) -> None:
     file.write(struct.pack("<i", len(node.chain)))
     for step in node.chain:
-        d_out, d_in = step.A.shape
-        if (pca := step.pca) is not None:
-            file.write(b"Pcam" + struct.pack("<ff?i", pca.eigen_power, pca.epsilon, pca.random_rotation, 0))
-            for array in (pca.mean, pca.eigenvalues, pca.directions):
-                _put(file, np.float32, array)
-        file.write((b"" if pca else b"LTra") + struct.pack("<?", step.b is not None))
-        _put(file, np.float32, step.A if step.is_trained else step.A[:0])
-        _put(file, np.float32, np.zeros(0) if step.b is None else step.b)
-        file.write(struct.pack("<ii?", d_in, d_out, step.is_trained))
+        write_transform(step, file)
     write_tree(node.index, file)
 
 

@@ -30,7 +30,7 @@ def read_faiss(path: str | Path) -> Index:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"metate.search.read_faiss: path is {path}, expected a file that exists")
-    return from_tree(files.read_tree(path))
+    return from_tree(files.from_file(path, files.read_node))
 
 
 def write_faiss(index: Index, path: str | Path) -> None:
@@ -75,9 +75,10 @@ def _centroids(quantizer: files.Flat | files.PQ) -> files.Floats:
 
 def _rotation(node: files.PreTransform) -> files.Floats:
     """The matrix of a rotation; of an untrained one nothing but its shape."""
-    if len(node.chain) != 1 or node.chain[0].b is not None or node.d != node.index.d:
+    step = node.chain[0] if len(node.chain) == 1 else None
+    if not isinstance(step, files.Transform) or step.b is not None or node.d != node.index.d:
         raise files.complain("transforms", f"{len(node.chain)} of them", "one rotation without bias")
-    A = node.chain[0].A
+    A = step.A
     if node.is_trained and not (np.abs(A).max() < 2 and np.allclose(A @ A.T, np.eye(node.d), atol=1e-3)):
         raise files.complain("transform", "not a rotation", "an orthonormal matrix")
     return A

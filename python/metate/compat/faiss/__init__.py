@@ -4,8 +4,13 @@ Import it as it is, or let `metate.compat.install("faiss")` put it under the nam
 """
 
 from metate.compat.faiss.arrays import (
+    ResultHeap,
     copy_array_to_vector,
     eval_intersection,
+    get_mem_usage_kb,
+    imbalance_factor,
+    is_similarity_metric,
+    merge_knn_results,
     pairwise_distances,
     rand,
     randint,
@@ -15,7 +20,7 @@ from metate.compat.faiss.arrays import (
     vector_to_array,
 )
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, DistanceComputer, Index
-from metate.compat.faiss.clustering import Clustering, Kmeans, kmin, knn, normalize_L2
+from metate.compat.faiss.clustering import Clustering, Kmeans, kmin, knn
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
 from metate.compat.faiss.factory import (
     IO_FLAG_MMAP,
@@ -23,25 +28,26 @@ from metate.compat.faiss.factory import (
     IO_FLAG_READ_ONLY,
     IO_FLAG_SKIP_PRECOMPUTE_TABLE,
     ParameterSpace,
-    PyCallbackIOReader,
-    PyCallbackIOWriter,
-    VectorIOReader,
-    VectorIOWriter,
     clone_index,
     deserialize_index,
     downcast_index,
+    downcast_InvertedLists,
+    downcast_Quantizer,
+    downcast_VectorTransform,
     extract_index_ivf,
     index_factory,
     read_index,
     read_ProductQuantizer,
+    read_VectorTransform,
     serialize_index,
     write_index,
     write_ProductQuantizer,
+    write_VectorTransform,
 )
 from metate.compat.faiss.indexes import IndexFlat, IndexFlatCodes, IndexFlatIP, IndexFlatL2, IndexPQ
 from metate.compat.faiss.ivf import DirectMap, IndexIVF, IndexIVFFlat, IndexIVFPQ
 from metate.compat.faiss.parameters import ClusteringParameters
-from metate.compat.faiss.quantizer import ProductQuantizer
+from metate.compat.faiss.quantizer import ProductQuantizer, normalize_L2
 from metate.compat.faiss.selectors import (
     IDSelector,
     IDSelectorAll,
@@ -62,7 +68,28 @@ from metate.compat.faiss.selectors import (
     SearchParametersPQ,
     SearchParametersPreTransform,
 )
-from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, PCAMatrix, RandomRotationMatrix, VectorTransform
+from metate.compat.faiss.statistics import IndexIVFStats, cvar
+from metate.compat.faiss.streams import (
+    BufferedIOReader,
+    BufferedIOWriter,
+    FileIOReader,
+    FileIOWriter,
+    IOReader,
+    IOWriter,
+    PyCallbackIOReader,
+    PyCallbackIOWriter,
+    VectorIOReader,
+    VectorIOWriter,
+    ZeroCopyIOReader,
+)
+from metate.compat.faiss.transforms import (
+    LinearTransform,
+    NormalizationTransform,
+    OPQMatrix,
+    PCAMatrix,
+    RandomRotationMatrix,
+    VectorTransform,
+)
 
 __version__ = "1.15.1"  # the faiss release whose interface this is
 
@@ -80,18 +107,21 @@ def omp_set_num_threads(threads: int) -> None:
 
 
 __all__ = [
-    "IO_FLAG_MMAP", "IO_FLAG_MMAP_IFC", "IO_FLAG_READ_ONLY", "IO_FLAG_SKIP_PRECOMPUTE_TABLE",
-    "METRIC_INNER_PRODUCT", "METRIC_L2", "Clustering", "ClusteringParameters", "DirectMap", "DistanceComputer",
-    "IDSelector", "IDSelectorAll", "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap",
-    "IDSelectorNot", "IDSelectorOr", "IDSelectorRange", "IDSelectorTranslated", "IDSelectorXOr",
-    "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap",
-    "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexPQ", "IndexPreTransform", "IndexRefine",
-    "IndexRefineFlat", "IndexRefineSearchParameters", "Kmeans", "LinearTransform", "OPQMatrix", "PCAMatrix",
+    "IO_FLAG_MMAP", "IO_FLAG_MMAP_IFC", "IO_FLAG_READ_ONLY", "IO_FLAG_SKIP_PRECOMPUTE_TABLE", "METRIC_INNER_PRODUCT",
+    "METRIC_L2", "BufferedIOReader", "BufferedIOWriter", "Clustering", "ClusteringParameters", "DirectMap",
+    "DistanceComputer", "FileIOReader", "FileIOWriter", "IDSelector", "IDSelectorAll", "IDSelectorAnd",
+    "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot", "IDSelectorOr", "IDSelectorRange",
+    "IDSelectorTranslated", "IDSelectorXOr", "IOReader", "IOWriter", "IVFSearchParameters", "Index", "IndexFlat",
+    "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat",
+    "IndexIVFPQ", "IndexIVFStats", "IndexPQ", "IndexPreTransform", "IndexRefine", "IndexRefineFlat",
+    "IndexRefineSearchParameters", "Kmeans", "LinearTransform", "NormalizationTransform", "OPQMatrix", "PCAMatrix",
     "ParameterSpace", "ProductQuantizer", "PyCallbackIDSelector", "PyCallbackIOReader", "PyCallbackIOWriter",
-    "RandomRotationMatrix", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ",
-    "SearchParametersPreTransform", "VectorIOReader", "VectorIOWriter", "VectorTransform", "clone_index",
-    "copy_array_to_vector", "deserialize_index", "downcast_index", "eval_intersection", "extract_index_ivf",
-    "index_factory", "kmin", "knn", "normalize_L2", "omp_get_max_threads", "omp_set_num_threads",
-    "pairwise_distances", "rand", "randint", "randn", "read_ProductQuantizer", "read_index", "serialize_index",
-    "swig_ptr", "vector_float_to_array", "vector_to_array", "write_ProductQuantizer", "write_index",
+    "RandomRotationMatrix", "ResultHeap", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ",
+    "SearchParametersPreTransform", "VectorIOReader", "VectorIOWriter", "VectorTransform", "ZeroCopyIOReader",
+    "clone_index", "copy_array_to_vector", "cvar", "deserialize_index", "downcast_InvertedLists", "downcast_Quantizer",
+    "downcast_VectorTransform", "downcast_index", "eval_intersection", "extract_index_ivf", "get_mem_usage_kb",
+    "imbalance_factor", "index_factory", "is_similarity_metric", "kmin", "knn", "merge_knn_results", "normalize_L2",
+    "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances", "rand", "randint", "randn",
+    "read_ProductQuantizer", "read_VectorTransform", "read_index", "serialize_index", "swig_ptr",
+    "vector_float_to_array", "vector_to_array", "write_ProductQuantizer", "write_VectorTransform", "write_index",
 ]  # fmt: skip

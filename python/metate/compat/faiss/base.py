@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from metate.compat.faiss.parameters import Floats
+from metate.compat.faiss.parameters import Floats, Owned
 from metate.compat.faiss.quantizer import Bytes, as_array, like
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF, SearchParametersPQ, selector
 
@@ -23,7 +23,7 @@ def metric_name(metric: int) -> str:
     return _METRICS[metric]
 
 
-class Index:
+class Index(Owned):
     """What all indexes have; subclasses give `_search` and `_range` over arrays."""
 
     def __init__(self, d: int, metric: int = METRIC_L2) -> None:
@@ -152,7 +152,7 @@ class Index:
         return deserialize_index, (serialize_index(self),)
 
 
-class DistanceComputer:
+class DistanceComputer(Owned):
     """`set_query(x)`, then the distance of any vector in the index."""
 
     def __init__(self, index: Index) -> None:

@@ -78,11 +78,5 @@ def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[Any, Any]:
     return distances.numpy(), places.numpy()
 
 
-def normalize_L2(x: Any) -> None:
-    """Scales rows to length 1, in place; zeros stay."""
-    rows = x if isinstance(x, torch.Tensor) else torch.from_numpy(x)
-    rows.div_(rows.norm(dim=1, keepdim=True).masked_fill_((rows == 0).all(1, keepdim=True), 1))
-
-
 def flat_like(d: int, metric: int) -> IndexFlat:
     return IndexFlatL2(d) if metric == METRIC_L2 else IndexFlatIP(d)

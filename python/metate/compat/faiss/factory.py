@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,15 @@ from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTrans
 from metate.compat.faiss.indexes import IndexFlat, IndexPQ
 from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ
 from metate.compat.faiss.quantizer import ProductQuantizer
-from metate.compat.faiss.transforms import LinearTransform, OPQMatrix, PCAMatrix, RandomRotationMatrix, VectorTransform
+from metate.compat.faiss.streams import IOReader, IOWriter
+from metate.compat.faiss.transforms import (
+    LinearTransform,
+    NormalizationTransform,
+    OPQMatrix,
+    PCAMatrix,
+    RandomRotationMatrix,
+    VectorTransform,
+)
 from metate.errors import FormatError
 from metate.search import faiss_files as files
 from metate.search.faiss_index import from_tree, to_tree
@@ -27,7 +35,7 @@ from metate.search.files import replacing
 def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
     """The index of a string such as "OPQ16_64,IVF256,PQ16x4,RFlat" or "IDMap,Flat"."""
     parts, wrap, refine = description.split(","), None, ""
-    chain: list[LinearTransform] = []
+    chain: list[VectorTransform] = []
     if parts[0] in ("IDMap", "IDMap2"):
         wrap = parts.pop(0)
     elif parts[-1] in ("IDMap", "IDMap2"):
@@ -54,8 +62,10 @@ def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
     return index
 
 
-def _made(part: str, d: int) -> LinearTransform | None:
+def _made(part: str, d: int) -> VectorTransform | None:
     """The transform that a part of a string stands for."""
+    if part in ("L2norm", "L2Norm"):
+        return NormalizationTransform(d)
     if pca := re.fullmatch(r"PCA(W?)(R?)(\d+)", part):
         return PCAMatrix(d, int(pca[3]), -0.5 if pca[1] else 0.0, bool(pca[2]))
     match = re.fullmatch(r"(OPQ|RR)(\d*)(?:_(\d+))?", part)
@@ -74,15 +84,19 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
     if code != "Flat" and not match:
         raise RuntimeError(
             f"index_factory: {description!r}, expected what metate has: "
-            "[IDMap,][PCAn|OPQ…|RR…,][IVFn[(PQm)],]Flat|PQm[xb][,Refine(Flat|PQm)]"
+            "[IDMap,][PCAn|OPQ…|RR…|L2norm,][IVFn[(PQm)],]Flat|PQm[xb][,Refine(Flat|PQm)]"
         )
     if match:
         M, bits = int(match[1]), int(match[2] or 8)
         if d % M:
             raise RuntimeError(f"index_factory: {M} sub-vectors of {d} dimensions, expected a divisor")
+        coded: IndexPQ | IndexIVFPQ
         if lists:
-            return IndexIVFPQ(_quantizer(d, lists[3], metric, description), d, nlist, M, bits, metric)
-        return IndexPQ(d, M, bits, metric)
+            coded = IndexIVFPQ(_quantizer(d, lists[3], metric, description), d, nlist, M, bits, metric)
+        else:
+            coded = IndexPQ(d, M, bits, metric)
+        coded.do_polysemous_training = not match[3]
+        return coded
     if lists:
         return IndexIVFFlat(_quantizer(d, lists[3], metric, description), d, nlist, metric)
     return flat_like(d, metric)
@@ -95,56 +109,26 @@ def _quantizer(d: int, code: str | None, metric: int, description: str) -> Index
 # Files.
 
 
-class VectorIOWriter:
-    """Keeps in `data` what is written to it."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def __call__(self, part: bytes) -> None:
-        self.data += part
-
-
-class PyCallbackIOWriter:
-    """Hands what is written to it to a function, `bs` bytes at a time."""
-
-    def __init__(self, callback: Callable[[bytes], Any], bs: int = 1 << 20) -> None:
-        self.callback, self.bs = callback, bs
-
-    def __call__(self, part: bytes) -> None:
-        for first in range(0, len(part), self.bs):
-            self.callback(part[first : first + self.bs])
-
-
-class VectorIOReader:
-    """Gives what is in `data`: one index."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-
-class PyCallbackIOReader:
-    """Asks a function for at most `bs` bytes at a time, until it gives none: one index."""
-
-    def __init__(self, callback: Callable[[int], bytes], bs: int = 1 << 20) -> None:
-        self.callback, self.bs = callback, bs
-
-    @property
-    def data(self) -> bytearray:
-        found = bytearray()
-        while part := self.callback(self.bs):
-            found += part
-        return found
-
-
-def write_index(index: Index, path: str | VectorIOWriter | PyCallbackIOWriter) -> None:
+def write_index(index: Index | None, path: str | IOWriter) -> None:
     """In faiss' own format, to a file whole or not at all."""
-    if isinstance(path, (VectorIOWriter, PyCallbackIOWriter)):
-        path(serialize_index(index).tobytes())
+    _write(path, lambda file: _write_node(index, file))
+
+
+def _write(path: str | IOWriter, write: Callable[[BinaryIO], None]) -> None:
+    if isinstance(path, IOWriter):
+        memory = io.BytesIO()
+        write(memory)
+        path(memory.getvalue())
         return
-    tree = _tree(index)
     with replacing(Path(path)) as file:
-        files.write_tree(tree, file)
+        write(file)
+
+
+def _write_node(index: Index | None, file: BinaryIO) -> None:
+    if index is None:
+        file.write(b"null")
+    else:
+        files.write_tree(_tree(index), file)
 
 
 IO_FLAG_READ_ONLY, IO_FLAG_SKIP_PRECOMPUTE_TABLE, IO_FLAG_MMAP, IO_FLAG_MMAP_IFC = 2, 16, 8 | 0x646F0000, 1 << 9
@@ -154,46 +138,61 @@ class ReadError(FormatError, RuntimeError):
     """A FormatError that code written for faiss catches too."""
 
 
-def read_index(path: str | VectorIOReader | PyCallbackIOReader, *flags: Any) -> Index:
+def read_index(path: str | IOReader, *flags: Any) -> Any:
     """An index that faiss or `write_index` wrote; FormatError for anything else. Flags change nothing: it is copied."""
-    if isinstance(path, (VectorIOReader, PyCallbackIOReader)):
-        return deserialize_index(np.frombuffer(bytes(path.data), np.uint8))
+    node = _read(path, _root)
+    return None if node is None else _index(node)
+
+
+def _root(reader: files.Reader) -> files.Node | None:
+    if reader.fourcc() == "null":
+        return None
+    reader.at -= 4
+    return files.read_node(reader)
+
+
+def _read(path: str | IOReader, read: Callable[[files.Reader], Any]) -> Any:
     try:
-        return _index(files.read_tree(path))
+        return files.from_stream(path.read, read) if isinstance(path, IOReader) else files.from_file(path, read)
     except FormatError as error:
-        raise ReadError(f"{error} ({path})") from None
+        raise ReadError(str(error) if isinstance(path, IOReader) else f"{error} ({path})") from None
 
 
-def write_ProductQuantizer(pq: ProductQuantizer, path: str) -> None:
-    with replacing(Path(path)) as file:
-        files.write_codebooks(pq._books.numpy(), file)
+def write_ProductQuantizer(pq: ProductQuantizer, path: str | IOWriter) -> None:
+    _write(path, lambda file: files.write_codebooks(pq._books.numpy(), file))
 
 
-def read_ProductQuantizer(path: str) -> ProductQuantizer:
-    try:
-        books = files.read_codebooks(path)
-    except FormatError as error:
-        raise ReadError(f"{error} ({path})") from None
+def read_ProductQuantizer(path: str | IOReader) -> ProductQuantizer:
+    books = _read(path, files.read_codebooks)
     M, levels, width = books.shape
     pq = ProductQuantizer(M * width, M, levels.bit_length() - 1)
     pq.centroids[...] = books.reshape(-1)
     return pq
 
 
-def serialize_index(index: Index) -> npt.NDArray[np.uint8]:
+def write_VectorTransform(vt: VectorTransform, path: str | IOWriter) -> None:
+    _write(path, lambda file: files.write_transform(_step(vt), file))
+
+
+def read_VectorTransform(path: str | IOReader) -> VectorTransform:
+    return _transform(_read(path, files.read_transform))
+
+
+def serialize_index(index: Index | None) -> npt.NDArray[np.uint8]:
     file = io.BytesIO()
-    files.write_tree(_tree(index), file)
+    _write_node(index, file)
     return np.frombuffer(file.getvalue(), np.uint8)
 
 
-def deserialize_index(data: npt.NDArray[np.uint8]) -> Index:
+def deserialize_index(data: npt.NDArray[np.uint8]) -> Any:
     try:
-        return _index(files.parse(data.tobytes()))
+        node = files.whole(data.tobytes(), _root)
+        return None if node is None else _index(node)
     except FormatError as error:
         raise ReadError(str(error)) from None
 
 
-def clone_index(index: Index) -> Index:
+def clone_index(index: Index) -> Any:
     return deserialize_index(serialize_index(index))
 
 
@@ -214,7 +213,9 @@ def _tree(index: Index) -> files.Node:
     return to_tree(index._inner)  # type: ignore[attr-defined]
 
 
-def _step(step: VectorTransform) -> files.Transform:
+def _step(step: VectorTransform) -> files.Step:
+    if isinstance(step, NormalizationTransform):
+        return files.Normalization(step.d_in)
     if not isinstance(step, LinearTransform):
         raise RuntimeError(f"write_index: a transform is {type(step).__name__}, expected a linear one")
     A = step.A.reshape(step.d_out, step.d_in)
@@ -246,7 +247,9 @@ def _index(node: files.Node) -> Index:
     return _leaf(from_tree(node), node)
 
 
-def _transform(step: files.Transform) -> LinearTransform:
+def _transform(step: files.Step) -> VectorTransform:
+    if isinstance(step, files.Normalization):
+        return NormalizationTransform(step.d)
     d_out, d_in = step.A.shape
     transform = LinearTransform(d_in, d_out)
     if (pca := step.pca) is not None:
@@ -279,8 +282,12 @@ def _leaf(inner: Any, node: files.Node) -> Index:
 # Ways into an index.
 
 
-def downcast_index(index: Index) -> Index:
-    return index
+def downcast(whole: Any) -> Any:
+    """It is what it is."""
+    return whole
+
+
+downcast_index = downcast_VectorTransform = downcast_Quantizer = downcast_InvertedLists = downcast
 
 
 def extract_index_ivf(index: Index) -> IndexIVF:

@@ -77,10 +77,14 @@ class IndexFlatIP(IndexFlat):
 
 
 class IndexPQ(IndexFlatCodes):
-    do_polysemous_training, search_type = Only(False), Only(0)
+    ST_PQ = 0
+    search_type = Only(ST_PQ)
 
     def __init__(self, d: int, M: int, nbits: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)
+        self.do_polysemous_training = (
+            False  # an order of centroids for a search that is not there: nothing depends on it
+        )
         self._inner = PQIndex(self.d, M, nbits, metric_name(metric))
         self.pq = ProductQuantizer(self.d, M, nbits)
         self.code_size = self.pq.code_size

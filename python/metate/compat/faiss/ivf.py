@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,21 @@ from metate.compat.faiss.lists import (
     InvertedLists,
     append,
     append_codes,
+    before_empty,
     preassigned,
     same_training,
     stored,
     subset,
+    visited,
     with_lists,
     without_lists,
 )
 from metate.compat.faiss.parameters import ClusteringParameters, Floats, Only
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array, like
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF
+from metate.compat.faiss.statistics import IndexIVFStats, indexIVF_stats
 from metate.search import IVFFlatIndex, IVFPQIndex
+from metate.search.filters import keep_bitmap
 
 
 class DirectMap:
@@ -48,7 +53,7 @@ class IndexIVF(Elementary):
                 f"metate.compat.faiss: quantizer has metric {quantizer.metric_type}, expected the index' own, {metric}"
             )
         self.quantizer, self.nlist, self.nprobe, self.max_codes = quantizer, int(nlist), 1, 0
-        self.own_fields = True
+        self.own_fields, self.parallel_mode = True, 0  # work is divided in one way, which parallel_mode does not change
         self.cp = ClusteringParameters(niter=10, spherical=metric == METRIC_INNER_PRODUCT)
         self._inner = self._make()
 
@@ -151,27 +156,48 @@ class IndexIVF(Elementary):
         self, x: Any, k: int, Iq: Any, Dq: Any, *, params: SearchParameters | None = None, D: Any = None, I: Any = None,  # noqa: E741
     ) -> Any:  # fmt: skip
         """Search in the lists Iq (n, nprobe), at distances Dq from their centroids."""
-        distances, ids = self._search_lists(self._checked(x), k, Iq, Dq, params)
+        distances, ids = self._search_lists(self._checked(x), k, Iq, Dq, self._asked(params))
         return given((distances.clip(-MOST, MOST), D), (ids, I))
 
-    def _search_lists(self, x: Any, k: int, lists: Any, near: Any, params: SearchParameters | None) -> tuple[Any, Any]:
-        how, most = self._how(params), self.max_codes if params is None else vars(params)["max_codes"]
-        distances, ids = preassigned(self._inner, x, k, lists, near, how["filter"], most)
+    def _search_lists(self, x: Any, k: int, lists: Any, near: Any, asked: SearchParametersIVF) -> tuple[Any, Any]:
+        self._count(k, lists, asked)
+        distances, ids = preassigned(self._inner, x, lists, near, k, asked)
         return like(x, distances.numpy()), like(x, ids.numpy())
 
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
-        how = self._how(params)
-        if not (self.max_codes if params is None else vars(params)["max_codes"]):
+        asked = self._asked(params)
+        if not asked.max_codes and not indexIVF_stats.wanted:
             return super()._search(x, k, params)
         self._ready()
-        near, lists = self.quantizer._search(x, how["nprobe"], None)
-        return self._search_lists(x, k, lists, near, params)
+        near, lists = self.quantizer._search(x, asked.nprobe, None)
+        return self._search_lists(x, k, lists, near, asked)
+
+    def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
+        asked, found = self._asked(params), super()._range(x, radius, params)
+        most = asked.max_empty_result_buckets
+        if not most and not indexIVF_stats.wanted:
+            return found
+        if most and self.parallel_mode:
+            raise RuntimeError("max_empty_result_buckets supported only for parallel_mode = 0")
+        lists = np.asarray(self.quantizer._search(x, asked.nprobe, None)[1])
+        self._count(0, lists, replace(asked, max_codes=0))
+        lims, distances, ids = (np.asarray(part) for part in found)
+        stays = before_empty(self._inner, lists, lims, ids, most or self.nlist)
+        lims = np.append(0, stays.cumsum())[lims]
+        return tuple(like(x, part) for part in (lims, distances[stays], ids[stays]))
+
+    def _count(self, k: int, lists: Any, asked: SearchParametersIVF) -> None:
+        """In the statistics, where somebody looks at them."""
+        if indexIVF_stats.wanted:
+            numbers, rows = np.asarray(lists, np.int64), self._inner._state.lists
+            compared = visited(rows, numbers, keep_bitmap("search", rows, asked.sel), k, asked)[1]
+            indexIVF_stats.add(IndexIVFStats(len(numbers), int((numbers >= 0).sum()), int(compared.sum())))
 
     def range_search_preassigned(self, x: Any, thresh: float, Iq: Any, Dq: Any) -> tuple[Any, Any, Any]:
         """Range search in the lists Iq: more and more are asked for until the last one is outside."""
-        k, product = 64, self.metric_type == METRIC_INNER_PRODUCT
+        k, product, all_lists = 64, self.metric_type == METRIC_INNER_PRODUCT, SearchParametersIVF()
         while True:
-            distances, ids = (part.numpy() for part in preassigned(self._inner, self._checked(x), k, Iq, Dq, None))
+            distances, ids = (part.numpy() for part in preassigned(self._inner, self._checked(x), Iq, Dq, k, all_lists))
             inside = (distances > thresh if product else distances < thresh) & (ids >= 0)
             if k >= self.ntotal or not inside[:, -1].any():
                 break
@@ -189,18 +215,25 @@ class IndexIVF(Elementary):
         found = with_lists(home, found, self.coarse_code_size()) if include_listnos else found
         return distances, ids, given((found.reshape(*ids.shape, -1), codes))[0]
 
+    def _asked(self, params: SearchParameters | None) -> SearchParametersIVF:
+        """What a search is asked for, by its parameters or by the index."""
+        if params is None:
+            asked = SearchParametersIVF(nprobe=self.nprobe, max_codes=self.max_codes)
+        elif isinstance(params, SearchParametersIVF):
+            asked = params
+        else:
+            self._refuse(params)
+        if asked.quantizer_params is not None or asked.inverted_list_context is not None:
+            raise NotImplementedError(
+                "metate.compat.faiss: quantizer_params and inverted_list_context of SearchParametersIVF are not there"
+            )
+        if asked.nprobe < 1:
+            raise RuntimeError(f"{type(self).__name__}: nprobe is {asked.nprobe}, expected 1 and more")
+        return replace(asked, nprobe=min(asked.nprobe, self.nlist))
+
     def _how(self, params: SearchParameters | None) -> dict[str, Any]:
-        if params is not None and not isinstance(params, SearchParametersIVF):
-            return self._refuse(params)
-        for name, value in ({} if params is None else vars(params)).items():
-            if name not in ("sel", "nprobe", "max_codes") and value:
-                raise NotImplementedError(
-                    f"metate.compat.faiss: {name} of SearchParametersIVF is not there; use nprobe"
-                )
-        nprobe = self.nprobe if params is None else params.nprobe
-        if nprobe < 1:
-            raise RuntimeError(f"{type(self).__name__}: nprobe is {nprobe}, expected 1 and more")
-        return {"nprobe": min(nprobe, self.nlist), "filter": None if params is None else params.sel}
+        asked = self._asked(params)
+        return {"nprobe": asked.nprobe, "filter": asked.sel}
 
 
 class IndexIVFFlat(IndexIVF):
@@ -215,13 +248,13 @@ class IndexIVFFlat(IndexIVF):
 
 
 class IndexIVFPQ(IndexIVF):
-    do_polysemous_training, polysemous_ht, scan_table_threshold = Only(False), Only(0), Only(0)
+    polysemous_ht, scan_table_threshold = Only(0), Only(0)
 
     def __init__(
         self, quantizer: Index, d: int, nlist: int, M: int, nbits_per_idx: int, metric: int = METRIC_L2
     ) -> None:
         self._M, self._bits, self._residual = M, nbits_per_idx, True
-        self.use_precomputed_table = 0
+        self.use_precomputed_table, self.do_polysemous_training = 0, False  # as of IndexPQ
         super().__init__(quantizer, d, nlist, metric)
         self.pq = ProductQuantizer(self.d, M, nbits_per_idx)
         self.code_size = self.pq.code_size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metate.compat.faiss.quantizer import Bytes, as_array
-from metate.compat.faiss.selectors import IDSelector, Integers
+from metate.compat.faiss.selectors import Booleans, Integers, SearchParametersIVF
 from metate.search.codecs import Probe, Product
 from metate.search.filters import keep_bitmap
 from metate.search.storage import Lists
@@ -122,10 +122,9 @@ def same_training(op: str, source: Any, target: Any) -> None:
 
 
 def preassigned(
-    inner: Any, x: Any, k: int, probed: Any, distances: Any, sel: IDSelector | None, most: int = 0
+    inner: Any, x: Any, probed: Any, distances: Any, k: int, asked: SearchParametersIVF
 ) -> tuple[Tensor, Tensor]:
-    """A search of the lists `probed` (Q, P), -1 for none, at those distances from their centroids: of the first `most`
-    vectors, if that is not 0."""
+    """A search of the lists `probed` (Q, P), -1 for none, at those distances from their centroids."""
     op, state, numbers = "search_preassigned", inner._trained("search_preassigned"), np.asarray(probed, np.int64)
     if numbers.size and not -1 <= numbers.min() <= numbers.max() < inner.nlist:
         raise RuntimeError(f"{op}: Iq holds {numbers.min()} to {numbers.max()}, expected -1 to {inner.nlist - 1}")
@@ -134,22 +133,54 @@ def preassigned(
         if distances is None:
             raise AssertionError(f"{op}: Dq is None, expected distances, which those of residuals are added to")
         bias = torch.from_numpy(as_array(distances))
-    keep = keep_bitmap(op, lists, sel)
-    probe = Probe(lists.seen, _ranges(lists, numbers, most), bias, lists.ids_column(), keep, k)
+    keep = keep_bitmap(op, lists, asked.sel)
+    ranges = visited(lists, numbers, keep, k, asked)[0] if asked.max_codes else lists.extents[torch.from_numpy(numbers)]
+    probe = Probe(lists.seen, ranges, bias, lists.ids_column(), keep, k)
     found: tuple[Tensor, Tensor] = inner.codec.scan(
         state.model, torch.from_numpy(as_array(x)), probe, inner._scan_metric
     )
     return found
 
 
-def _ranges(lists: Lists, probed: Integers, most: int) -> Tensor:
-    """The rows of lists (Q, P), up to the one with which a query has seen `most` vectors."""
-    ranges: Tensor = lists.extents[torch.from_numpy(probed)]
-    if not most:
-        return ranges
-    living = np.append(lists.living(), 0)[probed]
-    left = most - (living.cumsum(1) - living)
-    for q, p in zip(*np.nonzero(left < living), strict=True):
-        rows = lists.rows(slice(probed[q, p], probed[q, p] + 1))
-        ranges[q, p, 1] = int(rows[left[q, p] - 1]) + 1 if left[q, p] > 0 else ranges[q, p, 0]
-    return ranges
+def visited(
+    lists: Lists, probed: Integers, keep: Tensor | None, k: int, asked: SearchParametersIVF
+) -> tuple[Tensor, Integers]:
+    """The rows (Q, P, 2) of the lists (Q, P) that are looked at, and how many each query is compared with, of those
+    that are kept: max_codes and no more, or, with ensure_topk_full, whole lists until there are so many, and k."""
+    kept, living = _count_before(keep, lists.scanned), _count_before(lists.kept, lists.scanned)
+    ranges: Tensor = lists.extents[torch.from_numpy(probed)].clone()
+    begin, end = ranges.numpy()[..., 0], ranges.numpy()[..., 1]
+    most = asked.max_codes or lists.scanned
+    left = np.full(len(probed), max(most, k) if asked.ensure_topk_full else most)
+    for first, last in zip(begin.T, end.T, strict=True):
+        if asked.ensure_topk_full:
+            last[left <= 0] = first[left <= 0]
+        else:
+            wanted = living[first] + np.minimum(living[last] - living[first], left)
+            last[:] = np.maximum(first, np.searchsorted(living, wanted))
+        left = np.maximum(left - (kept[last] - kept[first]), 0)
+    return ranges, (kept[end] - kept[begin]).sum(1)
+
+
+def _count_before(bits: Tensor | None, rows: int) -> Integers:
+    """How many of the rows before each are set, and of all."""
+    if bits is None:
+        return np.arange(rows + 1)
+    return np.append(0, np.unpackbits(bits.numpy(), bitorder="little")[:rows].cumsum(dtype=np.int64))
+
+
+def before_empty(inner: Any, probed: Integers, lims: Integers, ids: Integers, most: int) -> Booleans:
+    """Which results of a range search are found, where it ends after `most` lists in turn without any."""
+    lists, queries = inner._state.lists, len(probed)
+    query = np.repeat(np.arange(queries), np.diff(lims))
+    home = lists.list_of(lists.find(ids)) if len(ids) else ids
+    hits = np.zeros((queries, inner.nlist), np.bool_)
+    hits[query, home] = True
+    turn, ended = np.zeros(queries, np.int64), np.zeros(queries, np.bool_)
+    for q, p in np.ndindex(probed.shape):
+        turn[q] = 0 if hits[q, probed[q, p]] else turn[q] + 1
+        if ended[q]:
+            hits[q, probed[q, p]] = False
+        ended[q] |= turn[q] >= most
+    stays: Booleans = hits[query, home]
+    return stays

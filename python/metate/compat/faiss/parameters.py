@@ -35,6 +35,17 @@ class Only:
             )
 
 
+class Own:
+    """What is asked about who frees an object: it is Python's."""
+
+    def own(self) -> bool:
+        return True
+
+
+class Owned:
+    this = Own()
+
+
 class Vector(list[Item]):
     """A list with the names of a C++ vector."""
 

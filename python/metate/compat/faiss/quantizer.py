@@ -26,6 +26,12 @@ def as_array(x: Any) -> Floats:
     return np.ascontiguousarray(array, np.float32)
 
 
+def normalize_L2(x: Any) -> None:
+    """Scales rows to length 1, in place; zeros stay."""
+    rows = x if isinstance(x, Tensor) else torch.from_numpy(x)
+    rows.div_(rows.norm(dim=1, keepdim=True).masked_fill_((rows == 0).all(1, keepdim=True), 1))
+
+
 class ProductQuantizer:
     """Codes of M sub-vectors; of an index, or alone."""
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from metate.compat.faiss.parameters import Owned
+
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
 
-class IDSelector:
+class IDSelector(Owned):
     """A set of ids: `selector(ids)` is a mask."""
 
     def __call__(self, ids: Integers) -> Booleans:
@@ -140,7 +142,11 @@ class SearchParametersPQ(SearchParameters):
 class SearchParametersIVF(SearchParameters):
     nprobe: int = 1
     max_codes: int = 0
+    max_lists_num: int = 0  # of the fast scan, which is not there
+    ensure_topk_full: bool = False
+    max_empty_result_buckets: int = 0
     quantizer_params: SearchParameters | None = None
+    inverted_list_context: Any = None
 
 
 IVFSearchParameters = SearchParametersIVF

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from metate.compat.faiss.parameters import Only
-from metate.compat.faiss.quantizer import ProductQuantizer, as_array, like
+from metate.compat.faiss.quantizer import ProductQuantizer, as_array, like, normalize_L2
 from metate.search.training import train_rotation
 
 Floats = npt.NDArray[np.float32]
@@ -32,6 +32,24 @@ class VectorTransform:
 
     def reverse_transform(self, x: Any) -> Any:
         raise NotImplementedError
+
+
+class NormalizationTransform(VectorTransform):
+    """x → x / |x|; zeros stay. Lengths do not come back."""
+
+    norm = Only(2.0)
+
+    def __init__(self, d: int, norm: float = 2.0) -> None:
+        super().__init__(d, d, True)
+        self.norm = norm
+
+    def apply(self, x: Any) -> Any:
+        unit = as_array(x).copy()
+        normalize_L2(unit)
+        return like(x, unit)
+
+    def reverse_transform(self, x: Any) -> Any:
+        return x
 
 
 class LinearTransform(VectorTransform):

@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +352,37 @@ def test_range_search_ends_after_lists_without_results():
         index.range_search(Q, radius, params=faiss.SearchParametersIVF(max_empty_result_buckets=1))
 
 
+@pytest.mark.parametrize("make", [faiss.IndexIVFFlat, lambda *how: faiss.IndexIVFPQ(*how[:3], 4, 4, how[3])])
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+def test_lists_may_be_found_by_another_metric(make, metric, tmp_path):
+    product, ids = metric == faiss.METRIC_INNER_PRODUCT, np.arange(60)[::-1] * 2
+    quantizer = (faiss.IndexFlatL2 if product else faiss.IndexFlatIP)(D)
+    index = make(quantizer, D, 6, metric)
+    index.train(X)
+    index.add(X[:20])
+    index.reset()
+    index.add_with_ids(X, ids)
+    index.nprobe = 2
+    home, probed = quantizer.assign(X, 1)[:, 0], quantizer.assign(Q, 2)
+    vectors = index.reconstruct_batch(ids)
+    key = -(Q @ vectors.T) if product else ((Q[:, None] - vectors) ** 2).sum(2)
+    key[~(home == probed[:, :, None]).any(1)] = np.inf
+    distances, found = index.search(Q, 4)
+    assert np.array_equal(found, ids[key.argsort(1)[:, :4]])
+    np.testing.assert_allclose(distances, np.sort(key, 1)[:, :4] * (-1 if product else 1), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(index.search_preassigned(Q, 4, probed, None)[1], found)
+    radius = float(np.median(distances))
+    lims, _, near = index.range_search(Q, radius, params=faiss.SearchParametersIVF(nprobe=2))
+    inside = key < (-radius if product else radius)
+    assert [set(near[a:b]) for a, b in pairwise(lims)] == [set(ids[row]) for row in inside]
+    faiss.write_index(index, str(tmp_path / "index"))
+    assert np.array_equal(faiss.read_index(str(tmp_path / "index")).search(Q, 4)[1], found)
+    with pytest.raises(FormatError, match="metric of the quantizer"):
+        read_faiss(tmp_path / "index")
+    with pytest.raises(ValueError, match="not finite"):
+        index.add(X * np.float32("nan"))
+
+
 def test_results_in_parts_are_those_of_all():
     flat = {product: (faiss.IndexFlatIP if product else faiss.IndexFlatL2)(D) for product in (False, True)}
     for product, index in flat.items():
@@ -561,8 +593,6 @@ def test_what_is_not_there_is_not_ignored():
         setattr(index, name, getattr(index, name))
         with pytest.raises(NotImplementedError, match=f"{name} of {type(index).__name__} is"):
             setattr(index, name, value)
-    with pytest.raises(NotImplementedError, match="quantizer has metric 0, expected the index' own, 1"):
-        faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, 3)
     flat.train(X)
     flat.search(Q, 1, params=faiss.SearchParametersPQ())
     with pytest.raises(NotImplementedError, match="search_type of IndexPQ is 1"):

@@ -57,6 +57,8 @@ def from_tree(node: files.Node) -> Index:
         return index
     found = {"rotation": rotation, "centroids": None, "codebooks": None}
     if isinstance(node, files.IVF):
+        if node.quantizer.metric != node.metric:
+            raise files.complain("metric of the quantizer", node.quantizer.metric, f"the index' own, {node.metric}")
         found["centroids"], found["codebooks"] = _centroids(node.quantizer), node.codebooks
     elif isinstance(node, files.PQ):
         found["codebooks"] = node.codebooks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -244,6 +245,8 @@ def _index(node: files.Node) -> Index:
         refined = IndexRefineFlat(base, fine.reconstruct_n()) if flat else IndexRefine(base, fine)
         refined.k_factor = node.k_factor
         return refined
+    if isinstance(node, files.IVF):  # lists are found by the quantizer's metric here, whatever that of the index
+        return _leaf(from_tree(replace(node, quantizer=replace(node.quantizer, metric=node.metric))), node)
     return _leaf(from_tree(node), node)
 
 

@@ -48,10 +48,6 @@ class IndexIVF(Elementary):
             raise NotImplementedError(
                 f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat or IndexPQ"
             )
-        if quantizer.metric_type != metric:
-            raise NotImplementedError(
-                f"metate.compat.faiss: quantizer has metric {quantizer.metric_type}, expected the index' own, {metric}"
-            )
         self.quantizer, self.nlist, self.nprobe, self.max_codes = quantizer, int(nlist), 1, 0
         self.own_fields, self.parallel_mode = True, 0  # work is divided in one way, which parallel_mode does not change
         self.cp = ClusteringParameters(niter=10, spherical=metric == METRIC_INNER_PRODUCT)
@@ -63,7 +59,7 @@ class IndexIVF(Elementary):
     def train(self, x: Any) -> None:
         points = as_array(self._checked(x))
         if self.quantizer.ntotal != self.nlist:
-            centroids, _ = self.cp.run(points, self.nlist, self.metric_type == METRIC_INNER_PRODUCT)
+            centroids, _ = self.cp.run(points, self.nlist, self.quantizer.metric_type == METRIC_INNER_PRODUCT)
             self.quantizer.reset()
             if not self.quantizer.is_trained:
                 self.quantizer.train(centroids)
@@ -82,8 +78,21 @@ class IndexIVF(Elementary):
             raise RuntimeError(f"{type(self).__name__}: not trained; call train(x)")
         return as_array(self.quantizer.reconstruct_n())
 
+    @property
+    def _mixed(self) -> bool:
+        """Whether lists are found by another metric than that of the vectors in them."""
+        return self.quantizer.metric_type != self.metric_type
+
+    def add(self, x: Any) -> None:
+        if self._mixed:
+            self.add_with_ids(x, None)
+        else:
+            super().add(x)
+
     def add_with_ids(self, x: Any, ids: Any) -> None:
-        if ids is None or not self._inner._added_quickly(x, ids):
+        if self._mixed:
+            self.add_sa_codes(self.sa_encode(as_array(x)), ids)
+        elif ids is None or not self._inner._added_quickly(x, ids):
             self._ready()
             self._inner.add_with_ids(self._checked(x), ids, progress=False)
 
@@ -124,7 +133,9 @@ class IndexIVF(Elementary):
 
     def _encode(self, x: Floats) -> Bytes:
         self._ready()
-        lists = self._inner.assign(x)
+        lists = self.quantizer.assign(x, 1)[:, 0] if self._mixed else self._inner.assign(x)
+        if (lists < 0).any():
+            raise ValueError(f"{type(self).__name__}: vectors are not finite everywhere, expected finite numbers")
         return with_lists(lists, self._to_bytes(x, lists), self.coarse_code_size())
 
     def _decode(self, codes: Bytes) -> Floats:
@@ -161,25 +172,34 @@ class IndexIVF(Elementary):
 
     def _search_lists(self, x: Any, k: int, lists: Any, near: Any, asked: SearchParametersIVF) -> tuple[Any, Any]:
         self._count(k, lists, asked)
+        near = self._distances(x, lists) if self._mixed else near
         distances, ids = preassigned(self._inner, x, lists, near, k, asked)
         return like(x, distances.numpy()), like(x, ids.numpy())
 
+    def _distances(self, x: Any, lists: Any) -> Floats:
+        """Of queries and the centroids of lists (n, nprobe), by the metric of the index."""
+        queries, centroids = as_array(x)[:, None].astype(np.float64), self._centroids()[np.asarray(lists)]
+        product = self.metric_type == METRIC_INNER_PRODUCT
+        return as_array((queries * centroids).sum(2) if product else np.square(queries - centroids).sum(2))
+
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
         asked = self._asked(params)
-        if not asked.max_codes and not indexIVF_stats.wanted:
+        if not self._mixed and not asked.max_codes and not indexIVF_stats.wanted:
             return super()._search(x, k, params)
         self._ready()
         near, lists = self.quantizer._search(x, asked.nprobe, None)
         return self._search_lists(x, k, lists, near, asked)
 
     def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
-        asked, found = self._asked(params), super()._range(x, radius, params)
+        asked = self._asked(params)
         most = asked.max_empty_result_buckets
-        if not most and not indexIVF_stats.wanted:
-            return found
+        if not self._mixed and not most and not indexIVF_stats.wanted:
+            return super()._range(x, radius, params)
         if most and self.parallel_mode:
             raise RuntimeError("max_empty_result_buckets supported only for parallel_mode = 0")
-        lists = np.asarray(self.quantizer._search(x, asked.nprobe, None)[1])
+        self._ready()
+        near, lists = (np.asarray(part) for part in self.quantizer._search(x, asked.nprobe, None))
+        found = self._range_lists(x, radius, lists, near, asked) if self._mixed else super()._range(x, radius, params)
         self._count(0, lists, replace(asked, max_codes=0))
         lims, distances, ids = (np.asarray(part) for part in found)
         stays = before_empty(self._inner, lists, lims, ids, most or self.nlist)
@@ -194,10 +214,17 @@ class IndexIVF(Elementary):
             indexIVF_stats.add(IndexIVFStats(len(numbers), int((numbers >= 0).sum()), int(compared.sum())))
 
     def range_search_preassigned(self, x: Any, thresh: float, Iq: Any, Dq: Any) -> tuple[Any, Any, Any]:
-        """Range search in the lists Iq: more and more are asked for until the last one is outside."""
-        k, product, all_lists = 64, self.metric_type == METRIC_INNER_PRODUCT, SearchParametersIVF()
+        """Range search in the lists Iq (n, nprobe), at distances Dq from their centroids."""
+        return self._range_lists(self._checked(x), thresh, Iq, Dq, SearchParametersIVF())
+
+    def _range_lists(
+        self, x: Any, thresh: float, lists: Any, near: Any, asked: SearchParametersIVF
+    ) -> tuple[Any, Any, Any]:
+        """More and more are asked for until the last one is outside."""
+        k, product = 64, self.metric_type == METRIC_INNER_PRODUCT
+        near, asked = self._distances(x, lists) if self._mixed else near, replace(asked, max_codes=0)
         while True:
-            distances, ids = (part.numpy() for part in preassigned(self._inner, self._checked(x), Iq, Dq, k, all_lists))
+            distances, ids = (part.numpy() for part in preassigned(self._inner, x, lists, near, k, asked))
             inside = (distances > thresh if product else distances < thresh) & (ids >= 0)
             if k >= self.ntotal or not inside[:, -1].any():
                 break

@@ -310,7 +310,7 @@ def test_at_most_so_many_codes(description):
 def test_budgets_of_a_search_count_what_a_selector_keeps():
     index = faiss.index_factory(D, "IVF8,Flat")
     index.train(X)
-    index.add(X)
+    index.add_with_ids(X, np.arange(60.0))
     index.remove_ids(np.arange(0, 60, 7))
     sel, lists = faiss.IDSelectorRange(10, 45), index.quantizer.search(Q, 6)[1]
     stats = faiss.cvar.indexIVF_stats
@@ -381,6 +381,39 @@ def test_lists_may_be_found_by_another_metric(make, metric, tmp_path):
         read_faiss(tmp_path / "index")
     with pytest.raises(ValueError, match="not finite"):
         index.add(X * np.float32("nan"))
+
+
+@pytest.mark.parametrize("description", ["IVF5,Flat", "PCA4,IVF5,PQ2x4"])
+def test_functions_over_lists(description):
+    index = faiss.index_factory(D, description)
+    index.train(X)
+    other = faiss.clone_index(index)
+    index.add(X[:40])
+    other.add(X[40:])
+    faiss.check_compatible_for_merge(index, other)
+    faiss.merge_into(index, other, True)
+    assert index.ntotal == 60 and other.ntotal == 0
+    ivf, asked = faiss.extract_index_ivf(index), faiss.SearchParametersIVF(nprobe=3)
+    distances, ids, stats = faiss.search_with_parameters(index, Q, 4, asked, output_stats=True)
+    lims, near, places = faiss.range_search_with_parameters(index, Q, float(np.median(distances)), asked)
+    ivf.nprobe = 3
+    assert np.array_equal(index.search(Q, 4)[1], ids) and stats["ndis"] >= 5 * 4
+    assert np.array_equal(index.range_search(Q, float(np.median(distances)))[2], places) and lims[-1] == len(near)
+    found, labels, own, theirs = (np.empty(shape, kind) for shape, kind in [
+        ((5, 4), np.float32), ((5, 4), np.int64), (5, np.int64), ((5, 4), np.int64)])  # fmt: skip
+    faiss.search_and_return_centroids(index, 5, Q, 4, found, labels, own, theirs)
+    assert np.array_equal(labels, ids) and np.array_equal(found, distances)
+    members = [set(ivf.invlists.get_ids(i)) for i in range(5)]
+    assert all(label in members[home] for label, home in zip(labels.flat, theirs.flat, strict=True))
+    assert np.array_equal(own, ivf.quantizer.assign(index.apply_py(Q) if "PCA" in description else Q, 1)[:, 0])
+    lists = faiss.get_invlist_range(index, 1, 4)
+    faiss.set_invlist_range(other, 1, 4, lists)
+    assert other.ntotal == sum(map(lists.list_size, range(3))) == sum(map(len, members[1:4]))
+    faiss.set_invlist_range(index, 1, 4, lists)
+    assert np.array_equal(index.search(Q, 4)[1], ids) and index.ntotal == 60
+    with pytest.raises(RuntimeError, match="no lists"):
+        faiss.extract_index_ivf(faiss.IndexFlatL2(D))
+    assert faiss.try_extract_index_ivf(faiss.IndexFlatL2(D)) is None
 
 
 def test_results_in_parts_are_those_of_all():

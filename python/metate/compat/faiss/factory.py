@@ -17,6 +17,7 @@ from metate.compat.faiss.clustering import flat_like
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
 from metate.compat.faiss.indexes import IndexFlat, IndexPQ
 from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ
+from metate.compat.faiss.ivflib import extract_index_ivf
 from metate.compat.faiss.quantizer import ProductQuantizer
 from metate.compat.faiss.streams import IOReader, IOWriter
 from metate.compat.faiss.transforms import (
@@ -291,16 +292,6 @@ def downcast(whole: Any) -> Any:
 
 
 downcast_index = downcast_VectorTransform = downcast_Quantizer = downcast_InvertedLists = downcast
-
-
-def extract_index_ivf(index: Index) -> IndexIVF:
-    """The index of lists within others."""
-    while not isinstance(index, IndexIVF):
-        inner = getattr(index, "index", None) or getattr(index, "base_index", None)
-        if inner is None:
-            raise RuntimeError(f"extract_index_ivf: {type(index).__name__} has no lists")
-        index = inner
-    return index
 
 
 class ParameterSpace:

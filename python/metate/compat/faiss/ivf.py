@@ -90,6 +90,8 @@ class IndexIVF(Elementary):
             super().add(x)
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
+        if isinstance(ids, np.ndarray) and ids.dtype.kind == "f":
+            ids = ids.astype(np.int64)  # as faiss does
         if self._mixed:
             self.add_sa_codes(self.sa_encode(as_array(x)), ids)
         elif ids is None or not self._inner._added_quickly(x, ids):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from metate.search.storage import Lists
 
 
 class InvertedLists:
-    """The sizes and ids of lists."""
+    """The sizes, ids and codes of lists."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -28,6 +30,35 @@ class InvertedLists:
     def get_ids(self, number: int) -> Any:
         lists = self._inner._state.lists
         return lists.ids(lists.rows(slice(number, number + 1)))
+
+    def get_codes(self, number: int) -> Any:
+        return stored(self._inner, self.get_ids(number))[1]
+
+
+@dataclass
+class ArrayInvertedLists:
+    """A copy of some lists."""
+
+    ids: list[Integers]
+    codes: list[Bytes]
+
+    @staticmethod
+    def of(lists: Any, numbers: Iterable[int]) -> ArrayInvertedLists:
+        numbers = list(numbers)
+        return ArrayInvertedLists([lists.get_ids(i) for i in numbers], [lists.get_codes(i) for i in numbers])
+
+    @property
+    def nlist(self) -> int:
+        return len(self.ids)
+
+    def list_size(self, number: int) -> int:
+        return len(self.ids[number])
+
+    def get_ids(self, number: int) -> Any:
+        return self.ids[number]
+
+    def get_codes(self, number: int) -> Any:
+        return self.codes[number]
 
 
 def with_lists(lists: Integers, codes: Bytes, size: int) -> Bytes:

@@ -28,13 +28,20 @@ METATE_FN void store_weights(float* x, int j, const vf (&y)[n]) {
     for (int i = 0; !as_pairs && i < n; ++i) store(x + j + i * width, y[i]);
 }
 
+// Logits of some rows of a piece, over a tile or a block, and the scales of its values if there are scales.
+struct Logits {
+    float* at;
+    int64_t stride, columns;
+    const float* scales;  // of a head after the other, tile_keys apart
+};
+
 // Turns the logits of a row into 2^(logit - reference), each times its scale where there are scales. Returns the sum
 // of the powers.
 template <bool as_pairs>
-METATE_FN vf to_powers(float* x, float reference, const float* scales) {
+METATE_FN vf to_powers(float* x, int64_t columns, float reference, const float* scales) {
     constexpr int vectors = tile_keys / width, batch = vectors < 4 ? vectors : 4;
     vf total = splat(0.0f);
-    for (int j = 0; j < tile_keys; j += batch * width) {
+    for (int64_t j = 0; j < columns; j += batch * width) {
         vf y[batch];
 #pragma GCC unroll 4
         for (int i = 0; i < batch; ++i) y[i] = load(x + j + i * width) - splat(reference);
@@ -51,35 +58,32 @@ METATE_FN vf to_powers(float* x, float reference, const float* scales) {
 
 constexpr int soft_steps = 4;  // between products, how often a row asks for what will be read
 
-// Turns logits into weights of the values, for the new maximum m of each row, and finds by which factor old results
-// shrink: `width` rows at a time, for one alone waits for its own results most of the time.
+// Turns logits of at most `width` rows into weights of the values, for the new maximum m of each row, and finds by
+// which factor old results shrink: of several rows, for one alone waits for its own results most of the time.
 template <bool as_pairs>
-void to_weights(const Piece& piece, const float* scales, const Scratch& my) {
-    const int64_t pitch = piece.pitch(), count = piece.heads * pitch;
-    for (int64_t first = 0; first < count; first += width) {
-        vf rows[width];
-        for (int i = 0; i < width; ++i) {
-            const int64_t row = first + i;
-            rows[i] = splat(-INFINITY);
-            if (row >= count || row % pitch >= piece.rows) continue;
-            for (int j = 0; j < tile_keys; j += width) rows[i] = max(load(my.p + row * p_stride + j), rows[i]);
-        }
-        const vf old = load(piece.state.m + first), m = max(largest_of_rows(rows), old);
-        const vf reference = select(equal(m, splat(-INFINITY)), splat(0.0f), m), factor = exp2(old - reference);
-        float references[width];
-        store(references, reference);
-        store(piece.state.m + first, m);
-        store(my.factor + first, factor);
-        for (int i = 0; i < width; ++i) {
-            const int64_t row = first + i;
-            rows[i] = splat(0.0f);
-            if (row >= count || row % pitch >= piece.rows) continue;
-            for (int step = 0; step < soft_steps; ++step) my.ahead->fetch();
-            rows[i] = to_powers<as_pairs>(my.p + row * p_stride, references[i],
-                                          scales ? scales + row / pitch * tile_keys : nullptr);
-        }
-        store(piece.state.l + first, fma(load(piece.state.l + first), factor, sum_rows(rows)));
+void to_weights(const Piece& piece, int64_t first, int64_t count, const Logits& x, float* factors, Prefetch& ahead) {
+    const int64_t pitch = piece.pitch();
+    const auto is_row = [&](int64_t i) { return i < count && (first + i) % pitch < piece.rows; };
+    vf rows[width];
+    for (int i = 0; i < width; ++i) {
+        rows[i] = splat(-INFINITY);
+        if (!is_row(i)) continue;
+        for (int64_t j = 0; j < x.columns; j += width) rows[i] = max(load(x.at + i * x.stride + j), rows[i]);
     }
+    const vf old = load(piece.state.m + first, count), m = max(largest_of_rows(rows), old);
+    const vf reference = select(equal(m, splat(-INFINITY)), splat(0.0f), m), factor = exp2(old - reference);
+    float references[width];
+    store(references, reference);
+    store(piece.state.m + first, m, count);
+    store(factors, factor);
+    for (int i = 0; i < width; ++i) {
+        rows[i] = splat(0.0f);
+        if (!is_row(i)) continue;
+        for (int step = 0; step < soft_steps; ++step) ahead.fetch();
+        const float* scales = x.scales ? x.scales + (first + i) / pitch * tile_keys : nullptr;
+        rows[i] = to_powers<as_pairs>(x.at + i * x.stride, x.columns, references[i], scales);
+    }
+    store(piece.state.l + first, fma(load(piece.state.l + first, count), factor, sum_rows(rows)), count);
 }
 
 // Whether what the seen values of a tile stand for is finite.
@@ -98,59 +102,58 @@ bool are_finite(const Shape& s, const Tile& tile, const Lines& values, const flo
     return sum(poison) == 0.0f;
 }
 
-// What products of a whole tile add to the rows of a head, a row at a time and of the keys that it sees alone.
+// Whether a weight of 0 would not hide a value from the rows that do not see it: one that is not finite, seen by
+// others.
 template <class S>
-void add_seen_values(const Shape& s, const Piece& piece, int64_t h, const Tile& tile, const Lines& values,
-                     const Scratch& my) {
-    for (int64_t r = 0; r < piece.rows; ++r) {
-        const int64_t row = h * piece.pitch() + r;
-        if (!tile.mask[r]) continue;
-        const uint8_t* seen[tile_keys];
-        float weight[tile_keys], step = 1.0f;
-        memcpy(weight, my.p + row * p_stride, sizeof weight);
-        with_products<S>(s, piece, [&]<class W>() {
-            constexpr size_t bytes = has_bf16_dots<W> ? sizeof(bf16) : sizeof(float);
-            for (size_t j = 0; j < tile_keys; ++j) {
-                const bool is_seen = tile.mask[r] >> j & 1;
-                seen[j] = values.at[is_seen ? j : static_cast<size_t>(__builtin_ctzll(tile.mask[r]))];
-                if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
-            }
-            if constexpr (is_whole<W>) step = to_whole<S>(weight, tile_keys);
-            const Result to{piece.state.o + row * s.o_stride, s.o_stride, my.factor + row, &step};
-            multiply_all_values<W, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
-        });
-    }
-}
-
-// Adds the values of a head where a weight of 0 would not hide one from the rows that do not see it: one that is not
-// finite, seen by others. Returns whether there is such a value.
-template <class S>
-bool add_unsafe_values(const Shape& s, const Piece& piece, int64_t h, const Tile& tile, const Scratch& my) {
+bool has_unsafe_values(const Shape& s, const Piece& piece, int64_t h, const Tile& tile, const Scratch& my) {
     bool is_mixed = false;
     for (int64_t r = 0; r < piece.rows; ++r) is_mixed |= tile.mask[r] != tile.some;
     if (!is_mixed) return false;
     const uint8_t* copies[tile_keys];
     const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, 0, tile_keys, my.rows, copies);
-    if (are_finite<S>(s, tile, values, s.a.v_scale ? my.v_scale + h * tile_keys : nullptr)) return false;
-    add_seen_values<S>(s, piece, h, tile, values, my);
-    return true;
+    return !are_finite<S>(s, tile, values, s.a.v_scale ? my.v_scale + h * tile_keys : nullptr);
 }
+
+// Adds the values of a tile to row r of a head, of the keys that it sees alone, by weights that are products of a whole
+// tile.
+template <class S>
+void add_seen_values(const Shape& s, const Piece& piece, int64_t h, int64_t r, const Tile& tile, const float* weights,
+                     const float* factor, const Scratch& my) {
+    const uint64_t mask = tile.mask[r];
+    float weight[tile_keys], step = 1.0f;
+    const uint8_t *copies[tile_keys], *seen[tile_keys];
+    const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, 0, tile_keys, my.rows, copies);
+    memcpy(weight, weights, sizeof weight);
+    with_products<S>(s, piece, [&]<class W>() {
+        constexpr size_t bytes = has_bf16_dots<W> ? sizeof(bf16) : sizeof(float);
+        for (size_t j = 0; j < tile_keys; ++j) {
+            const bool is_seen = mask >> j & 1;
+            seen[j] = values.at[is_seen ? j : static_cast<size_t>(__builtin_ctzll(mask))];
+            if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
+        }
+        if constexpr (is_whole<W>) step = to_whole<S>(weight, tile_keys);
+        const Result to{piece.state.o + (h * piece.pitch() + r) * s.o_stride, s.o_stride, factor, &step};
+        multiply_all_values<W, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
+    });
+}
+
+constexpr float as_it_is[4] = {1, 1, 1, 1};
 
 // Adds the values of a tile to the rows of a piece.
 template <class S>
 void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
-    if (piece.packed) {
-        if (!add_unsafe_values<S>(s, piece, 0, tile, my)) add_packed_values<S>(s, piece, tile, my);
-        return;
-    }
-    static constexpr float as_it_is[4] = {1, 1, 1, 1};
     const uint8_t* copies[tile_keys];
-    const int64_t together = keys_together<S>(s, piece);
+    const int64_t together = keys_together<S>(s, piece), pitch = piece.pitch();
     uint32_t done = 0;
     for (int64_t h = 0; h < piece.heads; ++h) {
-        if (add_unsafe_values<S>(s, piece, h, tile, my)) done |= 1u << h;
+        if (has_unsafe_values<S>(s, piece, h, tile, my)) {
+            done |= 1u << h;
+            for (int64_t r = 0, row = h * pitch; r < piece.rows; ++r, ++row) {
+                if (tile.mask[r]) add_seen_values<S>(s, piece, h, r, tile, my.p + row * p_stride, my.factor + row, my);
+            }
+        }
         if constexpr (has_integers<S>) {
-            for (int64_t row = h * piece.pitch(); s.integers && row < h * piece.pitch() + piece.rows; ++row)
+            for (int64_t row = h * pitch; s.integers && row < h * pitch + piece.rows; ++row)
                 my.p_step[row] = to_whole<S>(my.p + row * p_stride, tile_keys);
         }
     }
@@ -159,8 +162,8 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
             if (done >> h & 1) continue;
             const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, first, together, my.rows, copies);
             with_row_products<S>(s, [&]<class W>() {
-                for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
-                    const int64_t row = h * piece.pitch() + r;
+                for_row_tiles<W>(piece.rows, [&]<int n>(int64_t r) {
+                    const int64_t row = h * pitch + r;
                     const Result to{piece.state.o + row * s.o_stride, s.o_stride, first ? as_it_is : my.factor + row,
                                     my.p_step + row};
                     const float* p = my.p + row * p_stride + first / elements_of_word<W>;
@@ -175,13 +178,59 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
 template <class S>
 void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
     find_logits<S>(s, seq, piece, stream, my);
-    const bool has_scales = bool(s.a.v_scale);
-    int64_t steps = piece.heads * piece.rows * soft_steps;
-    if (!piece.packed) steps += steps_of<S>(s, piece, *stream.tile, true);
+    const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of<S>(s, piece, *stream.tile, true);
     stream.advance(s, piece, true, steps, my);
-    with_products<S>(s, piece,
-                     [&]<class W>() { to_weights<has_bf16_dots<W>>(piece, has_scales ? my.v_scale : nullptr, my); });
+    const int64_t count = piece.heads * piece.pitch();
+    with_row_products<S>(s, [&]<class W>() {
+        for (int64_t first = 0; first < count; first += width) {
+            const Logits x{my.p + first * p_stride, p_stride, tile_keys, s.a.v_scale ? my.v_scale : nullptr};
+            to_weights<has_bf16_dots<W>>(piece, first, smaller(count - first, width), x, my.factor + first, *my.ahead);
+        }
+    });
     add_values<S>(s, piece, *stream.tile, my);
+}
+
+// Adds the values of a block, some of which are unsafe, to `rows` rows of a piece from `first` on.
+template <class S>
+void add_seen_block(const Shape& s, const Piece& piece, int64_t first, int64_t rows, const Block& block,
+                    const Scratch& my) {
+    int64_t words = 0;  // of a tile's weights
+    with_packed_products<S>([&]<class W>() { words = tile_keys / elements_of_word<W>; });
+    for (int64_t r = 0; r < rows; ++r) {
+        const float *weights = my.p + r * packed_stride(s) + block.first * tile_keys, *factor = my.factor + r;
+        for (int64_t t = block.first; t <= block.last; ++t, weights += words) {
+            const Tile& tile = block.tile[t];
+            if (!tile.some || !tile.mask[first + r]) continue;
+            add_seen_values<S>(s, piece, 0, first + r, tile, weights, factor, of_tile(s, t, my));
+            factor = as_it_is;
+        }
+    }
+}
+
+// The same for many rows, some of which take a block through all steps before the next rows.
+template <class S>
+void add_block(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
+    const Block block = pack_block<S>(s, piece, stream, my);
+    bool is_safe = true;
+    for (int64_t t = block.first; t <= block.last; ++t)
+        is_safe &= !block.tile[t].some || !has_unsafe_values<S>(s, piece, 0, block.tile[t], of_tile(s, t, my));
+    stream.advance(s, piece, true, packed_steps_of<S>(s, piece, block) + piece.rows * soft_steps, my);
+    const int64_t begin = block.first * tile_keys, columns = (block.last + 1) * tile_keys - begin;
+    const int64_t stride = packed_stride(s);
+    for (int64_t first = 0; first < piece.rows; first += tile_rows) {
+        const int64_t rows = smaller(piece.rows - first, tile_rows);
+        find_packed_logits<S>(s, seq, first, rows, block, my);
+        for (int64_t r = 0; r < rows; r += width) {
+            const Logits x{my.p + r * stride + begin, stride, columns, s.a.v_scale ? my.v_scale + begin : nullptr};
+            with_packed_products<S>([&]<class W>() {
+                to_weights<has_bf16_dots<W>>(piece, first + r, smaller(rows - r, width), x, my.factor + r, *my.ahead);
+            });
+        }
+        if (is_safe)
+            add_packed_values<S>(s, piece, first, rows, block, my);
+        else
+            add_seen_block<S>(s, piece, first, rows, block, my);
+    }
 }
 
 // Pieces.
@@ -231,7 +280,7 @@ void run_piece(const Shape& s, const Piece& piece, const Piece* following, const
     }
     const Sequence seq = sequence_of(s.a, piece.sequence);
     for_tiles<S>(s, seq, piece, following, true, my,
-                 [&](const Stream& stream) { add_tile<S>(s, seq, piece, stream, my); });
+                 [&](const Stream& stream) { (piece.packed ? add_block<S> : add_tile<S>)(s, seq, piece, stream, my); });
 }
 
 // Results.

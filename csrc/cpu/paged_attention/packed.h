@@ -8,12 +8,12 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-static_assert(panel == block && tile_keys % panel == 0);
+static_assert(panel == block && tile_keys % panel == 0 && tile_rows <= piece_rows);
 
 template <class S>
 using WordOf = typename Either<has_bf16_dots<S>, Pair, float>::type;
 
-// Panel after panel of keys, one word of all in a line; words in the order of take_key(), as in q.
+// Panel after panel of keys of a tile, one word of all in a line; words in the order of take_key(), as in q.
 template <class S>
 void pack_keys(const Shape& s, const Lines& keys, float* to) {
     for (int64_t first = 0; first < tile_keys; first += width) {
@@ -38,10 +38,12 @@ void pack_keys(const Shape& s, const Lines& keys, float* to) {
     }
 }
 
-// Panel after panel of columns, those of one value, or two, in a line.
+// Panel after panel of columns of the values of a tile, those of one value, or two, in a line; panels are as deep as a
+// block.
 template <class S>
 void pack_values(const Shape& s, const Lines& values, int64_t count, float* to) {
-    constexpr int vectors = block_of<S> / width, words = tile_keys / elements_of_word<S>;  // of a column
+    constexpr int vectors = block_of<S> / width;
+    const int64_t words = s.tiles * tile_keys / elements_of_word<S>;  // of a column
     for (int64_t k = 0; k < count; k += elements_of_word<S>, to += panel) {
         const uint8_t *v = values.at[k] + values.offset, *next = row_of_zeros;
         if (has_dots<S> && k + 1 < count) next = values.at[k + 1] + values.offset;
@@ -57,71 +59,114 @@ void pack_values(const Shape& s, const Lines& values, int64_t count, float* to) 
     }
 }
 
-// c = a · b, or c · factor + a · b, for `columns` columns of b, whose panels are panel_stride words apart.
-template <Into into, class Word>
-void multiply_panels(int64_t rows, int64_t columns, int64_t panel_stride, const Product<Word>& whole) {
-    for (int64_t column = 0; column < columns; column += panel) {
-        for (int64_t r = 0; r < rows; r += tile_rows) {
-            Product<Word> p = whole;
-            p.a += r * p.stride;
-            p.b += column / panel * panel_stride;
-            p.c += r * p.c_stride + column;
-            p.factor += r;
-            multiply<Left::rows, into>(static_cast<int>(smaller(rows - r, tile_rows)), panel, p);
-        }
-    }
+// Values of 0, for a tile that no row sees among others.
+template <class S>
+void pack_zeros(const Shape& s, float* to) {
+    const int64_t words = s.tiles * tile_keys / elements_of_word<S>, own = tile_keys / elements_of_word<S>;
+    for (int64_t c = 0; c < s.dv; c += panel)
+        memset(to + c * words, 0, static_cast<size_t>(own * panel) * sizeof(float));
 }
 
-// The products of a tile's keys with the rows of a piece of one head.
+// What a tile t of a block has, behind what tiles before it have.
+METATE_FN Scratch of_tile(const Shape& s, int64_t t, Scratch my) {
+    my.p += t * tile_keys;
+    my.k_scale += t * tile_keys;
+    my.v_scale += t * tile_keys;
+    my.keys += t * tile_keys * s.q_stride;
+    return my;
+}
+
+// A block as packed: its tiles from the first to the last that some row sees.
+struct Block {
+    const Tile* tile;
+    int64_t first, last;
+};
+
 template <class S>
-void multiply_packed_keys(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
+Block pack_block(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
+    Block block{stream.tile, stream.tiles, 0};
     const uint8_t* copies[tile_keys];
-    const Lines keys = lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies);
+    for (int64_t t = 0; t < stream.tiles; ++t) {
+        const Tile& tile = stream.tile[t];
+        const Scratch own = of_tile(s, t, my);
+        with_packed_products<S>([&]<class W>() {
+            float* const to = my.values + t * tile_keys / elements_of_word<W> * panel;
+            if (!tile.some) return pack_zeros<W>(s, to);
+            pack_keys<W>(s, lines_of<S>(s.a.k_cache, tile.k, 0, 0, tile_keys, my.rows, copies), own.keys);
+            if (!stream.has_values) return;
+            pack_values<W>(s, lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies), tile.count, to);
+        });
+        if (!tile.some) continue;
+        block.first = smaller(t, block.first);
+        block.last = t;
+        if (s.a.k_scale) gather_scales(s, piece, tile, own);
+    }
+    return block;
+}
+
+// What products do beside their sums.
+struct Ahead {
+    Prefetch* prefetch;
+    METATE_FN void operator()() const { prefetch->fetch(); }
+};
+
+// How often the products of the rows of a piece with a block ask for lines that will be read.
+template <class S>
+int64_t packed_steps_of(const Shape& s, const Piece& piece, const Block& block) {
+    constexpr int64_t batch = 4;  // words between calls
+    int64_t steps = 0;
+    with_packed_products<S>([&]<class W>() {
+        const int64_t keys = (block.last + 1 - block.first) * tile_keys;
+        steps = keys / panel * (words_of_row<W>(s.d) / batch) +
+                ceil_div(s.dv, panel) * (keys / elements_of_word<W> / batch);
+    });
+    return ceil_div(piece.rows, tile_rows) * steps;
+}
+
+// The products of a block's keys with `rows` rows of a piece from `first` on, as logits.
+template <class S>
+void find_packed_logits(const Shape& s, const Sequence& seq, int64_t first, int64_t rows, const Block& block,
+                        const Scratch& my) {
+    const int64_t stride = packed_stride(s);
     with_packed_products<S>([&]<class W>() {
         using Word = WordOf<W>;
         const int64_t words = words_of_row<W>(s.d);
-        pack_keys<W>(s, keys, my.packed);
-        multiply_panels<Into::set>(piece.rows, tile_keys, words * panel,
-                                   Product<Word>{reinterpret_cast<Word*>(my.q), s.q_stride,
-                                                 reinterpret_cast<Word*>(my.packed), words, my.p, p_stride, my.factor});
+        for (int64_t t = block.first; t <= block.last; ++t) {
+            const Tile& tile = block.tile[t];
+            const Scratch own = of_tile(s, t, my);
+            for (int64_t key = 0; tile.some && key < tile_keys; key += panel) {
+                multiply<Left::rows, Into::set>(
+                    static_cast<int>(rows), panel,
+                    Product<Word>{reinterpret_cast<Word*>(my.q + first * s.q_stride), s.q_stride,
+                                  reinterpret_cast<Word*>(own.keys) + key * words, words, own.p + key, stride, nullptr},
+                    Ahead{my.ahead});
+            }
+            const float* scales = s.a.k_scale ? own.k_scale : nullptr;
+            for (int64_t r = 0; r < rows; ++r) {
+                const uint64_t mask = tile.some ? tile.mask[first + r] : 0;
+                to_logits(s, seq, my.row[first + r], mask, tile.key, unit<W>, scales, own.p + r * stride);
+            }
+        }
     });
 }
 
-// The products of a tile's keys with the rows of a piece, as logits.
+// Adds the values of a block to `rows` rows of a piece from `first` on.
 template <class S>
-__attribute__((noinline)) void find_logits(const Shape& s, const Sequence& seq, const Piece& piece,
-                                           const Stream& stream, const Scratch& my) {
-    const Tile& tile = *stream.tile;
-    const int64_t pitch = piece.pitch();
-    if (piece.packed)
-        multiply_packed_keys<S>(s, piece, tile, my);
-    else
-        multiply_tile_keys<S>(s, piece, stream, my);
-    if (s.a.k_scale) gather_scales(s, piece, tile, my);
-    float unit_of_products = 1.0f;
-    with_products<S>(s, piece, [&]<class W>() { unit_of_products = unit<W>; });
-    for (int64_t h = 0; h < piece.heads; ++h) {
-        const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
-        for (int64_t r = 0; r < piece.rows; ++r) {
-            const Row& row = my.row[h * piece_rows + r];
-            const float step = has_whole_numbers(s, piece) ? my.q_step[h * pitch + r] : unit_of_products;
-            to_logits(s, seq, row, tile.mask[r], tile.key, step, scales, my.p + (h * pitch + r) * p_stride);
-        }
-    }
-}
-
-// Adds the values of a tile to the rows of a piece of one head.
-template <class S>
-void add_packed_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
-    const uint8_t* copies[tile_keys];
-    const Lines values = lines_of<S>(s.a.v_cache, tile.v, 0, 0, tile_keys, my.rows, copies);
+void add_packed_values(const Shape& s, const Piece& piece, int64_t first, int64_t rows, const Block& block,
+                       const Scratch& my) {
     with_packed_products<S>([&]<class W>() {
         using Word = WordOf<W>;
-        pack_values<W>(s, values, tile.count, my.packed);
-        multiply_panels<Into::scaled>(
-            piece.rows, round_up(s.dv, block_of<W>), tile_keys / elements_of_word<W> * panel,
-            Product<Word>{reinterpret_cast<Word*>(my.p), p_stride, reinterpret_cast<Word*>(my.packed),
-                          steps_of<Word>(tile.count), piece.state.o, s.o_stride, my.factor});
+        constexpr int64_t each = elements_of_word<W>;
+        const int64_t begin = block.first * tile_keys, depth = s.tiles * tile_keys / each;
+        const int64_t keys = (block.last - block.first) * tile_keys + block.tile[block.last].count;
+        for (int64_t column = 0; column < round_up(s.dv, block_of<W>); column += panel) {
+            const auto* values = reinterpret_cast<Word*>(my.values) + column * depth + begin / each * panel;
+            multiply<Left::rows, Into::scaled>(
+                static_cast<int>(rows), panel,
+                Product<Word>{reinterpret_cast<Word*>(my.p + begin), packed_stride(s), values, steps_of<Word>(keys),
+                              piece.state.o + first * s.o_stride + column, s.o_stride, my.factor},
+                Ahead{my.ahead});
+        }
     });
 }
 

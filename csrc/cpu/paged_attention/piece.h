@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t split_keys = 512, piece_rows = 16, line_floats = 16;
 constexpr int64_t packed_rows = 128;   // of a packed piece, which has one head
+constexpr int64_t packed_tiles = 4;    // at most, of the keys that are packed together: a block
 constexpr int64_t piece_bytes = 2048;  // of neighbouring heads in a row of keys: long enough to stream
 constexpr int max_heads = 8;
 static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0 && packed_rows % 16 == 0);
@@ -28,6 +29,7 @@ struct Shape {
     bool plain;                  // logits are products times scale and nothing else
     bool integers;               // products of few rows are those of integer.h
     bool packs;                  // some sequence has many rows
+    int64_t tiles;               // of a block
     float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
     float* lse_base_2;           // (batch, head, query), where sums are asked for: lse is rounded once more
 };
@@ -123,10 +125,15 @@ struct Scratch {
     Row* row;
     Run* runs;
     Prefetch* ahead;
-    float* packed;  // keys or values of a tile
+    float* lanes;          // q, as multiply_keys_by_lanes takes it
+    float *keys, *values;  // packed, of a block
 };
 
+// From row to row of logits, and of the weights that take their place: of a tile, or a block.
 constexpr int64_t p_stride = tile_keys + line_floats;
+METATE_FN int64_t packed_stride(const Shape& s) {
+    return s.tiles * tile_keys + line_floats;
+}
 
 METATE_FN bool has_whole_numbers(const Shape& s, const Piece& piece) {
     return s.integers && !piece.packed;
@@ -170,6 +177,7 @@ inline Shape shape_of(const PagedAttention& a) {
             false,
             false,
             false,
+            1,
             static_cast<float>(a.scale),
             static_cast<float>(a.softcap),
             nullptr};
@@ -179,6 +187,9 @@ inline Shape shape_of(const PagedAttention& a) {
         s.heads = clamp(piece_bytes / larger(bytes_before<S>(s.d), 1), 1, smaller(max_heads, a.k_cache.size[2]));
         s.q_stride = quantised<S> ? round_up(s.d, 2 * block) : words_of_row<S>(s.d);
         s.o_stride = round_up(s.dv, quantised<S> ? 2 * block : block);
+        constexpr int64_t budget = width == 16 ? 131072 : 65536;  // words: about half of the second cache level
+        for (s.tiles = packed_tiles; s.tiles > 1 && s.tiles * tile_keys * (s.q_stride + s.o_stride) > budget;)
+            s.tiles /= 2;
         s.integers = has_integers<S> && a.q.dtype != DType::f32 && isa() >= Isa::avx512vnni;
     });
     return s;
@@ -186,20 +197,23 @@ inline Shape shape_of(const PagedAttention& a) {
 
 inline Scratch take_scratch(const Shape& s, Arena& arena) {
     const int64_t rows = round_up(larger(s.heads * piece_rows, s.packs ? packed_rows : 0), width);
+    const int64_t tiles = s.packs ? s.tiles : 1;
     Scratch my;
     my.q = arena.take<float>(rows * s.q_stride);
-    my.p = arena.take<float>(rows * p_stride);
+    my.lanes = arena.take<float>(s.heads * piece_rows * s.q_stride);
+    my.p = arena.take<float>(piece_rows * larger(s.heads * p_stride, s.packs ? packed_stride(s) : 0));
     my.factor = arena.take<float>(rows);
     my.q_step = arena.take<float>(rows);
     my.p_step = arena.take<float>(rows);
-    my.k_scale = arena.take<float>(s.heads * tile_keys);
-    my.v_scale = arena.take<float>(s.heads * tile_keys);
+    my.k_scale = arena.take<float>(larger(s.heads, tiles) * tile_keys);
+    my.v_scale = arena.take<float>(larger(s.heads, tiles) * tile_keys);
     my.rows = arena.take<uint8_t>(tile_keys * max_key_dim * 4);
-    my.tile = arena.take<Tile>(2);
+    my.tile = arena.take<Tile>(2 * tiles);
     my.row = arena.take<Row>(rows);
-    my.runs = arena.take<Run>(tile_keys * larger(s.heads, 2));
+    my.runs = arena.take<Run>(tile_keys * larger(s.heads, 2 * tiles));
     my.ahead = arena.take<Prefetch>(1);
-    if (s.packs) my.packed = arena.take<float>(tile_keys * larger(s.q_stride, s.o_stride));
+    if (s.packs) my.keys = arena.take<float>(tiles * tile_keys * s.q_stride);
+    if (s.packs) my.values = arena.take<float>(tiles * tile_keys * s.o_stride);
     return my;
 }
 
@@ -249,13 +263,35 @@ METATE_FN void place_rows(const View<4>& cache, int64_t head, const Tile& tile, 
     rows.next_head = cache.stride[2] * bytes_of(cache.dtype);
 }
 
+// Of the keys of a piece those that some row sees, and those that all rows see.
+struct Range {
+    int64_t begin, end, all_begin, all_end;
+};
+
+inline Range range_of(const Sequence& seq, const Row* row, const Piece& piece) {
+    Range range{piece.key_end, 0, 0, piece.key_end};
+    for (int64_t r = 0; r < piece.rows; ++r) {
+        range.all_begin = larger(row[r].begin, range.all_begin);
+        range.all_end = smaller(row[r].bits ? smaller(seq.keys - seq.queries, row[r].end) : row[r].end, range.all_end);
+        if (row[r].begin >= row[r].end) continue;
+        range.begin = smaller(row[r].begin, range.begin);
+        range.end = larger(row[r].end, range.end);
+    }
+    range.begin = larger(range.begin, piece.key_begin);
+    range.end = smaller(range.end, piece.key_end);
+    return range;
+}
+
 // A key that no query sees takes the place of one that is seen: its row may be read, and its weight is 0.
-inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece& piece, int64_t key,
-                       int64_t end, Tile& tile) {
+inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece& piece, const Range& range,
+                       int64_t key, Tile& tile) {
     tile.key = key;
-    tile.count = smaller(end - key, tile_keys);
+    tile.count = smaller(range.end - key, tile_keys);
     tile.some = 0;
-    for (int64_t r = 0; r < piece.rows; ++r) tile.some |= tile.mask[r] = visible(s, seq, row[r], key);
+    if (tile.count <= 0) return;
+    const bool all = range.all_begin <= key && key + tile_keys <= range.all_end;
+    for (int64_t r = 0; r < piece.rows; ++r)
+        tile.some |= tile.mask[r] = all ? ~uint64_t{0} : visible(s, seq, row[r], key);
     if (!tile.some) return;
     const int64_t page_size = s.a.k_cache.size[1], seen = __builtin_ctzll(tile.some);
     const auto* table = static_cast<const int32_t*>(s.a.block_table.data) + seq.number * s.a.block_table.stride[0];
@@ -284,27 +320,13 @@ inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, cons
     }
 }
 
-// The keys that some row of a piece sees, from a whole tile on.
-inline void range_of(const Row* row, const Piece& piece, int64_t& begin, int64_t& end) {
-    begin = piece.key_end;
-    end = 0;
-    for (int64_t r = 0; r < piece.rows; ++r) {
-        if (row[r].begin >= row[r].end) continue;
-        begin = smaller(row[r].begin, begin);
-        if (row[r].end > end) end = row[r].end;
-    }
-    begin = (begin > piece.key_begin ? begin : piece.key_begin) / tile_keys * tile_keys;
-    end = smaller(end, piece.key_end);
-}
-
 // The first keys of another piece, to be asked for: those that its first row sees.
 inline void place_first_tile(const Shape& s, Piece piece, Tile& tile) {
     piece.rows = 1;
     const Sequence seq = sequence_of(s.a, piece.sequence);
     const Row row = row_at(s, seq, piece.head, piece.row);
-    int64_t begin, end;
-    range_of(&row, piece, begin, end);
-    if (begin < end) place_tile(s, seq, &row, piece, begin, end, tile);
+    const Range range = range_of(seq, &row, piece);
+    place_tile(s, seq, &row, piece, range, range.begin / tile_keys * tile_keys, tile);
 }
 
 // `count` rows from `first` on; copies where elements do not stand side by side.
@@ -375,6 +397,24 @@ inline void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint6
     }
 }
 
+// How many words of a row a lane takes where keys are multiplied by lanes, else 0: a sequence's rows alone decide.
+template <class S>
+METATE_FN int words_of_lane(const Shape& s, int64_t rows) {
+    const int64_t words = words_of_row<S>(s.d);
+    const bool fits = s.d == words * elements_of_word<S> && words <= most_lane_words;
+    if (!has_lanes<S> || rows <= 4 || !fits) return 0;
+    return rows > width / 2 ? 1 : 2;
+}
+
+// Queries of a head for products by lanes.
+template <int words>
+void spread_queries(const Shape& s, const float* q, int64_t rows, float* to) {
+    memset(to, 0, static_cast<size_t>(s.q_stride * width / words) * sizeof(float));
+    for (int64_t word = 0; word < s.q_stride; word += words, to += width) {
+        for (int64_t r = 0; r < rows; ++r) memcpy(to + r * words, q + r * s.q_stride + word, words * sizeof(float));
+    }
+}
+
 // Rows and queries of a piece.
 template <class S>
 void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch& my) {
@@ -389,6 +429,10 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
             });
         }
         memset(q + piece.rows * s.q_stride, 0, static_cast<size_t>((pitch - piece.rows) * s.q_stride) * sizeof(float));
+        const int each = piece.packed ? 0 : words_of_lane<S>(s, piece.rows);
+        float* const lanes = my.lanes + h * piece_rows * s.q_stride;
+        if (each == 1) spread_queries<1>(s, q, piece.rows, lanes);
+        if (each == 2) spread_queries<2>(s, q, piece.rows, lanes);
         if constexpr (has_integers<S>) {
             for (int64_t r = 0; whole_numbers && r < pitch; ++r)
                 my.q_step[h * pitch + r] = to_whole<S>(q + r * s.q_stride, s.q_stride);
@@ -416,10 +460,11 @@ inline Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, 
     return to;
 }
 
-// Keys of a tile whose values are read head after head before those of the next keys: as many as are near each other.
+// Keys of a tile whose values are read head after head before those of the next keys: as many as are near each other,
+// unless several tiles of rows read them anyway.
 template <class S>
 int64_t keys_together(const Shape& s, const Piece& piece) {
-    return piece.heads * bytes_before<S>(s.dv) > piece_bytes / 2 ? tile_keys / 2 : tile_keys;
+    return piece.rows <= 4 && piece.heads * bytes_before<S>(s.dv) > piece_bytes / 2 ? tile_keys / 2 : tile_keys;
 }
 
 // How often the products of the keys of a tile, or of its values, ask for lines that will be read.
@@ -427,32 +472,52 @@ template <class S>
 int64_t steps_of(const Shape& s, const Piece& piece, const Tile& tile, bool values) {
     int64_t steps = 0;
     with_row_products<S>(s, [&]<class W>() {
-        for_row_tiles(piece.rows, [&]<int n>(int64_t) {
+        for_row_tiles<W>(piece.rows, [&]<int n>(int64_t) {
             constexpr int64_t columns = blocks_of<W, n> * block_of<W>;
             const int64_t blocks = s.dv / columns + ceil_div(s.dv % columns, block_of<W>);
             steps += values ? ceil_div(tile.count, elements_of_word<W>) * blocks
                             : ceil_div(tile.count * n, width) * ceil_div(s.d, block_of<W>);
         });
+        if (!values && words_of_lane<W>(s, piece.rows))
+            steps = ceil_div(tile.count, group_keys) * 2 * (words_of_row<W>(s.d) / lane_words);
     });
     return piece.heads * steps;
 }
 
-// Tiles one after the other: the values of a tile are asked for while its keys are computed, the next keys while its
-// values are. What is packed is asked for at once.
+// Tiles one after the other, or blocks of them: the values of a tile are asked for while its keys are computed, the
+// next keys while its values are. What is packed is asked for at once.
 struct Stream {
     const Tile *tile, *next;
+    int64_t tiles;
     bool has_values;
 
-    // Starts to ask, in `steps` steps, for what is read after the keys of the tile, or after its values.
+    // Starts to ask, in `steps` steps, for what is read after the keys of a tile, or after its values.
     void advance(const Shape& s, const Piece& piece, bool after_values, int64_t steps, const Scratch& my) const {
         Run* end = my.runs;
-        const bool has_next = next->some && (after_values || !has_values);
-        if (has_next) end = runs_of(s.a.k_cache, next->k, piece, *next, end);
-        if (has_next && piece.packed && has_values) end = runs_of(s.a.v_cache, next->v, piece, *next, end);
+        for (int64_t t = 0; t < tiles && (after_values || !has_values); ++t) {
+            end = runs_of(s.a.k_cache, next[t].k, piece, next[t], end);
+            if (piece.packed && has_values) end = runs_of(s.a.v_cache, next[t].v, piece, next[t], end);
+        }
         if (!after_values && has_values) end = runs_of(s.a.v_cache, tile->v, piece, *tile, end);
         my.ahead->begin(my.runs, end, steps);
     }
 };
+
+#if defined(METATE_HAS_BF16_DOT)
+// The products of a tile's keys with the rows of a piece by lanes, head after head: a head's queries stay in the first
+// cache level.
+template <class S, int words_of_lane>
+void multiply_tile_by_lanes(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
+    const uint8_t* copies[tile_keys];
+    for (int64_t h = 0; h < piece.heads; ++h) {
+        const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, 0, tile_keys, my.rows, copies);
+        float* const to = my.p + h * piece.pitch() * p_stride;
+        multiply_keys_by_lanes<S, words_of_lane>(keys, tile.count, my.lanes + h * piece_rows * s.q_stride,
+                                                 words_of_row<S>(s.d), {to, 0, p_stride}, piece.rows, *my.ahead);
+    }
+}
+
+#endif
 
 // The products of a tile's keys with the rows of a piece.
 template <class S>
@@ -462,12 +527,19 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
     const int64_t together = s.a.k_cache.stride[3] == 1 ? piece.heads : 1;  // copies are of one head
     const uint8_t* copies[group_keys];
     stream.advance(s, piece, false, steps_of<S>(s, piece, tile, false), my);
+#if defined(METATE_HAS_BF16_DOT)
+    if constexpr (has_lanes<S>) {
+        const int each = words_of_lane<S>(s, piece.rows);
+        if (each == 1) return multiply_tile_by_lanes<S, 1>(s, piece, tile, my);
+        if (each == 2) return multiply_tile_by_lanes<S, 2>(s, piece, tile, my);
+    }
+#endif
     for (int64_t first = 0; first < tile.count; first += group_keys) {
         const int64_t count = smaller(tile.count - first, group_keys);
         for (int64_t h = 0; h < piece.heads; h += together) {
             const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, first, group_keys, my.rows, copies);
             with_row_products<S>(s, [&]<class W>() {
-                for_row_tiles(piece.rows, [&]<int n>(int64_t r) {
+                for_row_tiles<W>(piece.rows, [&]<int n>(int64_t r) {
                     const int64_t row = h * pitch + r;
                     const Matrix q{my.q + row * s.q_stride, pitch * s.q_stride, s.q_stride};
                     const Matrix to{my.p + row * p_stride + first, pitch * p_stride, p_stride};
@@ -478,22 +550,45 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
     }
 }
 
-// Runs body(stream) for the tiles of a piece, which asks for the keys of a following one in the end.
+// The same as logits.
+template <class S>
+__attribute__((noinline)) void find_logits(const Shape& s, const Sequence& seq, const Piece& piece,
+                                           const Stream& stream, const Scratch& my) {
+    const Tile& tile = *stream.tile;
+    const int64_t pitch = piece.pitch();
+    multiply_tile_keys<S>(s, piece, stream, my);
+    if (s.a.k_scale) gather_scales(s, piece, tile, my);
+    float unit_of_products = 1.0f;
+    with_row_products<S>(s, [&]<class W>() { unit_of_products = unit<W>; });
+    for (int64_t h = 0; h < piece.heads; ++h) {
+        const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
+        for (int64_t r = 0; r < piece.rows; ++r) {
+            const float step = s.integers ? my.q_step[h * pitch + r] : unit_of_products;
+            to_logits(s, seq, my.row[h * piece_rows + r], tile.mask[r], tile.key, step, scales,
+                      my.p + (h * pitch + r) * p_stride);
+        }
+    }
+}
+
+// Runs body(stream) for the tiles of a piece, or its blocks, which asks for the keys of a following one in the end.
 template <class S, class Body>
 void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Piece* following, bool has_values,
                const Scratch& my, const Body& body) {
     begin_piece<S>(s, seq, piece, my);
-    int64_t begin, end;
-    range_of(my.row, piece, begin, end);
-    Tile *tile = my.tile, *next = my.tile + 1;
-    if (begin < end) place_tile(s, seq, my.row, piece, begin, end, *tile);
-    for (int64_t key = begin; key < end; key += tile_keys) {
-        next->some = 0;
-        if (key + tile_keys < end)
-            place_tile(s, seq, my.row, piece, key + tile_keys, end, *next);
-        else if (following)
-            place_first_tile(s, *following, *next);
-        if (tile->some) body(Stream{tile, next, has_values});
+    const Range range = range_of(seq, my.row, piece);
+    const int64_t tiles = piece.packed ? s.tiles : 1, keys = tiles * tile_keys;
+    Tile *tile = my.tile, *next = my.tile + tiles;
+    const auto place = [&](int64_t key, Tile* to) {
+        for (int64_t t = 0; t < tiles; ++t) place_tile(s, seq, my.row, piece, range, key + t * tile_keys, to[t]);
+    };
+    const int64_t begin = range.begin / keys * keys;
+    place(begin, tile);
+    for (int64_t key = begin; key < range.end; key += keys) {
+        place(key + keys, next);
+        if (key + keys >= range.end && following) place_first_tile(s, *following, *next);
+        uint64_t some = 0;
+        for (int64_t t = 0; t < tiles; ++t) some |= tile[t].some;
+        if (some) body(Stream{tile, next, tiles, has_values});
         Tile* done = tile;
         tile = next;
         next = done;

@@ -68,6 +68,12 @@ struct Matrix {
     int64_t head, row;
 };
 
+// Rows of a cache whose words products take as they lie may be multiplied by lanes: so many words at a time, and at
+// most as many as one sum may take without being rounded too often.
+template <class S>
+constexpr bool has_lanes = has_bf16_dots<S> && !is_pairs<S>;
+constexpr int64_t lane_words = 4, most_lane_words = 128;
+
 // c(h, r)[key] = q(h, r) · k_key,h for `heads` heads, whose keys are next_head bytes apart, `rows` rows of words and
 // `count` keys: pointers to rows, readable up to a multiple of width. All heads of a few keys come before the next
 // keys: so each load of the innermost loop walks on from line to line. Steps from row to row would be taken for a
@@ -90,7 +96,7 @@ __attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_hea
                 ahead.fetch();
                 constexpr int vectors = vectors_of_block<S>;
                 Words<S> x[rows][vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
                     for (int v = 0; v < vectors; ++v)
@@ -102,7 +108,7 @@ __attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_hea
                     take_key<S>(key[k] + bytes_before<S>(at), n, y);
 #pragma GCC unroll 2
                     for (int v = 0; v < vectors; ++v) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                         for (int r = 0; r < rows; ++r)
                             sums[r * together + k] = add_product(sums[r * together + k], y[v], x[r][v]);
                     }
@@ -115,13 +121,61 @@ __attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_hea
             for (int k = 0; k < together; ++k) key[k] += next_head;
             float line[width];
             store(line, value_of(sum_rows(sums)));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < rows; ++r)
                 __builtin_memcpy(c.at + h * c.head + r * c.row + first, line + r * together, together * sizeof(float));
         }
     }
     shared = ahead;
 }
+
+#if defined(METATE_HAS_BF16_DOT)
+// The same for one head and `rows` rows, as many as a vector has lanes or half as many: q has word i at i · width + r,
+// or words 2 i and 2 i + 1 at i · width + 2 r. A word of a key meets those of all rows at once, and no sum is over
+// lanes. Keys are readable up to a multiple of group_keys.
+template <class S, int words_of_lane>
+__attribute__((noinline)) void multiply_keys_by_lanes(const Lines& keys, int64_t count, const float* q, int64_t words,
+                                                      const Matrix& c, int64_t rows, Prefetch& shared) {
+    constexpr int together = group_keys / 2, batch = lane_words / words_of_lane;
+    static_assert(group_keys == width);
+    Prefetch ahead = shared;
+    for (int64_t first = 0; first < count; first += group_keys) {
+        vf sums[group_keys];
+#pragma GCC unroll 2
+        for (int half = 0; half < group_keys; half += together) {
+            const int32_t* key[together];
+#pragma GCC unroll 8
+            for (int k = 0; k < together; ++k) {
+                key[k] = reinterpret_cast<const int32_t*>(keys.at[first + half + k] + keys.offset);
+                sums[half + k] = splat(0.0f);
+            }
+            const float* x = q;
+            for (int64_t word = 0; word < words; word += lane_words, x += batch * width) {
+                ahead.fetch();
+#pragma GCC unroll 4
+                for (int i = 0; i < batch; ++i) {
+                    const Words<S> line = as_words<S>(load(x + i * width));
+#pragma GCC unroll 8
+                    for (int k = 0; k < together; ++k) {
+                        const int32_t* const at = key[k] + word + i * words_of_lane;
+                        const vi y = words_of_lane == 1 ? splat(*at) : splat_two(at);
+                        sums[half + k] = add_product(sums[half + k], y, line);
+                    }
+                }
+            }
+        }
+        transpose(sums);
+#pragma GCC unroll 16
+        for (int r = 0; r < width / words_of_lane; ++r) {
+            if (r == rows) break;
+            vf row = sums[r * words_of_lane];
+            if (words_of_lane == 2) row = row + sums[r * words_of_lane + 1];
+            store(c.at + r * c.row + first, row);
+        }
+    }
+    shared = ahead;
+}
+#endif
 
 // What becomes of sums over the keys of a tile: o = o · factor + sum · step, where whole numbers have a step.
 struct Result {
@@ -139,7 +193,7 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
     constexpr int each = elements_of_word<S>, columns = block_of<S>, vectors = columns / width;
     Prefetch ahead = shared;
     Sum<S> sums[rows][vectors * blocks];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (int i = 0; i < vectors * blocks; ++i) sums[r][i] = Sum<S>{};
@@ -150,14 +204,14 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
         const uint8_t *v = values[k] + offset, *next = row_of_zeros;
         if (each == 2 && has_next) next = values[k + 1] + offset;
         Words<S> weight[rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) weight[r] = as_words<S>(splat(p[r * stride + k / each]));
 #pragma GCC unroll 4
         for (int i = 0; i < blocks; ++i) {
             Words<S> x[vectors];
             take_values<S>(v + bytes_before<S>(i * columns), next + bytes_before<S>(i * columns),
                            whole_blocks ? columns : n, x);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
                 for (int j = 0; j < vectors; ++j)
@@ -172,7 +226,7 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
     }
     for (; k < count; k += each) add_key(k, k + 1 < count);
     shared = ahead;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
         const vf factor = splat(to.factor[r]);
 #pragma GCC unroll 8
@@ -187,7 +241,7 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
 
 // Blocks of columns whose sums fill the registers.
 template <class S, int rows>
-constexpr int blocks_of = width == 16 ? (rows == 4 ? 2 : 4) * block / block_of<S> : 1;
+constexpr int blocks_of = width == 16 && rows < 8 ? (rows == 4 ? 2 : 4) * block / block_of<S> : 1;
 
 // The same for all dv columns.
 template <class S, int rows>
@@ -204,10 +258,14 @@ METATE_FN void multiply_all_values(const uint8_t* const* values, int64_t offset,
     if (at < dv) multiply_values<S, rows, 1, false>(values, offset, count, p, stride, at, dv - at, to, ahead);
 }
 
-// Calls run<n>(r) for tiles of n = 4, 2 or 1 rows from r on; rows are readable and writable up to a multiple of 4.
-template <class Run>
+// Calls run<n>(r) for tiles of n = 8, where there are registers for them, 4, 2 or 1 rows from r on; rows are readable
+// and writable up to a multiple of 4.
+template <class S, class Run>
 METATE_FN void for_row_tiles(int64_t rows, const Run& run) {
     int64_t r = 0;
+    if constexpr (has_lanes<S>) {
+        for (; rows - r > 4; r += 8) run.template operator()<8>(r);
+    }
     for (; rows - r > 2; r += 4) run.template operator()<4>(r);
     if (rows - r == 2) run.template operator()<2>(r);
     if (rows - r == 1) run.template operator()<1>(r);

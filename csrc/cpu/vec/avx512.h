@@ -299,6 +299,12 @@ METATE_FN void zip_bytes(vi& a, vi& b) {
     b = _mm512_unpackhi_epi8(a, b);
     a = low;
 }
+// Two lanes, again and again.
+METATE_FN vi splat_two(const int32_t* p) {
+    int64_t both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return _mm512_set1_epi64(both);
+}
 // Sixteen bytes, again and again.
 METATE_FN vi table_of_bytes(const uint8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -13,7 +13,7 @@ from metate.cli import app
 from metate.models import Llama, LlamaConfig
 from metate.models.quantize import METHODS, Recipe, calibration_tokens, quantize_checkpoint, quantize_llama
 from metate.nn import QuantLinear
-from metate.quant import QuantizedWeight, save_quantized
+from metate.quant import QuantizedWeight, quantize_rtn, save_quantized
 
 CONFIG = LlamaConfig(256, 128, 256, 2, 4, 4, 32)
 TEXT = "def f(x):\n    return [x + 1 for x in range(10)]\n" * 60
@@ -50,6 +50,16 @@ def test_a_checkpoint_is_written_and_read_back(checkpoint, tmp_path, method):
     assert 0 < far < 0.3
 
 
+def test_rounding_is_rounding_whatever_text_is_given(checkpoint):
+    """No scale is left in the weights that nothing before them takes out again."""
+    model, dense = Llama.from_pretrained(checkpoint), Llama.from_pretrained(checkpoint)
+    quantize_llama(model, Recipe("rtn", 4, 64), calibration_tokens(checkpoint, TEXT, 256, 2, 64))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            rounded = quantize_rtn(dense.get_submodule(name).weight, 4, 64)
+            assert torch.equal(module.weight.dequantize(), rounded.dequantize()), name
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_calibration_beats_rounding(checkpoint, method):
     torch.manual_seed(0)
@@ -83,6 +93,11 @@ def test_a_stopped_run_goes_on(checkpoint, tmp_path):
             assert torch.equal(weight.dequantize(), again[name].dequantize())
     with pytest.raises(ValueError, match="of another recipe"):
         quantize_llama(Llama.from_pretrained(checkpoint), Recipe("awq", 4, 64), tokens, store=tmp_path)
+    with pytest.raises(ValueError, match="of another checkpoint or calibration text"):
+        quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens.flip(0), store=tmp_path)
+    other = Llama(CONFIG).initialize(torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="of another checkpoint or calibration text"):
+        quantize_llama(other, recipe, tokens, store=tmp_path)
 
 
 def test_what_is_missing_is_named(checkpoint, tmp_path):
@@ -100,6 +115,29 @@ def test_what_is_missing_is_named(checkpoint, tmp_path):
     save_quantized(tmp_path, {}, config={"model_type": "gpt2"})
     with pytest.raises(FormatError, match="expected 'llama'"):
         quantize_checkpoint(tmp_path, Recipe("nf4"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (Recipe("gptq", 5), "integers of"),
+        (Recipe("rtn", 4, 0), "group_size is 0"),
+        (Recipe("awq", 4, 96), "whole groups"),
+        (Recipe("nf4", 4, 100), "block_size is 100"),
+    ],
+    ids=str,
+)
+def test_what_the_format_cannot_hold_is_said_before_anything_is_quantised(checkpoint, tmp_path, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_checkpoint(checkpoint, recipe, tmp_path / "out", TEXT, samples=2, length=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_written_over_itself(checkpoint, tmp_path):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="the checkpoint itself"):
+        quantize_checkpoint(checkpoint, Recipe("nf4"), checkpoint / ".." / checkpoint.name)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
 
 
 def test_the_command_writes_a_checkpoint(checkpoint, tmp_path):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from metate.quant import (
     save_quantized,
     search_awq_scale,
 )  # fmt: skip
+from metate.quant.checkpoint import WRITERS
 
 METHODS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "gptq": "gptq", "awq": "awq", "rtn": "gptq", "hqq": "metate"}
 CALIBRATED = ("gptq", "awq")
@@ -91,14 +93,17 @@ def quantize_llama(
             "quantize_llama", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
         )
     with torch.no_grad():
-        hidden = [] if tokens is None else [model.embed_tokens(sample[None]) for sample in tokens]
+        samples = [] if tokens is None or recipe.method not in CALIBRATED else list(tokens)
+        hidden = [model.embed_tokens(sample[None]) for sample in samples]
+        source = _checksum([*samples, model.embed_tokens.weight])
         for i, layer in enumerate(model.layers):
             assert isinstance(layer, Layer)
-            finished = None if store is None else _finished(store, i, recipe)
+            source = _checksum(layer.parameters(), source)
+            finished = None if store is None else _finished(store, i, recipe, source)
             if finished is None:
                 finished = _quantize_layer(layer, recipe, _calibrate(model, layer, hidden))
                 if store is not None:
-                    _keep(store, i, recipe, finished)
+                    _keep(store, i, recipe, source, finished)
             _put(layer, finished)
             hidden = [layer(x, model.rotation(0, x.shape[1], x), None) for x in hidden]
             report(i + 1)
@@ -146,8 +151,9 @@ def _quantize(weight: Tensor, recipe: Recipe, calibration: Calibration | None, s
         return quantize_fp4(weight, group_size)
     if recipe.method == "hqq":
         return quantize_hqq(weight, bits, group_size)
-    if calibration is None:
+    if recipe.method == "rtn":
         return quantize_rtn(weight, bits, group_size)
+    assert calibration is not None
     if recipe.method == "gptq":
         return quantize_gptq(weight, calibration, bits, group_size, act_order=True, static_groups=True, mse=True)
     if scale is not None:
@@ -221,9 +227,13 @@ def quantize_checkpoint(
         text: calibration text, for GPTQ and AWQ; `samples` windows of `length` tokens, evenly spread, are used.
         report: is told how many of how many layers are done.
     """
+    if out.resolve() == folder.resolve():
+        raise fail("quantize_checkpoint", "out", f"{out}, the checkpoint itself", "another folder")
     model = Llama.from_pretrained(folder, dtype=torch.float32)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise fail("quantize_checkpoint", "folder", f"{folder}, quantised already", "a dense checkpoint")
+    if not model.config.num_experts:
+        _check_format(model, recipe)
     total = len(model.layers)
     tokens = calibration_tokens(folder, text, model.config.vocab_size, samples, length) if text else None
     store = out / "unfinished"
@@ -236,6 +246,13 @@ def quantize_checkpoint(
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     shutil.rmtree(store)
+
+
+def _check_format(model: Llama, recipe: Recipe) -> None:
+    """Whether the format can hold weights of these shapes: better known now than when all are quantised."""
+    for shape in {linear.weight.shape for linear in model.layers[0].modules() if isinstance(linear, nn.Linear)}:
+        method = {"gptq": "rtn", "awq": "rtn"}.get(recipe.method, recipe.method)
+        WRITERS[METHODS[recipe.method]](_quantize(torch.zeros(shape), replace(recipe, method=method), None, None))
 
 
 def calibration_tokens(folder: Path, text: str, vocab_size: int, samples: int, length: int) -> Tensor:
@@ -259,22 +276,33 @@ def calibration_tokens(folder: Path, text: str, vocab_size: int, samples: int, l
 # Finished layers on disk.
 
 
+def _checksum(tensors: Iterable[Tensor], before: int = 0) -> int:
+    """CRC-32 of what a layer is made of: itself, those before it, and the calibration text."""
+    for tensor in tensors:
+        before = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), before)
+    return before
+
+
 def _folder(store: Path, i: int) -> Path:
     return store / f"layer-{i:03d}"
 
 
-def _keep(store: Path, i: int, recipe: Recipe, finished: dict[str, Weight]) -> None:
+def _keep(store: Path, i: int, recipe: Recipe, source: int, finished: dict[str, Weight]) -> None:
     """Under another name first: a layer that is there is whole."""
     partial = store / "partial"
-    save_quantized(partial, finished, "metate", {"recipe": vars(recipe)})
+    save_quantized(partial, finished, "metate", {"recipe": vars(recipe), "source": source})
     partial.rename(_folder(store, i))
 
 
-def _finished(store: Path, i: int, recipe: Recipe) -> dict[str, Weight] | None:
+def _finished(store: Path, i: int, recipe: Recipe, source: int) -> dict[str, Weight] | None:
     folder = _folder(store, i)
     if not folder.is_dir():
         return None
-    if json.loads((folder / "config.json").read_text()).get("recipe") != vars(recipe):
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("recipe") != vars(recipe):
         raise fail("quantize_llama", "store", f"{store} of another recipe", f"one of {recipe}; delete that folder")
+    if config.get("source") != source:
+        got = f"{store} of another checkpoint or calibration text"
+        raise fail("quantize_llama", "store", got, "one of these; delete that folder")
     found = load_quantized(folder)
     return {name: found[name] for name in found}

@@ -21,6 +21,9 @@ from metate.quant import awq, bitsandbytes, canonical, fp8, gptq
 from metate.quant.gguf import MAGIC, GGUFFile
 from metate.quant.settings import Settings, complain, parse_json
 
+WRITERS: dict[str, Any] = {
+    "gptq": gptq.write, "awq": awq.write, "bitsandbytes": bitsandbytes.write, "metate": canonical.write,
+}  # fmt: skip
 METHODS = ("gptq", "awq", "bitsandbytes", "fp8", "fbgemm_fp8", "metate")
 _INDEX = "model.safetensors.index.json"
 _INDEX_BYTES = 32 << 20
@@ -266,14 +269,8 @@ def save_quantized(
             place in the others.
         config: other members of config.json.
     """
-    writers: dict[str, Any] = {
-        "gptq": gptq.write,
-        "awq": awq.write,
-        "bitsandbytes": bitsandbytes.write,
-        "metate": canonical.write,
-    }
-    if method not in writers:
-        raise fail("save_quantized", "method", method, " or ".join(writers))
+    if method not in WRITERS:
+        raise fail("save_quantized", "method", method, " or ".join(WRITERS))
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if not isinstance(weight, (QuantizedWeight, QuantizedExperts, Tensor)):
@@ -282,7 +279,7 @@ def save_quantized(
         if isinstance(weight, QuantizedExperts) and method != "metate":
             raise fail("save_quantized", name, weight, f"a QuantizedWeight for {method}: one expert at a time")
         if not isinstance(weight, Tensor):
-            for part, tensor in writers[method](weight).items():
+            for part, tensor in WRITERS[method](weight).items():
                 inside = method == "bitsandbytes" and part != "weight"  # weight, weight.absmax, …
                 tensors[f"{name}.weight.{part}" if inside else f"{name}.{part}"] = tensor
         else:

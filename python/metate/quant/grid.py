@@ -29,7 +29,7 @@ class Grid:
         if self.scale_dtype not in FLOATS:
             raise fail(op, "scale_dtype", self.scale_dtype, "float32, bfloat16 or float16", error=TypeError)
         reach = self.top / (1 + self.symmetric) * torch.finfo(self.scale_dtype).max
-        if weight is not None and not weight.is_meta and float(largest := weight.abs().max()) > reach:
+        if weight is not None and not weight.is_meta and float(largest := weight.detach().abs().max()) > reach:
             raise fail(op, "weight", f"{largest:.3g} at most", f"up to {reach:.3g}, or a wider scale_dtype")
         return self
 

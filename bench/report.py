@@ -348,23 +348,26 @@ torch and one unit in the last place, a rival's {protocol["rival_slack"]} times 
 
 
 def page(records: Iterable[dict[str, Any]]) -> str:
-    """Our rows beside the best rival of each case: docs/measured.md."""
-    lines = ["# Measured", "", "Written by `metate docs --measured` from records of `metate bench`; do not edit.", ""]
-    for record in records:
-        lines += [
-            f"## `{record['command']}`",
-            "",
-            _origin(record),
-            "",
-            "| case | dtype | metate | of the limit | best rival | times as fast |",
-            "|---|---|---|---|---|---|",
-        ]
-        for (workload, label, dtype), ours, best in compared(record):
-            speed = ", ".join(filter(None, (_time(ours["p50"]), _speed(ours))))
-            rival, ratio = f"{best['contender']}, {_time(best['p50'])}", f"{ours['times_best_rival']:.2f}"
-            lines.append(f"| {workload}, {label} | {dtype} | {speed} | {_limit(ours)} | {rival} | {ratio} |")
-        lines.append("")
-    return "\n".join(lines)
+    """docs/measured.md."""
+    head = ["# Measured", "", "Written by `metate docs --measured` from records of `metate bench`; do not edit.", ""]
+    return "\n".join([*head, *map(section, records)])
+
+
+def section(record: dict[str, Any]) -> str:
+    """Our rows beside the best rival of each case."""
+    lines = [
+        f"## `{record['command']}`",
+        "",
+        _origin(record),
+        "",
+        "| case | dtype | metate | of the limit | best rival | times as fast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (workload, label, dtype), ours, best in compared(record):
+        speed = ", ".join(filter(None, (_time(ours["p50"]), _speed(ours))))
+        rival, ratio = f"{best['contender']}, {_time(best['p50'])}", f"{ours['times_best_rival']:.2f}"
+        lines.append(f"| {workload}, {label} | {dtype} | {speed} | {_limit(ours)} | {rival} | {ratio} |")
+    return "\n".join(lines) + "\n"
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:

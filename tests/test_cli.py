@@ -104,6 +104,7 @@ def test_bench_writes_a_record_a_page_and_a_picture(tmp_path):
     assert "metate cpu" in text
     record = json.loads((tmp_path / "here" / "merge.json").read_text())
     assert {"machine", "versions", "ceilings", "protocol", "conditions", "git", "rows"} <= set(record)
+    assert record["command"] == "metate bench attention --quick --largest 5e08"
     assert record["ceilings"]["all"]["float32"] > 1e9
     ours = [row for row in record["rows"] if row["ours"]]
     rivals = [row for row in record["rows"] if not row["ours"]]
@@ -119,6 +120,14 @@ def test_bench_writes_a_record_a_page_and_a_picture(tmp_path):
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert (tmp_path / "here" / "merge.png").read_bytes().startswith(b"\x89PNG") or "matplotlib" not in sys.modules
+
+
+@compiled
+def test_bench_says_before_it_measures_that_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "x.json", tmp_path):
+        text = metate("bench", "attention", "--quick", "--largest", "5e8", "--json", place, code=2)
+        assert "--json" in text and "metate cpu" not in text
 
 
 def test_bench_names_what_it_does_not_know():

@@ -1,6 +1,7 @@
 """The documentation tells the truth: its Python runs, its commands exist, its generated page is the current one."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metate.bench import report
 from metate.cli import app, operators_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,15 @@ def test_snippets_run(page):
 def test_the_page_of_operators_is_current():
     pytest.importorskip("triton", reason="its refusals are part of the page")
     assert (ROOT / "docs" / "ops.md").read_text() == operators_page(), "run `metate docs`"
+
+
+def test_the_measurements_are_those_of_records():
+    page, readme = ((ROOT / name).read_text() for name in ("docs/measured.md", "README.md"))
+    records = [json.loads(path.read_text()) for path in (ROOT / "bench" / "results").glob("*.json")]
+    shown = {page.find(report.section(record)): record for record in records if "command" in record}
+    shown.pop(-1, None)
+    assert len(shown) == page.count("\n## "), "run `metate docs --measured`"
+    assert report.summary([shown[at] for at in sorted(shown)]) in readme
 
 
 def test_commands_that_the_readme_names_exist():

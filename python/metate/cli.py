@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -241,7 +242,7 @@ def bench(
     effort = run.QUICK if quick else run.Effort()
     if largest is not None:
         effort = dataclasses.replace(effort, largest=largest)
-    command = ["metate bench", family, quick and "--quick", largest is not None and f"--largest {largest:g}"]
+    command = ["metate bench", family, quick and "--quick", largest is not None and f"--largest {largest:g}".replace("e+", "e")]
     path = json_path or _results()
     if not run_bench(" ".join(filter(None, command)), [family] if family else list(families), effort, path):
         raise typer.Exit(1)
@@ -264,6 +265,7 @@ def run_bench(command: str, families: list[str], effort: Any, path: Path) -> boo
         missing = hardware.backends()[jobs[0][3]]
         console.print(f"[red]✗[/] metate bench times compiled kernels: {escape(missing)}", soft_wrap=True)
         return False
+    _check_place(path)
     run.keep_freed_memory()
     before, rows = machine.conditions(), []
     with progress() as bar:
@@ -283,6 +285,16 @@ def run_bench(command: str, families: list[str], effort: Any, path: Path) -> boo
     for written in report.write(run.record(command, ceilings, rows, before), path):
         console.print(f"wrote {escape(str(written))}", highlight=False, soft_wrap=True)
     return not any(row["ours"] and row["status"] in ("wrong", "failed") for row in rows)
+
+
+def _check_place(path: Path) -> None:
+    """That a record can be written there: better known before an hour of measuring than after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path} cannot be written")
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--json") from None
 
 
 def _bench_table(rows: list[dict[str, Any]]) -> Table:
@@ -329,14 +341,14 @@ def quantize(
         int | None, typer.Option(help="columns that share a scale; 64 for NF4 and FP4, else 128")
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="a text file, for GPTQ and AWQ")] = None,
-    samples: Annotated[int, typer.Option(help="windows of the calibration text")] = 64,
-    length: Annotated[int, typer.Option(help="tokens of a window")] = 512,
+    samples: Annotated[int, typer.Option(help="windows of the calibration text", min=1)] = 64,
+    length: Annotated[int, typer.Option(help="tokens of a window", min=1)] = 512,
 ) -> None:
     """Write a low-bit checkpoint in the format's own layout. A stopped run goes on where it was."""
     from metate.models.quantize import Recipe, quantize_checkpoint
 
     try:
-        recipe = Recipe(method, bits, group_size or (64 if method in ("nf4", "fp4") else 128))
+        recipe = Recipe(method, bits, (64 if method in ("nf4", "fp4") else 128) if group_size is None else group_size)
         text = calibration.read_text(errors="replace") if calibration else ""
         with progress() as bar:
             task = bar.add_task(f"{method}, {bits} bits", total=None)
@@ -390,7 +402,7 @@ def demo(
 
 @app.command(hidden=True)
 def docs(
-    folder: Annotated[Path, typer.Argument(help="metate's source")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="metate's source", exists=True)] = Path(),
     measured: Annotated[
         list[Path] | None, typer.Option(help="a record of `metate bench`; once for each", exists=True)
     ] = None,

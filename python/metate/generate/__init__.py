@@ -104,7 +104,7 @@ def generate(
         raise fail("generate", "model", type(model).__name__, expected, error=TypeError)
     page_size = positive("generate", "page_size", page_size)
     max_new_tokens = positive("generate", "max_new_tokens", max_new_tokens)
-    max_sequences = positive("Scheduler", "max_sequences", max_sequences)
+    max_sequences = min(positive("Scheduler", "max_sequences", max_sequences), max(len(texts), 1))
     if cache is None:
         longest = sorted((len(text) + max_new_tokens for text in texts), reverse=True)[:max_sequences]
         blocks = sum(-(-length // page_size) for length in longest)

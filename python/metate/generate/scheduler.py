@@ -185,13 +185,15 @@ class Scheduler:
             ValueError: naming the setting; or the prompt and max_new_tokens are more than the cache can ever hold.
         """
         tokens = _numbers("prompt", prompt)
-        if not tokens or not all(0 <= token < self.model.vocab_size for token in tokens):
-            got = f"{len(tokens)} tokens, the largest {max(tokens, default=None)}"
-            raise fail("generate", "prompt", got, f"at least one token, each 0 to {self.model.vocab_size - 1}")
+        name, most = f"prompt {self.added}", self.cache.capacity + 1  # the last token is never cached
+        wrong = next((token for token in tokens if not 0 <= token < self.model.vocab_size), None)
+        if not tokens or wrong is not None:
+            got = "empty" if wrong is None else f"with token {wrong}"
+            raise fail("generate", name, got, f"at least one token, each 0 to {self.model.vocab_size - 1}")
         max_new_tokens = positive("generate", "max_new_tokens", max_new_tokens)
-        if len(tokens) + max_new_tokens - 1 > self.cache.capacity:
-            got = f"{len(tokens)} tokens of prompt and max_new_tokens {max_new_tokens}"
-            raise fail("generate", "prompt", got, f"together at most the {self.cache.capacity} of the cache")
+        if len(tokens) + max_new_tokens > most:
+            got = f"{len(tokens)} tokens long, max_new_tokens {max_new_tokens}"
+            raise fail("generate", name, got, f"together at most {most}: the cache has {most - 1} places")
         if not isinstance(stop, Iterable):
             raise fail("generate", "stop", repr(stop), "sequences of token numbers; () for none", error=TypeError)
         stops = [_numbers("stop", each) for each in stop]

@@ -56,10 +56,12 @@ def test_info_as_json():
 def test_warnings_name_what_to_do(monkeypatch):
     monkeypatch.setattr(hardware, "cpu_quota", lambda: 0.5)
     monkeypatch.setattr(library, "refused_isa", lambda: "avx1024")
-    monkeypatch.setattr(library, "isas", lambda: ["avx2"])
+    monkeypatch.setattr(library, "isas", lambda: ["avx2", "baseline"])
+    monkeypatch.setenv("METATE_BACKEND", "tritn")
     text = " ".join(metate("info").split())
     assert "0.5 cores' time: torch.set_num_threads(1)" in text
-    assert "METATE_ISA=avx1024 is not available here; avx2 is in use" in text
+    assert "METATE_ISA=avx1024 is none of avx2, baseline; avx2 is in use" in text
+    assert "METATE_BACKEND=tritn is no backend" in text
 
 
 def test_verify_one_case():
@@ -80,6 +82,9 @@ def test_verify_a_seed():
         (["--dtype", "int3"], "'int3' is not one of float32"),
         (["--case", "99999"], "no operator has such a case"),
         (["--device", "tpu"], "nothing runs on tpu"),
+        (["--backend", "rocm"], "'rocm' is not one of cpu, cuda, triton, reference"),
+        (["--case", "1", "--fuzz", "2"], "a declared case or drawn configurations"),
+        (["--seed", str(2**70)], "'--seed'"),
     ],
 )
 def test_verify_names_what_it_does_not_know(arguments, message):

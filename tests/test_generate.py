@@ -316,7 +316,9 @@ def test_first_come_first_served(model):
 def test_a_full_cache_is_an_error_that_passes(model):
     cache = PagedKVCache(model.cache_layout, 8, 4)
     scheduler = Scheduler(model, cache)
-    with pytest.raises(ValueError, match="20 tokens long, max_new_tokens 14, expected together at most 33: the cache has 32"):
+    with pytest.raises(
+        ValueError, match="20 tokens long, max_new_tokens 14, expected together at most 33: the cache has 32"
+    ):
         scheduler.add([1] * 20, max_new_tokens=14)
     cache.manager.allocate(77, [])
     cache.append(77, [2] * 30)
@@ -431,7 +433,11 @@ def test_settings_are_checked(model):
         ({"prompts": [[1], [2, VOCAB]]}, ValueError, "prompt 1 is with token 61, expected .* each 0 to 60"),
         ({"prompts": [[]]}, ValueError, "prompt 0 is empty"),
         ({"prompts": ["text"]}, TypeError, "encode text first"),
-        ({"prompts": [[1]] * 9, "token_budget": 3}, ValueError, "token_budget is 3, expected at least max_sequences, 9"),
+        (
+            {"prompts": [[1]] * 9, "token_budget": 3},
+            ValueError,
+            "token_budget is 3, expected at least max_sequences, 9",
+        ),
         ({"constraint": [None, None]}, ValueError, "constraint is 2 of them"),
         ({"constraint": 3}, TypeError, "constraint is int, expected a function"),
         ({"prompts": [[1.5]]}, TypeError, r"prompt is \[1.5\], expected a sequence of token numbers"),

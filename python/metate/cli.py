@@ -130,11 +130,17 @@ def verify(
     dtype: Annotated[str | None, typer.Option(help=" | ".join(DTYPES))] = None,
     case: Annotated[int | None, typer.Option(help="one declared case, by number")] = None,
     fuzz: Annotated[int, typer.Option(help="configurations to draw for every operator", min=0)] = 0,
-    seed: Annotated[int | None, typer.Option(help="first seed of --fuzz; alone: draw this one")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="first seed of --fuzz; alone: draw this one", min=0, max=2**62)
+    ] = None,
 ) -> None:
     """Compare every operator with its float64 reference on this machine; exit code 1 where one is wrong."""
     ops = [_known("--op", op, REGISTRY)] if op else list(REGISTRY.values())
     dtypes = [_known("--dtype", dtype, DTYPES)] if dtype else list(DTYPES.values())
+    if backend:
+        _known("--backend", backend, dict.fromkeys(BACKENDS))
+    if case is not None and (fuzz or seed is not None):
+        raise typer.BadParameter("a declared case or drawn configurations, not both", param_hint="--case")
     where = _where(ops, backend, device)
     if fuzz or seed is not None:
         first = random.SystemRandom().randrange(2**31) if seed is None else seed

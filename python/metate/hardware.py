@@ -162,7 +162,7 @@ def _no_triton() -> str:
 
 
 def warnings() -> list[str]:
-    """What makes kernels slow here and can be changed."""
+    """What keeps kernels from running fast here, or at all, and can be changed."""
     found = []
     threads, available = torch.get_num_threads(), float(len(affinity()))
     quota = cpu_quota()
@@ -171,7 +171,11 @@ def warnings() -> list[str]:
         fewer = max(1, int(limit))
         found.append(f"{threads} threads on {limit:g} cores' time: torch.set_num_threads({fewer}) or OMP_NUM_THREADS")
     if library.refused_isa():
-        found.append(f"METATE_ISA={library.refused_isa()} is not available here; {library.isas()[0]} is in use")
+        isas = library.isas()
+        found.append(f"METATE_ISA={library.refused_isa()} is none of {', '.join(isas)}; {isas[0]} is in use")
+    requested, known = library.requested_backend(), backends()
+    if requested and requested not in known:
+        found.append(f"METATE_BACKEND={requested} is no backend, so that nothing runs; it may be {', '.join(known)}")
     if _read(_CPU0 / "cpufreq" / "scaling_governor") == "powersave":
         found.append("the CPU governor is powersave: `cpupower frequency-set -g performance`")
     return found

@@ -279,7 +279,7 @@ def calibration_tokens(folder: Path, text: str, vocab_size: int, samples: int, l
 def _checksum(tensors: Iterable[Tensor], before: int = 0) -> int:
     """CRC-32 of what a layer is made of: itself, those before it, and the calibration text."""
     for tensor in tensors:
-        before = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), before)
+        before = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, before)
     return before
 
 

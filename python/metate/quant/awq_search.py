@@ -35,6 +35,12 @@ def search_awq_scale(
     """The scale (K) of the columns of all `weights`, layers of the same inputs, that rounding likes best.
 
     scale = E|x|**r / mean|w|**(1 - r), the r in [0, 1) of the least output error; all ones where that is better.
+
+    Args:
+        weights: one or more of (out_features, K). calibration: of their inputs. Others as in `quantize_awq`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
     """
     op = "search_awq_scale"
     grid = Grid(bits, symmetric).check(op)
@@ -96,12 +102,17 @@ def quantize_awq(
     """(N, K) times the scale of its columns, rounded; and that scale (K), whose inverse the inputs must get.
 
     Args:
+        weight, bits, group_size, symmetric, scale_dtype: as in `quantize_rtn`.
+        calibration: what came into the layer, in_features wide.
         scale: from `search_awq_scale`, where layers share their inputs or their inputs cannot be scaled (ones);
             None searches one for this layer.
         clip: cut each group's range to where the output error is least.
 
     Returns:
         the quantised weight W' and s with W x ≈ W' (x / s); `fold_scale` puts 1 / s into the operation before.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
     """
     group_size = checked("quantize_awq", weight, group_size)
     check_calibration("quantize_awq", calibration, weight)

@@ -264,12 +264,21 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int = 64, nested:
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, nested: bool = False) -> QuantizedWeight:
-    """(N, K) to NormalFloat4: blocks of the flat weight divided by their absmax, nearest of 16 normal quantiles."""
+    """(N, K) to NormalFloat4: blocks of the flat weight divided by their absmax, nearest of 16 normal quantiles.
+
+    Args:
+        weight: (out_features, in_features), float32, bfloat16 or float16.
+        block_size: 32, 64, … 4096 elements that share a scale.
+        nested: round the scales themselves to 8 bits, 256 of them to a scale ("double quantisation").
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected. NaN makes NaN of its block.
+    """
     return quantize_4bit(weight, "nf4", block_size, nested).lower()
 
 
 def quantize_fp4(weight: Tensor, block_size: int = 64, nested: bool = False) -> QuantizedWeight:
-    """(N, K) to FP4: sign, two bits of exponent, one of mantissa, over blocks as in `quantize_nf4`."""
+    """(N, K) to FP4: sign, two bits of exponent, one of mantissa, over blocks; arguments as in `quantize_nf4`."""
     return quantize_4bit(weight, "fp4", block_size, nested).lower()
 
 

@@ -264,10 +264,15 @@ def save_quantized(
     """Writes model.safetensors and config.json, for `load_quantized` and for the readers of the method's own ecosystem.
 
     Args:
+        folder: made where it is not there; files of these names in it are replaced.
         weights: module name -> QuantizedWeight or QuantizedExperts, tensor name -> dense tensor.
         method: "gptq", "awq", "bitsandbytes" (NF4, FP4), or "metate" for any weight; experts stacked in one have no
             place in the others.
         config: other members of config.json.
+
+    Raises:
+        TypeError, ValueError: for what is no weight, or no method.
+        FormatError: for a weight that the method has no place for, as of rows that do not fill its words.
     """
     if method not in WRITERS:
         raise fail("save_quantized", "method", method, " or ".join(WRITERS))

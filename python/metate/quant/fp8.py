@@ -57,7 +57,14 @@ def _canonical(codes: Tensor, scales: Tensor, height: int, width: int) -> Quanti
 
 
 def quantize_fp8(weight: Tensor, block: tuple[int, int] = _BLOCK) -> QuantizedWeight:
-    """(N, K) to e4m3 with a float32 scale for every block of rows and columns: largest magnitude / 448."""
+    """(N, K) to e4m3 with a float32 scale for every block of rows and columns: largest magnitude / 448.
+
+    Args:
+        weight: (out_features, in_features), any floating dtype. block: (rows, columns) that share a scale.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
+    """
     checked("quantize_fp8", weight, 1)
     pair = isinstance(block, (tuple, list)) and len(block) == 2 and all(type(size) is int for size in block)
     if not pair or min(block) < 1:

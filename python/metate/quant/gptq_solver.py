@@ -38,10 +38,15 @@ def quantize_gptq(
     """(N, K) to integers of the least output error on the calibration inputs.
 
     Args:
+        weight, bits, group_size, symmetric, scale_dtype: as in `quantize_rtn`.
+        calibration: what came into the layer, in_features wide.
         act_order: columns of the largest inputs first ("desc_act"): better, at the price of a permutation unless
         static_groups: the ranges of the groups are fixed before the first column, groups are of neighbours.
         mse: shrink each range to where the rounding error is least.
         damp: what is added to the diagonal of the Hessian, relative to its mean.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
     """
     group_size = checked("quantize_gptq", weight, group_size)
     check_calibration("quantize_gptq", calibration, weight)

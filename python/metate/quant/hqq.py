@@ -28,6 +28,13 @@ def quantize_hqq(
     """(N, K) to integers with scale and real zero point for each group, without calibration.
 
     The zero points lower to offsets. Each group keeps the zero point of the iteration that had the least error.
+
+    Args:
+        weight, bits, group_size, scale_dtype: as in `quantize_rtn`.
+        iterations: of the splitting.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
     """
     group_size = checked("quantize_hqq", weight, group_size)
     grid = Grid(bits, False, scale_dtype).check("quantize_hqq", weight)

@@ -23,10 +23,16 @@ def quantize_rtn(
     """(N, K) rounded to the nearest of 2**bits steps over the range of each group of columns.
 
     Args:
+        weight: (out_features, in_features), any floating dtype.
+        bits: 2 to 8.
         group_size: columns that share a scale; -1: one scale a row.
         symmetric: the range is ± the largest magnitude, and the middle code 0; else from the least (or 0) to the
             largest (or 0) value, with a zero point for each group.
         mse: shrink each range to where the error is least.
+        scale_dtype: float32, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
     """
     group_size = checked("quantize_rtn", weight, group_size)
     grid = Grid(bits, symmetric, scale_dtype).check("quantize_rtn", weight)

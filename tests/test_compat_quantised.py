@@ -14,7 +14,7 @@ from transformers.quantizers import auto
 from metate.compat import transformers as route
 from metate.nn import QuantLinear
 from metate.quant import bitsandbytes as bnb
-from metate.quant import quantize_nf4, quantize_rtn, save_quantized
+from metate.quant import quantize_hqq, quantize_nf4, quantize_rtn, save_quantized
 from metate.quant.checkpoint import load_quantized
 
 CONFIG = {
@@ -83,6 +83,7 @@ CHECKPOINTS = {
     "gptq dynamic": ("gptq", lambda name, w: quantize_rtn(w, 8 if "down" in name else 4, 32)),
     "awq": ("awq", lambda name, w: quantize_rtn(w, group_size=32, symmetric=False)),
     "nf4": ("bitsandbytes", lambda name, w: quantize_nf4(w, 32)),
+    "metate": ("metate", lambda name, w: quantize_hqq(w, 3, 48) if "down" in name else permuted(w, 7)),
 }
 
 

@@ -1,4 +1,5 @@
-"""transformers' quantisers of GPTQ, AWQ, bitsandbytes and GGUF over metate: `from_pretrained` makes QuantLinear layers.
+"""transformers' quantisers of GPTQ, AWQ, bitsandbytes and GGUF, and one of metate's own form, over metate:
+`from_pretrained` makes QuantLinear layers.
 
 Each linear layer stays what transformers built until its tensors arrive; a conversion takes them out of the loader's
 hands, lowers them, and leaves a placeholder. After loading the layer makes way for a QuantLinear. Imported through
@@ -21,11 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from metate.errors import fail
 from metate.nn import QuantLinear, dequantize_model
 from metate.ops.quant_linear import QuantizedWeight
-from metate.quant import GGUFFile, awq, bitsandbytes, gptq, load_quantized
+from metate.quant import GGUFFile, awq, bitsandbytes, canonical, gptq, load_quantized
 from metate.quant.checkpoint import read_configuration
 from metate.quant.gguf_model import GGUFModel
 from metate.quant.settings import Settings
@@ -119,6 +121,24 @@ class _AWQ(_Quantizer):
 
     def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
         return awq.lower(tensors, self.settings)
+
+
+class _MetateConfig(QuantizationConfigMixin):
+    """The `quantization_config` of metate's own form, which every layer describes itself."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.quant_method = "metate"  # type: ignore[assignment]
+
+
+class _Metate(_Quantizer):
+    serialized_names = {"weight": [*canonical.FIELDS, canonical.MARK]}  # noqa: RUF012
+
+    def lower(self, module: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+        weight = canonical.lower(tensors, self.settings)
+        if not isinstance(weight, QuantizedWeight):
+            expected = "weights of linear layers; metate.models.Llama.from_pretrained reads experts"
+            raise fail("compat.transformers", module, "a stack of experts", expected, error=NotImplementedError)
+        return weight
 
 
 class _BitsAndBytes(_Quantizer):
@@ -304,9 +324,13 @@ def enable() -> None:
     for name in _QUANTIZERS.keys() & auto.AUTO_QUANTIZER_MAPPING.keys():  # "gguf" is not in every version 5
         _before.setdefault(name, auto.AUTO_QUANTIZER_MAPPING[name])
         auto.AUTO_QUANTIZER_MAPPING[name] = _QUANTIZERS[name]
+    auto.AUTO_QUANTIZER_MAPPING["metate"] = _Metate  # without it transformers would leave such layers as they were made
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["metate"] = _MetateConfig
 
 
 def disable() -> None:
     """Puts transformers' own back."""
     auto.AUTO_QUANTIZER_MAPPING.update(_before)
     _before.clear()
+    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        mapping.pop("metate", None)

@@ -245,12 +245,13 @@ def bench(
     families = run.families()
     if family:
         _known("FAMILY", family, families)
-    effort = run.QUICK if quick else run.Effort()
+    effort, command = run.QUICK if quick else run.Effort(), ["metate bench", *filter(None, [family])]
+    if quick:
+        command.append("--quick")
     if largest is not None:
         effort = dataclasses.replace(effort, largest=largest)
-    command = ["metate bench", family, quick and "--quick", largest is not None and f"--largest {largest:g}".replace("e+", "e")]
-    path = json_path or _results()
-    if not run_bench(" ".join(filter(None, command)), [family] if family else list(families), effort, path):
+        command.append(f"--largest {largest:g}".replace("e+", "e"))
+    if not run_bench(" ".join(command), [family] if family else list(families), effort, json_path or _results()):
         raise typer.Exit(1)
 
 

@@ -210,7 +210,7 @@ void dot_rows(const Problem& p, const Workspace& at, int64_t number) {
 
 // The same in floats, whose sums take more room.
 void sum_rows(const Problem& p, const Workspace& at, int64_t number) {
-    const ChunkSums sums{at.chunk_sums, p.x.rows, p.x.most_columns};
+    const ChunkSums sums{at.chunk_sums, p.x.rows};
     Tile tile = tile_of(p, at, 0, p.x.rows);
     const int64_t most = blocks_at_once / p.x.rows / span * span;
     for (int64_t first = 0; first < p.blocks; first += most) {
@@ -252,13 +252,13 @@ struct StripReader {
                                p.arithmetic.radix);
         Run list[runs_beside * runs_in_turn], *last = list;
         for (; r < end; ++r) last = runs.set(last, to + r * width, r, ahead.bytes(r));
-        if (last > list) sum_runs_of(list, last - list, p.lane_rows, p.values);
+        if (last > list) sum_runs_of(list, last - list, p.values);
     }
 };
 
 // Scales unit number `number` of a strip and adds it to the totals.
 void scale_unit(const Problem& p, const Workspace& at, const float* sums, const Strip& s, int64_t number) {
-    const int unit_blocks = blocks_of_unit(p.arithmetic.digits, p.x.most_columns), segments = width / unit_blocks;
+    const int unit_blocks = blocks_of_unit(p.arithmetic.digits), segments = width / unit_blocks;
     const int64_t v = s.row % panel / width, first = s.first_block + number * unit_blocks;
     const int64_t end = smaller(first + unit_blocks, s.first_block + s.blocks);
     vf ordered[width];
@@ -293,8 +293,7 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
     const int64_t parts = ceil_div(w.columns, columns_in_turn), strips = ceil_div(last - first, width) * parts;
     for (int64_t i = 0; i <= strips; ++i) {
         const Strip now = strip_of(w, first, i), before = strip_of(w, first, i > 0 ? i - 1 : 0);
-        const int64_t units =
-            i > 0 ? ceil_div(before.blocks, blocks_of_unit(p.arithmetic.digits, p.x.most_columns)) : 0;
+        const int64_t units = i > 0 ? ceil_div(before.blocks, blocks_of_unit(p.arithmetic.digits)) : 0;
         float* const sums[] = {at.turn_sums + i % 2 * turn_sums, at.turn_sums + (i + 1) % 2 * turn_sums};
         if (i > 0 && before.first_block == 0) {
             if (before.row % panel == 0) clear(at, panel);
@@ -314,11 +313,49 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
     }
 }
 
+#if defined(METATE_HAS_BF16_DOT)
+// Few rows of x take one half of a panel after another, in pairs; the next one, or what is to be read `after` the last,
+// is fetched meanwhile.
+template <class T>
+void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64_t last, const uint8_t* after) {
+    const LowBitMatrix& w = p.call.w;
+    const vi table = pair_table(p.values.entries);
+    for (int64_t row = first; row < last; row += width) {
+        const int64_t v = row % panel / width, next = row + width;
+        const uint8_t* const codes = next >= last && after ? after : codes_of(w, {next, 0, 0});
+        const TurnLevels levels(w, next, 0, w.scales.size[1] - 1);
+        Ahead ahead(codes, ceil_div(w.columns, 2), w.codes.stride[0]);
+        Tile tile = tile_of(p, at, 0, p.x.rows);
+        tile.scales += v * width;
+        if (tile.corrections) tile.corrections += v * width;
+        tile.total += v * width;
+        if (v == 0) clear(at, p.x.rows * panel);
+        at.first_group[0] = -1;
+        for (int64_t k = 0, r = 0; k < p.blocks; k += span) {
+            const int64_t end = smaller(k + span, p.blocks);
+            for (; r * p.blocks < width * end; ++r) levels.fetch(r);
+            load_window(p, at, 0, row - v * width, k, end, 1 << v);
+            enter_blocks(tile, p, k, end, at.first_group[0]);
+            tile.x = p.x.line(k, 0);
+            tile.sums = p.x.sums ? p.x.sums_of(k, 0) : nullptr;
+            multiply_squares(p.x.rows, tile, {w, row, k}, table, ahead);
+            end_span(at, p.x.rows * panel);
+        }
+        if (v == 1 || next >= last) finish<T>(p, at, row / panel, 1, 0, p.x.rows);
+    }
+}
+#else
+template <class T>
+void compute_squares(const Problem&, const Workspace&, int64_t, int64_t, const uint8_t*) {}
+#endif
+
 // Few rows of x take one panel after another: that reads W's rows in long runs.
 template <class T>
 void compute_piece(const Problem& p, const Workspace& at, int64_t piece, const uint8_t* after) {
     const int64_t first = piece * p.cut.panels, end = smaller(first + p.cut.panels, ceil_div(p.call.w.rows, panel));
-    if (p.takes_turns) return compute_in_turn<T>(p, at, first * panel, smaller(end * panel, p.call.w.rows), after);
+    const int64_t end_row = smaller(end * panel, p.call.w.rows);
+    if (p.takes_turns) return compute_in_turn<T>(p, at, first * panel, end_row, after);
+    if (p.takes_squares) return compute_squares<T>(p, at, first * panel, end_row, after);
     if (!p.dots_rows && !p.sums_chunks) {
         const int64_t at_once = p.x.rows <= tile_rows ? 1 : p.cut.panels;
         for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, smaller(at_once, end - i));
@@ -364,15 +401,14 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
             if (p.dots_rows) {
                 p.spread.x = arena.take<int32_t>(round_up(p.blocks, width) * p.x.rows * p.spread.stride());
                 p.spread.used = arena.take<int32_t>(p.blocks);
-                p.units = p.takes_turns ? arena.take<UnitTerms>(
-                                              ceil_div(p.blocks, blocks_of_unit(p.arithmetic.digits, p.x.most_columns)))
+                p.units = p.takes_turns ? arena.take<UnitTerms>(ceil_div(p.blocks, blocks_of_unit(p.arithmetic.digits)))
                                         : nullptr;
                 p.spread.terms = arena.take<Term>(p.blocks * p.x.rows * most_chunks);
             }
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * p.x.words());
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
-            const int64_t columns = round_up(p.call.w.columns, p.lane_rows.run_columns());
+            const int64_t columns = round_up(p.call.w.columns, run_columns);
             p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;
         }
         if (!arena.base) continue;
@@ -393,7 +429,7 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
     if (p.dots_rows)
         spread(p.spread, p.integers, p.integer_plans, p.blocks, call.w.bits, static_cast<int>(p.center()),
                p.arithmetic.radix, packers);
-    const int unit_blocks = blocks_of_unit(p.arithmetic.digits, p.x.most_columns);
+    const int unit_blocks = blocks_of_unit(p.arithmetic.digits);
     for (int64_t k = 0; p.units && k < p.blocks; k += unit_blocks)
         set_unit(p.units[k / unit_blocks], p.spread, p.integers, p.integer_plans, k, p.blocks);
     if (p.sums_chunks) spread(p.lane_rows, p.x, call.w.columns, packers);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "integer.h"
-#include "row_turns.h"
+#include "row_squares.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -69,10 +69,12 @@ struct Problem {
     BlockPlan* plans;
     IntegerPlan* integer_plans;
     int64_t blocks, blocks_together, window;
+    int64_t most_groups;   // of the windows of a worker, which may take calls of fewer rows
     int64_t rows_at_once;  // of x, for which W is decoded once: their blocks and totals share the second-level cache
     UnitTerms* units;
     bool sums_scaled, can_dot, can_sum, dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
     bool can_turn, takes_turns;                                  // one row of x
+    bool takes_squares;                                          // few rows, in pairs
 
     explicit Problem(const QuantLinear& c)
         : call(c),
@@ -84,16 +86,19 @@ struct Problem {
           integer_plans(nullptr),
           blocks(ceil_div(c.w.columns, block)),
           can_dot(can_dot_rows(c.w, arithmetic)),
-          can_sum(!arithmetic.digits && can_sum_chunks(c.w)),
+          can_sum(!arithmetic.digits && !pairs && can_sum_chunks(c.w)),
           dots_rows(can_dot && c.x.size[0] <= few_rows),
-          sums_chunks(can_sum && c.x.size[0] <= few_rows) {
+          sums_chunks(can_sum && c.x.size[0] <= few_rows),
+          takes_squares(pairs && c.w.columns > 0 && can_sum_chunks(c.w) && c.x.size[0] <= square_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         const bool are_many = c.x.size[0] >= many_rows && !arithmetic.digits && c.w.group_size >= small_group;
         blocks_together = are_many ? span : 1;
         rows_at_once = arithmetic.digits ? 256 : 512;
-        window = round_up(are_many ? (span * block - 2) / c.w.group_size + 2 : groups_of_block, width);
+        const int64_t groups_of_span = (span * block - 2) / c.w.group_size + 2;
+        window = round_up(are_many || takes_squares ? groups_of_span : groups_of_block, width);
+        most_groups = larger(cut.panels * window, pairs ? round_up(groups_of_span, width) : 0);
         units = nullptr;
-        can_turn = can_take_turns(c.w, arithmetic);
+        can_turn = !pairs && can_take_turns(c.w, arithmetic);
         takes_turns = can_turn && c.x.size[0] == 1;
         sums_scaled = c.w.group_size >= small_group;
         x = {nullptr, nullptr, c.x.size[0], blocks, groups_of_block + block / longest};
@@ -103,7 +108,7 @@ struct Problem {
         spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
         x.unit = pairs ? Unit::pairs : Unit::floats;
         if (pairs && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
-        lane_rows = {nullptr, c.x.size[0], x.most_columns / (pairs ? 2 : 1), x.most_columns};
+        lane_rows = {nullptr, c.x.size[0]};
     }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
     int segments_of(int64_t k) const { return arithmetic.digits ? integer_plans[k].count : plans[k].count; }
@@ -125,10 +130,9 @@ struct Problem {
         at.codes = arithmetic.digits ? arena.take<int32_t>(block / 4 * panel) : nullptr;
         at.totals = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
         at.earlier = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
-        at.scales = arena.take<float>(cut.panels * window * panel);
-        at.corrections = is_corrected() ? arena.take<float>(cut.panels * window * panel) : nullptr;
-        at.centers =
-            arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(cut.panels * window * panel) : nullptr;
+        at.scales = arena.take<float>(most_groups * panel);
+        at.corrections = is_corrected() ? arena.take<float>(most_groups * panel) : nullptr;
+        at.centers = arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(most_groups * panel) : nullptr;
         at.first_group = arena.take<int64_t>(cut.panels);
         at.turn_sums = can_turn ? arena.take<float>(2 * turn_sums) : nullptr;
         at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;

@@ -50,6 +50,10 @@ struct Ahead {
           left(lines),
           gap(r.w.codes.stride[0] - 64 * lines) {}
 
+    // The same bytes of rows `stride` apart.
+    Ahead(const uint8_t* from, int64_t bytes, int64_t stride)
+        : at(from), lines(ceil_div(bytes, 64)), left(lines), gap(stride - 64 * lines) {}
+
     METATE_FN void fetch() {
         __builtin_prefetch(at, 0, 2);
         at += 64;

@@ -1,5 +1,5 @@
-// Few rows of x times 4-bit codes as they lie, in floats or pairs: the chunks of a row of W fill the lanes, and only
-// their sums are transposed. The same sums in the same order as product.h.
+// Few rows of x times 4-bit codes as they lie, in floats: the chunks of a row of W fill the lanes, and only their sums
+// are transposed. The same sums in the same order as product.h.
 #pragma once
 
 #include "product.h"
@@ -22,23 +22,23 @@ METATE_FN constexpr int chunk_in(int lane) {
     return lane % 4 * (width / 4) + lane / 4;
 }
 
-// x for every run, which is as many chunks as there are lanes, row and word of a chunk: one for each lane.
+constexpr int64_t run_columns = width * longest;  // of as many chunks as there are lanes
+
+// x for every run, row and column of a chunk: a float for each lane.
 struct LaneRows {
     float* x;
-    int64_t rows, chunk_words, chunk_columns;
+    int64_t rows;
 
-    METATE_FN int64_t run_columns() const { return width * chunk_columns; }
-    METATE_FN float* at(int64_t number, int64_t row) const { return x + (number * rows + row) * chunk_words * width; }
+    METATE_FN float* at(int64_t number, int64_t row) const { return x + (number * rows + row) * run_columns; }
 };
 
 inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns, const Runtime& runtime) {
-    for_pieces(runtime, ceil_div(columns, to.run_columns()) * to.rows, [&](int, int64_t i) {
+    for_pieces(runtime, ceil_div(columns, run_columns) * to.rows, [&](int, int64_t i) {
         float* const x = to.at(i / to.rows, i % to.rows);
         for (int lane = 0; lane < width; ++lane) {
-            const int64_t column = i / to.rows * to.run_columns() + chunk_in(lane) * to.chunk_columns;
-            const int64_t word = column % block / to.chunk_columns * to.chunk_words;
-            const float* line = column < columns ? from.line(column / block, i % to.rows) + word : nullptr;
-            for (int64_t j = 0; j < to.chunk_words; ++j) x[j * width + lane] = line ? line[j] : 0.0f;
+            const int64_t column = i / to.rows * run_columns + chunk_in(lane) * longest;
+            const float* line = column < columns ? from.line(column / block, i % to.rows) + column % block : nullptr;
+            for (int64_t j = 0; j < longest; ++j) x[j * width + lane] = line ? line[j] : 0.0f;
         }
     });
 }
@@ -46,18 +46,18 @@ inline void spread(const LaneRows& to, const PackedRows& from, int64_t columns, 
 // The sums of some runs of a panel, for every row of x.
 struct ChunkSums {
     float* sums;
-    int64_t rows, chunk_columns;
+    int64_t rows;
 
     // Of `width` rows of W, the first or the second half of the panel: a vector a row, later a vector a chunk.
     METATE_FN float* at(int64_t number, int64_t row, int64_t half) const {
         return sums + ((number * rows + row) * 2 + half) * width * width;
     }
 };
-constexpr int64_t runs_at_once = blocks_at_once * block / (width * longest);
+constexpr int64_t runs_at_once = blocks_at_once * block / run_columns;
 constexpr int64_t most_chunk_sums = runs_at_once * few_rows * panel * width;
 
-// What finds values in dwords of codes, word j of a chunk.
-template <Unit unit, Values::Kind kind>
+// What finds values in dwords of codes, column j of a chunk.
+template <Values::Kind kind>
 struct Finder {
     const Values& values;
     Table16 table;
@@ -67,79 +67,49 @@ struct Finder {
         return value_in<4, kind>(words[j / 8], words[j / 8], j % 8 * 4, values, table);
     }
 };
-#if defined(METATE_HAS_BF16_DOT)
-template <Values::Kind kind>
-struct Finder<Unit::pairs, kind> {
-    vi table;
 
-    explicit Finder(const Values& v) : table(pair_table(v.entries)) {}
-    METATE_FN vf operator()(const vi (&words)[4], int j) const {
-        return as_float(lookup_pairs(table, words[j / 4], j % 4 * 4));
-    }
-};
-#endif
-
-// Part i of four of those of a run that hold the words of a chunk, or of its first or second half.
-template <int halves>
-METATE_FN vi part_of(const uint8_t* codes, int i, [[maybe_unused]] int half, int64_t left) {
+// Part i of four of a run.
+METATE_FN vi part_of(const uint8_t* codes, int i, int64_t left) {
     constexpr int part = 4 * width;
-    const auto load_part = [&](int at) __attribute__((always_inline)) {
-        return left >= 4 * halves * part ? load(reinterpret_cast<const int32_t*>(codes + at))
-                                         : load_bytes(codes + at, larger(left - at, 0));
-    };
-    if constexpr (halves == 1) return load_part(i * part);
-#if defined(METATE_HAS_BF16_DOT)
-    if constexpr (halves == 2) {
-        const vi first = load_part(2 * i * part), second = load_part((2 * i + 1) * part);
-        return half ? odd_quarters(first, second) : even_quarters(first, second);
-    }
-#endif
+    return left >= 4 * part ? load(reinterpret_cast<const int32_t*>(codes + i * part))
+                            : load_bytes(codes + i * part, larger(left - i * part, 0));
 }
 
 // The sums of run `number` of those read, of `lines` rows of W.
-template <Unit unit, Values::Kind kind, int rows, int lines, int halves>
+template <Values::Kind kind, int rows, int lines>
 METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[lines], const Reading& reading,
-                       int64_t number, Ahead& ahead, const float* x, const Finder<unit, kind>& find) {
-    constexpr int half_words = longest / columns_in<unit>, chunk_words = halves * half_words;
-    constexpr int bytes = halves * width * longest / 2;
+                       int64_t number, Ahead& ahead, const float* x, const Finder<kind>& find) {
+    constexpr int bytes = width * longest / 2, fetches = lines * bytes / 64, apart = longest / fetches;
     const int64_t left = reading.bytes_left(number * bytes);
+    vi words[lines][4];
 #pragma GCC unroll 4
     for (int r = 0; r < lines; ++r) {
 #pragma GCC unroll 4
         for (int m = 0; m < rows; ++m) sums[r][m] = splat(0.0f);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) words[r][i] = part_of(codes[r], i, left);
+        transpose_parts(words[r]);
     }
-#pragma GCC unroll 2
-    for (int half = 0; half < halves; ++half, x += half_words * width) {
-        vi words[lines][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < lines; ++r) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) words[r][i] = part_of<halves>(codes[r], i, half, left);
-            transpose_parts(words[r]);
-        }
 #pragma GCC unroll 32
-        for (int j = 0; j < half_words; ++j) {
-            constexpr int fetches = lines * bytes / 64, apart = chunk_words / fetches;
-            if (j % apart == 0) ahead.fetch();
-            vf value[lines];
+    for (int j = 0; j < longest; ++j) {
+        if (j % apart == 0) ahead.fetch();
+        vf value[lines];
 #pragma GCC unroll 4
-            for (int r = 0; r < lines; ++r) value[r] = find(words[r], j);
+        for (int r = 0; r < lines; ++r) value[r] = find(words[r], j);
 #pragma GCC unroll 4
-            for (int m = 0; m < rows; ++m) {
-                const vf a = load(x + (m * chunk_words + j) * width);
+        for (int m = 0; m < rows; ++m) {
+            const vf a = load(x + (m * longest + j) * width);
 #pragma GCC unroll 4
-                for (int r = 0; r < lines; ++r) sums[r][m] = add_product<unit>(sums[r][m], a, value[r]);
-            }
+            for (int r = 0; r < lines; ++r) sums[r][m] = add_product(sums[r][m], a, value[r]);
         }
     }
 }
 
-template <Unit unit, Values::Kind kind, int rows, int halves>
+template <Values::Kind kind, int rows>
 __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& reading, const LaneRows& x,
                                           const Values& values) {
     constexpr int lines = width == 16 && rows <= 2 ? 4 : 2;
-    constexpr int64_t run_columns = halves * width * longest;
-    const Finder<unit, kind> find(values);
+    const Finder<kind> find(values);
     const int64_t first = reading.first_block * block / run_columns,
                   runs = ceil_div(reading.blocks * block, run_columns);
     for (int i = 0; i < panel; i += lines) {
@@ -148,8 +118,7 @@ __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& re
         Ahead ahead(reading, i);
         for (int64_t number = 0; number < runs; ++number) {
             vf sums[lines][rows];
-            sum_run<unit, kind, rows, lines, halves>(sums, codes, reading, number, ahead, x.at(first + number, 0),
-                                                     find);
+            sum_run<kind, rows, lines>(sums, codes, reading, number, ahead, x.at(first + number, 0), find);
             for (int r = 0; r < lines; ++r) {
                 for (int m = 0; m < rows; ++m) store(to.at(number, m, i / width) + (i + r) % width * width, sums[r][m]);
                 codes[r] += run_columns / 2;
@@ -170,13 +139,8 @@ METATE_FN void sum_chunks_of(const ChunkSums& to, const Reading& reading, const 
     if constexpr (rows > 1) {
         if (to.rows < rows) return sum_chunks_of<rows - 1>(to, reading, x, values);
     }
-#if defined(METATE_HAS_BF16_DOT)
-    if (x.chunk_columns > longest) return sum_chunks<Unit::pairs, Values::table, rows, 2>(to, reading, x, values);
-    if (x.chunk_words < longest) return sum_chunks<Unit::pairs, Values::table, rows, 1>(to, reading, x, values);
-#endif
-    if (width == 16 || values.kind == Values::table)
-        return sum_chunks<Unit::floats, Values::table, rows, 1>(to, reading, x, values);
-    if constexpr (width < 16) sum_chunks<Unit::floats, Values::whole, rows, 1>(to, reading, x, values);
+    if (width == 16 || values.kind == Values::table) return sum_chunks<Values::table, rows>(to, reading, x, values);
+    if constexpr (width < 16) sum_chunks<Values::whole, rows>(to, reading, x, values);
 }
 
 // Adds the sums of the chunks of one block, number k of those read, to the totals: add_sum, but a total stays in its
@@ -187,7 +151,7 @@ inline void add_chunks(const ChunkSums& from, int64_t k, const Tile t) {
             float* const at = t.total + m * panel + v * width;
             vf total = load(at);
             for (int c = 0; c < t.plan->count; ++c) {
-                const int64_t chunk = (k * block + t.plan->chunks[c].begin) / from.chunk_columns;
+                const int64_t chunk = (k * block + t.plan->chunks[c].begin) / longest;
                 const int64_t scale = (t.plan->chunks[c].group - t.first_group) * panel + v * width;
                 const vf sum = load(from.at(chunk / width, m, v) + chunk % width * width);
                 total = fma(sum, load(t.scales + scale), total);

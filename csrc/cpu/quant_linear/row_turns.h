@@ -43,8 +43,8 @@ struct TurnAhead {
 
 // Segments side by side whose sums fill a vector, a unit: with three digits they are blocks, otherwise chunks, which
 // are quarters of blocks in whole numbers, in the lanes in which sum_parts leaves them.
-METATE_FN constexpr int blocks_of_unit(int digits, int chunk_columns) {
-    return digits == 3 ? width : width * chunk_columns / block;
+METATE_FN constexpr int blocks_of_unit(int digits) {
+    return digits == 3 ? width : width * longest / block;
 }
 
 // Of one row of W for `width` segments: where all codes have the same center, Term; otherwise what it is found from,
@@ -174,7 +174,7 @@ __attribute__((noinline)) void sum_rows_as(float* to, const TurnCodes* w, const 
 template <int bits, bool has_table>
 __attribute__((noinline)) void sum_row_as(float* to, const TurnCodes& w, const int32_t* quads, int64_t blocks,
                                           const UnitTerms* terms, const ByteTable& table, float radix) {
-    constexpr int digits = 3, block_bytes = block / 8 * bits, runs = blocks_of_unit(digits, longest) / run_blocks;
+    constexpr int digits = 3, block_bytes = block / 8 * bits, runs = blocks_of_unit(digits) / run_blocks;
     const vi entries = table_of_bytes(table.bytes);
     const uint8_t* codes = w.codes;
     int64_t bytes = w.bytes;
@@ -236,7 +236,7 @@ inline void dot_in_turn(float* to, const LowBitMatrix& w, const Strip& s, int64_
                     static_cast<int32_t>(w.zero)};
     }
     const int32_t* const quads = x.at(s.first_block, 0);
-    terms += s.first_block / blocks_of_unit(x.digits, longest);
+    terms += s.first_block / blocks_of_unit(x.digits);
     if (w.bits == 8) return sum_rows_in<8, false>(to, codes, rows, quads, s.blocks, terms, x.digits, table, radix);
     table.unit ? sum_rows_in<4, true>(to, codes, rows, quads, s.blocks, terms, x.digits, table, radix)
                : sum_rows_in<4, false>(to, codes, rows, quads, s.blocks, terms, x.digits, table, radix);
@@ -247,7 +247,7 @@ inline void dot_in_turn(float*, const LowBitMatrix&, const Strip&, int64_t, int6
                         const SpreadRows&, const UnitTerms*, const ByteTable&, float) {}
 #endif
 
-// Floats and pairs.
+// Floats.
 
 // As many chunks of a row of W as there are lanes, and the same columns of x.
 struct Run {
@@ -271,9 +271,9 @@ struct TurnRuns {
           codes(codes_of(w, s)),
           stride(w.codes.stride[0]),
           left(ceil_div(w.columns, 2) - s.first_block * block / 2),
-          bytes(x.run_columns() / 2),
-          first(s.first_block * block / x.run_columns()),
-          count(ceil_div(s.blocks * block, x.run_columns())) {}
+          bytes(run_columns / 2),
+          first(s.first_block * block / run_columns),
+          count(ceil_div(s.blocks * block, run_columns)) {}
 
     // Rows that are read together: their runs side by side leave none over.
     METATE_FN int64_t rows_beside() const {
@@ -290,52 +290,39 @@ struct TurnRuns {
     }
 };
 
-template <Unit unit, Values::Kind kind, int n, int halves>
-METATE_FN void sum_runs(const Run* runs, const Finder<unit, kind>& find) {
-    constexpr int half_words = longest / columns_in<unit>, bytes = halves * width * longest / 2;
+template <Values::Kind kind, int n>
+METATE_FN void sum_runs(const Run* runs, const Finder<kind>& find) {
+    constexpr int bytes = width * longest / 2;
     vf sums[n];
+    vi words[n][4];
 #pragma GCC unroll 4
-    for (int q = 0; q < n; ++q) sums[q] = splat(0.0f);
-#pragma GCC unroll 2
-    for (int half = 0; half < halves; ++half) {
-        vi words[n][4];
+    for (int q = 0; q < n; ++q) {
+        sums[q] = splat(0.0f);
 #pragma GCC unroll 4
-        for (int q = 0; q < n; ++q) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) words[q][i] = part_of<halves>(runs[q].codes, i, half, runs[q].left);
+        for (int i = 0; i < 4; ++i) words[q][i] = part_of(runs[q].codes, i, runs[q].left);
 #pragma GCC unroll 8
-            for (int at = 0; at < bytes; at += 64)
-                if (half == q * halves / n) __builtin_prefetch(runs[q].codes + runs[q].ahead + at, 0, 2);
-            transpose_parts(words[q]);
-        }
+        for (int at = 0; at < bytes; at += 64) __builtin_prefetch(runs[q].codes + runs[q].ahead + at, 0, 2);
+        transpose_parts(words[q]);
+    }
 #pragma GCC unroll 32
-        for (int j = 0; j < half_words; ++j) {
+    for (int j = 0; j < longest; ++j) {
 #pragma GCC unroll 4
-            for (int q = 0; q < n; ++q)
-                sums[q] =
-                    add_product<unit>(sums[q], load(runs[q].x + (half * half_words + j) * width), find(words[q], j));
-        }
+        for (int q = 0; q < n; ++q) sums[q] = add_product(sums[q], load(runs[q].x + j * width), find(words[q], j));
     }
 #pragma GCC unroll 4
     for (int q = 0; q < n; ++q) store(runs[q].to, sums[q]);
 }
 
-template <Unit unit, Values::Kind kind, int halves>
+template <Values::Kind kind>
 __attribute__((noinline)) void sum_runs_as(const Run* runs, int64_t n, const Values& values) {
-    const Finder<unit, kind> find(values);
-    for (; n >= runs_beside; n -= runs_beside, runs += runs_beside)
-        sum_runs<unit, kind, runs_beside, halves>(runs, find);
-    for (; n > 0; --n, ++runs) sum_runs<unit, kind, 1, halves>(runs, find);
+    const Finder<kind> find(values);
+    for (; n >= runs_beside; n -= runs_beside, runs += runs_beside) sum_runs<kind, runs_beside>(runs, find);
+    for (; n > 0; --n, ++runs) sum_runs<kind, 1>(runs, find);
 }
 
-inline void sum_runs_of(const Run* runs, int64_t n, [[maybe_unused]] const LaneRows& x, const Values& values) {
-#if defined(METATE_HAS_BF16_DOT)
-    if (x.chunk_columns > longest) return sum_runs_as<Unit::pairs, Values::table, 2>(runs, n, values);
-    if (x.chunk_words < longest) return sum_runs_as<Unit::pairs, Values::table, 1>(runs, n, values);
-#endif
-    if (width == 16 || values.kind == Values::table)
-        return sum_runs_as<Unit::floats, Values::table, 1>(runs, n, values);
-    if constexpr (width < 16) sum_runs_as<Unit::floats, Values::whole, 1>(runs, n, values);
+inline void sum_runs_of(const Run* runs, int64_t n, const Values& values) {
+    if (width == 16 || values.kind == Values::table) return sum_runs_as<Values::table>(runs, n, values);
+    if constexpr (width < 16) sum_runs_as<Values::whole>(runs, n, values);
 }
 
 // Asks for what scales the rows of a strip.

@@ -534,13 +534,6 @@ METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
 METATE_FN vi interleave_halves(vi x) {
     return _mm512_unpacklo_epi16(x, _mm512_bsrli_epi128(x, 8));
 }
-// Every second 16 bytes of a and b, from the first or the second on.
-METATE_FN vi even_quarters(vi a, vi b) {
-    return _mm512_shuffle_i32x4(a, b, 0x88);
-}
-METATE_FN vi odd_quarters(vi a, vi b) {
-    return _mm512_shuffle_i32x4(a, b, 0xdd);
-}
 // Sixteen bfloat16, looked up by the low four bits of each word; and words shifted right.
 METATE_FN vi pair_table(const float* p) {
     const __m256i entries = narrow_bf16(_mm512_loadu_ps(p));
@@ -573,6 +566,10 @@ METATE_FN vf dot(vf sum, vi a, vi b) {
     const vf a0 = flush(as_float(_mm512_slli_epi32(a, 16))), b0 = flush(as_float(_mm512_slli_epi32(b, 16)));
     return flush(fma(a0, b0, flush(fma(a1, b1, flush(sum)))));
 }
+// dot(sum, the pair at `pair` in every lane, b)
+METATE_FN vf dot_pair(vf sum, const float* pair, vi b) {
+    return dot(sum, as_int(splat(*pair)), b);
+}
 // The floats of low, then those of high, as 2·width bfloat16.
 METATE_FN vi narrow_pairs(vf low, vf high) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(flush(low))), narrow_bf16(flush(high)), 1);
@@ -580,6 +577,12 @@ METATE_FN vi narrow_pairs(vf low, vf high) {
 #else
 METATE_FN vf dot(vf sum, vi a, vi b) {
     return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+// dot(sum, the pair at `pair` in every lane, b): compilers spread the pair by an instruction of its own, which takes
+// the units of products and look-ups.
+METATE_FN vf dot_pair(vf sum, const float* pair, vi b) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*pair));
+    return sum;
 }
 METATE_FN vi narrow_pairs(vf low, vf high) {
     return bit_cast<vi>(_mm512_cvtne2ps_pbh(high, low));

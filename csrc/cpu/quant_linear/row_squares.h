@@ -1,0 +1,112 @@
+// Few rows of x times 4-bit codes as they lie, in pairs: squares of W are transposed in registers and multiplied as
+// they are looked up, so that nothing decoded is stored. The same sums in the same order as product.h.
+#pragma once
+
+#include "row_turns.h"
+
+namespace metate::cpu::METATE_ISA {
+namespace {
+
+constexpr int64_t square_rows = 8;  // of x, at most: their sums and a square fill the registers
+
+#if defined(METATE_HAS_BF16_DOT)
+
+// What is left of `width` rows of W from some block on.
+struct StripCodes {
+    const uint8_t* codes;
+    int64_t stride, rows, bytes;
+
+    StripCodes(const LowBitMatrix& w, int64_t row, int64_t k)
+        : codes(codes_of(w, {row, k, 0})),
+          stride(w.codes.stride[0]),
+          rows(w.rows - row),
+          bytes(ceil_div(w.columns, 2) - k * block / 2) {}
+
+    // The next block: dword i of row r in lane r of number i; zeros where there are none.
+    METATE_FN void load_square(vf (&square)[width]) {
+        const bool is_whole = rows >= width && bytes >= block / 2;
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i)
+            square[i] = is_whole ? load(reinterpret_cast<const float*>(codes + i * stride))
+                      : i < rows ? as_float(load_bytes(codes + i * stride, bytes))
+                                 : splat(0.0f);
+        transpose(square);
+        codes += block / 2;
+        bytes -= block / 2;
+    }
+};
+
+// Adds a block to the totals of one half of a panel.
+template <int rows, int chunk_columns>
+METATE_FN void multiply_square(const Tile& t, const vf (&square)[width], vi table, Ahead& ahead) {
+    constexpr int chunks = block / chunk_columns, words = chunk_columns / 2;
+    // Too few chains of additions would leave the processor waiting.
+    constexpr int most = rows > 4 ? 1 : rows > 2 ? 2 : 4, together = most < chunks ? most : chunks;
+    const float* x[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        x[r] = t.x + r * t.stride;
+        asm("" : "+r"(x[r]));  // or compilers keep the distances of all words in memory instead
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < chunks; c += together) {
+        vf sum[together][rows];
+#pragma GCC unroll 4
+        for (int q = 0; q < together; ++q) {
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) sum[q][r] = splat(0.0f);
+        }
+#pragma GCC unroll 32
+        for (int j = 0; j < words; ++j) {
+            if (j % (4 / together) == 0) ahead.fetch();  // a line for each row of W
+#pragma GCC unroll 4
+            for (int q = 0; q < together; ++q) {
+                const int word = (c + q) * words + j;
+                const vi value = lookup_pairs(table, as_int(square[word / 4]), word % 4 * 4);
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; ++r) sum[q][r] = dot_pair(sum[q][r], x[r] + word, value);
+            }
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < together; ++q) {
+            if (c + q >= t.plan->count) break;
+            const Chunk& chunk = t.plan->chunks[c + q];
+            const int64_t scale = (chunk.group - t.first_group) * panel;
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
+                vf total = fma(sum[q][r], load(t.scales + scale), load(t.total + r * panel));
+                if (t.corrections && chunk.is_last)
+                    total = fma(splat(t.sums[r * t.sums_stride + c + q]), load(t.corrections + scale), total);
+                store(t.total + r * panel, total);
+            }
+        }
+    }
+}
+
+template <int rows, int chunk_columns>
+__attribute__((noinline)) void multiply_squares_as(Tile t, StripCodes codes, vi table, Ahead& later) {
+    Ahead ahead = later;  // in registers
+    for (const BlockPlan* const end = t.plan + t.blocks; t.plan < end; ++t.plan) {
+        vf square[width];
+        codes.load_square(square);
+        multiply_square<rows, chunk_columns>(t, square, table, ahead);
+        t.x += block / 2;
+        t.sums += t.block_sums;
+    }
+    later = ahead;
+}
+
+// The blocks of a tile with one half of a panel.
+template <int rows = square_rows>
+METATE_FN void multiply_squares(int64_t n, const Tile& tile, const StripCodes& codes, vi table, Ahead& ahead) {
+    if constexpr (rows > 1) {
+        if (n < rows) return multiply_squares<rows - 1>(n, tile, codes, table, ahead);
+    }
+    tile.most_columns > longest ? multiply_squares_as<rows, longest_pairs>(tile, codes, table, ahead)
+                                : multiply_squares_as<rows, longest>(tile, codes, table, ahead);
+}
+
+#endif
+
+}  // namespace
+}  // namespace metate::cpu::METATE_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "packed.h"
+#include "unpacked.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {

@@ -274,11 +274,11 @@ def test_rows_of_no_expert_are_zeros_and_never_read(device, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_few_rows_have_the_bits_of_many_however_the_weight_lies(dtype):
+def test_rows_have_the_same_bits_however_many_and_however_the_weight_lies(dtype):
     x, w = random(70, 301).to(dtype), random(2, 150, 301, seed=1).to(dtype)
     for weight in (w, w.mT.contiguous().mT):
         many = metate.grouped_linear(x, weight, torch.tensor([0, 70, 70], dtype=torch.int32))
-        for rows in range(1, 10):
+        for rows in range(1, 70):
             few = metate.grouped_linear(x[:rows], weight, torch.tensor([0, rows, rows], dtype=torch.int32))
             assert torch.equal(few, many[:rows]), rows
 

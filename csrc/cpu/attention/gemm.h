@@ -53,6 +53,22 @@ METATE_FN vi spread(const Pair* a) {
 }
 #endif
 
+// The same of half vectors.
+#if defined(METATE_HAS_HALVES)
+constexpr int half = width / 2;
+METATE_FN hf add_product(hf sum, hf a, const float* b) {
+    return fma(a, load_half(b), sum);
+}
+#if defined(METATE_HAS_BF16_DOT)
+METATE_FN hf add_product(hf sum, hi a, const Pair* b) {
+    return dot(sum, a, bit_cast<hi>(load_half(reinterpret_cast<const float*>(b))));
+}
+#endif
+#else
+constexpr int half = 0;
+using hf = vf;
+#endif
+
 // What becomes of the old values of c: lost, added to, or scaled row by row and added to.
 enum class Into { set, add, scaled };
 // How a lies in memory: a(r, k) at r · stride + k, at k · stride + r, or panel after panel as pack_rows leaves floats,
@@ -82,8 +98,17 @@ METATE_FN vf combine(const float* c, vf sum, const float* factor, int r) {
     if constexpr (into == Into::add) return load(c) + sum;
     return fma(load(c), splat(factor[r]), sum);
 }
+#if defined(METATE_HAS_HALVES)
+template <Into into>
+METATE_FN hf combine(const float* c, hf sum, const float* factor, int r) {
+    if constexpr (into == Into::set) return sum;
+    if constexpr (into == Into::add) return load_half(c) + sum;
+    return fma(load_half(c), half_of(splat(factor[r])), sum);
+}
+#endif
 
-template <Left left, Into into, int rows, int vectors, class Word, class Beside>
+// Of so many whole vectors of columns and perhaps a half one behind them.
+template <Left left, Into into, int rows, int vectors, bool has_half = false, class Word, class Beside>
 __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside beside) {
     float* const c = p.c;
     const int64_t c_stride = p.c_stride;
@@ -95,6 +120,7 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside besi
             sum[r][v] = splat(0.0f);
         }
     }
+    hf last[has_half ? rows : 1] = {};
     // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
     constexpr int bases = (rows + 2) / 3;
     const Word* base[bases];
@@ -111,6 +137,7 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside besi
                 const auto a = spread(base[r / 3] + r % 3 * row_stride + j * step);
 #pragma GCC unroll 2
                 for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + j * panel + v * width);
+                if constexpr (has_half) last[r] = add_product(last[r], half_of(a), b + j * panel + vectors * width);
             }
         }
 #pragma GCC unroll 4
@@ -135,6 +162,8 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside besi
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
             store(c + r * c_stride + v * width, combine<into>(c + r * c_stride + v * width, sum[r][v], p.factor, r));
+        float* const behind = c + r * c_stride + vectors * width;
+        if constexpr (has_half) store(behind, combine<into>(behind, last[r], p.factor, r));
     }
 }
 

@@ -42,6 +42,13 @@ struct Problem {
     bool lies_in_rows() const { return call.w.stride[2] == 1; }
     bool takes_squares(const Span& span) const { return lies_in_rows() && span.rows <= few; }
     bool takes_tiles(const Span& span) const { return lies_in_rows() && span.rows > few; }
+    // The first row of a panel of many. A panel of half a vector's rows would wait for its loads: the one before it
+    // leaves it some of its own.
+    int64_t first_of(const Span& span, int64_t number) const {
+        const bool is_last = number > 0 && number == (span.rows - 1) / panel;
+        const bool is_small = is_last && takes_tiles(span) && (span.rows - 1) % panel < half;
+        return smaller(number * panel, span.rows) - (is_small ? half : 0);
+    }
     bool takes_strips(const Span& span) const {
         return !lies_in_rows() && call.w.stride[1] == 1 && span.rows <= strip_rows;
     }
@@ -101,10 +108,10 @@ void copy_columns(const Problem<T, Word>& p, int64_t row, int64_t n, Word* to) {
 // Panel number `number` of the rows of a span, or as many of its rows.
 template <class T, class Word>
 void copy_rows(const Problem<T, Word>& p, const Span& span, int64_t number) {
-    const int64_t first = number * panel, end = smaller(span.rows, first + panel);
-    Word* const to = p.words_of(span) + first * p.pitch;
+    const int64_t first = p.first_of(span, number), end = p.first_of(span, number + 1);
+    Word* const to = p.words_of(span) + number * panel * p.pitch;
     if (p.takes_tiles(span)) {
-        for (int64_t c = 0; c < panel && first < end; c += width)
+        for (int64_t c = 0; c < end - first; c += width)
             copy_columns(p, span.first + first + c, end - first - c, to + c);
         return;
     }
@@ -331,6 +338,10 @@ struct Tile {
     Word* to;
     int64_t at_once, at = 0;
 
+    // Each row may be on a page whose address is unknown as yet: all are looked up side by side.
+    METATE_FN void look_up() const {
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(later + r * stride, 0, 2);
+    }
     METATE_FN void copy() {
         constexpr int64_t unit = width * elements_of<Word>;
         __builtin_prefetch(later + at, 0, 2);
@@ -358,12 +369,15 @@ template <class T, class Word>
 struct Tiles {
     static constexpr int64_t chain = depth * elements_of<Word>;
     const Problem<T, Word>& p;
-    int64_t expert, n, in_chain, count;
+    int64_t expert, n;
+    const T* after;  // the weight of what comes behind the last tile, or null
+    int64_t in_chain, count;
 
-    Tiles(const Problem<T, Word>& problem, int64_t of, int64_t first)
+    Tiles(const Problem<T, Word>& problem, int64_t of, int64_t first, const T* next)
         : p(problem),
           expert(of),
           n(first),
+          after(next),
           in_chain(ceil_div(smaller(piece_rows, p.call.out.size[1] - n), tile_rows)),
           count(in_chain * ceil_div(p.columns(), chain)) {}
     int64_t row(int64_t i) const { return i % in_chain * tile_rows; }
@@ -379,46 +393,69 @@ struct Tiles {
         constexpr int64_t steps_between = 4;  // two calls of Beside
         const int64_t vectors = rows(i) * ceil_div(columns(i), width * elements_of<Word>);
         const int64_t calls = larger(panels * (steps_of<Word>(columns(i - 1)) / steps_between), 1);
-        return {first(i), first(i + 1 < count ? i + 1 : i), p.call.w.stride[1], columns(i), rows(i),
-                to,       ceil_div(vectors, calls)};
+        return {first(i),
+                i + 1 < count ? first(i + 1)
+                : after       ? after
+                              : first(i),
+                p.call.w.stride[1],
+                columns(i),
+                rows(i),
+                to,
+                ceil_div(vectors, calls)};
     }
 };
 
+// Rows … end - 1 of a span, `width` at most.
 template <class T>
 void write_square(const GroupedLinear& call, const Span& span, const float* totals, int64_t pitch, int64_t row,
-                  int64_t n) {
+                  int64_t end, int64_t n) {
     vf square[width];
 #pragma GCC unroll 16
     for (int i = 0; i < width; ++i) square[i] = load(totals + i * pitch);
     transpose(square);
     const int64_t left = call.out.size[1] - n;
     const vf bias = bias_at<T>(call, span.expert, n, left);
-    for (int i = 0; i < width && row + i < span.rows; ++i)
-        write<T>(call, span.first + row + i, n, square[i] + bias, left);
+    for (int i = 0; i < width && row + i < end; ++i) write<T>(call, span.first + row + i, n, square[i] + bias, left);
+}
+
+// A tile of the weight times a panel of `count` rows of x.
+template <class T, class Word>
+METATE_FN void multiply_panel(int64_t rows, int64_t count, const Product<Word>& product, Tile<T, Word>& next) {
+    const CopyBeside<T, Word> beside{next};
+    if constexpr (half > 0) {
+        if (rows == tile_rows && count > width && count <= width + half)
+            return multiply_tile<Left::rows, Into::add, tile_rows, 1, true>(product, beside);
+    }
+    multiply<Left::rows, Into::add>(static_cast<int>(rows), count, product, beside);
 }
 
 template <class T, class Word>
-void compute_tiles(const Problem<T, Word>& p, const Span& span, int64_t n, const Workspace<Word>& at) {
-    const Tiles<T, Word> tiles(p, span.expert, n);
+void compute_tiles(const Problem<T, Word>& p, const Span& span, int64_t n, const T* after, const Workspace<Word>& at) {
+    const Tiles<T, Word> tiles(p, span.expert, n, after);
     const int64_t panels = ceil_div(span.rows, panel), pitch = panels * panel;
     for (int64_t i = 0; i < piece_rows * pitch; i += width) store(at.totals + i, splat(0.0f));
     Tile<T, Word> next = tiles.tile(0, at.tiles[0], panels);
+    next.look_up();
     while (next.rows > 0) next.copy();
     for (int64_t i = 0; i < tiles.count; ++i) {
         next = tiles.tile(i + 1, at.tiles[(i + 1) % 2], panels);
+        next.look_up();
         const int64_t words = tiles.column(i) / elements_of<Word>;
         for (int64_t j = 0; j < panels; ++j)
-            multiply<Left::rows, Into::add>(
-                static_cast<int>(tiles.rows(i)), span.rows - j * panel,
+            multiply_panel(
+                tiles.rows(i), p.first_of(span, j + 1) - p.first_of(span, j),
                 Product<Word>{at.tiles[i % 2], tile_pitch, p.words_of(span) + j * panel * p.pitch + words * panel,
                               steps_of<Word>(tiles.columns(i)), at.totals + tiles.row(i) * pitch + j * panel, pitch,
                               nullptr},
-                CopyBeside<T, Word>{next});
+                next);
         while (next.rows > 0) next.copy();
     }
     for (int64_t c = 0; c < smaller(piece_rows, p.call.out.size[1] - n); c += width)
-        for (int64_t r = 0; r < span.rows; r += width)
-            write_square<T>(p.call, span, at.totals + c * pitch + r, pitch, r, n + c);
+        for (int64_t j = 0; j < panels; ++j) {
+            const int64_t first = p.first_of(span, j), end = p.first_of(span, j + 1);
+            for (int64_t r = 0; r < end - first; r += width)
+                write_square<T>(p.call, span, at.totals + c * pitch + j * panel + r, pitch, first + r, end, n + c);
+        }
 }
 
 // Many rows with a weight that lies transposed, or anyhow.
@@ -530,12 +567,12 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
         list[n++] = span;
         p.pieces[n] = p.pieces[n - 1] + ceil_div(N, columns_of(span));
     });
-    // The weight of a piece of few rows, or null. As many pieces on as there are workers is what a worker gets next,
-    // most likely.
+    // The weight of a piece that takes it as it lies, or null. As many pieces on as there are workers is what a worker
+    // gets next, most likely.
     const auto weight_of = [&](int64_t piece) -> const T* {
         if (piece >= p.pieces[spans]) return nullptr;
         const int64_t at = run_of(p.pieces, spans, piece), n = (piece - p.pieces[at]) * columns_of(list[at]);
-        return p.takes_squares(list[at]) && n + width <= N ? p.weight(list[at].expert, n, 0) : nullptr;
+        return p.lies_in_rows() && n + width <= N ? p.weight(list[at].expert, n, 0) : nullptr;
     };
     constexpr int64_t parts = rows_at_once / panel;
     for_pieces(worth(runtime, rows * p.columns()), spans * parts,
@@ -547,7 +584,7 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
         if (p.takes_squares(span))
             compute_few<few>(p, span, n, smaller(N, n + few_columns), weight_of(piece + workers.threads));
         else if (p.takes_tiles(span))
-            compute_tiles(p, span, n, own(worker));
+            compute_tiles(p, span, n, weight_of(piece + workers.threads), own(worker));
         else if (p.takes_strips(span))
             compute_strips<strip_rows>(p, span, n);
         else

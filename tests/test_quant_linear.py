@@ -35,6 +35,10 @@ def weight(N: int = 40, K: int = 200, bits: int = 4, group: int = 64, form: str 
     named = {"codebook": random(2**bits).sort().values} if form == "codebook" else {}
     if form == "zeros":
         named = {"zeros": torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)}
+    if form == "shifted":
+        named = {"offsets": 0.01 * random(*shape, seed=2)}
+    if form == "whole":
+        named = {"codebook": torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])}
     return QuantizedWeight((N, K), bits, group, pack_codes(codes, bits), 0.01 * (1 + random(*shape).abs()), **named)
 
 
@@ -76,6 +80,26 @@ def test_a_row_does_not_depend_on_their_number(activation, dtype, form, bits, gr
     whole = metate.quant_linear(x, w, activation=activation)
     for rows in (*range(1, 18), 33, 64):
         assert same_bits(metate.quant_linear(x[:rows], w, activation=activation), whole[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "form,bits,group", [("zeros", 4, 128), ("symmetric", 4, 72), ("shifted", 4, 64), ("whole", 4, 64), ("zeros", 8, 40)]
+)
+def test_rows_with_outliers_do_not_depend_on_their_number(dtype, form, bits, group):
+    """Some need all digits of whole numbers, and some have no finite number of them."""
+    w = weight(N=75, K=1391, bits=bits, group=group, form=form)
+    w = dataclasses.replace(w, permutation=torch.randperm(1391, generator=torch.Generator().manual_seed(2)).int())
+    x = random(70, 1391)
+    x[::3, 5::90] *= 100
+    x[40, 7], x[41, 9], x[42, 700:702] = math.inf, math.nan, math.inf
+    x = x.to(dtype)
+    whole = metate.quant_linear(x, w)
+    finite = torch.cat([whole[:40], whole[43:]])
+    assert error(finite, torch.cat([x[:40], x[43:]]), w) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+    assert same_bits(metate.quant_linear(x[:23], w), whole[:23])
+    for row in (0, 1, *range(39, 44), 69):
+        assert same_bits(metate.quant_linear(x[row : row + 1], w), whole[row : row + 1]), row
 
 
 @pytest.mark.parametrize("activation", [None, "int8"])

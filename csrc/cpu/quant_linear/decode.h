@@ -142,15 +142,14 @@ inline void decode(float* to, int64_t stride, const int32_t* words, int64_t colu
     }
 }
 
-// Pairs of bfloat16, where their dot product exists: two columns of a dword of 4-bit codes, half a dword apart, so that
-// one shift finds both.
+// Pairs of bfloat16 or of whole numbers, where their dot products exist: two columns of a dword of 4-bit codes, half a
+// dword apart, so that one shift finds both.
 
 constexpr int unit_columns = 8;  // of a dword, in 4 pairs
 
-#if defined(METATE_HAS_BF16_DOT)
+#if defined(METATE_HAS_WORD_SHUFFLES)
 // What decode() does, in pairs.
-inline void decode_pairs(float* to, int64_t stride, const int32_t* words, int64_t columns, const Values& v) {
-    const vi table = pair_table(v.entries);
+inline void decode_pairs(float* to, int64_t stride, const int32_t* words, int64_t columns, vi table) {
     for (; columns > 0; columns -= unit_columns, words += width) {
         const vi word = load(words);
 #pragma GCC unroll 4
@@ -159,9 +158,8 @@ inline void decode_pairs(float* to, int64_t stride, const int32_t* words, int64_
 }
 
 // The same of a whole block of `width` rows, as their codes lie: what fills the time in which rows come from memory.
-__attribute__((noinline)) static void decode_square(float* to, const uint8_t* from, int64_t row_bytes, int64_t ahead,
-                                                    const Values& v) {
-    const vi table = pair_table(v.entries);
+[[maybe_unused, gnu::noinline]] static void decode_square(float* to, const uint8_t* from, int64_t row_bytes,
+                                                          int64_t ahead, vi table) {
     vf square[width];
     for (int i = 0; i < width; ++i) __builtin_prefetch(from + ahead + i * row_bytes, 0, 2);
     load_transposed(square, from, row_bytes);
@@ -173,8 +171,8 @@ __attribute__((noinline)) static void decode_square(float* to, const uint8_t* fr
     }
 }
 #else
-inline void decode_pairs(float*, int64_t, const int32_t*, int64_t, const Values&) {}
-inline void decode_square(float*, const uint8_t*, int64_t, int64_t, const Values&) {}
+inline void decode_pairs(float*, int64_t, const int32_t*, int64_t, vi) {}
+inline void decode_square(float*, const uint8_t*, int64_t, int64_t, vi) {}
 #endif
 
 // Scales.

@@ -52,7 +52,7 @@ struct ByteTable {
 inline ByteTable byte_table_of(const float* entries) {
     float most = 0;
     for (int i = 0; i < 16; ++i) most = __builtin_fmaxf(most, __builtin_fabsf(entries[i]));
-    if (!(most >= 0x1p-100f && most <= 0x1p100f)) return {};
+    if (!(most >= 0x1p-100f && most <= 0x1p16f)) return {};  // or steps times powers of the radix overflow
     const float power = bit_cast<float>(bit_cast<uint32_t>(most) & 0x7f800000);  // at most `most`
     ByteTable table{most > power / 64 * 127 ? power / 32 : power / 64, {}};
     for (int i = 0; i < 16; ++i) {

@@ -7,26 +7,41 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
+// Of pairs that 4-bit codes stand for.
+vi table_of([[maybe_unused]] const Problem& p) {
+#if defined(METATE_HAS_BF16_DOT)
+    if (p.pairs) return pair_table(p.values.entries);
+#endif
+#if defined(METATE_HAS_WORD_SHUFFLES)
+    return whole_table(p.values.entries);
+#else
+    return splat(0);
+#endif
+}
+
 void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, float* to) {
     const LowBitMatrix& w = p.call.w;
     const int64_t columns = smaller(block, w.columns - k * block), stride = w.codes.stride[0];
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const values = to + v * width;
-        if (p.pairs && columns == block && row + (v + 1) * width <= w.rows) {
-            const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + (row + v * width) * stride;
-            decode_square(values, codes + k * block / 2, stride, bytes_ahead(w, k), p.values);
-            continue;
-        }
-        transpose_words(at.words, w, row + v * width, k, bytes_ahead(w, k));
-        if (p.x.unit == Unit::pairs)
-            decode_pairs(values, panel, at.words, columns, p.values);
-        else
-            decode(values, panel, at.words, columns, w.bits, p.values);
-        if (p.sums_scaled) continue;
         const int64_t passed = p.plans[k].first_group - at.first_group[panel_number];
         const int64_t offset = (panel_number * p.window + passed) * panel + v * width;
-        scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr, panel, k * block,
-                     columns, w.group_size);
+        if (p.x.unit != Unit::floats && w.bits == 4 && columns == block && row + (v + 1) * width <= w.rows) {
+            const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + (row + v * width) * stride;
+            decode_square(values, codes + k * block / 2, stride, bytes_ahead(w, k), table_of(p));
+        } else {
+            transpose_words(at.words, w, row + v * width, k, bytes_ahead(w, k));
+            if (p.x.unit == Unit::floats)
+                decode(values, panel, at.words, columns, w.bits, p.values);
+            else if (w.bits == 4)
+                decode_pairs(values, panel, at.words, columns, table_of(p));
+            else
+                decode_byte_pairs(values, at.words, columns, p.values.center);
+        }
+        if (p.whole_pairs && at.centers) add_centers(values, p.plans[k], at.centers + offset);
+        if (!p.sums_scaled)
+            scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr, panel,
+                         k * block, columns, w.group_size);
     }
 }
 
@@ -106,11 +121,14 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
 
 void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
                     int64_t rows, Tile tile) {
-    if (p.arithmetic.digits) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
+    if (p.in_digits()) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
     for (int64_t i = 0; i < tile.blocks; ++i)
         decode_panel(p, at, panel_number, row, k + i, at.values + i * p.x.words() * panel);
 #if defined(METATE_HAS_BF16_DOT)
-    if (p.x.unit == Unit::pairs) return multiply<Unit::pairs, true>(p.x, k, x_row, rows, tile);
+    if (p.pairs) return multiply<Unit::pairs, true>(p.x, k, x_row, rows, tile);
+#endif
+#if defined(METATE_HAS_VNNI_FORMS)
+    if (p.whole_pairs) return multiply<Unit::whole_pairs, true>(p.x, k, x_row, rows, tile);
 #endif
     p.sums_scaled ? multiply<Unit::floats, true>(p.x, k, x_row, rows, tile)
                   : multiply<Unit::floats, false>(p.x, k, x_row, rows, tile);
@@ -154,7 +172,11 @@ Tile tile_of(const Problem& p, const Workspace& at, int64_t panel_number, int64_
             0,
             nullptr,
             p.x.most_chunks,
-            p.x.sums ? p.x.rows * p.x.most_chunks : 0,
+            p.x.rows * p.x.most_chunks,
+            nullptr,
+            nullptr,
+            nullptr,
+            p.x.rows,
             at.totals + total,
             at.earlier + total,
             false,
@@ -186,7 +208,7 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
                 enter_blocks(tile, p, k, end, at.first_group[i]);
                 multiply_panel(p, at, i, (first + i) * panel, k, x_row, rows, tile);
             }
-            if (p.arithmetic.digits && (end % span == 0 || end == p.blocks)) end_span(at, count * rows * panel);
+            if (p.in_digits() && (end % span == 0 || end == p.blocks)) end_span(at, count * rows * panel);
         }
         finish<T>(p, at, first, count, x_row, rows);
     }
@@ -382,7 +404,7 @@ struct Schedule {
 
 // Takes the memory of a schedule; `like` is any of its problems.
 Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena) {
-    const bool in_integers = like.arithmetic.digits > 0, has_sums = like.sums_scaled && has_corrections(like.call.w);
+    const bool in_integers = like.arithmetic.digits > 0, has_sums = like.sums_scaled && like.is_corrected();
     const int64_t most_chunks = like.x.most_chunks;
     Schedule s{};
     s.problems = arena.take<Problem>(all.count);
@@ -396,7 +418,7 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
         Problem p(all.calls[i]);
         p.plans = s.plans;
         p.integer_plans = s.integer_plans;
-        if (in_integers) {
+        if (p.in_digits()) {
             p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
             if (p.dots_rows) {
                 p.spread.x = arena.take<int32_t>(round_up(p.blocks, width) * p.x.rows * p.spread.stride());
@@ -408,6 +430,11 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
         } else {
             p.x.x = arena.take<float>(p.blocks * p.x.rows * p.x.words());
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
+            if (p.whole_pairs) {
+                p.x.last = arena.take<float>(p.blocks * p.x.rows * p.x.words());
+                p.x.has_last = arena.take<uint8_t>(p.blocks * p.x.rows);
+                p.x.steps = arena.take<float>(p.blocks * p.x.rows * most_chunks);
+            }
             const int64_t columns = round_up(p.call.w.columns, run_columns);
             p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;
         }
@@ -422,7 +449,9 @@ template <class T>
 void pack_rows(const Problem& p, const Runtime& runtime) {
     const QuantLinear& call = p.call;
     const Runtime packers = worth(runtime, p.x.rows * call.w.columns * operations_to_pack);
-    if (p.arithmetic.digits > 0)
+    if (p.whole_pairs)
+        pack_whole<T>(p.x, call, p.arithmetic.table.unit ? p.arithmetic.table.unit : 1.0f, packers);
+    else if (p.in_digits())
         pack_integers<T>(p.integers, p.integer_plans, call, p.arithmetic, p.center(), packers);
     else
         pack<T>(p.x, call.x, call.w.permutation, call.w.group_size, call.int8_activations, packers);

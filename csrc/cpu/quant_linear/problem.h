@@ -1,8 +1,8 @@
 // One product of x with low-bit weights: how it is cut and planned, what workers hold, and the scales of a panel.
 #pragma once
 
-#include "integer.h"
 #include "row_squares.h"
+#include "whole_pairs.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -12,13 +12,15 @@ constexpr int64_t small_group = 16;  // below, weights are scaled instead of sum
 constexpr int64_t operations_to_pack = 6;  // a number of x
 static_assert(blocks_at_once >= span * few_rows);
 
+constexpr int64_t most_panels = 4;  // of a piece; of many rows of x 2, or totals push x out of the second-level cache
+
 // How the result is cut: pieces of `panels` panels of W's rows.
 struct Cut {
     int64_t panels, pieces;
 };
 
 inline Cut cut_of(int64_t rows, int64_t n) {
-    const int64_t all = ceil_div(n, panel), most = rows >= 64 ? 8 : 4, spread = ceil_div(all, 32);
+    const int64_t all = ceil_div(n, panel), most = rows >= 64 ? 2 : most_panels, spread = ceil_div(all, 32);
     const int64_t panels = smaller(most, spread > 1 ? spread : 1);
     return {panels, ceil_div(all, panels)};
 }
@@ -61,6 +63,7 @@ struct Problem {
     Values values;
     bool pairs;
     Arithmetic arithmetic;
+    bool whole_pairs;  // of x and W, in the place of digits
     PackedRows x;
     IntegerRows integers;
     SpreadRows spread;   // where codes are read row by row: of products in whole numbers,
@@ -81,6 +84,7 @@ struct Problem {
           values(values_of(c.w)),
           pairs(takes_pairs(c, values)),
           arithmetic(pairs ? Arithmetic{} : arithmetic_of(c, values, small_group)),
+          whole_pairs(c.x.size[0] >= many_rows && can_take_whole_pairs(c.w, arithmetic)),
           cut(cut_of(c.x.size[0], c.w.rows)),
           plans(nullptr),
           integer_plans(nullptr),
@@ -91,12 +95,12 @@ struct Problem {
           sums_chunks(can_sum && c.x.size[0] <= few_rows),
           takes_squares(pairs && c.w.columns > 0 && can_sum_chunks(c.w) && c.x.size[0] <= square_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
-        const bool are_many = c.x.size[0] >= many_rows && !arithmetic.digits && c.w.group_size >= small_group;
+        const bool are_many = c.x.size[0] >= many_rows && !in_digits() && c.w.group_size >= small_group;
         blocks_together = are_many ? span : 1;
-        rows_at_once = arithmetic.digits ? 256 : 512;
+        rows_at_once = in_digits() ? 256 : 512;
         const int64_t groups_of_span = (span * block - 2) / c.w.group_size + 2;
         window = round_up(are_many || takes_squares ? groups_of_span : groups_of_block, width);
-        most_groups = larger(cut.panels * window, pairs ? round_up(groups_of_span, width) : 0);
+        most_groups = larger(most_panels * window, pairs ? round_up(groups_of_span, width) : 0);
         units = nullptr;
         can_turn = !pairs && can_take_turns(c.w, arithmetic);
         takes_turns = can_turn && c.x.size[0] == 1;
@@ -106,10 +110,13 @@ struct Problem {
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
         integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
         spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
-        x.unit = pairs ? Unit::pairs : Unit::floats;
+        x.unit = pairs ? Unit::pairs : whole_pairs ? Unit::whole_pairs : Unit::floats;
+        if (arithmetic.digits == 3) x.most_columns = block;
+        if (whole_pairs) values = whole_values(c.w, values, arithmetic.table);
         if (pairs && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
         lane_rows = {nullptr, c.x.size[0]};
     }
+    bool in_digits() const { return arithmetic.digits && !whole_pairs; }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
     int segments_of(int64_t k) const { return arithmetic.digits ? integer_plans[k].count : plans[k].count; }
     int64_t group_of(int64_t k, int c) const {
@@ -123,17 +130,18 @@ struct Problem {
     bool is_corrected() const {
         return arithmetic.digits ? static_cast<bool>(call.w.offsets) : has_corrections(call.w);
     }
+    // Enough for calls with fewer rows of x too.
     Workspace workspace(Arena& arena) const {
         Workspace at{};
         at.words = arena.take<int32_t>(2 * most_words);
-        at.values = arithmetic.digits ? nullptr : arena.take<float>(blocks_together * x.words() * panel);
+        at.values = in_digits() ? nullptr : arena.take<float>(blocks_together * x.words() * panel);
         at.codes = arithmetic.digits ? arena.take<int32_t>(block / 4 * panel) : nullptr;
-        at.totals = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
-        at.earlier = arena.take<float>(cut.panels * smaller(rows_at_once, x.rows) * panel);
+        at.totals = arena.take<float>(most_panels * smaller(rows_at_once, x.rows) * panel);
+        at.earlier = arena.take<float>(most_panels * smaller(rows_at_once, x.rows) * panel);
         at.scales = arena.take<float>(most_groups * panel);
         at.corrections = is_corrected() ? arena.take<float>(most_groups * panel) : nullptr;
         at.centers = arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(most_groups * panel) : nullptr;
-        at.first_group = arena.take<int64_t>(cut.panels);
+        at.first_group = arena.take<int64_t>(most_panels);
         at.turn_sums = can_turn ? arena.take<float>(2 * turn_sums) : nullptr;
         at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;
         at.chunk_sums = can_sum ? arena.take<float>(most_chunk_sums) : nullptr;

@@ -38,10 +38,13 @@ inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t
     return n;
 }
 
-// Whether products take columns by twos.
-enum class Unit { floats, pairs };
+// Whether products take columns by twos: as pairs of bfloat16 or of 16-bit whole numbers.
+enum class Unit { floats, pairs, whole_pairs };
+METATE_FN constexpr int columns_of(Unit unit) {
+    return unit == Unit::floats ? 1 : 2;
+}
 template <Unit unit>
-constexpr int columns_in = unit == Unit::pairs ? 2 : 1;
+constexpr int columns_in = columns_of(unit);
 
 constexpr int64_t span = 8;  // blocks whose sums join the rest as one: short chains round less
 
@@ -54,8 +57,13 @@ struct PackedRows {
     int64_t rows, blocks, most_chunks;
     Unit unit = Unit::floats;
     int most_columns = longest;  // of a chunk
+    // Of whole numbers, and null otherwise: their last digits, like x; which rows of a block have such, (blocks, rows);
+    // and what a whole number is multiplied by, like the sums.
+    float* last = nullptr;
+    uint8_t* has_last = nullptr;
+    float* steps = nullptr;
 
-    METATE_FN int64_t words() const { return unit == Unit::pairs ? block / 2 : block; }
+    METATE_FN int64_t words() const { return block / columns_of(unit); }
     // Floats from one row to the next in the span of block k.
     METATE_FN int64_t stride(int64_t k) const { return smaller(span, blocks - k / span * span) * words(); }
     METATE_FN float* line(int64_t k, int64_t row) const {
@@ -63,6 +71,7 @@ struct PackedRows {
     }
     METATE_FN int64_t chunks_at(int64_t k, int64_t row) const { return (k * rows + row) * most_chunks; }
     METATE_FN float* sums_of(int64_t k, int64_t row) const { return sums + chunks_at(k, row); }
+    METATE_FN float* last_line(int64_t k, int64_t row) const { return last + (line(k, row) - x); }
 };
 
 template <class T>
@@ -196,6 +205,9 @@ struct Tile {
     int64_t first_group;
     const float* sums;  // of the chunks of x, rows sums_stride and blocks block_sums apart
     int64_t sums_stride, block_sums;
+    const float *last, *steps;  // of whole numbers, like x and like the sums
+    const uint8_t* has_last;    // blocks block_rows apart
+    int64_t block_rows;
     float *total, *earlier;  // of the span, and of those before it: rows `panel` floats apart
     bool begins, ends;       // the span
 };
@@ -250,13 +262,49 @@ METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, const Chunk& chunk,
     }
 }
 
-// sum + a word of x times words of W.
+// sum + a word of x times words of W. Whole numbers are 32 bits in the lanes of floats.
 template <Unit unit>
 METATE_FN vf add_product(vf sum, vf x, vf values) {
+#if defined(METATE_HAS_VNNI_FORMS)
+    if constexpr (unit == Unit::whole_pairs) {
+        vi whole = as_int(sum);
+        vnni_add_word_dot(whole, as_int(x), as_int(values));
+        return as_float(whole);
+    }
+#endif
 #if defined(METATE_HAS_BF16_DOT)
     if constexpr (unit == Unit::pairs) return METATE_ISA::add_product(sum, as_int(x), as_int(values));
 #endif
     return METATE_ISA::add_product(sum, x, values);
+}
+
+// The last digits of a chunk of so many words times half a panel: few chunks have any.
+template <Unit unit>
+__attribute__((noinline)) vf sum_last_digits(const float* x, const float* values, int words) {
+    vf sum[4] = {};
+    for (; words > 0; words -= 4, x += 4, values += 4 * panel) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[j] = add_product<unit>(sum[j], splat(x[j]), load(values + j * panel));
+    }
+    return to_float(add(add(as_int(sum[0]), as_int(sum[1])), add(as_int(sum[2]), as_int(sum[3]))));
+}
+
+// Whole numbers of a chunk as floats. What they are multiplied by is meant for numbers without their last digits.
+template <Unit unit, int rows>
+METATE_FN void scale_by_steps(vf (&sum)[rows][2], const Tile& t, int64_t c, const float* x, const float* values,
+                              int words) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+        const vf step = splat(t.steps[r * t.sums_stride + c]);
+        const float* const last = t.last + (x - t.x) + r * t.stride;
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+            vf value = to_float(as_int(sum[r][v]));
+            if (t.has_last[r]) [[unlikely]]
+                value = fma(sum_last_digits<unit>(last, values + v * width, words), splat(0x1p-8f), value);
+            sum[r][v] = value * step;
+        }
+    }
 }
 
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
@@ -292,12 +340,18 @@ METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, const Chunk*
         values += n * panel;
     };
     const int columns = chunks[c].end - chunks[c].begin;
-    int left = unit == Unit::pairs ? static_cast<int>(ceil_div(columns, unit_columns)) * 4 : columns;
+    const int words = unit == Unit::floats ? columns : static_cast<int>(ceil_div(columns, unit_columns)) * 4;
+    int left = words;
     for (; left >= 4; left -= 4) add_columns.template operator()<4>();
     for (; left > 0; --left) add_columns.template operator()<1>();
     if (!keeps_totals) load_totals(total, t.total);
 #pragma GCC unroll 4
-    for (int q = 0; q < together; ++q) add_sums<scaled>(total, t, chunks[c + q], c + q, sum[q]);
+    for (int q = 0; q < together; ++q) {
+        if constexpr (unit == Unit::whole_pairs)
+            scale_by_steps<unit>(sum[q], t, c + q, t.x + begin + q * chunk_words,
+                                 t.values + (begin + q * chunk_words) * panel, words);
+        add_sums<scaled>(total, t, chunks[c + q], c + q, sum[q]);
+    }
     if (!keeps_totals) store_totals(t.total, total);
 }
 
@@ -327,7 +381,12 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
         }
         t.x += block / columns_in<unit>;
         t.values += block / columns_in<unit> * panel;
-        t.sums += t.block_sums;
+        if (t.sums) t.sums += t.block_sums;
+        if constexpr (unit == Unit::whole_pairs) {
+            t.last += block / 2;
+            t.steps += t.block_sums;
+            t.has_last += t.block_rows;
+        }
     }
     t.ends ? add_totals(t.earlier, total) : store_totals(t.total, total);
 }
@@ -349,6 +408,11 @@ inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, 
         const int64_t first = rows * i / tiles, end = rows * (i + 1) / tiles;
         tile.x = x.line(k, row + first);
         tile.sums = x.sums ? x.sums_of(k, row + first) : nullptr;
+        if constexpr (unit == Unit::whole_pairs) {
+            tile.last = x.last_line(k, row + first);
+            tile.steps = x.steps + x.chunks_at(k, row + first);
+            tile.has_last = x.has_last + k * x.rows + row + first;
+        }
         Tile part = tile;
         part.total += first * panel;
         if (tile.ends) part.earlier += first * panel;

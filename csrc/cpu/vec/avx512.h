@@ -354,6 +354,25 @@ METATE_FN void transpose_quarters(vi (&r)[4]) {
     r[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
 }
 
+// Of every 16 bytes: elements 0 and 4, 1 and 5, 2 and 6, 3 and 7. Of every 8: 0 and 2, 1 and 3.
+METATE_FN vi interleave_halves(vi x) {
+    return _mm512_unpacklo_epi16(x, _mm512_bsrli_epi128(x, 8));
+}
+METATE_FN vi interleave_quarters(vi x) {
+    return _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(x, 0xd8), 0xd8);
+}
+// Sixteen words, looked up by the low four bits of each word; and words shifted right.
+METATE_FN vi lookup_pairs(vi table, vi words, int shift) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(shift)), table);
+}
+METATE_FN vi twice(__m256i x) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(x), x, 1);
+}
+// Tables for it: of whole numbers, and of bfloat16.
+METATE_FN vi whole_table(const float* p) {
+    return twice(_mm512_cvtepi32_epi16(to_int(load(p))));
+}
+
 // Sixteen floats, looked up by the low four bits of each lane.
 struct Table16 {
     vf values;
@@ -555,13 +574,9 @@ METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
 METATE_FN vi interleave_halves(vi x) {
     return _mm512_unpacklo_epi16(x, _mm512_bsrli_epi128(x, 8));
 }
-// Sixteen bfloat16, looked up by the low four bits of each word; and words shifted right.
+// Sixteen bfloat16, twice, for lookup_pairs.
 METATE_FN vi pair_table(const float* p) {
-    const __m256i entries = narrow_bf16(_mm512_loadu_ps(p));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(entries), entries, 1);
-}
-METATE_FN vi lookup_pairs(vi table, vi words, int shift) {
-    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(shift)), table);
+    return twice(narrow_bf16(_mm512_loadu_ps(p)));
 }
 // Zeros where the first or second elements of pairs are not to count.
 METATE_FN vi keep_elements(vi pairs, bool first, bool second) {

@@ -462,6 +462,12 @@ def test_streams(description, tmp_path):
         again = faiss.read_index(faiss.BufferedIOReader(reader, 12) if buffered else reader)
         assert np.array_equal(faiss.serialize_index(again), data)
     assert np.array_equal(faiss.serialize_index(faiss.read_index(faiss.ZeroCopyIOReader(data, data.size))), data)
+    twice = bytearray(data.tobytes())
+    if "IVF" in description:
+        twice[-8:] = twice[-16:-8]
+        for read in (faiss.read_index, lambda reader: faiss.deserialize_index(np.frombuffer(twice, np.uint8))):
+            with pytest.raises(RuntimeError, match="given twice"):
+                read(faiss.ZeroCopyIOReader(twice, len(twice)))
     for size in range(0, len(data), 7):
         with pytest.raises(FormatError, match="the file ends there"):
             faiss.read_index(faiss.ZeroCopyIOReader(data, size))

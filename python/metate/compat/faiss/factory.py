@@ -142,8 +142,7 @@ class ReadError(FormatError, RuntimeError):
 
 def read_index(path: str | IOReader, *flags: Any) -> Any:
     """An index that faiss or `write_index` wrote; FormatError for anything else. Flags change nothing: it is copied."""
-    node = _read(path, _root)
-    return None if node is None else _index(node)
+    return _read(path, _root, _made_of)
 
 
 def _root(reader: files.Reader) -> files.Node | None:
@@ -153,9 +152,13 @@ def _root(reader: files.Reader) -> files.Node | None:
     return files.read_node(reader)
 
 
-def _read(path: str | IOReader, read: Callable[[files.Reader], Any]) -> Any:
+def _made_of(root: files.Node | None) -> Index | None:
+    return None if root is None else _index(root)
+
+
+def _read(path: str | IOReader, read: Callable[[files.Reader], Any], make: Callable[[Any], Any]) -> Any:
     try:
-        return files.from_stream(path.read, read) if isinstance(path, IOReader) else files.from_file(path, read)
+        return make(files.from_stream(path.read, read) if isinstance(path, IOReader) else files.from_file(path, read))
     except FormatError as error:
         raise ReadError(str(error) if isinstance(path, IOReader) else f"{error} ({path})") from None
 
@@ -165,7 +168,10 @@ def write_ProductQuantizer(pq: ProductQuantizer, path: str | IOWriter) -> None:
 
 
 def read_ProductQuantizer(path: str | IOReader) -> ProductQuantizer:
-    books = _read(path, files.read_codebooks)
+    return _read(path, files.read_codebooks, _quantizer_of)  # type: ignore[no-any-return]
+
+
+def _quantizer_of(books: files.Floats) -> ProductQuantizer:
     M, levels, width = books.shape
     pq = ProductQuantizer(M * width, M, levels.bit_length() - 1)
     pq.centroids[...] = books.reshape(-1)
@@ -177,7 +183,7 @@ def write_VectorTransform(vt: VectorTransform, path: str | IOWriter) -> None:
 
 
 def read_VectorTransform(path: str | IOReader) -> VectorTransform:
-    return _transform(_read(path, files.read_transform))
+    return _read(path, files.read_transform, _transform)  # type: ignore[no-any-return]
 
 
 def serialize_index(index: Index | None) -> npt.NDArray[np.uint8]:
@@ -188,8 +194,7 @@ def serialize_index(index: Index | None) -> npt.NDArray[np.uint8]:
 
 def deserialize_index(data: npt.NDArray[np.uint8]) -> Any:
     try:
-        node = files.whole(data.tobytes(), _root)
-        return None if node is None else _index(node)
+        return _made_of(files.whole(data.tobytes(), _root))
     except FormatError as error:
         raise ReadError(str(error)) from None
 
@@ -242,8 +247,9 @@ def _index(node: files.Node) -> Index:
         base, fine = _index(node.base), _index(node.refine)
         if base.ntotal != fine.ntotal:
             raise files.complain("refined index", f"{base.ntotal} vectors", f"{fine.ntotal}, and that it is trained")
-        flat = isinstance(fine, IndexFlat)
-        refined = IndexRefineFlat(base, fine.reconstruct_n()) if flat else IndexRefine(base, fine)
+        kind = IndexRefineFlat if isinstance(fine, IndexFlat) else IndexRefine
+        refined = kind.__new__(kind)
+        IndexRefine.__init__(refined, base, fine)
         refined.k_factor = node.k_factor
         return refined
     if isinstance(node, files.IVF):  # lists are found by the quantizer's metric here, whatever that of the index

@@ -123,8 +123,8 @@ def _clock_event_reasons(pynvml: Any) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """Python, and those of our packages and peers that are installed."""
-    found = {"python": platform.python_version(), "metate": importlib.metadata.version("metate")}
-    for package in PACKAGES:
+    found = {"python": platform.python_version()}
+    for package in ("metate", *PACKAGES):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

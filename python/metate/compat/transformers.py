@@ -98,8 +98,7 @@ class _AlsoMetate:
 
 
 def enable_quantised() -> None:
-    """Lets `from_pretrained` load GPTQ, AWQ and bitsandbytes checkpoints, those in metate's own form, and GGUF files with
-    metate, on any device.
+    """Lets `from_pretrained` load GPTQ, AWQ and bitsandbytes checkpoints, metate's own and GGUF files, on any device.
 
     Their own packages need not be there (but transformers wants gguf and accelerate for GGUF). Linear layers become
     metate.nn.QuantLinear: inference, and training of what stands on top (PEFT's LoRA). Of GGUF files (`gguf_file=`)

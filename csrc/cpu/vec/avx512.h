@@ -570,10 +570,6 @@ METATE_FN vi zip(const bf16* a, const bf16* b) {
 METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
     return join_pairs(_mm256_maskz_loadu_epi16(first(n), a), _mm256_maskz_loadu_epi16(first(n), b));
 }
-// Of every 16 bytes: elements 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-METATE_FN vi interleave_halves(vi x) {
-    return _mm512_unpacklo_epi16(x, _mm512_bsrli_epi128(x, 8));
-}
 // Sixteen bfloat16, twice, for lookup_pairs.
 METATE_FN vi pair_table(const float* p) {
     return twice(narrow_bf16(_mm512_loadu_ps(p)));

@@ -1,6 +1,7 @@
 """transformers loads GPTQ, AWQ and bitsandbytes checkpoints on our kernels; the dequantised model is the truth."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -72,7 +73,7 @@ def permuted(weight, group_size, **options):
     """As act-order makes it: columns in another order before they are grouped."""
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))
     made = quantize_rtn(weight[:, order], group_size=group_size, **options)
-    return type(made)(**{**made.__dict__, "permutation": order.int()})
+    return dataclasses.replace(made, permutation=order.int())
 
 
 CHECKPOINTS = {

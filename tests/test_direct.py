@@ -143,7 +143,29 @@ def few(*numbers):
 
 WEIGHT = metate.quant.quantize_rtn(torch.randn(24, 32), bits=4, group_size=16)
 CACHE, TABLE, LENGTHS = torch.randn(3, 8, 2, 16), few(2, 0, 1, 2).view(2, 2), few(9, 12)
-SHAPED = {  # calls with tensors of fewer or more dimensions than the operator's
+A, B = torch.randn(2, 4, 32), torch.randn(2, 24, 4)
+BASE, BOOKS = torch.randn(40, 16), torch.randn(4, 16, 4)
+EXTENTS, ENDS = torch.tensor([[0, 20], [20, 40]]), few(0, 2, 5)
+
+
+def both(q, **options):
+    return metate.attention(q, q, q, return_lse=True, return_column_sums=True, **options)
+
+
+WHOLE = {  # calls of what the operators are not given as it is: of other dimensions, or to be computed first
+    "attention and column sums": (both, (2, 5, 4, 16)),
+    "column sums, causal": (lambda q: both(q, causal=True, scale=2)[::2], (1, 3, 4, 16)),
+    "packed column sums": (
+        lambda q: metate.attention_varlen(
+            q, q, q, few(0, 2, 5), few(0, 2, 5), return_lse=True, return_column_sums=True
+        ),
+        (5, 4, 16),
+    ),
+    "one adapter": (lambda x: metate.lora_linear(x, WEIGHT, A[0], B[0], scaling=0.3), (2, 3, 32)),
+    "an adapter a row": (lambda x: metate.lora_linear(x, WEIGHT, A, B, scaling=2, adapter_ids=few(1, -1, 0)), (3, 32)),
+    "nearest by cosine": (lambda x: metate.topk_distances(x, BASE, 3, metric="cosine"), (6, 16)),
+    "tables of cosines": (lambda x: metate.pq_distance_tables(x, BOOKS, metric="cosine"), (6, 16)),
+    "lists by cosine": (lambda x: metate.ivf_search(x, BASE[:2], EXTENTS, BASE, 3, metric="cosine"), (6, 16)),
     "quant_linear": (lambda x: metate.quant_linear(x, WEIGHT), (2, 3, 32)),
     "quant_linear, one row": (lambda x: metate.quant_linear(x, WEIGHT), (32,)),
     "gated_activation": (metate.gated_activation, (2, 1, 3, 8)),
@@ -159,16 +181,29 @@ SHAPED = {  # calls with tensors of fewer or more dimensions than the operator's
 }
 
 
-@pytest.mark.parametrize("call,shape", SHAPED.values(), ids=SHAPED)
-def test_other_shapes_come_directly_too(call, shape):
+@pytest.mark.parametrize("call,shape", WHOLE.values(), ids=WHOLE)
+def test_whole_functions_come_directly_too(call, shape):
     x = torch.randn(shape)
     with metate.use("cpu"):
         expected = outputs(call(x))
-    for x_ in (x, x, x, x.new_empty(*shape[::-1]).permute(*range(len(shape))[::-1]).copy_(x)):
+    for x_ in (x, x.new_empty(*shape[::-1]).permute(*range(len(shape))[::-1]).copy_(x), x, x):
         before = library.direct_calls()
         for a, b in zip(outputs(call(x_)), expected, strict=True):
             assert a.shape == b.shape and a.is_contiguous() and torch.equal(a, b)
-    assert before < library.direct_calls()
+    assert library.direct_calls() == before + 1
+
+
+def test_adapters_that_there_are_not_are_refused_in_every_call():
+    x, numbers = torch.randn(3, 32), few(1, -1, 0)
+    for _ in range(3):
+        metate.lora_linear(x, WEIGHT, A, B, adapter_ids=numbers)
+    for wrong in (few(1, 2, 0), few(1, -2, 0)):
+        with pytest.raises(ValueError, match="lora_linear: adapter_ids is"):
+            metate.lora_linear(x, WEIGHT, A, B, adapter_ids=wrong)
+    for same in (numbers.long(), numbers[:, None].expand(3, 2)[:, 0]):
+        expected = metate.lora_linear(x, WEIGHT, A, B, adapter_ids=numbers)
+        for _ in range(3):
+            assert torch.equal(metate.lora_linear(x, WEIGHT, A, B, adapter_ids=same), expected)
 
 
 def test_a_cache_that_was_written_has_another_version():

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "python" / "metate"
 LAYERS = [
     {"errors", "accuracy", "axes", "philox", "masks", "low_bit", "memory", "library", "hardware"},
     {"op"},
+    {"shortcut"},
     {"ops"},
     {"nn", "quant", "search"},
     {"models", "generate", "parallel"},

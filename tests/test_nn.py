@@ -1,6 +1,7 @@
 """QuantLinear, LoraLinear and quantize_model: values, gradients, states, and life as a module."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -20,13 +21,12 @@ def weights():
     torch.manual_seed(0)
     dense = torch.randn(N, K)
     integers = quantize_rtn(dense, group_size=8, symmetric=False)
-    permuted = {**integers.__dict__, "permutation": torch.randperm(K).int()}
     return {
         "nf4": quantize_nf4(dense),
         "int4": quantize_rtn(dense, group_size=16),
         "int3 with zeros": quantize_rtn(dense, 3, 8, symmetric=False),
         "hqq": quantize_hqq(dense, group_size=8),
-        "permuted": metate.QuantizedWeight(**permuted),
+        "permuted": dataclasses.replace(integers, permutation=torch.randperm(K).int()),
         "two levels": metate.QuantizedWeight(
             (N, K), 4, 8, integers.codes, torch.randint(-60, 60, (N, 5), dtype=torch.int8), torch.rand(N, 3), 2, zero=8
         ),

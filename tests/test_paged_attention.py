@@ -134,6 +134,9 @@ MALFORMED = {
     "expanded": (changed(CALL, v_cache=CALL[3][:1].expand_as(CALL[3])), "v_cache is expanded"),
     "position": (changed(ROTATED, positions=ROTATED[9] + 30), "positions is .*expected 0 to 49"),
     "angles without positions": (changed(ROTATED, positions=None), "rotary_cos is given without"),
+    "values alone": (changed(CALL, v_cache=None), "v is given, expected v and v_cache, or neither"),
+    "no values": (changed(CALL, v=None), "v_cache is given, expected v and v_cache, or neither"),
+    "scales of no values": (changed(CALL, v=None, v_cache=None), "v_scale is given"),
     "wide angles": (changed(ROTATED, rotary_cos=WIDE, rotary_sin=WIDE), "rotary_cos is of 65 columns"),
 }  # fmt: skip
 

@@ -256,15 +256,14 @@ def test_wrong_arguments_are_named(kind, message, wrong):
 
 
 def test_wrong_permutations_are_named():
-    from metate.ops.quant_linear import arguments, scalars
     from metate.ops.quant_linear.declaration import linear_op
 
-    *tensors, _ = arguments(weight())
+    *tensors, _ = weight().arguments
     order = torch.arange(200, dtype=torch.int32)
-    linear_op(X, *tensors, order, None, *scalars(weight()))
+    linear_op(X, *tensors, order, None, *weight().scalars)
     order[3] = 4
     with pytest.raises(ValueError, match=r"metate.quant_linear: permutation is not one, expected every number"):
-        linear_op(X, *tensors, order, None, *scalars(weight()))
+        linear_op(X, *tensors, order, None, *weight().scalars)
 
 
 # Low-rank updates.

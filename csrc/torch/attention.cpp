@@ -155,14 +155,31 @@ Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse
                              const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
                              double scale, int64_t window_left, int64_t window_right, bool top_left, double softcap,
                              int64_t block_m, int64_t block_n) {
-    Tensor sums = empty(q, {q.size(0), q.size(2), k.size(1)}, wide(q));
+    Tensor sums =
+        q.dim() == 3 ? empty(q, {q.size(1), k.size(0)}, wide(q)) : empty(q, {q.size(0), q.size(2), k.size(1)}, wide(q));
     METATE_LAUNCH(attention_column_sums, q,
                   AttentionColumnSums{
                       problem(q, k, k, bias, alibi_slopes, {}, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
                               {scale, window_left, window_right, top_left, softcap, block_m, block_n}),
-                      view<3>(lse), view<3>(sums)});
+                      view_with<3>(lse, 0), view_with<3>(sums, 0)});
     return sums;
 }
+
+#if !defined(METATE_CUDA)
+// Both in one direct call.
+std::tuple<Tensor, Tensor, Tensor> attention_and_column_sums(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bias, const Optional& alibi_slopes,
+    const Optional& sinks, const Optional& intervals, const Optional& blocks, const Optional& bits,
+    const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, double scale, int64_t window_left, int64_t window_right,
+    bool top_left, double softcap, double dropout_p, int64_t seed, int64_t offset, int64_t block_m, int64_t block_n) {
+    const auto [out, lse] =
+        attention(q, k, v, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
+                  window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n);
+    return {out, lse,
+            attention_column_sums(q, k, lse, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
+                                  scale, window_left, window_right, top_left, softcap, block_m, block_n)};
+}
+#endif
 
 std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& outs, const Tensor& lses) {
     Tensor out = empty(outs, {outs.size(1), outs.size(2), outs.size(3), outs.size(4)});
@@ -173,6 +190,9 @@ std::tuple<Tensor, Tensor> merge_attention_states(const Tensor& outs, const Tens
 }
 
 METATE_REGISTER(m) {
+#if !defined(METATE_CUDA)
+    offer<&attention_and_column_sums>("attention_and_column_sums");
+#endif
     METATE_IMPL(m, attention);
     METATE_IMPL(m, attention_delta);
     METATE_IMPL(m, attention_backward);

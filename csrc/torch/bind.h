@@ -76,6 +76,11 @@ struct Dispatched<Tensor> {
     static type to(const Tensor& tensor) { return tensor.handle(); }
 };
 template <>
+struct Dispatched<TensorOrNumber> {
+    using type = torch::stable::Tensor;
+    static TensorOrNumber from(type tensor) { return Tensor(std::move(tensor)); }
+};
+template <>
 struct Dispatched<std::optional<Tensor>> {
     using type = std::optional<torch::stable::Tensor>;
     static std::optional<Tensor> from(type tensor) {

@@ -78,7 +78,21 @@ class Reader {
         return read(object, out.emplace());
     }
 
+    bool read(PyObject* object, TensorOrNumber& out) {
+        double number;
+        if (!read(object, number)) return read(object, out.emplace<Tensor>());
+        out = number;
+        return true;
+    }
+
+    // An integer is the number that it is, up to those that may be rounded.
     bool read(PyObject* object, double& out) {
+        if (PyLong_CheckExact(object)) {
+            int overflow;
+            const long long whole = PyLong_AsLongLongAndOverflow(object, &overflow);
+            out = static_cast<double>(whole);
+            return !overflow && whole >> 53 == whole >> 63 && write(out);
+        }
         if (!PyFloat_CheckExact(object)) return false;
         out = PyFloat_AsDouble(object);
         return write(out);
@@ -151,7 +165,11 @@ struct Unlocked {
 class Admitted {
   public:
     bool has(std::string_view key) const { return keys_.find(key) != keys_.end(); }
-    void add(std::string_view key) { keys_.emplace(key); }
+    void add(std::string_view key) {
+        constexpr size_t many = 4096;
+        if (keys_.size() >= many) keys_.clear();
+        keys_.emplace(key);
+    }
     void clear() { keys_.clear(); }
 
   private:

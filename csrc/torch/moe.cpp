@@ -65,11 +65,15 @@ Tensor moe_permute(const Tensor& x, const Tensor& order, int64_t k) {
     return out;
 }
 
+// `out` is a row for each of inverse.
+Tensor unpermute(const Tensor& y, const Tensor& inverse, const Optional& weights, Tensor out) {
+    METATE_LAUNCH(moe_unpermute, y, MoeUnpermute{view<2>(y), view<2>(inverse), view<2>(weights), view_rows(out)});
+    return out;
+}
+
 Tensor moe_unpermute(const Tensor& y, const Tensor& inverse, const Optional& weights) {
     expect(y, [&] { return are_within(view<2>(inverse), -1, y.size(0)); });
-    Tensor out = empty(y, {inverse.size(0), y.size(1)});
-    METATE_LAUNCH(moe_unpermute, y, MoeUnpermute{view<2>(y), view<2>(inverse), view<2>(weights), view<2>(out)});
-    return out;
+    return unpermute(y, inverse, weights, empty(y, {inverse.size(0), y.size(1)}));
 }
 
 std::tuple<Tensor, Tensor> moe_unpermute_backward(const Tensor& dout, const Tensor& y, const Tensor& inverse,
@@ -189,30 +193,36 @@ Tensor gated_activation_backward(const Tensor& grad, const Tensor& x, int64_t ac
 
 #if !defined(METATE_CUDA)
 
-// A dense weight (experts, N, K), or the codes of low-bit ones; what else these have; bias; and of low-bit ones
-// bits, 0 for a dense weight, group_size, super_groups, zero and columns.
-using Weight = std::tuple<Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional, Optional,
-                          int64_t, int64_t, int64_t, int64_t, int64_t>;
+// The weights of a product: tensors and numbers as QuantizedExperts has them, and how many columns they are of; dense
+// ones (experts, N, K) stand in place of the codes, and have 0 bits.
+using Tensors = std::tuple<Tensor, Optional, Optional, Optional, Optional, Optional, Optional, Optional>;
+using Numbers = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Weight = std::tuple<Tensors, Numbers, int64_t>;
 
-Tensor product(const Tensor& x, const Weight& weight, const Tensor& expert_offsets, const Optional& order, int64_t k,
-               bool int8_activations) {
-    const auto& [w, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias, bits, group_size,
-                 super_groups, zero, columns] = weight;
+Tensor product(const Tensor& x, const Weight& weight, const Optional& bias, const Tensor& expert_offsets,
+               const Optional& order, int64_t k, bool int8_activations) {
+    const auto& [tensors, numbers, columns] = weight;
+    const auto& [w, scales, super_scales, zeros, offsets, super_offsets, codebook, permutation] = tensors;
+    const auto& [bits, group_size, super_groups, zero] = numbers;
     if (!bits) return grouped_linear(x, w, expert_offsets, bias, order, k);
     return low_bit_linear(x, w, *scales, super_scales, zeros, offsets, super_offsets, codebook, permutation, bias,
                           expert_offsets, order, bits, group_size, super_groups, zero, k, int8_activations);
 }
 
-// A layer in one call, around which Python costs more than small kernels do: the operators that moe_mlp of
-// python/metate/ops/moe/__init__.py calls, one after another.
-Tensor moe_mlp(const Tensor& x, const Tensor& experts, const Tensor& weights, const Weight& gate_up, const Weight& down,
-               int64_t num_experts, int64_t rows, bool int8_activations, int64_t activation, int64_t layout,
-               double limit, double alpha, double shift) {
+// A layer in one direct call: the operators that python/metate/ops/moe/__init__.py calls one after another. Tokens may
+// lie in more dimensions than one.
+Tensor moe_mlp(const Tensor& x, const Tensor& experts, const Tensor& weights, int64_t num_experts, int64_t rows,
+               const Weight& gate_up, const Weight& down, const Optional& bias_gate_up, const Optional& bias_down,
+               bool int8_activations, int64_t activation, int64_t layout, double limit, double alpha, double shift) {
     if (rows < experts.size(0) * experts.size(1)) throw NeedsDispatcher{};
+    View<2> all = view_rows(x);
+    Tensor tokens;
+    tokens.borrow(all);
     const auto [order, inverse, offsets] = moe_sort(experts, num_experts);
-    const Tensor hidden = product(x, gate_up, offsets, order, experts.size(1), int8_activations);
+    const Tensor hidden = product(tokens, gate_up, bias_gate_up, offsets, order, experts.size(1), int8_activations);
     const Tensor activated = gated_activation(hidden, activation, layout, limit, alpha, shift);
-    return moe_unpermute(product(activated, down, offsets, {}, 1, int8_activations), inverse, weights);
+    const Tensor y = product(activated, down, bias_down, offsets, {}, 1, int8_activations);
+    return unpermute(y, inverse, weights, empty_rows(x, y.size(1)));
 }
 
 #endif

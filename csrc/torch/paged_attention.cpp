@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor
     return {out, lse, sums};
 }
 
-void append_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+void append_kv(const Tensor& k, const Optional& v, const Tensor& k_cache, const Optional& v_cache,
                const Tensor& slot_mapping, const Optional& k_scale, const Optional& v_scale, const Optional& cos,
                const Optional& sin, const Optional& positions, bool interleaved) {
     const AppendKv call{view<3>(k),       view<3>(v),       view<4>(k_cache), view<4>(v_cache), view<1>(slot_mapping),

@@ -77,13 +77,28 @@ DType sum_dtype(const Tensor& x) {
 }
 
 Tensor shrink(const Tensor& x, const View<3>& a, const Optional& ids) {
-    Tensor out = empty(x, {x.size(0), a.size[1]}, sum_dtype(x));
-    METATE_LAUNCH(lora_shrink, x, LoraShrink{view<2>(x), a, view<1>(ids), view<2>(out)});
+    const View<2> rows = view_rows(x);
+    Tensor out = empty(x, {rows.size[0], a.size[1]}, sum_dtype(x));
+    METATE_LAUNCH(lora_shrink, x, LoraShrink{rows, a, view<1>(ids), view<2>(out)});
     return out;
 }
 
 Tensor lora_shrink(const Tensor& x, const Tensor& a, const Optional& ids) {
     return shrink(x, view<3>(a), ids);
+}
+
+// The scaling of every adapter.
+Tensor scalings(const Tensor& x, const TensorOrNumber& scaling, int64_t adapters) {
+    if (const Tensor* given = std::get_if<Tensor>(&scaling)) return *given;
+    Tensor all = empty(x, {adapters}, sum_dtype(x));
+    for (int64_t i = 0; i < adapters; ++i) {
+        const double number = std::get<double>(scaling);
+        if (all.dtype() == DType::f64)
+            static_cast<double*>(all.data_ptr())[i] = number;
+        else
+            static_cast<float*>(all.data_ptr())[i] = static_cast<float>(number);
+    }
+    return all;
 }
 
 Tensor lora_outer(const Tensor& x, const Tensor& low, const Optional& ids, int64_t adapters) {
@@ -95,19 +110,25 @@ Tensor lora_outer(const Tensor& x, const Tensor& low, const Optional& ids, int64
 Tensor lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
                    const Optional& zeros, const Optional& offsets, const Optional& super_offsets,
                    const Optional& codebook, const Optional& permutation, const Optional& bias, const Tensor& a,
-                   const Tensor& b, const Tensor& scaling, const Optional& ids, int64_t bits, int64_t group_size,
-                   int64_t super_groups, int64_t zero) {
+                   const Tensor& b, const TensorOrNumber& scaling, const Optional& ids, int64_t bits,
+                   int64_t group_size, int64_t super_groups, int64_t zero) {
+    const View<2> rows = view_rows(x);
+    const View<3> first = view_with<3>(a, 0);
     expect_permutation(x, permutation);
-    expect(x, [&] { return !ids || are_within(as_row(view<1>(ids)), -1, a.size(0)); });
-    const Tensor bytes = rows_of_bytes(codes), low = lora_shrink(x, a, ids);
-    Tensor out = empty(x, {x.size(0), codes.size(0)});
+    expect(x, [&] {
+        return !ids || (ids->dtype() == DType::i32 && ids->dim() == 1 && ids->size(0) == rows.size[0] &&
+                        are_within(as_row(view<1>(ids)), -1, first.size[0]));
+    });
+    const Tensor bytes = rows_of_bytes(codes), low = shrink(x, first, ids);
+    const Tensor factors = scalings(x, scaling, first.size[0]);
+    Tensor out = empty_rows(x, codes.size(0));
     METATE_LAUNCH(
         quant_linear, x,
-        QuantLinear{view<2>(x),
-                    low_bit<LowBitMatrix>(x.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
+        QuantLinear{rows,
+                    low_bit<LowBitMatrix>(rows.size[1], bytes, scales, super_scales, zeros, offsets, super_offsets,
                                           codebook, permutation, bits, group_size, super_groups, zero),
-                    view<1>(bias), false, view<2>(out),
-                    LowRank{view<2>(low), view<3>(b), view<1>(scaling), view<1>(ids)}});
+                    view<1>(bias), false, view_rows(out),
+                    LowRank{view<2>(low), view_with<3>(b, 0), view<1>(factors), view<1>(ids)}});
     return out;
 }
 

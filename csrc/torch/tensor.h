@@ -101,6 +101,16 @@ class Tensor {
         data_ = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
     }
 
+    // The same of a view, which outlives it too.
+    template <int N>
+    void borrow(View<N>& view) {
+        dtype_ = view.dtype;
+        dims_ = N;
+        sizes_ = view.size;
+        strides_ = view.stride;
+        data_ = view.data;
+    }
+
     int64_t dim() const { return dims_; }
     int64_t size(int i) const { return sizes_[i]; }
     int64_t stride(int i) const { return strides_[i]; }
@@ -137,6 +147,9 @@ class Tensor {
     int32_t device_type_ = 0, device_index_ = 0;
     std::variant<std::monostate, torch::stable::Tensor, std::shared_ptr<Result>> owner_;
 };
+
+// An argument that is a tensor, and in direct calls may be a number, of which Python would make one.
+using TensorOrNumber = std::variant<Tensor, double>;
 
 inline DType dtype(const Tensor& tensor) {
     return tensor.dtype();

@@ -156,9 +156,9 @@ def _attend(arguments: dict[str, Any]) -> None:
 
 def append_kv(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     slot_mapping: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -168,6 +168,8 @@ def append_kv(
     interleaved: bool,
 ) -> None:
     tokens, heads, dim = k.shape
+    if v is None or v_cache is None:
+        v, v_cache = k[..., :0], k_cache[..., :0]
     value_dim = v.shape[2]
     if not k.numel() and not v.numel():
         return
@@ -194,11 +196,12 @@ def append_kv(
     launch(append_kernel, (tokens * heads,), arguments, k)
 
 
-def _refusal(q: Tensor, *caches: Tensor) -> str | None:
+def _refusal(q: Tensor, *caches: Tensor | None) -> str | None:
     """What the kernels do not do."""
     if reason := refusal(q):
         return reason
-    width = max(q.shape[-1], *(cache.shape[-1] * (2 if cache.dtype == torch.uint8 else 1) for cache in caches))
+    given = [cache for cache in caches if cache is not None]
+    width = max(q.shape[-1], *(cache.shape[-1] * (2 if cache.dtype == torch.uint8 else 1) for cache in given))
     return f"head_dim {width}: up to 1024" if width > 1024 else None
 
 

@@ -60,22 +60,16 @@ def is_transformed() -> bool:
 class Direct:
     """The short way to a compiled operator, around torch's dispatcher (csrc/torch/direct.h)."""
 
-    entry: Any  # the same operator by way of the dispatcher
+    entry: Any  # the same operator by way of the dispatcher, if it is one
     call: Callable[[tuple[Any, ...], bool], Any]  # arguments, only the first result? -> results, or NotImplemented
     admit: Callable[[tuple[Any, ...]], None]  # calls like this one need no further check
     forget: Callable[[], None]  # all that was admitted
 
 
 def direct(name: str, entry: Any) -> tuple[Direct, ...]:
-    """The short way to a CPU operator, or none where this torch offers no C interface to its tensors."""
+    """The short way to a binding of the CPU, or none where this torch offers no C interface to its tensors."""
     module = load()["cpu"].module
     return (Direct(entry, *module.direct(name)),) if module and _starts(module) else ()
-
-
-@cache
-def layer() -> tuple[Direct, ...]:
-    """A layer of experts in one direct call (csrc/torch/moe.cpp), or none."""
-    return direct("moe_mlp", None)
 
 
 def direct_calls() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from metate.errors import FormatError, fail
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Weight = TypeVar("Weight", bound="LowBitTensors")
 _BLOCK = 1 << 20  # elements that `dequantize` holds in float32 beside its result
 
 
@@ -181,8 +182,43 @@ def ceil_div(a: Any, b: int) -> Any:
     return (a + b - 1) // b
 
 
+class LowBitTensors:
+    """What one weight and a stack of them have in common: fields that are tensors, or None, and numbers.
+
+    arguments, scalars: the tensors and the numbers in the order of the operators.
+    """
+
+    codes: Tensor
+    arguments: tuple[Any, ...]
+    scalars: tuple[int, int, int, int]
+
+    def __post_init__(self) -> None:
+        tensors = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "codebook", "permutation")
+        for name, fields in (("arguments", tensors), ("scalars", ("bits", "group_size", "super_groups", "zero"))):
+            object.__setattr__(self, name, tuple(getattr(self, field) for field in fields))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are given, by field, in the order of the fields."""
+        found = ((field.name, self.__dict__[field.name]) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def to(self: Weight, device: torch.device | str) -> Weight:
+        """The same weights on another device."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class QuantizedWeight:
+class QuantizedWeight(LowBitTensors):
     """A weight [out_features N, in_features K] in low-bit codes. Checked as it is made: FormatError names the field.
 
     shape: (N, K).
@@ -214,6 +250,7 @@ class QuantizedWeight:
     permutation: Tensor | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rows, columns = self._check_sizes()
         grouped = (rows, self.groups)
         supers = (rows, -(-self.groups // self.super_groups) if self.super_groups else 0)
@@ -248,7 +285,7 @@ class QuantizedWeight:
         return shape
 
     def _check(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-        tensor = self._tensor(name)
+        tensor = self.__dict__[name]
         if tensor is None and name not in ("codes", "scales"):
             return
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
@@ -290,33 +327,14 @@ class QuantizedWeight:
         return -(-self.in_features // self.group_size)
 
     @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
     def dtype(self) -> torch.dtype:
         """uint8, that of the codes: no floating-point dtype, for those who ask a layer's weight."""
         return self.codes.dtype
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are given, by field, in the order of the fields."""
-        found = ((field.name, self._tensor(field.name)) for field in dataclasses.fields(self))
-        return {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-    @property
     def bits_per_weight(self) -> float:
         """With everything that stands beside the codes."""
         return self.nbytes * 8 / max(1, self.shape[0] * self.shape[1])
-
-    def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The same weight on another device."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return dataclasses.replace(self, **moved)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W, (out_features, in_features): computed in float32, rounded to `dtype`, a block of rows at a time."""
@@ -358,10 +376,6 @@ class QuantizedWeight:
     def _per_column(self, value: Tensor) -> Tensor:
         repeats = max(1, min(self.group_size, self.in_features))
         return value.repeat_interleave(repeats, 1)[:, : self.in_features]
-
-    def _tensor(self, name: str) -> Tensor | None:
-        value: Tensor | None = self.__dict__[name]
-        return value
 
     def _summary(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]} weights, {self.bits} bits, groups of {self.group_size}"

@@ -141,6 +141,7 @@ class Op:
         self.arity = len(self.axes)
         self._axes = Axes(self.public, self.axes)
         self._kinds = {name: str(kind) for name, kind in self.reference.__annotations__.items()}
+        self._written = [i for i, name in enumerate(self.parameters) if self.writes and name in self.outputs]
         self._contents = [self.parameters.index(name) for name in self.contents[0].split()]
         self._implementations: dict[str, dict[str, Backend]] = {}
         self._plans: dict[Any, Backend] = {}
@@ -175,26 +176,6 @@ class Op:
             raise _Captured(self, args)
         results = self._long_way(args)
         return results[0] if first_only else results
-
-    def call_shaped(
-        self, args: Args, fitted: Callable[[], Args], shaped: Callable[[Any], Any], first_only: bool = False,
-        backend: str | None = None,
-    ) -> Any:  # fmt: skip
-        """As `call`, of arguments that the binding takes from a direct call and the operator does not: a tensor made of
-        another costs as much as a small kernel. It takes `fitted()`, and of its results `shaped(…)` are those wanted.
-        """
-        if is_dynamo_compiling() or backend is not None or _state.get() is not None:
-            return shaped(self.call(fitted(), first_only, backend))
-        for direct in self._direct:
-            result = direct.call(args, first_only)
-            if result is not NotImplemented:
-                return result
-        before = library.direct_calls()
-        result = shaped(self.call(fitted(), first_only))
-        if library.direct_calls() > before:  # what was admitted differs in the shapes alone
-            for direct in self._direct:
-                direct.admit(args)
-        return result
 
     def _long_way(self, args: Args) -> Any:
         self._without_tangents(args)
@@ -443,9 +424,7 @@ class Op:
 
     def written(self, args: Args) -> list[Tensor]:
         """The arguments that a call writes."""
-        return [
-            arg for name, arg in zip(self.parameters, args, strict=False) if name in self.outputs and arg is not None
-        ]
+        return [args[i] for i in self._written if args[i] is not None]
 
     def trial(self, args: Args) -> Any:
         """The results of a call that leaves its arguments as they are: it writes into copies laid out alike."""
@@ -579,8 +558,8 @@ def _forced() -> str | None:
 
 
 def is_plain() -> bool:
-    """Whether nothing but the environment says how operators run."""
-    return _state.get() is None
+    """Whether nothing but the environment says how operators run, and no compiler looks on."""
+    return not is_dynamo_compiling() and _state.get() is None
 
 
 @contextlib.contextmanager

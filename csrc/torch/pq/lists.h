@@ -1,6 +1,8 @@
 // What the bindings of csrc/pq.h share, of tensors and of numpy arrays: a search of lists.
 #pragma once
 
+#include <math.h>
+
 #include "../../pq.h"
 #include "../bind.h"
 
@@ -36,6 +38,38 @@ int64_t bits_of(int64_t levels) {
     while (int64_t{1} << bits < levels) ++bits;
     return bits;
 }
+
+constexpr int64_t cosine = 2;  // a metric of direct calls alone, beside those of csrc/pq.h
+
+// Rows over their lengths, which are at least 1e-12; in double precision, rounded once.
+template <class T>
+void normalise(const View<2>& x, T* to) {
+    for (int64_t row = 0; row < x.size[0]; ++row) {
+        const T* const from = static_cast<const T*>(x.data) + row * x.stride[0];
+        const auto at = [&](int64_t i) { return static_cast<double>(from[i * x.stride[1]]); };
+        double squares = 0;
+        for (int64_t i = 0; i < x.size[1]; ++i) squares += at(i) * at(i);
+        const double length = sqrt(squares), divisor = length < 1e-12 ? 1e-12 : length;
+        for (int64_t i = 0; i < x.size[1]; ++i) *to++ = static_cast<T>(at(i) / divisor);
+    }
+}
+
+// Queries and metric as kernels take them: a cosine is the product of a query of length 1.
+struct Asked {
+    Tensor queries;
+    Metric metric;
+
+    Asked(const Tensor& given, int64_t number)
+        : queries(given), metric(number == cosine ? Metric::inner_product : static_cast<Metric>(number)) {
+        if (number != cosine) return;
+        const Tensor normal = empty(queries, {queries.size(0), queries.size(1)});
+        if (normal.dtype() == DType::f64)
+            normalise(view<2>(queries), static_cast<double*>(normal.data_ptr()));
+        else
+            normalise(view<2>(queries), static_cast<float*>(normal.data_ptr()));
+        queries = normal;
+    }
+};
 
 PqScan scan_of(const View<3>& tables, const Tensor& codes, const View<2>& bias, const Optional& row_bias,
                const Search& search) {

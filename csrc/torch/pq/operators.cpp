@@ -21,9 +21,10 @@ struct Searching {
 
 Tensor pq_distance_tables(const Tensor& queries, const Tensor& codebooks, int64_t metric) {
     const Tensor books = readable_books(codebooks);
+    const Asked asked(queries, metric);
     Tensor tables = empty(queries, {queries.size(0), codebooks.size(0), codebooks.size(1)});
     METATE_LAUNCH(pq_distance_tables, queries,
-                  PqDistanceTables{view<2>(queries), view<3>(books), static_cast<Metric>(metric), view<3>(tables)});
+                  PqDistanceTables{view<2>(asked.queries), view<3>(books), asked.metric, view<3>(tables)});
     return tables;
 }
 
@@ -55,12 +56,13 @@ std::tuple<Tensor, Tensor> pq_scan(const Tensor& tables, const Tensor& codes, co
 std::tuple<Tensor, Tensor> topk_distances(const Tensor& queries, const Tensor& base, const Optional& ranges,
                                           const Optional& scale, const Optional& offset, const Optional& ids,
                                           const Optional& keep, int64_t k, int64_t metric, bool largest) {
-    const Tensor asked = with_rows(queries), rows = with_rows(base);
+    const Asked asked(with_rows(queries), metric);
+    const Tensor rows = with_rows(base);
     const Optional factors = dense(scale), terms = dense(offset);
-    const Searching made(asked, rows.size(0), ranges, ids, keep, k, largest);
-    METATE_LAUNCH(topk_distances, asked,
-                  TopkDistances{view<2>(asked), view<2>(rows), view<1>(factors), view<1>(terms),
-                                static_cast<Metric>(metric), made.search});
+    const Searching made(asked.queries, rows.size(0), ranges, ids, keep, k, largest);
+    METATE_LAUNCH(topk_distances, asked.queries,
+                  TopkDistances{view<2>(asked.queries), view<2>(rows), view<1>(factors), view<1>(terms), asked.metric,
+                                made.search});
     return {made.distances, made.found};
 }
 
@@ -69,10 +71,11 @@ std::tuple<Tensor, Tensor> ivf_search(const Tensor& queries, const Tensor& centr
                                       const Optional& scale, const Optional& offset, const Optional& ids,
                                       const Optional& keep, int64_t n, int64_t nprobe, int64_t k, int64_t metric,
                                       bool residual) {
-    const Tensor asked = with_rows(queries);
-    const Lists lists(centroids, extents, rows, codebooks, row_bias, scale, offset, ids, keep, n, metric, residual);
-    Tensor distances = empty(asked, {asked.size(0), k}), found = empty(asked, {asked.size(0), k}, DType::i64);
-    search_lists(lists, asked, nprobe, view<2>(distances), view<2>(found));
+    const Asked asked(with_rows(queries), metric);
+    const Lists lists(centroids, extents, rows, codebooks, row_bias, scale, offset, ids, keep, n,
+                      static_cast<int64_t>(asked.metric), residual);
+    Tensor distances = empty(queries, {queries.size(0), k}), found = empty(queries, {queries.size(0), k}, DType::i64);
+    search_lists(lists, asked.queries, nprobe, view<2>(distances), view<2>(found));
     return {distances, found};
 }
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from metate.nn import QuantGroupedLinear
-from metate.nn.moe import parts_in_one_call
+from metate.nn.moe import parts_of
 from metate.ops.moe import (
-    call_of_layer,
+    activation_scalars,
     gated_activation,
     grouped_linear,
-    is_layer_of_few,
+    layer_arguments,
+    layer_shortcut,
     moe_permute,
     moe_sort,
     moe_unpermute,
-    run_layer,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,33 +48,42 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
     Numbers of no expert (tokens that belong to another process) cost nothing and give zero, and no gradient.
     """
-    first, chosen = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", top_k_index.to(torch.int32)
-
-    def one_by_one() -> Tensor:
-        order, inverse, offsets = moe_sort(chosen, experts.num_experts)
-        hidden = _project(experts, first, hidden_states, offsets, order, top_k_index.shape[1])
-        hidden = _project(experts, "down_proj", _activate(experts, hidden), offsets)
-        if getattr(experts, "has_post_expert_norm", False):
-            hidden = experts.post_expert_norm(hidden)
-        return _add_up(hidden, inverse, top_k_weights)
-
-    if torch.is_grad_enabled() or not is_layer_of_few(chosen) or getattr(experts, "has_post_expert_norm", False):
-        return one_by_one()
-    activated, parts = _activation(experts), _parts(experts, first)
-    if activated is None or parts is None:
-        return one_by_one()
+    chosen = top_k_index.to(torch.int32)
     weights = top_k_weights.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
-    routed = chosen, weights, experts.num_experts, chosen.numel()
-    return run_layer(call_of_layer(hidden_states, routed, *parts, activated), one_by_one)
+    given = experts, hidden_states, chosen, weights
+    activation, parts = _activation(experts), _parts(experts)
+    if activation is None or parts is None or getattr(experts, "has_post_expert_norm", False):
+        return _one_by_one(*given)
+    routed, rounds = (chosen, weights, experts.num_experts, chosen.numel()), _rounds(experts)
+    args = layer_arguments(hidden_states, routed, parts, activation_scalars(**activation), rounds)
+    return layer_shortcut(args, _one_by_one, given)  # type: ignore[no-any-return]
 
 
-def _parts(experts: Any, first: str) -> tuple[tuple[Any, ...], bool] | None:
-    """What the whole layer takes of the experts, if neither projection has to be called for itself."""
-    layers = getattr(experts, first), experts.down_proj
+def _one_by_one(experts: Any, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    order, inverse, offsets = moe_sort(chosen, experts.num_experts)
+    hidden = _project(experts, _first(experts), hidden_states, offsets, order, chosen.shape[1])
+    hidden = _project(experts, "down_proj", _activate(experts, hidden), offsets)
+    if getattr(experts, "has_post_expert_norm", False):
+        hidden = experts.post_expert_norm(hidden)
+    return _add_up(hidden, inverse, weights)
+
+
+def _first(experts: Any) -> str:
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+
+
+def _parts(experts: Any) -> tuple[Any, ...] | None:
+    """Weights and biases, where neither projection has to be called for itself."""
+    layers = getattr(experts, _first(experts)), experts.down_proj
     modules = [isinstance(layer, nn.Module) for layer in layers]
     if any(modules):
-        return parts_in_one_call(*layers) if all(modules) else None
-    return (*(_weight(experts, layer) for layer in layers), _bias(experts, first), _bias(experts, "down_proj")), False
+        return parts_of(*layers) if all(modules) else None
+    biases = _bias(experts, _first(experts)), _bias(experts, "down_proj")
+    return *(_weight(experts, layer) for layer in layers), *biases
+
+
+def _rounds(experts: Any) -> bool:
+    return bool(getattr(experts.down_proj, "int8_activations", False))
 
 
 def _weight(experts: Any, weight: Tensor) -> Tensor:

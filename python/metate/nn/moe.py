@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from metate.errors import fail
+from metate.op import is_plain
 from metate.ops.moe import (
     Route,
-    call_of_layer,
+    activation_scalars,
     gated_activation,
     grouped_linear,
-    is_layer_of_few,
+    layer_arguments,
+    layer_shortcut,
     moe_route,
     moe_sort,
     moe_unpermute,
-    run_layer,
     update_bias,
 )
 
@@ -95,32 +96,34 @@ class Experts(nn.Module):
 
     def combine(self, x: Tensor, experts: Tensor, weights: Tensor | None, rows: int) -> Tensor:
         """Σ_j weights[t, j] · expert experts[t, j] of x[t]; at most `rows` of the numbers are those of an expert."""
+        given = x, experts, weights, rows
+        parts = parts_of(self.gate_up, self.down)
+        if weights is None or parts is None:
+            return self._one_by_one(*given)
+        routed, choices = (experts, weights, self.num_experts, rows), activation_scalars(**self.activation)
+        rounds: Any = self.gate_up.int8_activations
+        args = layer_arguments(x, routed, parts, choices, rounds)
+        return layer_shortcut(args, self._one_by_one, given)  # type: ignore[no-any-return]
 
-        def one_by_one() -> Tensor:
-            order, inverse, offsets = moe_sort(experts, self.num_experts)
-            hidden = self.gate_up(x, offsets, order[:rows], experts.shape[1])
-            hidden = self.down(gated_activation(hidden, **self.activation), offsets)
-            return moe_unpermute(hidden, inverse, weights)
-
-        if weights is None or torch.is_grad_enabled() or not is_layer_of_few(experts):
-            return one_by_one()
-        parts = parts_in_one_call(self.gate_up, self.down)
-        if parts is None:
-            return one_by_one()
-        routed: Any = experts, weights, self.num_experts, rows
-        return run_layer(call_of_layer(x, routed, *parts, self.activation), one_by_one)
+    def _one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor | None, rows: int) -> Tensor:
+        order, inverse, offsets = moe_sort(experts, self.num_experts)
+        hidden = self.gate_up(x, offsets, order[:rows], experts.shape[1])
+        hidden = self.down(gated_activation(hidden, **self.activation), offsets)
+        return moe_unpermute(hidden, inverse, weights)
 
 
-def parts_in_one_call(gate_up: Any, down: Any) -> tuple[tuple[Any, ...], bool] | None:
-    """Weights and biases of two layers, and whether they round activations; or None where the layers are to be called:
-    they are of other kinds, or somebody hooks into them."""
+def parts_of(gate_up: Any, down: Any) -> tuple[Any, ...] | None:
+    """Weights and biases of two layers; or None where the layers are to be called: they are of other kinds or round
+    activations differently, somebody hooks into them, or a compiler looks on."""
+    if not is_plain() or has_global_hooks():
+        return None
     for layer in (gate_up, down):
-        is_plain = getattr(layer.forward, "__func__", None) is GroupedLinear.forward
-        if not is_plain or layer._forward_hooks or layer._forward_pre_hooks or has_global_hooks():
+        is_ours = getattr(layer.forward, "__func__", None) is GroupedLinear.forward
+        if not is_ours or layer._forward_hooks or layer._forward_pre_hooks:
             return None
     if gate_up.int8_activations != down.int8_activations:
         return None
-    return (gate_up.weight, down.weight, gate_up.bias, down.bias), bool(gate_up.int8_activations)
+    return gate_up.weight, down.weight, gate_up.bias, down.bias
 
 
 class SharedExpert(nn.Module):
@@ -204,8 +207,9 @@ class MoE(nn.Module):
         noise = F.softplus(self.noise(x)) if self.noise is not None and self.training else None
         bias: Tensor | None = self.correction_bias  # type: ignore[assignment]
         self.route = moe_route(self.router(x), self.top_k, bias=bias, noise=noise, **self.routing)
-        out: Tensor = self.experts(x.reshape(-1, x.shape[-1]), self.route, self.shared)
-        return out.reshape(x.shape)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        out: Tensor = self.experts(rows, self.route, self.shared)
+        return out if x.dim() == 2 else out.reshape(x.shape)
 
     def update_bias(self, rate: float = 1e-3) -> None:
         """Moves `correction_bias` by the loads of the last call, away from experts that took more than the mean."""

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.masks import AttentionMask, window_sides
-from metate.op import use
 from metate.ops.attention.declaration import attention_op, column_sums_op, merge_op
+from metate.shortcut import Shortcut
 
 __all__ = ["attention", "attention_varlen", "merge_attention_states"]
+
+_attend_packed = Shortcut("attention")
+_attend_and_sum = Shortcut("attention_and_column_sums", operators=2)
 
 
 def attention(
@@ -80,7 +83,11 @@ def attention(
             bias = bias[(None,) * (4 - bias.dim())]
     tensors = (q, k, v, bias, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, None, None)
     flags = _flags(q, causal, window, scale, top_left, softcap, dropout_p, seed, offset, mask.block_size)
-    return _call(tensors, flags, return_lse, return_column_sums, backend)
+    args = tensors + flags
+    if not return_column_sums:
+        return attention_op.call(args, not return_lse, backend)
+    out, lse, sums = _attend_and_sum(args, _one_by_one, (args, backend), backend)
+    return (out, lse, sums) if return_lse else (out, sums)
 
 
 def attention_varlen(
@@ -135,21 +142,12 @@ def attention_varlen(
     if alibi_slopes is not None or sinks is not None:
         _, alibi_slopes, sinks = _widen(q, None, alibi_slopes, sinks)
     flags = _flags(q, causal, window, scale, top_left, softcap, dropout_p, seed, offset, mask.block_size)
-    rest = None, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, cu_seqlens_q, cu_seqlens_k
-
-    def batch() -> tuple[Any, ...]:
-        return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), *rest
-
-    if return_column_sums:
-        results = _call(batch(), flags, return_lse, return_column_sums, backend)
-        return tuple(r.squeeze(0) for r in results)
-    return attention_op.call_shaped(
-        (q, k, v, *rest, *flags),
-        lambda: batch() + flags,
-        lambda found: tuple(r.squeeze(0) for r in found) if return_lse else found.squeeze(0),
-        first_only=not return_lse,
-        backend=backend,
-    )
+    rest = None, alibi_slopes, sinks, mask.intervals, mask.blocks, mask.bits, cu_seqlens_q, cu_seqlens_k, *flags
+    args, first_only = (q, k, v, *rest), not (return_lse or return_column_sums)
+    if not return_column_sums:
+        return _attend_packed(args, _packed, (args, False, first_only, backend), backend, first_only)
+    out, lse, sums = _attend_and_sum(args, _packed, (args, True, False, backend), backend)
+    return (out, lse, sums) if return_lse else (out, sums)
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,23 +164,21 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return result
 
 
-def _call(tensors: tuple[Any, ...], flags: tuple[Any, ...], lse: bool, sums: bool, backend: str | None) -> Any:
-    if backend is not None:
-        with use(backend):
-            return _call(tensors, flags, lse, sums, None)
-    if not (lse or sums):
-        return attention_op.call(tensors + flags, first_only=True)
-    out, log_sum = attention_op.call(tensors + flags)
-    results = [out, log_sum] if lse else [out]
-    if sums:
-        q, k, _, bias, slopes, _, *masks = tensors
-        scale, left, right, top_left, softcap, _, _, _, *block_size = flags
-        results.append(
-            column_sums_op(
-                q, k, log_sum.detach(), bias, slopes, *masks, scale, left, right, top_left, softcap, *block_size
-            )
-        )
-    return tuple(results)
+def _packed(args: tuple[Any, ...], sums: bool, first_only: bool, backend: str | None) -> Any:
+    """The sequences of a batch of one."""
+    batch = *(x.unsqueeze(0) for x in args[:3]), *args[3:]
+    if first_only:
+        return attention_op.call(batch, True, backend).squeeze(0)
+    found = _one_by_one(batch, backend) if sums else attention_op.call(batch, False, backend)
+    return tuple(x.squeeze(0) for x in found)
+
+
+def _one_by_one(args: tuple[Any, ...], backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and column sums."""
+    out, lse = attention_op.call(args, backend=backend)
+    q, k, _, bias, slopes, _, *masks_and_scores, _, _, _, block_m, block_n = args
+    given = q, k, lse.detach(), bias, slopes, *masks_and_scores, block_m, block_n
+    return out, lse, column_sums_op.call(given, backend=backend)
 
 
 def _mask(mask: AttentionMask | Tensor, q: Tensor, k: Tensor) -> AttentionMask:

@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from metate import library
 from metate.errors import fail
-from metate.op import is_plain
 from metate.ops.moe import grouped
 from metate.ops.moe.declaration import activation_op, permute_op, sort_op, unpermute_op
 from metate.ops.moe.experts import QuantizedExperts
 from metate.ops.moe.routing import Route, moe_route, update_bias
+from metate.shortcut import Shortcut
 
 __all__ = [
     "QuantizedExperts", "Route", "gated_activation", "grouped_linear", "moe_mlp", "moe_permute", "moe_route",
@@ -29,8 +26,8 @@ __all__ = [
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATINGS = ("gate_up", "up_gate", "interleaved", "none")
 Lora = tuple[Tensor, Tensor]
-_OPERATORS = 5  # of a layer
-_FEW_TOKENS = 64  # beside which Python between the operators of a layer takes time
+_activate = Shortcut("gated_activation")
+layer_shortcut = Shortcut("moe_mlp", operators=5)
 
 
 def moe_sort(experts: Tensor, num_experts: int, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +100,7 @@ def grouped_linear(
         if isinstance(x, Tensor) and x.shape[-1:] != (w.shape[2],):
             raise fail("grouped_linear", "x", f"of shape {tuple(x.shape)}", f"(rows, {w.shape[2]}) for {w!r}")
         op = grouped.quant_int8_op if int8_activations else grouped.quant_linear_op
-        args = x, *w.arguments(), bias, offsets, order, *w.scalars(), k
+        args = x, *w.arguments, bias, offsets, order, *w.scalars, k
         out: Tensor = op.call(args, backend=backend)
     else:
         if int8_activations:
@@ -140,34 +137,37 @@ def gated_activation(
     Returns:
         (…, width), dtype of x.
     """
-    choices = _choices(activation, gating, limit, alpha, shift)
+    choices = activation_scalars(activation, gating, limit, alpha, shift)
     if not isinstance(x, Tensor):
         raise fail("gated_activation", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
     if not x.dim():
         raise fail("gated_activation", "x", "of shape ()", "(…, columns)")
     if x.dim() == 2:
         return activation_op.call((x, *choices), backend=backend)  # type: ignore[no-any-return]
-    return activation_op.call_shaped(  # type: ignore[no-any-return]
-        (x, *choices),
-        lambda: (x[None].flatten(0, -2), *choices),
-        lambda out: out.view(*x.shape[:-1], out.shape[1]),
-        backend=backend,
-    )
+    return _activate((x, *choices), _activate_rows, (x, choices, backend), backend)  # type: ignore[no-any-return]
 
 
-def _choices(
+def _activate_rows(x: Tensor, choices: tuple[Any, ...], backend: str | None) -> Tensor:
+    out: Tensor = activation_op.call((x[None].flatten(0, -2), *choices), backend=backend)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def activation_scalars(
     activation: str = "silu", gating: str = "gate_up", limit: float | None = None, alpha: float = 1.0,
     shift: float = 0.0,
 ) -> tuple[int, int, float, float, float]:  # fmt: skip
-    """The scalars of the operator."""
-    limit = math.inf if limit is None else limit
-    for name, value in (("limit", limit), ("alpha", alpha), ("shift", shift)):
-        if not isinstance(value, (float, int, Real)):
-            raise fail("gated_activation", name, repr(value), "a number", error=TypeError)
-    for name, chosen, allowed in (("activation", activation, ACTIVATIONS), ("gating", gating, GATINGS)):
-        if chosen not in allowed:
-            raise fail("gated_activation", name, repr(chosen), " or ".join(map(repr, allowed)))
-    return ACTIVATIONS.index(activation), GATINGS.index(gating), float(limit), float(alpha), float(shift)
+    """Those of the operator behind `gated_activation`."""
+    numbers = math.inf if limit is None else limit, alpha, shift
+    if not type(numbers[0]) is type(alpha) is type(shift) is float:
+        for name, value in zip(("limit", "alpha", "shift"), numbers, strict=True):
+            if not isinstance(value, (float, int, Real)):
+                raise fail("gated_activation", name, repr(value), "a number", error=TypeError)
+        numbers = float(numbers[0]), float(alpha), float(shift)
+    if activation in ACTIVATIONS and gating in GATINGS:
+        return ACTIVATIONS.index(activation), GATINGS.index(gating), *numbers
+    if activation not in ACTIVATIONS:
+        raise fail("gated_activation", "activation", repr(activation), " or ".join(map(repr, ACTIVATIONS)))
+    raise fail("gated_activation", "gating", repr(gating), " or ".join(map(repr, GATINGS)))
 
 
 def moe_mlp(
@@ -202,86 +202,54 @@ def moe_mlp(
     Returns:
         Like x. A token depends on no other, bit for bit. No permuted copy of x is made.
     """
-    activated: dict[str, Any] = dict(activation=activation, gating=gating, limit=limit, alpha=alpha, shift=shift)
-    parts = w_gate_up, w_down, bias_gate_up, bias_down
-    loras = lora_gate_up, lora_down
-    call = None
-    is_whole = type(route) is Route and isinstance(x, Tensor) and x.dim() > 1
-    if backend is None and is_whole and lora_gate_up is None and lora_down is None and is_layer_of_few(route.experts):
-        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # each view costs as much as a small kernel
-        routed = route.experts, route.weights, route.num_experts, route.rows
-        call = call_of_layer(tokens, routed, parts, int8_activations, activated)
-
-    def one_by_one() -> Tensor:
-        _check_layer(x, route, w_down)
-        options: dict[str, Any] = dict(scaling=scaling, int8_activations=int8_activations, backend=backend)
-        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        return _one_by_one(tokens, route, parts, loras, activated, options)
-
-    out = run_layer(call, one_by_one)
-    return out if x.dim() == 2 else out.view(x.shape)
-
-
-def is_layer_of_few(experts: Tensor) -> bool:
-    """Whether a layer of so few tokens may be one call: nobody is to see its operators."""
-    if torch.compiler.is_dynamo_compiling() or experts.shape[0] > _FEW_TOKENS:
-        return False
-    return is_plain() and bool(library.layer())
-
-
-def call_of_layer(
-    x: Tensor, routed: tuple[Tensor, Tensor, int, int], parts: tuple[Any, ...], int8_activations: bool,
-    activated: dict[str, Any],
-) -> tuple[Any, ...]:  # fmt: skip
-    """The arguments of csrc/torch/moe.cpp.
-
-    routed: experts and weights of the tokens, how many experts there are, and at most how many rows. parts: both
-    weights, both biases.
-    """
-    experts, weights, num_experts, rows = routed
-    w_gate_up, w_down, bias_gate_up, bias_down = parts
-    return (
-        x, experts, weights, _in_full(w_gate_up, bias_gate_up), _in_full(w_down, bias_down), num_experts, rows,
-        int8_activations, *_choices(**activated),
-    )  # fmt: skip
-
-
-def run_layer(call: tuple[Any, ...] | None, one_by_one: Callable[[], Tensor]) -> Tensor:
-    """The layer in one call; the first one like it operator by operator."""
-    if call is None:
-        return one_by_one()
-    out: Any = library.layer()[0].call(call, False)
-    if out is not NotImplemented:
-        return out  # type: ignore[no-any-return]
-    before = library.direct_calls()
-    out = one_by_one()
-    if library.direct_calls() == before + _OPERATORS:  # each: then they may together
-        library.layer()[0].admit(call)
-    return out  # type: ignore[no-any-return]
+    choices = activation_scalars(activation, gating, limit, alpha, shift)
+    parts, loras = (w_gate_up, w_down, bias_gate_up, bias_down), (lora_gate_up, lora_down)
+    given = x, route, parts, loras, scaling, choices, int8_activations, backend
+    if type(route) is not Route or lora_gate_up is not None or lora_down is not None:
+        return _one_by_one(*given)
+    routed = route.experts, route.weights, route.num_experts, route.rows
+    args = layer_arguments(x, routed, parts, choices, int8_activations)
+    return layer_shortcut(args, _one_by_one, given, backend)  # type: ignore[no-any-return]
 
 
 def _one_by_one(
-    x: Tensor, route: Route, parts: tuple[Any, ...], loras: tuple[Lora | None, Lora | None],
-    activated: dict[str, Any], options: dict[str, Any],
+    x: Tensor, route: Route, parts: tuple[Any, ...], loras: tuple[Lora | None, ...], scaling: float,
+    choices: tuple[Any, ...], int8_activations: bool, backend: str | None,
 ) -> Tensor:  # fmt: skip
+    """A layer by its operators."""
     w_gate_up, w_down, bias_gate_up, bias_down = parts
-    backend = options["backend"]
+    _check_layer(x, route, w_down)
+    options: dict[str, Any] = dict(scaling=scaling, int8_activations=int8_activations, backend=backend)
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     order, inverse, offsets = moe_sort(route.experts, route.num_experts, backend=backend)
     if route.rows < order.shape[0]:
         order = order[: route.rows]
-    hidden = grouped_linear(
-        x, w_gate_up, offsets, bias_gate_up, order=order, k=inverse.shape[1], lora=loras[0], **options
-    )
-    hidden = gated_activation(hidden, **activated, backend=backend)
+    k = inverse.shape[1]
+    hidden = grouped_linear(tokens, w_gate_up, offsets, bias_gate_up, order=order, k=k, lora=loras[0], **options)
+    hidden = activation_op.call((hidden, *choices), backend=backend)
     y = grouped_linear(hidden, w_down, offsets, bias_down, lora=loras[1], **options)
-    return moe_unpermute(y, inverse, route.weights, backend=backend)
+    out = moe_unpermute(y, inverse, route.weights, backend=backend)
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
-def _in_full(w: Tensor | QuantizedExperts, bias: Tensor | None) -> tuple[Any, ...]:
-    """A weight as csrc/torch/moe.cpp takes it."""
+def layer_arguments(
+    x: Tensor, routed: tuple[Tensor, Tensor, int, int], parts: tuple[Any, ...], choices: tuple[Any, ...],
+    int8_activations: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of `layer_shortcut`.
+
+    routed: experts and weights of the tokens, how many experts there are, and at most how many rows. parts: both
+    weights, both biases. choices: the `activation_scalars`.
+    """
+    w_gate_up, w_down, bias_gate_up, bias_down = parts
+    return x, *routed, _stacked(w_gate_up), _stacked(w_down), bias_gate_up, bias_down, int8_activations, *choices
+
+
+def _stacked(w: Tensor | QuantizedExperts) -> tuple[Any, ...]:
+    """Weights, of which dense ones are of 0 bits."""
     if isinstance(w, QuantizedExperts):
-        return *w.arguments(), bias, *w.scalars(), w.shape[2]
-    return w, *[None] * 7, bias, 0, 0, 0, 0, 0
+        return w.arguments, w.scalars, w.shape[2]
+    return (w, None, None, None, None, None, None, None), (0, 0, 0, 0), 0
 
 
 def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail
-from metate.low_bit import QuantizedWeight
+from metate.low_bit import LowBitTensors, QuantizedWeight
 
 _SHARED = ("codebook",)  # tensors that all experts have in common
 _NUMBERS = ("bits", "group_size", "super_groups", "zero")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QuantizedExperts:
+class QuantizedExperts(LowBitTensors):
     """Weights [experts E, out_features N, in_features K]: the tensors of E `QuantizedWeight`s, stacked.
 
     shape: (E, N, K). Every other field is that of QuantizedWeight with a first dimension of E, but for the codebook and
@@ -40,6 +39,7 @@ class QuantizedExperts:
     permutation: Tensor | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.shape, tuple) or len(self.shape) != 3 or self.shape[0] < 1:
             raise _fail("shape", self.shape, "a tuple of 3 integers (experts, out_features, in_features)")
         for name, tensor in self.tensors.items():
@@ -90,37 +90,9 @@ class QuantizedExperts:
             raise fail("QuantizedExperts", "weights", got, "a tensor (experts, out_features, in_features)")
         return cls.stack([quantizer(weight) for weight in weights])
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are given, by field, in the order of the fields."""
-        found = ((field.name, self.__dict__[field.name]) for field in dataclasses.fields(self))
-        return {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-    def to(self, device: torch.device | str) -> QuantizedExperts:
-        """The same weights on another device."""
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return dataclasses.replace(self, **moved)
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weights (E, N, K), computed in float32 and rounded to `dtype`."""
         return torch.stack([weight.dequantize(dtype) for weight in self])
-
-    def arguments(self) -> tuple[Any, ...]:
-        """The tensors as the operators take them."""
-        return (self.codes, self.scales, self.super_scales, self.zeros, self.offsets, self.super_offsets, self.codebook,
-                self.permutation)  # fmt: skip
-
-    def scalars(self) -> tuple[int, int, int, int]:
-        """The numbers, in the order of the operators."""
-        return self.bits, self.group_size, self.super_groups, self.zero
 
     def __repr__(self) -> str:
         return f"QuantizedExperts({len(self)} × {self[0]!r})"

@@ -14,8 +14,11 @@ from metate.errors import fail
 from metate.masks import AttentionMask, window_sides
 from metate.op import REGISTRY
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
+from metate.shortcut import Shortcut
 
 __all__ = ["append_kv", "cascade_attention", "paged_attention"]
+
+_attend = Shortcut("paged_attention")
 
 
 def paged_attention(
@@ -93,7 +96,7 @@ def paged_attention(
     if dims == 4:
         results = paged_attention_op.call((q, *rest), first_only, backend)
     else:
-        results = _call_with_three_dims((q, *rest), packed, first_only, backend)
+        results = _attend((q, *rest), _with_four_dims, (q, rest, packed, first_only, backend), backend, first_only)
     if first_only:
         return results
     out, lse, sums = results
@@ -184,26 +187,19 @@ def append_kv(
         ValueError: before anything is written, for a slot or position out of range, or a slot given twice (CPU).
         NotImplementedError: where something would need a gradient.
     """
-    if v is None and v_cache is None and isinstance(k, Tensor) and isinstance(k_cache, Tensor):
-        v, v_cache = k.new_empty((*k.shape[:-1], 0)), k_cache.new_empty((*k_cache.shape[:-1], 0))
     append_op.call(
         (k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, rotary_cos, rotary_sin, positions, interleaved),
         backend=backend,
     )
 
 
-def _call_with_three_dims(args: tuple[Any, ...], packed: bool, first_only: bool, backend: str | None) -> Any:
+def _with_four_dims(q: Tensor, rest: tuple[Any, ...], packed: bool, first_only: bool, backend: str | None) -> Any:
     """One query a sequence, or packed ones: the operator has a dimension more, of size 1."""
     one, of_lse = (0, 0) if packed else (1, 2)
-
-    def shaped(found: Any) -> Any:
-        if first_only:
-            return found.squeeze(one)
-        return found[0].squeeze(one), found[1].squeeze(of_lse), found[2]
-
-    return paged_attention_op.call_shaped(
-        args, lambda: (args[0].unsqueeze(one), *args[1:]), shaped, first_only, backend
-    )
+    found = paged_attention_op.call((q.unsqueeze(one), *rest), first_only, backend)
+    if first_only:
+        return found.squeeze(one)
+    return found[0].squeeze(one), found[1].squeeze(of_lse), found[2]
 
 
 def _check_dims(q: Tensor, packed: bool) -> int:

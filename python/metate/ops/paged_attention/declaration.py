@@ -223,6 +223,8 @@ APPEND_CASES = [
     _append_case(20, 3, 16, 2, 72, 36, cache="fp8"),
     _append_case(3, 3, 8, 1, 64, 24, cache="scaled fp8", skip=True),
     _append_case(4, 2, 8, 1, 576, 0),
+    _append_case(4, 2, 8, 1, 576, 0, keys_only=True),
+    _append_case(5, 3, 8, 1, 66, 0, cache="int8", keys_only=True),
     _append_case(0, 2, 8, 1, 8, 8, cache="int8"),
     _append_case(3, 0, 8, 1, 8, 8, skip=True),
 ]
@@ -241,7 +243,7 @@ def draw_append(rng: Random) -> Case:
         rng.choice([0, 1, 2, 17, 64]), rng.randint(2, 9), rng.choice([1, 3, 16]), rng.choice([1, 2, 3]), D,
         even * rng.randint(0, 140 // even), skip=rng.random() < 0.5,
     )  # fmt: skip
-    case["cache"] = store
+    case.update(cache=store, keys_only=rng.random() < 0.2)
     if rng.random() < 0.4 and D > 1 and store not in ("int4", "fp8", "scaled fp8"):  # there a tie moves many bits
         case.update(rotary=2 * rng.randint(1, D // 2), interleaved=rng.random() < 0.5)
     return case
@@ -261,9 +263,10 @@ def _append_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -
         angle = 3 * _normal(generator, 50, rotary // 2)
         cos, sin = angle.cos(), angle.sin()
         positions = torch.randint(0, 50, (tokens,), generator=generator, dtype=slots.dtype)
+    k, v = (_normal(generator, tokens, heads, case[D]).to(dtype) for D in ("D", "Dv"))
+    values = (None, None, None) if case.get("keys_only") else (v, v_cache, v_scale)
     return (
-        _normal(generator, tokens, heads, case["D"]).to(dtype), _normal(generator, tokens, heads, case["Dv"]).to(dtype),
-        k_cache, v_cache, slots, k_scale, v_scale, cos, sin, positions, case.get("interleaved", False),
+        k, values[0], k_cache, values[1], slots, k_scale, values[2], cos, sin, positions, case.get("interleaved", False)
     )  # fmt: skip
 
 

@@ -145,9 +145,9 @@ def _gather(
 
 def append_kv(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     slot_mapping: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
@@ -155,7 +155,7 @@ def append_kv(
     rotary_sin: Tensor | None,
     positions: Tensor | None,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The caches and scales after the call."""
     if rotary_cos is not None and rotary_sin is not None and positions is not None:
         cos, sin = (angles[positions.long()][:, None] for angles in (rotary_cos, rotary_sin))
@@ -163,7 +163,8 @@ def append_kv(
     used = slot_mapping >= 0
     slots = slot_mapping[used].long()
     k_cache, k_scale = _write(k[used], k_cache, k_scale, slots)
-    v_cache, v_scale = _write(v[used], v_cache, v_scale, slots)
+    if v is not None and v_cache is not None:
+        v_cache, v_scale = _write(v[used], v_cache, v_scale, slots)
     return k_cache, v_cache, k_scale, v_scale
 
 

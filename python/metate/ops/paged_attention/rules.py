@@ -140,14 +140,18 @@ def _check_pages(table: Tensor, k_cache: Tensor, seq_lens: Tensor) -> None:
 
 
 def validate_append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None,
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, interleaved: bool,
 ) -> None:  # fmt: skip
     op = "append_kv"
     _validate_cache(op, "k_cache", k_cache, k_scale, k.dtype, k.shape[2])
-    _validate_cache(op, "v_cache", v_cache, v_scale, v.dtype, v.shape[2])
-    if v_cache.dtype != k_cache.dtype:
-        raise fail(op, "v_cache", v_cache.dtype, f"{k_cache.dtype} as k_cache", error=TypeError)
+    if v is not None and v_cache is not None:
+        _validate_cache(op, "v_cache", v_cache, v_scale, v.dtype, v.shape[2])
+        if v_cache.dtype != k_cache.dtype:
+            raise fail(op, "v_cache", v_cache.dtype, f"{k_cache.dtype} as k_cache", error=TypeError)
+    elif v is not None or v_cache is not None or v_scale is not None:
+        name = next(name for name, x in (("v", v), ("v_cache", v_cache), ("v_scale", v_scale)) if x is not None)
+        raise fail(op, name, "given", "v and v_cache, or neither of them nor v_scale: keys only", error=TypeError)
     if not (cos is None) == (sin is None) == (positions is None):
         got = "given without rotary_sin and positions, or they without it"
         raise fail(op, "rotary_cos", got, "all three or none")
@@ -156,14 +160,14 @@ def validate_append(
 
 
 def check_append(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, k_scale: Tensor | None,
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, interleaved: bool,
 ) -> None:  # fmt: skip
     op = "append_kv"
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
         if x is not None and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
             raise fail(op, name, "expanded (a stride of 0)", "memory of its own for every element; use .contiguous()")
-    if v_cache.numel() and k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
+    if v_cache is not None and v_cache.numel() and k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
         raise fail(op, "v_cache", "the memory of k_cache", "memory of its own, or v and v_cache None: keys only")
     if slots.device.type != "cpu" or not slots.shape[0]:
         return

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
+from metate.op import Op
 from metate.ops.pq.codes import interleave, pack_codes, unpack_codes
 from metate.ops.pq.declaration import decode_op, encode_op, ivf_op, scan_op, tables_op, topk_op
 from metate.ops.pq.kmeans import kmeans
+from metate.shortcut import Shortcut
 
 __all__ = [
     "ivf_search", "kmeans", "pack_codes", "pq_decode", "pq_distance_tables", "pq_encode", "pq_interleave", "pq_scan",
     "topk_distances", "unpack_codes",
 ]  # fmt: skip
-METRICS = {"l2": 0, "inner_product": 1, "cosine": 1}
+METRICS = {"l2": 0, "inner_product": 1, "cosine": 2}
+_COSINE = METRICS["cosine"]  # which bindings know, and operators do not
+_cosines = {op: Shortcut(op.name) for op in (tables_op, topk_op, ivf_op)}
 
 
 def pq_distance_tables(queries: Tensor, codebooks: Tensor, *, metric: str = "l2", symmetric: bool = False) -> Tensor:
@@ -36,11 +40,10 @@ def pq_distance_tables(queries: Tensor, codebooks: Tensor, *, metric: str = "l2"
         (but not the queries of symmetric tables).
     """
     number = _metric("pq_distance_tables", metric)
-    if metric == "cosine" and isinstance(queries, Tensor) and queries.is_floating_point():
-        queries = torch.nn.functional.normalize(queries, dim=-1)
     if symmetric:
-        queries = pq_decode(pq_encode(queries, codebooks), codebooks)
-    tables: Tensor = tables_op(queries, codebooks, number)
+        queries = _normalised(queries) if number == _COSINE else queries
+        queries, number = pq_decode(pq_encode(queries, codebooks), codebooks), min(number, 1)
+    tables: Tensor = _call(tables_op, (queries, codebooks, number), number)
     return tables
 
 
@@ -160,10 +163,9 @@ def topk_distances(
         distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`.
     """
     number = _metric("topk_distances", metric)
-    if metric == "cosine" and isinstance(queries, Tensor) and queries.is_floating_point():
-        queries = torch.nn.functional.normalize(queries, dim=-1)
     biggest = bool(number) if largest is None else largest
-    distances, found = topk_op.call((queries, base, ranges, scale, offset, ids, keep, k, number, biggest))
+    args = queries, base, ranges, scale, offset, ids, keep, k, number, biggest
+    distances, found = _call(topk_op, args, number)
     return distances, found
 
 
@@ -209,16 +211,34 @@ def ivf_search(
         distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`.
     """
     number = _metric("ivf_search", metric)
-    if metric == "cosine" and isinstance(queries, Tensor) and queries.is_floating_point():
-        queries = torch.nn.functional.normalize(queries, dim=-1)
     if n is None and isinstance(rows, Tensor):
         if rows.dim() == 3:
             raise fail("ivf_search", "n", None, "the number of rows beside interleaved codes")
         n = rows.shape[0] if rows.dim() else 0
-    distances, found = ivf_op(
+    args = (
         queries, centroids, extents, rows, codebooks, row_bias, scale, offset, ids, keep, n, nprobe, k, number, residual
-    )
+    )  # fmt: skip
+    distances, found = _call(ivf_op, args, number)
     return distances, found
+
+
+def _call(op: Op, args: tuple[Any, ...], metric: int) -> Any:
+    return op.call(args) if metric != _COSINE else _cosines[op](args, _by_product, (op, args))
+
+
+def _by_product(op: Op, args: tuple[Any, ...]) -> Any:
+    """A cosine is the product of a query of length 1."""
+    at = op.parameters.index("metric")
+    return op.call((_normalised(args[0]), *args[1:at], METRICS["inner_product"], *args[at + 1 :]))
+
+
+def _normalised(queries: Tensor) -> Tensor:
+    """Rows over their lengths, which are at least 1e-12; in double precision, rounded once."""
+    if not isinstance(queries, Tensor) or not queries.is_floating_point() or not queries.dim():
+        return queries  # the operator says what is wrong
+    wide = queries.double()
+    lengths: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / lengths.clamp_min(1e-12)).to(queries.dtype)
 
 
 def _metric(op: str, metric: Any) -> int:

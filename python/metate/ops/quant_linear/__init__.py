@@ -13,12 +13,15 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.low_bit import QuantizedWeight
-from metate.op import use
+from metate.op import Op
 from metate.ops.quant_linear.declaration import int8_op, linear_op
 from metate.ops.quant_linear.lora import check_adapter_ids, factors_of, shrink_op
 from metate.ops.quant_linear.lora import linear_op as lora_op
+from metate.shortcut import Shortcut
 
 __all__ = ["QuantizedWeight", "dequantize", "lora_linear", "quant_linear"]
+
+_multiply, _multiply_int8, _adapt = map(Shortcut, ("quant_linear", "quant_linear_int8", "lora_linear"))
 
 
 def quant_linear(
@@ -54,19 +57,20 @@ def quant_linear(
         _check_rows("quant_linear", x, weight)
     if activation is not None and activation != "int8":
         raise fail("quant_linear", "activation", repr(activation), "None or 'int8'")
-    w, op = weight, linear_op if activation is None else int8_op
-    rest = (
-        w.codes, w.scales, w.super_scales, w.zeros, w.offsets, w.super_offsets, w.codebook, w.permutation, bias,
-        w.bits, w.group_size, w.super_groups, w.zero,
-    )  # fmt: skip
+    op, shortcut = (linear_op, _multiply) if activation is None else (int8_op, _multiply_int8)
+    rest = *weight.arguments, bias, *weight.scalars
     if len(shape) == 2:
         return op.call((x, *rest), backend=backend)  # type: ignore[no-any-return]
-    return op.call_shaped(  # type: ignore[no-any-return]
-        (x, *rest),
-        lambda: (x.reshape(-1, shape[-1]), *rest),
-        lambda out: out.reshape(*shape[:-1], w.shape[0]),
-        backend=backend,
-    )
+    args = x, *rest
+    return shortcut(args, _in_rows, (op, args, backend), backend)  # type: ignore[no-any-return]
+
+
+def _in_rows(op: Op, args: tuple[Any, ...], backend: str | None) -> Tensor:
+    x, codes = args[:2]
+    if x.dim() == 2:
+        return op.call(args, backend=backend)  # type: ignore[no-any-return]
+    out: Tensor = op.call((x.reshape(-1, x.shape[-1]), *args[1:]), backend=backend)
+    return out.reshape(*x.shape[:-1], codes.shape[0])
 
 
 def lora_linear(
@@ -102,13 +106,17 @@ def lora_linear(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     _check_rows("lora_linear", x, weight)
-    if backend is not None:
-        with use(backend):
-            return lora_linear(x, weight, A, B, bias, scaling=scaling, adapter_ids=adapter_ids)
-    A, B, factors, ids = _adapters(x, A, B, scaling, adapter_ids)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = lora_op(rows, *arguments(weight), bias, A, B, factors, ids, *scalars(weight))
-    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.out_features)
+    args = x, *weight.arguments, bias, A, B, scaling, adapter_ids, *weight.scalars
+    given = x, weight, A, B, bias, scaling, adapter_ids, backend
+    return _adapt(args, _by_adapters, given, backend)  # type: ignore[no-any-return]
+
+
+def _by_adapters(
+    x: Tensor, weight: QuantizedWeight, A: Tensor, B: Tensor, bias: Tensor | None, scaling: float | Tensor,
+    adapter_ids: Tensor | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    adapters = _adapters(x, A, B, scaling, adapter_ids)
+    return _in_rows(lora_op, (x, *weight.arguments, bias, *adapters, *weight.scalars), backend)
 
 
 def low_rank_update(
@@ -166,14 +174,3 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> T
     if not isinstance(weight, QuantizedWeight):
         raise fail("dequantize", "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
     return weight.dequantize(dtype)
-
-
-def arguments(weight: QuantizedWeight) -> tuple[Any, ...]:
-    """The tensors of a weight as the operators take them."""
-    w = weight
-    return w.codes, w.scales, w.super_scales, w.zeros, w.offsets, w.super_offsets, w.codebook, w.permutation
-
-
-def scalars(weight: QuantizedWeight) -> tuple[int, int, int, int]:
-    """Its numbers, in the order of the operators."""
-    return weight.bits, weight.group_size, weight.super_groups, weight.zero

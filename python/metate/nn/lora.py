@@ -71,7 +71,8 @@ class LoraLinear(nn.Module):
                 raise fail("nn.LoraLinear", "adapter", repr(chosen), expected)
             if chosen < 0:
                 return self.base(x)  # type: ignore[no-any-return]
-            A, B = A[chosen : chosen + 1], B[chosen : chosen + 1]
+            if A.shape[0] > 1:
+                A, B = A[chosen : chosen + 1], B[chosen : chosen + 1]
         if A.dtype not in (x.dtype, torch.float32):
             A, B = A.to(x.dtype), B.to(x.dtype)
         base, drops = self.base, self.training and self.dropout.p > 0

@@ -51,10 +51,11 @@ class LowBit(nn.Module):
     @property
     def weight(self) -> Any:
         """W, on the buffers as they are now."""
-        built = self._weight
-        if built is None or any(self._buffers[name] is not getattr(built, name) for name in self._fields):
-            tensors: dict[str, Any] = {name: self._buffers[name] for name in self._fields}
-            built = self._weight = self._kind(**self._numbers, **tensors)
+        built, buffers = self._weight, self._buffers
+        for name in self._fields:
+            if built is None or buffers[name] is not getattr(built, name):
+                tensors: dict[str, Any] = {field: buffers[field] for field in self._fields}
+                built = self._weight = self._kind(**self._numbers, **tensors)
         return built
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

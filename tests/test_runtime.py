@@ -286,3 +286,19 @@ def test_memory_is_given_back(op, device, backend):
     for _ in range(3000):
         run(op, backend, args)
     assert resident() - before < 2 << 20
+
+
+def test_importing_metate_imports_no_compiler():
+    """Dynamo takes longer to import than metate and its kernels together; kernels hide from it when a graph is made."""
+    program = """
+import sys, torch, metate
+assert "torch._dynamo" not in sys.modules
+q = torch.randn(1, 4, 2, 8)
+metate.attention(q, q, q)
+assert "torch._dynamo" not in sys.modules
+compiled = torch.compile(lambda q: metate.attention(q, q, q), backend="eager", fullgraph=True)
+assert torch.equal(compiled(q), metate.attention(q, q, q))
+from torch._dynamo.utils import counters
+assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,6 +7,7 @@ An op is one torch dispatcher entry, `metate::<name>`. A backend is a callable w
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -125,8 +126,10 @@ class Op:
         for namespace in (_compiled, _emulated):
             namespace.define(self.name + schema)
         _public.define(self.name + schema.replace(") -> ", ", *, str? backend=None) -> ", 1))  # for graphs
-        run = torch.compiler.disable(self._run)  # else dynamo traces the kernel while a compiled graph runs
-        _public.impl(self.name, run, "CompositeExplicitAutograd")  # for every device: there is the reference
+        # To be hidden from dynamo, which would trace the kernel while a compiled graph runs, before the first graph is
+        # made: importing dynamo takes longer than all the rest. A partial has no frame of its own to be traced.
+        self._kernel: Any = functools.partial(self._run)
+        _public.impl(self.name, self._kernel, "CompositeExplicitAutograd")  # for every device: there is the reference
         for key in ("AutocastCPU", "AutocastCUDA"):
             _public.impl(self.name, self._under_autocast, key)
         self.torch_op = getattr(torch.ops.metate, self.name).default
@@ -343,6 +346,7 @@ class Op:
 
     def _fake(self, *args: Any, backend: str | None = None) -> Any:
         """Shapes without values, for compilers. The reference on fake tensors says the same 30 times slower."""
+        self._hide_kernel()
         self.check(args)
         if self.writes:
             return None
@@ -351,6 +355,10 @@ class Op:
             for shape, dtype in zip(self.shapes(*args), self._out_dtypes(args), strict=True)
         )
         return out if len(out) > 1 else out[0]
+
+    def _hide_kernel(self) -> None:
+        if self._kernel.func == self._run:
+            self._kernel.__setstate__((torch.compiler.disable(self._run), (), {}, {}))
 
     def _under_autocast(self, *args: Any, backend: str | None = None) -> Any:
         cast = self.cast(args, torch.get_autocast_dtype(args[0].device.type))

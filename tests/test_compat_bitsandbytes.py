@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -162,6 +163,14 @@ def test_hostile_states_are_refused(changes):
         F.QuantState.from_dict({**state.as_dict(), **changes}, "cpu")
 
 
+def test_a_weight_of_columns_is_unpacked():
+    x, bias = torch.randn(5, 64, requires_grad=True), torch.randn(96)
+    packed, state = F.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
+    with pytest.warns(DeprecationWarning, match="out_features, in_features"):
+        out = bnb.matmul_4bit(x, packed, state, bias=bias)
+    torch.testing.assert_close(out, x @ F.dequantize_4bit(packed, state) + bias, rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_arguments_are_named():
     for call, match in [
         (lambda: F.quantize_4bit(A.double()), "A is torch.float64"),
@@ -261,6 +270,44 @@ def test_floating_weights_train():
     x = torch.randn(3, 16)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(4, 16))
+
+
+@pytest.mark.parametrize("shape", [(64, 24), (33, 7)])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_layers_compile_before_their_first_call(kind, shape):
+    layer = {"nf4": bnb.nn.LinearNF4, "int8": partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)}[kind](*shape)
+    layer.to("cpu")
+    x = torch.randn(3, shape[0])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), layer(x))
+    other = type(layer)(*shape) if kind == "nf4" else type(layer)(*shape, has_fp16_weights=False)
+    layer.load_state_dict(other.to("cpu").state_dict())
+    assert torch.equal(compiled(x), other(x)), "kept the weight that it was compiled with"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_fsdp_finds_what_it_looks_for(nested):
+    layer = bnb.nn.LinearNF4(64, 24, compress_statistics=nested)
+    for part in (*layer.weight.chunk(2), *torch.split(layer.weight, 5)):
+        assert isinstance(part, bnb.nn.Params4bit) and part.quant_type == "nf4"
+    assert not hasattr(layer.weight, "absmax")
+    layer.to("cpu")
+    for name, tensor in layer.weight.quant_state.as_dict(packed=True).items():
+        found = layer.weight
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert torch.equal(found, tensor)
+    assert not hasattr(layer.weight.quant_state, "bitsandbytes__fp4")
+
+
+def test_a_weight_tied_to_another_layer_s_stays_dense():
+    layer = bnb.nn.Linear8bitLt(8, 4, bias=False, has_fp16_weights=False)
+    layer.weight = torch.nn.Parameter(torch.randn(4, 8))
+    state = layer.state_dict()
+    assert state.keys() == {"weight"}
+    with pytest.raises(RuntimeError, match="non-quantized Linear8bitLt"):
+        layer.load_state_dict({**state, "SCB": torch.ones(4)}, strict=False)
 
 
 def test_parameters_from_a_checkpoint():

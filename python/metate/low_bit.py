@@ -46,6 +46,14 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return codes.flatten(1)[:, :columns].contiguous()
 
 
+def look_up_pairs(packed: Tensor, codebook: Tensor, high_first: bool = False) -> Tensor:
+    """(…, n) bytes of two 4-bit codes → (…, 2n) float32 values: one look-up a byte, of both values as one integer."""
+    byte = torch.arange(256, dtype=torch.int32, device=packed.device)
+    nibbles = (byte >> 4, byte & 15) if high_first else (byte & 15, byte >> 4)
+    pairs = torch.stack([codebook[nibble] for nibble in nibbles], 1).view(torch.int64).flatten()
+    return pairs.index_select(0, packed.flatten().int()).view(torch.float32).view(*packed.shape[:-1], -1)
+
+
 def packed_bytes(columns: int, bits: int) -> int:
     """Bytes of a packed row."""
     return -(-columns * bits // 8)
@@ -353,13 +361,16 @@ class QuantizedWeight(LowBitTensors):
 
     def _values(self, rows: slice) -> Tensor:
         """Float32 weights of some rows, columns as they are stored."""
-        codes = unpack_codes(self.codes[rows], self.bits, self.in_features)
-        if self.codebook is not None:
-            values = self.codebook[codes.int()]
+        table = self.codebook
+        if table is None:
+            table = torch.arange(2**self.bits, dtype=torch.float32, device=self.device) - self.zero
+        if self.bits == 4 and self.in_features % 2 == 0:
+            values = look_up_pairs(self.codes[rows], table)
         else:
-            values = codes.float().sub_(self.zero)
-            if self.zeros is not None:
-                values.sub_(self._per_column(self.zeros[rows].float()))
+            codes = unpack_codes(self.codes[rows], self.bits, self.in_features)
+            values = table.index_select(0, codes.flatten().int()).view(codes.shape)
+        if self.zeros is not None:
+            values.sub_(self._per_column(self.zeros[rows].float()))
         values.mul_(self._per_column(self._level(self.scales, self.super_scales, rows)))
         if self.offsets is not None:
             values.add_(self._per_column(self._level(self.offsets, self.super_offsets, rows)))

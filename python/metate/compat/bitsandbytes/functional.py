@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from metate.errors import fail
+from metate.low_bit import look_up_pairs
 from metate.ops.quant_linear import QuantizedWeight, quant_linear
 from metate.quant import bitsandbytes as format
 from metate.quant.settings import Settings, blocks, parse_json
@@ -38,6 +41,25 @@ class QuantState:
     def nested(self) -> bool:
         return self.state2 is not None
 
+    # Every entry of a state dict is an attribute too: FSDP looks them up one by one.
+
+    @property
+    def quant_map(self) -> Tensor | None:
+        return self.code
+
+    @property
+    def nested_absmax(self) -> Tensor | None:
+        return None if self.state2 is None else self.state2.absmax
+
+    @property
+    def nested_quant_map(self) -> Tensor | None:
+        return None if self.state2 is None else self.state2.code
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "bitsandbytes__" + str(self.__dict__.get("quant_type")):
+            return self.as_dict(packed=True)[f"quant_state.{name}"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __getitem__(self, index: Any) -> Any:
         second = [self.offset, self.state2] if self.nested else None
         return [self.absmax, self.shape, self.dtype, self.blocksize, second, self.quant_type][index]
@@ -54,6 +76,8 @@ class QuantState:
         Rows of whole bytes are taken as they are: a byte holds an even column in its high nibble, hence the pairs of
         columns change places.
         """
+        if self._lowered is not None and is_dynamo_compiling():  # see _same_memory
+            return self._lowered[1]
         shape, quant_type, block_size = self.shape, self.quant_type, self.blocksize
         if shape is None or len(shape) != 2 or quant_type is None or block_size is None:
             raise fail("compat.bitsandbytes", "quant_state.shape", shape, "(out_features, in_features)")
@@ -146,6 +170,10 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6)
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return is_dynamo_compiling() or a.data_ptr() == b.data_ptr()  # graphs compare no addresses
+
+
 def _plain(value: Any) -> Any:
     """A member as JSON would have it."""
     return _name(value) if isinstance(value, torch.dtype) else value
@@ -216,9 +244,9 @@ def dequantize_4bit(
     flat = torch.empty(shape.numel(), dtype=dtype, device=A.device)
     for part in blocks(flat.numel(), 1, block_size):
         pairs = packed[part.start // 2 : -(-part.stop // 2)]
-        codes = torch.stack([pairs >> 4, pairs & 15], 1).flatten()[: part.stop - part.start]
+        unscaled = look_up_pairs(pairs, values, high_first=True)[: part.stop - part.start]
         scale = scales[part.start // block_size : -(-part.stop // block_size)].repeat_interleave(block_size)
-        flat[part] = values[codes.int()] * scale[: codes.numel()]
+        flat[part] = unscaled.mul_(scale[: unscaled.numel()])
     result = flat.view(shape) if out is None else out.copy_(flat.view(shape))
     return result.t() if A.shape[0] == 1 and A.dim() == 2 and result.dim() == 2 else result
 
@@ -241,10 +269,20 @@ def gemv_4bit(
 def matmul_4bit(
     A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """A Wᵀ + bias with gradients to A and bias, of the packed weight B or its transpose."""
+    """A Wᵀ + bias with gradients to A and bias, of the packed weight B or its transpose.
+
+    A weight that was quantised as (in_features, out_features) is unpacked at every call, with a DeprecationWarning.
+    """
     if quant_state is None:
         raise fail("matmul_4bit", "quant_state", None, "the QuantState of B")
-    result = quant_linear(A, quant_state.lower(B), bias)
+    shape = quant_state.shape
+    if shape is not None and len(shape) == 2 and A.shape[-1] == shape[0] != shape[1]:
+        text = f"matmul_4bit: quant_state.shape is {tuple(shape)}; quantize the weight as (out_features, in_features)"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        weight = dequantize_4bit(B.view(-1, 1), quant_state).to(A.dtype)
+        result = torch.nn.functional.linear(A, weight.t(), bias)
+    else:
+        result = quant_linear(A, quant_state.lower(B), bias)
     return result if out is None else out.copy_(result)
 
 
@@ -333,7 +371,7 @@ class MatmulLtState:
         if self.CB is None or self.SCB is None:
             raise fail("compat.bitsandbytes", "state", "without CB and SCB", "an int8 weight; call .to(device)")
         kept = self._lowered
-        if kept is None or kept[0].data_ptr() != self.CB.data_ptr() or kept[1] is not self.SCB:
+        if kept is None or kept[1] is not self.SCB or not _same_memory(kept[0], self.CB):
             weight = format.lower_int8({"weight": self.CB.detach(), "SCB": self.SCB.float()})
             self._lowered = kept = (self.CB, self.SCB, weight)
         return kept[2]

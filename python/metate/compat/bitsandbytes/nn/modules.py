@@ -13,6 +13,7 @@ from metate.compat.bitsandbytes import functional
 from metate.compat.bitsandbytes.functional import MatmulLtState, QuantState
 from metate.quant.bitsandbytes import STATE
 
+_SHARDING = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE + "nf4", STATE + "fp4")
 
 
@@ -29,6 +30,14 @@ class _Params(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuilt, (type(self), self.data, self.requires_grad, self.__dict__)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """FSDP shards parameters by chunk and split: their parts stay parameters of this kind."""
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        if func not in _SHARDING or not isinstance(args[0], cls):
+            return result
+        return tuple(_rebuilt(cls, part.detach(), args[0].requires_grad, args[0].__dict__) for part in result)
 
     def cpu(self) -> Any:  # type: ignore[override]
         return self.to("cpu")
@@ -77,6 +86,18 @@ def _rebuilt(kind: type[_Params], data: Tensor, requires_grad: bool, attributes:
     return made
 
 
+def _of_state(name: str) -> property:
+    """A tensor of the QuantState, as an attribute of the weight: there FSDP looks for the entries of a state dict."""
+
+    def get(self: Params4bit) -> Any:
+        state = self.__dict__.get("quant_state")
+        if state is None:
+            raise AttributeError(f"'Params4bit' object has no attribute {name!r} before it is quantised")
+        return getattr(state, name)
+
+    return property(get)
+
+
 class Params4bit(_Params):
     """A weight that becomes packed NF4 or FP4 codes beside a QuantState."""
 
@@ -99,6 +120,8 @@ class Params4bit(_Params):
     quant_type: str
     quant_storage: torch.dtype
     bnb_quantized: bool
+    absmax, code, quant_map = _of_state("absmax"), _of_state("code"), _of_state("quant_map")
+    nested_absmax, nested_quant_map = _of_state("nested_absmax"), _of_state("nested_quant_map")
 
     @classmethod
     def from_prequantized(
@@ -107,10 +130,12 @@ class Params4bit(_Params):
     ) -> Params4bit:  # fmt: skip
         """From the tensors of a checkpoint."""
         state = QuantState.from_dict(quantized_stats, device)
-        return cls(
+        made = cls(
             data.to(device), requires_grad, state, state.blocksize, state.nested, str(state.quant_type), data.dtype,
             bnb_quantized=True,
         )  # fmt: skip
+        made._lower()
+        return made
 
     def _is_quantized(self) -> bool:
         return self.bnb_quantized
@@ -121,11 +146,18 @@ class Params4bit(_Params):
             quant_type=self.quant_type, quant_storage=self.quant_storage,
         )  # fmt: skip
         self.bnb_quantized = True
+        self._lower()
         return self
 
     def _move(self, device: torch.device) -> None:
         if self.quant_state is not None:
             self.quant_state.to(device)
+            self._lower()
+
+    def _lower(self) -> None:
+        """Before the first call, which may be one that is being compiled."""
+        if self.quant_state is not None and len(self.quant_state.shape or ()) == 2 and not self.is_meta:
+            self.quant_state.lower(self.data)
 
 
 class Linear4bit(nn.Linear):
@@ -273,8 +305,9 @@ class Linear8bitLt(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.SCB is not None:
-            destination[f"{prefix}SCB"] = self.weight.SCB if keep_vars else self.weight.SCB.detach()
+        scales = getattr(self.weight, "SCB", None)  # a weight tied to another layer's is a plain parameter
+        if scales is not None:
+            destination[f"{prefix}SCB"] = scales if keep_vars else scales.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(0, dtype=torch.uint8)
 
     def _load_from_state_dict(
@@ -282,6 +315,8 @@ class Linear8bitLt(nn.Linear):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         data, scales = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}SCB")
+        if scales is not None and not isinstance(self.weight, Int8Params):  # tied to another layer's
+            raise RuntimeError("Loading a quantized checkpoint into non-quantized Linear8bitLt is not supported")
         if data is not None and scales is not None:
             if int(state_dict.get(f"{prefix}weight_format", 0)) != 0:
                 error_msgs.append(f"{prefix}weight_format: only rows (0) are read")

@@ -18,6 +18,8 @@ EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", 
 def test_example(title):
     if "transformers" in title:
         pytest.importorskip("transformers")
+    if "PEFT" in title:
+        pytest.importorskip("peft")
     if title.split(".")[0] in ("F", "torch") and not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
         pytest.skip("came with torch 2.11")
     try:
@@ -25,6 +27,6 @@ def test_example(title):
     finally:
         if title in ("flash-attn", "bitsandbytes", "faiss"):
             compat.uninstall(title.replace("-", "_"))
-        if title == "transformers":
+        if title in ("transformers", "PEFT on low-bit experts"):
             route.disable()
     assert not sdpa.active()

@@ -12,7 +12,7 @@ import transformers as hf
 
 from metate.compat import experts
 from metate.compat import transformers as route
-from metate.nn import LoraGroupedLinear, QuantGroupedLinear
+from metate.nn import LoraGroupedLinear, MoE, QuantGroupedLinear, dequantize_model, quantize_model
 
 TEXT = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -105,6 +105,11 @@ def run(model):
     logits = model(input_ids=ids, **more).logits
     (logits * torch.arange(logits.numel()).view(logits.shape).sin()).sum().backward()
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=torch.arange(2, 24).view(2, 11)).logits
 
 
 def assert_same(want, got, within):
@@ -240,3 +245,121 @@ def test_peft_s_lora_learns_on_experts_as_on_eager_s():
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=tokens).logits, out.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def adapters():
+    """PEFT, which knows low-bit experts."""
+    peft = pytest.importorskip("peft")
+    from metate.compat import peft as adapters
+
+    adapters.enable()
+    yield peft
+    adapters.disable()
+
+
+def low_bit_and_dense(name):
+    """A model with low-bit experts, and an eager one of the same weights."""
+    model, dense = route.quantize_experts(build(name), "nf4"), route.use_experts(build(name), "eager")
+    with torch.no_grad():
+        for path, layer in model.named_modules():
+            if isinstance(layer, QuantGroupedLinear):
+                experts, _, part = path.rpartition(".")
+                experts, weight = dense.get_submodule(experts), layer.dequantize()
+                getattr(experts, part).copy_(weight.mT if experts.is_transposed else weight)
+    return model, dense
+
+
+TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mixer.experts.up_proj", "mixer.experts.down_proj"]
+
+
+def learned(model, seed=0):
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for i, parameter in enumerate(found.values()):
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed + i))
+    return found
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_peft_s_lora_learns_on_low_bit_experts_as_on_dense_ones(name, adapters, tmp_path):
+    found = []
+    for model in low_bit_and_dense(name):
+        config = adapters.LoraConfig(r=3, lora_alpha=6, target_parameters=TARGETS)
+        model = adapters.get_peft_model(model, config)
+        parameters = learned(model)
+        logits, gradients = run(model)
+        assert parameters.keys() == gradients.keys()
+        assert all(gradient.any() for gradient in gradients.values())
+        found.append((logits, gradients))
+        model.save_pretrained(tmp_path / str(len(found)))
+    assert_same(*found[::-1], 2e-6)
+    model, dense = low_bit_and_dense(name)
+    for base, folder, want in ((model, "2", found[0][0]), (dense, "1", found[1][0])):  # each other's files
+        loaded = adapters.PeftModel.from_pretrained(base, tmp_path / folder, is_trainable=True)
+        assert torch.equal(run(loaded)[0], want)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_adapters_of_low_bit_experts_are_switched_and_merged(name, adapters):
+    model, _ = low_bit_and_dense(name)
+    plain = logits(model)
+    config = adapters.LoraConfig(r=3, target_parameters=TARGETS)
+    model = adapters.get_peft_model(model, config)
+    learned(model)
+    first = logits(model)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), plain)  # begins as nothing
+    learned(model, seed=100)
+    second = logits(model)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    assert not any(torch.equal(a, b) for a, b in ((plain, first), (first, second), (second, both)))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with pytest.raises(NotImplementedError, match=r"metate\.nn\.dequantize_model"):
+        model.merge_and_unload()
+    merged = dequantize_model(model).merge_and_unload(safe_merge=True)
+    assert not any("lora" in key for key in merged.state_dict())
+    torch.testing.assert_close(logits(merged), first, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_quantised_under_peft_keep_their_adapters(adapters):
+    model = adapters.get_peft_model(route.use_experts(build("mixtral")), adapters.LoraConfig(target_parameters=TARGETS))
+    learned(model)
+    want = run(model)[0]
+    got = run(route.quantize_experts(model, "int8"))[0]
+    assert any(isinstance(module, QuantGroupedLinear) for module in model.modules())
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
+def test_peft_adapts_the_experts_of_metate_s_own_layer(adapters):
+    torch.manual_seed(0)
+    model = quantize_model(nn.Sequential(MoE(32, 24, num_experts=4)), "nf4")
+    x = torch.randn(9, 32)
+    plain = model(x)
+    model = adapters.get_peft_model(
+        model, adapters.LoraConfig(r=3, target_parameters=["experts.gate_up", "experts.down"])
+    )
+    torch.testing.assert_close(model(x), plain)
+    parameters = learned(model)
+    got = model(x)
+    got.square().sum().backward()
+    assert len(parameters) == 4 and all(p.grad.any() for p in parameters.values())
+    merged = dequantize_model(model).merge_and_unload()
+    torch.testing.assert_close(merged(x), got, rtol=1e-4, atol=1e-5)
+
+
+def test_peft_is_itself_again(adapters):
+    from peft.tuners.lora import layer, model
+
+    from metate.compat import peft
+
+    peft.enable()
+    peft.disable()
+    assert model.dispatch_default is layer.dispatch_default
+    low_bit, _ = low_bit_and_dense("mixtral")
+    with pytest.raises(ValueError):  # finds nothing
+        adapters.get_peft_model(low_bit, adapters.LoraConfig(target_parameters=TARGETS))

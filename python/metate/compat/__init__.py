@@ -1,7 +1,8 @@
 """Other libraries' interfaces over metate: drop-in packages by `install`, and hooks into torch and transformers.
 
 `install("flash_attn")` lets code that says `import flash_attn` run unchanged; `metate.compat.sdpa` and
-`metate.compat.transformers` hook into those libraries' own registries. Nothing here is imported by `import metate`.
+`metate.compat.transformers` hook into those libraries' own registries, `metate.compat.peft` into what PEFT adapts.
+Nothing here is imported by `import metate`.
 """
 
 from __future__ import annotations

@@ -142,6 +142,18 @@ def test_equals_eager(name, dtype, monkeypatch):
     assert not calls
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_compile_without_a_break(name):
+    experts = next(m for m in route.use_experts(build(name)).modules() if type(m).__name__.endswith("Experts"))
+    x, chosen = torch.randn(7, 32, requires_grad=True), torch.randint(0, 4, (7, 2))
+    given = x, chosen, torch.rand(7, 2)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    want, got = experts(*given), compiled(*given)
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(y.square().sum(), [x, *experts.parameters()]) for y in (got, want)]
+    torch.testing.assert_close(*gradients)
+
+
 def counted(function, calls):
     def call(*args, **kwargs):
         calls.append(function.__name__)

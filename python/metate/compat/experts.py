@@ -36,10 +36,10 @@ _GATED = {  # classes of transformers.activations, and torch's own, that only wr
     "SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh", "ReLUSquaredActivation": "relu2",
 }  # fmt: skip
-_CLAMPED = {  # functions that are GPT-OSS's activation: gating, and the names of limit and alpha
-    "GptOssExperts._apply_gate": ("interleaved", "limit", "alpha"),
-    "OpenAIPrivacyFilterExperts._apply_gate": ("gate_up", "limit", "alpha"),
-    "MiniMaxM3VLExperts._apply_gate": ("gate_up", "swiglu_limit", "swiglu_alpha"),
+_CLAMPED = {  # classes whose own function is GPT-OSS's activation: gating, and the names of limit and alpha
+    "GptOssExperts": ("interleaved", "limit", "alpha"),
+    "OpenAIPrivacyFilterExperts": ("gate_up", "limit", "alpha"),
+    "MiniMaxM3VLExperts": ("gate_up", "swiglu_limit", "swiglu_alpha"),
 }
 
 
@@ -131,9 +131,9 @@ def _activation(experts: Any) -> dict[str, Any] | None:
     if own is None:
         name = _GATED.get(type(experts.act_fn).__name__)
         return None if name is None else dict(activation=name, gating="gate_up" if gated else "none")
-    if own.__qualname__ not in _CLAMPED:
+    if type(experts).__name__ not in _CLAMPED:
         return None
-    gating, *names = _CLAMPED[own.__qualname__]
+    gating, *names = _CLAMPED[type(experts).__name__]
     limit, alpha = (getattr(experts, name) for name in names)
     return dict(gating=gating, limit=limit, alpha=alpha, shift=1.0)
 

@@ -104,7 +104,7 @@ class _Adapted(nn.Module):
         return out
 
 
-class ParamWrapper(lora.ParamWrapper):  # PEFT asks for a class of this name
+class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
     """PEFT's, for layers of experts too."""
 
     def _layer(self) -> Any:
@@ -151,7 +151,7 @@ class ParamWrapper(lora.ParamWrapper):  # PEFT asks for a class of this name
             raise fail("compat.peft", name, layer, expected, error=NotImplementedError)
         with _as_parameters(experts, [name]):
             yield
-            merged = experts._parameters[name].data  # type: ignore[union-attr]
+            merged = experts._parameters[name].data
         layer.weight.data = merged.mT if getattr(experts, "is_transposed", False) else merged
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

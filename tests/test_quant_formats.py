@@ -1,5 +1,6 @@
 """Low-bit formats to the bit: what is read equals what unpackers in plain numpy (and the gguf package) make of it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,7 +23,8 @@ from metate.quant import (
     quantize_rtn,
     save_quantized,
 )
-from metate.quant.gguf_blocks import TYPES
+from metate.quant.gguf_blocks import TYPES, lower
+from metate.quant.gguf_grids import points
 from metate.quant.patterns import Patterns
 from metate.quant.settings import Settings
 
@@ -450,14 +452,68 @@ def test_gguf_blocks(kind, tmp_path):
     gguf = pytest.importorskip("gguf")
     block = TYPES[kind]
     raw = rng(kind).integers(0, 256, (37, 3 * block.size), dtype=np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    writer.add_tensor("w", raw, raw_dtype=gguf.GGMLQuantizationType(kind))
-    _finish(writer)
-    read = metate.load_quantized(tmp_path / "x.gguf")["w"]
-    with np.errstate(all="ignore"):
-        truth = gguf.dequantize(raw, gguf.GGMLQuantizationType(kind))
+    if block.name in STREAMS:
+        read, truth = lowered(kind, raw), stream_of_codes(raw, *STREAMS[block.name])
+    else:
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+        writer.add_tensor("w", raw, raw_dtype=gguf.GGMLQuantizationType(kind))
+        _finish(writer)
+        read = metate.load_quantized(tmp_path / "x.gguf")["w"]
+        with np.errstate(all="ignore"):
+            truth = gguf.dequantize(raw, gguf.GGMLQuantizationType(kind))
     assert same(read.dequantize(), truth)
     assert read.shape == (37, 3 * block.elements)
+    second = slice(block.size, 2 * block.size), slice(block.elements, 2 * block.elements)  # a block alone
+    assert same(lowered(kind, raw[:1, second[0]].copy()).dequantize(), truth[:1, second[1]])
+
+
+STREAMS = {"Q1_0": (-1, 1), "Q2_0": (-1, 0, 1, 2)}  # what the gguf package does not dequantise -> values of codes
+
+
+def stream_of_codes(raw, *values):
+    """Blocks of a scale and a stream of codes."""
+    blocks = raw.reshape(-1, 18)
+    bits = len(values).bit_length() - 1
+    stream = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(len(blocks), -1, bits)
+    codes = stream @ (1 << np.arange(bits))
+    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    with np.errstate(all="ignore"):
+        return (scales * np.array(values, np.float32)[codes]).reshape(len(raw), -1)
+
+
+def lowered(kind, raw):
+    """The weight of some rows of blocks."""
+    return lower(TYPES[kind], torch.from_numpy(raw).view(len(raw), -1, TYPES[kind].size))
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: TYPES[kind].name)
+def test_gguf_blocks_stay_small_and_multiply(kind):
+    """No weight takes much more than twice what the file does; products and gradients are those of W."""
+    block = TYPES[kind]
+    raw = rng(kind).integers(0, 256, (24, 2 * block.size), dtype=np.uint8)
+    weight = lowered(kind, raw)
+    assert weight.nbytes <= 2.15 * raw.nbytes
+    sane = {name: torch.rand_like(t) + 0.5 for name, t in weight.tensors.items()
+            if name != "codebook" and t.is_floating_point()}  # fmt: skip
+    weight = dataclasses.replace(weight, **sane)
+    dense = weight.dequantize().double()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        x = torch.randn(5, dense.shape[1], dtype=dtype, requires_grad=True)
+        y = metate.quant_linear(x, weight)
+        y.backward(grad := torch.randn_like(y))
+        for got, truth in ((y, x.double() @ dense.T), (x.grad, grad.double() @ dense)):
+            assert (got.double() - truth).norm() <= tolerance * truth.norm()
+
+
+def test_gguf_grids_have_the_points_of_their_size():
+    """Distinct points, in the order in which the format numbers them; what signs pair up with is an even sum."""
+    sizes = {"iq1": 2048, "iq2_xxs": 256, "iq2_xs": 512, "iq2_s": 1024, "iq3_xxs": 256, "iq3_s": 512}
+    for grid, size in sizes.items():
+        found = points(grid).long()
+        values = 8 if grid.startswith("iq3") else 3
+        numbers = (found * values ** torch.arange(found.shape[1])).sum(1)
+        assert len(found) == size and int(found.max()) == values - 1 and bool((numbers.diff() > 0).all())
+        assert not grid.startswith("iq2") or not bool((found.sum(1) % 2).any())
 
 
 def _finish(writer):
@@ -483,7 +539,7 @@ def test_gguf_file(tmp_path):
     writer.add_tensor("half", dense.astype(np.float16))
     writer.add_tensor("experts", experts, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     writer.add_tensor("integers", np.arange(7, dtype=np.int32))
-    writer.add_tensor("unknown", np.zeros((1, 66), np.uint8), raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
+    writer.add_tensor("unknown", np.zeros((1, 292), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_K)
     _finish(writer)
     read = metate.load_quantized(tmp_path / "x.gguf")
     assert {key: read.metadata[key] for key in metadata} == metadata
@@ -492,7 +548,7 @@ def test_gguf_file(tmp_path):
     assert torch.equal(read["integers"], torch.arange(7, dtype=torch.int32))
     truth = gguf.dequantize(experts, gguf.GGMLQuantizationType.Q4_0).reshape(12, 64)
     assert same(read["experts"].dequantize(), truth)
-    with pytest.raises(metate.FormatError, match="type is 16"):
+    with pytest.raises(metate.FormatError, match="type is 15"):
         read["unknown"]
 
 

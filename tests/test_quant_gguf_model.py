@@ -1,5 +1,7 @@
 """GGUF models, written by the gguf package, in transformers and in ours: the dequantised model is the truth."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ import transformers as hf
 import metate
 from metate.compat import transformers as route
 from metate.models.llama import Llama
-from metate.nn import QuantLinear
+from metate.nn import QuantGroupedLinear, QuantLinear
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -24,6 +26,9 @@ SIZES = {
 TOKENS = torch.randint(2, 90, (2, 21), generator=torch.Generator().manual_seed(0))
 Q4_0, Q5_1, Q8_0, F16, F32 = (getattr(gguf.GGMLQuantizationType, n) for n in ("Q4_0", "Q5_1", "Q8_0", "F16", "F32"))
 MIXED = {"down_proj": Q8_0, "v_proj": Q5_1, "k_proj": Q5_1, "o_proj": F16, "embed_tokens": Q8_0, "lm_head": Q8_0}
+ARCHITECTURES = {
+    "mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3",
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -39,7 +44,7 @@ def no_accelerate(monkeypatch):
 def dense_model(kind="Llama", **changes):
     torch.manual_seed(0)
     config = getattr(hf, f"{kind}Config")(**{**SIZES, **changes}, dtype="float32")
-    model = getattr(hf, f"{kind}ForCausalLM")(config).eval()
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, float(not name.endswith("bias")), 0.1)
@@ -51,10 +56,26 @@ def paired(values, heads):
     return values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
 
 
+def tensors_of(name, values, config):
+    """What llama.cpp's converter makes of a parameter: (name, values) of one tensor, or of two."""
+    kind = ARCHITECTURES.get(config.model_type, config.model_type)
+    if name.endswith("experts.gate_up_proj"):
+        return [(name.replace("gate_up_proj", f"{p}_proj.weight"), half)
+                for p, half in zip(("gate", "up"), np.split(values, 2, 1), strict=True)]  # fmt: skip
+    if name.endswith("experts.down_proj"):
+        return [(f"{name}.weight", values)]
+    if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
+        return [(name, paired(values, config.num_attention_heads if ".q_" in name else config.num_key_value_heads))]
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
+        return [(name, values + 1)]
+    return [(name, values[0] if name.endswith("shared_expert_gate.weight") else values)]
+
+
 def write(path, model, kinds=MIXED, **changes):
     """The model as a GGUF file; its own weights become those that the file stands for."""
-    config, kind = model.config, model.config.model_type
-    writer = gguf.GGUFWriter(path, changes.get("architecture", "llama" if kind == "mistral" else kind))
+    config = model.config
+    kind = ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, changes.get("architecture", kind))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -64,20 +85,25 @@ def write(path, model, kinds=MIXED, **changes):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA if kind in ("llama", "mistral") else
-                                     getattr(gguf.MODEL_ARCH, kind.upper()), config.num_hidden_layers)  # fmt: skip
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(config.num_local_experts if kind == "llama" else config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         values = parameter.detach().numpy().copy()
-        stored = F32 if values.ndim == 1 else kinds.get(name.split(".")[-2], Q4_0)
-        if kind in ("llama", "mistral") and (".q_proj." in name or ".k_proj." in name):
-            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-            packed = gguf.quantize(paired(values, heads), stored)
-        else:
-            packed = gguf.quantize(values, stored)
+        whole = values.ndim == 1 or ".gate." in name or "shared_expert_gate" in name
+        stored = F32 if whole else kinds.get(name.split(".")[-2], Q4_0)
+        for part, of_file in tensors_of(name, values, config):
+            writer.add_tensor(
+                names.get_name(part, (".weight", ".bias")), gguf.quantize(of_file, stored), raw_dtype=stored
+            )
         parameter.data.copy_(
             torch.from_numpy(gguf.dequantize(gguf.quantize(values, stored), stored).astype(np.float32))
         )
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), packed, raw_dtype=stored)
     for name, tensor in changes.get("extra", {}).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -104,28 +130,40 @@ MODELS = {
     "llama": {}, "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "llama tied": {"tie_word_embeddings": True},
     "mistral": {"kind": "Mistral"}, "qwen2": {"kind": "Qwen2"}, "qwen3": {"kind": "Qwen3", "head_dim": 128},
+    "gemma2": {"kind": "Gemma2", "head_dim": 32, "tie_word_embeddings": True},
+    "gemma3": {"kind": "Gemma3Text", "head_dim": 32, "tie_word_embeddings": True},
+    "mixtral": {"kind": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2 moe": {"kind": "Qwen2Moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 64},
+    "qwen3 moe": {"kind": "Qwen3Moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "norm_topk_prob": True, "head_dim": 32},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_in_transformers(name, tmp_path):
     dense = write(tmp_path / "x.gguf", dense_model(**MODELS[name]))
-    model = load(tmp_path, **({"config": dense.config} if "bias" in name else {}))
-    linears = {n for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear) and "o_proj" not in n}
-    assert low_bit(model) == linears - ({"lm_head"} if "tied" in name else set())
+    model = load(tmp_path, **({"config": dense.config} if re.search("bias|moe|mixtral", name) else {}))
+    linears = {n for n, m in dense.named_modules() if isinstance(m, torch.nn.Linear)}
+    whole = {n for n in linears if "o_proj" in n or "shared_expert_gate" in n}
+    assert low_bit(model) == linears - whole - ({"lm_head"} if dense.config.tie_word_embeddings else set())
     for layer in low_bit(model):
         assert torch.equal(model.get_submodule(layer).dequantize(), dense.get_submodule(layer).weight)
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-5)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 97}  # none ends early
     assert torch.equal(model.generate(TOKENS, **options), dense.generate(TOKENS, **options))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama with biases", "llama tied", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama with biases", "llama tied", "mistral", "qwen3", "mixtral", "qwen3 moe"]
+)
 def test_logits_of_our_llama(name, tmp_path):
     dense = write(tmp_path / "x.gguf", dense_model(**MODELS[name]))
     model = Llama.from_pretrained(tmp_path / "x.gguf")
-    assert len(low_bit(model)) == 12 + ("tied" not in name)
+    layer = 3 if re.search("mixtral|moe", name) else 6
+    assert len(low_bit(model)) == 2 * layer + ("tied" not in name)
+    assert len([m for m in model.modules() if isinstance(m, QuantGroupedLinear)]) == (4 if layer == 3 else 0)
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS), dense(TOKENS).logits, rtol=1e-4, atol=1e-5)
     half = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -181,8 +219,20 @@ def test_a_gradient_reaches_what_stands_before(tmp_path):
     assert embedded.grad.abs().sum() > 0
 
 
+def test_experts_and_models_without_any_are_told_apart(tmp_path):
+    """Of a Mixtral's file transformers makes a Llama, whose layers would stay as they were made."""
+    dense = write(tmp_path / "x.gguf", dense_model(**MODELS["mixtral"]))
+    with pytest.raises(NotImplementedError, match="4 experts"):
+        load(tmp_path)
+    write(tmp_path / "x.gguf", dense_model())
+    with pytest.raises(NotImplementedError, match="0 experts"):
+        load(tmp_path, config=dense.config)
+
+
 BROKEN = {
-    "unknown tensor": ({"extra": {"blk.0.ffn_gate_exps.weight": np.zeros((4, 64, 64), np.float32)}}, "ffn_gate_exps"),
+    "unknown tensor": ({"extra": {"blk.0.ffn_gate_inp_shexp.weight": np.zeros(64, np.float32)}}, "ffn_gate_inp_shexp"),
+    "experts not counted": ({"extra": {"blk.0.ffn_gate_exps.weight": np.zeros((4, 64, 64), np.float32)}}, "stack of 4"),
+    "experts no stack": ({"extra": {"blk.0.ffn_gate_exps.weight": np.zeros((4, 64), np.float32)}}, "stack of matrices"),
     "heads": ({"heads": 3}, "heads"),
     "architecture": ({"architecture": "gpt2"}, "general.architecture"),
 }

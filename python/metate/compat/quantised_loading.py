@@ -215,7 +215,11 @@ class _GGUF(_Quantizer):
         return self.dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        pass
+        mixture = any(name.endswith(".experts") for name, _ in model.named_modules())
+        if mixture != bool(self.file.experts):  # transformers takes Mixtral's metadata for those of a Llama
+            got = f"one of {self.file.experts} experts a layer, for {type(model).__name__}"
+            expected = "a file and a model that both have experts, or none; say config= where the file does not tell"
+            raise fail("compat.transformers", "gguf_file", got, expected, error=NotImplementedError)
 
     def get_state_dict(self, checkpoint_file: str, model: PreTrainedModel) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -223,7 +227,7 @@ class _GGUF(_Quantizer):
             if not isinstance(weight, QuantizedWeight):
                 found[name] = weight
             elif self.quantization_config.dequantize or not _is_linear(_module(model, name)):
-                found[name] = weight.dequantize(self.dtype)
+                found[name] = weight.dequantize(self.dtype)  # embeddings and experts
             else:
                 found[name], self.lowered[name] = torch.empty(0, dtype=torch.uint8), weight
         return found

@@ -102,9 +102,9 @@ def enable_quantised() -> None:
 
     Their own packages need not be there (but transformers wants gguf and accelerate for GGUF). Linear layers become
     metate.nn.QuantLinear: inference, and training of what stands on top (PEFT's LoRA). Of GGUF files (`gguf_file=`)
-    those of Llama, Mistral, Qwen 2 and Qwen 3 are read, embeddings dequantised. A BitsAndBytesConfig given for a dense
-    checkpoint quantises it. A model so loaded keeps its layers when this is disabled; `save_pretrained` refuses it,
-    `metate.quant.save_quantized` writes it.
+    those of Llama, Mistral, Mixtral (with config=), Qwen 2 and 3 (with experts too), Gemma 2 and 3 are read, embeddings
+    and experts dequantised. A BitsAndBytesConfig given for a dense checkpoint quantises it. A model so loaded keeps its
+    layers when this is disabled; `save_pretrained` refuses it, `metate.quant.save_quantized` writes it.
     """
     from metate.compat import quantised_loading
 

@@ -16,6 +16,7 @@ _SIZES = (
 )  # fmt: skip
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
+_GGUF_QK_NORM = {"llama": "", "qwen3": "head", "qwen3moe": "head"}  # by architecture
 _UNSAID: dict[str, dict[str, Any]] = {  # model_type -> what its config.json leaves unsaid
     "llama": {}, "mixtral": {"norm_topk_prob": True}, "qwen3_moe": {"qk_norm": "head"}, "olmoe": {"qk_norm": "all"},
 }  # fmt: skip
@@ -96,28 +97,39 @@ class LlamaConfig:
 
     @staticmethod
     def of_gguf(model: GGUFModel) -> LlamaConfig:
-        """The metadata of a GGUF file."""
+        """The metadata of a GGUF file of Llama, Mixtral, Qwen 3 or Qwen3-MoE."""
         settings, embedding = model.settings, model.get("model.embed_tokens.weight")
-        if model.architecture != "llama" or embedding is None:
+        if model.architecture not in _GGUF_QK_NORM or embedding is None:
             raise FormatError(
-                f"metate.LlamaConfig: a {model.architecture} model, expected llama with token_embd.weight"
+                f"metate.LlamaConfig: a {model.architecture} model, expected {' or '.join(_GGUF_QK_NORM)} with "
+                "token_embd.weight"
             )
         settings.text("rope.scaling.type", None, "none")
         width = settings.integer("embedding_length", None, 1, 2**31 - 1)
         head_dim = settings.integer("attention.key_length", width // model.heads, 1, 2**16)
         settings.integer("rope.dimension_count", head_dim, head_dim, head_dim)
         settings.integer("attention.value_length", head_dim, head_dim, head_dim)
+        inner = settings.integer("feed_forward_length", None, 1, 2**31 - 1)
         factors = model.rotary_factors
+        mixture: dict[str, Any] = {}
+        if model.experts:
+            mixture = {
+                "num_experts": model.experts,
+                "num_experts_per_tok": settings.integer("expert_used_count", None, 1, model.experts),
+                "moe_intermediate_size": settings.integer("expert_feed_forward_length", inner, 1, 2**31 - 1),
+                "norm_topk_prob": True,
+            }
         if factors is not None and factors.numel() != head_dim // 2:
             raise FormatError(f"metate.LlamaConfig: {factors.numel()} rotary factors, expected {head_dim // 2}")
         return LlamaConfig(
-            embedding.shape[0], width, settings.integer("feed_forward_length", None, 1, 2**31 - 1),
-            settings.integer("block_count", None, 1, 10**6), model.heads, model.heads_kv, head_dim,
+            embedding.shape[0], width, inner, settings.integer("block_count", None, 1, 10**6), model.heads,
+            model.heads_kv, head_dim,
             settings.number("attention.layer_norm_rms_epsilon"),
             settings.number("rope.freq_base") if "rope.freq_base" in settings.values else 10000.0,
             rope_factors=() if factors is None else tuple(factors.tolist()),
             attention_bias="model.layers.0.self_attn.o_proj.bias" in model,
             mlp_bias="model.layers.0.mlp.down_proj.bias" in model, tie_word_embeddings="lm_head.weight" not in model,
+            qk_norm=_GGUF_QK_NORM[model.architecture], **mixture,
         )  # fmt: skip
 
 

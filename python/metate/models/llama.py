@@ -1,7 +1,7 @@
 """Llama-style decoders: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023).
 
 With mixtures of experts in place of SwiGLU they are Mixtral (Jiang et al. 2024), Qwen3-MoE and OLMoE. Reads Hugging
-Face checkpoints (config.json beside model.safetensors, or beside shards and their index) and, of dense models, GGUF.
+Face checkpoints (config.json beside model.safetensors, or beside shards and their index) and GGUF.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ class Llama(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str | Path, attention: str = "metate", dtype: torch.dtype | None = None) -> Llama:
-        """A Hugging Face Llama, Mixtral, Qwen3-MoE or OLMoE, also GPTQ, AWQ or bitsandbytes, or a Llama's GGUF file.
+        """A Hugging Face Llama, Mixtral, Qwen3-MoE or OLMoE, also GPTQ, AWQ or bitsandbytes, or a GGUF file of Llama,
+        Mixtral, Qwen 3 or Qwen3-MoE.
 
         Args:
             path: a folder, or a .gguf file.

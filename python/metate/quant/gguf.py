@@ -6,6 +6,7 @@ not lie inside the file. Quantised tensors lower block type by block type (gguf_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import struct
@@ -213,7 +214,22 @@ class GGUFFile(Mapping[str, "QuantizedWeight | Tensor"]):
         self._entries[name] = _Entry(data, kind, dims, start + offset, total)
 
     def __getitem__(self, name: str) -> QuantizedWeight | Tensor:
+        return self._read(name, self._entries[name])
+
+    def experts(self, name: str) -> int:
+        """How many matrices a tensor is a stack of, as those of a mixture's experts are."""
         entry = self._entries[name]
+        if len(entry.dims) != 3 or not entry.size:
+            raise complain(f"{name!r}", f"dimensions {entry.dims} of type {entry.kind}", "a stack of matrices")
+        return entry.dims[2]
+
+    def expert(self, name: str, number: int) -> QuantizedWeight | Tensor:
+        """One matrix of a stack."""
+        entry, size = self._entries[name], self._entries[name].size // self.experts(name)
+        start = entry.start + number * size
+        return self._read(name, dataclasses.replace(entry, dims=entry.dims[:2], start=start, size=size))
+
+    def _read(self, name: str, entry: _Entry) -> QuantizedWeight | Tensor:
         if entry.kind in _DENSE:
             dtype = _DENSE[entry.kind][1]
             flat = torch.frombuffer(entry.data, dtype=dtype, count=entry.size // dtype.itemsize, offset=entry.start)

@@ -223,17 +223,16 @@ METATE_FN void load_lines(vf (&lines)[width], const View<2>& view, int64_t row, 
 
 METATE_FN vf two_level_line(const View<2>& fine, const View<2>& coarse, int64_t super_groups, int64_t row,
                             int64_t group, int64_t n) {
-    float line[width] = {};
-    int64_t super = group / super_groups, left = (super + 1) * super_groups - group;
-    float factor = any_at(coarse, row, super);
-    for (int64_t i = 0; i < n && i < width; ++i, --left) {
-        if (left == 0) {
-            factor = any_at(coarse, row, ++super);
-            left = super_groups;
-        }
-        line[i] = number_at<int8_t>(fine, row, group + i) * factor;
-    }
-    return load(line);
+    if (n > width) n = width;
+    float factors[2 * width];  // each is written to the end of the line, the next one over it
+    int64_t super = group / super_groups;
+    for (int64_t i = 0; i < n; i = ++super * super_groups - group)
+        store(factors + i, splat(any_at(coarse, row, super)));
+    const int8_t* const from = static_cast<const int8_t*>(fine.data) + row * fine.stride[0] + group * fine.stride[1];
+    if (fine.stride[1] == 1) return to_float(load_wide(from, n)) * load(factors);
+    int8_t line[width] = {};
+    for (int64_t i = 0; i < n; ++i) line[i] = from[i * fine.stride[1]];
+    return to_float(load_wide(line, width)) * load(factors);
 }
 
 // Scales or offsets of `width` groups of some rows, both levels multiplied; zeros after the first n.

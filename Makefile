@@ -16,7 +16,8 @@ ISAS := baseline avx2
 NVCC := $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test long bench lint format native sanitize sanitize-emulator gpu gpu-build gpu-record gpu-test gpu-sanitize gpu-bench clean install
+.PHONY: demo test long bench lint format native sanitize sanitize-emulator clean install gpu gpu-build gpu-record \
+  gpu-test gpu-test-cuda gpu-test-triton gpu-test-rest gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 
 # Environments.
@@ -90,48 +91,65 @@ format: $(VENV)/requirements
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/native/*' | xargs $(BIN)/clang-format -i
 
 # A GPU machine, with what is installed there: the first Python whose torch sees the GPU, no virtual environment, no
-# network. Every part runs even when one before it fails; what they print also goes to bench/results/, and to $OUT.
+# network. Each part can be run alone, ends within MINUTES, and tells as it goes: to bench/results/, and to $OUT. What
+# is worth most comes first, and all parts run even where one before them fails.
 
+MINUTES ?= 9
 GPU_PYTHON = $(shell for p in $(PYTHON) $(BIN)/python; do \
-  $$p -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && echo $$p && break; done)
+  $$p -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && command -v $$p && break; done)
 SITE := build/gpu/site
 RESULTS := bench/results
 SANITIZER := $(firstword $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null))
-ON_GPU = PYTHONPATH=$(CURDIR)/$(SITE) $(GPU_PYTHON)
-# log <name>: keeps the exit status of the command before it.
-log = 2>&1 | tee $(RESULTS)/gpu-$(1).log; status=$$?; $(if $(OUT),cp $(RESULTS)/gpu-$(1).log "$(OUT)/";) exit $$status
+GPU_TESTS := gpu-test-cuda gpu-test-triton gpu-test-rest
+GPU_BENCHES := $(addprefix gpu-bench-,attention paged_attention quant_linear moe pq)
+ON_GPU = PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)/$(SITE) timeout -s INT -k 20
+# log <name> <files>: both keep the exit status of the command before.
+log = 2>&1 | tee $(RESULTS)/gpu-$(1).log $(if $(OUT),"$(OUT)/gpu-$(1).log"); \
+  status=$$?; $(if $(and $(OUT),$(2)),cp $(2) "$(OUT)/";) exit $$status
 
-gpu: SHELL := /bin/bash
 gpu-%: SHELL := /bin/bash
 gpu-%: .SHELLFLAGS := -o pipefail -c
 
 gpu: gpu-build
-	$(MAKE) -k gpu-record gpu-test gpu-sanitize gpu-bench
+	$(MAKE) -k -j1 gpu-record $(GPU_TESTS) gpu-sanitize $(GPU_BENCHES)
 
 gpu-build:
 	@test -n "$(GPU_PYTHON)" || { echo "make gpu: no Python here has a torch that sees a GPU" >&2; exit 1; }
 	@mkdir -p $(RESULTS)
 	rm -rf $(SITE)
-	METATE_ARCHS="80;90a" $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --target $(SITE) . $(call log,build)
-
-gpu-test:
-	$(ON_GPU) -m pytest -q -n 8 tests $(call log,test)
+	python=$(GPU_PYTHON); PATH="$${python%/*}:$$PATH" METATE_ARCHS="80;90a" \
+	  $$python -m pip install --no-build-isolation --no-deps --target $(SITE) . $(call log,build)
 
 # What the GPU makes of every instruction, for the emulator to repeat ever after.
 gpu-record:
+	@mkdir -p $(RESULTS) build/gpu
 	for source in tests/native/*.cu; do name=$$(basename $$source .cu); \
-	  nvcc -std=c++20 -O3 -Icsrc -arch=native $$source -o build/gpu/$$name && build/gpu/$$name $(RESULTS)/$$name.bin || exit; \
-	done $(call log,record)
-	$(if $(OUT),cp $(RESULTS)/*.bin "$(OUT)/")
+	  $(NVCC) -std=c++20 -O3 -Icsrc -arch=native $$source -o build/gpu/$$name && build/gpu/$$name $(RESULTS)/$$name.bin \
+	    || exit; \
+	done $(call log,record,$(RESULTS)/*.bin)
 
+# CUDA's kernels, Triton's, everything else. Each test tells at once how it ended.
+gpu-test: $(GPU_TESTS)
+gpu-test-cuda: CHOICE := cuda-cuda
+gpu-test-triton: CHOICE := cuda-triton or test_triton
+gpu-test-rest: CHOICE := not cuda-cuda and not cuda-triton and not test_triton
+$(GPU_TESTS):
+	CUDA_LAUNCH_BLOCKING=1 $(ON_GPU) $(MINUTES)m $(GPU_PYTHON) -m pytest -v -n 8 tests -k "$(CHOICE)" \
+	  $(call log,$(@:gpu-%=%))
+
+# The tools share the time.
 gpu-sanitize:
 	@test -n "$(SANITIZER)" || { echo "make gpu: no compute-sanitizer here" >&2; exit 1; }
-	for tool in memcheck initcheck racecheck synccheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(SITE) $(SANITIZER) --tool $$tool --error-exitcode 99 --padding 4096 \
-	    $(GPU_PYTHON) -m pytest -q -x tests/test_ops.py -k "parity and cuda" || exit; done $(call log,sanitize)
+	{ status=0; for tool in memcheck racecheck synccheck initcheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ON_GPU) $$(($(MINUTES) * 15)) \
+	      $(SANITIZER) --tool $$tool --error-exitcode 99 --padding 4096 --kernel-name kns=metate \
+	      $(GPU_PYTHON) -m pytest -v tests/test_ops.py -k "parity and cuda-cuda" || status=1; \
+	  done; exit $$status; } $(call log,sanitize)
 
-gpu-bench:
-	$(ON_GPU) -m metate.cli bench $(call log,bench)
+gpu-bench: $(GPU_BENCHES)
+$(GPU_BENCHES): gpu-bench-%:
+	$(ON_GPU) $(MINUTES)m $(GPU_PYTHON) -m metate.cli bench $* --json $(RESULTS)/gpu-$*.json \
+	  $(call log,bench-$*,$(RESULTS)/gpu-$*.json)
 
 clean:
 	rm -rf build python/metate/*.so python/metate/build.json

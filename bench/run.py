@@ -368,6 +368,7 @@ def _block(contender: Contender, device: str, effort: Effort) -> None:
     until = time.perf_counter() + WARM_UP
     while one < 10 * WARM_UP:
         _call(contender, 1)
+        _synchronize(device)  # else minutes of a GPU's work would queue up here
         if time.perf_counter() > until:
             break
     repeat = _repetition_cuda if device == "cuda" else _repetition_cpu

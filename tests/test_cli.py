@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from metate import __version__, hardware, library
+from metate.bench import run
 from metate.cli import app
 from metate.demo import mixture
 from metate.demo.train import PLAN, play
@@ -133,6 +134,25 @@ def test_bench_says_before_it_measures_that_it_cannot_write(tmp_path):
     for place in (tmp_path / "file" / "x.json", tmp_path):
         text = metate("bench", "attention", "--quick", "--largest", "5e8", "--json", place, code=2)
         assert "--json" in text and "metate cpu" not in text
+
+
+@compiled
+def test_a_stopped_bench_keeps_what_it_has_measured(monkeypatch, tmp_path):
+    measure, measured = run.measure, []
+
+    def once(*args):
+        if measured:
+            raise KeyboardInterrupt
+        measured.extend(measure(*args))
+        return measured
+
+    monkeypatch.setattr(run, "measure", once)
+    peaks = {"float32": 1e11, "bfloat16": 1e11, "memory": 1e10}
+    monkeypatch.setattr("metate.bench.machine.ceilings", lambda device, tell: {"all": peaks})
+    path = tmp_path / "attention.json"
+    assert "stopped" in metate("bench", "attention", "--quick", "--largest", "5e8", "--json", path)
+    record = json.loads(path.read_text())
+    assert len(record["rows"]) == len(measured) and record["command"].endswith("(stopped)")
 
 
 def test_bench_names_what_it_does_not_know():

@@ -278,17 +278,18 @@ def run_bench(command: str, families: list[str], effort: Any, path: Path) -> boo
     with progress() as bar:
         task = bar.add_task("ceilings", total=len(jobs))
         ceilings = machine.ceilings(jobs[0][3], lambda text: bar.update(task, description=text))
-        for workload, case, dtype, device in jobs:
-            bar.update(task, description=f"{workload.label(case)} [dim]{_name(dtype)}[/]")
-            found = run.measure(workload, case, dtype, device, effort, ceilings)
-            bar.console.print(_bench_table(found))
-            for row in found:
-                if row["status"] != "ok":
-                    color = "red" if row["status"] in ("wrong", "failed") else "dim"
-                    reason = f"{row['contender']} {row['status']}: {row['detail']}"
-                    bar.console.print(f" [{color}]{escape(reason)}[/]", highlight=False, soft_wrap=True)
-            rows += found
-            bar.advance(task)
+        try:
+            for workload, case, dtype, device in jobs:
+                bar.update(task, description=f"{workload.label(case)} [dim]{_name(dtype)}[/]")
+                found = run.measure(workload, case, dtype, device, effort, ceilings)
+                _show_case(bar.console, found)
+                rows += found
+                bar.advance(task)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            bar.console.print(f"[yellow]stopped[/] among {len(jobs)} cases")  # what was measured is kept
+            command += " (stopped)"
     for written in report.write(run.record(command, ceilings, rows, before), path):
         console.print(f"wrote {escape(str(written))}", highlight=False, soft_wrap=True)
     return not any(row["ours"] and row["status"] in ("wrong", "failed") for row in rows)
@@ -302,6 +303,16 @@ def _check_place(path: Path) -> None:
             raise PermissionError(f"{path} cannot be written")
     except OSError as error:
         raise typer.BadParameter(str(error), param_hint="--json") from None
+
+
+def _show_case(console: Console, rows: list[dict[str, Any]]) -> None:
+    """The table of one case, and why contenders are not in it."""
+    console.print(_bench_table(rows))
+    for row in rows:
+        if row["status"] != "ok":
+            color = "red" if row["status"] in ("wrong", "failed") else "dim"
+            reason = f"{row['contender']} {row['status']}: {row['detail']}"
+            console.print(f" [{color}]{escape(reason)}[/]", highlight=False, soft_wrap=True)
 
 
 def _bench_table(rows: list[dict[str, Any]]) -> Table:

@@ -13,6 +13,7 @@ from conftest import BACKENDS, DEVICES, DTYPES, OPS, SIMULATED, examples, output
 from torch import Tensor
 
 import metate
+from metate import library
 from metate.op import REGISTRY, Op
 
 FUZZ = int(os.environ.get("METATE_TEST_FUZZ", "40"))  # configurations an op and backend; more in the long target
@@ -289,6 +290,15 @@ def test_public_errors_name_the_argument(op, device):
     for wrong, error in ((3, TypeError), (args[0].to(torch.int8), TypeError), (args[0][0], ValueError)):
         with pytest.raises(error, match=rf"metate.{op.public}: {first} is .*expected"):
             op(wrong, *args[1:])
+
+
+@pytest.mark.parametrize("cuda,capability", [("13.0", (7, 5)), (None, (9, 4)), ("13.0", (8, 0)), ("13.0", (12, 0))])
+def test_cuda_kernels_refuse_gpus_for_which_there_are_none(cuda, capability, monkeypatch):
+    monkeypatch.setattr(library, "report", lambda: {"archs": "80;90a"})
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    reason = library.refused_gpu.__wrapped__(0)
+    assert (reason is None) == (cuda is not None and capability >= (8, 0)), reason
 
 
 def test_explain_says_why():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import metate
-from metate.ops.paged_attention import reference
+from metate.ops.paged_attention import reference, rules
 from metate.ops.paged_attention.declaration import _case, append_op, paged_attention_op
 
 
@@ -242,6 +243,15 @@ def test_bits_do_not_depend_on_pages_batch_or_threads(queries, dtype):
         assert torch.equal(metate.paged_attention(q, k_cache, v_cache, table, lens), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kibibytes,width", [(99, 256), (99, 576), (163, 576), (227, 576)])
+def test_wide_heads_need_a_gpu_with_much_shared_memory(kibibytes, width, monkeypatch):
+    gpu = SimpleNamespace(shared_memory_per_block_optin=kibibytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    q = SimpleNamespace(dtype=torch.bfloat16, shape=(1, 1, 1, width), is_cuda=True, device=torch.device("cuda", 0))
+    reason = rules.refused_by_cuda(q, torch.empty(1, 1, 1, 64, dtype=torch.bfloat16))
+    assert (reason is None) == (kibibytes > 99 or width <= 256), reason
 
 
 @pytest.mark.skipif("cuda" not in paged_attention_op.implementations("cpu"), reason="the emulator is not built")

@@ -122,6 +122,18 @@ def report() -> dict[str, str]:
 
 
 @cache
+def refused_gpu(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a GPU of this machine."""
+    if torch.version.cuda is None:
+        return "not a GPU of NVIDIA"
+    oldest = min((int(arch.rstrip("af")) for arch in report().get("archs", "").split(";") if arch), default=80)
+    major, minor = torch.cuda.get_device_capability(index)
+    if 10 * major + minor >= oldest:
+        return None
+    return f"a GPU of compute capability {major}.{minor}: {oldest // 10}.{oldest % 10} or later"
+
+
+@cache
 def load() -> dict[str, Module]:
     """Imports every compiled module there is: backend name -> module or the reason for its absence."""
     return {backend: _load(backend) for backend in ("cpu", "cuda")}

@@ -272,6 +272,8 @@ class Op:
 
     def refusal(self, backend: str, args: Args) -> str | None:
         """Why `backend` cannot run this call, or None."""
+        if backend == "cuda" and args[0].is_cuda and (reason := library.refused_gpu(args[0].device.index)):
+            return reason
         if backend in self.refuses and (reason := self.refuses[backend](*args)):
             return reason
         kernels = _triton_kernels(self.family) if backend == "triton" else None

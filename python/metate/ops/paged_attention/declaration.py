@@ -197,7 +197,7 @@ paged_attention_op = Op(
     validate=rules.validate_attention,
     refuses={
         "cpu": lambda q, *_: rules.refused_float64(q),
-        "cuda": lambda q, *_: rules.refused_by_cuda(q),
+        "cuda": lambda q, k_cache, v_cache, *_: rules.refused_by_cuda(q, v_cache),
     },
     contents=("block_table seq_lens left_pad cu_seqlens_q", rules.check_attention),
     contents_in_kernel=True,

@@ -28,9 +28,14 @@ def refused_float64(x: Tensor) -> str | None:
     return "float64: up to float32" if x.dtype == torch.float64 else None
 
 
-def refused_by_cuda(q: Tensor) -> str | None:
+def refused_by_cuda(q: Tensor, v_cache: Tensor) -> str | None:
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(q.dtype).removeprefix('torch.')}: bfloat16 or float16 (tensor cores)"
+    width = max(q.shape[3], numbers(v_cache))
+    if width > 256 and q.is_cuda:
+        properties = torch.cuda.get_device_properties(q.device)
+        if properties.shared_memory_per_block_optin < 163 * 1024:
+            return f"head_dim {width}: up to 256 on a GPU with less than 163 KiB of shared memory a block"
     return None
 
 

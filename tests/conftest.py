@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.name.startswith("test_compiles_without_a_gpu"))
 
 
+@pytest.fixture(autouse=True)
+def leave_a_broken_gpu() -> Iterator[None]:
+    """After a fault of a kernel nothing runs in a process any more: pytest-xdist blames the test and starts another."""
+    yield
+    if processes and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{os.environ['PYTEST_CURRENT_TEST']}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
 def outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -62,13 +75,18 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def examples(op: Op, backend: str, device: str, dtypes: list[torch.dtype]) -> Iterator[tuple[Any, ...]]:
+def examples(op: Op, backend: str, device: str, dtypes: list[torch.dtype], first: int = 0) -> Iterator[tuple[Any, ...]]:
     """(case, arguments) of every case and dtype the backend accepts."""
-    for case in op.domain.cases:
+    for case in op.domain.cases[first:]:
         for dtype in dtypes:
             args = op.example(case, dtype, device)
             if op.refusal(backend, args) is None:
                 yield case, args
+
+
+def example(op: Op, backend: str, device: str) -> tuple[Any, ...]:
+    """Arguments of an ordinary case: in float32, or where the backend has none of it (tensor cores) in bfloat16."""
+    return next(args for _, args in examples(op, backend, device, [torch.float32, torch.bfloat16], first=1))
 
 
 def run(op: Op, backend: str, args: tuple[Any, ...]) -> Any:

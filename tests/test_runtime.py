@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMPILED, OPS, examples, outputs, run, same_bits
+from conftest import COMPILED, OPS, example, examples, outputs, run, same_bits
 from torch import Tensor
 
 import metate
@@ -42,7 +42,7 @@ def test_bits_do_not_depend_on_threads_or_reruns(op, device, backend):
             with threads(n):
                 for _ in range(RERUNS // 30 + 1):
                     assert same_bits(run(op, backend, args), first)
-    args = op.example(op.domain.cases[1], torch.float32, device)
+    args = example(op, backend, device)
     first = run(op, backend, args)
     assert all(same_bits(run(op, backend, args), first) for _ in range(RERUNS))
 
@@ -100,7 +100,7 @@ def test_bits_do_not_depend_on_strides(op, device, backend):
         for layout in range(3):
             awkward = tuple(layouts(a)[layout] if isinstance(a, Tensor) and a.dim() else a for a in args)
             assert same_bits(run(op, backend, awkward), expected)
-    args = op.example(op.domain.cases[1], torch.float32, device)
+    args = example(op, backend, device)
     repeated = tuple(
         a[:1].expand(a.shape)
         if isinstance(a, Tensor) and a.is_floating_point() and not (op.writes and name in op.outputs)
@@ -194,7 +194,7 @@ def test_runs_after_fork():
 
 @pytest.mark.parametrize("op,device,backend", COMPILED)
 def test_sixteen_threads_at_once(op, device, backend):
-    args = op.example(op.domain.cases[1], torch.float32, device)
+    args = example(op, backend, device)
     expected, wrong = run(op, backend, args), []
 
     def work() -> None:
@@ -273,7 +273,7 @@ def test_what_equals_a_number_is_still_checked():
 
 @pytest.mark.parametrize("op,device,backend", COMPILED)
 def test_memory_is_given_back(op, device, backend):
-    args = op.example(op.domain.cases[1], torch.float32, device)
+    args = example(op, backend, device)
 
     def resident() -> int:
         gc.collect()

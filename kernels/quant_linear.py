@@ -206,7 +206,7 @@ def round_kernel(x, out, x_strides, x_rows, columns, group_size, BLOCK_M: tl.con
     together = (group[:, None] == group[None, :])[None, :, :]
     largest = tl.max(tl.where(together, tl.abs(number)[:, None, :], 0.0), 2)
     inverse = tl.div_rn(127.0, largest)
-    scaled = tl.where((largest > 0.0) & (inverse < float("inf")), number * inverse, number * 0.0)
+    scaled = tl.where((largest > 0.0) & (inverse < float("inf")), shared.rounded(number, inverse), number * 0.0)
     whole = (scaled + 12582912.0) - 12582912.0  # ties to even
     rounded = whole * tl.div_rn(largest, 127.0)
     tl.store(out + m.to(tl.int64)[:, None] * columns + k[None, :], rounded.to(out.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""What the families share: how kernels are tuned and launched, what none of them runs on, and the product of tiles."""
+"""What the families share: how kernels are tuned and launched, what none of them runs on, and products."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -66,3 +66,9 @@ def product(a, b, acc=None):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(a, b):
+    """a b, rounded before it meets a sum: a compiler fuses products and sums, but never two sums."""
+    return tl.fma(a, b, 0.0)

@@ -17,7 +17,7 @@ Tuples keep the parameter lists readable:
 import triton
 import triton.language as tl
 
-from ..shared import product
+from ..shared import product, rounded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -187,14 +187,15 @@ def tanh(x):
 @triton.jit
 def bend(s, m0, n0, span, window, terms, CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
          TRANSPOSED: tl.constexpr):  # fmt: skip
-    """Raw products to scores; and the tanh of the soft cap, for its derivative."""
+    """Raw products to scores, rounded: of large ones nothing must be left beside their maximum. And the tanh of the
+    soft cap, for its derivative."""
     sequence, batch, head, _, size_q, _, size_k, _, _, _ = span
     bias, slopes, inner, outer, unit = terms
     i, j = pair(m0, n0, BLOCK_M, BLOCK_N, TRANSPOSED)
-    bent = s * inner
+    bent = rounded(s, inner)
     if CAP:
         bent = tanh(bent)
-        s = bent * outer
+        s = rounded(bent, outer)
     else:
         s = bent
     if bias is not None:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..shared import rounded
+
 
 @triton.jit
 def load_row(x, token, head, col, inside):
@@ -31,7 +33,8 @@ def load_rotated(x, token, head, col, position, rotation, ROTATED: tl.constexpr,
         cos = tl.load(row + angle.to(tl.int64) * rotation[2], mask=turns, other=0.0)
         row = rotation[3] + position.to(tl.int64) * rotation[4]
         sin = tl.load(row + angle.to(tl.int64) * rotation[5], mask=turns, other=0.0)
-        value = tl.where(turns, value * cos + tl.where(first, -partner, partner) * sin, value)
+        turned = rounded(value, cos) + rounded(tl.where(first, -partner, partner), sin)
+        value = tl.where(turns, turned, value)
     return value
 
 

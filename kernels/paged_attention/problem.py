@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..attention.tiles import LOG2E, row_products, tanh
+from ..shared import rounded
 from .cache import load_elements, load_scale
 
 ROWS = tl.constexpr(64)  # rows for which a split has its shortest length
@@ -133,9 +134,9 @@ def multiply(q, rest, k, k_scale, places, kv_head, inside, DIM: tl.constexpr, BL
 def bend(s, i, j, head, span, terms, CAP: tl.constexpr):
     """Raw products to scores in units of `unit`."""
     slopes, _, inner, outer, unit = terms
-    s = s * inner
+    s = rounded(s, inner)
     if CAP:
-        s = tanh(s) * outer
+        s = rounded(tanh(s), outer)
     if slopes is not None:
         slope = tl.load(slopes[0] + span[0].to(tl.int64) * slopes[1] + head).to(tl.float32) * unit
         s -= slope[:, None] * tl.abs((span[5] - span[4] + i)[:, None] - j[None, :]).to(tl.float32)

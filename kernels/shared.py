@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.autotuner import Autotuner, OutOfResources
 
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -18,8 +19,26 @@ _launching = threading.Lock()
 
 def launch(kernel: Any, grid: Any, arguments: dict[str, Any], beside: Tensor) -> None:
     """Runs a kernel on the device of `beside` with those of the arguments that it has."""
+    given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     with _launching, torch.cuda.device_of(beside):
-        kernel[grid](**{name: arguments[name] for name in kernel.arg_names if name in arguments})
+        try:
+            kernel[grid](**given)
+        except OutOfResources:
+            if not isinstance(kernel, Autotuner):
+                raise
+            _launch_what_fits(kernel, grid, given)
+
+
+def _launch_what_fits(kernel: Autotuner, grid: Any, given: dict[str, Any]) -> None:
+    """The fastest configuration was found in a call with less to hold in shared memory, without a bias for example."""
+    configs = kernel.early_config_prune(kernel.configs, given, **given)
+    for config in configs:
+        try:
+            kernel.fn[grid](**given, **config.all_kwargs())
+            return
+        except OutOfResources:
+            if config is configs[-1]:
+                raise
 
 
 def tuned(

@@ -260,6 +260,33 @@ def test_compiles_without_a_gpu(capability, everything, tmp_path):
         assert not [kernel for kernel in built if kernel["spilled"]]
 
 
+def test_a_call_that_needs_more_memory_than_the_tuner_knew_takes_what_fits():
+    from metate.kernels import shared
+
+    class Kernel(triton.runtime.autotuner.Autotuner):
+        arg_names = ("x",)
+
+        def __init__(self, fits: int) -> None:
+            self.configs = [triton.Config({"BLOCK": block}) for block in (64, 32, 16)]
+            self.early_config_prune = lambda configs, named, **_: configs
+            self.fn, self.fits, self.ran = self, fits, []
+
+        def __getitem__(self, grid: Any) -> Any:
+            return self.take
+
+        def take(self, x: int, BLOCK: int = 128, **_: Any) -> None:
+            if self.fits < BLOCK:
+                raise triton.runtime.errors.OutOfResources(BLOCK, self.fits, "shared memory")
+            self.ran.append((x, BLOCK))
+
+    for fits, block in ((200, 128), (100, 64), (20, 16)):
+        kernel = Kernel(fits)
+        shared.launch(kernel, (1,), {"x": 7, "y": 8}, torch.empty(0))
+        assert kernel.ran == [(7, block)]
+    with pytest.raises(triton.runtime.errors.OutOfResources):
+        shared.launch(Kernel(8), (1,), {"x": 7}, torch.empty(0))
+
+
 @pytest.fixture
 def runs():
     """Something runs the kernels: a GPU, or the interpreter."""

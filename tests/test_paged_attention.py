@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import BACKENDS
 from torch import Tensor
 
 import metate
 from metate.ops.paged_attention import reference, rules
 from metate.ops.paged_attention.declaration import _case, append_op, paged_attention_op
+
+PAGED = [p.values[1:] for p in BACKENDS if p.values[0] is paged_attention_op]
 
 
 def paged(lens: list[int], page_size: int, *heads: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -47,6 +50,19 @@ def test_paged_equals_dense(queries):
         expected, expected_lse = metate.attention(q[b : b + 1], k, v, causal=True, return_lse=True)
         torch.testing.assert_close(out[b : b + 1], expected)
         torch.testing.assert_close(lse[b : b + 1], expected_lse)
+
+
+@pytest.mark.parametrize("device,backend", PAGED, ids=lambda value: value)
+@pytest.mark.parametrize("width", [64, 512])
+def test_huge_logits_pick_one_key(device, backend, width):
+    """What rounding leaves of a logit beside the largest is no exponent."""
+    k_cache, v_cache, table, lens = (x.to(device) for x in paged([70], 16, 1, width, 64))
+    q = torch.randn(1, 1, 2, width, generator=torch.Generator().manual_seed(1)).to(device)
+    q, k_cache, v_cache = (x.bfloat16() for x in (q, k_cache, v_cache))
+    with metate.use(backend):
+        out = metate.paged_attention(q, k_cache, v_cache, table, lens, scale=1e9)
+    key = (q[0, 0].double() @ dense(k_cache, table[0], 70)[0, :, 0].double().T).argmax(1)
+    assert torch.equal(out[0, 0], dense(v_cache, table[0], 70)[0, key, 0])
 
 
 @pytest.mark.parametrize("queries", [1, 4])

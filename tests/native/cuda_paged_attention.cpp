@@ -232,7 +232,12 @@ void check_attention(Case& c) {
             for (int64_t h = 0; h < a.q.size[2]; ++h) add_row(c, b, n, row, q0, i, h, out, lse, sums);
         }
     }
-    cuda::paged_attention(a, emulator::device());
+    cuda::Device device = emulator::device();
+    if (device.capability != 80 && std::max(a.q.size[3], a.out.size[3]) > 256) {
+        require(refuses([&] { cuda::paged_attention(a, device); }), "too large for sm_86, but not refused: " + c.text);
+        device = emulator::device(80);
+    }
+    cuda::paged_attention(a, device);
     compare(c.text, "out", c.out, out, 1.5, a.q.dtype);
     compare(c.text, "lse", c.lse, lse, 1, DType::f32);
     if (a.sums) compare(c.text, "sums", c.sums, sums, 4, DType::f32);
@@ -287,7 +292,7 @@ void check_not_numbers(Random& random) {
         const int64_t key = 70 - 3 + 1, page = static_cast<int64_t>(c.table.get({0, key / 16})), row = key % 16;
         if (store.scaled) c.v.scales.set({page, row, 0}, NAN);
         c.v.cells.set({page, row, 0, 5}, store.dtype == DType::f8 ? 127 : store.scaled ? 1 : infinity);
-        cuda::paged_attention(c.a, emulator::device());
+        cuda::paged_attention(c.a, emulator::device(80));
         for (int64_t i = 0; i < 3; ++i) {
             for (int64_t h = 0; h < 2; ++h) {
                 const bool number = isfinite(c.out.get({0, i, h, 5}));
@@ -305,7 +310,7 @@ void check_traffic(Random& random) {
                 const Shape s{1, queries, 300, 16, 1, 4, width, std::min(width, 512)};
                 Case c = make_case(random, DType::bf16, s, store, width > 512 ? " latent" : "", 0);
                 emulator::count_traffic(true);
-                cuda::paged_attention(c.a, emulator::device());
+                cuda::paged_attention(c.a, emulator::device(80));
                 const std::vector<emulator::Traffic> places = emulator::traffic();
                 emulator::count_traffic(false);
                 int counted = 0;

@@ -14,6 +14,17 @@ inline void require(bool condition, const std::string& what) {
     if (!condition) throw std::runtime_error(what);
 }
 
+// Whether a launcher says no.
+template <typename Body>
+bool refuses(const Body& body) {
+    try {
+        body();
+    } catch (const std::invalid_argument&) {
+        return true;
+    }
+    return false;
+}
+
 template <typename Body>
 void call(const Body body) {
     body();

@@ -18,6 +18,12 @@ inline void check(cudaError_t status, const char* what) {
 }
 #endif
 
+// Bytes of shared memory that a block may have on a GPU.
+inline int64_t shared_limit(const Device& device) {
+    const bool large = device.capability == 80 || device.capability == 87;
+    return (large ? 163 : device.capability >= 90 && device.capability < 120 ? 227 : 99) * 1024;
+}
+
 // One copy of `parameters` for all threads. An empty grid runs nothing. Throws std::runtime_error when CUDA refuses,
 // or, under the emulator, when the kernel does what it may not.
 template <typename Parameters>

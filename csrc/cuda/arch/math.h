@@ -93,7 +93,8 @@ METATE_DEVICE float product(float a, float b) {
 #if defined(__CUDACC__)
     return __fmul_rn(a, b);
 #else
-    return a * b;
+    volatile const float rounded = a * b;
+    return rounded;
 #endif
 }
 

@@ -32,7 +32,7 @@ METATE_DEVICE void finish_rows(const Forward& f, const Place& place, const Lines
     for (int r = 0; r < 2 * m; ++r) {
         sum[r] += shuffle_xor(sum[r], 1);
         sum[r] += shuffle_xor(sum[r], 2);
-        const float scaled = largest[r] == -infinite() ? -infinite() : largest[r] * p.unit;
+        const float scaled = largest[r] == -infinite() ? -infinite() : product(largest[r], p.unit);
         const float top = fmaxf(scaled, sink), base = top == -infinite() ? 0.f : top;
         const float decay = fast_exp2(scaled - base);
         const float total = sum[r] * decay + fast_exp2(sink - base);
@@ -107,7 +107,7 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
         cp_async_commit();
 
         // Probabilities, and their product with the values.
-        softmax(s, largest, sum, o, p.unit);
+        softmax<!general>(s, largest, sum, o, p.unit);
         if (general && p.a.dropout_threshold != 0) {
             uint32_t kept[lines.lines];
             lines.keep(kept, p, scorer.s, scorer.head);

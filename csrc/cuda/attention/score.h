@@ -338,12 +338,15 @@ METATE_DEVICE void make_logits(float (&s)[m][n][4], float (&error)[m][n][4], con
         for (int e = 0; e < m * n * 4; ++e) {
             float& x = s[e / 4 / n][e / 4 % n][e % 4];
             const float tanh = 1.f - 2.f * fast_reciprocal(1.f + fast_exp2(x * inner));
-            x = tanh * outer;
+            x = product(tanh, outer);
             if (derive) error[e / 4 / n][e / 4 % n][e % 4] *= 1.f - tanh * tanh;
         }
     } else {
         METATE_UNROLL
-        for (int e = 0; e < m * n * 4; ++e) s[e / 4 / n][e / 4 % n][e % 4] *= p.scale * log2_e;
+        for (int e = 0; e < m * n * 4; ++e) {
+            float& x = s[e / 4 / n][e / 4 % n][e % 4];
+            x = product(x, p.scale * log2_e);
+        }
     }
     if (p.a.bias) {
         const View<4>& v = p.a.bias;

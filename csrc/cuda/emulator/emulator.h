@@ -27,8 +27,9 @@ struct Error : std::runtime_error {
 // The order in which threads run, from the next launch of this host thread on. Equal seeds give equal runs.
 void set_seed(uint64_t seed);
 
-// A machine for the launchers of metate::cuda: sm_80 with two processors, its scratch on the host and filled with NaN.
-Device device();
+// A machine for the launchers of metate::cuda, of two processors, its scratch on the host and filled with NaN: sm_80,
+// or sm_86 with the least shared memory that any GPU since has. Without a capability either, by the seed.
+Device device(int capability = 0);
 
 // Shared-memory traffic of one place in a kernel: `wavefronts` is what the accesses took, `ideal` what they would take
 // without bank conflicts.

@@ -13,6 +13,7 @@
 namespace metate::cuda::emulator {
 
 thread_local Block* running = nullptr;
+thread_local size_t max_shared_bytes = large_shared;
 
 namespace {
 

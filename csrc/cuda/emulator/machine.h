@@ -11,7 +11,8 @@ namespace metate::cuda::emulator {
 
 constexpr int lanes = 32;
 constexpr int max_warps = 32;
-constexpr size_t max_shared_bytes = 163 * 1024;  // what sm_80 gives one block
+constexpr size_t large_shared = 163 * 1024, small_shared = 99 * 1024;  // what sm_80 gives one block, and sm_86
+extern thread_local size_t max_shared_bytes;
 
 bool same_place(const Site&, const Site&);
 std::string describe(const Site&);

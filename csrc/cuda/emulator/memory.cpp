@@ -328,8 +328,10 @@ void* scratch(size_t bytes, void*) {
 
 }  // namespace
 
-Device device() {
-    return {nullptr, 80, 2, scratch, nullptr};
+Device device(int capability) {
+    if (!capability) capability = draw() % 3 ? 80 : 86;
+    max_shared_bytes = capability == 80 ? large_shared : small_shared;
+    return {nullptr, capability, 2, scratch, nullptr};
 }
 
 }  // namespace metate::cuda::emulator

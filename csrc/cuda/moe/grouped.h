@@ -74,13 +74,17 @@ grouped_kernel(METATE_PARAMETER(Grouped, f)) {
     }
 }
 
+// Shared memory of a block: that of the product, and the row of x for each of a tile.
+inline size_t block_bytes(Kind kind, int bits, int rows) {
+    return lowbit::shared_bytes(kind, bits, rows) + static_cast<size_t>(rows) * 4;
+}
+
 template <typename T, int fragments, Kind kind>
 void launch_grouped(const Grouped& f, const Device& device) {
     const int64_t blocks = f.tiles * ceil_div(f.product.outputs, step), at_once = device.processors * 4;
     if (blocks > 0x7f000000) refuse("grouped product", "about 2^31 tiles of results");  // indices step beyond the last
-    const size_t bytes = lowbit::shared_bytes(kind, f.product.w.bits, fragments * 8) + fragments * 8 * 4;
     launch(grouped_kernel<T, fragments, kind>, {static_cast<int>(blocks < at_once ? blocks : at_once)}, lowbit::threads,
-           bytes, device.stream, f);
+           block_bytes(kind, f.product.w.bits, fragments * 8), device.stream, f);
 }
 
 // What both kinds of weights have in common.

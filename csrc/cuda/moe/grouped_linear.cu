@@ -35,7 +35,8 @@ void grouped_linear(const GroupedLinear& g, const Device& device) {
     f.product.w.vectors = reinterpret_cast<uintptr_t>(g.w.data) % 16 == 0 && g.w.stride[along] == 1 &&
                           (w.rows <= 1 || g.w.stride[line] % 8 == 0) && (g.w.size[0] <= 1 || g.w.stride[0] % 8 == 0);
     f.codes = g.w.stride[0] * 2;
-    const int rows = tile_rows_of(g.out.size[0], g.offsets.size[0] - 1, 128);
+    int rows = tile_rows_of(g.out.size[0], g.offsets.size[0] - 1, 128);
+    if (static_cast<int64_t>(block_bytes(Kind::dense, 16, rows)) > shared_limit(device)) rows = 64;  // fits everywhere
     const Call call{"grouped_linear", g.x, w, g.offsets, g.order, g.k, {}, g.bias, {}, g.out, transposed};
     if (!prepare(f, call, rows, device)) return;
     g.x.dtype == DType::bf16 ? run<bf16>(f, rows, transposed, device) : run<f16>(f, rows, transposed, device);

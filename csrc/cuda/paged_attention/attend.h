@@ -192,12 +192,12 @@ METATE_DEVICE void make_logits(float (&x)[1][n][4], const Attend& f, const Span&
     for (int e = 0; e < 2 * n; ++e) {
         float factor = p.softcap > 0.f ? p.scale : p.scale * log2_e;
         if constexpr (coded) factor *= load_shared<float>(counts + (e / 2 * 8 + (lane() & 3) * 2 + e % 2) * 4);
-        x[0][e / 2][e % 2] *= factor;
-        x[0][e / 2][2 + e % 2] *= factor;
+        METATE_UNROLL
+        for (int r = 0; r < 4; r += 2) x[0][e / 2][r + e % 2] = product(x[0][e / 2][r + e % 2], factor);
     }
     if (p.softcap > 0.f) {
         METATE_UNROLL
-        for (int e = 0; e < 4 * n; ++e) x[0][e / 4][e % 4] = log2_e * capped(x[0][e / 4][e % 4], p.softcap);
+        for (int e = 0; e < 4 * n; ++e) x[0][e / 4][e % 4] = product(log2_e, capped(x[0][e / 4][e % 4], p.softcap));
     }
     if (p.a.alibi_slopes) {
         METATE_UNROLL
@@ -267,7 +267,7 @@ struct Walk {
         flash::clear(x);
         multiply_keys<T, format, head, n>(x, q_tile + warp() % row_warps * 16 * head * 2, k(tile), mine);
         make_logits<coded>(x, f, s, rows, first + mine, k_scales(tile) + mine * 4, masked);
-        flash::softmax(x, largest, sum, o, 1.f);
+        flash::softmax<false>(x, largest, sum, o, 1.f);
         uint32_t weights[1][n / 2][4];
         flash::pack_left<T>(weights, x);
         bool unsound = false;

@@ -2,7 +2,7 @@
 // tile, and come together at its weights; then they share out the columns of its values. So no warp holds more than 64
 // columns of results, and values that are the first columns of the keys (latent attention) are copied once for both
 // products. Queries stay in registers, as many of them as there is room for, so that two tiles of keys fit into the
-// shared memory of every GPU; beside codes, which take half of it, they lie there too.
+// shared memory of sm_80; beside codes, which take half of it, they lie there too.
 #include "host.h"
 
 namespace metate::cuda::paged {
@@ -32,7 +32,7 @@ struct Wide {
         return ring_bytes() + weight_bytes() + maximum_bytes() + scale_bytes() + q_bytes();
     }
 };
-static_assert(Wide{false, 2}.shared_bytes() <= 163 * 1024);
+static_assert(Wide{false, 2}.shared_bytes() <= wide_shared);
 
 // Where the parts of a block's shared memory begin.
 template <Wide c>

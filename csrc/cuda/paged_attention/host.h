@@ -8,6 +8,7 @@ namespace metate::cuda::paged {
 
 void attend_few(const Attend& f, void* stream);   // up to 16 rows a block
 void attend_many(const Attend& f, void* stream);  // 64 rows
+constexpr int64_t wide_shared = 163 * 1024;       // shared memory that attend_wide needs
 template <int row_warps>
 void attend_wide(const Attend& f, void* stream);  // of more than 256 columns: 16 rows for each of 1 or 2 row_warps
 void merge_splits(const Problem& p, void* stream);

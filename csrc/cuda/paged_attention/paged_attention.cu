@@ -82,6 +82,8 @@ void paged_attention(const PagedAttention& a, const Device& device) {
     if (a.q.dtype != DType::bf16 && a.q.dtype != DType::f16) refuse("paged_attention", "q is not a 16-bit float");
     if (a.q.size[3] > 576 || a.out.size[3] > 512)
         refuse("paged_attention", "head dimensions go up to 576, those of values up to 512");
+    if (most_columns(a) > 256 && shared_limit(device) < wide_shared)
+        refuse("paged_attention", "head dimensions above 256 need 163 KiB of shared memory");
     Problem p = problem_of(a, device);
     const Cache k = cache_of(a.k_cache, a.k_scale, a.q.dtype), v = cache_of(a.v_cache, a.v_scale, a.q.dtype);
     if (p.packed) {

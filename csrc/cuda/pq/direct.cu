@@ -172,7 +172,8 @@ void search_rows(const Vectors& vectors, const Rows& rows, const Sink& sink, int
     f.vectors = reinterpret_cast<uintptr_t>(base.data) % 16 == 0 &&
                 (base.size[0] <= 1 || base.stride[0] % width == 0) && (vectors.D <= 1 || base.stride[1] == 1);
     const int64_t bytes = int64_t{f.pitch} * (f.v.scale ? 12 : 4) + Selection::bytes(sink.k);
-    if (bytes > most_shared(device)) refuse("topk_distances", "more columns than shared memory holds beside k results");
+    if (bytes > shared_limit(device))
+        refuse("topk_distances", "more columns than shared memory holds beside k results");
     const auto kernel = base.dtype == DType::f32  ? direct_kernel<float>
                       : base.dtype == DType::bf16 ? direct_kernel<bf16>
                       : base.dtype == DType::f16  ? direct_kernel<f16>

@@ -202,7 +202,7 @@ void pq_scan(const PqScan& call, const Device& device) {
     const int grain = f.blocks ? 4 : 16;
     f.vectors = reinterpret_cast<uintptr_t>(f.codes) % grain == 0 && (f.blocks || f.row_stride % grain == 0);
     const int64_t list = Selection::bytes(f.sink.k);
-    const bool staged = table + list <= most_shared(device);
+    const bool staged = table + list <= shared_limit(device);
     f.table_bytes = staged ? static_cast<int>(table) : 0;
     if (f.sink.slices > 1) place_lists(f.sink, device.scratch(list_bytes(queries, f.sink), device.context), queries);
     const auto kernel = !staged || (f.bits != 4 && f.bits != 8) ? scan_kernel<0, false>

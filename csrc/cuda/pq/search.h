@@ -269,11 +269,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// Shared memory that a block may have.
-inline int64_t most_shared(const Device& device) {
-    return (device.capability == 80 ? 163 : device.capability >= 90 && device.capability < 120 ? 227 : 99) * 1024;
-}
-
 inline Rows rows_of(const Search& search) {
     const int64_t spans = search.lists ? search.lists.size[1] : search.ranges ? search.ranges.size[1] : 1;
     return {search.ranges,

@@ -137,8 +137,8 @@ nearest_kernel(METATE_PARAMETER(Candidates, f)) {
     if (lane() == 0) write_result(f.sink, q, best, best_id);
 }
 
-constexpr int64_t most_bounds = 128 << 20;  // bytes of the bounds of a turn
-constexpr int64_t few_queries = 8;
+constexpr int64_t most_bounds = 128 << 20;                      // bytes of the bounds of a turn
+constexpr int64_t few_queries = 8, most_queries = 65535 * 128;  // of a turn: blocks of the grid's second dimension
 
 // As many queries at a time as memory for their bounds allows.
 void search_groups(const Vectors& v, const Rows& rows, Sink sink, int64_t queries, const Device& device) {
@@ -146,6 +146,7 @@ void search_groups(const Vectors& v, const Rows& rows, Sink sink, int64_t querie
     BoundsProblem problem{v, rows.keep, rows.n, queries, one ? fine_rows : group_rows};
     const int64_t groups = ceil_div(rows.n, problem.rows), most = most_bounds / (groups * 4) / 128 * 128;
     if (problem.queries > most) problem.queries = most < 128 ? 128 : most;
+    if (problem.queries > most_queries) problem.queries = most_queries;
     const int64_t turn = problem.queries;
     sink.slices = one ? 1 : slices_of(turn, sink.k * int64_t{group_rows}, device);
     const int64_t bounds = bounds_bytes(problem), lists = list_bytes(turn, sink);

@@ -34,7 +34,7 @@ def refused_by_cuda(q: Tensor, v_cache: Tensor) -> str | None:
     width = max(q.shape[3], numbers(v_cache))
     if width > 256 and q.is_cuda:
         properties = torch.cuda.get_device_properties(q.device)
-        if properties.shared_memory_per_block_optin < 163 * 1024:
+        if properties.shared_memory_per_block_optin < 163 * 1024:  # type: ignore[attr-defined]
             return f"head_dim {width}: up to 256 on a GPU with less than 163 KiB of shared memory a block"
     return None
 

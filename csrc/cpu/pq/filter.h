@@ -372,7 +372,8 @@ bool filter_helps(const Chunk& c, Filter& f, Asked asked, Best& best) {
     const double size = f.size + __builtin_fabs(bias) + static_cast<double>(c.terms.size);
     const double room = limit + static_cast<double>(scan.M + 4) * 0x1p-23 * (size + __builtin_fabs(limit)) - base;
     if (!f.usable() || !(room - room == 0.0)) {  // no limit yet: until the best are as many as are wanted
-        scan_blocks<bits_in<form>>(scan, asked, c.rows, best);
+        const bool first = form == Form::nibbles && f.usable() && size < 1e37 && c.rows.last - c.begin() <= first_rows;
+        (first ? scan_first<bits_in<form>> : scan_blocks<bits_in<form>>)(scan, asked, c.rows, best);
         return false;
     }
     if (room < 0.0) return false;
@@ -405,7 +406,8 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
         found[i] = {&scan, turn.asked[i], turn.best + i};
     }
     Span rows = turn.span;
-    int64_t length = turn.best[0].limit() < infinity ? chunk_rows : 4 * block_codes;
+    constexpr int64_t begin = form == Form::nibbles ? first_rows : 4 * block_codes;
+    int64_t length = turn.best[0].limit() < infinity ? chunk_rows : begin;
     for (; rows.first < turn.span.last; length = smaller(4 * length, chunk_rows)) {
         rows.last = smaller(turn.span.last, (rows.first + length) / block_codes * block_codes);
         const RowTerms terms = terms_of(scan, rows.first, rows.last);

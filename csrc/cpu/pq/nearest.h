@@ -183,42 +183,6 @@ METATE_FN void offer_rows(const Search& s, const Block& block, const float* quer
     }
 }
 
-// How many of `count` keys, whole vectors, do not exceed the bound.
-METATE_FN int64_t count_near(const float* keys, int64_t count, float bound) {
-    int64_t near = 0;
-    for (int64_t i = 0; i < count; i += width)
-        near += __builtin_popcount(bits_of(not_less(splat(bound), load(keys + i))));
-    return near;
-}
-
-// No less than the k-th least of `count` keys, whole vectors, and not much more, or inf: by halving what lies between
-// the least of all and the largest of the least of each lane.
-inline float kth_key(const float* keys, int64_t count, int64_t k) {
-    vf least[2] = {splat(infinity), splat(infinity)};
-    for (int64_t i = 0; i < count; i += width) {
-        vf& lane = least[i / width & 1];
-        lane = min(load(keys + i), lane);
-    }
-    float low = -largest(splat(0.0f) - min(least[0], least[1])), high = largest(max(least[0], least[1]));
-    if (k == 1) return low;
-    if (k > panel) high = infinity;
-    while (high - low < infinity) {
-        const float middle = low + (high - low) * 0.5f;
-        if (!(low < middle && middle < high)) break;
-        int64_t below = 0;
-        for (int64_t i = 0; i < count; i += width)
-            below += __builtin_popcount(bits_of(less(load(keys + i), splat(middle))));
-        (below < k ? low : high) = middle;
-        if (below >= k && below <= k + 2) break;
-    }
-    return high;
-}
-
-// Whether so many rows are near that the k-th least key is worth finding.
-METATE_FN bool worth_bound(const Search& s, const float* keys, int64_t count, float bound) {
-    return !s.keep && s.k <= panel && count_near(keys, count, bound) > 2 * s.k + 4;
-}
-
 // Compares query r of a block of queries with a block of rows, given their approximate keys.
 template <class Distance>
 METATE_FN void compare_query(const Search& s, const Block& block, const PackedQueries& queries, int64_t r,

@@ -91,24 +91,27 @@ METATE_FN void add_block(vf (&sum)[block_vectors], const Scan& scan, const float
     }
 }
 
-// Offers those of the block that begins with `row` which `wanted` has a bit for.
+// The keys of all rows of the block that begins with `row`.
 template <int bits>
-void offer_block(const Scan& scan, Asked asked, int64_t row, uint32_t wanted, Best& best) {
+METATE_FN void keys_of_block(float* keys, const Scan& scan, Asked asked, int64_t row) {
     const float* const row_bias = static_cast<const float*>(scan.call.row_bias.data);
-    const vf sign = splat(scan.call.search.largest ? -1.0f : 1.0f), limit = splat(best.limit());
+    const vf sign = splat(scan.call.search.largest ? -1.0f : 1.0f);
     vf sum[block_vectors];
     add_block<bits>(sum, scan, scan.table(asked.q), scan.block(row));
-    float keys[block_codes];
-    uint32_t near = 0;
     for (int i = 0; i < block_vectors; ++i) {
         const int64_t first = row + i * width, left = scan.call.search.n - first;
         if (row_bias && left > 0)
             sum[i] = sum[i] + (left < width ? load(row_bias + first, left) : load(row_bias + first));
         if (scan.call.bias) sum[i] = sum[i] + splat(scan.bias(asked));
-        const vf key = sum[i] * sign;
-        near |= static_cast<uint32_t>(bits_of(not_less(limit, key))) << i * width;
-        store(keys + i * width, key);
+        store(keys + i * width, sum[i] * sign);
     }
+}
+
+// Offers those of a block that `wanted` has a bit for and whose keys do not exceed the bound.
+METATE_FN void offer_keys(const Scan& scan, int64_t row, uint32_t wanted, const float* keys, float bound, Best& best) {
+    uint32_t near = 0;
+    for (int i = 0; i < block_vectors; ++i)
+        near |= static_cast<uint32_t>(bits_of(not_less(splat(bound), load(keys + i * width)))) << i * width;
     for (near &= wanted; near; near &= near - 1) {
         const int at = __builtin_ctz(near);
         if (keys[at] <= best.limit() && kept(scan.call.search, row + at))
@@ -117,9 +120,36 @@ void offer_block(const Scan& scan, Asked asked, int64_t row, uint32_t wanted, Be
 }
 
 template <int bits>
+void offer_block(const Scan& scan, Asked asked, int64_t row, uint32_t wanted, Best& best) {
+    float keys[block_codes];
+    keys_of_block<bits>(keys, scan, asked, row);
+    offer_keys(scan, row, wanted, keys, best.limit(), best);
+}
+
+template <int bits>
 void scan_blocks(const Scan& scan, Asked asked, Span span, Best& best) {
     for (int64_t row = span.first / block_codes * block_codes; row < span.last; row += block_codes)
         offer_block<bits>(scan, asked, row, inside(row, span.first, span.last), best);
+}
+
+constexpr int64_t first_rows = 512;
+
+// The same for the first rows of a query, at most first_rows, whose keys are finite: few of them are offered.
+template <int bits>
+void scan_first(const Scan& scan, Asked asked, Span span, Best& best) {
+    const Search& s = scan.call.search;
+    const int64_t begin = span.first / block_codes * block_codes, count = round_up(span.last - begin, block_codes);
+    float keys[first_rows];
+    for (int64_t i = 0; i < count; i += block_codes) keys_of_block<bits>(keys + i, scan, asked, begin + i);
+    for (int64_t i = 0; i < span.first - begin; ++i) keys[i] = infinity;
+    for (int64_t i = span.last - begin; i < count; ++i) keys[i] = infinity;
+    float bound = best.limit();
+    if (worth_bound(s, keys, count, bound)) {
+        const float kth = kth_key(keys, count, s.k);
+        bound = kth < bound ? kth : bound;
+    }
+    for (int64_t i = 0; i < count; i += block_codes)
+        offer_keys(scan, begin + i, inside(begin + i, span.first, span.last), keys + i, bound, best);
 }
 
 }  // namespace

@@ -39,20 +39,35 @@ METATE_FN const float* query_of(const TopkDistances& c, int64_t q) {
 
 constexpr int64_t keys_at_once = 512;  // rows between two looks at the bound
 
+// A query of a turn.
+struct RowQuery {
+    const float* data;
+    double size;
+    Best* best;
+};
+
 // Sums over the columns of a row: of the distance, and, of an inner product, of the magnitudes of its terms. Rows are
-// read one after another, which is the order that processors foresee.
-template <bool l2, class T>
-METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* row, vf& sum, vf& size) {
-    vf sums[2] = {splat(0.0f), splat(0.0f)}, sizes[2] = {splat(0.0f), splat(0.0f)};
+// read one after another, which is the order that processors foresee, once for several queries.
+template <bool l2, int queries, class T>
+METATE_FN void add_columns(const Vectors<T>& v, const RowQuery* q, const T* row, vf (&sum)[queries],
+                           vf (&size)[queries]) {
+    vf sums[queries][2], sizes[queries][2];
+#pragma GCC unroll 4
+    for (int j = 0; j < queries; ++j)
+        for (int chain = 0; chain < 2; ++chain) sums[j][chain] = sizes[j][chain] = splat(0.0f);
     const auto add = [&](int64_t i, int64_t n, int chain) __attribute__((always_inline)) {
-        const vf a = load_numbers(query + i, n), b = load_values(v, row, i, n);
-        if (l2) {
-            const vf gap = a - b;
-            sums[chain] = fma(gap, gap, sums[chain]);
-        } else {
-            const vf term = a * b;
-            sums[chain] = sums[chain] + term;
-            sizes[chain] = sizes[chain] + abs(term);
+        const vf b = load_values(v, row, i, n);
+#pragma GCC unroll 4
+        for (int j = 0; j < queries; ++j) {
+            const vf a = load_numbers(q[j].data + i, n);
+            if (l2) {
+                const vf gap = a - b;
+                sums[j][chain] = fma(gap, gap, sums[j][chain]);
+            } else {
+                const vf term = a * b;
+                sums[j][chain] = sums[j][chain] + term;
+                sizes[j][chain] = sizes[j][chain] + abs(term);
+            }
         }
     };
     int64_t i = 0;
@@ -62,8 +77,11 @@ METATE_FN void add_columns(const Vectors<T>& v, const float* query, const T* row
     }
     if (i + width <= v.columns) add(i, width, 0), i += width;
     if (i < v.columns) add(i, v.columns - i, 1);
-    sum = sums[0] + sums[1];
-    size = sizes[0] + sizes[1];
+#pragma GCC unroll 4
+    for (int j = 0; j < queries; ++j) {
+        sum[j] = sums[j][0] + sums[j][1];
+        size[j] = sizes[j][0] + sizes[j][1];
+    }
 }
 
 // The share of its magnitudes that a sum over the columns may be off.
@@ -84,27 +102,40 @@ METATE_FN float row_bound(const TopkDistances& c, float limit, double query) {
     return bound_of(limit, 0.0, rounding(c, distance, query) + 0x1p-140);
 }
 
+// What some rows look like to a query.
+struct RowKeys {
+    float keys[keys_at_once];
+    double off;  // how much more than its key an exact one may be, of inner products
+};
+
 // Approximate keys of `count` rows, and inf to the end of a vector; of inner products, no more than the exact ones.
-// Returns how much more those may be.
-template <bool l2, class T>
-double approximate_keys(float* keys, const Vectors<T>& v, const float* query, int64_t first, int64_t count,
-                        bool largest) {
+template <bool l2, int queries, class T>
+void approximate_keys(RowKeys (&to)[queries], const Vectors<T>& v, const RowQuery* q, int64_t first, int64_t count,
+                      bool largest) {
     const vf sign = splat(largest ? -1.0f : 1.0f), share = splat(static_cast<float>(-sum_share(v.columns)));
-    vf most = splat(0.0f);
+    vf most[queries];
+    for (int j = 0; j < queries; ++j) most[j] = splat(0.0f);
     for (int64_t at = 0; at < count; at += width) {
-        vf sums[width], sizes[width];
-        for (int i = 0; i < width; ++i)
-            add_columns<l2>(v, query, v.row(first + smaller(at + i, count - 1)), sums[i], sizes[i]);
-        vf key = sum_rows(sums) * sign;
-        if (!l2) {
-            const vf size = sum_rows(sizes);
-            most = max(size, most);
-            key = fma(size, share, key);
+        vf sums[queries][width], sizes[queries][width];
+        for (int i = 0; i < width; ++i) {
+            vf sum[queries], size[queries];
+            add_columns<l2, queries>(v, q, v.row(first + smaller(at + i, count - 1)), sum, size);
+#pragma GCC unroll 4
+            for (int j = 0; j < queries; ++j) sums[j][i] = sum[j], sizes[j][i] = size[j];
         }
         const int64_t left = count - at;
-        store(keys + at, left < width ? select(METATE_ISA::first(left), key, splat(infinity)) : key);
+        for (int j = 0; j < queries; ++j) {
+            vf key = sum_rows(sums[j]) * sign;
+            if (!l2) {
+                const vf size = sum_rows(sizes[j]);
+                most[j] = max(size, most[j]);
+                key = fma(size, share, key);
+            }
+            store(to[j].keys + at, left < width ? select(METATE_ISA::first(left), key, splat(infinity)) : key);
+        }
     }
-    return l2 ? 0.0 : 2 * sum_share(v.columns) * static_cast<double>(METATE_ISA::largest(most));
+    for (int j = 0; j < queries; ++j)
+        to[j].off = l2 ? 0.0 : 2 * sum_share(v.columns) * static_cast<double>(METATE_ISA::largest(most[j]));
 }
 
 // The exact k-th best key is not more than this, given the k-th of the approximate ones.
@@ -113,34 +144,40 @@ METATE_FN float kth_limit(const TopkDistances& c, double kth, double off, double
     return static_cast<float>(kth + further + 0x1p-140);
 }
 
-void compare_rows(const TopkDistances& c, const float* query, double size, Span span, Best& best) {
+// Offers the rows from `first` on whose keys do not exceed what the best ones allow.
+void offer_near(const TopkDistances& c, const RowQuery& q, const RowKeys& rows, int64_t first, int64_t count) {
     const Search& s = c.search;
-    float keys[keys_at_once];
-    for (int64_t first = span.first; first < span.last; first += keys_at_once) {
-        const int64_t count = smaller(keys_at_once, span.last - first), whole = round_up(count, width);
-        double off = 0.0;
-        with_vectors(c, [&]<class T>(const Vectors<T>& v) {
-            off = is_l2(c) ? approximate_keys<true>(keys, v, query, first, count, s.largest)
-                           : approximate_keys<false>(keys, v, query, first, count, s.largest);
-        });
-        float limit = best.limit(), bound = row_bound(c, limit, size);
-        if (worth_bound(s, keys, whole, bound)) {
-            const float kth = kth_limit(c, static_cast<double>(kth_key(keys, whole, s.k)), off, size);
-            if (kth < limit) bound = row_bound(c, limit = kth, size);
-        }
-        for (int64_t i = 0; i < count; i += width) {
-            uint32_t near = bits_of(not_less(splat(bound), load(keys + i)));
-            for (; near; near &= near - 1) {
-                const int64_t at = i + __builtin_ctz(near), row = first + at;
-                if (at >= count || keys[at] > bound || !kept(s, row)) continue;
-                best.offer({key_of(s, distance_of(c, query, row)), id_of(s, row)});
-                if (const float now = best.limit(); now < limit) bound = row_bound(c, limit = now, size);
-            }
+    const int64_t whole = round_up(count, width);
+    float limit = q.best->limit(), bound = row_bound(c, limit, q.size);
+    if (worth_bound(s, rows.keys, whole, bound)) {
+        const float kth = kth_limit(c, static_cast<double>(kth_key(rows.keys, whole, s.k)), rows.off, q.size);
+        if (kth < limit) bound = row_bound(c, limit = kth, q.size);
+    }
+    for (int64_t i = 0; i < count; i += width) {
+        uint32_t near = bits_of(not_less(splat(bound), load(rows.keys + i)));
+        for (; near; near &= near - 1) {
+            const int64_t at = i + __builtin_ctz(near), row = first + at;
+            if (at >= count || rows.keys[at] > bound || !kept(s, row)) continue;
+            q.best->offer({key_of(s, distance_of(c, q.data, row)), id_of(s, row)});
+            if (const float now = q.best->limit(); now < limit) bound = row_bound(c, limit = now, q.size);
         }
     }
 }
 
-constexpr int64_t cached_rows = 64;  // that one query after another looks at
+template <int queries>
+void compare_rows(const TopkDistances& c, const RowQuery* q, Span span) {
+    RowKeys rows[queries];
+    for (int64_t first = span.first; first < span.last; first += keys_at_once) {
+        const int64_t count = smaller(keys_at_once, span.last - first);
+        with_vectors(c, [&]<class T>(const Vectors<T>& v) {
+            (is_l2(c) ? approximate_keys<true, queries, T>
+                      : approximate_keys<false, queries, T>)(rows, v, q, first, count, c.search.largest);
+        });
+        for (int j = 0; j < queries; ++j) offer_near(c, q[j], rows[j], first, count);
+    }
+}
+
+constexpr int64_t cached_rows = 64;  // that one group of queries after another looks at
 
 void by_rows(const TopkDistances& c, const Runtime& runtime) {
     const int64_t columns = c.base.size[1];
@@ -148,17 +185,21 @@ void by_rows(const TopkDistances& c, const Runtime& runtime) {
         c.search, runtime, columns * bytes_of(c.base.dtype), most_together,
         [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& turn) {
-            double sizes[most_together];
+            RowQuery queries[most_together];
             for (int64_t i = 0; i < turn.count; ++i) {
                 const float* const query = query_of(c, turn.asked[i].q);
-                const Vectors<float> queries{query, 0, columns, nullptr, nullptr};
-                sizes[i] = __builtin_sqrt(exact_distance<false>(queries, query, query));
+                const Vectors<float> own{query, 0, columns, nullptr, nullptr};
+                queries[i] = {query, __builtin_sqrt(exact_distance<false>(own, query, query)), turn.best + i};
             }
+            const bool together = turn.count == 1 || turn.count == 2 || turn.count == 4;
             Span rows = turn.span;
             for (; rows.first < turn.span.last; rows.first = rows.last) {
-                rows.last = turn.count > 1 ? smaller(turn.span.last, rows.first + cached_rows) : turn.span.last;
-                for (int64_t i = 0; i < turn.count; ++i)
-                    compare_rows(c, query_of(c, turn.asked[i].q), sizes[i], rows, turn.best[i]);
+                rows.last = together ? turn.span.last : smaller(turn.span.last, rows.first + cached_rows);
+                const RowQuery* q = queries;
+                int64_t left = turn.count;
+                for (; left >= 4; left -= 4, q += 4) compare_rows<4>(c, q, rows);
+                for (; left >= 2; left -= 2, q += 2) compare_rows<2>(c, q, rows);
+                if (left) compare_rows<1>(c, q, rows);
             }
         });
 }

@@ -5,12 +5,12 @@ Recall varies with the sample and with where k-means begins; the rows of trainin
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import metate
-from metate.bench.run import Approximate, Setup, Skip, Workload
+from metate.bench.run import Approximate, Repetition, Setup, Skip, Workload, timed, timed_backends
 from metate.op import Args, Case
 from metate.ops.pq.declaration import topk_op
 from metate.search import FlatIndex, Index, IVFFlatIndex, IVFPQIndex, PQIndex
@@ -27,6 +27,8 @@ Floats = npt.NDArray[np.float32]
 
 D, POOL, K = 128, 512, 10
 _REFINED = 16  # times k: candidates that are ranked by full vectors
+_BATCH = 64
+_SLOW = 0.5  # seconds of a batch whose repetitions for recall are enough
 _TRAINED = 40 << 10  # vectors to train on: faiss wants 39 for each list
 _SEED = 20  # of the vectors whose search is timed
 _SEEDS = tuple(range(5))  # of those that recall is averaged over
@@ -66,7 +68,7 @@ SWEEP = [
     dict(data="mixture", n=1_000_000, index=kind, Q=Q, nprobe=nprobe)
     for kind in _kinds(1024)
     for nprobe in _nprobes(kind)
-    for Q in (1, 64)
+    for Q in (1, _BATCH)
 ]
 TRAINING = [
     dict(data=data, n=20_000, index=kind, nprobe=8 if "IVF" in kind else 0)
@@ -152,38 +154,38 @@ def inputs(case: Case) -> Args:
 Search = Callable[[Floats], Any]
 
 
-def _recall(search: Search, queries: Floats, truth: npt.NDArray[np.int64]) -> float:
-    """A few queries after another."""
-    found = np.concatenate([search(part) for part in np.array_split(queries, POOL // 64)])
+def _recall(found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, truth, strict=True)]))
 
 
-def _approximate(case: Case, search: Search) -> Approximate:
-    _, queries, truth = vectors(case["data"], case["n"])
+class Judged(NamedTuple):
+    """A search of one index, which share of the nearest it finds, and how long batches took meanwhile."""
+
+    search: Search
+    recall: float
+    repetitions: tuple[Repetition, ...]
+
+
+def _judged(search: Search, data: str, n: int, seed: int = _SEED) -> Judged:
+    """By a few queries after another."""
+    _, queries, truth = vectors(data, n, seed)
+    found: list[npt.NDArray[np.int64]] = []
+    parts = np.split(queries, POOL // _BATCH)
+    repetitions = tuple(timed(lambda part=part: found.append(search(part))) for part in parts)  # type: ignore[misc]
+    return Judged(search, _recall(np.concatenate(found), truth), repetitions)
+
+
+def _approximate(case: Case, judged: Judged) -> Approximate:
+    queries = vectors(case["data"], case["n"])[1]
     batches = np.split(queries, POOL // case["Q"])
-    return Approximate(lambda i: search(batches[i % len(batches)]), (_recall(search, queries, truth),))
 
+    def run(i: int) -> Any:
+        return judged.search(batches[i % len(batches)])
 
-def _trainer(case: Case, train: Callable[[Floats], Any], searches: Sequence[Search], seconds: float) -> Approximate:
-    """Training on one sample after another, and the recall of each index over queries of the same kind."""
-    samples = [vectors(case["data"], case["n"], seed) for seed in _SEEDS]
-    recalls = [_recall(search, *sample[1:]) for search, sample in zip(searches, samples, strict=True)]
-    return Approximate(lambda i: train(samples[i % len(samples)][0][:_TRAINED]), tuple(recalls), seconds)
-
-
-def _filled(
-    train: Callable[[Floats], Any], data: str, n: int, seeds: tuple[int, ...], **how: Any
-) -> tuple[list[Any], float]:
-    """Indexes, a seed each, and how long it took to train one."""
-    indexes, seconds = [], []
-    for seed in seeds:
-        x = vectors(data, n, seed)[0]
-        began = time.perf_counter()
-        index = train(x[:_TRAINED])
-        seconds.append(time.perf_counter() - began)
-        index.add(x, **how)
-        indexes.append(index)
-    return indexes, statistics.median(seconds)
+    if case["Q"] != _BATCH:
+        return Approximate(run, (judged.recall,))
+    seconds = statistics.median(seconds for _, seconds in judged.repetitions)
+    return Approximate(run, (judged.recall,), seconds, judged.repetitions if seconds > _SLOW else ())
 
 
 def _ours(kind: str, x: Floats) -> Index:
@@ -193,12 +195,15 @@ def _ours(kind: str, x: Floats) -> Index:
 
 
 @lru_cache(maxsize=1)
-def _our_indexes(kind: str, data: str, n: int, seeds: tuple[int, ...]) -> tuple[list[Index], float]:
-    return _filled(partial(_ours, kind), data, n, seeds, progress=False)
+def _our_index(kind: str, data: str, n: int) -> Index:
+    x = vectors(data, n)[0]
+    index = _ours(kind, x[:_TRAINED])
+    index.add(x, progress=False)
+    return index
 
 
-def _our_search(case: Case, index: Index, backend: str) -> Search:
-    how = {"refine_factor": _REFINED} | ({"nprobe": case["nprobe"]} if case["nprobe"] else {})
+def _our_search(index: Index, nprobe: int, backend: str) -> Search:
+    how = {"refine_factor": _REFINED} | ({"nprobe": nprobe} if nprobe else {})
 
     def search(queries: Floats) -> Tensor:
         return index.search(queries, K, **how)[1]
@@ -210,21 +215,14 @@ def _our_search(case: Case, index: Index, backend: str) -> Search:
     return search if backend == next(iter(topk_op.implementations("cpu"))) else search_on  # as users call it
 
 
+@lru_cache(maxsize=2)  # of single queries and of batches alike, on one backend after another
+def _our_judged(kind: str, data: str, n: int, nprobe: int, backend: str) -> Judged:
+    return _judged(_our_search(_our_index(kind, data, n), nprobe, backend), data, n)
+
+
 def our_searcher(setup: Setup, backend: str) -> Approximate:
     case = setup.case
-    (index,), _ = _our_indexes(case["index"], case["data"], case["n"], (_SEED,))
-    return _approximate(case, _our_search(case, index, backend))
-
-
-def our_trainer(setup: Setup, backend: str) -> Approximate:
-    case = setup.case
-
-    def train(x: Floats) -> Index:
-        with metate.use(backend):
-            return _ours(case["index"], x)
-
-    indexes, seconds = _our_indexes(case["index"], case["data"], case["n"], _SEEDS)
-    return _trainer(case, train, [_our_search(case, index, backend) for index in indexes], seconds)
+    return _approximate(case, _our_judged(case["index"], case["data"], case["n"], case["nprobe"], backend))
 
 
 def faiss_module() -> Any:
@@ -243,15 +241,18 @@ def _theirs(description: str, x: Floats) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _faiss_indexes(description: str, data: str, n: int, seeds: tuple[int, ...]) -> tuple[list[Any], float]:
-    return _filled(partial(_theirs, description), data, n, seeds)
+def _faiss_index(description: str, data: str, n: int) -> Any:
+    x = vectors(data, n)[0]
+    index = _theirs(description, x[:_TRAINED])
+    index.add(x)
+    return index
 
 
 @lru_cache(maxsize=1)
 def _faiss_fast(description: str, data: str, n: int) -> Any:
     """The same codes for the fast scan."""
     faiss = faiss_module()
-    (index,), _ = _faiss_indexes(description, data, n, (_SEED,))
+    index = _faiss_index(description, data, n)
     base = faiss.downcast_index(index.base_index) if description.endswith("RFlat") else index
     fast = (faiss.IndexIVFPQFastScan if "IVF" in description else faiss.IndexPQFastScan)(base)
     if base is index:
@@ -260,29 +261,82 @@ def _faiss_fast(description: str, data: str, n: int) -> Any:
     return faiss.IndexRefineFlat(fast, faiss.swig_ptr(x))
 
 
-def _faiss_search(case: Case, index: Any) -> Search:
-    if case["nprobe"]:
-        faiss_module().extract_index_ivf(index).nprobe = case["nprobe"]
-    if "refined" in case["index"]:
+def _faiss_search(kind: str, index: Any, nprobe: int) -> Search:
+    if nprobe:
+        faiss_module().extract_index_ivf(index).nprobe = nprobe
+    if "refined" in kind:
         index.k_factor = _REFINED
     return lambda queries: index.search(queries, K)[1]
 
 
+@lru_cache(maxsize=2)  # of single queries and of batches alike, with and without the fast scan
+def _faiss_judged(kind: str, data: str, n: int, nprobe: int, fast: bool) -> Judged:
+    of = KINDS[kind].faiss, data, n
+    index = (_faiss_fast if fast else _faiss_index)(*of)
+    return _judged(_faiss_search(kind, index, nprobe), data, n)
+
+
 def faiss_searcher(setup: Setup, fast: bool = False) -> Approximate:
-    case, kind = setup.case, KINDS[setup.case["index"]]
-    if fast and not kind.fast:
+    case = setup.case
+    if fast and not KINDS[case["index"]].fast:
         raise Skip("codes of 4 bits only")
-    of = kind.faiss, case["data"], case["n"]
-    index = _faiss_fast(*of) if fast else _faiss_indexes(*of, (_SEED,))[0][0]
-    return _approximate(case, _faiss_search(case, index))
-
-
-def faiss_trainer(setup: Setup) -> Approximate:
-    case, description = setup.case, KINDS[setup.case["index"]].faiss
-    indexes, seconds = _faiss_indexes(description, case["data"], case["n"], _SEEDS)
-    searches = [_faiss_search(case, index) for index in indexes]
-    return _trainer(case, partial(_theirs, description), searches, seconds)
+    return _approximate(case, _faiss_judged(case["index"], case["data"], case["n"], case["nprobe"], fast))
 
 
 def faiss_fast_searcher(setup: Setup) -> Approximate:
     return faiss_searcher(setup, fast=True)
+
+
+# Training.
+
+
+class Trained(NamedTuple):
+    """Of each sample, how training on it went, and what the index finds."""
+
+    repetitions: tuple[Repetition, ...]
+    recalls: tuple[float, ...]
+
+
+def _teacher(kind: str, who: str, nprobe: int) -> tuple[Callable[[Floats], Any], Callable[[Any], Search]]:
+    """Training, on a backend or by faiss, and the search of what it made."""
+    if who == "faiss":
+        return partial(_theirs, KINDS[kind].faiss), lambda index: _faiss_search(kind, index, nprobe)
+
+    def train(x: Floats) -> Index:
+        with metate.use(who):
+            return _ours(kind, x)
+
+    return train, lambda index: _our_search(index, nprobe, who)
+
+
+@lru_cache(maxsize=1)
+def _trained(kind: str, data: str, n: int, nprobe: int, everyone: tuple[str, ...]) -> dict[str, Trained]:
+    """All train on one sample in turn, then on the next: what recall is averaged over is timed too."""
+    found: dict[str, list[tuple[Repetition, float]]] = {who: [] for who in everyone}
+    for seed in _SEEDS:
+        x = vectors(data, n, seed)[0]
+        for who in everyone:
+            train, search = _teacher(kind, who, nprobe)
+            made: list[Any] = []
+            repetition = timed(lambda train=train, made=made: made.append(train(x[:_TRAINED])))
+            made[0].add(x)
+            found[who].append((repetition, _judged(search(made[0]), data, n, seed).recall))
+    return {who: Trained(*zip(*pairs, strict=True)) for who, pairs in found.items()}
+
+
+def _trainer(setup: Setup, who: str) -> Approximate:
+    case, backends = setup.case, timed_backends(setup.op, setup.device)
+    named = case["index"], case["data"], case["n"], case["nprobe"]
+    everyone = (*backends, "faiss") if importlib.util.find_spec("faiss") else tuple(backends)
+    one = _trained(*named, everyone)[who]
+    train, x = _teacher(case["index"], who, case["nprobe"])[0], vectors(case["data"], case["n"], _SEEDS[0])[0]
+    return Approximate(lambda i: train(x[:_TRAINED]), one.recalls, repetitions=one.repetitions)
+
+
+def our_trainer(setup: Setup, backend: str) -> Approximate:
+    return _trainer(setup, backend)
+
+
+def faiss_trainer(setup: Setup) -> Approximate:
+    faiss_module()
+    return _trainer(setup, "faiss")

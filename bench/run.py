@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from metate.bench import machine
 from metate.op import Args, Case, Op
 
 Run = Callable[[int], Any]  # the i-th call, which takes the i-th set of inputs in rotation and returns the outputs
+Repetition: TypeAlias = "tuple[float, float]"  # the share of it that threads waited for a core, and its seconds
 
 ROUNDS = 3
 WARM_UP = 0.05  # seconds before each block: caches, clocks, and other libraries' spinning threads
@@ -47,12 +48,13 @@ RIVAL_SLACK = 10  # how much more error a rival may have than ours before its sp
 
 @dataclass(frozen=True)
 class Approximate:
-    """A run whose results are not exact, which share of the right ones it finds, in each of some samples, and how long
-    a call takes, where finding out has told already."""
+    """A run whose results are not exact, which share of the right ones it finds, in each of some samples, and what
+    finding out has told already: how long a call takes, or repetitions in turns with the rivals'."""
 
     run: Run
     recalls: tuple[float, ...]
     seconds: float | None = None
+    repetitions: tuple[Repetition, ...] = ()
 
     def __call__(self, i: int) -> Any:
         return self.run(i)
@@ -167,7 +169,7 @@ def measure(
     _judge_recall(contenders)
     live = [contender for contender in contenders if contender.run is not None]
     for contender in live:
-        if contender.estimate > effort.seconds:  # too slow to be called again
+        if not contender.times and contender.estimate > effort.seconds:  # too slow to be called again
             contender.times.append(contender.estimate)
     live = [contender for contender in live if not contender.times]
     for _ in range(ROUNDS):
@@ -336,8 +338,10 @@ def _first_calls(contender: Contender, workload: Workload, setup: Setup, truths:
     if contender.run is None:
         return
     try:
-        if isinstance(contender.run, Approximate) and contender.run.seconds is not None:
-            contender.estimate = contender.run.seconds
+        if isinstance(contender.run, Approximate) and (contender.run.seconds or contender.run.repetitions):
+            contender.estimate = contender.run.seconds or 0.0
+            contender.times = [seconds for _, seconds in contender.run.repetitions]
+            contender.disturbed = max((share for share, _ in contender.run.repetitions), default=0.0)
             return
         got = contender.run(0)
         if not isinstance(contender.run, Approximate):
@@ -372,7 +376,7 @@ def _block(contender: Contender, device: str, effort: Effort) -> None:
         if time.perf_counter() > until:
             break
     repeat = _repetition_cuda if device == "cuda" else _repetition_cpu
-    found: list[tuple[float, float]] = []  # (disturbance, seconds a call)
+    found: list[Repetition] = []
     give_up = time.perf_counter() + PATIENCE * max(wanted * inner * one, 0.05)
     while sum(share <= QUIET for share, _ in found) < wanted:
         found.append(repeat(contender, inner))
@@ -391,11 +395,16 @@ def _call(contender: Contender, count: int) -> None:
         contender.calls += 1
 
 
-def _repetition_cpu(contender: Contender, inner: int) -> tuple[float, float]:
+def _repetition_cpu(contender: Contender, inner: int) -> Repetition:
+    share, seconds = timed(lambda: _call(contender, inner))
+    return share, seconds / inner
+
+
+def timed(call: Callable[[], Any]) -> Repetition:
     waited, began = _waited(), time.perf_counter()
-    _call(contender, inner)
+    call()
     seconds = time.perf_counter() - began
-    return (_waited() - waited) / seconds, seconds / inner
+    return (_waited() - waited) / seconds, seconds
 
 
 def _waited() -> float:
@@ -409,7 +418,7 @@ def _waited() -> float:
     return total * 1e-9
 
 
-def _repetition_cuda(contender: Contender, inner: int) -> tuple[float, float]:
+def _repetition_cuda(contender: Contender, inner: int) -> Repetition:
     """One call between events, the second-level cache emptied before."""
     torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda").zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

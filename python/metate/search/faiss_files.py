@@ -1,4 +1,5 @@
-"""faiss' own files of flat, PQ, IVF-flat and IVF-PQ indexes, with rotations, id maps and refinement: read and written.
+"""faiss' own files of flat, scalar-quantised, PQ and IVF indexes, with rotations, id maps and refinement: read and
+written.
 
 A file is a tree of four-letter nodes. Reading makes the tree first, bounds-checked: a length is compared with what is
 left of the file before anything is made of it. Layout: faiss/impl/index_write.cpp.
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metate.errors import FormatError, fail
+from metate.search.faiss_blocks import ROWS, blocks_of, codes_of
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -26,6 +28,8 @@ Integers = npt.NDArray[np.int64]
 Read = TypeVar("Read")
 
 L2, INNER_PRODUCT = 1, 0
+SQ_BYTE, SQ_HALF, SQ_BFLOAT = 0, 4, 7
+SQ_SIZES = {SQ_BYTE: 1, SQ_HALF: 2, SQ_BFLOAT: 2}  # bytes of a number
 _DEPTH = 8  # nodes within nodes
 _MOST_DIMENSIONS = 1 << 20
 _MOST_UNTRAINED = 1 << 28  # numbers of a matrix that a file tells the shape of alone
@@ -50,15 +54,26 @@ class Flat(Node):
 
 @dataclass
 class PQ(Node):
-    """codebooks (M, 2**bits, d/M); codes (ntotal, code_size)."""
+    """codebooks (M, 2**bits, d/M); codes (ntotal, code_size); fast: of faiss' fast scan."""
 
     codebooks: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+    codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+    fast: bool = False
+
+
+@dataclass
+class SQ(Node):
+    """kind: one of SQ_SIZES; trained: of SQ_BYTE, the least of each column, then how much more the largest is."""
+
+    kind: int = 0
+    trained: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
 
 
 @dataclass
 class IVF(Node):
-    """Vectors or codes as bytes (rows, code_size), with their ids, list by list; codebooks: of IVF-PQ."""
+    """Vectors or codes as bytes (rows, code_size), with their ids, list by list; codebooks: of IVF-PQ; fast: of its
+    fast scan."""
 
     nprobe: int = 1
     quantizer: Any = None
@@ -67,6 +82,7 @@ class IVF(Node):
     ids: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
     codebooks: Floats | None = None
     by_residual: bool = False
+    fast: bool = False
 
 
 @dataclass
@@ -172,6 +188,13 @@ class Reader:
             raise complain(what, value, f"{least} to {most}")
         return int(value)
 
+    def multiple(self, code: str, what: str, unit: int, most: int) -> int:
+        """How many times the unit a number is."""
+        value = self.number(code, what, unit, most)
+        if value % unit:
+            raise complain(what, value, f"a multiple of {unit}")
+        return value // unit
+
     def count(self, code: str, what: str, least: int = 0) -> int:
         """Of what takes a byte at least."""
         value = self.number(code, what, least, 2**62)
@@ -271,6 +294,33 @@ def _pq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     return PQ(*head, codebooks, codes)
 
 
+def _fast_pq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, _, trained = head
+    codebooks = _codebooks(reader, d, trained)
+    size = code_size(codebooks)
+    if codebooks.shape[1] != 16:
+        raise complain("levels of a fast scan", codebooks.shape[1], "16")
+    reader.values("<i", "implem")
+    together = ROWS * reader.multiple("i", "bbs", ROWS, 1 << 10)
+    reader.values("<iQ", "qbs and ntotal2")
+    reader.number("Q", "M2", 2 * size, 2 * size)
+    blocks = reader.vector(np.uint8, "codes", -(-ntotal // together) * together * size)
+    return PQ(*head, codebooks, codes_of(blocks, ntotal, size, together), True)
+
+
+def _sq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, _, is_trained = head
+    quantizer = reader.number("i", "qtype", 0, 1 << 10)
+    if quantizer not in SQ_SIZES:
+        raise complain("qtype", quantizer, "one of QT_8bit, QT_fp16 and QT_bf16")
+    reader.values("<if", "rangestat")
+    reader.number("Q", "d of the quantizer", d, d)
+    size = reader.number("Q", "code_size", d * SQ_SIZES[quantizer], d * SQ_SIZES[quantizer])
+    trained = reader.finite("what was trained", 2 * d if quantizer == SQ_BYTE and is_trained else 0)
+    codes = reader.vector(np.uint8, "codes", ntotal * size).reshape(ntotal, size)
+    return SQ(*head, quantizer, trained, codes)
+
+
 def code_size(codebooks: Floats) -> int:
     M, levels, _ = codebooks.shape
     return int(M * (levels.bit_length() - 1) + 7) // 8
@@ -291,15 +341,19 @@ def _ivf(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     if not np.isfinite(quantizer.vectors if isinstance(quantizer, Flat) else quantizer.codebooks).all():
         raise complain("centroids of lists", "not finite everywhere", "finite numbers")
     _pass_direct_map(reader)
-    residual, codebooks, size = False, None, 4 * d
-    if kind == "IwPQ":
+    residual, codebooks, size, pairs = False, None, 4 * d, 0
+    if kind != "IwFl":
         residual = reader.flag("by_residual")
         (size,) = reader.values("<Q", "code_size")
+        if kind == "IwPf":
+            reader.number("i", "bbs", ROWS, ROWS)
+            pairs = reader.number("Q", "M2", 2, d + 1) // 2
+            reader.values("<iQ", "implem and qbs2")
         codebooks = _codebooks(reader, d, trained)
-        if size != code_size(codebooks):
+        if size != code_size(codebooks) or (pairs and (codebooks.shape[1] != 16 or pairs != size)):
             raise complain("code_size", size, f"{code_size(codebooks)}")
-    length, codes, ids = _lists(reader, nlist, size, ntotal)
-    return IVF(*head, nprobe, quantizer, length, codes, ids, codebooks, residual)
+    lists = _block_lists(reader, nlist, size, ntotal) if pairs else _lists(reader, nlist, size, ntotal)
+    return IVF(*head, nprobe, quantizer, *lists, codebooks, residual, pairs > 0)
 
 
 def _pass_direct_map(reader: Reader) -> None:
@@ -339,6 +393,26 @@ def _lists(reader: Reader, nlist: int, size: int, ntotal: int) -> tuple[Integers
         ids[at : at + n] = reader.array(np.int64, n, "ids of a list")
         at += n
     return length, codes, ids
+
+
+def _block_lists(reader: Reader, nlist: int, size: int, ntotal: int) -> tuple[Integers, Bytes, Integers]:
+    """Of the fast scan."""
+    if (kind := reader.fourcc()) != "ilbl":
+        raise complain("inverted lists", repr(kind), "'ilbl', lists of blocks")
+    reader.number("Q", "nlist of the lists", nlist, nlist)
+    reader.values("<Q", "code_size of the lists")  # which they do not have
+    reader.number("Q", "n_per_block", ROWS, ROWS)
+    reader.number("Q", "block_size", ROWS * size, ROWS * size)
+    length, codes, ids = np.zeros(nlist, np.int64), np.empty((0, size), np.uint8), np.empty(0, np.int64)
+    parts: list[tuple[Bytes, Integers]] = [(codes, ids)]
+    for number in range(nlist):
+        n = length[number] = reader.number("Q", "the size of a list", 0, ntotal)
+        own = reader.array(np.int64, n, "ids of a list")
+        blocks = reader.vector(np.uint8, "codes of a list", -(-n // ROWS) * ROWS * size)
+        parts.append((codes_of(blocks, n, size), own))
+    if length.sum() != ntotal:
+        raise complain("list sizes", "numbers", f"sizes that add up to {ntotal}")
+    return length, np.concatenate([codes for codes, _ in parts]), np.concatenate([ids for _, ids in parts])
 
 
 def _pca(reader: Reader, old: bool) -> PCA:
@@ -401,8 +475,8 @@ def _refine(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, _, _ = head
     base, refine = _within(reader, depth, ntotal), _within(reader, depth, ntotal)
     (factor,) = reader.values("<f", "k_factor")
-    if not isinstance(refine, (Flat, PQ)) or refine.d != d or base.d != d:
-        raise complain("refine index", type(refine).__name__, f"a flat or PQ index of {d} dimensions")
+    if not isinstance(refine, (Flat, SQ, PQ)) or refine.d != d or base.d != d:
+        raise complain("refine index", type(refine).__name__, f"a flat, scalar-quantised or PQ index of {d} dimensions")
     if not math.isfinite(factor) or not 1 <= factor <= 1000:
         raise complain("k_factor", factor, "1 to 1000")
     return Refine(*head, base, refine, factor)
@@ -423,8 +497,8 @@ def _within(reader: Reader, depth: int, ntotal: int) -> Node:
 
 
 _READERS: dict[str, Callable[[Reader, str, Head, int], Node]] = {
-    "IxF2": _flat, "IxFI": _flat, "IxPq": _pq, "IwFl": _ivf, "IwPQ": _ivf, "IxPT": _pretransform, "IxRF": _refine,
-    "IxMp": _idmap, "IxM2": _idmap,
+    "IxF2": _flat, "IxFI": _flat, "IxSQ": _sq, "IxPq": _pq, "IPfs": _fast_pq, "IwFl": _ivf, "IwPQ": _ivf, "IwPf": _ivf,
+    "IxPT": _pretransform, "IxRF": _refine, "IxMp": _idmap, "IxM2": _idmap,
 }  # fmt: skip
 
 
@@ -466,9 +540,21 @@ def write_codebooks(books: Floats, file: BinaryIO) -> None:
 
 def _write_pq(node: PQ, file: BinaryIO) -> None:
     write_codebooks(node.codebooks, file)
+    if node.fast:
+        rows, pairs = -(-node.ntotal // ROWS) * ROWS, code_size(node.codebooks)
+        file.write(struct.pack("<iiiQQ", 0, ROWS, 0, rows, 2 * pairs))
+        _put(file, np.uint8, blocks_of(node.codes))
+        return
     _put(file, np.uint8, node.codes)
     M, levels, _ = node.codebooks.shape
     file.write(struct.pack("<i?i", 0, False, M * (levels.bit_length() - 1) + 1))  # what faiss has until it is told
+
+
+def _write_sq(node: SQ, file: BinaryIO) -> None:
+    size = node.d * SQ_SIZES[node.kind]
+    file.write(struct.pack("<iifQQ", node.kind, 0, 0.0, node.d, size))
+    _put(file, np.float32, node.trained)
+    _put(file, np.uint8, node.codes)
 
 
 def _write_ivf(node: IVF, file: BinaryIO) -> None:
@@ -476,8 +562,15 @@ def _write_ivf(node: IVF, file: BinaryIO) -> None:
     write_tree(node.quantizer, file)
     file.write(struct.pack("<BQ", 0, 0))  # no direct map
     if node.codebooks is not None:
-        file.write(struct.pack("<?Q", node.by_residual, node.codes.shape[1]))
+        size = code_size(node.codebooks)
+        file.write(struct.pack("<?Q", node.by_residual, size))
+        if node.fast:
+            file.write(struct.pack("<iQiQ", ROWS, 2 * size, 0, 0))
         write_codebooks(node.codebooks, file)
+    (_write_block_lists if node.fast else _write_lists)(node, file)
+
+
+def _write_lists(node: IVF, file: BinaryIO) -> None:
     file.write(b"ilar" + struct.pack("<QQ", len(node.length), node.codes.shape[1]))
     filled = np.flatnonzero(node.length)
     if len(filled) > len(node.length) // 2:
@@ -490,6 +583,15 @@ def _write_ivf(node: IVF, file: BinaryIO) -> None:
     for n in node.length[filled].tolist():
         file.write(np.ascontiguousarray(node.codes[at : at + n]).data)
         file.write(np.ascontiguousarray(node.ids[at : at + n]).data)
+        at += n
+
+
+def _write_block_lists(node: IVF, file: BinaryIO) -> None:
+    file.write(b"ilbl" + struct.pack("<QQQQ", len(node.length), 2**64 - 1, ROWS, ROWS * node.codes.shape[1]))
+    at = 0
+    for n in node.length.tolist():
+        _put(file, np.int64, node.ids[at : at + n])
+        _put(file, np.uint8, blocks_of(node.codes[at : at + n]))
         at += n
 
 
@@ -528,8 +630,9 @@ def _write_idmap(node: IDMap, file: BinaryIO) -> None:
 _WRITERS: dict[type[Node], tuple[Any, Callable[[Any, BinaryIO], None]]] = {
     Flat: (lambda node: "IxFI" if node.metric == INNER_PRODUCT else "IxF2",
            lambda node, file: _put(file, np.float32, node.vectors)),
-    PQ: ("IxPq", _write_pq),
-    IVF: (lambda node: "IwFl" if node.codebooks is None else "IwPQ", _write_ivf),
+    SQ: ("IxSQ", _write_sq),
+    PQ: (lambda node: "IPfs" if node.fast else "IxPq", _write_pq),
+    IVF: (lambda node: "IwFl" if node.codebooks is None else "IwPf" if node.fast else "IwPQ", _write_ivf),
     PreTransform: ("IxPT", _write_pretransform),
     Refine: ("IxRF", _write_refine),
     IDMap: (lambda node: "IxM2" if node.two_way else "IxMp", _write_idmap),

@@ -19,11 +19,13 @@ from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.storage import Integers, Lists
 
 _AT_ONCE = 1 << 16  # rows
+SQ_STORAGE = {files.SQ_BYTE: "sq8", files.SQ_HALF: "float16", files.SQ_BFLOAT: "bfloat16"}
+_SIGN = np.uint8(128)  # the difference between numbers from 0 to 255 and from -128 to 127
 
 
 def read_faiss(path: str | Path) -> Index:
-    """The index in a file that faiss wrote: flat, PQ, IVF-flat or IVF-PQ, also rotated (OPQ), refined by full vectors,
-    or with an id map.
+    """The index in a file that faiss wrote: flat, PQ, IVF-flat or IVF-PQ, also for the fast scan, rotated (OPQ),
+    refined by full vectors, or with an id map; or a flat one of 8-bit, float16 or bfloat16 numbers.
 
     Raises:
         FormatError: the file is damaged, or holds something else.
@@ -34,8 +36,8 @@ def read_faiss(path: str | Path) -> Index:
 
 
 def write_faiss(index: Index, path: str | Path) -> None:
-    """Writes a file that faiss reads. Vectors kept in fewer bits are written as float32; an index of cosines as one of
-    inner products, over the normalised vectors."""
+    """Writes a file that faiss reads. Vectors in lists and of refinement that are kept in fewer bits are written as
+    float32; an index of cosines as one of inner products, over the normalised vectors."""
     tree = to_tree(index)
     with replacing(Path(path)) as file:
         files.write_tree(tree, file)
@@ -62,9 +64,38 @@ def from_tree(node: files.Node) -> Index:
         found["centroids"], found["codebooks"] = _centroids(node.quantizer), node.codebooks
     elif isinstance(node, files.PQ):
         found["codebooks"] = node.codebooks
+    elif isinstance(node, files.SQ):
+        found.update(levels_of(node.trained))
     index.set_trained({name: array.copy() for name, array in found.items() if array is not None})
     index._state = _filled(index, node, names, refined)
     return index
+
+
+def levels_of(trained: files.Floats) -> dict[str, files.Floats]:
+    """What Vectors ("sq8") is told where faiss takes the middle of each of 256 steps."""
+    if not len(trained):
+        return {}
+    least, more = trained.astype(np.float64).reshape(2, -1)
+    scale = np.maximum(more / 255, np.finfo(np.float32).tiny)
+    return {"vectors.scale": scale.astype(np.float32), "vectors.offset": (least + 128.5 * scale).astype(np.float32)}
+
+
+def steps_of(scale: files.Floats, offset: files.Floats) -> files.Floats:
+    """The inverse."""
+    least = offset.astype(np.float64) - 128.5 * scale
+    return np.concatenate([least, 255 * scale.astype(np.float64)]).astype(np.float32)
+
+
+def sq_bytes(rows: Tensor) -> files.Bytes:
+    """Rows of a column of vectors as faiss has them."""
+    stored = _as_bytes(rows.view(torch.int16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy())
+    return stored ^ _SIGN if rows.dtype == torch.int8 else stored
+
+
+def sq_rows(stored: files.Bytes, dtype: torch.dtype) -> Tensor:
+    """The inverse."""
+    rows = torch.from_numpy(stored ^ _SIGN if dtype == torch.int8 else stored.copy())
+    return rows.reshape(-1).view(dtype).view(len(stored), stored.shape[1] // dtype.itemsize)
 
 
 def _centroids(quantizer: files.Flat | files.PQ) -> files.Floats:
@@ -105,6 +136,8 @@ def _like(node: files.Node, rotated: bool, refined: bool) -> Index:
         index = IVFFlatIndex(node.d, len(node.length), metric)
     elif isinstance(node, files.Flat):
         return FlatIndex(node.d, metric)
+    elif isinstance(node, files.SQ):
+        return FlatIndex(node.d, metric, storage=SQ_STORAGE[node.kind])
     else:
         raise files.complain("index", type(node).__name__, "one id map, refinement and rotation, in this order")
     index.nprobe = min(node.nprobe, len(node.length)) if isinstance(node, files.IVF) else 1
@@ -119,8 +152,11 @@ def _filled(index: Index, node: files.Node, names: Integers | None, refined: fil
         places, length = node.ids, node.length
         stored = node.codes if node.codebooks is not None else node.codes.view(np.float32)
     else:
-        stored = node.codes if isinstance(node, files.PQ) else node.vectors  # type: ignore[attr-defined]
-    columns["codes" if isinstance(index.codec, Product) else "vectors"] = torch.from_numpy(stored.copy())
+        stored = node.vectors if isinstance(node, files.Flat) else node.codes  # type: ignore[attr-defined]
+    if isinstance(node, files.SQ):
+        columns["vectors"] = sq_rows(node.codes, index.column_types()["vectors"][1])
+    else:
+        columns["codes" if isinstance(index.codec, Product) else "vectors"] = torch.from_numpy(stored.copy())
     if (names is not None or refined is not None) and ((places < 0) | (places >= node.ntotal)).any():
         raise files.complain("ids", "beyond the vectors", f"0 to {node.ntotal - 1} below a map or refinement")
     if refined is not None:
@@ -154,19 +190,21 @@ def to_tree(index: Index) -> files.Node:
     head = index.dim, n, metric, trained
     sequential = bool(np.array_equal(ids, np.arange(n)))
     node: files.Node
-    if isinstance(index.codec, Product):
+    books, codec = None, index.codec
+    if isinstance(codec, Product):
         stored = _rows(state, "codes").numpy()
-        shape = index.codec.trained["codebooks"]
-        books = model.get("codebooks", np.zeros(shape, np.float32))
+        books = model.get("codebooks", np.zeros(codec.trained["codebooks"], np.float32))
+    elif index.nlist is None and codec.storage != "float32":
+        return _mapped(_sq(state, codec, head), ids, sequential)
     else:
-        stored, books = _full(index, state, index.codec), None
+        stored = _full(index, state, codec)
     if index.nlist is not None:
         centroids = model.get("centroids", np.zeros((0, index.dim), np.float32))
         quantizer = files.Flat(index.dim, len(centroids), metric, trained, centroids)
         inner = ids if index.refine is None else np.arange(n)
         node = files.IVF(
             *head, index.nprobe, quantizer, lists.living(), _as_bytes(stored), inner, books,
-            isinstance(index.codec, Product) and index.codec.residual,
+            isinstance(codec, Product) and codec.residual,
         )  # fmt: skip
     elif books is not None:
         node = files.PQ(*head, books, stored)
@@ -178,9 +216,19 @@ def to_tree(index: Index) -> files.Node:
     if index.refine is not None:
         full = _full(index, state, index.refine)
         node = files.Refine(*head, node, files.Flat(index.dim, n, metric, True, full), 4.0)
-    if not sequential and (index.nlist is None or index.refine is not None):
-        node = files.IDMap(*head, node, ids)
-    return node
+    return _mapped(node, ids, sequential or (index.nlist is not None and index.refine is None))
+
+
+def _mapped(node: files.Node, ids: Integers, known: bool) -> files.Node:
+    """With ids that the node does not know."""
+    return node if known else files.IDMap(node.d, node.ntotal, node.metric, node.is_trained, node, ids)
+
+
+def _sq(state: State, codec: Vectors, head: files.Head) -> files.Node:
+    kind = next(number for number, storage in SQ_STORAGE.items() if storage == codec.storage)
+    scale, offset = (state.model.get(f"{codec.name}.{part}") for part in ("scale", "offset"))
+    trained = np.zeros(0, np.float32) if scale is None or offset is None else steps_of(scale.numpy(), offset.numpy())
+    return files.SQ(*head, kind, trained, sq_bytes(_rows(state, codec.name)))
 
 
 def _rows(state: State, name: str) -> Tensor:

@@ -43,8 +43,16 @@ from metate.compat.faiss.factory import (
     write_ProductQuantizer,
     write_VectorTransform,
 )
-from metate.compat.faiss.indexes import IndexFlat, IndexFlatCodes, IndexFlatIP, IndexFlatL2, IndexPQ
-from metate.compat.faiss.ivf import DirectMap, IndexIVF, IndexIVFFlat, IndexIVFPQ
+from metate.compat.faiss.indexes import (
+    IndexFlat,
+    IndexFlatCodes,
+    IndexFlatIP,
+    IndexFlatL2,
+    IndexPQ,
+    IndexPQFastScan,
+    IndexScalarQuantizer,
+)
+from metate.compat.faiss.ivf import DirectMap, IndexIVF, IndexIVFFlat, IndexIVFPQ, IndexIVFPQFastScan
 from metate.compat.faiss.ivflib import (
     check_compatible_for_merge,
     extract_index_ivf,
@@ -59,7 +67,7 @@ from metate.compat.faiss.ivflib import (
 )
 from metate.compat.faiss.lists import ArrayInvertedLists, InvertedLists
 from metate.compat.faiss.parameters import ClusteringParameters
-from metate.compat.faiss.quantizer import ProductQuantizer, normalize_L2
+from metate.compat.faiss.quantizer import ProductQuantizer, ScalarQuantizer, normalize_L2
 from metate.compat.faiss.selectors import (
     IDSelector,
     IDSelectorAll,
@@ -125,17 +133,17 @@ __all__ = [
     "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot", "IDSelectorOr", "IDSelectorRange",
     "IDSelectorTranslated", "IDSelectorXOr", "IOReader", "IOWriter", "IVFSearchParameters", "Index", "IndexFlat",
     "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat",
-    "IndexIVFPQ", "IndexIVFStats", "IndexPQ", "IndexPreTransform", "IndexRefine", "IndexRefineFlat",
-    "IndexRefineSearchParameters", "InvertedLists", "Kmeans", "LinearTransform", "NormalizationTransform", "OPQMatrix",
-    "PCAMatrix", "ParameterSpace", "ProductQuantizer", "PyCallbackIDSelector", "PyCallbackIOReader",
-    "PyCallbackIOWriter", "RandomRotationMatrix", "ResultHeap", "SearchParameters", "SearchParametersIVF",
-    "SearchParametersPQ", "SearchParametersPreTransform", "VectorIOReader", "VectorIOWriter", "VectorTransform",
-    "ZeroCopyIOReader", "check_compatible_for_merge", "clone_index", "copy_array_to_vector", "cvar",
-    "deserialize_index", "downcast_InvertedLists", "downcast_Quantizer", "downcast_VectorTransform", "downcast_index",
-    "eval_intersection", "extract_index_ivf", "get_invlist_range", "get_mem_usage_kb", "imbalance_factor",
-    "index_factory", "is_similarity_metric", "kmin", "knn", "merge_into", "merge_knn_results", "normalize_L2",
-    "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances", "rand", "randint", "randn",
-    "range_search_with_parameters", "read_ProductQuantizer", "read_VectorTransform", "read_index",
+    "IndexIVFPQ", "IndexIVFPQFastScan", "IndexIVFStats", "IndexPQ", "IndexPQFastScan", "IndexPreTransform",
+    "IndexRefine", "IndexRefineFlat", "IndexRefineSearchParameters", "IndexScalarQuantizer", "InvertedLists", "Kmeans",
+    "LinearTransform", "NormalizationTransform", "OPQMatrix", "PCAMatrix", "ParameterSpace", "ProductQuantizer",
+    "PyCallbackIDSelector", "PyCallbackIOReader", "PyCallbackIOWriter", "RandomRotationMatrix", "ResultHeap",
+    "ScalarQuantizer", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ", "SearchParametersPreTransform",
+    "VectorIOReader", "VectorIOWriter", "VectorTransform", "ZeroCopyIOReader", "check_compatible_for_merge",
+    "clone_index", "copy_array_to_vector", "cvar", "deserialize_index", "downcast_InvertedLists", "downcast_Quantizer",
+    "downcast_VectorTransform", "downcast_index", "eval_intersection", "extract_index_ivf", "get_invlist_range",
+    "get_mem_usage_kb", "imbalance_factor", "index_factory", "is_similarity_metric", "kmin", "knn", "merge_into",
+    "merge_knn_results", "normalize_L2", "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances", "rand",
+    "randint", "randn", "range_search_with_parameters", "read_ProductQuantizer", "read_VectorTransform", "read_index",
     "search_and_return_centroids", "search_centroid", "search_with_parameters", "serialize_index", "set_invlist_range",
     "swig_ptr", "try_extract_index_ivf", "vector_float_to_array", "vector_to_array", "write_ProductQuantizer",
     "write_VectorTransform", "write_index",

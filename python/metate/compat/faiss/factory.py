@@ -15,10 +15,10 @@ import numpy.typing as npt
 from metate.compat.faiss.base import METRIC_L2, Elementary, Index
 from metate.compat.faiss.clustering import flat_like
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
-from metate.compat.faiss.indexes import IndexFlat, IndexPQ
-from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ
+from metate.compat.faiss.indexes import IndexFlat, IndexPQ, IndexPQFastScan, IndexScalarQuantizer
+from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ, IndexIVFPQFastScan
 from metate.compat.faiss.ivflib import extract_index_ivf
-from metate.compat.faiss.quantizer import ProductQuantizer
+from metate.compat.faiss.quantizer import ProductQuantizer, ScalarQuantizer
 from metate.compat.faiss.streams import IOReader, IOWriter
 from metate.compat.faiss.transforms import (
     LinearTransform,
@@ -32,6 +32,8 @@ from metate.errors import FormatError
 from metate.search import faiss_files as files
 from metate.search.faiss_index import from_tree, to_tree
 from metate.search.files import replacing
+
+SCALARS = {"SQ8": ScalarQuantizer.QT_8bit, "SQfp16": ScalarQuantizer.QT_fp16, "SQbf16": ScalarQuantizer.QT_bf16}
 
 
 def index_factory(d: int, description: str, metric: int = METRIC_L2) -> Index:
@@ -82,11 +84,11 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
     lists = re.fullmatch(r"IVF(\d+)([kM]?)(?:\((PQ.+)\))?", parts[0]) if len(parts) == 2 else None
     nlist = int(lists[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[lists[2]] if lists else 0
     code = parts[-1] if len(parts) == (2 if lists else 1) else ""
-    match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(np)?", code)
-    if code != "Flat" and not match:
+    match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(?:(np)|(fsr?)(?:_\d+)?)?", code)
+    if code not in ("Flat", *(() if lists else SCALARS)) and not match:
         raise RuntimeError(
-            f"index_factory: {description!r}, expected what metate has: "
-            "[IDMap,][PCAn|OPQ…|RR…|L2norm,][IVFn[(PQm)],]Flat|PQm[xb][,Refine(Flat|PQm)]"
+            f"index_factory: {description!r}, expected what metate has: [IDMap,][PCAn|OPQ…|RR…|L2norm,]"
+            "[IVFn[(PQm)],]Flat|PQm[xb]|PQmx4fs[,Refine(Flat|SQ8|PQm)], or SQ8, SQfp16 or SQbf16 without lists"
         )
     if match:
         M, bits = int(match[1]), int(match[2] or 8)
@@ -94,11 +96,15 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
             raise RuntimeError(f"index_factory: {M} sub-vectors of {d} dimensions, expected a divisor")
         coded: IndexPQ | IndexIVFPQ
         if lists:
-            coded = IndexIVFPQ(_quantizer(d, lists[3], metric, description), d, nlist, M, bits, metric)
+            kind = IndexIVFPQFastScan if match[4] else IndexIVFPQ
+            coded = kind(_quantizer(d, lists[3], metric, description), d, nlist, M, bits, metric)
+            coded.by_residual = match[4] != "fs"
         else:
-            coded = IndexPQ(d, M, bits, metric)
+            coded = (IndexPQFastScan if match[4] else IndexPQ)(d, M, bits, metric)
         coded.do_polysemous_training = not match[3]
         return coded
+    if code in SCALARS:
+        return IndexScalarQuantizer(d, SCALARS[code], metric)
     if lists:
         return IndexIVFFlat(_quantizer(d, lists[3], metric, description), d, nlist, metric)
     return flat_like(d, metric)
@@ -215,9 +221,14 @@ def _tree(index: Index) -> files.Node:
         index._inner.nprobe = min(index.nprobe, index.nlist)
         tree = to_tree(index._inner)
         assert isinstance(tree, files.IVF)
-        tree.quantizer = _tree(index.quantizer)
+        tree.quantizer, tree.fast = _tree(index.quantizer), isinstance(index, IndexIVFPQFastScan)
         return tree
-    return to_tree(index._inner)  # type: ignore[attr-defined]
+    leaf = to_tree(index._inner)  # type: ignore[attr-defined]
+    if isinstance(leaf, files.SQ) and isinstance(index, IndexScalarQuantizer):
+        leaf.trained = index.sq.trained
+    if isinstance(leaf, files.PQ):
+        leaf.fast = isinstance(index, IndexPQFastScan)
+    return leaf
 
 
 def _step(step: VectorTransform) -> files.Step:
@@ -278,11 +289,15 @@ def _leaf(inner: Any, node: files.Node) -> Index:
         if node.codebooks is None:
             found = IndexIVFFlat(quantizer, node.d, inner.nlist, node.metric)
         else:
-            found = IndexIVFPQ(quantizer, node.d, inner.nlist, inner.M, inner.bits, node.metric)
+            kind = IndexIVFPQFastScan if node.fast else IndexIVFPQ
+            found = kind(quantizer, node.d, inner.nlist, inner.M, inner.bits, node.metric)
             found.by_residual = inner.residual
         found.nprobe = node.nprobe
     elif isinstance(node, files.PQ):
-        found = IndexPQ(node.d, inner.M, inner.bits, node.metric)
+        found = (IndexPQFastScan if node.fast else IndexPQ)(node.d, inner.M, inner.bits, node.metric)
+    elif isinstance(node, files.SQ):
+        scalar = found = IndexScalarQuantizer(node.d, node.kind, node.metric)
+        scalar.sq.trained = node.trained.copy()
     else:
         found = flat_like(node.d, node.metric)
     found._took(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import numpy as np
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, Elementary, Index, metric_name
 from metate.compat.faiss.lists import append, append_codes, stored
 from metate.compat.faiss.parameters import Floats, Only
-from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array
+from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, ScalarQuantizer, as_array
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersPQ
 from metate.search import FlatIndex, PQIndex
+from metate.search.faiss_index import SQ_STORAGE
 
 
 class IndexFlatCodes(Elementary):
@@ -76,6 +78,32 @@ class IndexFlatIP(IndexFlat):
         super().__init__(d, METRIC_INNER_PRODUCT)
 
 
+class IndexScalarQuantizer(IndexFlatCodes):
+    def __init__(self, d: int, qtype: int, metric: int = METRIC_L2) -> None:
+        super().__init__(d, metric)
+        self.sq = ScalarQuantizer(self.d, qtype)
+        self._inner = FlatIndex(self.d, metric_name(metric), storage=SQ_STORAGE[qtype])
+        self.code_size = self.sq.code_size
+
+    def train(self, x: Any) -> None:
+        self.sq.train(self._checked(x))
+        self._set_trained()
+
+    def _given(self) -> dict[str, Any]:
+        return self.sq._model()
+
+    def _encode(self, x: Floats) -> Bytes:
+        return self.sq.compute_codes(x)
+
+    def _decode(self, codes: Bytes) -> Floats:
+        return self.sq.decode(codes)
+
+    @property
+    def codes(self) -> Bytes:
+        """The codes of all vectors."""
+        return stored(self._inner, np.arange(self.ntotal))[1].reshape(-1)
+
+
 class IndexPQ(IndexFlatCodes):
     ST_PQ = 0
     search_type = Only(ST_PQ)
@@ -116,3 +144,16 @@ class IndexPQ(IndexFlatCodes):
             return super()._how(params)
         self.search_type = params.search_type
         return {"filter": params.sel}
+
+
+class IndexPQFastScan(IndexPQ):
+    """(d, M, nbits, metric, bbs), or (index, bbs) with what an IndexPQ holds: codes of 4 bits, which all indexes here
+    scan fast, and without rounding distances."""
+
+    def __init__(self, *given: Any) -> None:
+        like = given[0] if isinstance(given[0], IndexPQ) else None
+        super().__init__(*(given[:4] if like is None else (like.d, like.pq.M, like.pq.nbits, like.metric_type)))
+        if self.pq.nbits != 4:
+            raise RuntimeError(f"IndexPQFastScan: nbits is {self.pq.nbits}, expected 4")
+        if like is not None:
+            self._took(copy.deepcopy(like._inner))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -293,6 +294,9 @@ class IndexIVFPQ(IndexIVF):
             self.d, self.nlist, self._M, self._bits, metric_name(self.metric_type), residual=self._residual, seed=1234
         )
 
+    def _shape(self) -> tuple[Any, ...]:
+        return self.quantizer, self.d, self.nlist, self._M, self._bits, self.metric_type
+
     @property
     def by_residual(self) -> bool:
         return self._residual
@@ -330,3 +334,18 @@ class IndexIVFPQ(IndexIVF):
 
     def precompute_table(self) -> None:
         """Nothing to do: what does not depend on the query lies beside the codes."""
+
+
+class IndexIVFPQFastScan(IndexIVFPQ):
+    """(quantizer, d, nlist, M, nbits, metric, bbs), or (index, bbs) with what an IndexIVFPQ holds; as IndexPQFastScan.
+    It quantises vectors, not residuals, until by_residual is set."""
+
+    def __init__(self, *given: Any) -> None:
+        like = given[0] if isinstance(given[0], IndexIVFPQ) else None
+        super().__init__(*(given[:6] if like is None else like._shape()))
+        if self.pq.nbits != 4:
+            raise RuntimeError(f"IndexIVFPQFastScan: nbits is {self.pq.nbits}, expected 4")
+        self.by_residual = like is not None and like.by_residual
+        if like is not None:
+            self.nprobe = like.nprobe
+            self._took(copy.deepcopy(like._inner))

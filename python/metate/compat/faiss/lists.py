@@ -13,6 +13,7 @@ from torch import Tensor
 from metate.compat.faiss.quantizer import Bytes, as_array
 from metate.compat.faiss.selectors import Booleans, Integers, SearchParametersIVF
 from metate.search.codecs import Probe, Product
+from metate.search.faiss_index import sq_bytes, sq_rows
 from metate.search.filters import keep_bitmap
 from metate.search.storage import Lists
 
@@ -80,7 +81,7 @@ def stored(inner: Any, ids: Integers) -> tuple[Integers, Bytes]:
     lists, there = inner._state.lists, ids >= 0
     rows = lists.find(ids[there])
     name = "codes" if isinstance(inner.codec, Product) else "vectors"
-    found = np.ascontiguousarray(lists.columns[name][torch.from_numpy(rows)].numpy()).view(np.uint8)
+    found = sq_bytes(lists.columns[name][torch.from_numpy(rows)])
     home, codes = np.zeros(len(ids), np.int64), np.zeros((len(ids), found.shape[1]), np.uint8)
     home[there], codes[there] = (lists.list_of(rows) if len(rows) else rows), found
     return home, codes
@@ -129,7 +130,7 @@ def append_codes(target: Any, home: Integers, codes: Bytes, ids: Integers | None
             model = target._trained(op).model
             values["bias"] = codec.bias(model, values["codes"], model["centroids"][torch.from_numpy(home)])
     else:
-        values = {codec.name: torch.from_numpy(codes.copy().view(np.float32))}
+        values = {codec.name: sq_rows(codes, codec.columns[codec.name][1])}
         if not bool(values[codec.name].isfinite().all()):
             raise RuntimeError(f"{op}: vectors are not finite everywhere, expected finite numbers")
     _extend(op, target, home, values, ids)

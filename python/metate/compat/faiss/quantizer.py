@@ -1,4 +1,4 @@
-"""faiss' product quantizer over our operators."""
+"""faiss' quantizers over our operators."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from metate.compat.faiss.parameters import ClusteringParameters, Floats
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
+from metate.search.codecs import Vectors
+from metate.search.faiss_files import SQ_BFLOAT, SQ_BYTE, SQ_HALF, SQ_SIZES
+from metate.search.faiss_index import SQ_STORAGE, levels_of, sq_bytes, sq_rows
 from metate.search.training import train_codebooks
 
 Bytes = npt.NDArray[np.uint8]
@@ -81,3 +84,34 @@ class ProductQuantizer:
     def _tables(self, nx: int, x: Any, tables: Any, metric: str) -> None:
         queries = torch.from_numpy(as_array(x).reshape(nx, self.d))
         tables.reshape(nx, self.M, self.ksub)[...] = pq_distance_tables(queries, self._books, metric=metric).numpy()
+
+
+class ScalarQuantizer:
+    """Numbers one by one: in a byte, of the range that each column had in training, or as float16 or bfloat16."""
+
+    QT_8bit, QT_fp16, QT_bf16 = SQ_BYTE, SQ_HALF, SQ_BFLOAT
+
+    def __init__(self, d: int, qtype: int) -> None:
+        if qtype not in SQ_SIZES:
+            raise RuntimeError(f"ScalarQuantizer: qtype is {qtype}, expected QT_8bit, QT_fp16 or QT_bf16")
+        self.d, self.qtype, self.code_size = d, qtype, d * SQ_SIZES[qtype]
+        self.trained: Floats = np.zeros(0, np.float32)
+        self._codec = Vectors(d, SQ_STORAGE[qtype])
+
+    def train(self, x: Any) -> None:
+        if self.qtype == self.QT_8bit:
+            points = as_array(x)
+            least = points.min(0)
+            self.trained = np.concatenate([least, points.max(0) - least])
+
+    def _model(self) -> dict[str, Tensor]:
+        if self.qtype == self.QT_8bit and not len(self.trained):
+            raise RuntimeError("ScalarQuantizer: not trained; call train(x)")
+        return {name: torch.from_numpy(array) for name, array in levels_of(self.trained).items()}
+
+    def compute_codes(self, x: Any) -> Bytes:
+        return sq_bytes(self._codec.encode(self._model(), torch.from_numpy(as_array(x)))[self._codec.name])
+
+    def decode(self, codes: Any) -> Floats:
+        rows = sq_rows(np.ascontiguousarray(codes, np.uint8), self._codec.columns[self._codec.name][1])
+        return as_array(self._codec.decode(self._model(), {self._codec.name: rows}))

@@ -219,6 +219,8 @@ def test_kmeans_fills_empty_clusters():
     x = torch.cat([torch.zeros(50, 2), torch.ones(3, 2)]) + 0.01 * torch.arange(53.0)[:, None]
     centroids, assignment, _ = metate.kmeans(x, 20, init="sample", seed=1)
     assert centroids.isfinite().all() and assignment.unique().numel() > 15
+    many = torch.cat([torch.ones(500, 2), 8 + torch.rand(100, 2)])  # nothing is gained where points are equal
+    assert metate.kmeans(many, 32, init="sample", seed=1)[1].unique().numel() > 28
     same = metate.kmeans(torch.ones(30, 3), 4)
     assert torch.allclose(same[0], torch.ones(4, 3), rtol=1e-2) and same[1].max() < 4
 

@@ -43,7 +43,7 @@ def kmeans(
     Returns:
         centroids (k, D) float32; assignment (n) int64, of all points to the final centroids, exact; objective
         (iterations) float64: of the points trained on, the sum of squared distances (of inner products if spherical)
-        to the centroids before each move. A centroid that lost its points restarts beside that of the largest cluster.
+        to the centroids before each move. A centroid that lost its points restarts beside that with the largest error.
     """
     centroids, objective = fit_centroids(
         x, k, init, iterations, seed, spherical, spherical, max_points_per_centroid, weights
@@ -203,8 +203,8 @@ def _kept(proposals: Tensor, before: Tensor, draws: Tensor) -> Tensor:
 def _move(
     x: Tensor, columns: Tensor | None, weights: Tensor | None, nearest: Tensor, k: int, together: int
 ) -> Tensor:  # fmt: skip
-    """The means of the clusters; where there is none, half of the largest that is left is split off: of `together`
-    clusters, which share their points.
+    """The means of the clusters; where there is none, half of that with the largest error is split off: of `together`
+    clusters, which share their points. (Of the largest cluster nothing can be split off where its points are equal.)
 
     x, and its columns one after another, are multiplied by the weights already.
     """
@@ -216,11 +216,14 @@ def _move(
     means = sums / counts.where(counts > 0, 1)[:, None]
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
-        size = counts.tolist()
+        points = x if weights is None else x / weights.where(weights > 0, 1)[:, None]
+        gaps = (points - means[nearest]).square_().sum(1)
+        error = torch.bincount(nearest, gaps if weights is None else gaps * weights, minlength=k)
+        rank = [(float(e), float(size)) for e, size in zip(error.tolist(), counts.tolist(), strict=True)]
         for lost in empty:
             first = lost // together * together
-            largest = max(range(first, first + together), key=size.__getitem__)
-            step = means[largest] * (2.0**-10)
-            means[lost], means[largest] = means[largest] + step, means[largest] - step
-            size[lost], size[largest] = size[largest] / 2, size[largest] / 2
+            worst = max(range(first, first + together), key=rank.__getitem__)
+            step = means[worst] * (2.0**-10)
+            means[lost], means[worst] = means[worst] + step, means[worst] - step
+            rank[lost] = rank[worst] = rank[worst][0] / 2, rank[worst][1] / 2
     return means

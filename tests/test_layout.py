@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "metate"
 LAYERS = [
-    {"errors", "accuracy", "axes", "philox", "masks", "low_bit", "memory", "library", "hardware"},
+    {"errors", "accuracy", "axes", "philox", "masks", "low_bit", "memory", "library", "hardware", "backends"},
     {"op"},
-    {"shortcut"},
+    {"shortcut", "explanation"},
     {"ops"},
     {"nn", "quant", "search"},
     {"models", "generate", "parallel"},

@@ -128,22 +128,50 @@ def test_gradgradcheck(op):
             )
 
 
-@pytest.mark.parametrize("op", GRADIENTS)
-def test_transformed_gradients_equal_those_of_autograd(op):
-    args = differentiable(op.example(op.domain.cases[1], torch.float64))
-    at = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+def transformable(op: Op) -> tuple[Any, list[Tensor]]:
+    """A loss of the floating-point arguments of a call, and these."""
+    args = op.example(op.domain.cases[1], torch.float64)
+    at = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
 
     def loss(*leaves: Tensor) -> Tensor:
         given = dict(zip(at, leaves, strict=True))
         results = outputs(op(*(given.get(i, a) for i, a in enumerate(args))))
-        return sum((r * r.detach().cos()).where(r.isfinite(), 0).sum() for r in results if r.is_floating_point())
+        results = [r.where(r.isfinite(), 0) for r in results if r.is_floating_point()]
+        return sum((r * r.detach().cos()).sum() for r in results)  # type: ignore[return-value]
 
-    leaves = [args[i] for i in at]
-    expected = torch.autograd.grad(loss(*leaves), leaves, allow_unused=True, materialize_grads=True)
-    torch.testing.assert_close(torch.func.grad(loss, tuple(range(len(at))))(*leaves), expected)
+    return loss, [args[i].clone() for i in at]
+
+
+def gradients(loss: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    return torch.autograd.grad(loss(*leaves), leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_transformed_gradients_equal_those_of_autograd(op):
+    loss, leaves = transformable(op)
+    expected = gradients(loss, leaves)
+    grad = torch.func.grad(loss, tuple(range(len(leaves))))
+    torch.testing.assert_close(grad(*leaves), expected)
     stacked = [torch.stack([x, x]) for x in leaves]
-    mapped = torch.vmap(torch.func.grad(loss, tuple(range(len(at)))))(*stacked)
-    torch.testing.assert_close(mapped, tuple(torch.stack([x, x]) for x in expected))
+    torch.testing.assert_close(torch.vmap(grad)(*stacked), tuple(torch.stack([x, x]) for x in expected))
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_second_transformed_gradients_equal_those_of_autograd(op):
+    """A level of torch.func's transforms on another: what the inner records, the outer must see."""
+    loss, leaves = transformable(op)
+    at = tuple(range(len(leaves)))
+
+    def along(gradient: tuple[Tensor, ...], leaves: Any) -> Tensor:
+        return sum((g * x).sum() for g, x in zip(gradient, leaves, strict=True))  # type: ignore[return-value]
+
+    def outer(*leaves: Tensor) -> Tensor:
+        options = dict(create_graph=True, allow_unused=True, materialize_grads=True)
+        return along(torch.autograd.grad(loss(*leaves), leaves, **options), leaves)
+
+    got = torch.func.grad(lambda *leaves: along(torch.func.grad(loss, at)(*leaves), leaves), at)(*leaves)
+    torch.testing.assert_close(got, gradients(outer, leaves))
 
 
 def has_numbers(op: Op) -> bool:
@@ -222,6 +250,15 @@ def test_compiled_gradients_equal_eager(op):
         function(*leaves).backward()
         gradients.append(tuple(a.grad for a in leaves if isinstance(a, Tensor) and a.grad is not None))
     assert gradients[0] and same_bits(*gradients)
+
+
+@pytest.mark.parametrize("op", FIRST)
+def test_compiled_transforms_equal_autograd(op):
+    torch._dynamo.reset()
+    loss, leaves = transformable(op)
+    grad = torch.func.grad(loss, tuple(range(len(leaves))))
+    got = torch.compile(grad, backend="aot_eager", fullgraph=True)(*leaves)
+    torch.testing.assert_close(got, gradients(loss, leaves))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -271,6 +271,26 @@ def test_what_equals_a_number_is_still_checked():
             op(x, low, None, wrong)
 
 
+def test_an_operator_without_kernels_warns_once(caplog, monkeypatch):
+    """In a process of its own all would be so; here one is told that it has none."""
+    op = REGISTRY["merge_attention_states"]
+    monkeypatch.setattr(library, "load", lambda: {"cpu": library.Module(None, "not built: run `pip install .`")})
+    monkeypatch.setitem(op._implementations, "cpu", {"reference": op.fallback})
+    monkeypatch.setattr(op, "_direct", ())
+    op.forget_plans()
+    for case in op.domain.cases[1:4]:
+        op(*op.example(case, torch.float32))
+    op.forget_plans()
+    (warned,) = caplog.messages
+    assert warned == (
+        "metate.merge_attention_states runs on its slow reference: cpu: not built: run `pip install .`; "
+        "see `metate info`"
+    )
+    with metate.use("reference"):
+        op(*op.example(op.domain.cases[1], torch.float32))
+    assert len(caplog.messages) == 1, "who asks for it knows"
+
+
 @pytest.mark.parametrize("op,device,backend", COMPILED)
 def test_memory_is_given_back(op, device, backend):
     args = example(op, backend, device)

@@ -1,11 +1,12 @@
 """metate: kernels for transformers and vector search that run everywhere PyTorch runs."""
 
 from metate import library
+from metate.backends import use
 from metate.errors import FormatError
+from metate.explanation import explain, supports
 from metate.generate import generate
 from metate.masks import AttentionMask
 from metate.nn import quantize_model
-from metate.op import explain, supports, use
 from metate.ops.attention import attention, attention_varlen, merge_attention_states
 from metate.ops.moe import (
     QuantizedExperts,

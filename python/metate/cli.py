@@ -20,7 +20,8 @@ from rich.table import Column, Table
 
 from metate import __version__, hardware, library
 from metate import verify as engine
-from metate.op import BACKENDS, REGISTRY, Op
+from metate.backends import BACKENDS
+from metate.op import REGISTRY, Op
 
 app = typer.Typer(
     name="metate",

@@ -48,14 +48,6 @@ def dispatcher_is_wanted() -> bool:
     return any(guard() for guard in _GUARDS)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func's grad, vmap or jvp is to see a call, and not the dispatcher amid a rule of it."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is None or interpreter.key() == torch._C._functorch.TransformType.Functionalize:
-        return False
-    return not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.FuncTorchBatched)
-
-
 @dataclass(frozen=True)
 class Direct:
     """The short way to a compiled operator, around torch's dispatcher (csrc/torch/direct.h)."""

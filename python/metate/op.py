@@ -13,8 +13,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from types import ModuleType
@@ -22,20 +21,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from metate import accuracy, library
+from metate import accuracy, backends, library
 from metate.accuracy import computes
 from metate.axes import Axes
+from metate.backends import State, current, on, traced, use, within
 from metate.errors import fail
 
 Case = dict[str, Any]  # axis sizes and flags, as in {"B": 1, "Sq": 63, "causal": True}
 Backend = Callable[..., Any]
 Args = tuple[Any, ...]
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
 REGISTRY: dict[str, Op] = {}
 
 _public = torch.library.Library("metate", "DEF")
@@ -46,41 +46,24 @@ _PLANS = 4096  # remembered decisions per op, then forgotten all at once
 _log = logging.getLogger("metate")
 
 
-@dataclass(frozen=True)
-class _State:
-    """What `use` and `explain` set for the calls of this thread or task."""
-
-    backend: str | None = None
-    capture: bool = False
-
-
-_state: ContextVar[_State | None] = ContextVar("metate", default=None)
-
-
-@contextlib.contextmanager
-def _within(state: _State | None) -> Iterator[None]:
-    token = _state.set(state)
-    try:
-        yield
-    finally:
-        _state.reset(token)
-
-
-@dataclass
-class _Traced:
-    """What `use` says to a compiler, which knows no context variables."""
-
-    backend: str | None = None
-
-
-_traced = _Traced()
-
-
-class _Captured(BaseException):
+class Captured(BaseException):
     """Carries a call out of a public function to `explain`."""
 
     def __init__(self, op: Op, args: Args) -> None:
         self.op, self.call = op, args
+
+
+class _Node(torch.autograd.Function):
+    """An operator in the graph of gradients, for the dispatcher, which takes torch.func's transforms one at a time.
+
+    The base's `apply` would begin with all of them anew. What torch.library.register_autograd makes refuses them, and
+    torch.compile(torch.func.grad(…)) with them.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, cls).apply(*args)
 
 
 @dataclass(frozen=True)
@@ -121,7 +104,6 @@ class Op:
 
     def __post_init__(self) -> None:
         self.public = self.public or self.name
-        self.transformed: type[torch.autograd.Function] | None = None
         schema = _schema(self.reference, tuple(self.outputs) if self.writes else ())
         for namespace in (_compiled, _emulated):
             namespace.define(self.name + schema)
@@ -136,9 +118,8 @@ class Op:
         qualified = f"metate::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_public)
         torch.library.register_vmap(qualified, self._under_vmap, lib=_public)
-        if self.writes:  # torch's register_autograd takes functions only
-            _public.impl(self.name, self._without_gradient, "Autograd")
-        elif self.gradient is not None:
+        _public.impl(self.name, self._under_autograd, "Autograd")
+        if self.gradient is not None:
             self.differentiable(self._no_gradient, lambda ctx, inputs, output: None)
         self.parameters = tuple(inspect.signature(self.reference).parameters)
         self.arity = len(self.axes)
@@ -164,9 +145,9 @@ class Op:
             with use(backend):
                 return self.call(args, first_only)
         if is_dynamo_compiling():
-            results = self.torch_op(*args, backend=_traced.backend)
+            results = self.torch_op(*args, backend=traced.backend)
             return results[0] if first_only else results
-        state = _state.get()
+        state = current.get()
         if state is None:
             for direct in self._direct:
                 result = direct.call(args, first_only)
@@ -176,7 +157,7 @@ class Op:
                     return result
         elif state.capture:
             self._without_tangents(args)
-            raise _Captured(self, args)
+            raise Captured(self, args)
         results = self._long_way(args)
         return results[0] if first_only else results
 
@@ -184,43 +165,55 @@ class Op:
         self._without_tangents(args)
         if library.dispatcher_is_wanted():
             return self._dispatch(args)
-        grad = torch.is_grad_enabled()
+        learns = False
         for tensor in args[: self.arity]:
-            if tensor is not None and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
-                return self._dispatch(args)
-        return self._run(*args)
+            if tensor is not None:
+                if type(tensor) not in _PLAIN:
+                    return self._dispatch(args)
+                learns |= tensor.requires_grad
+        return self._with_gradient(args) if learns and torch.is_grad_enabled() else self._run(*args)
 
     def _dispatch(self, args: Args) -> Any:
         for name, arg in zip(self.axes, args, strict=False):
             if arg is not None and not isinstance(arg, Tensor):
                 raise fail(self.public, name, type(arg).__name__, "a torch.Tensor", error=TypeError)
-        if self.transformed is not None and library.is_transformed():
-            return self.transformed.apply(*args)
-        state = _state.get()
-        return self.torch_op(*args, backend=state.backend if state else None)
+        return self.torch_op(*args, backend=backends.used())
 
     def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
         """Gradients by `backward(ctx, *grads)`, saved by `setup(ctx, inputs, output)`, on the forward's backend."""
 
-        def setup_context(
-            ctx: Any, inputs: Args, output: Any, keyword_only_inputs: Mapping[str, str | None] | None = None
-        ) -> None:
-            backend = keyword_only_inputs["backend"] if keyword_only_inputs else None
-            ctx.metate = _State(backend) if backend else _state.get()
+        def forward(*args: Any) -> Any:
+            if not library.dispatcher_is_wanted():
+                return self.call(args)
+            # torch runs this without gradients, which is meant for one level of torch.func's, and not for those below
+            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+                return self.torch_op(*args, backend=backends.used())
+
+        def setup_context(ctx: Any, inputs: Args, output: Any) -> None:
+            ctx.metate = current.get()
             setup(ctx, inputs, output)
 
         def run(ctx: Any, *grads: Any) -> Any:
-            with _within(ctx.metate):
+            with within(ctx.metate):
                 return backward(ctx, *grads)
 
-        torch.library.register_autograd(f"metate::{self.name}", run, setup_context=setup_context, lib=_public)
-        # torch.func does not see gradients of torch.library: under its transforms an operator is this.
-        rules = dict(forward=self.torch_op, setup_context=setup_context, backward=run, vmap=self._under_vmap)
-        methods = {name: staticmethod(rule) for name, rule in rules.items()}
-        self.transformed = type(f"metate.{self.name}", (torch.autograd.Function,), methods)
+        rules = dict(forward=forward, setup_context=setup_context, backward=run)
+        self._node = type(f"metate.{self.name}", (_Node,), {name: staticmethod(rule) for name, rule in rules.items()})
+
+    def _under_autograd(self, *args: Any, backend: str | None = None) -> Any:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.torch_op(*args, backend=backend)
+        with on(backend):
+            return self._with_gradient(args)
+
+    def _with_gradient(self, args: Args) -> Any:
+        if self.writes:
+            self._no_gradient(None)
+        return self._node.apply(*args)
 
     def _under_vmap(self, info: Any, in_dims: Args, *args: Any, backend: str | None = None) -> tuple[Any, Any]:
-        with _within(_State(backend) if backend else _state.get()):
+        with on(backend):
             return self.vmap(self, info, in_dims, args)  # type: ignore[no-any-return]
 
     def _no_gradient(self, ctx: Any, *grads: Any) -> Any:
@@ -236,12 +229,6 @@ class Op:
                     f"metate.{self.public}: {name} has a tangent, but there are no derivatives in forward mode (jvp, "
                     "jacfwd); use reverse mode (grad, vjp)"
                 )
-
-    def _without_gradient(self, *args: Any, backend: str | None = None) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            self._no_gradient(None)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.torch_op(*args, backend=backend)
 
     # Choosing a backend.
 
@@ -283,31 +270,40 @@ class Op:
     def plan(self, args: Args) -> tuple[str, Backend]:
         """Name and callable of the backend for this call. Raises what is wrong with the call, or every refusal."""
         self.check(args)
-        forced = _forced()
+        forced = backends.forced()
         device = args[0].device.type
         if device == "meta":
             return "reference", self.shapes_only
-        available = self.implementations(device) if device in ("cpu", "cuda") else {"reference": self.fallback}
+        available = self.implementations(device)
         reasons: dict[str, str] = {}
         for name, backend in available.items():
             if forced is not None and name != forced:
                 continue
             reason = self.refusal(name, args)
             if reason is None:
-                if name == "reference" and device == "cuda" and forced is None:
-                    _log.warning("metate.%s runs on its slow reference: %s", self.public, _join(reasons))
+                if name == "reference" and forced is None:
+                    self._warn_of_reference(device, reasons)
                 return name, backend
             reasons[name] = reason
         if forced is not None and forced not in available:
             reasons[forced] = f"not available for {device} tensors here; `metate info` says why"
         raise NotImplementedError(f"metate.{self.public}: no backend runs this call ({_join(reasons)})")
 
+    def _warn_of_reference(self, device: str, refusals: Mapping[str, str]) -> None:
+        """Where it stands in for a kernel; on a CPU it is what computes what the kernel refuses, as float64."""
+        if device not in self.implementations(device):
+            missing = library.load()[device].missing if device in ("cpu", "cuda") else ""
+            refusals = {device: missing or "no kernel of this operator", **refusals}
+        elif device == "cpu":
+            return
+        _warn(f"metate.{self.public} runs on its slow reference: {_join(refusals)}; see `metate info`")
+
     def _run(self, *args: Any, backend: str | None = None) -> Any:
         """The kernel behind the dispatcher entry; on `backend`, where a compiled graph was traced with one."""
         if backend is not None:
-            with _within(_State(backend)):
+            with on(backend):
                 return self._run(*args)
-        state, arity = _state.get(), self.arity
+        state, arity = current.get(), self.arity
         key: list[Any] = [state, args[arity:], *map(type, args[arity:])]  # True equals 1, but is none
         for tensor in args[:arity]:
             key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
@@ -319,7 +315,7 @@ class Op:
     def _count_write(self, args: Args) -> None:
         torch.autograd.graph.increment_version([x for x in self.written(args) if not x.is_inference()])
 
-    def _backend(self, state: _State | None, key: Args, args: Args) -> Backend:
+    def _backend(self, state: State | None, key: Args, args: Args) -> Backend:
         """The backend of a call, remembered by all that the choice depends on; raises what is wrong with the call."""
         try:
             backend = self._plans.get(key)
@@ -544,6 +540,12 @@ def _triton_kernels(family: str) -> ModuleType | None:
         raise
 
 
+@functools.cache
+def _warn(text: str) -> None:
+    """Once for each text."""
+    _log.warning(text)
+
+
 def _join(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
@@ -557,94 +559,3 @@ def loop_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> tuple[Any, Any]:
     if isinstance(rows[0], tuple):
         return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(rows[0])
     return torch.stack(rows), 0
-
-
-# Talking about backends.
-
-
-def _forced() -> str | None:
-    state = _state.get()
-    return (state.backend if state else None) or library.requested_backend()
-
-
-def is_plain() -> bool:
-    """Whether nothing but the environment says how operators run, and no compiler looks on."""
-    return not is_dynamo_compiling() and _state.get() is None
-
-
-@contextlib.contextmanager
-def use(backend: str) -> Iterator[None]:
-    """Allow one backend only, in this thread or task: `with metate.use("triton"): ...`"""
-    if backend not in BACKENDS:
-        raise fail("use", "backend", repr(backend), " or ".join(map(repr, BACKENDS)))
-    if not is_dynamo_compiling():
-        with _within(_State(backend)):
-            yield
-        return
-    before, _traced.backend = _traced.backend, backend
-    try:
-        yield
-    finally:
-        _traced.backend = before
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend serves a call, and why the others do not."""
-
-    op: str
-    backend: str | None
-    refusals: Mapping[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"metate.{self.op}: " + (f"runs on {self.backend}" if self.backend else "no backend runs this call")]
-        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.refusals.items())])
-
-
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend `function(*args, **kwargs)` would run on; it is not run, but raises what the call would.
-
-    >>> print(metate.explain(metate.attention, q, k, v, causal=True))
-    """
-    state = _state.get() or _State()
-    token = _state.set(_State(backend=state.backend, capture=True))
-    try:
-        function(*args, **kwargs)
-        raise fail(
-            "explain",
-            "function",
-            getattr(function, "__name__", function),
-            "a public operator of metate",
-            error=TypeError,
-        )
-    except _Captured as captured:
-        op, call = captured.op, captured.call
-    finally:
-        _state.reset(token)
-    op.check(call)
-    forced, refusals, chosen = _forced(), {}, None
-    device = call[0].device.type
-    if device != "meta" and any(call[i] is not None for i in op._contents):
-        op.contents[1](*call)
-    available = op.implementations(device)
-    for name in BACKENDS:
-        if name not in available:
-            refusals[name] = f"not available for {device} tensors here"
-        elif (reason := op.refusal(name, call)) is not None:
-            refusals[name] = reason
-    for name in available:
-        if name not in refusals and chosen is None and forced in (None, name):
-            chosen = name
-    if forced is not None:
-        refusals.update(
-            {name: f"only {forced} is allowed" for name in BACKENDS if name != forced and name not in refusals}
-        )
-    return Explanation(op.name, chosen, refusals)
-
-
-def supports(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Whether `function(*args, **kwargs)` would run; `explain` tells why not. Never raises for wrong arguments."""
-    try:
-        return explain(function, *args, **kwargs).backend is not None
-    except (TypeError, ValueError, NotImplementedError):
-        return False

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from metate import library
-from metate.op import is_plain
+from metate.backends import is_plain
 
 Args = tuple[Any, ...]
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
+from metate.backends import is_plain
 from metate.errors import fail
-from metate.op import is_plain
 from metate.ops.moe import (
     Route,
     activation_scalars,
@@ -33,7 +33,7 @@ class GroupedLinear(nn.Module):
     or None.
 
     `forward` takes rows sorted by expert, those of expert e from offsets[e] to offsets[e + 1]; or any rows and the
-    `order` in which they stand so, as `metate.grouped_linear` does.
+    `order` in which they stand so, as `metate.grouped_linear` does, and raises what it does.
     """
 
     int8_activations = False  # as in `metate.grouped_linear`, of low-bit layers

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from metate import library
+from metate.backends import is_plain
 from metate.errors import fail
-from metate.op import is_plain
 from metate.ops.pq.declaration import topk_op
 from metate.ops.pq.kmeans import fit_centroids
 from metate.search.arrays import Array, Vectors, tensor_of
@@ -55,6 +55,7 @@ class Index(Searching):
             progress: a bar on stderr; None: where that is a terminal and it takes more than a second.
 
         Raises:
+            TypeError, ValueError: naming the argument; fewer vectors than centroids; NaN and infinity.
             RuntimeError: the index holds vectors, which are encoded with what it learnt before.
         """
         op = self._op("train")
@@ -104,7 +105,12 @@ class Index(Searching):
         return model
 
     def set_trained(self, tensors: Mapping[str, Array]) -> None:
-        """Takes what training would find, by the names of `trained_shapes()`, from elsewhere."""
+        """Takes what training would find, by the names of `trained_shapes()`, from elsewhere: float32 of those shapes.
+
+        Raises:
+            TypeError, ValueError: naming the tensor that is absent, of another shape or not finite.
+            RuntimeError: the index holds vectors, which are encoded with what it learnt before.
+        """
         op, model = self._op("set_trained"), {}
         for name, shape in self.trained_shapes().items():
             if name not in tensors:
@@ -130,6 +136,10 @@ class Index(Searching):
         """Adds vectors (n, dim), with the ids that follow the largest one so far; 0, 1, 2, … where none was given.
 
         They are read, checked and encoded some at a time, so x may be a memory-mapped array.
+
+        Raises:
+            TypeError, ValueError: naming the argument; NaN and infinity. Nothing is added then.
+            RuntimeError: the index is not trained.
         """
         if progress or not self._added_quickly(x):
             self._add(self._op("add"), x, None, progress)
@@ -202,7 +212,7 @@ class Index(Searching):
         return self._adding
 
     def add_with_ids(self, x: Array, ids: Array, *, progress: bool | None = None) -> None:
-        """Adds vectors (n, dim) under ids (n,): integers from 0 on, each new to the index."""
+        """Adds vectors (n, dim) under ids (n,): integers from 0 on, each new to the index. Raises as `add` does."""
         if not progress and self._added_quickly(x, ids):
             return
         op = self._op("add_with_ids")
@@ -278,7 +288,7 @@ class Index(Searching):
 
     @torch.no_grad()
     def assign(self, x: Array) -> Integers:
-        """The list that each vector of (n, dim) goes to."""
+        """The list that each vector of (n, dim) goes to, (n) int64; ValueError of an index without lists."""
         op = self._op("assign")
         if self.nlist is None:
             raise fail(op, "the index", "without lists", "one with lists")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metate import library
+from metate.backends import is_plain
 from metate.errors import fail
-from metate.op import is_plain
 from metate.ops.pq import topk_distances
 from metate.ops.pq.declaration import ivf_op
 from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
@@ -58,6 +58,10 @@ class Searching(Base):
             (distances, ids), each (Q, k) or (k,), best first, of equal ones the lower id; numpy for numpy. Distances
             are squared (metric "l2"), or products or cosines, of which larger is better. What is not there has id -1 at
             +inf (-inf).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
+            RuntimeError: the index is not trained.
         """
         op = self._op("search")
         if not isinstance(refine_factor, int) or refine_factor < 1:
@@ -184,6 +188,8 @@ class Searching(Base):
 
         Returns:
             (lims, distances, ids): those of query q, best first, lie from lims[q] to lims[q + 1].
+
+        Raises: as `search` does.
         """
         op = self._op("range_search")
         vectors, _, nprobe = self._checked_search(op, queries, 1, nprobe)
@@ -221,7 +227,11 @@ class Searching(Base):
 
     @torch.no_grad()
     def reconstruct(self, ids: int | Array) -> Any:
-        """The vectors of ids, (n, dim) or (dim,) for one, as the index knows them; torch for a tensor of ids."""
+        """The vectors of ids, (n, dim) or (dim,) for one, as the index knows them; torch for a tensor of ids.
+
+        Raises:
+            KeyError: the index has no such id. TypeError, ValueError: ids are no integers in a row.
+        """
         op, state = self._op("reconstruct"), self._trained(self._op("reconstruct"))
         tensor = tensor_of(op, "ids", np.asarray(ids) if not isinstance(ids, Tensor) else ids)
         if tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.dim() > 1:

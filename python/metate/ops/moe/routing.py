@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.backends import use
 from metate.errors import fail
-from metate.op import use
 from metate.ops.moe import reference
 from metate.ops.moe.declaration import topk_op
 
@@ -102,7 +102,12 @@ def update_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> None:
     """Balances without a loss (Wang et al. 2024): the bias of an overloaded expert sinks by `rate`, others rise.
 
     Args:
-        bias: (num_experts), floating, changed in place. counts: (num_experts), as from `Route.counts`.
+        bias: (num_experts), floating, changed in place.
+        counts: (num_experts), as from `Route.counts`.
+        rate: how far the bias of an expert moves.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
     for name, x in (("bias", bias), ("counts", counts)):
         if not isinstance(x, Tensor):

@@ -1,0 +1,71 @@
+"""explain and supports: which backend serves a call, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from metate import backends
+from metate.backends import BACKENDS, State, within
+from metate.errors import fail
+from metate.op import Captured
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and why the others do not."""
+
+    op: str
+    backend: str | None
+    refusals: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"metate.{self.op}: " + (f"runs on {self.backend}" if self.backend else "no backend runs this call")]
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.refusals.items())])
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend `function(*args, **kwargs)` would run on, and why the others do not; it is not run.
+
+    function: of metate's operators; of several that it calls, the first is explained.
+
+    >>> print(metate.explain(metate.attention, q, k, v, causal=True))
+
+    Raises:
+        TypeError: the function calls no operator of metate. What is wrong with the arguments, as the call itself would.
+    """
+    try:
+        with within(State(backends.used(), capture=True)):
+            function(*args, **kwargs)
+        name = getattr(function, "__name__", function)
+        raise fail("explain", "function", name, "a public operator of metate", error=TypeError)
+    except Captured as captured:
+        op, call = captured.op, captured.call
+    op.check(call)
+    forced, refusals, chosen = backends.forced(), {}, None
+    device = call[0].device.type
+    if device != "meta" and any(call[i] is not None for i in op._contents):
+        op.contents[1](*call)
+    available = op.implementations(device)
+    for name in BACKENDS:
+        if name not in available:
+            refusals[name] = f"not available for {device} tensors here"
+        elif (reason := op.refusal(name, call)) is not None:
+            refusals[name] = reason
+    for name in available:
+        if name not in refusals and chosen is None and forced in (None, name):
+            chosen = name
+    if forced is not None:
+        refusals.update(
+            {name: f"only {forced} is allowed" for name in BACKENDS if name != forced and name not in refusals}
+        )
+    return Explanation(op.name, chosen, refusals)
+
+
+def supports(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether `function(*args, **kwargs)` would run; `explain` tells why not. Never raises for wrong arguments."""
+    try:
+        return explain(function, *args, **kwargs).backend is not None
+    except (TypeError, ValueError, NotImplementedError):
+        return False

@@ -59,6 +59,18 @@ def write(record: dict[str, Any], path: Path) -> list[Path]:
     return written
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A record that `write` wrote; ValueError where the file holds anything else."""
+    try:
+        record: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}), expected a record of `metate bench`") from None
+    parts = {"command", "machine", "versions", "time", "rows"}
+    if not isinstance(record, dict) or not parts <= record.keys():
+        raise ValueError(f"{path} has no {', '.join(sorted(parts))}, expected a record of `metate bench`")
+    return record
+
+
 # What the tables and both plots show.
 
 
@@ -386,7 +398,19 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
             limits = [row["of_limit"] for row in found if works(row)]
             limit = f"{statistics.median(limits):.0%}" if limits else ""
             lines.append(f"| {workload} | {dtype} | {len(found)} | {spread} | {limit} |")
-    return "\n".join([*(f"- `{record['command']}`: {_origin(record)}" for record in records), "", *lines])
+    return "\n".join([*_origins(records), "", *lines])
+
+
+def _origins(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for each machine: versions of all who took part on it, days, commands."""
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        machines.setdefault(_machine(record), []).append(record)
+    for machine, found in machines.items():
+        versions = dict.fromkeys(version for record in found for version in _versions(record))
+        days = dict.fromkeys(record["time"][:10] for record in found)
+        commands = ", ".join(f"`{record['command']}`" for record in found)
+        yield f"- {machine}; {', '.join(versions)}; {', '.join(days)}: {commands}."
 
 
 def compared(record: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], Row, Row]]:
@@ -398,17 +422,24 @@ def compared(record: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], Row
 
 
 def _origin(record: dict[str, Any]) -> str:
-    """Machine, versions of who took part, date."""
-    machine, versions = record["machine"], record["versions"]
+    """Machine, versions of who took part, day."""
+    return f"{_machine(record)}; {', '.join(_versions(record))}; {record['time'][:10]}."
+
+
+def _machine(record: dict[str, Any]) -> str:
+    machine = record["machine"]
     where = machine["gpus"][0]["name"] if machine["gpus"] else machine["cpu"]
+    return f"{where}, {machine['threads']} threads, ISA {machine['isa'][0] if machine['isa'] else 'none'}"
+
+
+def _versions(record: dict[str, Any]) -> list[str]:
+    """Of torch, and of who else took part."""
     rivals = {row["contender"] for row in timed(record) if not row["ours"]} | {"torch"}
-    used = [name for name in versions if any(rival.startswith(name.removesuffix("-cpu")) for rival in rivals)]
-    isa = machine["isa"][0] if machine["isa"] else "none"
-    return (
-        f"{where}, {machine['threads']} threads, ISA {isa}; "
-        + ", ".join(f"{name} {versions[name]}" for name in used)
-        + f"; {record['time'][:10]}."
-    )
+    return [
+        f"{name} {version}"
+        for name, version in record["versions"].items()
+        if any(rival.startswith(name.removesuffix("-cpu")) for rival in rivals)
+    ]
 
 
 # The picture.

@@ -168,6 +168,18 @@ def test_bench_without_kernels_says_how_to_get_them(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "3", '{"command": "metate bench"}'])
+def test_docs_names_a_file_that_is_no_record(text, tmp_path):
+    record, page = tmp_path / "foreign.json", tmp_path / "docs" / "ops.md"
+    record.write_text(text)
+    shown = " ".join(metate("docs", tmp_path, "--measured", record, code=2).replace("│", " ").split())
+    assert "has no docs/ops.md" in shown
+    page.parent.mkdir()
+    page.write_text("")
+    shown = " ".join(metate("docs", tmp_path, "--measured", record, code=2).replace("│", " ").split())
+    assert "expected a record of" in shown and not page.read_text()
+
+
 def test_the_decoder_learns_and_both_attentions_agree():
     sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)

@@ -102,7 +102,8 @@ def test_a_stopped_run_goes_on(checkpoint, tmp_path):
 
 def test_what_is_missing_is_named(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="calibration text for gptq"):
-        quantize_checkpoint(checkpoint, Recipe("gptq"), tmp_path)
+        quantize_checkpoint(checkpoint, Recipe("gptq"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="at least 512"):
         quantize_checkpoint(checkpoint, Recipe("gptq"), tmp_path, "short")
     with pytest.raises(ValueError, match="method is 'q4'"):

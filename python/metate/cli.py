@@ -427,11 +427,18 @@ def docs(
     ] = None,
 ) -> None:
     """Write docs/ops.md from the declarations; from records docs/measured.md and README's summary of it."""
-    (folder / "docs" / "ops.md").write_text(operators_page())
-    if measured:
-        from metate.bench import report
+    from metate.bench import report
 
-        records = [json.loads(path.read_text()) for path in measured]
+    if not (folder / "docs" / "ops.md").exists():
+        raise typer.BadParameter(
+            f"{folder} has no docs/ops.md: name the folder of metate's source", param_hint="FOLDER"
+        )
+    try:
+        records = [report.read(path) for path in measured or ()]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--measured") from None
+    (folder / "docs" / "ops.md").write_text(operators_page())
+    if records:
         (folder / "docs" / "measured.md").write_text(report.page(records))
         readme = folder / "README.md"
         head, begin, rest = readme.read_text().partition("<!-- measured -->\n")

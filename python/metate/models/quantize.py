@@ -84,14 +84,11 @@ def quantize_llama(
 
     Returns:
         all weights by the names of a Hugging Face checkpoint, for `save_quantized(…, METHODS[recipe.method])`.
+
+    Raises:
+        ValueError: the model has experts; tokens are missing; the store is of another model, text or recipe.
     """
-    if model.config.num_experts:
-        expected = "a dense decoder; metate.quantize_model takes experts to low bits"
-        raise fail("quantize_llama", "model", "a mixture of experts", expected)
-    if recipe.method in CALIBRATED and (tokens is None or not tokens.numel()):
-        raise fail(
-            "quantize_llama", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
-        )
+    _check_arguments(model, recipe, tokens)
     with torch.no_grad():
         samples = [] if tokens is None or recipe.method not in CALIBRATED else list(tokens)
         hidden = [model.embed_tokens(sample[None]) for sample in samples]
@@ -108,6 +105,16 @@ def quantize_llama(
             hidden = [layer(x, model.rotation(0, x.shape[1], x), None) for x in hidden]
             report(i + 1)
     return _weights(model)
+
+
+def _check_arguments(model: Llama, recipe: Recipe, tokens: Tensor | None) -> None:
+    if model.config.num_experts:
+        expected = "a dense decoder; metate.quantize_model takes experts to low bits"
+        raise fail("quantize_llama", "model", "a mixture of experts", expected)
+    if recipe.method in CALIBRATED and (tokens is None or not tokens.numel()):
+        raise fail(
+            "quantize_llama", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
+        )
 
 
 def _calibrate(model: Llama, layer: Layer, hidden: list[Tensor]) -> dict[str, Calibration]:
@@ -226,6 +233,10 @@ def quantize_checkpoint(
     Args:
         text: calibration text, for GPTQ and AWQ; `samples` windows of `length` tokens, evenly spread, are used.
         report: is told how many of how many layers are done.
+
+    Raises:
+        ValueError, OSError: naming what is wrong with folder, out or text; before anything is written.
+        FormatError (a ValueError): the checkpoint is damaged, or the format has no place for weights of these shapes.
     """
     if out.resolve() == folder.resolve():
         raise fail("quantize_checkpoint", "out", f"{out}, the checkpoint itself", "another folder")
@@ -236,6 +247,7 @@ def quantize_checkpoint(
         _check_format(model, recipe)
     total = len(model.layers)
     tokens = calibration_tokens(folder, text, model.config.vocab_size, samples, length) if text else None
+    _check_arguments(model, recipe, tokens)
     store = out / "unfinished"
     store.mkdir(parents=True, exist_ok=True)
     weights = quantize_llama(model, recipe, tokens, store=store, report=lambda done: report(done, total))

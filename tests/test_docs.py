@@ -1,6 +1,8 @@
 """The documentation tells the truth: its Python runs, its commands exist, its generated page is the current one."""
 
+import importlib
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -42,6 +44,17 @@ def test_the_measurements_are_those_of_records():
     shown.pop(-1, None)
     assert len(shown) == page.count("\n## "), "run `metate docs --measured`"
     assert report.summary([shown[at] for at in sorted(shown)]) in readme
+
+
+@pytest.mark.parametrize("module", ["", ".nn", ".quant", ".search", ".generate", ".parallel"])
+def test_public_functions_say_what_they_raise(module):
+    """And of what shapes and dtypes their arguments are, which no test can read."""
+    module = importlib.import_module(f"metate{module}")
+    for name in module.__all__:
+        function = getattr(module, name)
+        if inspect.isfunction(function):
+            documented = inspect.getdoc(function) or ""
+            assert "Raises:" in documented or "Never raises" in documented, name
 
 
 def test_commands_that_the_readme_names_exist():

@@ -19,6 +19,9 @@ class AttentionMask:
     intervals: (batch or 1, heads or 1, seqlen_q, 2) int32: row i sees the keys in [start, end).
     blocks: (batch or 1, heads or 1, ⌈seqlen_q / block_size[0]⌉, ⌈seqlen_k / block_size[1]⌉) uint8: visible blocks.
     bits: (batch or 1, heads or 1, seqlen_q, ⌈seqlen_k / 32⌉) int32: bit j % 32 of word j // 32 shows key j.
+
+    The functions below make masks, and raise TypeError or ValueError naming the argument. What a mask must be to q and
+    k is checked where it is used.
     """
 
     intervals: Tensor | None = None

@@ -228,6 +228,9 @@ class Llama(nn.Module):
         Args:
             path: a folder, or a .gguf file.
             dtype: of what is not quantised; that of the file (of the embedding, if GGUF) unless given.
+
+        Raises:
+            FormatError: the files do not hold such a model. FileNotFoundError: there are none.
         """
         path = Path(path)
         found: Mapping[str, Weight] = load_quantized(path)

@@ -29,6 +29,11 @@ class LatentAttention(nn.Module):
         scale: of the scores; default (qk_nope_head_dim + qk_rope_head_dim) ** -0.5. YaRN's mscale goes here.
         interleaved: rotate pairs (2i, 2i + 1), as DeepSeek's weights want; False: (i, i + qk_rope_head_dim / 2).
         eps: of the norms. bias: of q_a_proj, kv_a_proj_with_mqa and o_proj.
+
+    Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.
+
+    Raises:
+        ValueError: qk_rope_head_dim is odd.
     """
 
     def __init__(

@@ -32,6 +32,9 @@ class LoraLinear(nn.Module):
 
     `adapter` is the one in use: a number for all, or an integer tensor with one for every entry of the first dimension
     of x (or of the first ones), where -1 means none. `forward` takes another for one call.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
 
     def __init__(
@@ -92,6 +95,9 @@ class LoraGroupedLinear(nn.Module):
         base: QuantGroupedLinear or GroupedLinear. Its parameters are frozen.
         r, alpha, dropout, dtype: as of LoraLinear. `lora_A` is (num_experts, r, in_features), `lora_B` (num_experts,
             out_features, r).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
 
     def __init__(

@@ -33,6 +33,7 @@ def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = 
         options: of the method, as in `QuantLinear.from_linear`.
 
     Raises:
+        TypeError: model is no torch.nn.Module.
         ValueError: the method is unknown, or a name of `skip` fits no module.
     """
     if not isinstance(model, nn.Module):
@@ -73,6 +74,9 @@ def dequantize_model(model: Module, dtype: torch.dtype = torch.float32) -> Modul
 
     Args:
         dtype: of the weights. Biases stay what they are.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise fail("dequantize_model", "model", type(model).__name__, "a torch.nn.Module", error=TypeError)

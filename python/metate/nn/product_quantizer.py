@@ -28,6 +28,9 @@ class ProductQuantizer(nn.Module):
 
     `codebooks` (M, 2**bits, dim / M) begin at random, or by k-means with `fit`. An index of metate.search takes them by
     `index.set_trained({"codebooks": quantizer.codebooks})`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
 
     def __init__(

@@ -26,6 +26,9 @@ class QuantLinear(LowBit, nn.Linear):  # type: ignore[override]
         weight: W, (out_features, in_features).
         bias: (out_features); a Parameter stays one, another tensor becomes a buffer.
         activation: as in `metate.quant_linear`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, *, activation: str | None = None) -> None:
@@ -44,6 +47,9 @@ class QuantLinear(LowBit, nn.Linear):  # type: ignore[override]
         Args:
             method: "nf4" or "fp4" (options of `quantize_nf4`: block_size, nested), "int4" (groups of 128) or "int8"
                 (one scale a row; options of `quantize_rtn`: group_size, symmetric, mse, scale_dtype).
+
+        Raises:
+            ValueError: the method is unknown. Also what its quantiser says of the weight.
         """
         return cls(quantized(linear.weight, method, options), linear.bias).train(linear.training)
 
@@ -72,6 +78,9 @@ class QuantGroupedLinear(LowBit, GroupedLinear):
         weight: of every expert, (num_experts, out_features, in_features).
         bias: (num_experts, out_features); a Parameter stays one, another tensor becomes a buffer.
         int8_activations: as in `metate.grouped_linear`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
 
     def __init__(

@@ -18,7 +18,17 @@ __all__ = ["ExpertParallel", "distribute", "spread_experts"]
 
 
 def distribute(op: Op, args: tuple[Any, ...], dims: Mapping[str, int], mesh: DeviceMesh) -> tuple[Any, ...]:
-    """The arguments as DTensors: those named in `dims` split along that dimension, the other tensors replicated."""
+    """The arguments of a call as DTensors, for `op.torch_op`, which then runs as `op.sharding` says.
+
+    Args:
+        op: one of `metate.op.REGISTRY`.
+        args: all its positional arguments, the same on every rank.
+        dims: argument -> the dimension along which it is split; the other tensors are replicated.
+        mesh: of one dimension.
+
+    Raises:
+        What torch.distributed.tensor.distribute_tensor does.
+    """
     return tuple(
         distribute_tensor(arg, mesh, [Shard(dims[name]) if name in dims else Replicate()])
         if isinstance(arg, Tensor)

@@ -129,6 +129,9 @@ def spread_experts(module: nn.Module, group: dist.ProcessGroup | None = None) ->
 
     The processes of `group` must hold the same weights before. Each goes on with tokens of its own. The gradient of an
     expert is the sum over all tokens of the group: where others are averaged over processes, divide it by their number.
+
+    Raises:
+        ValueError: there are more processes than experts.
     """
     for part in module.modules():
         if isinstance(part, MoE) and not isinstance(part.experts, SpreadExperts):

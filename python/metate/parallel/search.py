@@ -28,6 +28,10 @@ class ShardedIndex:
             own to it, under ids that no other rank uses.
         group: default: all ranks.
         by: "vector" deals vectors out by their ids; "list" gives every rank whole lists.
+
+    Raises:
+        ValueError: `by` is none of these, or "list" of an index that has none. Methods raise what those of the index
+        do, on every rank.
     """
 
     def __init__(self, local: Index, group: dist.ProcessGroup | None = None, *, by: str = "vector") -> None:

@@ -162,7 +162,15 @@ def _cut(groups: Tensor, moments: Tensor, grid: Grid) -> Tensor:
 
 
 def fold_scale(previous: torch.nn.Module, scale: Tensor) -> None:
-    """Divides what `previous` puts out by the scale: the weight of a norm, or the rows of a linear layer, and bias."""
+    """Divides what `previous` puts out by the scale, in place: the inverse that `quantize_awq` leaves to be applied.
+
+    Args:
+        previous: a norm, with weight (channels), or a linear layer, with weight (channels, in_features); its bias too.
+        scale: (channels), as from `search_awq_scale`.
+
+    Raises:
+        ValueError: the weight has not as many channels as the scale.
+    """
     weight = previous.weight
     if not isinstance(weight, Tensor) or weight.dim() not in (1, 2) or weight.shape[0] != scale.numel():
         got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__

@@ -278,12 +278,27 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, nested: bool = False) -> 
 
 
 def quantize_fp4(weight: Tensor, block_size: int = 64, nested: bool = False) -> QuantizedWeight:
-    """(N, K) to FP4: sign, two bits of exponent, one of mantissa, over blocks; arguments as in `quantize_nf4`."""
+    """(N, K) to FP4: blocks of the flat weight divided by their absmax, then sign, two bits of exponent, one of mantissa.
+
+    Args: as of `quantize_nf4`.
+
+    Raises: as `quantize_nf4` does.
+    """
     return quantize_4bit(weight, "fp4", block_size, nested).lower()
 
 
 def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
-    """The tensors "weight" (N, K) int8 and "SCB" (N) float32 of LLM.int8(), for `lower_int8`."""
+    """The tensors of LLM.int8() (Dettmers et al. 2022): every row divided by its largest magnitude / 127, and rounded.
+
+    Args:
+        weight: (N, K), float32, bfloat16 or float16.
+
+    Returns:
+        "weight" (N, K) int8 and "SCB" (N) float32, the largest magnitudes, as bitsandbytes' checkpoints hold them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
     _check_weight("quantize_int8", weight)
     absmax = weight.abs().amax(1).float()
     factor = 127.0 / absmax.clamp(min=_TINY)[:, None]

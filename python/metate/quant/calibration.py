@@ -9,7 +9,10 @@ from metate.errors import fail
 
 
 class Calibration:
-    """Statistics of the inputs of one linear layer (or of several that share them), gathered batch by batch."""
+    """Statistics of the inputs of one linear layer (or of several that share them), gathered batch by batch in float32.
+
+    Raises TypeError or ValueError naming the argument, in `add` too.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         if type(in_features) is not int or in_features < 1:

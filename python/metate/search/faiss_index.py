@@ -28,6 +28,7 @@ def read_faiss(path: str | Path) -> Index:
     refined by full vectors, or with an id map; or a flat one of 8-bit, float16 or bfloat16 numbers.
 
     Raises:
+        FileNotFoundError: there is no such file.
         FormatError: the file is damaged, or holds something else.
     """
     if not Path(path).is_file():
@@ -36,8 +37,14 @@ def read_faiss(path: str | Path) -> Index:
 
 
 def write_faiss(index: Index, path: str | Path) -> None:
-    """Writes a file that faiss reads. Vectors in lists and of refinement that are kept in fewer bits are written as
-    float32; an index of cosines as one of inner products, over the normalised vectors."""
+    """Writes a file that faiss reads, whole or not at all.
+
+    Vectors in lists and of refinement that are kept in fewer bits are written as float32; an index of cosines as one of
+    inner products, over the normalised vectors.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tree = to_tree(index)
     with replacing(Path(path)) as file:
         files.write_tree(tree, file)

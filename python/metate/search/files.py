@@ -149,6 +149,7 @@ def load(
         device: where the rows go; with mmap the CPU.
 
     Raises:
+        FileNotFoundError: there is no such file.
         FormatError: the file does not hold what its format promises.
     """
     path = Path(path)

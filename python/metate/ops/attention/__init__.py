@@ -124,7 +124,11 @@ def attention_varlen(
 
     Returns:
         out (tokens_q, heads, value_dim), then lse (heads, tokens_q) and column sums (heads, tokens_k) where asked for.
-        Tokens outside every sequence give 0 and lse -inf.
+        Tokens outside every sequence give 0 and lse -inf. Gradients as of `attention`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected. Lengths that
+            decrease or lead beyond the tokens are refused on a CPU; elsewhere looking would wait for the device.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
@@ -154,11 +158,15 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """One attention result from n over disjoint sets of keys: lse = log Σ exp lse_n, out = Σ exp(lse_n - lse) out_n.
 
     Args:
-        outs: (n, batch, seqlen, heads, value_dim); lses: (n, batch, heads, seqlen), float32, natural logarithm.
+        outs: (n, batch, seqlen, heads, value_dim), float32, bfloat16, float16 (float64 on a CPU), any strides.
+        lses: (n, batch, heads, seqlen), float32, natural logarithm.
 
     Returns:
         out (batch, seqlen, heads, value_dim) and lse (batch, heads, seqlen); where every lse is -inf: 0 and -inf.
         Differentiable in both. Source: FlashInfer (Ye et al. 2025), section 2.2; FlashDecoding (2023).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     result: tuple[Tensor, Tensor] = merge_op.call((outs, lses))
     return result

@@ -34,29 +34,56 @@ def moe_sort(experts: Tensor, num_experts: int, *, backend: str | None = None) -
     """Sorts the choices of all tokens by expert, stably.
 
     Args:
-        experts: (tokens, k) int32. Numbers outside [0, num_experts) belong to no expert and get no row.
+        experts: (tokens, k) int32, as `Route.experts`. Numbers outside [0, num_experts) belong to no expert and get no
+            row.
+        num_experts: how many experts there are.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         order: (tokens · k) int32: the choice (token · k + j) that stands at each row; -1 behind the last row of any.
         inverse: (tokens, k) int32: the row of each choice, -1 for none.
         offsets: (num_experts + 1) int32: rows of expert e are offsets[e] … offsets[e+1] - 1.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     order, inverse, offsets = sort_op.call((experts, num_experts), backend=backend)
     return order, inverse, offsets
 
 
 def moe_permute(x: Tensor, order: Tensor, k: int = 1, *, backend: str | None = None) -> Tensor:
-    """Row r of the result is x[order[r] // k], zeros where order[r] is -1; no choice stands in an order twice."""
+    """The rows of all choices, sorted by expert: row r of the result is x[order[r] // k].
+
+    Args:
+        x: (tokens, hidden), float32, bfloat16, float16, float64, any strides.
+        order: (rows) int32, as from `moe_sort`: choices 0 … tokens · k - 1, none twice; -1 gives zeros.
+        k: choices of a token.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
+
+    Returns:
+        (rows, hidden), dtype of x. Gradients reach x. `grouped_linear` with an order gathers these rows itself.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
+    """
     out: Tensor = permute_op.call((x, order, k), backend=backend)
     return out
 
 
 def moe_unpermute(y: Tensor, inverse: Tensor, weights: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """Σ_j weights[t, j] · y[inverse[t, j]] for every token t; -1 adds nothing. Sums are float32.
+    """Σ_j weights[t, j] · y[inverse[t, j]] for every token t: the results of its choices, added up in float32.
 
     Args:
-        y: (rows, hidden). inverse: (tokens, k) int32, as from `moe_sort`. weights: (tokens, k), float32 or the dtype of
-            y; None: all 1.
+        y: (rows, hidden), float32, bfloat16, float16, float64, any strides.
+        inverse: (tokens, k) int32, as from `moe_sort`: rows of y; -1 adds nothing.
+        weights: (tokens, k), float32 or the dtype of y, as `Route.weights`; None: all 1.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
+
+    Returns:
+        (tokens, hidden), dtype of y. Gradients reach y and weights.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     out: Tensor = unpermute_op.call((y, inverse, weights), backend=backend)
     return out
@@ -132,10 +159,15 @@ def gated_activation(
         activation: "silu": x · sigmoid(alpha · x); "gelu"; "gelu_tanh"; "relu"; "relu2": relu(x)².
         gating: "gate_up": the gate is the first half; "up_gate": the second; "interleaved": gate and up by turns;
             "none": x is (…, width), and the result f(x).
-        limit: gate at most this, up within ± this. GPT-OSS: limit 7, alpha 1.702, shift 1, interleaved.
+        limit: gate at most this, up within ± this; None: no limit.
+        alpha: inside of "silu" alone. shift: added to up. GPT-OSS: limit 7, alpha 1.702, shift 1, interleaved.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
-        (…, width), dtype of x.
+        (…, width), dtype of x. Gradients reach x. Source: Shazeer 2020, GLU variants.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     choices = activation_scalars(activation, gating, limit, alpha, shift)
     if not isinstance(x, Tensor):
@@ -198,9 +230,14 @@ def moe_mlp(
             hidden, width): tensors in the dtype of x with any strides, or QuantizedExperts.
         activation, gating, limit, alpha, shift: as in `gated_activation`.
         bias_gate_up, bias_down, lora_gate_up, lora_down, scaling, int8_activations: as in `grouped_linear`.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
-        Like x. A token depends on no other, bit for bit. No permuted copy of x is made.
+        Like x. A token depends on no other, bit for bit. No permuted copy of x is made. Gradients reach x, the weights
+        of the route (and so the logits), and what `grouped_linear` gives one. Source: Shazeer et al. 2017.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     choices = activation_scalars(activation, gating, limit, alpha, shift)
     parts, loras = (w_gate_up, w_down, bias_gate_up, bias_down), (lora_gate_up, lora_down)

@@ -134,6 +134,9 @@ def cascade_attention(
     Returns:
         out like q, then lse where asked for: what `paged_attention` gives for the whole sequences. Source: Hydragen
         (Juravsky et al. 2024), FlashInfer's cascades (Ye et al. 2025).
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     _check_dims(q, packed=False)
     x = q if q.dim() == 4 else q.unsqueeze(1)

@@ -37,7 +37,10 @@ def pq_distance_tables(queries: Tensor, codebooks: Tensor, *, metric: str = "l2"
 
     Returns:
         (Q, M, L): entries that add up, over the codes of a row, to its distance. Gradients reach queries and codebooks
-        (but not the queries of symmetric tables).
+        (but not the queries of symmetric tables). Source: Jégou, Douze, Schmid 2011.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     number = _metric("pq_distance_tables", metric)
     if symmetric:
@@ -57,23 +60,46 @@ def pq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     Returns:
         (n, ⌈M·bits/8⌉) uint8 in the bit order of faiss, least significant first: `unpack_codes(codes, M, bits)` are the
         numbers. Each is that of the centroid at the least squared distance, computed exactly and rounded to float32,
-        among equals the lowest; 0 where no distance is finite.
+        among equals the lowest; 0 where no distance is finite. No gradient: see `metate.nn.ProductQuantizer`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     codes: Tensor = encode_op(x, codebooks)
     return codes
 
 
 def pq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """The centroids that codes (n, ⌈M·bits/8⌉) stand for, side by side: (n, D). Gradients reach the codebooks."""
+    """The centroids that codes stand for, side by side.
+
+    Args:
+        codes: (n, ⌈M·bits/8⌉) uint8, as from `pq_encode`.
+        codebooks: (M, L, D/M), float32 (float64 on a CPU), L = 2**bits.
+
+    Returns:
+        (n, D), dtype of codebooks. Gradients reach the codebooks.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
+    """
     x: Tensor = decode_op(codebooks, codes)
     return x
 
 
 def pq_interleave(codes: Tensor, M: int, bits: int) -> Tensor:
-    """Codes of 4 or 8 bits in the layout that `pq_scan` reads fastest: (⌈n/32⌉, M, 4·bits) uint8.
+    """Codes in the layout that `pq_scan` reads fastest (André et al. 2015, PQ Fast Scan).
 
-    A block holds 32 rows, sub-code after sub-code. Of 8 bits, byte j is that of row j. Of 4 bits, byte j holds row j in
-    its low half and row j + 16 in its high half. Rows that fill the last block are zeros.
+    Args:
+        codes: (n, ⌈M·bits/8⌉) uint8, as from `pq_encode`.
+        M: sub-codes of a row.
+        bits: of a sub-code, 4 or 8.
+
+    Returns:
+        (⌈n/32⌉, M, 4·bits) uint8. A block holds 32 rows, sub-code after sub-code. Of 8 bits, byte j is that of row j;
+        of 4, byte j holds row j in its low half and row j + 16 in its high half. Rows that fill the last block are 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
     """
     op = "pq_interleave"
     if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
@@ -121,7 +147,11 @@ def pq_scan(
 
     Returns:
         distances (Q, k) float32 and ids (Q, k) int64, best first, among equal distances the lower id first. Rows whose
-        distance is infinite or NaN are not found; where fewer than k are, the id is -1 and the distance inf (-inf).
+        distance is infinite or NaN are not found; where fewer than k are, the id is -1 and the distance inf (-inf). No
+        gradient. Source: Jégou, Douze, Schmid 2011.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     if n is None and isinstance(codes, Tensor):
         if codes.dim() == 3:
@@ -160,7 +190,10 @@ def topk_distances(
         scale, offset: (D) float32, of an int8 base.
 
     Returns:
-        distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`.
+        distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`. No gradient.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     number = _metric("topk_distances", metric)
     biggest = bool(number) if largest is None else largest
@@ -208,7 +241,10 @@ def ivf_search(
         ids, keep: as in `pq_scan`.
 
     Returns:
-        distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`.
+        distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`. No gradient. Source: Jégou, Douze, Schmid 2011.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     number = _metric("ivf_search", metric)
     if n is None and isinstance(rows, Tensor):

@@ -27,13 +27,13 @@ def kmeans(
     spherical: bool = False,
     max_points_per_centroid: int | None = 256,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Centroids that are the means of the points nearest to them.
+    """Centroids that are the means of the points nearest to them (Lloyd 1982).
 
     Args:
         x: (n, D) float32, any strides, n >= k.
         k: how many centroids.
-        init: "k-means++" (spread over the points), "sample" (points taken at random, faster), or up to k centroids
-            (c, D) to begin with, points taken at random beside them.
+        init: "k-means++" (spread over the points; Arthur, Vassilvitskii 2007), "sample" (points taken at random,
+            faster), or up to k centroids (c, D) to begin with, points taken at random beside them.
         weights: (n) float32, at least 0: how much each point counts in the mean.
         iterations: how often centroids move.
         seed: the same seed, the same centroids.
@@ -44,6 +44,9 @@ def kmeans(
         centroids (k, D) float32; assignment (n) int64, of all points to the final centroids, exact; objective
         (iterations) float64: of the points trained on, the sum of squared distances (of inner products if spherical)
         to the centroids before each move. A centroid that lost its points restarts beside that with the largest error.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
     """
     centroids, objective = fit_centroids(
         x, k, init, iterations, seed, spherical, spherical, max_points_per_centroid, weights

@@ -170,7 +170,11 @@ def _adapters(
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W as a dense tensor (out_features, in_features), computed in float32 and rounded to `dtype`."""
+    """W as a dense tensor (out_features, in_features), computed in float32 and rounded to `dtype`.
+
+    Raises:
+        TypeError: weight is no QuantizedWeight.
+    """
     if not isinstance(weight, QuantizedWeight):
         raise fail("dequantize", "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
     return weight.dequantize(dtype)

@@ -171,7 +171,7 @@ def _where(ops: list[Op], backend: str | None, device: str | None) -> list[tuple
         if device in (None, place) and backend in (None, name)
     }
     if not found:
-        reason = hardware.backends().get(backend or "", "") or f"nothing runs on {device or 'this machine'}"
+        reason = hardware.backends().get(backend or device or "") or f"nothing runs on {device or 'this machine'}"
         raise typer.BadParameter(reason, param_hint="--backend" if backend else "--device")
     return sorted(found, key=lambda pair: (pair[0], BACKENDS.index(pair[1])))
 
@@ -233,9 +233,12 @@ def _name(dtype: torch.dtype) -> str:
 
 @app.command()
 def bench(
-    family: Annotated[str | None, typer.Argument(help="one family of operators, as in attention; default: all")] = None,
+    family: Annotated[
+        str | None, typer.Argument(help="as in attention, or calls; another word lists all; default: all")
+    ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="where the record goes; the HTML and PNG beside it")
+        Path | None,
+        typer.Option("--json", help="where the record goes, HTML and PNG beside it; default: metate-bench/bench.json"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="small shapes, few repetitions, nothing to compile")] = False,
     largest: Annotated[float | None, typer.Option(help="only cases of at most so many operations")] = None,
@@ -359,15 +362,19 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="columns that share a scale; 64 for NF4 and FP4, else 128")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="a text file, for GPTQ and AWQ")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="a text file, which GPTQ and AWQ need", exists=True, dir_okay=False)
+    ] = None,
     samples: Annotated[int, typer.Option(help="windows of the calibration text", min=1)] = 64,
     length: Annotated[int, typer.Option(help="tokens of a window", min=1)] = 512,
 ) -> None:
     """Write a low-bit checkpoint in the format's own layout. A stopped run goes on where it was."""
-    from metate.models.quantize import Recipe, quantize_checkpoint
+    from metate.models.quantize import CALIBRATED, Recipe, quantize_checkpoint
 
     try:
         recipe = Recipe(method, bits, (64 if method in ("nf4", "fp4") else 128) if group_size is None else group_size)
+        if method in CALIBRATED and calibration is None:
+            raise ValueError(f"{method} needs a calibration text: --calibration FILE")
         text = calibration.read_text(errors="replace") if calibration else ""
         with progress() as bar:
             task = bar.add_task(f"{method}, {bits} bits", total=None)

@@ -278,7 +278,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, nested: bool = False) -> 
 
 
 def quantize_fp4(weight: Tensor, block_size: int = 64, nested: bool = False) -> QuantizedWeight:
-    """(N, K) to FP4: blocks of the flat weight divided by their absmax, then sign, two bits of exponent, one of mantissa.
+    """(N, K) to FP4: blocks of the flat weight divided by their absmax; sign, two bits of exponent, one of mantissa.
 
     Args: as of `quantize_nf4`.
 

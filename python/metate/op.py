@@ -104,6 +104,7 @@ class Op:
 
     def __post_init__(self) -> None:
         self.public = self.public or self.name
+        self._node: type[_Node] = _Node  # `differentiable` makes the operator's own
         schema = _schema(self.reference, tuple(self.outputs) if self.writes else ())
         for namespace in (_compiled, _emulated):
             namespace.define(self.name + schema)

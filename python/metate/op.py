@@ -63,7 +63,7 @@ class _Node(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(*args)
+            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from metate.errors import fail
 from metate.generate import Batch, CacheLayout
 from metate.models.config import LLAMA3, LlamaConfig
 from metate.models.experts import Weight, inner_names, stacked_experts
-from metate.nn import GroupedLinear, MoE, QuantGroupedLinear, QuantLinear
+from metate.nn import GroupedLinear, Linear, MoE, QuantGroupedLinear, QuantLinear
 from metate.quant import GGUFFile
 from metate.quant.gguf_model import GGUFModel
 
@@ -62,10 +62,10 @@ class Attention(nn.Module):
         self.attend = ATTENTION[attention]
         width, bias = config.hidden_size, config.attention_bias
         inner, inner_kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(width, inner, bias=bias)
-        self.k_proj = nn.Linear(width, inner_kv, bias=bias)
-        self.v_proj = nn.Linear(width, inner_kv, bias=bias)
-        self.o_proj = nn.Linear(inner, width, bias=bias)
+        self.q_proj = Linear(width, inner, bias=bias)
+        self.k_proj = Linear(width, inner_kv, bias=bias)
+        self.v_proj = Linear(width, inner_kv, bias=bias)
+        self.o_proj = Linear(inner, width, bias=bias)
         if config.qk_norm:
             widths = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (inner, inner_kv)
             self.q_norm, self.k_norm = (RMSNorm(width, config.rms_norm_eps) for width in widths)
@@ -100,9 +100,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -146,7 +146,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i, attention) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tie()
 
     def _tie(self) -> None:

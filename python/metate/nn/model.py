@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from metate.errors import fail
+from metate.nn.linear import Linear
 from metate.nn.low_bit import METHODS, LowBit
 from metate.nn.moe import GroupedLinear
 from metate.nn.quant_linear import QuantGroupedLinear, QuantLinear
 from metate.op import below_autocast
 
 Module = TypeVar("Module", bound=nn.Module)
-_LOW_BIT: dict[type, Any] = {nn.Linear: QuantLinear, GroupedLinear: QuantGroupedLinear}
+_LOW_BIT: dict[type, Any] = {nn.Linear: QuantLinear, Linear: QuantLinear, GroupedLinear: QuantGroupedLinear}
 
 
 def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = (), **options: Any) -> Module:
-    """Replaces the nn.Linear layers of a model by QuantLinear, and the experts of metate.nn.MoE by QuantGroupedLinear,
-    in place, one at a time; returns the model.
+    """Replaces the linear layers of a model, torch's and metate's, by QuantLinear, and the experts of metate.nn.MoE by
+    QuantGroupedLinear, in place, one at a time; returns the model.
 
-    Left dense: subclasses of nn.Linear (routers are such), layers whose weight another module uses too (an output layer
-    tied to the embedding), and what `skip` names.
+    Left dense: other subclasses of nn.Linear (routers are such), layers whose weight another module uses too (an output
+    layer tied to the embedding), and what `skip` names.
 
     Args:
         method: "nf4", "fp4", "int8" or "int4".

@@ -292,16 +292,31 @@ METATE_FN bool has_corrections(const LowBitMatrix& w) {
     return w.zeros || w.offsets;
 }
 
+// Their corrections where there are zeros and no offsets.
+METATE_FN void correct_square(float* to, const float* scales, int64_t stride, const View<2>& zeros, float shift,
+                              int64_t row, int64_t group) {
+    const uint8_t* const from = static_cast<const uint8_t*>(zeros.data) + row * zeros.stride[0] + group;
+    vf square[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) square[i] = splat(shift) - to_float(load_wide(from + i * zeros.stride[0], width));
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) store(to + i * stride, fma(square[i], load(scales + i * stride), splat(0.0f)));
+}
+
 // Scales of `width` rows for n groups from `group` on, a vector a group, `stride` floats apart; and what a column's x
 // is to be multiplied by besides: corrections = (center - zero - zeros) · scale + offset, where there are such.
 inline void load_scales(float* scales, float* corrections, int64_t stride, const LowBitMatrix& w, float center,
                         int64_t row, int64_t group, int64_t n) {
     const int64_t rows = smaller(w.rows - row, width);
     const float shift = w.codebook ? 0 : center - static_cast<float>(w.zero);
-    const bool is_plain = !corrections && rows == width && w.scales.stride[1] == 1 && w.scales.dtype != DType::i8;
+    const bool is_plain = rows == width && w.scales.stride[1] == 1 && w.scales.dtype != DType::i8 &&
+                          (!corrections || (!w.offsets && w.zeros.stride[1] == 1));
     for (int64_t g = 0; g < n; g += width) {
         if (is_plain && n - g >= width) {
-            load_square(scales + g * stride, stride, w.scales, row, group + g);
+            float* const square = scales + g * stride;
+            load_square(square, stride, w.scales, row, group + g);
+            if (corrections) correct_square(corrections + g * stride, square, stride, w.zeros, shift, row, group + g);
             continue;
         }
         vf scale[width], offset[width];

@@ -272,9 +272,11 @@ struct StripReader {
         if (p.dots_rows)
             return dot_in_turn(to + r * width, p.call.w, s, r, end - r, ahead, p.spread, p.units, p.arithmetic.table,
                                p.arithmetic.radix);
-        Run list[runs_beside * runs_in_turn], *last = list;
-        for (; r < end; ++r) last = runs.set(last, to + r * width, r, ahead.bytes(r));
-        if (last > list) sum_runs_of(list, last - list, p.values);
+        if constexpr (width < 16) {
+            Run list[runs_beside * runs_in_turn], *last = list;
+            for (; r < end; ++r) last = runs.set(last, to + r * width, r, ahead.bytes(r));
+            if (last > list) sum_runs_of(list, last - list, p.values);
+        }
     }
 };
 
@@ -335,13 +337,29 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
     }
 }
 
-#if defined(METATE_HAS_BF16_DOT)
-// Few rows of x take one half of a panel after another, in pairs; the next one, or what is to be read `after` the last,
-// is fetched meanwhile.
+#if defined(METATE_HAS_WORD_SHUFFLES)
+// The tile of some blocks with all rows of x, about as many at a time; the codes are at hand for those after the first.
+template <Unit unit>
+void multiply_squares(const Problem& p, const Tile& tile, int64_t row, int64_t k, vi table, Ahead& ahead) {
+    const int64_t parts = ceil_div(p.x.rows, square_rows);
+    const StripCodes codes(p.call.w, row, k);
+    Ahead here(codes.codes, tile.blocks * block / 2, codes.stride);
+    for (int64_t i = 0; i < parts; ++i) {
+        const int64_t first = p.x.rows * i / parts, end = p.x.rows * (i + 1) / parts;
+        Tile part = tile;
+        part.x = p.x.line(k, first);
+        part.sums = p.x.sums ? p.x.sums_of(k, first) : nullptr;
+        part.total += first * panel;
+        multiply_squares<unit>(end - first, part, codes, table, i == 0 ? ahead : here);
+    }
+}
+
+// Few rows of x take one half of a panel after another; the next one, or what is to be read `after` the last, is
+// fetched meanwhile.
 template <class T>
 void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64_t last, const uint8_t* after) {
     const LowBitMatrix& w = p.call.w;
-    const vi table = pair_table(p.values.entries);
+    const vi table = p.pairs ? table_of(p) : as_int(load(p.values.entries));
     for (int64_t row = first; row < last; row += width) {
         const int64_t v = row % panel / width, next = row + width;
         const uint8_t* const codes = next >= last && after ? after : codes_of(w, {next, 0, 0});
@@ -358,9 +376,8 @@ void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64
             for (; r * p.blocks < width * end; ++r) levels.fetch(r);
             load_window(p, at, 0, row - v * width, k, end, 1 << v);
             enter_blocks(tile, p, k, end, at.first_group[0]);
-            tile.x = p.x.line(k, 0);
-            tile.sums = p.x.sums ? p.x.sums_of(k, 0) : nullptr;
-            multiply_squares(p.x.rows, tile, {w, row, k}, table, ahead);
+            p.pairs ? multiply_squares<Unit::pairs>(p, tile, row, k, table, ahead)
+                    : multiply_squares<Unit::floats>(p, tile, row, k, table, ahead);
             end_span(at, p.x.rows * panel);
         }
         if (v == 1 || next >= last) finish<T>(p, at, row / panel, 1, 0, p.x.rows);
@@ -386,7 +403,11 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t piece, const u
     for (int64_t i = first; i < end; ++i) {
         clear(at, p.x.rows * panel);
         at.first_group[0] = -1;
-        p.dots_rows ? dot_rows(p, at, i) : sum_rows(p, at, i);
+        if (p.dots_rows) {
+            dot_rows(p, at, i);
+        } else if constexpr (width < 16) {
+            sum_rows(p, at, i);
+        }
         end_span(at, p.x.rows * panel);
         finish<T>(p, at, i, 1, 0, p.x.rows);
     }
@@ -428,15 +449,15 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
                 p.spread.terms = arena.take<Term>(p.blocks * p.x.rows * most_chunks);
             }
         } else {
-            p.x.x = arena.take<float>(p.blocks * p.x.rows * p.x.words());
+            p.x.x = arena.take<float>(p.x.size());
             p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
             if (p.whole_pairs) {
-                p.x.last = arena.take<float>(p.blocks * p.x.rows * p.x.words());
+                p.x.last = arena.take<float>(p.x.size());
                 p.x.has_last = arena.take<uint8_t>(p.blocks * p.x.rows);
                 p.x.steps = arena.take<float>(p.blocks * p.x.rows * most_chunks);
             }
             const int64_t columns = round_up(p.call.w.columns, run_columns);
-            p.lane_rows.x = p.sums_chunks ? arena.take<float>(columns * p.x.rows) : nullptr;
+            p.lane_rows.x = p.sums_chunks || p.takes_turns ? arena.take<float>(columns * p.x.rows) : nullptr;
         }
         if (!arena.base) continue;
         s.problems[i] = p;
@@ -461,7 +482,7 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
     const int unit_blocks = blocks_of_unit(p.arithmetic.digits);
     for (int64_t k = 0; p.units && k < p.blocks; k += unit_blocks)
         set_unit(p.units[k / unit_blocks], p.spread, p.integers, p.integer_plans, k, p.blocks);
-    if (p.sums_chunks) spread(p.lane_rows, p.x, call.w.columns, packers);
+    if (p.lane_rows.x) spread(p.lane_rows, p.x, call.w.columns, packers);
 }
 
 template <class T>

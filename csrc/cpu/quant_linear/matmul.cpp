@@ -120,7 +120,7 @@ void run(const QuantMatmuls& all, const Runtime& runtime) {
             problems = arena.take<Problem>(all.count);
             for (int64_t i = 0; i < all.count; ++i) {
                 Problem p(all.calls[i]);
-                p.x.x = arena.take<float>(p.blocks * p.x.rows * block);
+                p.x.x = arena.take<float>(p.x.size());
                 if (arena.base) problems[i] = p;
             }
         },

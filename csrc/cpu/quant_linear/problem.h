@@ -77,7 +77,7 @@ struct Problem {
     UnitTerms* units;
     bool sums_scaled, can_dot, can_sum, dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
     bool can_turn, takes_turns;                                  // one row of x
-    bool takes_squares;                                          // few rows, in pairs
+    bool can_square, takes_squares;                              // few rows
 
     explicit Problem(const QuantLinear& c)
         : call(c),
@@ -90,19 +90,21 @@ struct Problem {
           integer_plans(nullptr),
           blocks(ceil_div(c.w.columns, block)),
           can_dot(can_dot_rows(c.w, arithmetic)),
-          can_sum(!arithmetic.digits && !pairs && can_sum_chunks(c.w)),
+          can_sum(width < 16 && !arithmetic.digits && can_sum_chunks(c.w)),
           dots_rows(can_dot && c.x.size[0] <= few_rows),
           sums_chunks(can_sum && c.x.size[0] <= few_rows),
-          takes_squares(pairs && c.w.columns > 0 && can_sum_chunks(c.w) && c.x.size[0] <= square_rows) {
+          can_square(width == 16 && !arithmetic.digits && c.w.columns > 0 && can_sum_chunks(c.w)),
+          takes_squares(can_square && c.x.size[0] <= (pairs ? most_square_rows : square_rows)) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         const bool are_many = c.x.size[0] >= many_rows && !in_digits() && c.w.group_size >= small_group;
         blocks_together = are_many ? span : 1;
         rows_at_once = in_digits() ? 256 : 512;
-        const int64_t groups_of_span = (span * block - 2) / c.w.group_size + 2;
+        const int64_t run = span * block, group = c.w.group_size;
+        const int64_t groups_of_span = run % group ? (run - 2) / group + 2 : run / group;
         window = round_up(are_many || takes_squares ? groups_of_span : groups_of_block, width);
-        most_groups = larger(most_panels * window, pairs ? round_up(groups_of_span, width) : 0);
+        most_groups = larger(most_panels * window, can_square ? round_up(groups_of_span, width) : 0);
         units = nullptr;
-        can_turn = !pairs && can_take_turns(c.w, arithmetic);
+        can_turn = !can_square && !pairs && can_take_turns(c.w, arithmetic);
         takes_turns = can_turn && c.x.size[0] == 1;
         sums_scaled = c.w.group_size >= small_group;
         x = {nullptr, nullptr, c.x.size[0], blocks, groups_of_block + block / longest};

@@ -64,10 +64,13 @@ struct PackedRows {
     float* steps = nullptr;
 
     METATE_FN int64_t words() const { return block / columns_of(unit); }
+    // A row of so many blocks of a span: not a power of two, or rows would share lines of the cache.
+    METATE_FN int64_t pitch(int64_t n) const { return n * words() + width; }
     // Floats from one row to the next in the span of block k.
-    METATE_FN int64_t stride(int64_t k) const { return smaller(span, blocks - k / span * span) * words(); }
+    METATE_FN int64_t stride(int64_t k) const { return pitch(smaller(span, blocks - k / span * span)); }
+    METATE_FN int64_t size() const { return rows * (blocks * words() + ceil_div(blocks, span) * width); }
     METATE_FN float* line(int64_t k, int64_t row) const {
-        return x + (k / span * span * rows + k % span) * words() + row * stride(k);
+        return x + k / span * rows * pitch(span) + k % span * words() + row * stride(k);
     }
     METATE_FN int64_t chunks_at(int64_t k, int64_t row) const { return (k * rows + row) * most_chunks; }
     METATE_FN float* sums_of(int64_t k, int64_t row) const { return sums + chunks_at(k, row); }

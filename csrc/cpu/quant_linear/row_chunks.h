@@ -1,5 +1,5 @@
-// Few rows of x times 4-bit codes as they lie, in floats: the chunks of a row of W fill the lanes, and only their sums
-// are transposed. The same sums in the same order as product.h.
+// Few rows of x times 4-bit codes as they lie, in floats, where vectors are too few for row_squares.h: the chunks of a
+// row of W fill the lanes, and only their sums are transposed. The same sums in the same order as product.h.
 #pragma once
 
 #include "product.h"
@@ -108,7 +108,7 @@ METATE_FN void sum_run(vf (&sums)[lines][rows], const uint8_t* const (&codes)[li
 template <Values::Kind kind, int rows>
 __attribute__((noinline)) void sum_chunks(const ChunkSums& to, const Reading& reading, const LaneRows& x,
                                           const Values& values) {
-    constexpr int lines = width == 16 && rows <= 2 ? 4 : 2;
+    constexpr int lines = 2;
     const Finder<kind> find(values);
     const int64_t first = reading.first_block * block / run_columns,
                   runs = ceil_div(reading.blocks * block, run_columns);
@@ -139,8 +139,8 @@ METATE_FN void sum_chunks_of(const ChunkSums& to, const Reading& reading, const 
     if constexpr (rows > 1) {
         if (to.rows < rows) return sum_chunks_of<rows - 1>(to, reading, x, values);
     }
-    if (width == 16 || values.kind == Values::table) return sum_chunks<Values::table, rows>(to, reading, x, values);
-    if constexpr (width < 16) sum_chunks<Values::whole, rows>(to, reading, x, values);
+    values.kind == Values::table ? sum_chunks<Values::table, rows>(to, reading, x, values)
+                                 : sum_chunks<Values::whole, rows>(to, reading, x, values);
 }
 
 // Adds the sums of the chunks of one block, number k of those read, to the totals: add_sum, but a total stays in its

@@ -1,5 +1,5 @@
-// Few rows of x times 4-bit codes as they lie, in pairs: squares of W are transposed in registers and multiplied as
-// they are looked up, so that nothing decoded is stored. The same sums in the same order as product.h.
+// Few rows of x times 4-bit codes as they lie: squares of W are transposed in registers and multiplied as they are
+// looked up, so that nothing decoded is stored. The same sums in the same order as product.h.
 #pragma once
 
 #include "row_turns.h"
@@ -7,9 +7,26 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t square_rows = 8;  // of x, at most: their sums and a square fill the registers
+constexpr int64_t square_rows = 8;        // of x, at once: their sums and a square fill the registers
+constexpr int64_t most_square_rows = 16;  // of x, at most, where squares beat decoded panels
 
+#if defined(METATE_HAS_WORD_SHUFFLES)
+
+// Word j of those that a dword of codes stands for.
+template <Unit unit>
+METATE_FN vf word_of(vf dword, int j, vi table) {
+    if constexpr (unit == Unit::pairs) return as_float(lookup_pairs(table, as_int(dword), 4 * j));
+    return lookup({as_float(table)}, shift_right(as_int(dword), 4 * j));
+}
+
+// sum + the word of x at `x` times words of W.
+template <Unit unit>
+METATE_FN vf add_word(vf sum, const float* x, vf value) {
 #if defined(METATE_HAS_BF16_DOT)
+    if constexpr (unit == Unit::pairs) return dot_pair(sum, x, as_int(value));
+#endif
+    return fma(splat(*x), value, sum);
+}
 
 // What is left of `width` rows of W from some block on.
 struct StripCodes {
@@ -37,11 +54,12 @@ struct StripCodes {
 };
 
 // Adds a block to the totals of one half of a panel.
-template <int rows, int chunk_columns>
+template <Unit unit, int rows, int chunk_columns>
 METATE_FN void multiply_square(const Tile& t, const vf (&square)[width], vi table, Ahead& ahead) {
-    constexpr int chunks = block / chunk_columns, words = chunk_columns / 2;
+    constexpr int chunks = block / chunk_columns, words = chunk_columns / columns_in<unit>;
     // Too few chains of additions would leave the processor waiting.
     constexpr int most = rows > 4 ? 1 : rows > 2 ? 2 : 4, together = most < chunks ? most : chunks;
+    constexpr int of_dword = unit_columns / columns_in<unit>, apart = of_dword / together;
     const float* x[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -58,13 +76,13 @@ METATE_FN void multiply_square(const Tile& t, const vf (&square)[width], vi tabl
         }
 #pragma GCC unroll 32
         for (int j = 0; j < words; ++j) {
-            if (j % (4 / together) == 0) ahead.fetch();  // a line for each row of W
+            if (j % apart == 0) ahead.fetch();  // a line for each row of W
 #pragma GCC unroll 4
             for (int q = 0; q < together; ++q) {
                 const int word = (c + q) * words + j;
-                const vi value = lookup_pairs(table, as_int(square[word / 4]), word % 4 * 4);
+                const vf value = word_of<unit>(square[word / of_dword], word % of_dword, table);
 #pragma GCC unroll 8
-                for (int r = 0; r < rows; ++r) sum[q][r] = dot_pair(sum[q][r], x[r] + word, value);
+                for (int r = 0; r < rows; ++r) sum[q][r] = add_word<unit>(sum[q][r], x[r] + word, value);
             }
         }
 #pragma GCC unroll 4
@@ -83,27 +101,30 @@ METATE_FN void multiply_square(const Tile& t, const vf (&square)[width], vi tabl
     }
 }
 
-template <int rows, int chunk_columns>
+template <Unit unit, int rows, int chunk_columns>
 __attribute__((noinline)) void multiply_squares_as(Tile t, StripCodes codes, vi table, Ahead& later) {
     Ahead ahead = later;  // in registers
     for (const BlockPlan* const end = t.plan + t.blocks; t.plan < end; ++t.plan) {
         vf square[width];
         codes.load_square(square);
-        multiply_square<rows, chunk_columns>(t, square, table, ahead);
-        t.x += block / 2;
+        multiply_square<unit, rows, chunk_columns>(t, square, table, ahead);
+        t.x += block / columns_in<unit>;
         t.sums += t.block_sums;
     }
     later = ahead;
 }
 
 // The blocks of a tile with one half of a panel.
-template <int rows = square_rows>
+template <Unit unit, int rows = square_rows>
 METATE_FN void multiply_squares(int64_t n, const Tile& tile, const StripCodes& codes, vi table, Ahead& ahead) {
     if constexpr (rows > 1) {
-        if (n < rows) return multiply_squares<rows - 1>(n, tile, codes, table, ahead);
+        if (n < rows) return multiply_squares<unit, rows - 1>(n, tile, codes, table, ahead);
     }
-    tile.most_columns > longest ? multiply_squares_as<rows, longest_pairs>(tile, codes, table, ahead)
-                                : multiply_squares_as<rows, longest>(tile, codes, table, ahead);
+    if constexpr (unit == Unit::pairs) {
+        if (tile.most_columns > longest)
+            return multiply_squares_as<unit, rows, longest_pairs>(tile, codes, table, ahead);
+    }
+    multiply_squares_as<unit, rows, longest>(tile, codes, table, ahead);
 }
 
 #endif

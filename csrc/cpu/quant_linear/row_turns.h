@@ -257,7 +257,7 @@ struct Run {
     const float* x;
 };
 
-constexpr int runs_beside = width == 16 ? 4 : 2;  // the chain of one would leave the processor waiting
+constexpr int runs_beside = 2;  // the chain of one would leave the processor waiting
 constexpr int64_t runs_in_turn = columns_in_turn / (width * longest);
 
 // The runs of a strip, row by row.
@@ -321,8 +321,8 @@ __attribute__((noinline)) void sum_runs_as(const Run* runs, int64_t n, const Val
 }
 
 inline void sum_runs_of(const Run* runs, int64_t n, const Values& values) {
-    if (width == 16 || values.kind == Values::table) return sum_runs_as<Values::table>(runs, n, values);
-    if constexpr (width < 16) sum_runs_as<Values::whole>(runs, n, values);
+    values.kind == Values::table ? sum_runs_as<Values::table>(runs, n, values)
+                                 : sum_runs_as<Values::whole>(runs, n, values);
 }
 
 // Asks for what scales the rows of a strip.

@@ -336,6 +336,9 @@ int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, con
     return rows;
 }
 
+// Of a head and sequence: so few that each counts, and that what short chains cost does not.
+constexpr int64_t few_scores = 512, shortest_chain = 16;
+
 template <class Word>
 void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask& mask, int64_t r, int rows,
               const Scratch<Word>& my) {
@@ -343,8 +346,11 @@ void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask&
     float* o = my.state.o + r * s.o_stride;
     bool fresh = true;  // o holds nothing yet
     for (int i = 0; i < rows; ++i) fresh &= my.state.m[r + i] == -INFINITY;
-    multiply_keys<long_chain>(
-        rows, mask, Product<Word>{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
+    const Product<Word> products{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr};
+    if (seq.queries * seq.keys <= few_scores)
+        multiply_keys<shortest_chain>(rows, mask, products);
+    else
+        multiply_keys<long_chain>(rows, mask, products);
     softmax_tile(s, seq, my.row + r, rows, block, mask, my, my.state.m + r, my.state.l + r, factor);
     if (block.finite) return multiply_values(s, rows, mask, my, o, factor, fresh);
     multiply_live_values(s, rows, mask, my, o, factor, fresh);

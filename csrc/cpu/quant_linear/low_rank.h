@@ -79,12 +79,15 @@ inline void add_low_rank(const LowRank& u, const View<1>& places, float* totals,
             for (int64_t r = 0; r < rank; r += width) {
                 vf square[width];
                 load_square(square, right, places, column + lane, r);
-                for (int64_t m = begin; m < end; ++m) {
+                const int64_t last = smaller(width, rank - r);
+                for (int64_t m = begin; m < end; ++m) {  // a sum of its own: the total is rounded once a square
+                    vf even = splat(0.0f), odd = even;
+                    for (int64_t i = 0; i < last; i += 2) {
+                        even = fma(splat(number_at<float>(u.low, m, r + i)), square[i], even);
+                        if (i + 1 < last) odd = fma(splat(number_at<float>(u.low, m, r + i + 1)), square[i + 1], odd);
+                    }
                     float* const total = totals + (m - first) * lanes + lane;
-                    vf sum = load(total);
-                    for (int i = 0; i < smaller(width, rank - r); ++i)
-                        sum = fma(splat(scaling * number_at<float>(u.low, m, r + i)), square[i], sum);
-                    store(total, sum);
+                    store(total, fma(splat(scaling), even + odd, load(total)));
                 }
             }
         }

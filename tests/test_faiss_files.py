@@ -10,6 +10,7 @@ from conftest import damaged
 from metate import FormatError
 from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, read_faiss, write_faiss
 from metate.search import faiss_files as files
+from metate.search import faiss_nodes as nodes
 
 FOLDER = Path(__file__).parent / "data" / "faiss"
 FILES = sorted(FOLDER.glob("*.index"))
@@ -91,8 +92,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 def test_a_shape_alone_takes_no_memory(tmp_path):
     A = np.broadcast_to(np.float32(0), (1 << 19, 1 << 18))
-    inner = files.Flat(1 << 19, 0, files.L2, True, np.zeros((0, 1 << 19), np.float32))
-    tree = files.PreTransform(1 << 18, 0, files.L2, False, [files.Transform(A, None, False)], inner)
+    inner = nodes.Flat(1 << 19, 0, nodes.L2, True, np.zeros((0, 1 << 19), np.float32))
+    tree = nodes.PreTransform(1 << 18, 0, nodes.L2, False, [nodes.Transform(A, None, False)], inner)
     with open(tmp_path / "index", "wb") as file:
         files.write_tree(tree, file)
     with pytest.raises(FormatError, match="an untrained transform is 262144 to 524288 dimensions"):

@@ -1,8 +1,7 @@
-"""faiss' own files of flat, scalar-quantised, PQ and IVF indexes, with rotations, id maps and refinement: read and
-written.
+"""faiss' own files, read and written.
 
-A file is a tree of four-letter nodes. Reading makes the tree first, bounds-checked: a length is compared with what is
-left of the file before anything is made of it. Layout: faiss/impl/index_write.cpp.
+A file is a tree of four-letter nodes (faiss_nodes.py). Reading makes the tree first, bounds-checked: a length is
+compared with what is left of the file before anything is made of it. Layout: faiss/impl/index_write.cpp.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import math
 import mmap
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
@@ -20,130 +18,36 @@ import numpy.typing as npt
 
 from metate.errors import FormatError, fail
 from metate.search.faiss_blocks import ROWS, blocks_of, codes_of
+from metate.search.faiss_nodes import (
+    INNER_PRODUCT,
+    IVF,
+    L2,
+    PCA,
+    PQ,
+    SQ,
+    SQ_BYTE,
+    SQ_SIZES,
+    Bytes,
+    Flat,
+    Floats,
+    IDMap,
+    Integers,
+    Node,
+    Normalization,
+    PreTransform,
+    Refine,
+    Step,
+    Transform,
+)
 
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 Head: TypeAlias = "tuple[int, int, int, bool]"  # d, ntotal, metric, is_trained
-Integers = npt.NDArray[np.int64]
 Read = TypeVar("Read")
 
-L2, INNER_PRODUCT = 1, 0
-SQ_BYTE, SQ_HALF, SQ_BFLOAT = 0, 4, 7
-SQ_SIZES = {SQ_BYTE: 1, SQ_HALF: 2, SQ_BFLOAT: 2}  # bytes of a number
 _DEPTH = 8  # nodes within nodes
 _MOST_DIMENSIONS = 1 << 20
 _MOST_UNTRAINED = 1 << 28  # numbers of a matrix that a file tells the shape of alone
 _UNUSED = 1 << 20  # what faiss writes into two fields of every header
 _HEADER = "<iqqq?i"
-
-
-@dataclass
-class Node:
-    """What every index has: dimensions, number of vectors, metric."""
-
-    d: int
-    ntotal: int
-    metric: int
-    is_trained: bool = True
-
-
-@dataclass
-class Flat(Node):
-    vectors: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-
-
-@dataclass
-class PQ(Node):
-    """codebooks (M, 2**bits, d/M); codes (ntotal, code_size); fast: of faiss' fast scan."""
-
-    codebooks: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
-    codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
-    fast: bool = False
-
-
-@dataclass
-class SQ(Node):
-    """kind: one of SQ_SIZES; trained: of SQ_BYTE, the least of each column, then how much more the largest is."""
-
-    kind: int = 0
-    trained: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
-    codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
-
-
-@dataclass
-class IVF(Node):
-    """Vectors or codes as bytes (rows, code_size), with their ids, list by list; codebooks: of IVF-PQ; fast: of its
-    fast scan."""
-
-    nprobe: int = 1
-    quantizer: Any = None
-    length: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
-    codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
-    ids: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
-    codebooks: Floats | None = None
-    by_residual: bool = False
-    fast: bool = False
-
-
-@dataclass
-class PCA:
-    """What A and b of a principal component analysis are made of."""
-
-    eigen_power: float
-    epsilon: float
-    random_rotation: bool
-    mean: Floats
-    eigenvalues: Floats
-    directions: Floats
-
-
-@dataclass
-class Transform:
-    """x → A x + b."""
-
-    A: Floats
-    b: Floats | None
-    is_trained: bool = True
-    pca: PCA | None = None
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Dimensions before and after."""
-        return self.A.shape[1], self.A.shape[0]
-
-
-@dataclass
-class Normalization:
-    """x → x / |x|."""
-
-    d: int
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        return self.d, self.d
-
-
-Step: TypeAlias = Transform | Normalization
-
-
-@dataclass
-class PreTransform(Node):
-    chain: list[Step] = field(default_factory=list)
-    index: Any = None
-
-
-@dataclass
-class Refine(Node):
-    base: Any = None
-    refine: Any = None
-    k_factor: float = 1.0
-
-
-@dataclass
-class IDMap(Node):
-    index: Any = None
-    ids: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
-    two_way: bool = False
 
 
 def complain(what: str, got: object, expected: str) -> FormatError:

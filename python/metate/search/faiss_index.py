@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metate.ops.pq import pq_decode
 from metate.search import faiss_files as files
+from metate.search import faiss_nodes as nodes
 from metate.search.base import State
 from metate.search.codecs import Product, Vectors
 from metate.search.files import replacing
@@ -19,7 +20,7 @@ from metate.search.indexes import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.storage import Integers, Lists
 
 _AT_ONCE = 1 << 16  # rows
-SQ_STORAGE = {files.SQ_BYTE: "sq8", files.SQ_HALF: "float16", files.SQ_BFLOAT: "bfloat16"}
+SQ_STORAGE = {nodes.SQ_BYTE: "sq8", nodes.SQ_HALF: "float16", nodes.SQ_BFLOAT: "bfloat16"}
 _SIGN = np.uint8(128)  # the difference between numbers from 0 to 255 and from -128 to 127
 
 
@@ -50,35 +51,35 @@ def write_faiss(index: Index, path: str | Path) -> None:
         files.write_tree(tree, file)
 
 
-def from_tree(node: files.Node) -> Index:
+def from_tree(node: nodes.Node) -> Index:
     """One index of the nodes; its arrays are copies."""
     names = refined = rotation = None
-    if isinstance(node, files.IDMap):
+    if isinstance(node, nodes.IDMap):
         names, node = node.ids, node.index
-    if isinstance(node, files.Refine):
-        if not isinstance(node.refine, files.Flat):
+    if isinstance(node, nodes.Refine):
+        if not isinstance(node.refine, nodes.Flat):
             raise files.complain("refine index", type(node.refine).__name__, "a flat one")
         refined, node = node.refine.vectors, node.base
-    if isinstance(node, files.PreTransform):
+    if isinstance(node, nodes.PreTransform):
         rotation, node = _rotation(node), node.index
     index = _like(node, rotation is not None, refined is not None)
     if not node.is_trained:
         return index
     found = {"rotation": rotation, "centroids": None, "codebooks": None}
-    if isinstance(node, files.IVF):
+    if isinstance(node, nodes.IVF):
         if node.quantizer.metric != node.metric:
             raise files.complain("metric of the quantizer", node.quantizer.metric, f"the index' own, {node.metric}")
         found["centroids"], found["codebooks"] = _centroids(node.quantizer), node.codebooks
-    elif isinstance(node, files.PQ):
+    elif isinstance(node, nodes.PQ):
         found["codebooks"] = node.codebooks
-    elif isinstance(node, files.SQ):
+    elif isinstance(node, nodes.SQ):
         found.update(levels_of(node.trained))
     index.set_trained({name: array.copy() for name, array in found.items() if array is not None})
     index._state = _filled(index, node, names, refined)
     return index
 
 
-def levels_of(trained: files.Floats) -> dict[str, files.Floats]:
+def levels_of(trained: nodes.Floats) -> dict[str, nodes.Floats]:
     """What Vectors ("sq8") is told where faiss takes the middle of each of 256 steps."""
     if not len(trained):
         return {}
@@ -87,36 +88,36 @@ def levels_of(trained: files.Floats) -> dict[str, files.Floats]:
     return {"vectors.scale": scale.astype(np.float32), "vectors.offset": (least + 128.5 * scale).astype(np.float32)}
 
 
-def steps_of(scale: files.Floats, offset: files.Floats) -> files.Floats:
+def steps_of(scale: nodes.Floats, offset: nodes.Floats) -> nodes.Floats:
     """The inverse."""
     least = offset.astype(np.float64) - 128.5 * scale
     return np.concatenate([least, 255 * scale.astype(np.float64)]).astype(np.float32)
 
 
-def sq_bytes(rows: Tensor) -> files.Bytes:
+def sq_bytes(rows: Tensor) -> nodes.Bytes:
     """Rows of a column of vectors as faiss has them."""
     stored = _as_bytes(rows.view(torch.int16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy())
     return stored ^ _SIGN if rows.dtype == torch.int8 else stored
 
 
-def sq_rows(stored: files.Bytes, dtype: torch.dtype) -> Tensor:
+def sq_rows(stored: nodes.Bytes, dtype: torch.dtype) -> Tensor:
     """The inverse."""
     rows = torch.from_numpy(stored ^ _SIGN if dtype == torch.int8 else stored.copy())
     return rows.reshape(-1).view(dtype).view(len(stored), stored.shape[1] // dtype.itemsize)
 
 
-def _centroids(quantizer: files.Flat | files.PQ) -> files.Floats:
-    if isinstance(quantizer, files.Flat):
+def _centroids(quantizer: nodes.Flat | nodes.PQ) -> nodes.Floats:
+    if isinstance(quantizer, nodes.Flat):
         return quantizer.vectors
     codes, books = (torch.from_numpy(array.copy()) for array in (quantizer.codes, quantizer.codebooks))
-    centroids: files.Floats = pq_decode(codes, books).numpy()
+    centroids: nodes.Floats = pq_decode(codes, books).numpy()
     return centroids
 
 
-def _rotation(node: files.PreTransform) -> files.Floats:
+def _rotation(node: nodes.PreTransform) -> nodes.Floats:
     """The matrix of a rotation; of an untrained one nothing but its shape."""
     step = node.chain[0] if len(node.chain) == 1 else None
-    if not isinstance(step, files.Transform) or step.b is not None or node.d != node.index.d:
+    if not isinstance(step, nodes.Transform) or step.b is not None or node.d != node.index.d:
         raise files.complain("transforms", f"{len(node.chain)} of them", "one rotation without bias")
     A = step.A
     if node.is_trained and not (np.abs(A).max() < 2 and np.allclose(A @ A.T, np.eye(node.d), atol=1e-3)):
@@ -124,14 +125,14 @@ def _rotation(node: files.PreTransform) -> files.Floats:
     return A
 
 
-def _like(node: files.Node, rotated: bool, refined: bool) -> Index:
+def _like(node: nodes.Node, rotated: bool, refined: bool) -> Index:
     """An empty index of the kind."""
-    metric, refine = "l2" if node.metric == files.L2 else "inner_product", "float32" if refined else None
-    if isinstance(node, files.PQ):
+    metric, refine = "l2" if node.metric == nodes.L2 else "inner_product", "float32" if refined else None
+    if isinstance(node, nodes.PQ):
         M, levels, _ = node.codebooks.shape
         return PQIndex(node.d, M, levels.bit_length() - 1, metric, opq=rotated, refine=refine)
     index: Index
-    if isinstance(node, files.IVF) and node.codebooks is not None:
+    if isinstance(node, nodes.IVF) and node.codebooks is not None:
         M, levels, _ = node.codebooks.shape
         index = IVFPQIndex(
             node.d, len(node.length), M, levels.bit_length() - 1, metric, residual=node.by_residual, opq=rotated,
@@ -139,28 +140,28 @@ def _like(node: files.Node, rotated: bool, refined: bool) -> Index:
         )  # fmt: skip
     elif rotated or refined:
         raise files.complain("index", type(node).__name__, "PQ or IVF-PQ below a rotation or refinement")
-    elif isinstance(node, files.IVF):
+    elif isinstance(node, nodes.IVF):
         index = IVFFlatIndex(node.d, len(node.length), metric)
-    elif isinstance(node, files.Flat):
+    elif isinstance(node, nodes.Flat):
         return FlatIndex(node.d, metric)
-    elif isinstance(node, files.SQ):
+    elif isinstance(node, nodes.SQ):
         return FlatIndex(node.d, metric, storage=SQ_STORAGE[node.kind])
     else:
         raise files.complain("index", type(node).__name__, "one id map, refinement and rotation, in this order")
-    index.nprobe = min(node.nprobe, len(node.length)) if isinstance(node, files.IVF) else 1
+    index.nprobe = min(node.nprobe, len(node.length)) if isinstance(node, nodes.IVF) else 1
     return index
 
 
-def _filled(index: Index, node: files.Node, names: Integers | None, refined: files.Floats | None) -> State:
+def _filled(index: Index, node: nodes.Node, names: Integers | None, refined: nodes.Floats | None) -> State:
     """The snapshot that holds the rows."""
     model, columns, places = index._state.model, {}, np.arange(node.ntotal)
     length = np.array([node.ntotal])
-    if isinstance(node, files.IVF):
+    if isinstance(node, nodes.IVF):
         places, length = node.ids, node.length
         stored = node.codes if node.codebooks is not None else node.codes.view(np.float32)
     else:
-        stored = node.vectors if isinstance(node, files.Flat) else node.codes  # type: ignore[attr-defined]
-    if isinstance(node, files.SQ):
+        stored = node.vectors if isinstance(node, nodes.Flat) else node.codes  # type: ignore[attr-defined]
+    if isinstance(node, nodes.SQ):
         columns["vectors"] = sq_rows(node.codes, index.column_types()["vectors"][1])
     else:
         columns["codes" if isinstance(index.codec, Product) else "vectors"] = torch.from_numpy(stored.copy())
@@ -173,7 +174,7 @@ def _filled(index: Index, node: files.Node, names: Integers | None, refined: fil
     ids = places if names is None else names[places]
     if len(np.unique(ids)) != len(ids) or ((ids < 0) | (ids > MOST_ID)).any():
         raise files.complain("ids", "out of range or given twice", f"each once, from 0 to {MOST_ID}")
-    if names is not None or isinstance(node, files.IVF):
+    if names is not None or isinstance(node, nodes.IVF):
         columns["ids"] = torch.from_numpy(ids.copy())
     return State(model, Lists.packed(length, index.codec.laid_out(columns)), int(ids.max()) + 1 if len(ids) else 0)
 
@@ -188,15 +189,15 @@ def _bias(index: Index, centroids: Tensor, codes: Tensor, length: Integers) -> T
     return torch.cat([torch.empty(0), *parts])
 
 
-def to_tree(index: Index) -> files.Node:
+def to_tree(index: Index) -> nodes.Node:
     """The nodes that faiss has for it."""
     state = index._state
     lists, model = state.lists, {name: tensor.cpu().numpy() for name, tensor in state.model.items()}
-    rows, trained, metric = lists.rows(), index.is_trained, files.INNER_PRODUCT if index.largest else files.L2
+    rows, trained, metric = lists.rows(), index.is_trained, nodes.INNER_PRODUCT if index.largest else nodes.L2
     ids, n = lists.ids(rows), len(rows)
     head = index.dim, n, metric, trained
     sequential = bool(np.array_equal(ids, np.arange(n)))
-    node: files.Node
+    node: nodes.Node
     books, codec = None, index.codec
     if isinstance(codec, Product):
         stored = _rows(state, "codes").numpy()
@@ -207,35 +208,35 @@ def to_tree(index: Index) -> files.Node:
         stored = _full(index, state, codec)
     if index.nlist is not None:
         centroids = model.get("centroids", np.zeros((0, index.dim), np.float32))
-        quantizer = files.Flat(index.dim, len(centroids), metric, trained, centroids)
+        quantizer = nodes.Flat(index.dim, len(centroids), metric, trained, centroids)
         inner = ids if index.refine is None else np.arange(n)
-        node = files.IVF(
+        node = nodes.IVF(
             *head, index.nprobe, quantizer, lists.living(), _as_bytes(stored), inner, books,
             isinstance(codec, Product) and codec.residual,
         )  # fmt: skip
     elif books is not None:
-        node = files.PQ(*head, books, stored)
+        node = nodes.PQ(*head, books, stored)
     else:
-        node = files.Flat(*head, stored)
+        node = nodes.Flat(*head, stored)
     if index.opq:
         A = model.get("rotation", np.zeros((index.dim, index.dim), np.float32))
-        node = files.PreTransform(*head, [files.Transform(A, None, trained)], node)
+        node = nodes.PreTransform(*head, [nodes.Transform(A, None, trained)], node)
     if index.refine is not None:
         full = _full(index, state, index.refine)
-        node = files.Refine(*head, node, files.Flat(index.dim, n, metric, True, full), 4.0)
+        node = nodes.Refine(*head, node, nodes.Flat(index.dim, n, metric, True, full), 4.0)
     return _mapped(node, ids, sequential or (index.nlist is not None and index.refine is None))
 
 
-def _mapped(node: files.Node, ids: Integers, known: bool) -> files.Node:
+def _mapped(node: nodes.Node, ids: Integers, known: bool) -> nodes.Node:
     """With ids that the node does not know."""
-    return node if known else files.IDMap(node.d, node.ntotal, node.metric, node.is_trained, node, ids)
+    return node if known else nodes.IDMap(node.d, node.ntotal, node.metric, node.is_trained, node, ids)
 
 
-def _sq(state: State, codec: Vectors, head: files.Head) -> files.Node:
+def _sq(state: State, codec: Vectors, head: files.Head) -> nodes.Node:
     kind = next(number for number, storage in SQ_STORAGE.items() if storage == codec.storage)
     scale, offset = (state.model.get(f"{codec.name}.{part}") for part in ("scale", "offset"))
     trained = np.zeros(0, np.float32) if scale is None or offset is None else steps_of(scale.numpy(), offset.numpy())
-    return files.SQ(*head, kind, trained, sq_bytes(_rows(state, codec.name)))
+    return nodes.SQ(*head, kind, trained, sq_bytes(_rows(state, codec.name)))
 
 
 def _rows(state: State, name: str) -> Tensor:
@@ -245,12 +246,12 @@ def _rows(state: State, name: str) -> Tensor:
     return torch.cat([none, *(block.cpu() for block in state.lists.packed_blocks(name))])
 
 
-def _full(index: Index, state: State, codec: Vectors) -> files.Floats:
+def _full(index: Index, state: State, codec: Vectors) -> nodes.Floats:
     """Full vectors as float32."""
     rows = _rows(state, codec.name).to(index.device)
-    x: files.Floats = (codec.decode(state.model, {codec.name: rows}) if len(rows) else rows.float()).cpu().numpy()
+    x: nodes.Floats = (codec.decode(state.model, {codec.name: rows}) if len(rows) else rows.float()).cpu().numpy()
     return x
 
 
-def _as_bytes(x: Any) -> files.Bytes:
+def _as_bytes(x: Any) -> nodes.Bytes:
     return np.ascontiguousarray(x).view(np.uint8) if len(x) else np.zeros((0, x.itemsize * x.shape[1]), np.uint8)

@@ -30,6 +30,7 @@ from metate.compat.faiss.transforms import (
 )
 from metate.errors import FormatError
 from metate.search import faiss_files as files
+from metate.search import faiss_nodes as nodes
 from metate.search.faiss_index import from_tree, to_tree
 from metate.search.files import replacing
 
@@ -151,14 +152,14 @@ def read_index(path: str | IOReader, *flags: Any) -> Any:
     return _read(path, _root, _made_of)
 
 
-def _root(reader: files.Reader) -> files.Node | None:
+def _root(reader: files.Reader) -> nodes.Node | None:
     if reader.fourcc() == "null":
         return None
     reader.at -= 4
     return files.read_node(reader)
 
 
-def _made_of(root: files.Node | None) -> Index | None:
+def _made_of(root: nodes.Node | None) -> Index | None:
     return None if root is None else _index(root)
 
 
@@ -177,7 +178,7 @@ def read_ProductQuantizer(path: str | IOReader) -> ProductQuantizer:
     return _read(path, files.read_codebooks, _quantizer_of)  # type: ignore[no-any-return]
 
 
-def _quantizer_of(books: files.Floats) -> ProductQuantizer:
+def _quantizer_of(books: nodes.Floats) -> ProductQuantizer:
     M, levels, width = books.shape
     pq = ProductQuantizer(M * width, M, levels.bit_length() - 1)
     pq.centroids[...] = books.reshape(-1)
@@ -209,52 +210,52 @@ def clone_index(index: Index) -> Any:
     return deserialize_index(serialize_index(index))
 
 
-def _tree(index: Index) -> files.Node:
+def _tree(index: Index) -> nodes.Node:
     head = index.d, index.ntotal, index.metric_type, index.is_trained
     if isinstance(index, IndexIDMap):
-        return files.IDMap(*head, _tree(index.index), index.id_map, isinstance(index, IndexIDMap2))
+        return nodes.IDMap(*head, _tree(index.index), index.id_map, isinstance(index, IndexIDMap2))
     if isinstance(index, IndexPreTransform):
-        return files.PreTransform(*head, [_step(step) for step in index.chain], _tree(index.index))
+        return nodes.PreTransform(*head, [_step(step) for step in index.chain], _tree(index.index))
     if isinstance(index, IndexRefine):
-        return files.Refine(*head, _tree(index.base_index), _tree(index.refine_index), index.k_factor)
+        return nodes.Refine(*head, _tree(index.base_index), _tree(index.refine_index), index.k_factor)
     if isinstance(index, IndexIVF):
         index._inner.nprobe = min(index.nprobe, index.nlist)
         tree = to_tree(index._inner)
-        assert isinstance(tree, files.IVF)
+        assert isinstance(tree, nodes.IVF)
         tree.quantizer, tree.fast = _tree(index.quantizer), isinstance(index, IndexIVFPQFastScan)
         return tree
     leaf = to_tree(index._inner)  # type: ignore[attr-defined]
-    if isinstance(leaf, files.SQ) and isinstance(index, IndexScalarQuantizer):
+    if isinstance(leaf, nodes.SQ) and isinstance(index, IndexScalarQuantizer):
         leaf.trained = index.sq.trained
-    if isinstance(leaf, files.PQ):
+    if isinstance(leaf, nodes.PQ):
         leaf.fast = isinstance(index, IndexPQFastScan)
     return leaf
 
 
-def _step(step: VectorTransform) -> files.Step:
+def _step(step: VectorTransform) -> nodes.Step:
     if isinstance(step, NormalizationTransform):
-        return files.Normalization(step.d_in)
+        return nodes.Normalization(step.d_in)
     if not isinstance(step, LinearTransform):
         raise RuntimeError(f"write_index: a transform is {type(step).__name__}, expected a linear one")
     A = step.A.reshape(step.d_out, step.d_in)
     pca = None
     if isinstance(step, PCAMatrix):
-        pca = files.PCA(
+        pca = nodes.PCA(
             step.eigen_power, step.epsilon, step.random_rotation, step.mean, step.eigenvalues, step.PCAMat
         )  # fmt: skip
-    return files.Transform(A, step.b if step.have_bias else None, step.is_trained, pca)
+    return nodes.Transform(A, step.b if step.have_bias else None, step.is_trained, pca)
 
 
-def _index(node: files.Node) -> Index:
-    if isinstance(node, files.IDMap):
+def _index(node: nodes.Node) -> Index:
+    if isinstance(node, nodes.IDMap):
         mapped = (IndexIDMap2 if node.two_way else IndexIDMap).__new__(IndexIDMap2 if node.two_way else IndexIDMap)
         inner = _index(node.index)
         Index.__init__(mapped, inner.d, inner.metric_type)
         mapped.index, mapped.own_fields, mapped._ids = inner, True, node.ids.copy()
         return mapped
-    if isinstance(node, files.PreTransform):
+    if isinstance(node, nodes.PreTransform):
         return IndexPreTransform(*map(_transform, node.chain), _index(node.index))
-    if isinstance(node, files.Refine):
+    if isinstance(node, nodes.Refine):
         base, fine = _index(node.base), _index(node.refine)
         if base.ntotal != fine.ntotal:
             raise files.complain("refined index", f"{base.ntotal} vectors", f"{fine.ntotal}, and that it is trained")
@@ -263,13 +264,13 @@ def _index(node: files.Node) -> Index:
         IndexRefine.__init__(refined, base, fine)
         refined.k_factor = node.k_factor
         return refined
-    if isinstance(node, files.IVF):  # lists are found by the quantizer's metric here, whatever that of the index
+    if isinstance(node, nodes.IVF):  # lists are found by the quantizer's metric here, whatever that of the index
         return _leaf(from_tree(replace(node, quantizer=replace(node.quantizer, metric=node.metric))), node)
     return _leaf(from_tree(node), node)
 
 
-def _transform(step: files.Step) -> VectorTransform:
-    if isinstance(step, files.Normalization):
+def _transform(step: nodes.Step) -> VectorTransform:
+    if isinstance(step, nodes.Normalization):
         return NormalizationTransform(step.d)
     d_out, d_in = step.A.shape
     transform = LinearTransform(d_in, d_out)
@@ -282,9 +283,9 @@ def _transform(step: files.Step) -> VectorTransform:
     return transform
 
 
-def _leaf(inner: Any, node: files.Node) -> Index:
+def _leaf(inner: Any, node: nodes.Node) -> Index:
     found: Elementary
-    if isinstance(node, files.IVF):
+    if isinstance(node, nodes.IVF):
         quantizer = _index(node.quantizer)
         if node.codebooks is None:
             found = IndexIVFFlat(quantizer, node.d, inner.nlist, node.metric)
@@ -293,9 +294,9 @@ def _leaf(inner: Any, node: files.Node) -> Index:
             found = kind(quantizer, node.d, inner.nlist, inner.M, inner.bits, node.metric)
             found.by_residual = inner.residual
         found.nprobe = node.nprobe
-    elif isinstance(node, files.PQ):
+    elif isinstance(node, nodes.PQ):
         found = (IndexPQFastScan if node.fast else IndexPQ)(node.d, inner.M, inner.bits, node.metric)
-    elif isinstance(node, files.SQ):
+    elif isinstance(node, nodes.SQ):
         scalar = found = IndexScalarQuantizer(node.d, node.kind, node.metric)
         scalar.sq.trained = node.trained.copy()
     else:

@@ -12,8 +12,8 @@ from torch import Tensor
 from metate.compat.faiss.parameters import ClusteringParameters, Floats
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
 from metate.search.codecs import Vectors
-from metate.search.faiss_files import SQ_BFLOAT, SQ_BYTE, SQ_HALF, SQ_SIZES
 from metate.search.faiss_index import SQ_STORAGE, levels_of, sq_bytes, sq_rows
+from metate.search.faiss_nodes import SQ_BFLOAT, SQ_BYTE, SQ_HALF, SQ_SIZES
 from metate.search.training import train_codebooks
 
 Bytes = npt.NDArray[np.uint8]

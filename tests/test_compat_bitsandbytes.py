@@ -289,8 +289,6 @@ def test_layers_compile_before_their_first_call(kind, shape):
 @pytest.mark.parametrize("nested", [False, True])
 def test_fsdp_finds_what_it_looks_for(nested):
     layer = bnb.nn.LinearNF4(64, 24, compress_statistics=nested)
-    for part in (*layer.weight.chunk(2), *torch.split(layer.weight, 5)):
-        assert isinstance(part, bnb.nn.Params4bit) and part.quant_type == "nf4"
     assert not hasattr(layer.weight, "absmax")
     layer.to("cpu")
     for name, tensor in layer.weight.quant_state.as_dict(packed=True).items():

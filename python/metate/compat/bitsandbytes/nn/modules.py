@@ -13,7 +13,6 @@ from metate.compat.bitsandbytes import functional
 from metate.compat.bitsandbytes.functional import MatmulLtState, QuantState
 from metate.quant.bitsandbytes import STATE
 
-_SHARDING = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE + "nf4", STATE + "fp4")
 
 
@@ -30,14 +29,6 @@ class _Params(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuilt, (type(self), self.data, self.requires_grad, self.__dict__)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """FSDP shards parameters by chunk and split: their parts stay parameters of this kind."""
-        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        if func not in _SHARDING or not isinstance(args[0], cls):
-            return result
-        return tuple(_rebuilt(cls, part.detach(), args[0].requires_grad, args[0].__dict__) for part in result)
 
     def cpu(self) -> Any:  # type: ignore[override]
         return self.to("cpu")

@@ -82,7 +82,7 @@ def index_workloads() -> list[Workload]:
     return [
         Workload("index", topk_op, SWEEP, {"faiss": faiss_searcher, "faiss fast scan": faiss_fast_searcher},
                  our_searcher, lambda case: 2.0 * case["Q"] * case["n"] * D, (torch.float32,), label, inputs=inputs),
-        Workload("training of an index", topk_op, TRAINING, {"faiss": faiss_trainer}, our_trainer,
+        Workload("training of an index", topk_op, TRAINING, {"faiss": faiss_trainer}, trainer,
                  lambda case: 2.0 * 25 * 256 * case["n"] * D, (torch.float32,), label, inputs=inputs),
     ]  # fmt: skip
 
@@ -324,7 +324,7 @@ def _trained(kind: str, data: str, n: int, nprobe: int, everyone: tuple[str, ...
     return {who: Trained(*zip(*pairs, strict=True)) for who, pairs in found.items()}
 
 
-def _trainer(setup: Setup, who: str) -> Approximate:
+def trainer(setup: Setup, who: str) -> Approximate:
     case, backends = setup.case, timed_backends(setup.op, setup.device)
     named = case["index"], case["data"], case["n"], case["nprobe"]
     everyone = (*backends, "faiss") if importlib.util.find_spec("faiss") else tuple(backends)
@@ -333,10 +333,6 @@ def _trainer(setup: Setup, who: str) -> Approximate:
     return Approximate(lambda i: train(x[:_TRAINED]), one.recalls, repetitions=one.repetitions)
 
 
-def our_trainer(setup: Setup, backend: str) -> Approximate:
-    return _trainer(setup, backend)
-
-
 def faiss_trainer(setup: Setup) -> Approximate:
     faiss_module()
-    return _trainer(setup, "faiss")
+    return trainer(setup, "faiss")

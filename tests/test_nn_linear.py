@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 import metate
 from metate.nn import Linear, QuantLinear
@@ -57,10 +58,17 @@ def test_wrong_inputs_are_refused():
         layer()(torch.randn(100, 7))
 
 
-def test_compiles_and_is_quantised():
-    linear, x = layer(), torch.randn(3, 72)
+def test_compiles_once_for_all_numbers_of_rows():
+    torch._dynamo.reset()
+    linear, counter = layer(), CompileCounter()
+    compiled = torch.compile(linear, backend=counter, fullgraph=True)
     with torch.no_grad():
-        want = linear(x)
-        assert torch.allclose(torch.compile(linear, backend="eager", fullgraph=True)(x), want)
-    model = metate.quantize_model(torch.nn.Sequential(linear), "nf4")
+        for rows in (3, 5, 7, 11, 13, 17, 31, 63, 64, 65, 200):
+            x = torch.randn(rows, 72)
+            assert torch.allclose(compiled(x), linear(x), atol=1e-6)
+    assert counter.frame_count <= 2, "a graph of one number, and one of any"
+
+
+def test_is_quantised():
+    model = metate.quantize_model(torch.nn.Sequential(layer()), "nf4")
     assert type(model[0]) is QuantLinear

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -169,11 +170,50 @@ def run_forked() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def in_process(function: str, timeout: float) -> subprocess.CompletedProcess[str]:
+def run_out_of_memory() -> None:
+    """Every allocation of every op fails once, in calls that come for the first time and in calls like others."""
+    allocator = ctypes.CDLL(os.environ["LD_PRELOAD"])
+    allocator.waits.restype = ctypes.c_bool
+    for op in REGISTRY.values():
+        if "cpu" not in op.implementations("cpu"):
+            continue
+        args = op.example(op.domain.cases[1], torch.float32)
+        expected = op.trial(args)
+        for first in (True, False):
+            for n in range(1, 1000):
+                print(op.name, "first" if first else "next", n, flush=True)
+                if first:
+                    op.forget_plans()
+                if not fails_once(allocator, n, op, args):
+                    break
+                assert same_bits(op.trial(args), expected)
+
+
+def fails_once(allocator: ctypes.CDLL, n: int, op: Op, args: tuple[Any, ...]) -> bool:
+    """Whether a call, in a thread without memory of its own, came to its nth allocation, and ended in a MemoryError."""
+    raised: list[Exception] = []
+
+    def call() -> None:
+        allocator.fail_allocation(ctypes.c_long(n))
+        try:
+            op.trial(args)
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    failed = not allocator.waits()
+    allocator.fail_allocation(ctypes.c_long(0))
+    assert [type(error) for error in raised] == [MemoryError] * failed, raised
+    return failed
+
+
+def in_process(function: str, timeout: float, **variables: str) -> subprocess.CompletedProcess[str]:
     code = (
         f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_runtime; test_runtime.{function}()"
     )
-    alone = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER_COUNT"}
+    alone = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER_COUNT"} | variables
     return subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=timeout)
 
 
@@ -190,6 +230,15 @@ def test_no_byte_outside_the_tensors_is_read():
 def test_runs_after_fork():
     done = in_process("run_forked", 60)
     assert done.returncode == 0, done.stderr
+
+
+@needs_compiled
+def test_no_allocation_that_fails_ends_the_process(tmp_path):
+    library = tmp_path / "failing_allocator.so"
+    source = Path(__file__).parent / "failing_allocator.cpp"
+    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True)
+    done = in_process("run_out_of_memory", 600, LD_PRELOAD=str(library))
+    assert done.returncode == 0, f"died at: {done.stdout.splitlines()[-1:]} {done.stderr[-500:]}"
 
 
 @pytest.mark.parametrize("op,device,backend", COMPILED)

@@ -201,6 +201,30 @@ PyObject* to_python(std::tuple<Results...>& results, bool first_only) {
     return tuple;
 }
 
+// The C++ exception that was caught, as Python's.
+inline PyObject* raise() {
+    try {
+        throw;
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    } catch (...) {
+        PyErr_SetString(PyExc_RuntimeError, "metate: unknown error in a kernel");
+    }
+    return nullptr;
+}
+
+// A method of Python's out of which no C++ exception comes: it would end the process.
+template <PyObject* (*method)(PyObject*, PyObject*)>
+PyObject* safe(PyObject* self, PyObject* args) {
+    try {
+        return method(self, args);
+    } catch (...) {
+        return raise();
+    }
+}
+
 struct Binding {
     PyObject* (*call)(const Binding&, PyObject* args, bool first_only);
     void (*admit)(Binding&, PyObject* args);
@@ -237,12 +261,9 @@ struct Door<fn> {
             }
         } catch (const NeedsDispatcher&) {
             Py_RETURN_NOTIMPLEMENTED;
-        } catch (const std::exception& error) {
-            PyErr_SetString(PyExc_RuntimeError, error.what());
         } catch (...) {
-            PyErr_SetString(PyExc_RuntimeError, "metate: unknown error in a kernel");
+            return raise();
         }
-        return nullptr;
     }
 
     static void admit(Binding& binding, PyObject* args) {
@@ -328,7 +349,7 @@ inline PyObject* start(PyObject*, PyObject* args) {
 inline PyObject* direct(PyObject*, PyObject* name) {
     static PyMethodDef methods[] = {
         {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr},
-        {"admit", admit, METH_O, nullptr},
+        {"admit", safe<admit>, METH_O, nullptr},
         {"forget", forget, METH_NOARGS, nullptr},
     };
     const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);

@@ -37,13 +37,13 @@ PyObject* row_bias(PyObject*, PyObject*);
 }  // namespace metate::bind
 
 static PyMethodDef methods[] = {
-    {"start", metate::bind::direct::start, METH_VARARGS, nullptr},
-    {"direct", metate::bind::direct::direct, METH_O, nullptr},
+    {"start", metate::bind::direct::safe<metate::bind::direct::start>, METH_VARARGS, nullptr},
+    {"direct", metate::bind::direct::safe<metate::bind::direct::direct>, METH_O, nullptr},
     {"direct_calls", metate::bind::direct::count, METH_NOARGS, nullptr},
-    {"prepare_search", metate::bind::prepare_search, METH_VARARGS, nullptr},
-    {"prepare_add", metate::bind::prepare_add, METH_VARARGS, nullptr},
-    {"copy_lists", metate::bind::copy_lists, METH_VARARGS, nullptr},
-    {"row_bias", metate::bind::row_bias, METH_VARARGS, nullptr},
+    {"prepare_search", metate::bind::direct::safe<metate::bind::prepare_search>, METH_VARARGS, nullptr},
+    {"prepare_add", metate::bind::direct::safe<metate::bind::prepare_add>, METH_VARARGS, nullptr},
+    {"copy_lists", metate::bind::direct::safe<metate::bind::copy_lists>, METH_VARARGS, nullptr},
+    {"row_bias", metate::bind::direct::safe<metate::bind::row_bias>, METH_VARARGS, nullptr},
     {"isas", isas, METH_NOARGS, nullptr},
     {"poison_scratch", poison_scratch, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -296,10 +296,9 @@ PyObject* add_prepared(PyObject* capsule, PyObject* args) {
         if (known) std::memcpy(lists, known.data(), static_cast<size_t>(8 * n));
         came = add_rows({pool, x, lists, rows, ids ? ids->data<const int64_t>() : nullptr, first_id}, lists, rows,
                         lengths, static_cast<bool>(known));
-    } catch (const std::exception& error) {
+    } catch (...) {
         Py_DECREF(after);
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
+        return direct::raise();
     }
     if (came == Came::done && !wanted) return after;
     PyObject* answer = nullptr;
@@ -316,7 +315,7 @@ PyObject* add_prepared(PyObject* capsule, PyObject* args) {
 }  // namespace
 
 PyObject* prepare_add(PyObject*, PyObject* args) {
-    static PyMethodDef method = {"add", add_prepared, METH_VARARGS, nullptr};
+    static PyMethodDef method = {"add", direct::safe<add_prepared>, METH_VARARGS, nullptr};
     return prepare<Pool, std::tuple<Optional, Optional, Tensor, Optional, Optional, Tensor, Tensor, int64_t, bool>>(
         method, args);
 }

@@ -17,12 +17,9 @@ PyObject* search_prepared(PyObject* capsule, PyObject* args) {
     if (!queries.is(Q, lists.centroids.size(1)) || !distances.is(Q, k) || !found.is(Q, k) || k < 1 || nprobe < 1 ||
         nprobe > lists.centroids.size(0) || direct::dispatcher_is_wanted(array_guards))
         Py_RETURN_FALSE;
-    try {
+    {
         direct::Unlocked unlocked;
         search_lists(lists, queries.tensor(), nprobe, distances.view(), found.view());
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
     }
     bool all = true;
     for (int64_t q = 0; q < Q; ++q) all &= static_cast<const int64_t*>(found.view().data)[q * k] != -1;
@@ -32,7 +29,7 @@ PyObject* search_prepared(PyObject* capsule, PyObject* args) {
 }  // namespace
 
 PyObject* prepare_search(PyObject*, PyObject* args) {
-    static PyMethodDef method = {"search", search_prepared, METH_VARARGS, nullptr};
+    static PyMethodDef method = {"search", direct::safe<search_prepared>, METH_VARARGS, nullptr};
     return prepare<Lists, std::tuple<Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional, Optional, Optional,
                                      int64_t, int64_t, bool>>(method, args);
 }

@@ -155,7 +155,7 @@ def product_kernel(x, out, x_strides, codes, scales, super_scales, zeros, offset
     x += (tl.minimum(m, x_rows - 1).to(tl.int64) * x_strides[0])[None, :]
 
     # Held by the program: a table in memory would be fetched ahead tile by tile, in the place of codes.
-    table = None if codebook is None else tl.load(codebook[0] + tl.arange(0, 1 << BITS) * codebook[1])
+    table = None if codebook is None else tl.load(codebook[0] + tl.arange(0, 1 << BITS).to(tl.int64) * codebook[1])
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for part in range(slices):
         begin = (tl.program_id(1) * slices + part) * slice_size

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import COMPILED, OPS, example, examples, outputs, run, same_bits
+from conftest import BACKENDS, COMPILED, OPS, example, examples, outputs, run, same_bits
 from torch import Tensor
 
 import metate
@@ -110,6 +110,35 @@ def test_bits_do_not_depend_on_strides(op, device, backend):
     )
     copied = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in repeated)
     assert same_bits(run(op, backend, repeated), run(op, backend, copied))
+
+
+_MAP_NORESERVE = 0x4000  # Linux has it, Python does not name it
+
+
+def far(x: Tensor, d: int) -> Tensor:
+    """The same values, the last of an axis 2^31 elements or more behind the first; memory between them takes none."""
+    if not x.dim() or x.shape[d] < 2:
+        return x
+    x = x.movedim(d, 0).contiguous()
+    stride = max(-(-(1 << 31) // (len(x) - 1)), x[0].numel())
+    size = (stride * (len(x) - 1) + x[0].numel()) * x.element_size()
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    wide = torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, (stride, *x[0].stride()))
+    return wide.copy_(x).movedim(0, d)
+
+
+@pytest.mark.parametrize("d", [0, -1])
+@pytest.mark.parametrize(
+    "op,device,backend", [p for p in BACKENDS if p.values[1] == "cpu" and p.values[2] != "reference"]
+)
+def test_offsets_beyond_31_bits(op, device, backend, d):
+    args = example(op, backend, device)
+    wide = tuple(
+        far(a, d) if isinstance(a, Tensor) and not (op.writes and name in op.outputs) else a
+        for name, a in zip(op.parameters, args, strict=True)
+    )
+    assert same_bits(run(op, backend, wide), run(op, backend, args))
 
 
 @pytest.mark.parametrize("op,device,backend", COMPILED)

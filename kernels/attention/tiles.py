@@ -225,7 +225,7 @@ def distance(i, j, window):
 
 @triton.jit
 def mask_base(mask, span):
-    return span[1].to(tl.int64) * mask[1] + span[2] * mask[2]
+    return span[1].to(tl.int64) * mask[1] + span[2].to(tl.int64) * mask[2]
 
 
 @triton.jit

@@ -98,7 +98,7 @@ def linear_kernel(x, out, x_strides, order, k, slots, expert_offsets, w, codes, 
         m = m0 + tl.arange(0, BLOCK_M)
         row, there = source_rows(order, k, slots, m, end)
         right_rows = x + (row.to(tl.int64) * x_strides[0])[None, :]
-        table = None if codebook is None else tl.load(codebook[0] + tl.arange(0, 1 << BITS) * codebook[1])
+        table = None if codebook is None else tl.load(codebook[0] + tl.arange(0, 1 << BITS).to(tl.int64) * codebook[1])
         sizes = (rows, columns, row_bytes, group_size, super_groups, zero)
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k0 in range(0, tl.where(real, summed, 0), BLOCK_K):
@@ -106,7 +106,7 @@ def linear_kernel(x, out, x_strides, order, k, slots, expert_offsets, w, codes, 
             inside = inner < summed
             column = inner
             if permutation is not None:
-                at = permutation[0] + expert.to(tl.int64) * permutation[1] + inner * permutation[2]
+                at = permutation[0] + expert.to(tl.int64) * permutation[1] + inner.to(tl.int64) * permutation[2]
                 column = tl.load(at, mask=inside, other=0)
             taken = there[None, :] if WHOLE_SUM else there[None, :] & inside[:, None]
             right = tl.load(right_rows + (column.to(tl.int64) * x_strides[1])[:, None], mask=taken, other=0.0)
@@ -127,7 +127,7 @@ def linear_kernel(x, out, x_strides, order, k, slots, expert_offsets, w, codes, 
             acc = shared.product(left.to(right.dtype), right, acc)
         n = n0 + tl.arange(0, BLOCK_N)
         if bias is not None:
-            at = bias[0] + expert.to(tl.int64) * bias[1] + n * bias[2]
+            at = bias[0] + expert.to(tl.int64) * bias[1] + n.to(tl.int64) * bias[2]
             acc += tl.load(at, mask=n < tl.where(real, outputs, 0), other=0.0).to(tl.float32)[:, None]
         own_places = None if places is None else (places[0] + expert.to(tl.int64) * places[1], places[2])
         store_outputs(out, acc, n, m, end, outputs, None, own_places)

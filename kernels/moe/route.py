@@ -95,7 +95,7 @@ def topk_kernel(logits, bias, weights, experts, strides, tokens, group_size, gro
         scores = scores / tl.sum(scores, 1)[:, None]
     choice = x
     if bias is not None:
-        choice = scores + tl.load(bias[0] + number * bias[1], mask=real, other=0.0).to(tl.float32)[None, :]
+        choice = scores + tl.load(bias[0] + number.to(tl.int64) * bias[1], mask=real, other=0.0).to(tl.float32)[None, :]
     key = tl.where(real[None, :], keys_of(choice, number[None, :]), WORST)
     if GROUPS > 1:
         values = scores if GROUP_RULE == 1 and bias is None else choice
@@ -129,7 +129,7 @@ def topk_backward_kernel(grad, logits, experts, d_logits, grad_strides, strides,
     column = tl.arange(0, SIZE)
     wide = t.to(tl.int64)[:, None]
     inside = (t < tokens)[:, None] & (column < size)[None, :]
-    j = tl.arange(0, K)
+    j = tl.arange(0, K).to(tl.int64)
     given = (t < tokens)[:, None] & (j < k)[None, :]
     number = tl.load(experts + wide * expert_strides[0] + (j * expert_strides[1])[None, :], mask=given, other=-1)
     given &= (number >= 0) & (number < size)

@@ -9,7 +9,7 @@ NOBODY = tl.constexpr(0x7FFFFFFF)
 @triton.jit
 def numbers_of(experts, strides, slot, k, slots, num_experts):
     """The expert of each slot, num_experts where it has none, NOBODY where there is no slot."""
-    pointers = experts + (slot // k).to(tl.int64) * strides[0] + (slot % k) * strides[1]
+    pointers = experts + (slot // k).to(tl.int64) * strides[0] + (slot % k).to(tl.int64) * strides[1]
     number = tl.load(pointers, mask=slot < slots, other=NOBODY)
     return tl.where((slot < slots) & ((number < 0) | (number > num_experts)), num_experts, number)
 
@@ -72,7 +72,8 @@ def unpermute_kernel(y, inverse, weights, out, y_strides, inverse_strides, k, ro
     token, column = tile_of(columns, BLOCK_R, BLOCK_D)
     wide = token.to(tl.int64)
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for j in range(k):
+    for slot in range(k):
+        j = tl.cast(slot, tl.int64)
         row = tl.load(inverse + wide * inverse_strides[0] + j * inverse_strides[1], mask=token < tokens, other=-1)
         there = (row >= 0) & (row < rows)
         value = load_rows(y, y_strides, row, there, column, columns)
@@ -88,7 +89,7 @@ def unpermute_kernel(y, inverse, weights, out, y_strides, inverse_strides, k, ro
 def place_kernel(inverse, order, inverse_strides, k, rows, slots, BLOCK: tl.constexpr):
     """order[inverse[slot]] = slot."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pointers = inverse + (slot // k).to(tl.int64) * inverse_strides[0] + (slot % k) * inverse_strides[1]
+    pointers = inverse + (slot // k).to(tl.int64) * inverse_strides[0] + (slot % k).to(tl.int64) * inverse_strides[1]
     row = tl.load(pointers, mask=slot < slots, other=-1)
     tl.store(order + row, slot, mask=(row >= 0) & (row < rows))
 
@@ -103,7 +104,7 @@ def unpermute_backward_kernel(dout, y, order, weights, dy, d_weights, dout_strid
     token = slot // k
     weight = tl.full((BLOCK_R,), 1.0, tl.float32)
     if weights is not None:
-        pointers = weights[0] + token.to(tl.int64) * weights[1] + (slot % k) * weights[2]
+        pointers = weights[0] + token.to(tl.int64) * weights[1] + (slot % k).to(tl.int64) * weights[2]
         weight = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
     dot = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for first in range(0, columns, BLOCK_D):

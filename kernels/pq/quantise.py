@@ -14,7 +14,8 @@ def book_distance(x, x_strides, books, row, level, n, d, TYPE: tl.constexpr):
     """(rows, levels) squared distances in TYPE."""
     total = tl.zeros((row.shape[0], level.shape[0]), TYPE)
     for j in range(d):
-        a = tl.load(x + row * x_strides[0] + j * x_strides[1], mask=row < n, other=0.0).to(TYPE)
+        at = x + row * x_strides[0] + tl.cast(j, tl.int64) * x_strides[1]
+        a = tl.load(at, mask=row < n, other=0.0).to(TYPE)
         difference = a[:, None] - tl.load(books + level * d + j).to(TYPE)[None, :]
         total += difference * difference
     return total
@@ -88,7 +89,7 @@ def tables_kernel(queries, query_strides, books, book_strides, out, Q, M, L, d, 
     total = tl.zeros((BLOCK, BLOCK_L), tl.float32)
     for j in range(d):
         a = tl.load(queries + q * query_strides[0] + (m * d + j) * query_strides[1], mask=q < Q, other=0.0)
-        at = books + m * book_strides[0] + level.to(tl.int64) * book_strides[1] + j * book_strides[2]
+        at = books + m * book_strides[0] + level.to(tl.int64) * book_strides[1] + tl.cast(j, tl.int64) * book_strides[2]
         b = tl.load(at, mask=level < L, other=0.0)
         if L2:
             difference = a[:, None] - b[None, :]

@@ -9,6 +9,7 @@ from .search import EMPTY, add_best, kept, keys_of, span
 @triton.jit
 def load_code(at, stride, bit, inside, BITS: tl.constexpr):
     """The number that begins at a bit of rows of bytes, from its byte and those that it reaches into."""
+    stride = tl.cast(stride, tl.int64)
     at += bit // 8 * stride
     shift = (bit % 8).to(tl.int32)
     code = tl.load(at, mask=inside, other=0).to(tl.int32)
@@ -44,7 +45,7 @@ def scan_kernel(tables, codes, codes_strides, ranges, ranges_strides, bias, bias
         first, last = span(ranges, ranges_strides, q, p, n)
         added = 0.0
         if bias is not None:
-            added = tl.load(bias + q * bias_strides[0] + p * bias_strides[1])
+            added = tl.load(bias + q * bias_strides[0] + tl.cast(p, tl.int64) * bias_strides[1])
         chunks = ((tl.maximum(last - first, 0) + BLOCK - 1) // BLOCK).to(tl.int32)
         for chunk in range((part + p) % slices, chunks, slices):
             row = first + tl.cast(chunk, tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -31,7 +31,7 @@ def span(ranges, ranges_strides, q, p, n):
     first = tl.cast(0, tl.int64)
     last = tl.cast(n, tl.int64)
     if ranges is not None:
-        at = ranges + q * ranges_strides[0] + p * ranges_strides[1]
+        at = ranges + q * ranges_strides[0] + tl.cast(p, tl.int64) * ranges_strides[1]
         first = tl.minimum(tl.maximum(tl.load(at), 0), last)
         last = tl.minimum(tl.maximum(tl.load(at + ranges_strides[2]), 0), last)
     return first, last

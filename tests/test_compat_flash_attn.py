@@ -273,6 +273,27 @@ def test_varlen_in_pages(name):
         torch.testing.assert_close(g, w, atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block_table": torch.tensor([[-1, 1], [2, 3]], dtype=torch.int32)}, r"block_table\[0, 0\] is -1"),
+        ({"cache_seqlens": torch.tensor([5, -1], dtype=torch.int32)}, "cache_seqlens is -1, expected at least 0"),
+        ({"alibi_slopes": torch.ones(3)}, "alibi_slopes"),
+        ({"window_size": (-5, 0)}, "window"),
+        ({"softmax_scale": float("nan")}, "scale is nan"),
+        ({"cache_leftpad": torch.tensor([-3, 0], dtype=torch.int32)}, "left_pad is -3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_a_kvcache_call_that_fails_writes_nothing(wrong, message):
+    caches, new = draw(2, 6, 4, 2, 16).unbind(), draw(2, 1, 2, 16)
+    before = [cache.clone() for cache in caches]
+    options = {"cache_seqlens": 5, "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), **wrong}
+    with pytest.raises(ValueError, match=message):
+        fa.flash_attn_with_kvcache(draw(2, 1, 4, 16), *caches, new, new, **options)
+    assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
+
+
 def test_refusals():
     q, cache = draw(2, 1, 4, 16), draw(2, 40, 4, 16)
     table, cu = torch.zeros(2, 1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)

@@ -387,13 +387,20 @@ def test_a_scale_that_is_not_finite_stays_with_those_who_see_it(store, dtype):
 
 def test_append_refuses_values_over_keys():
     cache, k = torch.zeros(4, 3, 2, 16), torch.randn(2, 2, 16)
-    for values in (cache, cache[..., :8]):
+    for keys, values in ((cache, cache), (cache, cache[..., :8]), (cache[:3], cache[1:]), (cache[:, :2], cache[:, 1:])):
         with pytest.raises(ValueError, match="v_cache is the memory of k_cache, expected"):
-            metate.append_kv(k, k[..., : values.shape[3]], cache, values, torch.tensor([1, 2]))
+            metate.append_kv(k, k[..., : values.shape[3]], keys, values, torch.tensor([1, 2]))
     assert not cache.any()
-    pair = torch.zeros(4, 3, 2, 2, 16)
-    metate.append_kv(k, k, pair[..., 0, :], pair[..., 1, :], torch.tensor([1, 2]))
-    assert torch.equal(pair[0, 1:3, :, 1], k)
+    pair = torch.zeros(4, 2, 3, 2, 2, 32)
+    for keys, values in (
+        pair[:, 0].unbind(3),
+        pair[:, :, :, 0].unbind(1),
+        pair[:, 0, :, :, 0].split(16, 3),
+        (pair[:2, 0, ..., 0, :], pair[2:, 0, ..., 0, :]),
+    ):
+        k = torch.randn(2, 2, keys.shape[3])
+        metate.append_kv(k, -k, keys, values, torch.tensor([1, 2]))
+        assert torch.equal(keys[0, 1:3], k) and torch.equal(values[0, 1:3], -k)
 
 
 @pytest.mark.parametrize("heads", [1, 64])  # many rows of queries for each head of the cache, and few

@@ -1,6 +1,8 @@
 // Binds csrc/paged_attention.h: the operators declared in python/metate/ops/paged_attention.
 #include "paged_attention.h"
 
+#include <algorithm>
+
 #include "bind.h"
 #include "contents.h"
 
@@ -51,13 +53,35 @@ bool has_own_memory(const View<N>& view) {
     return true;
 }
 
+// Whether caches begin with the same element, or share one while strides are equal, as of parts of one tensor.
+bool are_shared(const View<4>& a, const View<4>& b) {
+    int order[4] = {0, 1, 2, 3};  // of dimensions, the widest stride first
+    std::sort(order, order + 4, [&](int i, int j) { return a.stride[i] > a.stride[j]; });
+    bool are_alike = true;
+    for (int i = 0; i < 4; ++i) {
+        if (!a.size[i] || !b.size[i]) return false;
+        are_alike &= a.stride[i] == b.stride[i];
+    }
+    if (!are_alike) return a.data == b.data;
+    const auto is_apart_by = [&](const auto& again, int64_t elements, int i) -> bool {
+        if (i == 4) return elements == 0;
+        const int64_t stride = std::max<int64_t>(a.stride[order[i]], 1),
+                      below = elements / stride - (elements % stride < 0);
+        for (int64_t steps = below; steps <= below + 1; ++steps)
+            if (steps < b.size[order[i]] && -steps < a.size[order[i]] && again(again, elements - steps * stride, i + 1))
+                return true;
+        return false;
+    };
+    const int64_t bytes = static_cast<const uint8_t*>(a.data) - static_cast<const uint8_t*>(b.data);
+    return bytes % bytes_of(a.dtype) == 0 && is_apart_by(is_apart_by, bytes / bytes_of(a.dtype), 0);
+}
+
 // The same of what a cache is written by, and of its memory.
 bool are_within(const AppendKv& a) {
-    const auto elements = [](const View<4>& v) { return v.size[0] * v.size[1] * v.size[2] * v.size[3]; };
-    const bool shared = a.k_cache.data == a.v_cache.data && elements(a.k_cache) && elements(a.v_cache);
-    return !shared && has_own_memory(a.k_cache) && has_own_memory(a.v_cache) && has_own_memory(a.k_scale) &&
+    return has_own_memory(a.k_cache) && has_own_memory(a.v_cache) && has_own_memory(a.k_scale) &&
            has_own_memory(a.v_scale) && are_few_once(a.slot_mapping, a.k_cache.size[0] * a.k_cache.size[1]) &&
-           (!a.positions || bind::are_within(as_row(a.positions), 0, a.cos.size[0]));
+           (!a.positions || bind::are_within(as_row(a.positions), 0, a.cos.size[0])) &&
+           !(a.v_cache && are_shared(a.k_cache, a.v_cache));
 }
 
 std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

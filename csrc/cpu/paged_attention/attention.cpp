@@ -178,6 +178,7 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
 template <class S>
 void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
     find_logits<S>(s, seq, piece, stream, my);
+    if (s.a.sums) keep_logits(piece, *stream.tile, my);
     const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of<S>(s, piece, *stream.tile, true);
     stream.advance(s, piece, true, steps, my);
     const int64_t count = piece.heads * piece.pitch();
@@ -235,9 +236,11 @@ void add_block(const Shape& s, const Sequence& seq, const Piece& piece, const St
 
 // Pieces.
 
-State take_state(const Shape& s, int64_t heads, int64_t rows, Arena& arena) {
-    const int64_t count = round_up(heads * round_up(rows, 4), width);
-    return {arena.take<float>(count * s.o_stride), arena.take<float>(count), arena.take<float>(count)};
+State take_state(const Shape& s, const Piece& piece, Arena& arena) {
+    const int64_t count = round_up(piece.heads * piece.pitch(), width);
+    const int64_t kept = s.a.sums && !piece.packed ? piece.heads * piece.rows * kept_stride : 0;
+    return {arena.take<float>(count * s.o_stride), arena.take<float>(count), arena.take<float>(count),
+            arena.take<float>(kept)};
 }
 
 // How many pieces share their keys, and into how many runs the keys are split.
@@ -376,16 +379,19 @@ void paged_attention(const PagedAttention& a, const Runtime& all_threads) {
     const Runtime runtime = worth(all_threads, logits * (s.d + s.dv) / 8);
     Piece* pieces = nullptr;
     Merge* merges = nullptr;
+    int64_t* first_piece = nullptr;  // of a sequence
     const auto shared = [&](Arena& arena) {
         pieces = arena.take<Piece>(count);
         merges = arena.take<Merge>(merge_count);
+        first_piece = arena.take<int64_t>(sequences);
         if (a.sums) s.lse_base_2 = arena.take<float>(a.q.size[0] * a.q.size[1] * a.q.size[2]);
         int64_t i = 0, m = 0;
         for (int64_t n = 0; n < sequences; ++n) {
             const Sequence seq = sequence_of(a, n);
             const int64_t splits = splits_of(seq, cut_of(s, seq)), first = i;
+            if (arena.base) first_piece[n] = i;
             for_pieces_of(s, seq, [&](Piece piece) {
-                piece.state = take_state(s, piece.heads, piece.rows, arena);
+                piece.state = take_state(s, piece, arena);
                 if (arena.base) pieces[i] = piece;
                 ++i;
             });
@@ -418,7 +424,9 @@ void paged_attention(const PagedAttention& a, const Runtime& all_threads) {
     for_pieces(runtime, sum_splits * sequences * head_blocks, [&](int worker, int64_t i) {
         const int64_t block = i % head_blocks, n = i / head_blocks;
         with_cache(a, [&]<class S>() {
-            find_sums<S>(s, n / sum_splits, n % sum_splits, block * s.heads, scratch_of(worker));
+            const int64_t sequence = n / sum_splits;
+            find_sums<S>(s, sequence, n % sum_splits, block * s.heads, pieces + first_piece[sequence],
+                         scratch_of(worker));
         });
     });
 }

@@ -80,7 +80,9 @@ inline uint64_t visible(const Shape& s, const Sequence& seq, const Row& row, int
 // Results over some of the keys: Σ 2^(logit - m) v, with logits in powers of 2, and the sum of those powers.
 struct State {
     float *o, *m, *l;
+    float* logits;  // of few rows, where column sums are asked for: row r of head h at (h · rows + r) · kept_stride
 };
+constexpr int64_t kept_stride = split_keys + line_floats;
 
 struct Piece {
     int64_t sequence, head, heads, row, rows, key_begin, key_end;

@@ -22,6 +22,7 @@ from metate.compat.flash_attn.semantics import (
     flash_lse,
     window_sides,
 )
+from metate.explanation import explain
 from metate.ops.attention import attention, attention_varlen
 from metate.ops.paged_attention import append_kv, paged_attention
 
@@ -263,13 +264,15 @@ def flash_attn_with_kvcache(
         if k is not None or q.device.type == "cpu":  # looking waits for a GPU; its kernels trust lengths alone
             place = "cache" if block_table is None else "pages in block_table"
             _check_room(lengths, 0 if k is None else k.shape[1], table.shape[1] * k_cache.shape[1], place)
+        options = cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+        options |= {"left_pad": cache_leftpad, "return_lse": True}
         if k is not None and v is not None:
+            explain(
+                paged_attention, q, k_cache, v_cache, table, lengths + k.shape[1], **options
+            )  # raises what is wrong
             angles = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "interleaved": rotary_interleaved}
             lengths = _append(k_cache, v_cache, k, v, lengths, table, angles)
-        out, lse = paged_attention(
-            q, k_cache, v_cache, table, lengths, left_pad=cache_leftpad, return_lse=True,
-            **cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes),
-        )  # fmt: skip
+        out, lse = paged_attention(q, k_cache, v_cache, table, lengths, **options)
     return (out, flash_lse(lse)) if return_softmax_lse else out
 
 
@@ -312,7 +315,10 @@ class _NoRoom(ValueError, RuntimeError):
 
 
 def _check_room(lengths: Tensor, new: int, room: int, place: str) -> None:
-    end = new + (int(lengths.max()) if lengths.numel() else 0)
+    least, most = (int(x) for x in lengths.aminmax()) if lengths.numel() else (0, 0)
+    if least < 0:
+        raise ValueError(f"flash_attn_with_kvcache: cache_seqlens is {least}, expected at least 0")
+    end = new + most
     if end > room:
         raise _NoRoom(
             f"flash_attn_with_kvcache: cache_seqlens + {new} new keys reach {end}, expected at most the {room} "

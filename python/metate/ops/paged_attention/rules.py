@@ -172,7 +172,7 @@ def check_append(
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("k_scale", k_scale), ("v_scale", v_scale)):
         if x is not None and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
             raise fail(op, name, "expanded (a stride of 0)", "memory of its own for every element; use .contiguous()")
-    if v_cache is not None and v_cache.numel() and k_cache.numel() and k_cache.data_ptr() == v_cache.data_ptr():
+    if v_cache is not None and _are_shared(k_cache, v_cache):
         raise fail(op, "v_cache", "the memory of k_cache", "memory of its own, or v and v_cache None: keys only")
     if slots.device.type != "cpu" or not slots.shape[0]:
         return
@@ -187,6 +187,27 @@ def check_append(
         least, most = (int(x) for x in positions.aminmax())
         if least < 0 or most >= cos.shape[0]:
             raise fail(op, "positions", f"{least} to {most}", f"0 to {cos.shape[0] - 1}, the rows of rotary_cos")
+
+
+def _are_shared(a: Tensor, b: Tensor) -> bool:
+    """Whether caches begin with the same element, or share one while strides are equal, as of parts of one tensor."""
+    if not a.numel() or not b.numel():
+        return False
+    if a.stride() != b.stride():
+        return a.data_ptr() == b.data_ptr()
+    dims = sorted(zip(a.stride(), a.shape, b.shape, strict=True), reverse=True)
+
+    def are_apart_by(elements: int, dims: list[tuple[int, int, int]]) -> bool:
+        if not dims:
+            return elements == 0
+        stride, of_a, of_b = dims[0]
+        below = elements // max(stride, 1)
+        return any(
+            -of_a < steps < of_b and are_apart_by(elements - steps * stride, dims[1:]) for steps in (below, below + 1)
+        )
+
+    elements, rest = divmod(a.data_ptr() - b.data_ptr(), a.element_size())
+    return not rest and are_apart_by(elements, dims)
 
 
 # Batching and sharding.

@@ -288,10 +288,12 @@ def test_varlen_in_pages(name):
 def test_a_kvcache_call_that_fails_writes_nothing(wrong, message):
     caches, new = draw(2, 6, 4, 2, 16).unbind(), draw(2, 1, 2, 16)
     before = [cache.clone() for cache in caches]
-    options = {"cache_seqlens": 5, "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), **wrong}
-    with pytest.raises(ValueError, match=message):
-        fa.flash_attn_with_kvcache(draw(2, 1, 4, 16), *caches, new, new, **options)
-    assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
+    right = {"cache_seqlens": 5, "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)}
+    for _ in range(2):  # behind a call that is right, too
+        with pytest.raises(ValueError, match=message):
+            fa.flash_attn_with_kvcache(draw(2, 1, 4, 16), *caches, new, new, **{**right, **wrong})
+        assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
+        fa.flash_attn_with_kvcache(draw(2, 1, 4, 16), *[cache.clone() for cache in caches], new, new, **right)
 
 
 def test_refusals():

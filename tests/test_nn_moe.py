@@ -1,8 +1,10 @@
 """nn.MoE: values against a plain loop, routing options, losses, low-bit experts, adapters, life as a module."""
 
 import copy
+import dataclasses
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,17 @@ from torch import nn
 import metate
 from metate import library
 from metate.nn import GroupedLinear, LoraGroupedLinear, MoE, QuantGroupedLinear, dequantize_model
-from metate.quant import quantize_hqq, quantize_rtn
+from metate.quant import (
+    Calibration,
+    gguf_blocks,
+    quantize_awq,
+    quantize_fp4,
+    quantize_fp8,
+    quantize_gptq,
+    quantize_hqq,
+    quantize_nf4,
+    quantize_rtn,
+)
 
 HIDDEN, INNER, EXPERTS = 12, 20, 5
 
@@ -190,17 +202,46 @@ def test_states_come_back_into_another_format(tmp_path):
         fewer.load_state_dict(first.state_dict())
 
 
-def test_every_format_of_a_weight_can_be_stacked():
-    moe = build().double()
-    for quantize in (lambda w: quantize_hqq(w, group_size=4), lambda w: quantize_rtn(w, 3, 8, symmetric=False)):
-        low = copy.deepcopy(moe)
-        for name in ("gate_up", "down"):
-            dense = getattr(moe.experts, name).weight.detach().float()
-            stacked = metate.QuantizedExperts.stack([quantize(one) for one in dense])
-            setattr(low.experts, name, QuantGroupedLinear(stacked))
-        full = dequantize_model(copy.deepcopy(low), torch.float64)
-        x = torch.randn(6, HIDDEN, dtype=torch.float64)
-        torch.testing.assert_close(low(x), full(x), rtol=1e-6, atol=1e-6)
+def forms():
+    """Quantisers of every form that a weight can have; float16 numbers of GGUF blocks are drawn, the others as they
+    come."""
+    calibration = Calibration(256).add(torch.randn(300, 256, generator=torch.Generator().manual_seed(0)))
+    found = {
+        "nf4": quantize_nf4, "nf4 nested": partial(quantize_nf4, nested=True), "fp4": quantize_fp4, "fp8": quantize_fp8,
+        "hqq": quantize_hqq, "gptq": partial(quantize_gptq, calibration=calibration),
+        "gptq by use": partial(quantize_gptq, calibration=calibration, act_order=True, group_size=64),
+        "awq": lambda w: quantize_awq(w, calibration)[0],
+    }  # fmt: skip
+    for bits in range(2, 9):
+        found[f"int{bits}"] = partial(quantize_rtn, bits=bits, group_size=32)
+        found[f"int{bits} with zeros"] = partial(quantize_rtn, bits=bits, group_size=-1, symmetric=False)
+    for kind in gguf_blocks.TYPES.values():
+        found[kind.name] = partial(blocks, kind)
+    return found
+
+
+def blocks(kind, weight):
+    generator = torch.Generator().manual_seed(0)
+    size = (weight.shape[0], weight.shape[1] // kind.elements, kind.size)
+    low = gguf_blocks.lower(kind, torch.randint(0, 256, size, generator=generator, dtype=torch.uint8))
+    names = ("scales", "super_scales", "offsets", "super_offsets")
+    floats = {name: t for name in names if (t := getattr(low, name)) is not None and t.is_floating_point()}
+    return dataclasses.replace(low, **{name: (torch.rand(t.shape) / 50).to(t.dtype) for name, t in floats.items()})
+
+
+@pytest.mark.parametrize("form", forms())
+def test_every_format_of_a_weight_can_be_stacked(form):
+    dense, quantize = torch.randn(3, 20, 256, generator=torch.Generator().manual_seed(1)), forms()[form]
+    low = metate.QuantizedExperts.quantize(dense, quantize)
+    offsets = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    gradients = []
+    for weight, dtype in ((low, torch.float32), (low.dequantize(torch.float64), torch.float64)):
+        x = torch.randn(9, 256, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        out = metate.grouped_linear(x, weight, offsets)
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(dtype))
+        gradients.append((out.detach().double(), x.grad.double()))
+    for got, want in zip(*gradients, strict=True):
+        assert (got - want).norm() <= 3e-6 * want.norm()
 
 
 @pytest.mark.parametrize("low_bit", [False, True])

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..shared import rounded
+
 SOFTMAX, SOFTMAX_CHOSEN, SIGMOID, SQRT_SOFTPLUS = (tl.constexpr(score) for score in range(4))
 WORST = tl.constexpr(-(2**63))  # below the key of every number
 
@@ -133,7 +135,8 @@ def topk_backward_kernel(grad, logits, experts, d_logits, grad_strides, strides,
     given = (t < tokens)[:, None] & (j < k)[None, :]
     number = tl.load(experts + wide * expert_strides[0] + (j * expert_strides[1])[None, :], mask=given, other=-1)
     given &= (number >= 0) & (number < size)
-    slope = scaling * tl.load(grad + wide * grad_strides[0] + (j * grad_strides[1])[None, :], mask=given, other=0.0)
+    slope = tl.load(grad + wide * grad_strides[0] + (j * grad_strides[1])[None, :], mask=given, other=0.0)
+    slope = rounded(slope, scaling)  # or it would not cancel against their sum
     pointers = logits + wide * strides[0] + number.to(tl.int64) * strides[1]
     logit = tl.load(pointers, mask=given, other=float("-inf")).to(tl.float32)
 

@@ -26,13 +26,16 @@ struct Chunk {
 
 // The chunks of block k, at most `block` of them, of at most `most` columns; returns how many.
 inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t k, int64_t most = longest) {
+    const int64_t first = k * block, last = smaller(first + block, columns);
+    int64_t group = first / group_size, group_end = (group + 1) * group_size;  // a division would cost as much as a chunk
+    int64_t run_end = first + most;
     int n = 0;
-    const int64_t last = smaller((k + 1) * block, columns);
-    for (int64_t at = k * block; at < last; ++n) {
-        const int64_t group = at / group_size, group_left = group_size - at % group_size;
-        const int64_t end = smaller(smaller(last, at + most - at % most), at + smaller(group_left, block));
-        const bool is_last = end == last || end % group_size == 0;
-        chunks[n] = {static_cast<int>(at - k * block), static_cast<int>(end - k * block), group, is_last};
+    for (int64_t at = first; at < last; ++n) {
+        const int64_t end = smaller(smaller(last, run_end), group_end);
+        chunks[n] = {static_cast<int>(at - first), static_cast<int>(end - first), group,
+                     end == last || end == group_end};
+        if (end == run_end) run_end += most;
+        if (end == group_end) ++group, group_end += group_size;
         at = end;
     }
     return n;

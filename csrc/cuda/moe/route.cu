@@ -208,9 +208,9 @@ METATE_DEVICE float make_slopes(const TopkBackward& f, const Row& row, unsigned 
     const auto weight_of = [&](float logit) {
         return c.score == Score::softmax_chosen ? expf(logit - largest) / total : row.score_of(logit);
     };
-    const auto grad_of = [&](int j) {
+    const auto grad_of = [&](int j) {  // rounded, or it would not cancel against their sum
         const int64_t at = row.row * c.grad.stride[0] + j * c.grad.stride[1];
-        return load_global<float>(static_cast<const float*>(c.grad.data) + at) * c.scaling;
+        return product(load_global<float>(static_cast<const float*>(c.grad.data) + at), c.scaling);
     };
     float sum = 1.f, common = 0.f;
     if (c.renormalise) {

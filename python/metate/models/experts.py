@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metate import FormatError, QuantizedExperts, QuantizedWeight
 from metate.models.config import LlamaConfig
+from metate.ops.moe.experts import same_numbers
 
 Weight = QuantizedExperts | QuantizedWeight | Tensor
 
@@ -71,7 +72,7 @@ def _alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    return a is b or (a is not None and b is not None and same_numbers(a, b))
 
 
 def _below(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

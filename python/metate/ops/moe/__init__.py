@@ -9,6 +9,7 @@ import math
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metate.errors import fail
@@ -218,6 +219,7 @@ def moe_mlp(
     lora_gate_up: Lora | None = None,
     lora_down: Lora | None = None,
     scaling: float = 1.0,
+    shared: tuple[Tensor | QuantizedExperts | None, ...] | None = None,
     int8_activations: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -230,11 +232,14 @@ def moe_mlp(
             hidden, width): tensors in the dtype of x with any strides, or QuantizedExperts.
         activation, gating, limit, alpha, shift: as in `gated_activation`.
         bias_gate_up, bias_down, lora_gate_up, lora_down, scaling, int8_activations: as in `grouped_linear`.
+        shared: w_gate_up, w_down and, if they have such, both biases of experts that every token takes with a weight of
+            1, stacked like the others, of a width of their own.
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
-        Like x. A token depends on no other, bit for bit. No permuted copy of x is made. Gradients reach x, the weights
-        of the route (and so the logits), and what `grouped_linear` gives one. Source: Shazeer et al. 2017.
+        Like x. A token depends on no other, bit for bit. Dense weights take no permuted copy of x; low-bit ones one of
+        the rows that were chosen, on a CPU. Gradients reach x, the weights of the route (and so the logits), and what
+        `grouped_linear` gives one. Source: Shazeer et al. 2017.
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
@@ -242,7 +247,28 @@ def moe_mlp(
     choices = activation_scalars(activation, gating, limit, alpha, shift)
     parts, loras = (w_gate_up, w_down, bias_gate_up, bias_down), (lora_gate_up, lora_down)
     given = x, route, parts, loras, scaling, choices, int8_activations, backend
-    if type(route) is not Route or lora_gate_up is not None or lora_down is not None:
+    if shared is not None:
+        every = _every_token(x, route, shared)
+        return _experts(*given) + _experts(x, every, (*shared, None, None)[:4], (None, None), *given[4:])
+    return _experts(*given)
+
+
+def _every_token(x: Tensor, route: Route, shared: Any) -> Route:
+    """All tokens to all shared experts."""
+    if not isinstance(shared, (tuple, list)) or len(shared) not in (2, 4):
+        got = f"{len(shared)} of them" if isinstance(shared, (tuple, list)) else type(shared).__name__
+        raise fail("moe_mlp", "shared", got, "a tuple: w_gate_up, w_down and, if there are any, both biases")
+    _check_layer(x, route, shared[1], "shared[1]")
+    tokens, number = route.experts.shape[0], len(shared[0])
+    experts = torch.arange(number, dtype=torch.int32, device=x.device).expand(tokens, number)
+    ones = route.weights.new_ones(tokens, number)
+    return Route(ones, experts, experts, ones, number, route.score, tokens * number)
+
+
+def _experts(*given: Any) -> Tensor:
+    """In one call, where none of its operators must be seen; the arguments of `_one_by_one`."""
+    x, route, parts, loras, _, choices, int8_activations, backend = given
+    if type(route) is not Route or loras != (None, None):
         return _one_by_one(*given)
     routed = route.experts, route.weights, route.num_experts, route.rows
     args = layer_arguments(x, routed, parts, choices, int8_activations)
@@ -289,7 +315,7 @@ def _stacked(w: Tensor | QuantizedExperts) -> tuple[Any, ...]:
     return (w, None, None, None, None, None, None, None), (0, 0, 0, 0), 0
 
 
-def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts) -> None:
+def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts, name: str = "w_down") -> None:
     if not isinstance(route, Route):
         raise fail("moe_mlp", "route", type(route).__name__, "what metate.moe_route returns", error=TypeError)
     if not isinstance(x, Tensor):
@@ -299,4 +325,4 @@ def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts) -> 
         raise fail("moe_mlp", "x", f"of shape {tuple(x.shape)}", f"(…, hidden) of the {tokens} tokens of the route")
     if isinstance(w_down, (Tensor, QuantizedExperts)) and tuple(w_down.shape[1:2]) != tuple(x.shape[-1:]):
         got = f"of shape {tuple(w_down.shape)}"
-        raise fail("moe_mlp", "w_down", got, f"(experts, {x.shape[-1]}, width): as many rows as x has columns")
+        raise fail("moe_mlp", name, got, f"(experts, {x.shape[-1]}, width): as many rows as x has columns")

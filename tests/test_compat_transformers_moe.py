@@ -177,6 +177,28 @@ def test_models_ask_for_it_by_name(tmp_path):
     route.enable()
 
 
+@pytest.mark.parametrize("name", ["llama4", "dbrx", "switch"])
+def test_classes_without_the_interface_are_asked_by_name_too(name, tmp_path, monkeypatch):
+    """They ran eager's experts without a word."""
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    want = run(model)
+    loaded = type(model).from_pretrained(
+        tmp_path, experts_implementation="metate", attn_implementation="eager", dtype=torch.float32
+    )
+    calls = []
+    monkeypatch.setattr(experts, "grouped_linear", counted(experts.grouped_linear, calls))
+    assert_same(want, run(loaded.eval()), 1e-6)
+    assert calls
+    del calls[:]
+    loaded.set_experts_implementation("eager")
+    run(loaded)
+    assert not calls
+    model.set_experts_implementation("metate")
+    assert_same(want, run(model), 1e-6)
+    assert calls
+
+
 def test_numbers_of_no_expert_cost_nothing_and_give_zero():
     layer = build("gpt_oss").model.layers[0].mlp.experts
     layer.config._experts_implementation = "metate"

@@ -186,6 +186,35 @@ def test_layer_and_its_gradients_equal_every_expert_on_every_token():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_shared_experts_take_every_token(biased):
+    x, w1, w2 = random(9, 8), random(4, 12, 8, seed=1), random(4, 8, 6, seed=2)
+    shared = [0.3 * random(2, 20, 8, seed=3), 0.3 * random(2, 8, 10, seed=4)]
+    if biased:
+        shared += [random(2, 20, seed=5), random(2, 8, seed=6)]
+    leaves = [t.requires_grad_() for t in (x, *shared)]
+    route = metate.moe_route(random(9, 4, seed=7), 2)
+    out = metate.moe_mlp(x, route, w1, w2, gating="up_gate", shared=tuple(shared))
+    expected = metate.moe_mlp(x, route, w1, w2, gating="up_gate")
+    for w in zip(*shared, strict=True):
+        up, gate = torch.nn.functional.linear(x, w[0], w[2] if biased else None).chunk(2, -1)
+        expected = expected + torch.nn.functional.linear(
+            torch.nn.functional.silu(gate) * up, w[1], w[3] if biased else None
+        )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    for got, want in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_experts_that_do_not_fit_are_refused():
+    x, route = random(9, 8), metate.moe_route(random(9, 4), 2)
+    weights = random(4, 12, 8), random(4, 8, 6)
+    with pytest.raises(ValueError, match=r"moe_mlp: shared is 1 of them, expected a tuple: w_gate_up, w_down and"):
+        metate.moe_mlp(x, route, *weights, shared=weights[:1])
+    with pytest.raises(ValueError, match=r"moe_mlp: shared\[1\] is of shape \(1, 7, 6\), expected \(experts, 8, width\)"):
+        metate.moe_mlp(x, route, *weights, shared=(random(1, 12, 8), random(1, 7, 6)))
+
+
 def in_one_call(call):
     """The result of the third call alike, if it took one direct call."""
     call(), call()

@@ -1,4 +1,6 @@
 // x Wᵀ + bias with W decoded panel by panel into the first-level cache.
+#include <sched.h>
+
 #include "../strided.h"
 #include "exact.h"
 #include "low_rank.h"
@@ -416,7 +418,8 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t piece, const u
 // What the calls of one schedule share, and each of them.
 struct Schedule {
     Problem* problems;
-    int64_t* first;  // piece of each problem
+    int64_t* first;      // piece of each problem, which packs its x if that was not done before
+    int32_t* is_packed;  // of each problem
     BlockPlan* plans;
     IntegerPlan* integer_plans;
     Chunk* chunks;
@@ -430,6 +433,7 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
     Schedule s{};
     s.problems = arena.take<Problem>(all.count);
     s.first = arena.take<int64_t>(all.count + 1);
+    s.is_packed = arena.take<int32_t>(all.count);
     s.plans = arena.take<BlockPlan>(like.blocks);
     s.chunks = arena.take<Chunk>(like.blocks * most_chunks);
     s.integer_plans = in_integers ? arena.take<IntegerPlan>(like.blocks) : nullptr;
@@ -461,7 +465,8 @@ Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena)
         }
         if (!arena.base) continue;
         s.problems[i] = p;
-        s.first[i + 1] = s.first[i] + (p.x.rows ? p.cut.pieces : 0);
+        s.first[i + 1] = s.first[i] + (p.x.rows ? 1 + p.cut.pieces : 0);
+        s.is_packed[i] = 0;
     }
     return s;
 }
@@ -485,6 +490,17 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
     if (p.lane_rows.x) spread(p.lane_rows, p.x, call.w.columns, packers);
 }
 
+// Until x is packed, fetches runs of `bytes` bytes, number n at codes(n): memory would idle while the worker waits.
+template <class Codes>
+void await(const int32_t& is_packed, int64_t bytes, const Codes& codes) {
+    constexpr int64_t most = 1 << 18, at_once = 1 << 10;  // a part of the second-level cache
+    for (int64_t fetched = 0; !__atomic_load_n(&is_packed, __ATOMIC_ACQUIRE); fetched += at_once) {
+        const uint8_t* const from = fetched < most ? codes(fetched / bytes) : nullptr;
+        for (int64_t at = 0; from && at < at_once; at += 64) __builtin_prefetch(from + fetched % bytes + at, 0, 2);
+        if (!from) sched_yield();  // to who packs, where there are more threads than processors
+    }
+}
+
 template <class T>
 void run(const QuantLinears& all, const Runtime& runtime) {
     const QuantLinear& most = with_most_rows(all);
@@ -497,24 +513,34 @@ void run(const QuantLinears& all, const Runtime& runtime) {
         workers, workers.threads, [&](Arena& arena) { s = schedule_of(all, largest, arena); },
         [&](Arena& arena) { return largest.workspace(arena); });
     plan_blocks(s.problems[0], s.chunks, s.segments);
-    const int64_t operations = largest.x.rows * w.columns * operations_to_pack;
-    const Runtime packers = worth(runtime, operations);
-    if (packers.threads > 1)
-        for (int64_t i = 0; i < all.count; ++i) pack_rows<T>(s.problems[i], runtime);
-    else  // the calls side by side
-        for_pieces(worth(runtime, all.count * operations), all.count,
-                   [&](int, int64_t i) { pack_rows<T>(s.problems[i], packers); });
-    const int64_t pieces = s.first[all.count];
+    // Little is packed by one worker while the others fetch, or compute with what is packed; much by all of them.
+    const bool packs_beside =
+        largest.x.rows == 1 || worth(runtime, largest.x.rows * w.columns * operations_to_pack).threads == 1;
+    Runtime alone = runtime;
+    alone.threads = 1;
+    const auto pack = [&](int64_t i, const Runtime& packers) {
+        pack_rows<T>(s.problems[i], packers);
+        __atomic_store_n(s.is_packed + i, 1, __ATOMIC_RELEASE);
+    };
+    for (int64_t i = 0; i < all.count && !packs_beside; ++i) pack(i, runtime);
+    const int64_t pieces = s.first[all.count], step = workers.threads;
     // As many pieces on as there are workers is what a worker gets next, most likely.
     const auto codes_of_piece = [&](int64_t piece) -> const uint8_t* {
         if (piece >= pieces) return nullptr;
-        const int64_t i = run_of(s.first, all.count, piece);
+        const int64_t i = run_of(s.first, all.count, piece), number = larger(piece - s.first[i] - 1, 0);
         const Problem& p = s.problems[i];
-        return codes_of(p.call.w, {(piece - s.first[i]) * p.cut.panels * panel, 0, 0});
+        return codes_of(p.call.w, {number * p.cut.panels * panel, 0, 0});
     };
     for_pieces(workers, pieces, [&](int worker, int64_t piece) {
-        const int64_t i = run_of(s.first, all.count, piece);
-        compute_piece<T>(s.problems[i], own(worker), piece - s.first[i], codes_of_piece(piece + workers.threads));
+        const int64_t i = run_of(s.first, all.count, piece), number = piece - s.first[i] - 1;
+        const Problem& p = s.problems[i];
+        if (number < 0) {
+            if (packs_beside) pack(i, alone);
+            return;
+        }
+        await(s.is_packed[i], larger(p.cut.panels * panel * w.codes.stride[0], 1),
+              [&](int64_t n) { return codes_of_piece(piece + n * step); });
+        compute_piece<T>(p, own(worker), number, codes_of_piece(piece + step));
     });
 }
 

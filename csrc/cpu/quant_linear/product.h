@@ -27,7 +27,8 @@ struct Chunk {
 // The chunks of block k, at most `block` of them, of at most `most` columns; returns how many.
 inline int chunks_of(Chunk* chunks, int64_t columns, int64_t group_size, int64_t k, int64_t most = longest) {
     const int64_t first = k * block, last = smaller(first + block, columns);
-    int64_t group = first / group_size, group_end = (group + 1) * group_size;  // a division would cost as much as a chunk
+    int64_t group = first / group_size,
+            group_end = (group + 1) * group_size;  // a division would cost as much as a chunk
     int64_t run_end = first + most;
     int n = 0;
     for (int64_t at = first; at < last; ++n) {

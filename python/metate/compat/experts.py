@@ -2,13 +2,14 @@
 
 Imported through `metate.compat.transformers` only. Experts that go through the interface keep their weights as one
 tensor for all of them; what differs is read from their flags: biases, transposed weights, columns of gate and up, a
-norm behind, an activation of their own. Llama-4, DBRX, Switch, JetMoE and Step-3.7 have no interface: `use_experts`
-gives the modules of one model another `forward`.
+norm behind, an activation of their own. Llama-4, DBRX, Switch, JetMoE and Step-3.7 have no interface: the modules of a
+model that asks get another `forward`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import accumulate
 from types import MethodType
 from typing import Any, TypeVar
@@ -185,6 +186,9 @@ def _switch(experts: Any, hidden_states: Tensor, selected_experts: Tensor, routi
     every, weights = list(experts.values()), _switch_weights(experts)
     if not weights:  # low-bit, one by one
         return type(experts).forward(experts, hidden_states, selected_experts, routing_weights)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        for layer in weights:
+            _pack(layer)
     chosen = selected_experts.argmax(-1).where(selected_experts.any(-1), experts.num_experts)
     order, inverse, offsets = moe_sort(chosen.to(torch.int32), experts.num_experts)
     hidden = grouped_linear(hidden_states, stack(weights[0]), offsets, order=order)
@@ -216,19 +220,24 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        first, storage = tensors[0], tensors[0].untyped_storage().data_ptr()
-        follows = all(
-            t.untyped_storage().data_ptr() == storage and t.is_contiguous()
-            and t.storage_offset() == first.storage_offset() + i * first.numel()
-            for i, t in enumerate(tensors)
-        )  # fmt: skip
-        if not follows:
+        if not _follow(tensors):
             return torch.stack(tensors)
+        first = tensors[0]
         return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.unbind()
+
+
+def _follow(tensors: Sequence[Tensor]) -> bool:
+    """Whether they lie behind one another in memory."""
+    first, storage = tensors[0], tensors[0].untyped_storage().data_ptr()
+    return all(
+        t.untyped_storage().data_ptr() == storage and t.is_contiguous()
+        and t.storage_offset() == first.storage_offset() + i * first.numel()
+        for i, t in enumerate(tensors)
+    )  # fmt: skip
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -237,24 +246,66 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _pack(parameters: Sequence[Tensor]) -> None:
-    """Moves parameters behind one another in memory; they stay parameters of their own."""
-    for parameter, place in zip(parameters, torch.stack(list(parameters)), strict=True):
-        parameter.data = place
+    """Moves parameters behind one another in memory, unless they are; they stay parameters of their own."""
+    if not _follow(parameters):
+        for parameter, place in zip(parameters, torch.stack(list(parameters)), strict=True):
+            parameter.data = place
 
 
 # What users call.
 
 
 def register() -> None:
+    from transformers import PreTrainedModel
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface.register(_NAME, experts_forward)
+    if not _ORIGINALS:
+        for name, also in (("post_init", _made), ("set_experts_implementation", _set)):
+            _ORIGINALS[name] = getattr(PreTrainedModel, name)
+            setattr(PreTrainedModel, name, _followed(_ORIGINALS[name], also))
 
 
 def unregister() -> None:
+    from transformers import PreTrainedModel
     from transformers.integrations.moe import ExpertsInterface
 
     ExpertsInterface._global_mapping.pop(_NAME, None)
+    while _ORIGINALS:
+        setattr(PreTrainedModel, *_ORIGINALS.popitem())
+
+
+_ORIGINALS: dict[str, Callable[..., Any]] = {}  # methods of transformers' models, while ours stand in their place
+
+
+def _followed(original: Callable[..., Any], also: Callable[..., None]) -> Callable[..., Any]:
+    @wraps(original)
+    def method(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = original(model, *args, **kwargs)
+        also(model, *args, **kwargs)
+        return out
+
+    return method
+
+
+def _made(model: Any) -> None:
+    if getattr(model.config, "_experts_implementation", None) == _NAME:
+        _patch(model, _NAME)
+
+
+def _set(model: nn.Module, experts_implementation: Any) -> None:
+    if isinstance(experts_implementation, str):
+        _patch(model, experts_implementation)
+
+
+def _patch(model: nn.Module, implementation: str) -> None:
+    """The modules of classes without the interface."""
+    for module in model.modules():
+        patch = _PATCHES.get(type(module).__name__)
+        if patch is not None and type(module).__module__.startswith("transformers.models."):
+            module.__dict__.pop("forward", None)
+            if implementation == _NAME:
+                module.forward = MethodType(patch, module)
 
 
 def use_experts(model: Model, implementation: str = _NAME) -> Model:
@@ -265,16 +316,7 @@ def use_experts(model: Model, implementation: str = _NAME) -> Model:
     """
     if implementation == _NAME:
         register()
-    for module in model.modules():
-        patch = _PATCHES.get(type(module).__name__)
-        if patch is None or not type(module).__module__.startswith("transformers.models."):
-            continue
-        module.__dict__.pop("forward", None)
-        if implementation == _NAME:
-            module.forward = MethodType(patch, module)
-            if patch is _switch:
-                for weights in _switch_weights(module):
-                    _pack(weights)
+    _patch(model, implementation)
     by_name: Any = getattr(model, "set_experts_implementation", None)
     if by_name is not None:
         by_name(implementation)

@@ -336,10 +336,11 @@ def backward_grouped_linear(ctx: Any, grad: Tensor) -> Args:
 
 
 def _bias_gradient(grad: Tensor, offsets: Tensor, bias: Tensor) -> Tensor:
-    """Sums over the rows of each expert."""
-    wide = grad if grad.dtype == torch.float64 else grad.float()
-    ones = wide.new_ones(1, 1).expand(grad.shape[0], 1)
-    found: Tensor = REGISTRY["grouped_outer"](ones, wide, offsets, None, 1).squeeze(1)
+    """Sums over the rows of each expert, rounded once."""
+    if bias.dtype != grad.dtype and grad.dtype != torch.float64:
+        grad = grad.float()
+    ones = grad.new_ones(1, 1).expand(grad.shape[0], 1)
+    found: Tensor = REGISTRY["grouped_outer"](ones, grad, offsets, None, 1).squeeze(1)
     return found.to(bias.dtype)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -84,8 +84,10 @@ def draw(form: str, generator: torch.Generator, E: int, N: int, K: int) -> Weigh
         codes = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
         scales = (rows[:, ::32].abs() / 4).half()  # as q4_0 of GGUF has them
         weight = QuantizedWeight((N, K), 4, 32, codes, scales, zero=8)
-    tensors: dict[str, Any] = {name: turned(t, E) for name, t in weight.tensors.items() if name != "codebook"}
-    return QuantizedExperts((E, N, K), 4, weight.group_size, **tensors, zero=weight.zero, codebook=weight.codebook)
+    rows_of = {name: t for name, t in weight.tensors.items() if name != "codebook"}
+    return QuantizedExperts.stack(
+        [replace(weight, **{name: t.roll(expert, 0) for name, t in rows_of.items()}) for expert in range(E)]
+    )
 
 
 @dataclass(frozen=True)

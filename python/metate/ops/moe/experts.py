@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metate.errors import FormatError, fail
 from metate.low_bit import LowBitTensors, QuantizedWeight
+from metate.memory import allocate
 
 _SHARED = ("codebook",)  # tensors that all experts have in common
 _NUMBERS = ("bits", "group_size", "super_groups", "zero")
@@ -77,7 +78,7 @@ class QuantizedExperts(LowBitTensors):
                 raise _fail(f"weights[{expert}]", weight, f"a weight like that of expert 0, {first}: {problem} differs")
         numbers: dict[str, Any] = {name: getattr(first, name) for name in _NUMBERS}
         tensors: dict[str, Any] = {
-            name: tensor if name in _SHARED else torch.stack([w.tensors[name] for w in weights])
+            name: tensor if name in _SHARED else _stacked([w.tensors[name] for w in weights])
             for name, tensor in first.tensors.items()
         }
         return cls((len(weights), *first.shape), **numbers, **tensors)
@@ -96,6 +97,11 @@ class QuantizedExperts(LowBitTensors):
 
     def __repr__(self) -> str:
         return f"QuantizedExperts({len(self)} × {self[0]!r})"
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    first = tensors[0]
+    return torch.stack(list(tensors), out=allocate((len(tensors), *first.shape), first.dtype, first.device))
 
 
 def _difference(a: QuantizedWeight, b: QuantizedWeight) -> str:

@@ -211,7 +211,7 @@ def test_shared_experts_that_do_not_fit_are_refused():
     weights = random(4, 12, 8), random(4, 8, 6)
     with pytest.raises(ValueError, match=r"moe_mlp: shared is 1 of them, expected a tuple: w_gate_up, w_down and"):
         metate.moe_mlp(x, route, *weights, shared=weights[:1])
-    with pytest.raises(ValueError, match=r"moe_mlp: shared\[1\] is of shape \(1, 7, 6\), expected \(experts, 8, width\)"):
+    with pytest.raises(ValueError, match=r"moe_mlp: shared\[1\] is of shape \(1, 7, 6\)"):
         metate.moe_mlp(x, route, *weights, shared=(random(1, 12, 8), random(1, 7, 6)))
 
 

@@ -60,6 +60,13 @@ struct QuantMatmul {
     LowRank update{};
 };
 
+// out = W, computed in float32: the product with the scale is rounded, then the sum with the offset, then to the dtype
+// of out.
+struct Dequantize {
+    LowBitMatrix w;
+    View<2> out;  // (rows, columns) f32, bf16 or f16
+};
+
 // Calls whose work is shared out as one: alike in all but the numbers of rows of x and the memory.
 struct QuantLinears {
     const QuantLinear* calls;
@@ -89,6 +96,7 @@ struct LoraOuter {
 namespace cpu {
 void quant_linear(const QuantLinear&, const Runtime&);
 void quant_matmul(const QuantMatmul&, const Runtime&);
+void dequantize(const Dequantize&, const Runtime&);
 void quant_linears(const QuantLinears&, const Runtime&);
 void quant_matmuls(const QuantMatmuls&, const Runtime&);
 void lora_shrink(const LoraShrink&, const Runtime&);
@@ -98,6 +106,7 @@ void lora_outer(const LoraOuter&, const Runtime&);
 namespace cuda {
 void quant_linear(const QuantLinear&, const Device&);  // without int8_activations
 void quant_matmul(const QuantMatmul&, const Device&);
+void dequantize(const Dequantize&, const Device&);
 void lora_shrink(const LoraShrink&, const Device&);
 void lora_outer(const LoraOuter&, const Device&);
 }  // namespace cuda

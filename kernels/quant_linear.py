@@ -99,8 +99,10 @@ def per_column(level, COLS: tl.constexpr):
 
 @triton.jit
 def load_weight(codes, scales, super_scales, zeros, offsets, super_offsets, codebook, sizes, n0, k0, BITS: tl.constexpr,
-                GRAIN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """(ROWS, COLS) weights. A group is whole runs of GRAIN columns; WHOLE says that COLS divides the columns."""
+                GRAIN: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                ROUNDED: tl.constexpr = False):  # fmt: skip
+    """(ROWS, COLS) weights. A group is whole runs of GRAIN columns; WHOLE says that COLS divides the columns, ROUNDED
+    that products with scales are rounded before offsets are added."""
     rows, columns, row_bytes, group_size, super_groups, zero = sizes
     RUN: tl.constexpr = GRAIN if GRAIN < COLS else COLS
     row = tl.minimum(n0 + tl.arange(0, ROWS), rows - 1).to(tl.int64)
@@ -115,7 +117,8 @@ def load_weight(codes, scales, super_scales, zeros, offsets, super_offsets, code
         if zeros is not None:
             center = per_column(center + load_level(zeros, row, group, inside), COLS)
         value = (code | MAGIC).to(tl.float32, bitcast=True) - center
-    weight = value * per_column(load_levels(scales, super_scales, row, group, super_groups, inside), COLS)
+    scale = per_column(load_levels(scales, super_scales, row, group, super_groups, inside), COLS)
+    weight = shared.rounded(value, scale) if ROUNDED and offsets is not None else value * scale
     if offsets is not None:
         weight += per_column(load_levels(offsets, super_offsets, row, group, super_groups, inside), COLS)
     return weight
@@ -191,6 +194,25 @@ def add_kernel(partial, out, bias, places, x_rows, outputs, slices, BLOCK_M: tl.
     for part in range(slices):
         total += tl.load(pointers + tl.cast(part, tl.int64) * x_rows * outputs, mask=inside, other=0.0)
     store_outputs(out, total, n, m, x_rows, outputs, bias, places)
+
+
+@triton.jit(do_not_specialize=["zero"])
+def dequantize_kernel(out, out_strides, codes, scales, super_scales, zeros, offsets, super_offsets, codebook, places,
+                      rows, columns, row_bytes, group_size, super_groups, zero, BITS: tl.constexpr,
+                      GRAIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """A tile of W, stored column k at column places[k]."""
+    across = tl.cdiv(columns, COLS)
+    n0, k0 = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLS
+    sizes = (rows, columns, row_bytes, group_size, super_groups, zero)
+    table = None if codebook is None else tl.load(codebook[0] + tl.arange(0, 1 << BITS) * codebook[1])
+    weight = load_weight(codes, scales, super_scales, zeros, offsets, super_offsets, table, sizes, n0, k0, BITS, GRAIN,
+                         False, ROWS, COLS, True)  # fmt: skip
+    n, k = n0 + tl.arange(0, ROWS), k0 + tl.arange(0, COLS)
+    column = k.to(tl.int64)
+    if places is not None:
+        column = tl.load(places[0] + column * places[1], mask=k < columns, other=0).to(tl.int64)
+    pointers = out + (n.to(tl.int64) * out_strides[0])[:, None] + (column * out_strides[1])[None, :]
+    tl.store(pointers, weight.to(out.dtype.element_ty), mask=(n < rows)[:, None] & (k < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["x_rows"])
@@ -316,6 +338,21 @@ def quant_matmul(x: Tensor, *weight: Any) -> Tensor:
     return _product(x, dict(zip(_TENSORS, tensors, strict=True)), None, permutation, tuple(scalars), columns, True)
 
 
+def dequantize(out: Tensor, *weight: Any) -> None:
+    *tensors, permutation = weight[:8]
+    rows, columns = out.shape
+    if not out.numel():
+        return
+    tile = {"ROWS": 16, "COLS": STEP}
+    problem = {
+        **{name: strided(tensor) for name, tensor in zip(_TENSORS, tensors, strict=True)},
+        **sizes_of(columns, rows, columns, tensors[0].shape[1], *weight[8:]), **tile, "out": out,
+        "out_strides": out.stride(), "places": strided(permutation),
+    }  # fmt: skip
+    programs = triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, STEP)
+    shared.launch(dequantize_kernel, (programs,), problem, out)
+
+
 def _refusal(x: Tensor, *sizes: int) -> str | None:
     too_many = [size for size in (*x.shape, *sizes) if size >= 2**30]
     return shared.refusal(x) or (f"{too_many[0]} rows or columns: fewer than 2**30" if too_many else None)
@@ -325,6 +362,7 @@ REFUSES = {
     "quant_linear": lambda x, codes, *rest: _refusal(x, codes.shape[0]),
     "quant_linear_int8": lambda x, codes, *rest: _refusal(x, codes.shape[0]),
     "quant_matmul": lambda x, *rest: _refusal(x, rest[-1]),
+    "dequantize": lambda out, *rest: _refusal(out),
     **{
         f"lora_{name}": lambda *args: "low-rank updates: on cpu, cuda and reference"
         for name in ("linear", "matmul", "shrink", "outer")

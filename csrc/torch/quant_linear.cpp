@@ -65,6 +65,19 @@ Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, 
     return out;
 }
 
+void dequantize(const Tensor& out, const Tensor& codes, const Tensor& scales, const Optional& super_scales,
+                const Optional& zeros, const Optional& offsets, const Optional& super_offsets, const Optional& codebook,
+                const Optional& permutation, int64_t bits, int64_t group_size, int64_t super_groups, int64_t zero) {
+    expect_permutation(out, permutation);
+    const Tensor bytes = rows_of_bytes(codes);
+    prefer_large_pages(out);
+    METATE_LAUNCH(
+        dequantize, out,
+        Dequantize{low_bit<LowBitMatrix>(out.size(1), bytes, scales, super_scales, zeros, offsets, super_offsets,
+                                         codebook, permutation, bits, group_size, super_groups, zero),
+                   view<2>(out)});
+}
+
 View<3> transposed(const Tensor& matrices) {
     View<3> all = view<3>(matrices);
     return {
@@ -152,6 +165,7 @@ Tensor lora_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, c
 METATE_REGISTER(m) {
     METATE_IMPL(m, quant_linear);
     METATE_IMPL(m, quant_matmul);
+    METATE_IMPL(m, dequantize);
     METATE_IMPL(m, lora_linear);
     METATE_IMPL(m, lora_matmul);
     METATE_IMPL(m, lora_shrink);

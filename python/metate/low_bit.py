@@ -7,6 +7,7 @@ value = codebook[code] or code - zero - zeros[n, g], W[n, permutation[j]] = valu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +18,6 @@ from metate.errors import FormatError, fail
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Weight = TypeVar("Weight", bound="LowBitTensors")
-_BLOCK = 1 << 20  # elements that `dequantize` holds in float32 beside its result
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -44,14 +44,6 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
             code = code | period[:, :, byte + 1] << (8 - shift)
         codes[:, :, column] = code & (2**bits - 1)
     return codes.flatten(1)[:, :columns].contiguous()
-
-
-def look_up_pairs(packed: Tensor, codebook: Tensor, high_first: bool = False) -> Tensor:
-    """(…, n) bytes of two 4-bit codes → (…, 2n) float32 values: one look-up a byte, of both values as one integer."""
-    byte = torch.arange(256, dtype=torch.int32, device=packed.device)
-    nibbles = (byte >> 4, byte & 15) if high_first else (byte & 15, byte >> 4)
-    pairs = torch.stack([codebook[nibble] for nibble in nibbles], 1).view(torch.int64).flatten()
-    return pairs.index_select(0, packed.flatten().int()).view(torch.float32).view(*packed.shape[:-1], -1)
 
 
 def packed_bytes(columns: int, bits: int) -> int:
@@ -219,6 +211,11 @@ class LowBitTensors:
     def nbytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
+    @property
+    def learns(self) -> bool:
+        """Whether something that makes the weights asks for a gradient."""
+        return any(tensor.requires_grad for tensor in self.tensors.values())
+
     def to(self: Weight, device: torch.device | str) -> Weight:
         """The same weights on another device."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
@@ -344,49 +341,30 @@ class QuantizedWeight(LowBitTensors):
         """With everything that stands beside the codes."""
         return self.nbytes * 8 / max(1, self.shape[0] * self.shape[1])
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W, (out_features, in_features): computed in float32, rounded to `dtype`, a block of rows at a time."""
-        rows, columns = self.shape
-        result = torch.empty(self.shape, dtype=dtype, device=self.device)
-        step = max(1, _BLOCK // max(1, columns))
-        order = None if self.permutation is None else self.permutation.long()
-        for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
-            values = self._values(block)
-            if order is None:
-                result[block] = values
-            else:
-                result[block, order] = values.to(dtype)
-        return result
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """W, (out_features, in_features): computed in float32, rounded to `dtype`.
 
-    def _values(self, rows: slice) -> Tensor:
-        """Float32 weights of some rows, columns as they are stored."""
-        table = self.codebook
-        if table is None:
-            table = torch.arange(2**self.bits, dtype=torch.float32, device=self.device) - self.zero
-        if self.bits == 4 and self.in_features % 2 == 0:
-            values = look_up_pairs(self.codes[rows], table)
-        else:
-            codes = unpack_codes(self.codes[rows], self.bits, self.in_features)
-            values = table.index_select(0, codes.flatten().int()).view(codes.shape)
-        if self.zeros is not None:
-            values.sub_(self._per_column(self.zeros[rows].float()))
-        values.mul_(self._per_column(self._level(self.scales, self.super_scales, rows)))
-        if self.offsets is not None:
-            values.add_(self._per_column(self._level(self.offsets, self.super_offsets, rows)))
-        return values
+        out: written and returned in place of a new tensor, then in its dtype. Without it gradients reach what makes W.
+        """
+        return self.dense(torch.ops.metate.dequantize, dtype, out)
 
-    def _level(self, fine: Tensor, coarse: Tensor | None, rows: slice) -> Tensor:
-        """Scales or offsets of some rows, both levels multiplied."""
-        value = fine[rows].float()
-        if coarse is None:
-            return value
-        repeats = max(1, min(self.super_groups, self.groups))
-        return value * coarse[rows].float().repeat_interleave(repeats, 1)[:, : self.groups]
+    def dense(self, operator: Callable[..., None], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """`dequantize` by metate::dequantize, called in any way."""
+        if out is None and torch.is_grad_enabled() and self.learns:
+            return self._formula().to(dtype)
+        if (dtype if out is None else out.dtype) not in FLOATS:
+            single = self.dense(operator, torch.float32, None)
+            return single.to(dtype) if out is None else out.copy_(single)
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        operator(out, *self.arguments, *self.scalars)
+        return out
 
-    def _per_column(self, value: Tensor) -> Tensor:
-        repeats = max(1, min(self.group_size, self.in_features))
-        return value.repeat_interleave(repeats, 1)[:, : self.in_features]
+    def _formula(self) -> Tensor:
+        """W in operators of torch, in float32."""
+        *tensors, permutation = (x.float() if _is_low(x) else x for x in self.arguments)
+        weight = stored_weight(*tensors, *self.scalars, self.in_features)
+        return weight if permutation is None else weight[:, torch.argsort(permutation.long())]
 
     def _summary(self) -> str:
         return f"{self.shape[0]} × {self.shape[1]} weights, {self.bits} bits, groups of {self.group_size}"
@@ -398,6 +376,10 @@ class QuantizedWeight(LowBitTensors):
 
 def _whole(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_low(x: Tensor | None) -> bool:
+    return x is not None and x.dtype in FLOATS
 
 
 def _short(dtype: torch.dtype) -> str:

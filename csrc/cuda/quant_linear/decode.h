@@ -155,9 +155,11 @@ METATE_DEVICE uint64_t load_codes(const unsigned char* from, int bits) {
     return codes;
 }
 
-// Weights of eight neighbouring columns from `column` on, a multiple of 8.
-template <typename T>
-METATE_DEVICE Words<4> decode_any(const Weight& w, uint64_t codes, int row, int column, const unsigned char* table) {
+// Calls put(e, value, level) for eight neighbouring columns from `column` on, a multiple of 8: for e = 0 and 1 by
+// turns.
+template <typename Put>
+METATE_DEVICE void decode_each(const Weight& w, uint64_t codes, int row, int column, const unsigned char* table,
+                               const Put& put) {
     const uint32_t mask = (1u << w.bits) - 1;
     const bool one_group = w.group_size % 8 == 0;
     int group = column / w.group_size, left = (group + 1) * w.group_size - column;
@@ -168,10 +170,8 @@ METATE_DEVICE Words<4> decode_any(const Weight& w, uint64_t codes, int row, int 
         make_levels(level, w, raw);
     };
     enter(group);
-    Words<4> pairs{};
     METATE_NO_UNROLL
     for (int i = 0; i < 8; i += 2) {
-        float weight[2];
         METATE_UNROLL
         for (int e = 0; e < 2; ++e, --left, codes >>= w.bits) {
             if (!one_group && left == 0) {
@@ -179,13 +179,22 @@ METATE_DEVICE Words<4> decode_any(const Weight& w, uint64_t codes, int row, int 
                 left = w.group_size;
             }
             const uint32_t code = static_cast<uint32_t>(codes) & mask;
-            const float value =
-                w.m.codebook ? load_shared<float>(table + code * 4) : static_cast<float>(code) - level.zero[0];
-            weight[e] = fmaf(value, level.scale[0], level.offset[0]);
+            put(e, w.m.codebook ? load_shared<float>(table + code * 4) : static_cast<float>(code) - level.zero[0],
+                level);
         }
-        // An index known only at run time would put the words into local memory: shift them through.
-        pairs = {{pairs[1], pairs[2], pairs[3], pack<T>(weight[0], weight[1])}};
     }
+}
+
+// Weights of eight neighbouring columns from `column` on, a multiple of 8.
+template <typename T>
+METATE_DEVICE Words<4> decode_any(const Weight& w, uint64_t codes, int row, int column, const unsigned char* table) {
+    Words<4> pairs{};
+    float weight[2];
+    decode_each(w, codes, row, column, table, [&](int e, float value, const Levels<1>& level) {
+        weight[e] = fmaf(value, level.scale[0], level.offset[0]);
+        // An index known only at run time would put the words into local memory: shift them through.
+        if (e == 1) pairs = {{pairs[1], pairs[2], pairs[3], pack<T>(weight[0], weight[1])}};
+    });
     return pairs;
 }
 

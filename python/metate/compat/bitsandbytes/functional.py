@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from metate.errors import fail
-from metate.low_bit import look_up_pairs
 from metate.ops.quant_linear import QuantizedWeight, quant_linear
 from metate.quant import bitsandbytes as format
-from metate.quant.settings import Settings, blocks, parse_json
+from metate.quant.settings import Settings, parse_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = format.STATE
@@ -239,16 +238,28 @@ def dequantize_4bit(
     shape, block_size, dtype = quant_state.shape, quant_state.blocksize, quant_state.dtype
     if shape is None or dtype is None or block_size not in format.BLOCK_SIZES:
         raise fail("dequantize_4bit", "quant_state", quant_state.as_dict(), "a shape, dtype and blocksize")
-    packed, scales = _bytes(A), quant_state.scales().float()
-    values = format.codebook(str(quant_state.quant_type)).to(A.device)
-    flat = torch.empty(shape.numel(), dtype=dtype, device=A.device)
-    for part in blocks(flat.numel(), 1, block_size):
-        pairs = packed[part.start // 2 : -(-part.stop // 2)]
-        unscaled = look_up_pairs(pairs, values, high_first=True)[: part.stop - part.start]
-        scale = scales[part.start // block_size : -(-part.stop // block_size)].repeat_interleave(block_size)
-        flat[part] = unscaled.mul_(scale[: unscaled.numel()])
-    result = flat.view(shape) if out is None else out.copy_(flat.view(shape))
+    flat = torch.empty(shape.numel() + shape.numel() % 2, dtype=dtype, device=A.device)
+    _dequantize_blocks(flat, _bytes(A), quant_state.scales().float(), str(quant_state.quant_type), block_size, shape)
+    result = flat[: shape.numel()].view(shape) if out is None else out.copy_(flat[: shape.numel()].view(shape))
     return result.t() if A.shape[0] == 1 and A.dim() == 2 and result.dim() == 2 else result
+
+
+def _dequantize_blocks(
+    flat: Tensor, packed: Tensor, scales: Tensor, quant_type: str, block_size: int, shape: torch.Size
+) -> None:
+    """Of an even number of elements: rows of whole blocks, and the elements of a last block that is none."""
+    table = format.codebook(quant_type).to(flat.device)
+    columns = shape[-1] if len(shape) > 1 and shape[-1] and shape[-1] % block_size == 0 else block_size
+    whole = flat.numel() // columns * columns
+    for part, width in ((slice(0, whole), columns), (slice(whole, flat.numel()), flat.numel() - whole)):
+        if part.start == part.stop:
+            continue
+        rows, swapped = flat[part].view(-1, width), torch.arange(width, dtype=torch.int32, device=flat.device) ^ 1
+        codes = packed[part.start // 2 : part.stop // 2].view(-1, width // 2)
+        levels = scales[part.start // block_size : -(-part.stop // block_size)].view(rows.shape[0], -1)
+        torch.ops.metate.dequantize(
+            rows, codes, levels, None, None, None, None, table, swapped, 4, min(block_size, width), 0, 0
+        )
 
 
 quantize_fp4, quantize_nf4 = partial(quantize_4bit, quant_type="fp4"), partial(quantize_4bit, quant_type="nf4")

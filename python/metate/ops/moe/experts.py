@@ -93,7 +93,12 @@ class QuantizedExperts(LowBitTensors):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weights (E, N, K), computed in float32 and rounded to `dtype`."""
-        return torch.stack([weight.dequantize(dtype) for weight in self])
+        if torch.is_grad_enabled() and self.learns:
+            return torch.stack([weight.dequantize(dtype) for weight in self])
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for weight, part in zip(self, out, strict=True):
+            weight.dequantize(out=part)
+        return out
 
     def __repr__(self) -> str:
         return f"QuantizedExperts({len(self)} × {self[0]!r})"

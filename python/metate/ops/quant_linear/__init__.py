@@ -14,7 +14,7 @@ from torch import Tensor
 from metate.errors import fail
 from metate.low_bit import QuantizedWeight
 from metate.op import Op
-from metate.ops.quant_linear.declaration import int8_op, linear_op
+from metate.ops.quant_linear.declaration import dequantize_op, int8_op, linear_op
 from metate.ops.quant_linear.lora import check_adapter_ids, factors_of, shrink_op
 from metate.ops.quant_linear.lora import linear_op as lora_op
 from metate.shortcut import Shortcut
@@ -169,12 +169,27 @@ def _adapters(
     return A, B, scaling, ids.reshape(-1)
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(
+    weight: QuantizedWeight,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """W as a dense tensor (out_features, in_features), computed in float32 and rounded to `dtype`.
 
+    Args:
+        weight: W, of any format that lowers to QuantizedWeight.
+        dtype: of the result.
+        out: (out_features, in_features), any strides: written and returned in place of a new tensor, in its dtype.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
+
+    Returns:
+        W. Without `out`, gradients reach scales, offsets and codebooks that ask for one, by torch's own operators.
+
     Raises:
-        TypeError: weight is no QuantizedWeight.
+        TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     if not isinstance(weight, QuantizedWeight):
         raise fail("dequantize", "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
-    return weight.dequantize(dtype)
+    return weight.dense(lambda *args: dequantize_op.call(args, backend=backend), dtype, out)

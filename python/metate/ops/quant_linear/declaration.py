@@ -95,7 +95,7 @@ def inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[s
     wide = torch.float64 if double else torch.float32
     named: dict[str, Any] = dict.fromkeys(_LINEAR_AXES)
     named.update(
-        x=normal(M, K).to(dtype), grad=normal(M, N).to(dtype),
+        x=normal(M, K).to(dtype), grad=normal(M, N).to(dtype), out=torch.full((N, K), float("nan"), dtype=dtype),
         codes=pack_codes(whole(0, 2**bits - 1, N, K), bits), scales=_scales(normal(N, groups), level),
         bits=bits, group_size=group, super_groups=case.get("super_groups", 0), zero=0, in_features=K,
     )  # fmt: skip
@@ -138,6 +138,19 @@ def flops(case: Case) -> float:
     M, N, K = case["M"], case["N"], case["K"]
     return float(2 * M * N * K)
 
+
+# What `dequantize` meets in files: NF4, GPTQ or AWQ, GGUF's Q4_K and Q6_K, fp8.
+DEQUANTIZE_SWEEP = [
+    weight_case(1, N, K, bits, group, form, **flags)
+    for N, K in ((4096, 4096), (4096, 14336))
+    for bits, group, form, flags in (
+        (4, 64, "codebook", {}),
+        (4, 128, "zeros", {}),
+        (4, 32, "offsets", {"super_groups": 8}),
+        (6, 16, "symmetric", {"super_groups": 16}),
+        (8, 128, "codebook", {}),
+    )
+]
 
 # Operators.
 
@@ -208,6 +221,28 @@ matmul_op = Op(
     refuses={"cuda": lambda x, *rest: rules.refused_by_cuda(x, rest[-1])},
     contents=("permutation", rules.check_permutation("quant_matmul")),
     contents_in_kernel=True,
+)
+
+dequantize_op = Op(
+    "dequantize",
+    reference.dequantize,
+    axes={"out": "N K", **WEIGHT, "permutation": "K"},
+    dtypes={"out": FLOATS, **WEIGHT_DTYPES},
+    outputs={"out": "out"},
+    shapes=lambda out, *_: (out.shape,),
+    domain=Domain(
+        _make(tuple(reference.dequantize.__annotations__)[:-1]), CASES, DEQUANTIZE_SWEEP, draw, ("N",), "N"
+    ),
+    flops=lambda case: 2.0 * case["N"] * case["K"],
+    autocast=(),
+    vmap=rules.refuse_vmap,
+    sharding=rules.shard_dequantize,
+    validate=rules.validate_linear("dequantize"),
+    refuses={"cpu": rules.refused_float64, "cuda": rules.dequantize_refused_by_cuda},
+    contents=("permutation", rules.check_permutation("dequantize")),
+    contents_in_kernel=True,
+    gradient="it writes into its argument; QuantizedWeight.dequantize has one, to what makes the weight",
+    writes=True,
 )
 
 linear_op.differentiable(rules.backward_linear(matmul_op), rules.save)

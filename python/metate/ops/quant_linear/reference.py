@@ -53,6 +53,19 @@ def quant_matmul(
     return out if permutation is None else out[:, torch.argsort(permutation.long())]
 
 
+def dequantize(
+    out: Tensor, codes: Tensor, scales: Tensor, super_scales: Tensor | None, zeros: Tensor | None,
+    offsets: Tensor | None, super_offsets: Tensor | None, codebook: Tensor | None, permutation: Tensor | None,
+    bits: int, group_size: int, super_groups: int, zero: int,
+) -> Tensor:  # fmt: skip
+    """W, which is what `out` is after the call."""
+    weight = stored_weight(
+        codes, scales, super_scales, zeros, offsets, super_offsets, codebook, bits, group_size, super_groups, zero,
+        out.shape[1],
+    )  # fmt: skip
+    return weight if permutation is None else weight[:, torch.argsort(permutation.long())]
+
+
 # Low-rank updates.
 
 

@@ -27,6 +27,15 @@ def refused_by_cuda(x: Tensor, *sizes: int) -> str | None:
     return f"{too_many[0]} rows or columns: fewer than 2**27" if too_many else None
 
 
+def refused_float64(out: Tensor, *_: Any) -> str | None:
+    return "float64: up to float32" if out.dtype == torch.float64 else None
+
+
+def dequantize_refused_by_cuda(out: Tensor, *_: Any) -> str | None:
+    too_many = [size for size in out.shape if size >= 2**27]
+    return refused_float64(out) or (f"{too_many[0]} rows or columns: fewer than 2**27" if too_many else None)
+
+
 def validate_linear(op: str) -> Callable[..., None]:
     def validate(x: Tensor, *rest: Any) -> None:
         bits, group_size, super_groups, zero = rest[-4:]
@@ -135,6 +144,16 @@ def shard_linear(op: Op, args: Args) -> Splits:
     """Over the rows of x, or over those of W."""
     named = dict(zip(op.parameters, args, strict=False))
     return [({"out": 0}, {"x": 0}), ({"out": 1}, {name: 0 for name in BY_ROWS if named[name] is not None})]
+
+
+def refuse_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> Any:
+    raise NotImplementedError(f"metate.{op.name}: no vmap: it writes into its arguments; call it for every weight")
+
+
+def shard_dequantize(op: Op, args: Args) -> Splits:
+    """Over the rows of W."""
+    named = dict(zip(op.parameters, args, strict=False))
+    return [({}, {name: 0 for name in ("out", *BY_ROWS[:-1]) if named[name] is not None})]
 
 
 def shard_matmul(op: Op, args: Args) -> Splits:

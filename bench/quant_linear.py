@@ -1,4 +1,4 @@
-"""Low-bit linear layers beside PyTorch (dense weights, and its own 4-bit kernel), bitsandbytes, ONNX Runtime and ggml.
+"""Low-bit linear layers and dequantised weights beside PyTorch, bitsandbytes, ONNX Runtime, ggml and gguf.
 
 Every contender computes with the same dequantised weights up to the rounding of its own scales; packing is outside the
 timing. Codebooks of 4 bits are NF4's. torch's 4-bit kernel takes bfloat16 only, asymmetric groups of 32 to 256 columns;
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import metate
 from metate.bench import ggml
 from metate.bench.onnx_session import session
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
-from metate.low_bit import stored_weight, unpack_codes
+from metate.low_bit import QuantizedWeight, stored_weight, unpack_codes
 from metate.memory import allocate
 from metate.op import Args, Case
-from metate.ops.quant_linear.declaration import int8_op, linear_op, matmul_op, weight_case
+from metate.ops.quant_linear.declaration import dequantize_op, int8_op, linear_op, matmul_op, weight_case
 from metate.quant.bitsandbytes import codebook
 
 PACKABLE = (32, 64, 128, 256)
@@ -43,6 +44,9 @@ def workloads(compile: bool) -> list[Workload]:
                  label=label, placed=placed),
         Workload("low-bit matmul (input gradient)", matmul_op, matmul_op.domain.sweep, {"torch dense": dense_matmul},
                  call_op, matmul_op.flops, label=label, placed=placed),
+        Workload("dequantize", dequantize_op, [Q4_0[0], *dequantize_op.domain.sweep],
+                 {"torch": formula, "bitsandbytes NF4": bitsandbytes_dense, "gguf": gguf_dense}, dequantized,
+                 dequantize_op.flops, label=lambda case: label(case).partition(" ")[2], placed=placed),
     ]  # fmt: skip
 
 
@@ -79,6 +83,60 @@ def dense_weight(named: dict[str, Any], columns: int, dtype: torch.dtype) -> Ten
     scalars = (named["bits"], named["group_size"], named["super_groups"], named["zero"], columns)
     floats = (x.float() if x is not None and x.is_floating_point() else x for x in (named[name] for name in fields))
     return stored_weight(*floats, *scalars).to(dtype)
+
+
+def weights_of(setup: Setup) -> list[QuantizedWeight]:
+    names = ("scales", "super_scales", "super_groups", "zero", "zeros", "offsets", "super_offsets", "codebook")
+    shape = (setup.case["N"], setup.case["K"])
+    return [
+        QuantizedWeight(shape, named["bits"], named["group_size"], named["codes"], **{n: named[n] for n in names})
+        for named in setup.named
+    ]
+
+
+def dequantized(setup: Setup, backend: str) -> Run:
+    sets = weights_of(setup)
+    return lambda i: metate.dequantize(sets[i % len(sets)], setup.dtype, backend=backend)
+
+
+def formula(setup: Setup) -> Run:
+    """Operators of torch, one after another."""
+    return lambda i: dense_weight(setup.named[i % len(setup.named)], setup.case["K"], setup.dtype)
+
+
+def bitsandbytes_dense(setup: Setup) -> Run:
+    case = setup.case
+    if setup.device != "cpu" or (case["bits"], case["form"]) != (4, "codebook"):
+        raise Skip("NF4 on a CPU only")
+    try:
+        functional = importlib.import_module("bitsandbytes.functional")
+    except ImportError:
+        raise Skip("needs bitsandbytes") from None
+    sets = []
+    for named in setup.named:
+        packed = (named["codes"] << 4 | named["codes"] >> 4).view(-1, 1)
+        state = functional.QuantState(
+            named["scales"].float().flatten(), torch.Size((case["N"], case["K"])), named["codebook"], case["group"],
+            "nf4", setup.dtype,
+        )  # fmt: skip
+        sets.append((packed, state))
+    return lambda i: functional.dequantize_4bit(*sets[i % len(sets)])
+
+
+def gguf_dense(setup: Setup) -> Run:
+    """numpy's operators, in float32."""
+    case = setup.case
+    if setup.device != "cpu" or (case["bits"], case["group"], case["form"]) != (4, 32, "symmetric"):
+        raise Skip("Q4_0 on a CPU only")
+    if setup.dtype != torch.float32:
+        raise Skip("float32 only")
+    try:
+        gguf = importlib.import_module("gguf")
+    except ImportError:
+        raise Skip("needs gguf") from None
+    sets = [np.asarray(ggml.q4_0(named["codes"], named["scales"], case["K"])) for named in setup.named]
+    kind = gguf.GGMLQuantizationType.Q4_0
+    return lambda i: torch.from_numpy(gguf.dequantize(sets[i % len(sets)].reshape(case["N"], -1), kind))
 
 
 def dense(setup: Setup) -> Run:

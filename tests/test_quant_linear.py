@@ -361,3 +361,61 @@ def test_int8_activations_take_chunks_that_are_almost_zero(backend: str, form: s
     zero[:, 32:64] = 0
     y, expected = (metate.quant_linear(z, weight(form=form), activation="int8", backend=backend) for z in (x, zero))
     assert torch.equal(y, expected)
+
+
+# Dequantised.
+
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def swapped(w: QuantizedWeight) -> QuantizedWeight:
+    """The same codes, the first of two in the high half of a byte, as bitsandbytes has them."""
+    order = torch.arange(w.in_features, dtype=torch.int32, device=w.device) ^ 1
+    return dataclasses.replace(w, permutation=order)
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    return same_bits(a.isnan(), b.isnan()) and same_bits(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@everywhere
+def test_dequantised_bits_are_those_of_the_formula(device, backend, dtype):
+    if (device, backend, dtype) == ("cpu", "triton", torch.bfloat16):
+        pytest.skip("Triton's interpreter cuts bfloat16 off")
+    made = [weight(5, 200, bits, group, form).to(device) for bits, group, form in (
+        (4, 64, "codebook"), (4, 32, "shifted"), (4, 7, "zeros"), (3, 40, "zeros"), (6, 16, "plain"), (8, 500, "plain"),
+        (8, 64, "codebook"), (2, 64, "codebook"), (1, 1, "shifted"),
+    )]  # fmt: skip
+    made += [swapped(made[0]), dataclasses.replace(made[0], permutation=torch.randperm(200).int().to(device))]
+    made += [
+        dataclasses.replace(made[6], codebook=E4M3.to(device)),
+        dataclasses.replace(made[0], scales=-made[0].scales),
+    ]
+    for w in made:
+        assert same_numbers(metate.dequantize(w, dtype, backend=backend), w._formula().to(dtype)), w
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_go_past_the_caches(dtype):
+    room = torch.empty(2048 * 2112 + 1, dtype=dtype)
+    for bits, form in ((4, "codebook"), (8, "zeros"), (3, "plain")):
+        w = weight(2048, 2112, bits, 64, form)
+        for each in (w, swapped(w)) if bits == 4 else (w,):
+            expected = each._formula().to(dtype)
+            assert same_bits(each.dequantize(dtype), expected)
+            for out in (room[1:].view(2048, 2112), room[:-1].view(2112, 2048).T):  # on no line, and across all
+                assert each.dequantize(out=out.fill_(math.nan)) is out and same_bits(out, expected)
+
+
+def test_gradients_reach_what_makes_a_dequantised_weight():
+    w = weight(5, 200)
+    w = dataclasses.replace(w, scales=w.scales.clone().requires_grad_())
+    w.dequantize().sum().backward()
+    ones = dataclasses.replace(w, scales=torch.ones_like(w.scales)).dequantize()
+    sums = torch.nn.functional.pad(ones, (0, 56)).view(5, 4, 64).sum(2)
+    torch.testing.assert_close(w.scales.grad, sums)
+    with pytest.raises(NotImplementedError, match=r"metate\.dequantize: no gradient"):
+        w.dequantize(out=torch.empty(5, 200))
+    assert metate.dequantize(w.to("meta")).device.type == "meta"
+    assert metate.explain(metate.dequantize, weight()).op == "dequantize"

@@ -230,9 +230,7 @@ dequantize_op = Op(
     dtypes={"out": FLOATS, **WEIGHT_DTYPES},
     outputs={"out": "out"},
     shapes=lambda out, *_: (out.shape,),
-    domain=Domain(
-        _make(tuple(reference.dequantize.__annotations__)[:-1]), CASES, DEQUANTIZE_SWEEP, draw, ("N",), "N"
-    ),
+    domain=Domain(_make(tuple(reference.dequantize.__annotations__)[:-1]), CASES, DEQUANTIZE_SWEEP, draw, ("N",), "N"),
     flops=lambda case: 2.0 * case["N"] * case["K"],
     autocast=(),
     vmap=rules.refuse_vmap,

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import metate
 from metate import AttentionMask
+from metate.ops.attention import reference, rules
+from metate.ops.attention.declaration import CASES, backward_op
 
 ATTENTION = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "attention"]
 everywhere = pytest.mark.parametrize("device,backend", ATTENTION, ids=lambda value: value)
@@ -111,6 +113,31 @@ def test_a_single_key_has_the_whole_probability(name, dtype):
         metate.attention(q, k, v, **options).backward(grad.to(dtype))
     sums = (grad.to(dtype).double() * kept).unflatten(2, (2, 2)).sum(3)
     assert torch.equal(v.grad, (sums if keys > 1 else sums.sum(1, keepdim=True)).to(dtype))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_second_derivatives_take_a_few_queries_at_a_time(case, monkeypatch):
+    """They are those that the whole formula gives; nothing of the size of all scores is made."""
+    args = list(backward_op.example(CASES[case], torch.float64))
+    leaves = [x.detach().requires_grad_() for x in args[:8] if x is not None]
+    rest = iter(leaves)
+    outs = backward_op(*(next(rest) if x is not None else None for x in args[:8]), *args[8:])
+    weights = [torch.randn(x.shape, dtype=x.dtype) for x in outs]
+    sizes = []
+    scores = reference._Scores.__init__
+    monkeypatch.setattr(
+        reference._Scores, "__init__", lambda self, *a: (scores(self, *a), sizes.append(self.s.shape[2]))[0]
+    )
+
+    def second() -> list[Tensor]:
+        return list(torch.autograd.grad(outs, leaves, weights, retain_graph=True, allow_unused=True))
+
+    whole = second()
+    monkeypatch.setattr(rules, "SCORES_AT_ONCE", 1)
+    sizes.clear()
+    for a, b in zip(second(), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert max(sizes, default=0) <= 16
 
 
 def test_masks_agree_with_dense_ones():

@@ -301,7 +301,7 @@ column_sums_op = Op(
 
 attention_op.differentiable(rules.backward_of(delta_op, backward_op), rules.save_forward)
 delta_op.differentiable(rules.backward_delta, rules.save_delta)
-backward_op.differentiable(rules.double_backward_of(backward_op), rules.save_backward)
+backward_op.differentiable(rules.double_backward, rules.save_backward)
 
 
 def _merge_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,15 @@ from torch import Tensor
 from metate.philox import keep_mask
 
 
-def _positions(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, top_left: bool) -> tuple[Tensor, ...]:
-    """Batch entry and position of every query, position of every key, the diagonal, and who shares a sequence."""
-    rows, columns = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)
+def _positions(
+    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, top_left: bool, taken: slice
+) -> tuple[Tensor, ...]:
+    """Batch entry and position of every query taken, position of every key, the diagonal, and who shares a sequence."""
+    rows, columns = torch.arange(q.shape[1], device=q.device)[taken], torch.arange(k.shape[1], device=q.device)
     if cu_q is None or cu_k is None:
-        batch = torch.arange(q.shape[0], device=q.device)[:, None].expand(q.shape[0], q.shape[1])
+        batch = torch.arange(q.shape[0], device=q.device)[:, None].expand(q.shape[0], rows.shape[0])
         diagonal = torch.zeros_like(rows) if top_left else (k.shape[1] - q.shape[1]) + torch.zeros_like(rows)
-        together = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        together = torch.ones(1, 1, rows.shape[0], k.shape[1], dtype=torch.bool, device=q.device)
         return batch, rows, columns, diagonal[:, None], together
     cu_q, cu_k = cu_q.long(), cu_k.long()
     sequence_q = torch.searchsorted(cu_q, rows, right=True) - 1
@@ -34,17 +36,21 @@ def _positions(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, t
     return at_q[None], rows, columns, diagonal[:, None], together[None, None]
 
 
+_ALL = slice(None)
+
+
 class _Scores:
-    """What forward, backward and column sums share: scores, who may see whom, and the dropout factors."""
+    """What forward, backward and column sums share: scores, who may see whom, and the dropout factors, of the queries
+    that are taken."""
 
     def __init__(
         self, q: Tensor, k: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, intervals: Tensor | None,
         blocks: Tensor | None, bits: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, scale: float, left: int,
-        right: int, top_left: bool, softcap: float, block_m: int, block_n: int,
+        right: int, top_left: bool, softcap: float, block_m: int, block_n: int, taken: slice = _ALL,
     ) -> None:  # fmt: skip
         self.group = q.shape[2] // max(k.shape[2], 1)
         self.scale, self.softcap = scale, softcap
-        self.batch, rows, columns, diagonal, allowed = _positions(q, k, cu_q, cu_k, top_left)
+        self.batch, rows, columns, diagonal, allowed = _positions(q, k, cu_q, cu_k, top_left, taken)
         self.rows, self.columns = rows, columns
         self.distance = columns - rows[:, None] - diagonal  # of key j from the diagonal of row i
         if left >= 0:
@@ -52,20 +58,21 @@ class _Scores:
         if right >= 0:
             allowed = allowed & (self.distance <= right)
         if intervals is not None:
+            intervals = intervals[:, :, taken]
             allowed = allowed & (columns >= intervals[..., :1]) & (columns < intervals[..., 1:])
         if blocks is not None:
             allowed = allowed & (blocks[:, :, rows // block_m][..., columns // block_n] != 0)
         if bits is not None:
-            allowed = allowed & ((bits[..., columns // 32] >> (columns % 32)) & 1).bool()
-        self.allowed = allowed.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+            allowed = allowed & ((bits[:, :, taken][..., columns // 32] >> (columns % 32)) & 1).bool()
+        self.allowed = allowed.expand(q.shape[0], q.shape[2], rows.shape[0], k.shape[1])
         alive = self.allowed.any(-1)[..., None]  # NaN in padding must not meet a factor of 0
-        self.q = q.transpose(1, 2).where(alive, 0)
+        self.q = q[:, taken].transpose(1, 2).where(alive, 0)
         self.k = self.clean_keys(k)
         s = (self.q * scale) @ self.k.transpose(-1, -2)
         self.capped = softcap * torch.tanh(s / softcap) if softcap > 0 else s
         s = self.capped
         if bias is not None:
-            s = s + bias
+            s = s + rows_of(bias, taken)
         if alibi_slopes is not None:
             s = s - self.slopes(alibi_slopes) * self.distance.abs()
         self.s = s.masked_fill(~self.allowed, -math.inf)
@@ -173,10 +180,27 @@ def attention_backward(
     need_dbias: bool,
     need_dalibi_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward_of_rows(
+        _ALL, grad_out, q, k, v, lse, delta, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
+        scale, window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n, need_dbias,
+        need_dalibi_slopes,
+    )  # fmt: skip
+
+
+def backward_of_rows(
+    taken: slice, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, bias: Tensor | None,
+    alibi_slopes: Tensor | None, intervals: Tensor | None, blocks: Tensor | None, bits: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, window_left: int, window_right: int,
+    top_left: bool, softcap: float, dropout_p: float, seed: int, offset: int, block_m: int, block_n: int,
+    need_dbias: bool, need_dalibi_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What some of the queries give to the gradients: their rows of dq and of a dbias that has rows, their part of the
+    others."""
     scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
-                     window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
+                     window_left, window_right, top_left, softcap, block_m, block_n, taken)  # fmt: skip
+    lse, delta = lse[..., taken], delta[..., taken]
     alive = (lse != -math.inf)[..., None]
-    go = grad_out.transpose(1, 2).where(alive, 0)
+    go = grad_out[:, taken].transpose(1, 2).where(alive, 0)
     p = scores.probabilities(lse)
     dp = go @ scores.clean_keys(v).transpose(-1, -2)
     kept = p
@@ -185,7 +209,7 @@ def attention_backward(
         kept, dp = p * factor, dp * factor
     ds = p * (dp - delta.masked_fill(~alive.squeeze(-1), 0.0)[..., None])
     dv = kept.transpose(-1, -2) @ go
-    dbias = _sum_to(ds, bias.shape) if need_dbias and bias is not None else ds.new_empty(0)
+    dbias = _sum_to(ds, rows_of(bias, taken).shape) if need_dbias and bias is not None else ds.new_empty(0)
     dalibi = ds.new_empty(0)
     if need_dalibi_slopes and alibi_slopes is not None:
         dalibi = scores.slopes_gradient(ds, alibi_slopes)
@@ -228,6 +252,11 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(lses, 0) if lses.shape[0] else lses.new_full(lses.shape[1:], -math.inf)
     weights = torch.exp(lses - lse.masked_fill(lse == -math.inf, 0.0)).transpose(-1, -2)[..., None]
     return (outs.where(weights > 0, 0) * weights).sum(0), lse
+
+
+def rows_of(bias: Tensor, taken: slice) -> Tensor:
+    """The rows of a bias that the queries taken have; one that is broadcast along them has no other."""
+    return bias if bias.shape[2] == 1 else bias[:, :, taken]
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metate.errors import fail
 from metate.op import Op, loop_vmap
+from metate.ops.attention import reference
 
 MAX_HEAD_DIM = 512
 
@@ -218,32 +219,63 @@ def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.flags = inputs[13:]
 
 
-def double_backward_of(backward_op: Op) -> Callable[..., Any]:
-    return lambda ctx, *grads: _double_backward(backward_op, ctx, grads)
+SCORES_AT_ONCE = 1 << 21  # of second derivatives, in several tensors of float32
 
 
-def _double_backward(backward_op: Op, ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """Second derivatives by torch's autograd through the backward formula: memory of (B, Hq, Sq, Sk)."""
+def double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Second derivatives by torch's autograd through the backward formula, a few queries at a time.
+
+    So memory stays linear in the lengths; where third derivatives may follow, torch keeps all (B, Hq, Sq, Sk) scores.
+    """
     inputs = ctx.saved_tensors
     differentiable = [i for i in range(8) if inputs[i] is not None and ctx.needs_input_grad[i]]
+    wide = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     with torch.enable_grad():
         # New nodes: lse and delta depend on q, k, v in the outer graph, which must not be walked here.
         leaves = [
-            inputs[i].view_as(inputs[i]) if inputs[i].requires_grad else inputs[i].detach().requires_grad_()
+            (inputs[i].view_as(inputs[i]) if inputs[i].requires_grad else inputs[i].detach().requires_grad_()).to(wide)
             for i in differentiable
         ]
-        arguments = list(inputs)
-        for i, leaf in zip(differentiable, leaves, strict=True):
-            arguments[i] = leaf
-        outputs = backward_op.fallback(*arguments, *ctx.flags)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad and o.numel()]
-    result: list[Tensor | None] = [None] * (len(inputs) + len(ctx.flags))
-    if pairs and leaves:
-        outs, weights = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outs, leaves, weights, allow_unused=True, create_graph=torch.is_grad_enabled())
+    arguments = [x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    for i, leaf in zip(differentiable, leaves, strict=True):
+        arguments[i] = leaf
+    totals: list[Tensor | None] = [None] * (len(inputs) + len(ctx.flags))
+    for taken in _tiles_of_queries(inputs[1], inputs[2]) if leaves else ():
+        found = _second_derivatives(taken, (*arguments, *ctx.flags), leaves, grads)
         for i, gradient in zip(differentiable, found, strict=True):
-            result[i] = gradient
-    return tuple(result)
+            total = totals[i]
+            totals[i] = gradient if total is None or gradient is None else total + gradient
+    return tuple(x if x is None else x.to(inputs[i].dtype) for i, x in enumerate(totals))
+
+
+def _tiles_of_queries(q: Tensor, k: Tensor) -> list[slice]:
+    scores = q.shape[0] * q.shape[2] * k.shape[1]
+    if torch.is_grad_enabled() or q.shape[1] * scores <= SCORES_AT_ONCE:
+        return [slice(None)]
+    rows = max(16, SCORES_AT_ONCE // scores)
+    return [slice(first, first + rows) for first in range(0, q.shape[1], rows)]
+
+
+def _second_derivatives(
+    taken: slice, arguments: tuple[Any, ...], leaves: list[Tensor], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What some of the queries give, from the gradients of dq, dk, dv, dbias and dalibi_slopes."""
+    with torch.enable_grad():
+        outputs = reference.backward_of_rows(taken, *arguments)
+    grad_q, grad_k, grad_v, grad_bias, grad_slopes = grads
+    weights = (
+        None if grad_q is None else grad_q[:, taken], grad_k, grad_v,
+        None if grad_bias is None or arguments[6] is None else reference.rows_of(grad_bias, taken), grad_slopes,
+    )  # fmt: skip
+    pairs = [
+        (o, g.to(o.dtype))
+        for o, g in zip(outputs, weights, strict=True)
+        if g is not None and o.requires_grad and o.numel()
+    ]
+    if not pairs:
+        return (None,) * len(leaves)
+    outs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outs, leaves, given, allow_unused=True, create_graph=torch.is_grad_enabled())
 
 
 def save_merge(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,8 +2,6 @@
 // feature, head dimensions from 1 to 256, packed sequences, strides, NaN where nothing may look, poisoned outputs, and
 // another order of the threads every time. `cuda_attention [cases [seed]]`
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -118,118 +116,185 @@ struct Shape {
     int64_t b, sq, sk, hq, hk, d, dv;
 };
 
-Case make_case(Random& random, DType dtype, const Shape& s, bool packed, const std::string& features, int layout) {
-    const auto has = [&](const char* what) { return features.find(what) != std::string::npos; };
-    const auto plain = [&] { return normal(random); };
-    Case c;
-    Attention& a = c.a;
-    c.text = std::string(dtype == DType::bf16 ? "bf16" : "f16") + " B" + std::to_string(s.b) + " Sq" +
-             std::to_string(s.sq) + " Sk" + std::to_string(s.sk) + " Hq" + std::to_string(s.hq) + " Hkv" +
-             std::to_string(s.hk) + " D" + std::to_string(s.d) + " Dv" + std::to_string(s.dv) +
-             (packed ? " packed" : "") + " layout " + std::to_string(layout) + features;
-    const int64_t batch = packed ? 1 : s.b;
-    c.q = Tensor<4>(dtype, {batch, s.sq, s.hq, s.d}, layout, random).fill(plain);
-    c.k = Tensor<4>(dtype, {batch, s.sk, s.hk, s.d}, layout, random).fill(plain);
-    c.v = Tensor<4>(dtype, {batch, s.sk, s.hk, s.dv}, layout, random).fill(plain);
-    c.grad_out = Tensor<4>(dtype, {batch, s.sq, s.hq, s.dv}, layout, random).fill(plain);
-    c.grad_lse = Tensor<3>(DType::f32, {batch, s.hq, s.sq}, layout, random).fill(plain);
+// A case under construction.
+struct Draft {
+    Random& random;
+    DType dtype;
+    Shape s;
+    bool packed;
+    std::string features;
+    int layout;
+
+    bool has(const char* what) const { return features.find(what) != std::string::npos; }
+    int64_t batch() const { return packed ? 1 : s.b; }
+    template <int N>
+    Tensor<N> tensor(DType type, std::vector<int64_t> size) const {
+        return Tensor<N>(type, size, layout, random);
+    }
+    template <int N>
+    Tensor<N> normals(DType type, std::vector<int64_t> size) const {
+        return tensor<N>(type, size).fill([&] { return normal(random); });
+    }
+
+    std::string text() const {
+        return std::string(dtype == DType::bf16 ? "bf16" : "f16") + " B" + std::to_string(s.b) + " Sq" +
+               std::to_string(s.sq) + " Sk" + std::to_string(s.sk) + " Hq" + std::to_string(s.hq) + " Hkv" +
+               std::to_string(s.hk) + " D" + std::to_string(s.d) + " Dv" + std::to_string(s.dv) +
+               (packed ? " packed" : "") + " layout " + std::to_string(layout) + features;
+    }
+};
+
+void set_scalars(const Draft& draft, Attention& a) {
+    Random& random = draft.random;
     a.window_left = a.window_right = -1;
-    a.scale = 1 / sqrt(static_cast<double>(s.d));
-    if (has("causal")) a.window_right = 0;
-    if (has("window")) a.window_left = draw(random, 0, 70), a.window_right = draw(random, 0, 40);
-    if (has("left")) a.window_left = draw(random, 0, 100);
-    if (has("minus")) a.scale = -a.scale;
-    a.top_left = has("corner");
-    if (has("softcap")) a.softcap = 1.5;
-    if (has("dropout"))
+    a.scale = 1 / sqrt(static_cast<double>(draft.s.d));
+    if (draft.has("causal")) a.window_right = 0;
+    if (draft.has("window")) a.window_left = draw(random, 0, 70), a.window_right = draw(random, 0, 40);
+    if (draft.has("left")) a.window_left = draw(random, 0, 100);
+    if (draft.has("minus")) a.scale = -a.scale;
+    a.top_left = draft.has("corner");
+    if (draft.has("softcap")) a.softcap = 1.5;
+    if (draft.has("dropout"))
         a.dropout_threshold = 1u << 30, a.dropout_scale = 4. / 3, a.seed = 0x123456789abcull + draw(random, 0, 99),
         a.offset = 7;
-    if (has("alibi")) {
-        c.alibi = Tensor<2>(DType::f32, {s.b, s.hq}, layout, random).fill([&] { return 0.02 * draw(random, 1, 10); });
-        a.alibi_slopes = c.alibi.view;
+}
+
+// What is added to the logits, or stands beside them.
+void add_terms(const Draft& draft, Case& c) {
+    Random& random = draft.random;
+    const Shape& s = draft.s;
+    if (draft.has("alibi")) {
+        c.alibi = draft.tensor<2>(DType::f32, {s.b, s.hq}).fill([&] { return 0.02 * draw(random, 1, 10); });
+        c.a.alibi_slopes = c.alibi.view;
     }
-    if (has("sinks")) {
-        c.sinks = Tensor<1>(DType::f32, {s.hq}, layout, random).fill(plain);
-        a.sinks = c.sinks.view;
+    if (draft.has("sinks")) {
+        c.sinks = draft.normals<1>(DType::f32, {s.hq});
+        c.a.sinks = c.sinks.view;
     }
-    if (has("bias")) {
-        const DType kind = has("bias32") ? DType::f32 : dtype;
-        c.bias = Tensor<4>(kind, {s.b, s.hq, s.sq, s.sk}, layout, random).fill(plain);
+    if (draft.has("bias")) {
+        c.bias = draft.normals<4>(draft.has("bias32") ? DType::f32 : draft.dtype, {s.b, s.hq, s.sq, s.sk});
         for (int i = 0; i < 4; ++i) {
             if (c.text.find("spread" + std::to_string(i)) != std::string::npos) c.bias.broadcast(i);
         }
         c.bias.each([&](const int64_t (&at)[4]) { c.bias.set(at, chance(random, 5) ? -infinity : normal(random)); });
-        a.bias = c.bias.view;
+        c.a.bias = c.bias.view;
     }
-    if (has("intervals")) {
-        c.intervals = Tensor<4>(DType::i32, {batch, s.hq, s.sq, 2}, layout, random);
-        if (chance(random, 50)) c.intervals.broadcast(1);
-        const int documents = draw(random, 1, 4), kind = draw(random, 0, 2);
-        c.intervals.each([&](const int64_t (&at)[4]) {
-            const int64_t piece = s.sk / documents + 1, low = at[2] * s.sk / std::max<int64_t>(s.sq, 1) / piece * piece;
-            const int64_t value = kind == 0 ? low + at[3] * piece
-                                : kind == 1 ? draw(random, -5, static_cast<int>(s.sk) + 5)
-                                            : (at[3]       ? 2147483647
-                                               : at[2] % 3 ? -2147483648ll
-                                                           : s.sk / 2);
-            c.intervals.set(at, static_cast<double>(value));
-        });
-        a.intervals = c.intervals.view;
-    }
-    if (has("blocks")) {
+}
+
+// Documents, any ranges, or ranges with one end at an extreme of int32.
+void add_intervals(const Draft& draft, Case& c) {
+    Random& random = draft.random;
+    const Shape& s = draft.s;
+    c.intervals = draft.tensor<4>(DType::i32, {draft.batch(), s.hq, s.sq, 2});
+    if (chance(random, 50)) c.intervals.broadcast(1);
+    const int documents = draw(random, 1, 4), kind = draw(random, 0, 2);
+    c.intervals.each([&](const int64_t (&at)[4]) {
+        const int64_t piece = s.sk / documents + 1, low = at[2] * s.sk / std::max<int64_t>(s.sq, 1) / piece * piece;
+        const int64_t value = kind == 0 ? low + at[3] * piece
+                            : kind == 1 ? draw(random, -5, static_cast<int>(s.sk) + 5)
+                                        : (at[3]       ? 2147483647
+                                           : at[2] % 3 ? -2147483648ll
+                                                       : s.sk / 2);
+        c.intervals.set(at, static_cast<double>(value));
+    });
+    c.a.intervals = c.intervals.view;
+}
+
+void add_masks(const Draft& draft, Case& c) {
+    Random& random = draft.random;
+    const Shape& s = draft.s;
+    Attention& a = c.a;
+    if (draft.has("intervals")) add_intervals(draft, c);
+    if (draft.has("blocks")) {
         a.block_m = draw(random, 1, 3) * draw(random, 5, 64), a.block_n = draw(random, 1, 3) * draw(random, 5, 64);
-        c.blocks =
-            Tensor<4>(DType::u8, {s.b, s.hq, (s.sq + a.block_m - 1) / a.block_m, (s.sk + a.block_n - 1) / a.block_n},
-                      layout, random)
-                .fill([&] { return chance(random, 40) ? draw(random, 1, 255) : 0; });
+        const int64_t rows = (s.sq + a.block_m - 1) / a.block_m, columns = (s.sk + a.block_n - 1) / a.block_n;
+        c.blocks = draft.tensor<4>(DType::u8, {s.b, s.hq, rows, columns}).fill([&] {
+            return chance(random, 40) ? draw(random, 1, 255) : 0;
+        });
         a.blocks = c.blocks.view;
     }
-    if (has("bits")) {
-        c.bits = Tensor<4>(DType::i32, {s.b, s.hq, s.sq, (s.sk + 31) / 32}, layout, random).fill([&] {
+    if (draft.has("bits")) {
+        c.bits = draft.tensor<4>(DType::i32, {s.b, s.hq, s.sq, (s.sk + 31) / 32}).fill([&] {
             return static_cast<double>(static_cast<int32_t>(random()));
         });
         a.bits = c.bits.view;
     }
+}
+
+// The ends of packed sequences.
+Tensor<1> random_ends(const Draft& draft, int64_t tokens) {
+    std::vector<int> at;
+    for (int i = 0; i <= draft.s.b; ++i) at.push_back(draw(draft.random, 0, static_cast<int>(tokens)));
+    std::sort(at.begin(), at.end());
+    size_t next = 0;
+    return draft.tensor<1>(DType::i32, {draft.s.b + 1}).fill([&] { return at[next++]; });
+}
+
+// Whether a query of the group of key head h sees key t of a row of the tensors.
+bool is_seen(const Case& c, const std::vector<Span>& all, int64_t row, int64_t t, int64_t h) {
+    const int64_t group = c.a.q.size[2] / c.a.k.size[2];
+    for (const Span& s : all) {
+        if (s.row != row || t < s.k0 || t >= s.k0 + s.keys) continue;
+        for (int64_t g = h * group; g < (h + 1) * group; ++g) {
+            for (int64_t i = 0; i < s.queries; ++i) {
+                if (sees(c, s, g, i, t - s.k0)) return true;
+            }
+        }
+    }
+    return false;
+}
+
+bool sees_any(const Case& c, const Span& s, int64_t h, int64_t i) {
+    for (int64_t j = 0; j < s.keys; ++j) {
+        if (sees(c, s, h, i, j)) return true;
+    }
+    return false;
+}
+
+// Keys that nobody sees, and queries that see none, hold anything.
+void poison_unseen(const Draft& draft, Case& c) {
+    const Shape& s = draft.s;
+    const std::vector<Span> all = spans(c);
+    for (int64_t row = 0; row < draft.batch(); ++row) {
+        for (int64_t t = 0; t < s.sk; ++t) {
+            for (int64_t h = 0; h < s.hk; ++h) {
+                if (is_seen(c, all, row, t, h)) continue;
+                for (int64_t d = 0; d < s.d; ++d) c.k.set({row, t, h, d}, NAN);
+                for (int64_t d = 0; d < s.dv; ++d) c.v.set({row, t, h, d}, d % 2 ? NAN : -infinity);
+            }
+        }
+    }
+    for (const Span& x : all) {
+        for (int64_t h = 0; h < s.hq; ++h) {
+            for (int64_t i = 0; i < x.queries; ++i) {
+                if (sees_any(c, x, h, i)) continue;
+                for (int64_t d = 0; d < s.d; ++d) c.q.set({x.row, x.q0 + i, h, d}, NAN);
+                for (int64_t d = 0; d < s.dv; ++d) c.grad_out.set({x.row, x.q0 + i, h, d}, NAN);
+            }
+        }
+    }
+}
+
+Case make_case(const Draft& draft) {
+    const Shape& s = draft.s;
+    const int64_t batch = draft.batch();
+    Case c;
+    Attention& a = c.a;
+    c.text = draft.text();
+    c.q = draft.normals<4>(draft.dtype, {batch, s.sq, s.hq, s.d});
+    c.k = draft.normals<4>(draft.dtype, {batch, s.sk, s.hk, s.d});
+    c.v = draft.normals<4>(draft.dtype, {batch, s.sk, s.hk, s.dv});
+    c.grad_out = draft.normals<4>(draft.dtype, {batch, s.sq, s.hq, s.dv});
+    c.grad_lse = draft.normals<3>(DType::f32, {batch, s.hq, s.sq});
     a.q = c.q.view, a.k = c.k.view, a.v = c.v.view;
-    if (packed) {
-        const auto ends = [&](int64_t tokens) {
-            std::vector<int> at;
-            for (int i = 0; i <= s.b; ++i) at.push_back(draw(random, 0, static_cast<int>(tokens)));
-            std::sort(at.begin(), at.end());
-            size_t next = 0;
-            return Tensor<1>(DType::i32, {s.b + 1}, layout, random).fill([&] { return at[next++]; });
-        };
-        c.ends_q = ends(s.sq), c.ends_k = ends(s.sk);
+    set_scalars(draft, a);
+    add_terms(draft, c);
+    add_masks(draft, c);
+    if (draft.packed) {
+        c.ends_q = random_ends(draft, s.sq), c.ends_k = random_ends(draft, s.sk);
         a.cu_seqlens_q = c.ends_q.view, a.cu_seqlens_k = c.ends_k.view;
     }
-    if (has("nan")) {  // keys that nobody sees, and queries that see none, hold anything
-        const std::vector<Span> all = spans(c);
-        for (int64_t row = 0; row < batch; ++row) {
-            for (int64_t t = 0; t < s.sk; ++t) {
-                for (int64_t h = 0; h < s.hk; ++h) {
-                    bool used = false;
-                    for (const Span& x : all) {
-                        if (x.row != row || t < x.k0 || t >= x.k0 + x.keys) continue;
-                        for (int64_t g = h * s.hq / s.hk; g < (h + 1) * s.hq / s.hk; ++g) {
-                            for (int64_t i = 0; i < x.queries; ++i) used |= sees(c, x, g, i, t - x.k0);
-                        }
-                    }
-                    for (int64_t d = 0; d < s.d && !used; ++d) c.k.set({row, t, h, d}, NAN);
-                    for (int64_t d = 0; d < s.dv && !used; ++d) c.v.set({row, t, h, d}, d % 2 ? NAN : -infinity);
-                }
-            }
-        }
-        for (const Span& x : all) {
-            for (int64_t h = 0; h < s.hq; ++h) {
-                for (int64_t i = 0; i < x.queries; ++i) {
-                    bool used = false;
-                    for (int64_t j = 0; j < x.keys; ++j) used |= sees(c, x, h, i, j);
-                    for (int64_t d = 0; d < s.d && !used; ++d) c.q.set({x.row, x.q0 + i, h, d}, NAN);
-                    for (int64_t d = 0; d < s.dv && !used; ++d) c.grad_out.set({x.row, x.q0 + i, h, d}, NAN);
-                }
-            }
-        }
-    }
+    if (draft.has("nan")) poison_unseen(draft, c);
     return c;
 }
 
@@ -259,7 +324,8 @@ Case random_case(Random& random) {
     s.d = dims[draw(random, 0, 12)];
     s.dv = chance(random, 70) ? s.d : dims[draw(random, 0, 12)];
     const DType dtype = chance(random, 50) ? DType::bf16 : DType::f16;
-    return make_case(random, dtype, s, packed, random_features(random, packed), draw(random, 0, 2));
+    const int layout = draw(random, 0, 2);
+    return make_case({random, dtype, s, packed, random_features(random, packed), layout});
 }
 
 // ---- Tests ----------------------------------------------------------------------------------------------------------
@@ -447,7 +513,7 @@ void check_delta(Random& random) {
 // Shared memory is read and written without bank conflicts where tensors come in vectors.
 void check_traffic(Random& random) {
     for (int d : {64, 96, 128, 192, 256}) {
-        Case c = make_case(random, DType::bf16, {1, 128, 128, 1, 1, d, d}, false, " causal", 0);
+        Case c = make_case({random, DType::bf16, {1, 128, 128, 1, 1, d, d}, false, " causal", 0});
         emulator::count_traffic(true);
         check_forward(c, random, 0);
         check_backward(c, random, 0);
@@ -464,25 +530,13 @@ void check_traffic(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? atoi(argv[1]) : 60, seed = argc > 2 ? atoi(argv[2]) : 1;
-    int failed = 0;
-    for (int n = 0; n < cases; ++n) {
-        Random random(seed + n);
-        emulator::set_seed(seed + n);
-        try {
-            Case c = random_case(random);
-            check_forward(c, random, draw(random, 0, 2));
-            check_column_sums(c, random, draw(random, 0, 2));
-            check_backward(c, random, draw(random, 0, 2));
-            check_delta(random);
-            check_merge(random);
-            if (n == 0) check_traffic(random);
-        } catch (const std::exception& error) {
-            printf("cuda_attention 1 %d: %s\n", seed + n, error.what());
-            fflush(stdout);
-            ++failed;
-        }
-    }
-    printf("%d of %d cases failed\n", failed, cases);
-    return failed != 0;
+    return run_cases("cuda_attention", 60, argc, argv, [](Random& random, bool is_first) {
+        Case c = random_case(random);
+        check_forward(c, random, draw(random, 0, 2));
+        check_column_sums(c, random, draw(random, 0, 2));
+        check_backward(c, random, draw(random, 0, 2));
+        check_delta(random);
+        check_merge(random);
+        if (is_first) check_traffic(random);
+    });
 }

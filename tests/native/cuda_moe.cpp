@@ -1,7 +1,6 @@
 // The CUDA kernels of mixtures of experts, run by the emulator, against loops in double precision: random cases over
 // dtypes, strides, gathered and sorted rows, empty and crowded experts, NaN where nothing may look, and another order
 // of the threads every time. `cuda_moe [cases [seed]]`
-#include <stdlib.h>
 
 #include <numeric>
 
@@ -12,9 +11,6 @@ using namespace metate;
 
 namespace {
 
-int pick(Random& random, std::initializer_list<int> from) {
-    return from.begin()[draw(random, 0, static_cast<int>(from.size()) - 1)];
-}
 DType half_type(Random& random) {
     return chance(random, 50) ? DType::bf16 : DType::f16;
 }
@@ -456,26 +452,14 @@ void check_refusals(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? atoi(argv[1]) : 12, seed = argc > 2 ? atoi(argv[2]) : 1;
-    int failed = 0;
-    for (int n = 0; n < cases; ++n) {
-        Random random(seed + n);
-        emulator::set_seed(seed + n);
-        try {
-            if (n == 0) check_heights(random), check_traffic(random), check_refusals(random);
-            const Route route = make_route(random, pick(random, {1, 5, 70}));
-            check_rows(route, random);
-            check_routing(random);
-            check_activation(random);
-            check_dense(route, random);
-            check_low_bit(make_route(random, pick(random, {1, 5, 20})), random);
-            check_wild_numbers(random);
-        } catch (const std::exception& error) {
-            printf("cuda_moe 1 %d: %s\n", seed + n, error.what());
-            fflush(stdout);
-            ++failed;
-        }
-    }
-    printf("%d of %d cases failed\n", failed, cases);
-    return failed != 0;
+    return run_cases("cuda_moe", 12, argc, argv, [](Random& random, bool is_first) {
+        if (is_first) check_heights(random), check_traffic(random), check_refusals(random);
+        const Route route = make_route(random, pick(random, {1, 5, 70}));
+        check_rows(route, random);
+        check_routing(random);
+        check_activation(random);
+        check_dense(route, random);
+        check_low_bit(make_route(random, pick(random, {1, 5, 20})), random);
+        check_wild_numbers(random);
+    });
 }

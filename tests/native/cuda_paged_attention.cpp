@@ -1,8 +1,6 @@
 // The CUDA kernels of paged attention, run by the emulator, against loops in double precision: random cases over every
 // cache dtype, page size and mask, packed sequences, strides, NaN where nothing may look, and another order of the
 // threads every time. `cuda_paged_attention [cases [seed]]`
-#include <stdio.h>
-#include <stdlib.h>
 
 #include "paged_attention.h"
 #include "tensors.h"
@@ -432,22 +430,10 @@ void check_append(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? atoi(argv[1]) : 100, seed = argc > 2 ? atoi(argv[2]) : 1;
-    int failed = 0;
-    for (int n = 0; n < cases; ++n) {
-        Random random(seed + n);
-        emulator::set_seed(seed + n);
-        try {
-            Case c = random_case(random);
-            check_attention(c);
-            check_append(random);
-            if (n == 0) check_not_numbers(random), check_traffic(random);
-        } catch (const std::exception& error) {
-            printf("cuda_paged_attention 1 %d: %s\n", seed + n, error.what());
-            fflush(stdout);
-            ++failed;
-        }
-    }
-    printf("%d of %d cases failed\n", failed, cases);
-    return failed != 0;
+    return run_cases("cuda_paged_attention", 100, argc, argv, [](Random& random, bool is_first) {
+        Case c = random_case(random);
+        check_attention(c);
+        check_append(random);
+        if (is_first) check_not_numbers(random), check_traffic(random);
+    });
 }

@@ -1,8 +1,6 @@
 // The CUDA kernels of product quantisation and search, run by the emulator, against plain loops: random cases over
 // every width and layout of codes and dtype of vectors, ranges, filters and ties, NaN where nothing may look, and
 // another order of the threads every time. Searches must find the very same. `cuda_pq [cases [seed]]`
-#include <stdio.h>
-#include <stdlib.h>
 
 #include <functional>
 #include <utility>
@@ -13,10 +11,6 @@
 using namespace metate;
 
 namespace {
-
-int pick(Random& random, std::initializer_list<int> from) {
-    return from.begin()[draw(random, 0, static_cast<int>(from.size()) - 1)];
-}
 
 // A number from a few, so that distances are often equal, or from all.
 double number(Random& random, bool ties) {
@@ -287,20 +281,8 @@ void check_refusals(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? atoi(argv[1]) : 30, seed = argc > 2 ? atoi(argv[2]) : 1;
-    int failed = 0;
-    for (int n = 0; n < cases; ++n) {
-        Random random(seed + n);
-        emulator::set_seed(seed + n);
-        try {
-            check_tables(random), check_codes(random), check_scan(random), check_topk(random);
-            if (n == 0) check_traffic(random), check_refusals(random);
-        } catch (const std::exception& error) {
-            printf("cuda_pq 1 %d: %s\n", seed + n, error.what());
-            fflush(stdout);
-            ++failed;
-        }
-    }
-    printf("%d of %d cases failed\n", failed, cases);
-    return failed != 0;
+    return run_cases("cuda_pq", 30, argc, argv, [](Random& random, bool is_first) {
+        check_tables(random), check_codes(random), check_scan(random), check_topk(random);
+        if (is_first) check_traffic(random), check_refusals(random);
+    });
 }

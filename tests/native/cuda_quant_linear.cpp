@@ -2,8 +2,6 @@
 // every width, form and dtype of a weight, odd sizes, strides, NaN where nothing may look, poisoned outputs, and
 // another order of the threads every time. `cuda_quant_linear [cases [seed]]`
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -18,21 +16,6 @@
 using namespace metate;
 
 namespace {
-
-using Random = std::mt19937;
-
-int draw(Random& random, int low, int high) {
-    return std::uniform_int_distribution<int>(low, high)(random);
-}
-int pick(Random& random, std::initializer_list<int> from) {
-    return from.begin()[draw(random, 0, static_cast<int>(from.size()) - 1)];
-}
-bool chance(Random& random, int percent) {
-    return draw(random, 0, 99) < percent;
-}
-double normal(Random& random) {
-    return std::normal_distribution<double>()(random);
-}
 
 // A matrix with gaps of 0xff (NaN) between its rows. Layouts: 0 contiguous, 1 rows apart by a multiple of 16 bytes,
 // 2 columns apart, too, and nothing aligned, 3 transposed.
@@ -391,22 +374,10 @@ void check_refusals(Random& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const int cases = argc > 1 ? atoi(argv[1]) : 60, seed = argc > 2 ? atoi(argv[2]) : 1;
-    int failed = 0;
-    for (int n = 0; n < cases; ++n) {
-        Random random(seed + n);
-        emulator::set_seed(seed + n);
-        try {
-            const Shape shape = random_shape(random);
-            check_case(shape, random);
-            check_update(make_case(shape, random), random);
-            if (n == 0) check_traffic(random), check_refusals(random);
-        } catch (const std::exception& error) {
-            printf("cuda_quant_linear 1 %d: %s\n", seed + n, error.what());
-            fflush(stdout);
-            ++failed;
-        }
-    }
-    printf("%d of %d cases failed\n", failed, cases);
-    return failed != 0;
+    return run_cases("cuda_quant_linear", 60, argc, argv, [](Random& random, bool is_first) {
+        const Shape shape = random_shape(random);
+        check_case(shape, random);
+        check_update(make_case(shape, random), random);
+        if (is_first) check_traffic(random), check_refusals(random);
+    });
 }

@@ -1,8 +1,10 @@
-// What the tests of the emulator share: running a lambda as a kernel, and telling what passed.
+// What the tests of the emulator share: running a lambda as a kernel, random cases, and telling what passed.
 #pragma once
 
 #include <stdio.h>
+#include <stdlib.h>
 
+#include <random>
 #include <string>
 
 #include "cuda/arch/arch.h"
@@ -48,3 +50,42 @@ inline bool passes(const char* name, void (*test)()) {
     }
 }
 #define TEST(name) good &= passes(#name, name)
+
+// Random cases.
+
+using Random = std::mt19937;
+
+inline int draw(Random& random, int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+}
+inline int pick(Random& random, std::initializer_list<int> from) {
+    return from.begin()[draw(random, 0, static_cast<int>(from.size()) - 1)];
+}
+inline bool chance(Random& random, int percent) {
+    return draw(random, 0, 99) < percent;
+}
+inline double normal(Random& random) {
+    return std::normal_distribution<double>()(random);
+}
+
+// The whole of `program [cases [seed]]`: check(random, is_first) of every seed, with another order of the threads each
+// time. What fails is told as the command that repeats it.
+template <typename Check>
+int run_cases(const char* program, int cases, int argc, char** argv, const Check& check) {
+    if (argc > 1) cases = atoi(argv[1]);
+    const int seed = argc > 2 ? atoi(argv[2]) : 1;
+    int failed = 0;
+    for (int n = 0; n < cases; ++n) {
+        Random random(seed + n);
+        emulator::set_seed(seed + n);
+        try {
+            check(random, n == 0);
+        } catch (const std::exception& error) {
+            printf("%s 1 %d: %s\n", program, seed + n, error.what());
+            fflush(stdout);
+            ++failed;
+        }
+    }
+    printf("%d of %d cases failed\n", failed, cases);
+    return failed != 0;
+}

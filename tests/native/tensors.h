@@ -15,18 +15,6 @@
 using metate::DType;
 using metate::View;
 
-using Random = std::mt19937;
-
-inline int draw(Random& random, int low, int high) {
-    return std::uniform_int_distribution<int>(low, high)(random);
-}
-inline bool chance(Random& random, int percent) {
-    return draw(random, 0, 99) < percent;
-}
-inline double normal(Random& random) {
-    return std::normal_distribution<double>()(random);
-}
-
 inline const double infinity = INFINITY;
 
 // A tensor with gaps of NaN between its elements. Layouts: 0 contiguous, 1 rows apart by a multiple of 16 bytes,

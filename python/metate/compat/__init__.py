@@ -7,13 +7,14 @@ Nothing here is imported by `import metate`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from email.message import Message
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +54,20 @@ def uninstall(name: str) -> None:
     if name not in _installed:
         raise ValueError(f"metate.compat.uninstall: name is {name!r}, which is not installed by metate")
     _installed.pop(name).remove()
+
+
+@contextlib.contextmanager
+def switched_on(
+    active: Callable[[], bool], activate: Callable[[], None], restore: Callable[[], None]
+) -> Iterator[None]:
+    """`activate` for a block: what was active before stays so after it."""
+    before = active()
+    activate()
+    try:
+        yield
+    finally:
+        if not before:
+            restore()
 
 
 def _origin(name: str) -> str | None:

@@ -7,14 +7,14 @@ other sizes of k and v) stay there.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metate.compat import switched_on
 from metate.ops.attention import attention
 from metate.ops.attention.declaration import backward_op
 
@@ -49,16 +49,9 @@ def active() -> bool:
     return bool(current() == _NAME)
 
 
-@contextlib.contextmanager
-def activated() -> Iterator[None]:
+def activated() -> AbstractContextManager[None]:
     """`activate` for a block: `with metate.compat.sdpa.activated(): model(x)`."""
-    before = active()
-    activate()
-    try:
-        yield
-    finally:
-        if not before:
-            restore()
+    return switched_on(active, activate, restore)
 
 
 class _Handle:

@@ -6,13 +6,13 @@ sequences forward and backward, windows, grouped heads, seqused_k, and paged cac
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metate.compat import switched_on
 from metate.compat.flash_attn.passes import _flash_attn_varlen_forward, gradients
 
 __all__ = ["activate", "activated", "active", "restore"]
@@ -42,16 +42,9 @@ def active() -> bool:
     return bool(_libraries)
 
 
-@contextlib.contextmanager
-def activated() -> Iterator[None]:
+def activated() -> AbstractContextManager[None]:
     """`activate` for a block: `with metate.compat.varlen.activated(): varlen_attn(q, k, v, …)`."""
-    before = active()
-    activate()
-    try:
-        yield
-    finally:
-        if not before:
-            restore()
+    return switched_on(active, activate, restore)
 
 
 def _forward(

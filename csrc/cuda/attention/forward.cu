@@ -56,21 +56,15 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
     const Place place = locate(p, false, rows, f.tiles, p.heads, p.right >= 0);
     if (place.first >= place.sequence.queries) return;
     const Scorer<general> scorer(p, place.sequence, place.head);
-    const Bounds bounds = scorer.bounds(place.first, rows, place.slot);
-    const auto kind_of = [&](int n) {
-        return scorer.kind(bounds, place.first, place.first + rows, n * step, (n + 1) * step);
-    };
-    const int end = bounds.any.high > bounds.any.low ? (bounds.any.high + step - 1) / step : 0;
-    TileKind kind = skipped;
-    int tile = next_tile<general>(bounds.any.low / step, end, kind, kind_of);
+    KeyTiles<general, rows, step> keys(scorer, place);
 
     // The first copies.
     const Matrix k = keys_of(p, p.a.k, f.vector_k, place.sequence, place.head / p.group);
     const Matrix v = keys_of(p, p.a.v, f.vector_v, place.sequence, place.head / p.group);
-    if (tile < end) {
+    if (!keys.at_end()) {
         load_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, p.a.q, f.vector_q, place.sequence, place.head),
                                              place.first);
-        load_tile<step, c.head, c.threads()>(k_tile, k, tile * step);
+        load_tile<step, c.head, c.threads()>(k_tile, k, keys.first_key());
     }
     cp_async_commit();
 
@@ -80,11 +74,11 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
     for (int r = 0; r < 2 * m; ++r) largest[r] = -infinite(), sum[r] = 0.f;
 
     METATE_NO_UNROLL
-    while (tile < end) {
+    while (!keys.at_end()) {
         // The keys are there; fetch their values while the scores are made.
         cp_async_wait<0>();
         sync_threads();
-        const int first_key = tile * step;
+        const int first_key = keys.first_key();
         load_tile<step, c.head, c.threads()>(v_tile, v, first_key);
         cp_async_commit();
         float s[m][step / 8][4];
@@ -92,18 +86,18 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
         multiply_transposed<T, c.head>(s, q_tile, k_tile, warp());
         const Lines<false, m, step / 8> lines(place.first, first_key, warp());
         if constexpr (general) make_logits<T, false>(s, s, scorer, lines);
-        if (kind == partial) mask(s, scorer, lines);
+        if (keys.kind == partial) mask(s, scorer, lines);
 
         // The values are there and the keys no longer needed; fetch the next keys. Where a masked key's value could be
         // NaN, its probability of 0 would not keep it out.
         bool poisoned = false;
         cp_async_wait<0>();
         sync_threads();
-        if (kind == partial) {
+        if (keys.kind == partial) {
             poisoned = sync_threads_or(clear_nonfinite<T, step, c.head, c.threads()>(v_tile));
         }
-        tile = next_tile<general>(tile + 1, end, kind, kind_of);
-        if (tile < end) load_tile<step, c.head, c.threads()>(k_tile, k, tile * step);
+        keys.find(keys.tile + 1);
+        if (!keys.at_end()) load_tile<step, c.head, c.threads()>(k_tile, k, keys.first_key());
         cp_async_commit();
 
         // Probabilities, and their product with the values.
@@ -122,12 +116,8 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
     // The output, through the place of the queries. (Where this is was not worth a register through the loop.)
     const Place here = locate(p, false, rows, f.tiles, p.heads, p.right >= 0);
     finish_rows<m>(f, here, Lines<false, m, 2>(here.first, 0, warp()), largest, sum, factor);
-    cp_async_wait<0>();
-    sync_threads();
-    put_tile<T, c.head, 1>(q_tile, o, factor, warp(), 0);
-    sync_threads();
-    store_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, f.out, f.vector_out, here.sequence, here.head),
-                                          here.first);
+    store_through<T, rows, c.head, c.threads()>(
+        q_tile, o, factor, queries_of(p, f.out, f.vector_out, here.sequence, here.head), here.first);
 }
 
 }  // namespace

@@ -73,6 +73,35 @@ struct KeyBlock {
         const RowState state = row_state(b, place.sequence, to.head, i);
         return thread_index() < step ? state.lse : state.delta;
     }
+
+    // Starts the copies of the keys and values, and of the first step with what the forward left of it.
+    METATE_DEVICE void begin(const Step& first, unsigned char* k_tile, unsigned char* v_tile, unsigned char* steps,
+                             unsigned char* states) const {
+        load_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, p.a.k, b.vector_k, place.sequence, place.head),
+                                             place.first);
+        load_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, p.a.v, b.vector_v, place.sequence, place.head),
+                                             place.first);
+        const float fetched = load(first, steps);
+        if (thread_index() < 2 * step) store_shared(states + thread_index() * 4, fetched);
+    }
+
+    // Writes the gradients, through the places of keys and values.
+    template <int n>
+    METATE_DEVICE void store(unsigned char* k_tile, unsigned char* v_tile, const float (&dk)[m][n][4],
+                             const float (&dv)[m][n][4], int row_warp, int part) const {
+        float scale[2 * m], dropout_scale[2 * m];
+        METATE_UNROLL
+        for (int r = 0; r < 2 * m; ++r) scale[r] = p.scale, dropout_scale[r] = p.dropout_scale;
+        cp_async_wait<0>();
+        sync_threads();
+        put_tile<T, c.head, c.parts>(k_tile, dk, scale, row_warp, part);
+        put_tile<T, c.head, c.parts>(v_tile, dv, dropout_scale, row_warp, part);
+        sync_threads();
+        store_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, b.dk, b.vector_dk, place.sequence, place.head),
+                                              place.first);
+        store_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, b.dv, b.vector_dv, place.sequence, place.head),
+                                              place.first);
+    }
 };
 
 template <typename T, int head, bool general>
@@ -91,16 +120,8 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
     const Place& place = block.place;
     if (place.first >= place.sequence.keys) return;
     const int row_warp = warp() % (c.warps / c.parts), part = warp() / (c.warps / c.parts);
-    const int kv_head = place.head;
     Step at = block.find({place.head * p.group, block.window().low, skipped});
-    if (at.head < block.end_head()) {
-        load_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, p.a.k, b.vector_k, place.sequence, kv_head),
-                                             place.first);
-        load_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, p.a.v, b.vector_v, place.sequence, kv_head),
-                                             place.first);
-        const float fetched = block.load(at, steps);
-        if (thread_index() < 2 * step) store_shared(states + thread_index() * 4, fetched);
-    }
+    if (at.head < block.end_head()) block.begin(at, k_tile, v_tile, steps, states);
     cp_async_commit();
     float dk[m][n][4], dv[m][n][4];
     clear(dk);
@@ -154,18 +175,8 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
         if (more && thread_index() < 2 * step) store_shared(states + (stage * 2 * step + thread_index()) * 4, fetched);
     }
 
-    // The gradients, through the places of keys and values. (Where this is was not worth a register through the loop.)
-    const Place here = Block(b).place;
-    float scale[2 * m], dropout_scale[2 * m];
-    METATE_UNROLL
-    for (int r = 0; r < 2 * m; ++r) scale[r] = p.scale, dropout_scale[r] = p.dropout_scale;
-    cp_async_wait<0>();
-    sync_threads();
-    put_tile<T, c.head, c.parts>(k_tile, dk, scale, row_warp, part);
-    put_tile<T, c.head, c.parts>(v_tile, dv, dropout_scale, row_warp, part);
-    sync_threads();
-    store_tile<rows, c.head, c.threads()>(k_tile, keys_of(p, b.dk, b.vector_dk, here.sequence, here.head), here.first);
-    store_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, b.dv, b.vector_dv, here.sequence, here.head), here.first);
+    // (Which block this is was not worth a register through the loop.)
+    Block(b).store(k_tile, v_tile, dk, dv, row_warp, part);
 }
 
 }  // namespace

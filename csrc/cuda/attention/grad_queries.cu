@@ -20,27 +20,21 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     const Place place = locate(p, false, rows, b.tiles, p.heads, p.right >= 0);
     if (place.first >= place.sequence.queries) return;
     const Scorer<general> scorer(p, place.sequence, place.head);
-    const Bounds bounds = scorer.bounds(place.first, rows, place.slot);
-    const auto kind_of = [&](int n) {
-        return scorer.kind(bounds, place.first, place.first + rows, n * step, (n + 1) * step);
-    };
-    const int end = bounds.any.high > bounds.any.low ? (bounds.any.high + step - 1) / step : 0;
-    TileKind kind = skipped;
-    int tile = next_tile<general>(bounds.any.low / step, end, kind, kind_of);
+    KeyTiles<general, rows, step> keys(scorer, place);
 
     // The first copies.
     const Matrix k = keys_of(p, p.a.k, b.vector_k, place.sequence, place.head / p.group);
     const Matrix v = keys_of(p, p.a.v, b.vector_v, place.sequence, place.head / p.group);
-    const auto load_step = [&](int n, int stage) {
-        load_tile<step, c.head, c.threads()>(steps + stage * 2 * step * pitch, k, n * step);
-        load_tile<step, c.head, c.threads()>(steps + (stage * 2 + 1) * step * pitch, v, n * step);
+    const auto load_step = [&](int stage) {
+        load_tile<step, c.head, c.threads()>(steps + stage * 2 * step * pitch, k, keys.first_key());
+        load_tile<step, c.head, c.threads()>(steps + (stage * 2 + 1) * step * pitch, v, keys.first_key());
     };
-    if (tile < end) {
+    if (!keys.at_end()) {
         load_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, p.a.q, b.vector_q, place.sequence, place.head),
                                              place.first);
         load_tile<rows, c.head, c.threads()>(
             grad_tile, queries_of(p, b.grad_out, b.vector_grad_out, place.sequence, place.head), place.first);
-        load_step(tile, 0);
+        load_step(0);
     }
     cp_async_commit();
     float dq[m][c.head / 8][4];
@@ -48,18 +42,18 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
 
     int stage = 0;
     METATE_NO_UNROLL
-    while (tile < end) {
+    while (!keys.at_end()) {
         // This step is there, and everybody is done with the one before: fetch the next into its place. A masked key
         // that is NaN must not reach a query through its weight of 0.
         unsigned char* const k_tile = steps + stage * 2 * step * pitch;
         unsigned char* const v_tile = k_tile + step * pitch;
-        const int first_key = tile * step;
-        const TileKind now = kind;
+        const int first_key = keys.first_key();
+        const TileKind kind = keys.kind;
         cp_async_wait<0>();
         sync_threads();
-        tile = next_tile<general>(tile + 1, end, kind, kind_of);
+        keys.find(keys.tile + 1);
         stage ^= 1;
-        if (tile < end) load_step(tile, stage);
+        if (!keys.at_end()) load_step(stage);
         cp_async_commit();
 
         // Dot products, probabilities, gradients of the dot products.
@@ -69,7 +63,7 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
         multiply_transposed<T, c.head>(s, q_tile, k_tile, warp());
         multiply_transposed<T, c.head>(error, grad_tile, v_tile, warp());
         const Lines<false, m, step / 8> lines(place.first, first_key, warp());
-        differentiate<T, true>(s, error, scorer, lines, now, [&](int line) {
+        differentiate<T, true>(s, error, scorer, lines, kind, [&](int line) {
             return row_state(b, scorer.s, scorer.head, least(lines.query(line), scorer.s.queries - 1));
         });
 
@@ -77,7 +71,7 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
         uint32_t left[m][step / 16][4];
         pack_left<T>(left, error);
         bool poisoned = false;
-        if (now == partial) {
+        if (kind == partial) {
             sync_threads();
             poisoned = sync_threads_or(clear_nonfinite<T, step, c.head, c.threads()>(k_tile));
         }
@@ -90,12 +84,8 @@ grad_queries_kernel(METATE_PARAMETER(Backward, b)) {
     float factor[2 * m];
     METATE_UNROLL
     for (int r = 0; r < 2 * m; ++r) factor[r] = p.scale;
-    cp_async_wait<0>();
-    sync_threads();
-    put_tile<T, c.head, 1>(q_tile, dq, factor, warp(), 0);
-    sync_threads();
-    store_tile<rows, c.head, c.threads()>(q_tile, queries_of(p, b.dq, b.vector_dq, here.sequence, here.head),
-                                          here.first);
+    store_through<T, rows, c.head, c.threads()>(q_tile, dq, factor,
+                                                queries_of(p, b.dq, b.vector_dq, here.sequence, here.head), here.first);
 }
 
 }  // namespace

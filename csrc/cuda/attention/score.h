@@ -245,6 +245,32 @@ METATE_DEVICE int next_tile(int n, int end, TileKind& found, const Kind& kind) {
     }
 }
 
+// The tiles of `step` keys that a tile of `rows` queries sees, in ascending order.
+template <bool general, int rows, int step>
+struct KeyTiles {
+    const Scorer<general>& scorer;
+    Bounds bounds;
+    int first_query, end;
+    int tile;
+    TileKind kind = skipped;  // of that tile
+
+    METATE_DEVICE KeyTiles(const Scorer<general>& s, const Place& place)
+        : scorer(s),
+          bounds(s.bounds(place.first, rows, place.slot)),
+          first_query(place.first),
+          end(bounds.any.high > bounds.any.low ? (bounds.any.high + step - 1) / step : 0) {
+        find(bounds.any.low / step);
+    }
+
+    METATE_DEVICE bool at_end() const { return tile >= end; }
+    METATE_DEVICE int first_key() const { return tile * step; }
+    METATE_DEVICE void find(int from) {
+        tile = next_tile<general>(from, end, kind, [&](int n) {
+            return scorer.kind(bounds, first_query, first_query + rows, n * step, (n + 1) * step);
+        });
+    }
+};
+
 // Philox4x32-10.
 METATE_DEVICE Words<4> philox(Words<4> counter, uint32_t key0, uint32_t key1) {
     METATE_UNROLL

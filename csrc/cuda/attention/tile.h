@@ -285,4 +285,16 @@ METATE_DEVICE void put_tile(unsigned char* tile, const float (&d)[m][n][4], cons
     }
 }
 
+// Writes a block's accumulators, times a factor for each row, to global memory: through a tile that is in use no
+// longer.
+template <typename T, int tile_rows, int columns, int threads, int m, int n>
+METATE_DEVICE void store_through(unsigned char* tile, const float (&d)[m][n][4], const float (&factor)[2 * m],
+                                 const Matrix& matrix, int first) {
+    cp_async_wait<0>();
+    sync_threads();
+    put_tile<T, columns, 1>(tile, d, factor, warp(), 0);
+    sync_threads();
+    store_tile<tile_rows, columns, threads>(tile, matrix, first);
+}
+
 }  // namespace metate::cuda::flash

@@ -340,19 +340,42 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
 }
 
 #if defined(METATE_HAS_WORD_SHUFFLES)
-// The tile of some blocks with all rows of x, about as many at a time; the codes are at hand for those after the first.
+// Rows `first` … `end` - 1 of x with the tile of some blocks.
 template <Unit unit>
-void multiply_squares(const Problem& p, const Tile& tile, int64_t row, int64_t k, vi table, Ahead& ahead) {
+void multiply_squares(const Problem& p, Tile tile, int64_t k, int64_t first, int64_t end, const StripCodes& codes,
+                      vi table, Ahead& ahead) {
+    tile.x = p.x.line(k, first);
+    tile.sums = p.x.sums ? p.x.sums_of(k, first) : nullptr;
+    tile.total += first * panel;
+    multiply_squares<unit>(end - first, tile, codes, table, ahead);
+}
+
+void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t first, int64_t end, int64_t blocks,
+                     const StripCodes& codes, Ahead& ahead) {
+    tile.x = p.integers.line(k, first);
+    tile.total += first * panel;
+    multiply_digits(end - first, tile, p.integer_plans + k, blocks, p.integers.line(1, 0) - p.integers.lines, codes,
+                    p.arithmetic.table, ahead);
+}
+
+// The tile of some blocks with all rows of x, about as many at a time; the codes are at hand for those after the first.
+void multiply_squares(const Problem& p, const Workspace& at, const Tile& tile, int64_t row, int64_t k, vi table,
+                      Ahead& ahead) {
     const int64_t parts = ceil_div(p.x.rows, square_rows);
     const StripCodes codes(p.call.w, row, k);
+    IntegerTile integers = integer_tile(p, at, 0, tile);
+    integers.first_group = tile.first_group;
+    if (integers.centers) integers.centers += row % panel;
     Ahead here(codes.codes, tile.blocks * block / 2, codes.stride);
     for (int64_t i = 0; i < parts; ++i) {
         const int64_t first = p.x.rows * i / parts, end = p.x.rows * (i + 1) / parts;
-        Tile part = tile;
-        part.x = p.x.line(k, first);
-        part.sums = p.x.sums ? p.x.sums_of(k, first) : nullptr;
-        part.total += first * panel;
-        multiply_squares<unit>(end - first, part, codes, table, i == 0 ? ahead : here);
+        Ahead& later = i == 0 ? ahead : here;
+        if (p.in_digits())
+            multiply_digits(p, integers, k, first, end, tile.blocks, codes, later);
+        else if (p.pairs)
+            multiply_squares<Unit::pairs>(p, tile, k, first, end, codes, table, later);
+        else
+            multiply_squares<Unit::floats>(p, tile, k, first, end, codes, table, later);
     }
 }
 
@@ -378,8 +401,7 @@ void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64
             for (; r * p.blocks < width * end; ++r) levels.fetch(r);
             load_window(p, at, 0, row - v * width, k, end, 1 << v);
             enter_blocks(tile, p, k, end, at.first_group[0]);
-            p.pairs ? multiply_squares<Unit::pairs>(p, tile, row, k, table, ahead)
-                    : multiply_squares<Unit::floats>(p, tile, row, k, table, ahead);
+            multiply_squares(p, at, tile, row, k, table, ahead);
             end_span(at, p.x.rows * panel);
         }
         if (v == 1 || next >= last) finish<T>(p, at, row / panel, 1, 0, p.x.rows);

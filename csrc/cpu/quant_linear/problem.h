@@ -75,9 +75,10 @@ struct Problem {
     int64_t most_groups;   // of the windows of a worker, which may take calls of fewer rows
     int64_t rows_at_once;  // of x, for which W is decoded once: their blocks and totals share the second-level cache
     UnitTerms* units;
-    bool sums_scaled, can_dot, can_sum, dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
-    bool can_turn, takes_turns;                                  // one row of x
-    bool can_square, takes_squares;                              // few rows
+    bool sums_scaled, can_dot, can_sum;
+    bool can_square, takes_squares;  // few rows
+    bool dots_rows, sums_chunks;     // by rows of codes: in whole numbers, in floats
+    bool can_turn, takes_turns;      // one row of x
 
     explicit Problem(const QuantLinear& c)
         : call(c),
@@ -91,10 +92,11 @@ struct Problem {
           blocks(ceil_div(c.w.columns, block)),
           can_dot(can_dot_rows(c.w, arithmetic)),
           can_sum(width < 16 && !arithmetic.digits && can_sum_chunks(c.w)),
-          dots_rows(can_dot && c.x.size[0] <= few_rows),
-          sums_chunks(can_sum && c.x.size[0] <= few_rows),
-          can_square(width == 16 && !arithmetic.digits && c.w.columns > 0 && can_sum_chunks(c.w)),
-          takes_squares(can_square && c.x.size[0] <= (pairs ? most_square_rows : square_rows)) {
+          can_square(can_take_squares(c.w, arithmetic)),
+          takes_squares(can_square && c.x.size[0] >= (arithmetic.digits ? 2 : 1) &&
+                        c.x.size[0] <= (pairs || arithmetic.digits ? most_square_rows : square_rows)),
+          dots_rows(can_dot && !takes_squares && c.x.size[0] <= few_rows),
+          sums_chunks(can_sum && c.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
         const bool are_many = c.x.size[0] >= many_rows && !in_digits() && c.w.group_size >= small_group;
         blocks_together = are_many ? span : 1;
@@ -104,7 +106,7 @@ struct Problem {
         window = round_up(are_many || takes_squares ? groups_of_span : groups_of_block, width);
         most_groups = larger(most_panels * window, can_square ? round_up(groups_of_span, width) : 0);
         units = nullptr;
-        can_turn = !can_square && !pairs && can_take_turns(c.w, arithmetic);
+        can_turn = (arithmetic.digits || !can_square) && !pairs && can_take_turns(c.w, arithmetic);
         takes_turns = can_turn && c.x.size[0] == 1;
         sums_scaled = c.w.group_size >= small_group;
         x = {nullptr, nullptr, c.x.size[0], blocks, groups_of_block + block / longest};

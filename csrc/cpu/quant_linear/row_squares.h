@@ -10,6 +10,11 @@ namespace {
 constexpr int64_t square_rows = 8;        // of x, at once: their sums and a square fill the registers
 constexpr int64_t most_square_rows = 16;  // of x, at most, where squares beat decoded panels
 
+METATE_FN bool can_take_squares(const LowBitMatrix& w, const Arithmetic& arithmetic) {
+    const bool are_bytes = arithmetic.digits == 1 && arithmetic.sums == Sums::dots;
+    return width == 16 && (!arithmetic.digits || are_bytes) && w.columns > 0 && can_sum_chunks(w);
+}
+
 #if defined(METATE_HAS_WORD_SHUFFLES)
 
 // Word j of those that a dword of codes stands for.
@@ -125,6 +130,84 @@ METATE_FN void multiply_squares(int64_t n, const Tile& tile, const StripCodes& c
             return multiply_squares_as<unit, rows, longest_pairs>(tile, codes, table, ahead);
     }
     multiply_squares_as<unit, rows, longest>(tile, codes, table, ahead);
+}
+
+#endif
+
+#if defined(METATE_HAS_VNNI_FORMS)
+
+// Adds a block to the totals of one half of a panel, in whole numbers of one digit: what multiply_segments does.
+template <int rows, bool has_table>
+METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[width], vi entries, Ahead& ahead) {
+    constexpr int dwords = longest / unit_columns, together = rows > 4 ? 1 : 2;
+    const vi mask = splat(0x0f0f0f0f);
+    const int32_t* x[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+        x[r] = t.x + r * t.stride;
+        asm("" : "+r"(x[r]));  // as in multiply_square
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < block / longest; ++s) {
+        if (s >= t.count) break;
+        const int64_t at = (t.segments[s].group - t.first_group) * panel;
+        vi sum[together][rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const vi start = splat(x[r][t.starts_at + 2 * s]);
+            sum[0][r] = t.centers ? multiply(load(t.centers + at), start) : start;
+            if (together > 1) sum[together - 1][r] = splat(0);
+        }
+#pragma GCC unroll 4
+        for (int d = 0; d < dwords; ++d) {
+            const vi word = as_int(square[s * dwords + d]);
+            ahead.fetch();
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                vi codes = bit_and(half ? shift_right(word, 4) : word, mask);
+                if (has_table) codes = lookup_bytes(entries, codes);
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; ++r)
+                    vnni_add_dot(sum[half % together][r], codes, splat(x[r][(s * dwords + d) * 2 + half]));
+            }
+        }
+        const vf scale = load(t.scales + at);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const vi whole = together > 1 ? add(sum[0][r], sum[together - 1][r]) : sum[0][r];
+            const vf step = splat(bit_cast<float>(x[r][t.steps_at + s]));
+            vf total = fma(to_float(whole) * step, scale, load(t.total + r * panel));
+            if (t.corrections)
+                total = fma(splat(bit_cast<float>(x[r][t.totals_at + s])), load(t.corrections + at), total);
+            store(t.total + r * panel, total);
+        }
+    }
+}
+
+// The same of some blocks, whose lines of x are `apart` dwords apart.
+template <int rows, bool has_table>
+__attribute__((noinline)) void multiply_digits_as(IntegerTile t, const IntegerPlan* plan, int64_t blocks, int64_t apart,
+                                                  StripCodes codes, const ByteTable& table, Ahead& later) {
+    Ahead ahead = later;  // in registers
+    const vi entries = table_of_bytes(table.bytes);
+    for (const IntegerPlan* const end = plan + blocks; plan < end; ++plan, t.x += apart) {
+        t.segments = plan->segments;
+        t.count = plan->count;
+        vf square[width];
+        codes.load_square(square);
+        multiply_digit_square<rows, has_table>(t, square, entries, ahead);
+    }
+    later = ahead;
+}
+
+template <int rows = square_rows>
+METATE_FN void multiply_digits(int64_t n, const IntegerTile& tile, const IntegerPlan* plan, int64_t blocks,
+                               int64_t apart, const StripCodes& codes, const ByteTable& table, Ahead& ahead) {
+    if constexpr (rows > 1) {
+        if (n < rows) return multiply_digits<rows - 1>(n, tile, plan, blocks, apart, codes, table, ahead);
+    }
+    table.unit ? multiply_digits_as<rows, true>(tile, plan, blocks, apart, codes, table, ahead)
+               : multiply_digits_as<rows, false>(tile, plan, blocks, apart, codes, table, ahead);
 }
 
 #endif

@@ -28,9 +28,14 @@ void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, i
         float* const values = to + v * width;
         const int64_t passed = p.plans[k].first_group - at.first_group[panel_number];
         const int64_t offset = (panel_number * p.window + passed) * panel + v * width;
+        const bool has_centers = p.whole_pairs && at.centers;
+        int32_t centers[block / unit_columns * width];
+        if (has_centers) spread_centers(centers, p.plans[k], at.centers + offset);
         if (p.x.unit != Unit::floats && w.bits == 4 && columns == block && row + (v + 1) * width <= w.rows) {
             const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + (row + v * width) * stride;
-            decode_square(values, codes + k * block / 2, stride, bytes_ahead(w, k), table_of(p));
+            const int64_t ahead = bytes_ahead(w, k);
+            has_centers ? decode_square<true>(values, codes + k * block / 2, stride, ahead, table_of(p), centers)
+                        : decode_square<false>(values, codes + k * block / 2, stride, ahead, table_of(p), nullptr);
         } else {
             transpose_words(at.words, w, row + v * width, k, bytes_ahead(w, k));
             if (p.x.unit == Unit::floats)
@@ -39,8 +44,8 @@ void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, i
                 decode_pairs(values, panel, at.words, columns, table_of(p));
             else
                 decode_byte_pairs(values, at.words, columns, p.values.center);
+            if (has_centers) add_centers(values, centers, columns);
         }
-        if (p.whole_pairs && at.centers) add_centers(values, p.plans[k], at.centers + offset);
         if (!p.sums_scaled)
             scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr, panel,
                          k * block, columns, w.group_size);
@@ -354,14 +359,17 @@ void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t firs
                      const StripCodes& codes, Ahead& ahead) {
     tile.x = p.integers.line(k, first);
     tile.total += first * panel;
-    multiply_digits(end - first, tile, p.integer_plans + k, blocks, p.integers.line(1, 0) - p.integers.lines, codes,
-                    p.arithmetic.table, ahead);
+    const auto multiply = [&]<int digits>() {
+        multiply_digits<digits>(end - first, tile, p.integer_plans + k, blocks,
+                                p.integers.line(1, 0) - p.integers.lines, codes, p.arithmetic.table, ahead);
+    };
+    p.arithmetic.digits == 3 ? multiply.template operator()<3>() : multiply.template operator()<1>();
 }
 
 // The tile of some blocks with all rows of x, about as many at a time; the codes are at hand for those after the first.
 void multiply_squares(const Problem& p, const Workspace& at, const Tile& tile, int64_t row, int64_t k, vi table,
                       Ahead& ahead) {
-    const int64_t parts = ceil_div(p.x.rows, square_rows);
+    const int64_t parts = ceil_div(p.x.rows, p.in_digits() ? digit_square_rows(p.arithmetic.digits) : square_rows);
     const StripCodes codes(p.call.w, row, k);
     IntegerTile integers = integer_tile(p, at, 0, tile);
     integers.first_group = tile.first_group;

@@ -94,7 +94,7 @@ struct Problem {
           can_sum(width < 16 && !arithmetic.digits && can_sum_chunks(c.w)),
           can_square(can_take_squares(c.w, arithmetic)),
           takes_squares(can_square && c.x.size[0] >= (arithmetic.digits ? 2 : 1) &&
-                        c.x.size[0] <= (pairs || arithmetic.digits ? most_square_rows : square_rows)),
+                        c.x.size[0] <= (pairs || arithmetic.digits == 1 ? most_square_rows : square_rows)),
           dots_rows(can_dot && !takes_squares && c.x.size[0] <= few_rows),
           sums_chunks(can_sum && c.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);

@@ -1,5 +1,6 @@
 // Few rows of x times 4-bit codes as they lie: squares of W are transposed in registers and multiplied as they are
-// looked up, so that nothing decoded is stored. The same sums in the same order as product.h.
+// looked up, so that nothing decoded is stored. The same sums in the same order as product.h; those of whole numbers
+// are exact, and segments, digits and results integer.h's.
 #pragma once
 
 #include "row_turns.h"
@@ -11,8 +12,7 @@ constexpr int64_t square_rows = 8;        // of x, at once: their sums and a squ
 constexpr int64_t most_square_rows = 16;  // of x, at most, where squares beat decoded panels
 
 METATE_FN bool can_take_squares(const LowBitMatrix& w, const Arithmetic& arithmetic) {
-    const bool are_bytes = arithmetic.digits == 1 && arithmetic.sums == Sums::dots;
-    return width == 16 && (!arithmetic.digits || are_bytes) && w.columns > 0 && can_sum_chunks(w);
+    return width == 16 && (!arithmetic.digits || arithmetic.sums == Sums::dots) && w.columns > 0 && can_sum_chunks(w);
 }
 
 #if defined(METATE_HAS_WORD_SHUFFLES)
@@ -136,10 +136,11 @@ METATE_FN void multiply_squares(int64_t n, const Tile& tile, const StripCodes& c
 
 #if defined(METATE_HAS_VNNI_FORMS)
 
-// Adds a block to the totals of one half of a panel, in whole numbers of one digit: what multiply_segments does.
-template <int rows, bool has_table>
+// Adds a block to the totals of one half of a panel, in whole numbers: what multiply_segments does.
+template <int rows, int digits, int used, bool has_table>
 METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[width], vi entries, Ahead& ahead) {
-    constexpr int dwords = longest / unit_columns, together = rows > 4 ? 1 : 2;
+    constexpr int dwords = longest / unit_columns, together = used == 1 && rows <= 4 ? 2 : 1;
+    constexpr int last = used > 1 ? 1 : 0;  // of the digits whose sums are joined as whole numbers
     const vi mask = splat(0x0f0f0f0f);
     const int32_t* x[rows];
 #pragma GCC unroll 8
@@ -147,45 +148,65 @@ METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[wi
         x[r] = t.x + r * t.stride;
         asm("" : "+r"(x[r]));  // as in multiply_square
     }
-#pragma GCC unroll 4
-    for (int s = 0; s < block / longest; ++s) {
-        if (s >= t.count) break;
-        const int64_t at = (t.segments[s].group - t.first_group) * panel;
-        vi sum[together][rows];
+    vi sum[used][together][rows];
+    int64_t at = 0, digit_at[used];
+    const auto begin = [&](int s) __attribute__((always_inline)) {
+        const Segment& segment = t.segments[s];
+        at = (segment.group - t.first_group) * panel;
+#pragma GCC unroll 3
+        for (int d = 0; d < used; ++d) {
+            digit_at[d] = segment.offset * digits + d * segment.quads - segment.first_quad;
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-            const vi start = splat(x[r][t.starts_at + 2 * s]);
-            sum[0][r] = t.centers ? multiply(load(t.centers + at), start) : start;
-            if (together > 1) sum[together - 1][r] = splat(0);
-        }
-#pragma GCC unroll 4
-        for (int d = 0; d < dwords; ++d) {
-            const vi word = as_int(square[s * dwords + d]);
-            ahead.fetch();
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                vi codes = bit_and(half ? shift_right(word, 4) : word, mask);
-                if (has_table) codes = lookup_bytes(entries, codes);
-#pragma GCC unroll 8
-                for (int r = 0; r < rows; ++r)
-                    vnni_add_dot(sum[half % together][r], codes, splat(x[r][(s * dwords + d) * 2 + half]));
+            for (int r = 0; r < rows; ++r) {
+                sum[d][0][r] = sum[d][together - 1][r] = splat(0);
+                if (d < last) continue;
+                const vi start = splat(x[r][t.starts_at + 2 * s + d - last]);
+                sum[d][0][r] = t.centers ? multiply(load(t.centers + at), start) : start;
             }
         }
+    };
+    const auto end = [&](int s) __attribute__((always_inline)) {
         const vf scale = load(t.scales + at);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            const vi whole = together > 1 ? add(sum[0][r], sum[together - 1][r]) : sum[0][r];
-            const vf step = splat(bit_cast<float>(x[r][t.steps_at + s]));
-            vf total = fma(to_float(whole) * step, scale, load(t.total + r * panel));
+            vi whole = sum[last][0][r];
+            if (together > 1) whole = add(whole, sum[last][together - 1][r]);
+            if (last) whole = add(shift_left(sum[0][0][r], 8), whole);
+            vf step = splat(bit_cast<float>(x[r][t.steps_at + s])), value = to_float(whole);
+            if (used < digits) step = step * splat(t.radix);
+            if (used == 3) value = fma(value, splat(t.radix), to_float(sum[used - 1][0][r]));
+            vf total = fma(value * step, scale, load(t.total + r * panel));
             if (t.corrections)
                 total = fma(splat(bit_cast<float>(x[r][t.totals_at + s])), load(t.corrections + at), total);
             store(t.total + r * panel, total);
         }
+    };
+    int s = 0;
+    begin(s);
+#pragma GCC unroll 4
+    for (int c = 0; c < block / longest; ++c) {
+#pragma GCC unroll 8
+        for (int q = c * dwords * 2; q < (c + 1) * dwords * 2; ++q) {
+            const vi word = as_int(square[q / 2]);
+            vi codes = bit_and(q % 2 ? shift_right(word, 4) : word, mask);
+            if (has_table) codes = lookup_bytes(entries, codes);
+            if (q % 2) ahead.fetch();
+#pragma GCC unroll 3
+            for (int d = 0; d < used; ++d) {
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; ++r)
+                    vnni_add_dot(sum[d][q % together][r], codes, splat(x[r][digit_at[d] + q]));
+            }
+        }
+        if (t.segments[s].end > (c + 1) * longest) continue;
+        end(s);
+        if (++s == t.count) break;
+        begin(s);
     }
 }
 
 // The same of some blocks, whose lines of x are `apart` dwords apart.
-template <int rows, bool has_table>
+template <int rows, int digits, bool has_table>
 __attribute__((noinline)) void multiply_digits_as(IntegerTile t, const IntegerPlan* plan, int64_t blocks, int64_t apart,
                                                   StripCodes codes, const ByteTable& table, Ahead& later) {
     Ahead ahead = later;  // in registers
@@ -195,19 +216,32 @@ __attribute__((noinline)) void multiply_digits_as(IntegerTile t, const IntegerPl
         t.count = plan->count;
         vf square[width];
         codes.load_square(square);
-        multiply_digit_square<rows, has_table>(t, square, entries, ahead);
+        if constexpr (digits == 3) {
+            bool has_last = false;
+            for (int r = 0; r < rows; ++r) has_last |= t.x[r * t.stride + t.used_at] == 3;
+            if (!has_last) {
+                multiply_digit_square<rows, 3, 2, has_table>(t, square, entries, ahead);
+                continue;
+            }
+        }
+        multiply_digit_square<rows, digits, digits, has_table>(t, square, entries, ahead);
     }
     later = ahead;
 }
 
-template <int rows = square_rows>
+// Of x, at once, with so many digits.
+METATE_FN constexpr int digit_square_rows(int digits) {
+    return digits == 3 ? 4 : static_cast<int>(square_rows);
+}
+
+template <int digits, int rows = digit_square_rows(digits)>
 METATE_FN void multiply_digits(int64_t n, const IntegerTile& tile, const IntegerPlan* plan, int64_t blocks,
                                int64_t apart, const StripCodes& codes, const ByteTable& table, Ahead& ahead) {
     if constexpr (rows > 1) {
-        if (n < rows) return multiply_digits<rows - 1>(n, tile, plan, blocks, apart, codes, table, ahead);
+        if (n < rows) return multiply_digits<digits, rows - 1>(n, tile, plan, blocks, apart, codes, table, ahead);
     }
-    table.unit ? multiply_digits_as<rows, true>(tile, plan, blocks, apart, codes, table, ahead)
-               : multiply_digits_as<rows, false>(tile, plan, blocks, apart, codes, table, ahead);
+    table.unit ? multiply_digits_as<rows, digits, true>(tile, plan, blocks, apart, codes, table, ahead)
+               : multiply_digits_as<rows, digits, false>(tile, plan, blocks, apart, codes, table, ahead);
 }
 
 #endif

@@ -89,15 +89,19 @@ inline void decode_byte_pairs(float* to, const int32_t* words, int64_t columns, 
     }
 }
 
-// Centers those of a block whose codes have their own.
-inline void add_centers(float* values, const BlockPlan& plan, const int32_t* centers) {
+// What is added to the pairs of a block whose codes have their own centers: a vector for every dword of 4-bit codes.
+inline void spread_centers(int32_t* to, const BlockPlan& plan, const int32_t* centers) {
     for (int c = 0; c < plan.count; ++c) {
         const vi one = load(centers + (plan.chunks[c].group - plan.first_group) * panel);
         const vi both = bit_or(bit_and(one, splat(0xffff)), shift_left(one, 16));
-        float* to = values + plan.chunks[c].begin / 2 * panel;
-        for (int i = plan.chunks[c].begin; i < round_up(plan.chunks[c].end, unit_columns); i += 2, to += panel)
-            store(to, as_float(add_words(as_int(load(to)), both)));
+        for (int i = plan.chunks[c].begin; i < plan.chunks[c].end; i += unit_columns)
+            store(to + i / unit_columns * width, both);
     }
+}
+
+inline void add_centers(float* values, const int32_t* centers, int64_t columns) {
+    for (int64_t word = 0; word < ceil_div(columns, unit_columns) * unit_columns / 2; ++word, values += panel)
+        store(values, as_float(add_words(as_int(load(values)), load(centers + word / 4 * width))));
 }
 
 #else
@@ -107,7 +111,8 @@ METATE_FN bool can_take_whole_pairs(const LowBitMatrix&, const Arithmetic&) {
 template <class T>
 void pack_whole(const PackedRows&, const QuantLinear&, float, const Runtime&) {}
 inline void decode_byte_pairs(float*, const int32_t*, int64_t, float) {}
-inline void add_centers(float*, const BlockPlan&, const int32_t*) {}
+inline void spread_centers(int32_t*, const BlockPlan&, const int32_t*) {}
+inline void add_centers(float*, const int32_t*, int64_t) {}
 #endif
 
 }  // namespace

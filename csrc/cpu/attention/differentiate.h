@@ -189,12 +189,27 @@ inline void differentiate_group(const Attention& a, const Scoring& scoring, cons
     }
 }
 
+// Of a head and sequence: so few that each counts, and that what short chains cost does not.
+constexpr int64_t few_scores = 512, shortest_chain = 8;
+
+template <class Word>
+__attribute__((noinline)) void multiply_in_short_chains(int rows, int64_t columns, const Product<Word>& whole) {
+    for (int64_t k = 0; k == 0 || k < whole.steps; k += shortest_chain) {
+        Product<Word> p = whole;
+        p.a += k / panel * whole.stride + k % panel;
+        p.b += k * panel;
+        p.steps = smaller(whole.steps - k, shortest_chain);
+        k == 0 ? multiply_steps<Left::panels, Into::set>(rows, columns, p)
+               : multiply_steps<Left::panels, Into::add>(rows, columns, p);
+    }
+}
+
 // The products of group g of the tile with the packed keys (or values) j … end-1 of the block. Floats serve as left
 // operand in panels too; pairs lie along the queries there, and along the head dimension in rows.
 template <class Word>
 METATE_FN void multiply_across(const Workspace<Word>& w, const Blocking& size, int64_t n, int64_t depth,
                                const Word* rows, const Word* panels, const Word* across, int64_t g, int64_t j,
-                               int64_t end, float* to) {
+                               int64_t end, bool are_few, float* to) {
     const int64_t steps = steps_of<Word>(n), first = g * tile_rows, row = depth / elements_of<Word>;
     const int live = rows_of_group(w, g);
     Product<Word> product{rows + first * row, row,    across + j * steps, steps, to + first * size.line + j,
@@ -202,7 +217,8 @@ METATE_FN void multiply_across(const Workspace<Word>& w, const Blocking& size, i
     if constexpr (elements_of<Word> == 1) {
         product.a = panels + first * panel;
         product.stride = w.groups * tile_rows * panel;
-        multiply<Left::panels, Into::set, short_chain>(live, end - j, product);
+        are_few ? multiply_in_short_chains(live, end - j, product)
+                : multiply<Left::panels, Into::set, short_chain>(live, end - j, product);
     } else {
         multiply<Left::rows, Into::set, max_head_dim>(live, end - j, product);
     }
@@ -301,6 +317,7 @@ __attribute__((noinline)) void differentiate_whole(const Attention& a, float sca
 template <class Word>
 inline void differentiate_tile(const Attention& a, const Scoring& scoring, const Sequence& s, const Blocking& size,
                                Workspace<Word>& w) {
+    const bool are_few = elements_of<Word> == 1 && s.queries * s.keys <= few_scores;
     for (int64_t c = 0; c * chunk < w.keys; ++c) {
         for (int64_t g = 0; g < w.groups; ++g) {
             if (!w.whole && !(w.group[g].mask.any >> c & 1)) {
@@ -308,7 +325,7 @@ inline void differentiate_tile(const Attention& a, const Scoring& scoring, const
                 continue;
             }
             if constexpr (width == 16) {
-                if (w.plain && is_full(g, c, w)) {
+                if (w.plain && is_full(g, c, w) && !are_few) {
                     differentiate_whole(a, scoring.scale, size, g, c * chunk, w);
                     continue;
                 }
@@ -317,9 +334,9 @@ inline void differentiate_tile(const Attention& a, const Scoring& scoring, const
                           end = last < (c + 1) * chunk ? last : (c + 1) * chunk;
             for (int64_t j = c * chunk; j < end; j += panel) {
                 multiply_across(w, size, a.q.size[3], size.depth, w.query_rows, w.query_panels, w.keys_across, g, j,
-                                end, w.p);
+                                end, are_few, w.p);
                 multiply_across(w, size, a.v.size[3], size.value_depth, w.gradient_rows, w.gradient_panels,
-                                w.values_across, g, j, end, w.ds);
+                                w.values_across, g, j, end, are_few, w.ds);
             }
             differentiate_group(a, scoring, s, g, c, size.line, w);
         }

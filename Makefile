@@ -1,7 +1,7 @@
 # make demo    install, check this machine, a short benchmark, then train a small model through metate's kernels
 # make test    everything CI runs
 # make bench   the full benchmark; results to bench/results/
-# make long    the same with far more random configurations, reruns and malformed calls
+# make long    the same with far more random configurations, reruns and malformed calls: hours
 # make lint    format and type checks, as the pre-commit hooks run them
 # make native  the C++ tests: kernels without Python
 # make sanitize  the same under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -73,11 +73,14 @@ test: install native sanitize-emulator
 	for isa in $(ISAS); do METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k "parity and cpu-cpu" || exit; done
 	$(BIN)/python -m pytest -q -n 2 --durations=25 tests
 
-# The same with far more random configurations, reruns and malformed calls: hours.
+# The same with far more random configurations, reruns and malformed calls, a line a test as it ends. A draw takes from
+# a millisecond to seconds, by operator and backend, so these have a time instead of a number: at most FUZZ_SECONDS each
+# (about 130 of them, two at a time: two hours), or 20,000 draws. All else takes about as long again on 2 cores.
+FUZZ_SECONDS ?= 120
 long: install native sanitize
 	METATE_TEST_SOAK=120 $(BIN)/ctest --test-dir build/kernels --output-on-failure -R "^threads"
-	METATE_TEST_FUZZ=20000 METATE_TEST_RERUNS=10000 METATE_TEST_MALFORMED=1000000 METATE_TEST_BLOCKS=10000000 \
-	  METATE_TEST_SOAK=120 $(BIN)/python -m pytest -q -n 2 tests
+	METATE_TEST_FUZZ=20000 METATE_TEST_SECONDS=$(FUZZ_SECONDS) METATE_TEST_RERUNS=10000 METATE_TEST_MALFORMED=1000000 \
+	  METATE_TEST_BLOCKS=10000000 METATE_TEST_SOAK=120 $(BIN)/python -m pytest -v -n 2 --durations=50 tests
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

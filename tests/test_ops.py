@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from random import Random
+import time
 from typing import Any
 
 import pytest
@@ -13,10 +13,13 @@ from conftest import BACKENDS, DEVICES, DTYPES, OPS, SIMULATED, examples, output
 from torch import Tensor
 
 import metate
-from metate import library
+from metate import library, verify
 from metate.op import REGISTRY, Op
 
-FUZZ = int(os.environ.get("METATE_TEST_FUZZ", "40"))  # configurations an op and backend; more in the long target
+# Configurations an op and backend, the seed of the first, and seconds after which no more are drawn: see `make long`.
+FUZZ = int(os.environ.get("METATE_TEST_FUZZ", "40"))
+SEED = int(os.environ.get("METATE_TEST_SEED", "0"))
+SECONDS = float(os.environ.get("METATE_TEST_SECONDS", "inf"))
 
 
 def has_dtype(args: tuple[Any, ...], dtype: torch.dtype) -> bool:
@@ -40,16 +43,19 @@ def test_parity(op, device, backend, dtype):
 
 
 @pytest.mark.parametrize("op,device,backend", BACKENDS)
-def test_fuzz(op, device, backend):
-    rng = Random(20)
-    for seed in range(FUZZ // 8 if (device, backend) in SIMULATED else FUZZ):
-        case, dtype = op.domain.draw(rng), rng.choice(DTYPES[:3])
-        args = op.example(case, dtype, device, seed)
-        if op.refusal(backend, args) is None:
-            try:
-                op.assert_close(run(op, backend, args), args)
-            except Exception as error:
-                raise AssertionError(f"{op.name} on {backend}, {dtype}, seed {seed}, {case}") from error
+def test_fuzz(op, device, backend, request):
+    """What `metate verify --fuzz` draws, on backends too that only the tests simulate."""
+    failures, end = [], time.monotonic() + SECONDS
+    count = -(-FUZZ // 8) if (device, backend) in SIMULATED else FUZZ
+    for seed in range(SEED, SEED + count):
+        check = verify.Check(op, device, backend, DTYPES[seed % 3], seed, drawn=True)
+        result = verify.run(check)
+        if result.status == "failed":
+            again = f'METATE_TEST_FUZZ=1 METATE_TEST_SEED={seed} python -m pytest "{request.node.nodeid}"'
+            failures.append(f"{again}\n  {check.dtype}, {check.case()}: {result.detail}")
+        if time.monotonic() > end:
+            break
+    assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -418,6 +418,12 @@ def test_activations_take_any_dimensions(shape):
     torch.testing.assert_close(metate.gated_activation(x), torch.nn.functional.silu(gate) * up)
 
 
+def test_gelu_keeps_its_digits_below_zero():
+    x = torch.linspace(-5, -0.1, 1001)[:, None]
+    out = metate.gated_activation(x, "gelu", gating="none").double()
+    torch.testing.assert_close(out, torch.nn.functional.gelu(x.double()), rtol=1e-5, atol=0)
+
+
 def test_what_is_far_below_zero_is_gated_to_zero():
     """A sigmoid that ends at its smallest number would be multiplied by as much as alpha is."""
     x = torch.tensor([[1.5]], requires_grad=True)

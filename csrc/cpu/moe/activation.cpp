@@ -16,7 +16,7 @@ METATE_FN vf activate(vf x, vf alpha, vf* slope) {
         if (slope) *slope = fma(alpha * x * s, one - s, s);
         return x * s;
     } else if constexpr (activation == Activation::gelu) {
-        const vf below = half * (one + erf(x * splat(0.70710678f)));
+        const vf below = normal_below(x);
         if (slope) *slope = fma(x * splat(0.39894228f), exp(splat(-0.5f) * x * x), below);
         return x * below;
     } else if constexpr (activation == Activation::gelu_tanh) {

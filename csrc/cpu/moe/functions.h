@@ -19,21 +19,18 @@ METATE_FN vf sigmoid(vf x) {
     return select(less(x, splat(-87.0f)), splat(0.0f), value);
 }
 
-// erf(x): x times a polynomial of x² below 1, 1 - exp(a polynomial) above.
-METATE_FN vf erf(vf x) {
-    constexpr float near[] = {7.8824974e-5f, -8.0188550e-4f, 5.1893122e-3f, -2.6854329e-2f,
-                              1.1283597e-1f, -3.7612626e-1f, 1.1283791f};
-    constexpr float far[] = {1.6151035e-6f,  -4.5612207e-5f, 5.9296080e-4f, -4.7411672e-3f, 2.6367560e-2f,
-                             -1.0998356e-1f, -6.3193107e-1f, -1.1301705f,   3.0421902e-4f};
-    const vf size = min(splat(4.0f), abs(x)), square = size * size;
-    vf p = splat(near[0]), q = splat(far[0]);
-#pragma GCC unroll 6
-    for (int i = 1; i < 7; ++i) p = fma(p, square, splat(near[i]));
-#pragma GCC unroll 8
-    for (int i = 1; i < 9; ++i) q = fma(q, size, splat(far[i]));
-    const vf outside = splat(1.0f) - exp(q);
-    const vf signed_outside = select(less(x, splat(0.0f)), splat(0.0f) - outside, outside);
-    return select(less(size, splat(1.0f)), p * x, signed_outside);
+// The normal distribution's share below x. With s = |x| / √2, erfc(s) = exp(s · a polynomial of s): in the lower tail
+// nothing cancels, as 1 + erf would. Beyond the polynomial's end only s² counts.
+METATE_FN vf normal_below(vf x) {
+    constexpr float log_erfc[] = {8.48996038e-8f,  -2.22529411e-6f, 2.58575656e-5f, -1.74113418e-4f,
+                                  7.30304280e-4f,  -1.74463342e-3f, 1.64713143e-4f, 1.91894025e-2f,
+                                  -1.02801412e-1f, -6.36613905e-1f, -1.12837958f};
+    const vf size = abs(x * splat(0.70710678f)), s = min(splat(4.25f), size);
+    vf p = splat(log_erfc[0]);
+#pragma GCC unroll 10
+    for (int i = 1; i < 11; ++i) p = fma(p, s, splat(log_erfc[i]));
+    const vf tail = splat(0.5f) * exp(max(splat(-100.0f), fma(p, s, (s - size) * (s + size))));
+    return select(less(x, splat(0.0f)), tail, splat(1.0f) - tail);
 }
 
 }  // namespace

@@ -101,6 +101,8 @@ def test_equals_brute_force_over_what_it_decodes(kind, metric):
     one = index.search(Q[0], 4, **everything(index))
     many = index.search(Q, 4, **everything(index))
     assert all(a.shape == (4,) for a in one) and np.array_equal(one[1], many[1][0])
+    far = index.search(Q[0], 10**6, refine_factor=np.int64(10**9), **everything(index))[1]
+    assert far.shape == (10**6,) and (far[: len(ids)] >= 0).all() and (far[len(ids) :] == -1).all()
     np.testing.assert_allclose(one[0], many[0][0], rtol=1e-5, atol=1e-6)
 
 
@@ -428,6 +430,10 @@ BAD = {
     "nprobe 0": (lambda i: i.search(Q, 1, nprobe=0), ValueError, "nprobe is 0, expected an integer from 1 to 5"),
     "nprobe 6": (lambda i: i.search(Q, 1, nprobe=6), ValueError, "nprobe is 6"),
     "factor": (lambda i: i.search(Q, 1, refine_factor=0), ValueError, "refine_factor is 0"),
+    "factor bool": (lambda i: i.search(Q, 1, refine_factor=True), ValueError, "refine_factor is True"),
+    "k huge": (lambda i: i.search(Q, 2**31), ValueError, r"IVFPQIndex.search: k is 2147483648, expected .* 2\*\*31 - 1"),
+    "k beyond": (lambda i: i.search(Q, 2**64), ValueError, "k is 18446744073709551616"),
+    "nprobe bool": (lambda i: i.search(Q, 1, nprobe=True), ValueError, "nprobe is True"),
     "negative id": (lambda i: i.add_with_ids(X[:1], [-1]), ValueError, "holding -1"),
     "huge id": (lambda i: i.add_with_ids(X[:1], [2**63 - 1]), ValueError, "holding 9223372036854775807"),
     "huge": (lambda i: i.add(X * np.float32(1e30)), ValueError, "x is huge in places"),
@@ -520,6 +526,38 @@ def test_files_hold_everything(kind, tmp_path):
             assert {70, 71, 72} <= set(index_ids.ravel().tolist()) or turn == 0
         assert "length" in safetensors.load_file(path)
     assert [file.name for file in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_index_larger_than_memory_is_searched(tmp_path):
+    """A list of zeros twice as large as memory, a hole in the file, before one of vectors."""
+    index, path = IVFFlatIndex(D, 2), tmp_path / "index"
+    index.set_trained({"centroids": np.stack([np.zeros(D), np.ones(D)]).astype(np.float32)})
+    index.add(1 + 0.1 * X)
+    index.save(path)
+    data, header = path.read_bytes(), _header(path.read_bytes())
+    about, end = json.loads(header.pop("__metadata__")["metate.search"]), 8 + int.from_bytes(data[:8], "little")
+    zeros = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * D + 8)
+    parts, at = [], 0
+    for name, entry in header.items():
+        part = data[end + entry["data_offsets"][0] : end + entry["data_offsets"][1]]
+        hole = zeros * len(part) // 70 if name.startswith("column.") else 0
+        part = np.array([zeros, 70]).tobytes() if name == "length" else part
+        entry["shape"][0] += zeros if hole else 0
+        entry["data_offsets"] = [at, at + hole + len(part)]
+        parts.append((at + hole, part))
+        at += hole + len(part)
+    text = json.dumps({"__metadata__": {"metate.search": json.dumps(about)}, **header}).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for place, part in parts:
+            file.seek(8 + len(text) + place)
+            file.write(part)
+    found = load(path, mmap=True)
+    assert found.ntotal == zeros + 70
+    for queries in (Q, torch.from_numpy(Q)):
+        for a, b in zip(found.search(1 + 0.1 * queries, 9), index.search(1 + 0.1 * Q, 9, nprobe=2), strict=True):
+            assert np.array_equal(a, b)
 
 
 def test_untrained_indexes_have_files(tmp_path):

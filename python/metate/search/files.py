@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail
-from metate.search.arrays import bytes_of
+from metate.search.arrays import bytes_of, tensor_of
 from metate.search.base import State
 from metate.search.index import MOST_ID, Index
 from metate.search.indexes import MOST_SEED, FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
@@ -201,8 +201,8 @@ def _open(path: Path, mmap: bool) -> _File:
     if not isinstance(text, str):
         raise _complain("metadata", "without metate.search", "a file that index.save wrote")
     places = _places(entries, begin, size)
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if mmap else None
-    data = torch.from_numpy(np.fromfile(path, np.uint8)) if data is None else data
+    # Mapped for reading alone: a mapping that may be written must fit memory, even where nobody writes.
+    data = tensor_of("search.load", "path", np.memmap(path, np.uint8, "r") if mmap else np.fromfile(path, np.uint8))
     if len(data) != size:
         raise _complain("file", f"{len(data)} bytes", f"{size}, as a moment ago")
     return _File(

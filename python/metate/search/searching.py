@@ -64,8 +64,8 @@ class Searching(Base):
             RuntimeError: the index is not trained.
         """
         op = self._op("search")
-        if not isinstance(refine_factor, int) or refine_factor < 1:
-            raise fail(op, "refine_factor", refine_factor, "an integer from 1 on")
+        if not _is_number(refine_factor, 1 << 62):
+            raise fail(op, "refine_factor", repr(refine_factor), "an integer from 1 on")
         state = self._trained(op)
         if filter is None:
             quick = self._searched_quickly(state, queries, k, self.nprobe if nprobe is None else nprobe)
@@ -73,12 +73,21 @@ class Searching(Base):
                 return quick
         vectors, k, nprobe = self._checked_search(op, queries, k, nprobe)
         keep = keep_bitmap(op, state.lists, filter)
-        found = [self._search(state, x, k, nprobe, keep, refine_factor) for _, x in vectors.blocks(self._at_once(k))]
-        if len(found) == 1:
-            return vectors.results(*found[0])
+        most = min(k, max(state.lists.total, 1))  # kernels and refinement need not look for more than there are
+        found = [
+            self._search(state, x, most, nprobe, keep, int(refine_factor))
+            for _, x in vectors.blocks(self._at_once(most))
+        ]
         if not found:
-            return vectors.results(torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
-        return vectors.results(*(torch.cat(column) for column in zip(*found, strict=True)))
+            found = [(torch.empty(0, most), torch.empty(0, most, dtype=torch.int64))]
+        parts = found[0] if len(found) == 1 else tuple(torch.cat(column) for column in zip(*found, strict=True))
+        return vectors.results(*(parts if most == k else self._padded(*parts, k)))
+
+    def _padded(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """With what says that nothing more is there."""
+        more = 0, k - ids.shape[1]
+        worst = -torch.inf if self.largest else torch.inf
+        return torch.nn.functional.pad(distances, more, value=worst), torch.nn.functional.pad(ids, more, value=-1)
 
     def _searched_quickly(self, state: State, queries: Any, k: Any, nprobe: Any) -> tuple[Any, Any] | None:
         """The plain search of lists, or None: around a single query, Python costs more than its kernels do."""
@@ -94,13 +103,13 @@ class Searching(Base):
         return (distances, ids) if listed.run(queries, distances, ids, nprobe) else None
 
     def _checked_search(self, op: str, queries: Any, k: int, nprobe: int | None) -> tuple[Vectors, int, int]:
-        if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
-            raise fail(op, "k", k, "an integer from 1 on")
+        if not _is_number(k, _MOST_RESULTS - 1):
+            raise fail(op, "k", repr(k), "an integer from 1 on, up to 2**31 - 1")
         chosen = self.nprobe if nprobe is None else nprobe
         if self.nlist is None and nprobe is not None:
-            raise fail(op, "nprobe", nprobe, "None: this index has no lists")
-        if not isinstance(chosen, (int, np.integer)) or not 1 <= chosen <= (self.nlist or 1):
-            raise fail(op, "nprobe", chosen, f"an integer from 1 to {self.nlist}, the number of lists")
+            raise fail(op, "nprobe", repr(nprobe), "None: this index has no lists")
+        if not _is_number(chosen, self.nlist or 1):
+            raise fail(op, "nprobe", repr(chosen), f"an integer from 1 to {self.nlist}, the number of lists")
         return Vectors(op, "queries", queries, self.dim, self.device, single=True), int(k), int(chosen)
 
     def _at_once(self, k: int) -> int:
@@ -115,7 +124,7 @@ class Searching(Base):
     ) -> tuple[Tensor, Tensor]:
         x = self._scaled(x)
         ids = state.lists.ids_column() if self.refine is None else None
-        wide = k if self.refine is None else min(k * factor, max(k, state.lists.total))
+        wide = k if self.refine is None else min(k * factor, max(state.lists.total, 1))
         distances, found = self._scan(state, x, wide, nprobe, keep, ids, self.codec)
         if self.refine is None:
             return distances, found
@@ -253,6 +262,10 @@ class Searching(Base):
         if isinstance(self.codec, Product) and self.codec.residual and len(rows):
             x = x + state.model["centroids"][torch.from_numpy(state.lists.list_of(rows)).to(self.device)]
         return x @ state.model["rotation"] if self.opq else x
+
+
+def _is_number(value: Any, most: int) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _prepared(*args: Any) -> Callable[..., bool] | None:

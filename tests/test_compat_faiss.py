@@ -44,7 +44,7 @@ def test_files_of_faiss(path, tmp_path):
     "description",
     ["Flat", "PQ4x4", "IVF4,Flat", "IVF4,PQ4x4np", "OPQ4_4,IVF4,PQ4x4", "RR4,PQ2x4", "PQ2x4,RFlat", "IDMap,Flat",
      "IDMap2,PQ2x4,RFlat", "SQ8", "SQfp16", "IDMap2,SQbf16", "PQ4x4fs", "IVF4,PQ4x4fs", "IVF4,PQ2x4fsr",
-     "PQ4x4,Refine(SQ8)"],
+     "PQ4x4,Refine(SQ8)", "IVF4,SQ8", "L2norm,IVF4,SQfp16"],
 )  # fmt: skip
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
 def test_factory(description, metric):
@@ -123,6 +123,14 @@ def test_selectors():
             found = index.search(Q, 3, params=params)[1]
             assert np.array_equal(found[:, : len(ids)], brute_force(X[ids], ids, 3)), type(sel)
         assert sel.is_member(int(ids[0])) and len(ids) == sum(map(sel.is_member, range(60)))
+    named = faiss.index_factory(D, "IDMap,Flat")
+    named.add_with_ids(X, 1000 * np.arange(60))
+    for sel in (
+        faiss.IDSelectorBatch([2000, 5000]),
+        faiss.IDSelectorTranslated(named, faiss.IDSelectorBatch([2000, 5000])),
+    ):
+        found = named.search(Q, 3, params=faiss.SearchParameters(sel=sel))[1]
+        assert np.array_equal(np.sort(found, 1), [[-1, 2000, 5000]] * 5)
     bounds = np.zeros(2, np.uint64)
     faiss.IDSelectorRange(3, 30, True).find_sorted_ids_bounds(
         5, np.array([1, 3, 7, 29, 31, 32]), bounds[:1], bounds[1:]
@@ -151,7 +159,9 @@ def test_a_quantizer_that_comes_filled_is_kept():
     assert index.pq.decode(index.pq.compute_codes(X)).shape == X.shape and index.pq.centroids.shape == (16 * D,)
 
 
-@pytest.mark.parametrize("description", ["Flat", "PQ4x4", "IVF4,Flat", "IVF4,PQ4x4", "RR4,IVF4,PQ2x4", "IDMap,Flat"])
+@pytest.mark.parametrize(
+    "description", ["Flat", "PQ4x4", "IVF4,Flat", "IVF4,PQ4x4", "IVF4,SQ8", "RR4,IVF4,PQ2x4", "IDMap,Flat"]
+)
 def test_merging(description):
     whole = faiss.index_factory(D, description)
     whole.train(X)
@@ -195,7 +205,7 @@ def test_subsets_of_lists():
         index.copy_subset_to(empty, 5, 0, 1)
 
 
-@pytest.mark.parametrize("description", ["IVF4,Flat", "IVF4,PQ4x4", "IVF300,PQ4x4"])
+@pytest.mark.parametrize("description", ["IVF4,Flat", "IVF4,PQ4x4", "IVF300,PQ4x4", "IVF4,SQ8"])
 @pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
 def test_lists_and_codes(description, metric):
     index = faiss.index_factory(D, description, metric)
@@ -293,7 +303,7 @@ def test_lists_of_a_pq_index_and_refinement_by_one(tmp_path):
                 faiss.deserialize_index(damaged)
 
 
-@pytest.mark.parametrize("description", ["IVF6,Flat", "IVF6,PQ4x4"])
+@pytest.mark.parametrize("description", ["IVF6,Flat", "IVF6,PQ4x4", "IVF6,SQfp16"])
 def test_at_most_so_many_codes(description):
     index = faiss.index_factory(D, description)
     index.train(X)
@@ -523,6 +533,42 @@ def test_a_refined_range_has_the_distances_of_full_vectors():
     assert np.array_equal(
         index.range_search(Q, 6.0)[0], np.r_[0, (np.square(Q[:, None] - X).sum(2) < 6).sum(1).cumsum()]
     )
+
+
+@pytest.mark.parametrize("description", ["PCA4,Flat", "L2norm,RR4,IVF3,SQ8"])
+def test_distances_behind_transforms(description):
+    index = faiss.index_factory(D, description)
+    index.train(X)
+    index.add(X)
+    between, (distances, ids) = index.get_distance_computer(), index.search(Q, 3)
+    for query, near, found in zip(Q, distances, ids, strict=True):
+        between.set_query(query)
+        np.testing.assert_allclose([between(int(i)) for i in found], near, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_L2, faiss.METRIC_INNER_PRODUCT])
+@pytest.mark.parametrize("successive", [True, False])
+def test_shards_find_what_one_index_finds(metric, successive):
+    whole, shards = faiss.IndexFlat(D, metric), faiss.IndexShards(D, True, successive)
+    for _ in range(3):
+        flat = faiss.IndexFlat(D, metric)
+        shards.add_shard(flat if successive else faiss.IndexIDMap(flat))
+    for index in (whole, shards):
+        index.train(X)
+        index.add(X)
+    assert shards.ntotal == 60 and shards.count() == 3 and shards.at(1).ntotal == 20 and shards.is_trained
+    for k in (4, 70):
+        for found, expected in zip(shards.search(Q, k), whole.search(Q, k), strict=True):
+            assert np.array_equal(found, expected)
+    radius = float(np.median(whole.search(Q, 9)[0]))
+    for found, expected in zip(shards.range_search(Q, radius), whole.range_search(Q, radius), strict=True):
+        assert np.array_equal(found, expected)
+    with pytest.raises(RuntimeError, match="successive_ids" if successive else "IndexIDMap: add"):
+        shards.add_with_ids(X, np.arange(60)) if successive else shards.at(0).add(X)
+    with pytest.raises(RuntimeError, match="a shard of 3 dimensions"):
+        shards.add_shard(faiss.IndexFlatL2(3))
+    shards.reset()
+    assert shards.ntotal == 0
 
 
 def test_kmeans_and_helpers():

@@ -18,14 +18,15 @@ EXPECTED = np.load(FOLDER / "expected.npz")  # x: what was added; q: queries; an
 MALFORMED = int(os.environ.get("METATE_TEST_MALFORMED", "2000"))  # files; a million in the long target
 KINDS = {
     "flat": FlatIndex, "idmap2": FlatIndex, "ivfflat": IVFFlatIndex, "ivfpq": IVFPQIndex, "opq": IVFPQIndex,
-    "refine": PQIndex, "idmap": PQIndex, "pq": PQIndex, "sq": FlatIndex,
+    "ivfsq": IVFFlatIndex, "refine": PQIndex, "idmap": PQIndex, "pq": PQIndex, "sq": FlatIndex,
 }  # fmt: skip
 OTHER = {  # what files are written as that say more than an index of metate.search holds
     "idmap2": b"IxMp", "pq_fast": b"IxPq", "pq_fast_ip": b"IxPq", "ivfpq_fast": b"IwPQ", "sq_byte": b"IxSQ",
+    "ivfsq_byte": b"IwSq",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "ivfsq_half"], ids=lambda path: path.stem)
 def test_answers_are_those_of_faiss(path, tmp_path):
     name, index = path.stem, read_faiss(path)
     assert type(index) is KINDS[name.split("_")[0]] and index.ntotal == 40
@@ -47,7 +48,7 @@ def test_what_we_train_goes_there_and_back(tmp_path):
     for index in (
         IVFPQIndex(8, 3, 2, 4, opq=True, refine="sq8"), PQIndex(8, 2, 4, "inner_product", opq=True),
         IVFFlatIndex(8, 3, "cosine", storage="float16"), IVFPQIndex(8, 3, 4, 4, residual=False),
-        FlatIndex(8, "inner_product", storage="sq8"),
+        FlatIndex(8, "inner_product", storage="sq8"), IVFFlatIndex(8, 3, storage="sq8"),
     ):  # fmt: skip
         write_faiss(index, tmp_path / "untrained")
         assert not read_faiss(tmp_path / "untrained").is_trained
@@ -61,9 +62,12 @@ def test_what_we_train_goes_there_and_back(tmp_path):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", [FOLDER / f"{name}.index" for name in
-                                  ("ivfpq", "opq", "refine", "idmap2", "pq_fast", "ivfpq_fast", "sq_byte")],
-                         ids=lambda path: path.stem)  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [FOLDER / f"{name}.index" for name in
+     ("ivfpq", "opq", "refine", "idmap2", "pq_fast", "ivfpq_fast", "sq_byte", "ivfsq_byte")],
+    ids=lambda path: path.stem,
+)  # fmt: skip
 def test_damaged_files_are_refused_or_searched(path, tmp_path):
     data, random = path.read_bytes(), np.random.default_rng(0)
     for _ in range(MALFORMED // 4):
@@ -82,6 +86,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         (b"", "file is empty"),
         (b"IxHN" + bytes(60), "a node is 'IxHN'"),
         (FILES[0].read_bytes() + b"x", "where the index ends"),
+        ((FOLDER / "ivfsq_half.index").read_bytes(), "by_residual is true of scalar-quantised lists"),
     ]:
         (tmp_path / "index").write_bytes(data)
         with pytest.raises(FormatError, match=message):

@@ -431,7 +431,11 @@ BAD = {
     "nprobe 6": (lambda i: i.search(Q, 1, nprobe=6), ValueError, "nprobe is 6"),
     "factor": (lambda i: i.search(Q, 1, refine_factor=0), ValueError, "refine_factor is 0"),
     "factor bool": (lambda i: i.search(Q, 1, refine_factor=True), ValueError, "refine_factor is True"),
-    "k huge": (lambda i: i.search(Q, 2**31), ValueError, r"IVFPQIndex.search: k is 2147483648, expected .* 2\*\*31 - 1"),
+    "k huge": (
+        lambda i: i.search(Q, 2**31),
+        ValueError,
+        r"IVFPQIndex.search: k is 2147483648, expected .* 2\*\*31 - 1",
+    ),
     "k beyond": (lambda i: i.search(Q, 2**64), ValueError, "k is 18446744073709551616"),
     "nprobe bool": (lambda i: i.search(Q, 1, nprobe=True), ValueError, "nprobe is True"),
     "negative id": (lambda i: i.add_with_ids(X[:1], [-1]), ValueError, "holding -1"),

@@ -214,15 +214,20 @@ def _fast_pq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
 
 def _sq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, _, is_trained = head
+    quantizer, size, trained = _scalar_quantizer(reader, d, is_trained)
+    codes = reader.vector(np.uint8, "codes", ntotal * size).reshape(ntotal, size)
+    return SQ(*head, quantizer, trained, codes)
+
+
+def _scalar_quantizer(reader: Reader, d: int, is_trained: bool) -> tuple[int, int, Floats]:
+    """Its kind, the bytes of a vector, and what was trained."""
     quantizer = reader.number("i", "qtype", 0, 1 << 10)
     if quantizer not in SQ_SIZES:
         raise complain("qtype", quantizer, "one of QT_8bit, QT_fp16 and QT_bf16")
     reader.values("<if", "rangestat")
     reader.number("Q", "d of the quantizer", d, d)
     size = reader.number("Q", "code_size", d * SQ_SIZES[quantizer], d * SQ_SIZES[quantizer])
-    trained = reader.finite("what was trained", 2 * d if quantizer == SQ_BYTE and is_trained else 0)
-    codes = reader.vector(np.uint8, "codes", ntotal * size).reshape(ntotal, size)
-    return SQ(*head, quantizer, trained, codes)
+    return quantizer, size, reader.finite("what was trained", 2 * d if quantizer == SQ_BYTE and is_trained else 0)
 
 
 def code_size(codebooks: Floats) -> int:
@@ -246,7 +251,12 @@ def _ivf(reader: Reader, kind: str, head: Head, depth: int) -> Node:
         raise complain("centroids of lists", "not finite everywhere", "finite numbers")
     _pass_direct_map(reader)
     residual, codebooks, size, pairs = False, None, 4 * d, 0
-    if kind != "IwFl":
+    scalar: tuple[Any, ...] = ()
+    if kind == "IwSq":
+        number, size, numbers = _scalar_quantizer(reader, d, trained)
+        reader.number("Q", "code_size", size, size)
+        residual, scalar = reader.flag("by_residual"), (number, numbers)
+    elif kind != "IwFl":
         residual = reader.flag("by_residual")
         (size,) = reader.values("<Q", "code_size")
         if kind == "IwPf":
@@ -257,7 +267,7 @@ def _ivf(reader: Reader, kind: str, head: Head, depth: int) -> Node:
         if size != code_size(codebooks) or (pairs and (codebooks.shape[1] != 16 or pairs != size)):
             raise complain("code_size", size, f"{code_size(codebooks)}")
     lists = _block_lists(reader, nlist, size, ntotal) if pairs else _lists(reader, nlist, size, ntotal)
-    return IVF(*head, nprobe, quantizer, *lists, codebooks, residual, pairs > 0)
+    return IVF(*head, nprobe, quantizer, *lists, codebooks, residual, pairs > 0, *scalar)
 
 
 def _pass_direct_map(reader: Reader) -> None:
@@ -402,7 +412,7 @@ def _within(reader: Reader, depth: int, ntotal: int) -> Node:
 
 _READERS: dict[str, Callable[[Reader, str, Head, int], Node]] = {
     "IxF2": _flat, "IxFI": _flat, "IxSQ": _sq, "IxPq": _pq, "IPfs": _fast_pq, "IwFl": _ivf, "IwPQ": _ivf, "IwPf": _ivf,
-    "IxPT": _pretransform, "IxRF": _refine, "IxMp": _idmap, "IxM2": _idmap,
+    "IwSq": _ivf, "IxPT": _pretransform, "IxRF": _refine, "IxMp": _idmap, "IxM2": _idmap,
 }  # fmt: skip
 
 
@@ -455,16 +465,22 @@ def _write_pq(node: PQ, file: BinaryIO) -> None:
 
 
 def _write_sq(node: SQ, file: BinaryIO) -> None:
-    size = node.d * SQ_SIZES[node.kind]
-    file.write(struct.pack("<iifQQ", node.kind, 0, 0.0, node.d, size))
-    _put(file, np.float32, node.trained)
+    _write_quantizer(node.kind, node.d, node.trained, file)
     _put(file, np.uint8, node.codes)
+
+
+def _write_quantizer(kind: int, d: int, trained: Floats, file: BinaryIO) -> None:
+    file.write(struct.pack("<iifQQ", kind, 0, 0.0, d, d * SQ_SIZES[kind]))
+    _put(file, np.float32, trained)
 
 
 def _write_ivf(node: IVF, file: BinaryIO) -> None:
     file.write(struct.pack("<QQ", len(node.length), node.nprobe))
     write_tree(node.quantizer, file)
     file.write(struct.pack("<BQ", 0, 0))  # no direct map
+    if node.kind is not None:
+        _write_quantizer(node.kind, node.d, node.trained, file)
+        file.write(struct.pack("<Q?", node.d * SQ_SIZES[node.kind], node.by_residual))
     if node.codebooks is not None:
         size = code_size(node.codebooks)
         file.write(struct.pack("<?Q", node.by_residual, size))
@@ -536,7 +552,8 @@ _WRITERS: dict[type[Node], tuple[Any, Callable[[Any, BinaryIO], None]]] = {
            lambda node, file: _put(file, np.float32, node.vectors)),
     SQ: ("IxSQ", _write_sq),
     PQ: (lambda node: "IPfs" if node.fast else "IxPq", _write_pq),
-    IVF: (lambda node: "IwFl" if node.codebooks is None else "IwPf" if node.fast else "IwPQ", _write_ivf),
+    IVF: (lambda node: "IwSq" if node.kind is not None else
+          "IwFl" if node.codebooks is None else "IwPf" if node.fast else "IwPQ", _write_ivf),
     PreTransform: ("IxPT", _write_pretransform),
     Refine: ("IxRF", _write_refine),
     IDMap: (lambda node: "IxM2" if node.two_way else "IxMp", _write_idmap),

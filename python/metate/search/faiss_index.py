@@ -26,7 +26,8 @@ _SIGN = np.uint8(128)  # the difference between numbers from 0 to 255 and from -
 
 def read_faiss(path: str | Path) -> Index:
     """The index in a file that faiss wrote: flat, PQ, IVF-flat or IVF-PQ, also for the fast scan, rotated (OPQ),
-    refined by full vectors, or with an id map; or a flat one of 8-bit, float16 or bfloat16 numbers.
+    refined by full vectors, or with an id map; or of 8-bit, float16 or bfloat16 numbers, flat or in lists (which
+    metate.compat.faiss reads with residuals too).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,7 +41,7 @@ def read_faiss(path: str | Path) -> Index:
 def write_faiss(index: Index, path: str | Path) -> None:
     """Writes a file that faiss reads, whole or not at all.
 
-    Vectors in lists and of refinement that are kept in fewer bits are written as float32; an index of cosines as one of
+    Vectors of refinement that are kept in fewer bits are written as float32; an index of cosines as one of
     inner products, over the normalised vectors.
 
     Raises:
@@ -73,6 +74,8 @@ def from_tree(node: nodes.Node) -> Index:
     elif isinstance(node, nodes.PQ):
         found["codebooks"] = node.codebooks
     elif isinstance(node, nodes.SQ):
+        found.update(levels_of(node.trained))
+    if isinstance(node, nodes.IVF) and node.kind is not None:
         found.update(levels_of(node.trained))
     index.set_trained({name: array.copy() for name, array in found.items() if array is not None})
     index._state = _filled(index, node, names, refined)
@@ -141,7 +144,10 @@ def _like(node: nodes.Node, rotated: bool, refined: bool) -> Index:
     elif rotated or refined:
         raise files.complain("index", type(node).__name__, "PQ or IVF-PQ below a rotation or refinement")
     elif isinstance(node, nodes.IVF):
-        index = IVFFlatIndex(node.d, len(node.length), metric)
+        if node.by_residual:
+            raise files.complain("by_residual", "true of scalar-quantised lists", "false, or metate.compat.faiss")
+        storage = "float32" if node.kind is None else SQ_STORAGE[node.kind]
+        index = IVFFlatIndex(node.d, len(node.length), metric, storage=storage)
     elif isinstance(node, nodes.Flat):
         return FlatIndex(node.d, metric)
     elif isinstance(node, nodes.SQ):
@@ -158,10 +164,11 @@ def _filled(index: Index, node: nodes.Node, names: Integers | None, refined: nod
     length = np.array([node.ntotal])
     if isinstance(node, nodes.IVF):
         places, length = node.ids, node.length
-        stored = node.codes if node.codebooks is not None else node.codes.view(np.float32)
+        plain = node.codebooks is None and node.kind is None
+        stored = node.codes.view(np.float32) if plain else node.codes
     else:
         stored = node.vectors if isinstance(node, nodes.Flat) else node.codes  # type: ignore[attr-defined]
-    if isinstance(node, nodes.SQ):
+    if isinstance(node, nodes.SQ) or (isinstance(node, nodes.IVF) and node.kind is not None):
         columns["vectors"] = sq_rows(node.codes, index.column_types()["vectors"][1])
     else:
         columns["codes" if isinstance(index.codec, Product) else "vectors"] = torch.from_numpy(stored.copy())
@@ -198,12 +205,15 @@ def to_tree(index: Index) -> nodes.Node:
     head = index.dim, n, metric, trained
     sequential = bool(np.array_equal(ids, np.arange(n)))
     node: nodes.Node
-    books, codec = None, index.codec
+    books, codec, kind, steps = None, index.codec, None, np.zeros(0, np.float32)
     if isinstance(codec, Product):
         stored = _rows(state, "codes").numpy()
         books = model.get("codebooks", np.zeros(codec.trained["codebooks"], np.float32))
     elif index.nlist is None and codec.storage != "float32":
-        return _mapped(_sq(state, codec, head), ids, sequential)
+        return _mapped(nodes.SQ(*head, *_scalar(state, codec), sq_bytes(_rows(state, codec.name))), ids, sequential)
+    elif codec.storage != "float32":
+        kind, steps = _scalar(state, codec)
+        stored = sq_bytes(_rows(state, codec.name))
     else:
         stored = _full(index, state, codec)
     if index.nlist is not None:
@@ -212,7 +222,7 @@ def to_tree(index: Index) -> nodes.Node:
         inner = ids if index.refine is None else np.arange(n)
         node = nodes.IVF(
             *head, index.nprobe, quantizer, lists.living(), _as_bytes(stored), inner, books,
-            isinstance(codec, Product) and codec.residual,
+            isinstance(codec, Product) and codec.residual, False, kind, steps,
         )  # fmt: skip
     elif books is not None:
         node = nodes.PQ(*head, books, stored)
@@ -232,11 +242,13 @@ def _mapped(node: nodes.Node, ids: Integers, known: bool) -> nodes.Node:
     return node if known else nodes.IDMap(node.d, node.ntotal, node.metric, node.is_trained, node, ids)
 
 
-def _sq(state: State, codec: Vectors, head: files.Head) -> nodes.Node:
+def _scalar(state: State, codec: Vectors) -> tuple[int, nodes.Floats]:
+    """What a quantizer of numbers is, and what it was trained to."""
     kind = next(number for number, storage in SQ_STORAGE.items() if storage == codec.storage)
     scale, offset = (state.model.get(f"{codec.name}.{part}") for part in ("scale", "offset"))
-    trained = np.zeros(0, np.float32) if scale is None or offset is None else steps_of(scale.numpy(), offset.numpy())
-    return nodes.SQ(*head, kind, trained, sq_bytes(_rows(state, codec.name)))
+    if scale is None or offset is None:
+        return kind, np.zeros(0, np.float32)
+    return kind, steps_of(scale.numpy(), offset.numpy())
 
 
 def _rows(state: State, name: str) -> Tensor:

@@ -54,7 +54,7 @@ class SQ(Node):
 @dataclass
 class IVF(Node):
     """Vectors or codes as bytes (rows, code_size), with their ids, list by list; codebooks: of IVF-PQ; fast: of its
-    fast scan."""
+    fast scan; kind and trained: of scalar-quantised ones, as of SQ."""
 
     nprobe: int = 1
     quantizer: Any = None
@@ -64,6 +64,8 @@ class IVF(Node):
     codebooks: Floats | None = None
     by_residual: bool = False
     fast: bool = False
+    kind: int | None = None
+    trained: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass

@@ -21,7 +21,14 @@ from metate.compat.faiss.arrays import (
 )
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, DistanceComputer, Index
 from metate.compat.faiss.clustering import Clustering, Kmeans, kmin, knn
-from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
+from metate.compat.faiss.composite import (
+    IndexIDMap,
+    IndexIDMap2,
+    IndexPreTransform,
+    IndexRefine,
+    IndexRefineFlat,
+    IndexShards,
+)
 from metate.compat.faiss.factory import (
     IO_FLAG_MMAP,
     IO_FLAG_MMAP_IFC,
@@ -52,7 +59,14 @@ from metate.compat.faiss.indexes import (
     IndexPQFastScan,
     IndexScalarQuantizer,
 )
-from metate.compat.faiss.ivf import DirectMap, IndexIVF, IndexIVFFlat, IndexIVFPQ, IndexIVFPQFastScan
+from metate.compat.faiss.ivf import (
+    DirectMap,
+    IndexIVF,
+    IndexIVFFlat,
+    IndexIVFPQ,
+    IndexIVFPQFastScan,
+    IndexIVFScalarQuantizer,
+)
 from metate.compat.faiss.ivflib import (
     check_compatible_for_merge,
     extract_index_ivf,
@@ -127,24 +141,26 @@ def omp_set_num_threads(threads: int) -> None:
 
 
 __all__ = [
-    "IO_FLAG_MMAP", "IO_FLAG_MMAP_IFC", "IO_FLAG_READ_ONLY", "IO_FLAG_SKIP_PRECOMPUTE_TABLE", "METRIC_INNER_PRODUCT",
-    "METRIC_L2", "ArrayInvertedLists", "BufferedIOReader", "BufferedIOWriter", "Clustering", "ClusteringParameters",
-    "DirectMap", "DistanceComputer", "FileIOReader", "FileIOWriter", "IDSelector", "IDSelectorAll", "IDSelectorAnd",
-    "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot", "IDSelectorOr", "IDSelectorRange",
-    "IDSelectorTranslated", "IDSelectorXOr", "IOReader", "IOWriter", "IVFSearchParameters", "Index", "IndexFlat",
-    "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap", "IndexIDMap2", "IndexIVF", "IndexIVFFlat",
-    "IndexIVFPQ", "IndexIVFPQFastScan", "IndexIVFStats", "IndexPQ", "IndexPQFastScan", "IndexPreTransform",
-    "IndexRefine", "IndexRefineFlat", "IndexRefineSearchParameters", "IndexScalarQuantizer", "InvertedLists", "Kmeans",
+    "IO_FLAG_MMAP", "IO_FLAG_MMAP_IFC", "IO_FLAG_READ_ONLY", "IO_FLAG_SKIP_PRECOMPUTE_TABLE",
+    "METRIC_INNER_PRODUCT", "METRIC_L2", "ArrayInvertedLists", "BufferedIOReader", "BufferedIOWriter", "Clustering",
+    "ClusteringParameters", "DirectMap", "DistanceComputer", "FileIOReader", "FileIOWriter", "IDSelector",
+    "IDSelectorAll", "IDSelectorAnd", "IDSelectorArray", "IDSelectorBatch", "IDSelectorBitmap", "IDSelectorNot",
+    "IDSelectorOr", "IDSelectorRange", "IDSelectorTranslated", "IDSelectorXOr", "IOReader", "IOWriter",
+    "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap",
+    "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexIVFPQFastScan", "IndexIVFScalarQuantizer",
+    "IndexIVFStats", "IndexPQ", "IndexPQFastScan", "IndexPreTransform", "IndexRefine", "IndexRefineFlat",
+    "IndexRefineSearchParameters", "IndexScalarQuantizer", "IndexShards", "InvertedLists", "Kmeans",
     "LinearTransform", "NormalizationTransform", "OPQMatrix", "PCAMatrix", "ParameterSpace", "ProductQuantizer",
     "PyCallbackIDSelector", "PyCallbackIOReader", "PyCallbackIOWriter", "RandomRotationMatrix", "ResultHeap",
-    "ScalarQuantizer", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ", "SearchParametersPreTransform",
-    "VectorIOReader", "VectorIOWriter", "VectorTransform", "ZeroCopyIOReader", "check_compatible_for_merge",
-    "clone_index", "copy_array_to_vector", "cvar", "deserialize_index", "downcast_InvertedLists", "downcast_Quantizer",
-    "downcast_VectorTransform", "downcast_index", "eval_intersection", "extract_index_ivf", "get_invlist_range",
-    "get_mem_usage_kb", "imbalance_factor", "index_factory", "is_similarity_metric", "kmin", "knn", "merge_into",
-    "merge_knn_results", "normalize_L2", "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances", "rand",
-    "randint", "randn", "range_search_with_parameters", "read_ProductQuantizer", "read_VectorTransform", "read_index",
-    "search_and_return_centroids", "search_centroid", "search_with_parameters", "serialize_index", "set_invlist_range",
-    "swig_ptr", "try_extract_index_ivf", "vector_float_to_array", "vector_to_array", "write_ProductQuantizer",
-    "write_VectorTransform", "write_index",
+    "ScalarQuantizer", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ",
+    "SearchParametersPreTransform", "VectorIOReader", "VectorIOWriter", "VectorTransform", "ZeroCopyIOReader",
+    "check_compatible_for_merge", "clone_index", "copy_array_to_vector", "cvar", "deserialize_index",
+    "downcast_InvertedLists", "downcast_Quantizer", "downcast_VectorTransform", "downcast_index",
+    "eval_intersection", "extract_index_ivf", "get_invlist_range", "get_mem_usage_kb", "imbalance_factor",
+    "index_factory", "is_similarity_metric", "kmin", "knn", "merge_into", "merge_knn_results", "normalize_L2",
+    "omp_get_max_threads", "omp_set_num_threads", "pairwise_distances", "rand", "randint", "randn",
+    "range_search_with_parameters", "read_ProductQuantizer", "read_VectorTransform", "read_index",
+    "search_and_return_centroids", "search_centroid", "search_with_parameters", "serialize_index",
+    "set_invlist_range", "swig_ptr", "try_extract_index_ivf", "vector_float_to_array", "vector_to_array",
+    "write_ProductQuantizer", "write_VectorTransform", "write_index",
 ]  # fmt: skip

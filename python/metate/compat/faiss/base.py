@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -153,13 +154,13 @@ class Index(Owned):
 
 
 class DistanceComputer(Owned):
-    """`set_query(x)`, then the distance of any vector in the index."""
+    """`set_query(x)`, then the distance of any vector in the index, which sees queries as `before` makes them."""
 
-    def __init__(self, index: Index) -> None:
-        self._index, self._query = index, np.zeros(index.d, np.float32)
+    def __init__(self, index: Index, before: Callable[[Any], Any] = lambda x: x) -> None:
+        self._index, self._before, self._query = index, before, np.zeros(index.d, np.float32)
 
     def set_query(self, x: Any) -> None:
-        self._query = as_array(x).reshape(self._index.d)
+        self._query = as_array(self._before(as_array(x).reshape(1, -1))).reshape(self._index.d)
 
     def __call__(self, i: int) -> float:
         return self._distance(self._query, as_array(self._index.reconstruct(i)))

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metate.compat.faiss.base import METRIC_INNER_PRODUCT, Index
+from metate.compat.faiss.base import METRIC_INNER_PRODUCT, DistanceComputer, Index
 from metate.compat.faiss.indexes import IndexFlat
 from metate.compat.faiss.parameters import Floats, Vector
 from metate.compat.faiss.quantizer import Bytes, as_array, like
 from metate.compat.faiss.selectors import (
     IDSelectorBatch,
+    IDSelectorTranslated,
     IndexRefineSearchParameters,
     Integers,
     SearchParameters,
@@ -123,6 +124,8 @@ class IndexIDMap(_Around):
         """The selector over places instead of ids."""
         if params is None or params.sel is None:
             return params
+        if isinstance(params.sel, IDSelectorTranslated):  # of places already
+            return params
         places = np.flatnonzero(params.sel(self._ids))
         return type(params)(**{**params.__dict__, "sel": IDSelectorBatch(places)})
 
@@ -214,6 +217,10 @@ class IndexPreTransform(_Around):
 
     def merge_from(self, other: Any, add_id: int = 0) -> None:
         self.index.merge_from(other.index, add_id)
+
+    def get_distance_computer(self) -> DistanceComputer:
+        """Between transformed vectors."""
+        return DistanceComputer(self.index, self.apply_chain)
 
     def reverse_chain(self, x: Any) -> Any:
         for step in reversed(self.chain):
@@ -326,3 +333,84 @@ class IndexRefineFlat(IndexRefine):
         if vectors is not None:
             flat.add(torch.as_tensor(vectors))
         super().__init__(base_index, flat)
+
+
+class IndexShards(Index):
+    """([d,] threaded, successive_ids): a search asks all shards. Successive ids are places among the vectors of all
+    shards, one after another; else ids are those of the shards. Shards are searched in turn, each by all threads."""
+
+    def __init__(self, *given: Any) -> None:
+        sized = bool(given) and not isinstance(given[0], bool)
+        super().__init__(int(given[0]) if sized else 0)
+        flags = given[1:] if sized else given
+        self.threaded = bool(flags[0]) if flags else False
+        self.successive_ids = bool(flags[1]) if len(flags) > 1 else True
+        self.shards: Vector[Index] = Vector()
+
+    def add_shard(self, index: Index) -> None:
+        if not self.shards and not self.d:
+            self.d = index.d
+        if index.d != self.d or (self.shards and index.metric_type != self.metric_type):
+            raise RuntimeError(f"IndexShards: a shard of {index.d} dimensions or another metric, expected {self.d}")
+        self.metric_type = index.metric_type
+        self.shards.append(index)
+
+    def count(self) -> int:
+        return len(self.shards)
+
+    def at(self, i: int) -> Index:
+        return self.shards[i]
+
+    @property
+    def ntotal(self) -> int:
+        return sum(shard.ntotal for shard in self.shards)
+
+    @property
+    def is_trained(self) -> bool:
+        return all(shard.is_trained for shard in self.shards)
+
+    def train(self, x: Any) -> None:
+        for shard in self.shards:
+            if not shard.is_trained:
+                shard.train(x)
+
+    def reset(self) -> None:
+        for shard in self.shards:
+            shard.reset()
+
+    def add(self, x: Any) -> None:
+        if self.successive_ids and self.ntotal:
+            raise RuntimeError("IndexShards: with successive_ids, all vectors are added at once")
+        self._add(x, None if self.successive_ids else np.arange(self.ntotal, self.ntotal + len(x)))
+
+    def add_with_ids(self, x: Any, ids: Any) -> None:
+        if self.successive_ids:
+            raise RuntimeError("IndexShards: ids are given beside successive_ids, expected add")
+        self._add(x, np.asarray(ids, np.int64))
+
+    def _add(self, x: Any, ids: Integers | None) -> None:
+        cuts = [len(x) * i // max(len(self.shards), 1) for i in range(len(self.shards) + 1)]
+        for shard, a, b in zip(self.shards, cuts, cuts[1:], strict=False):
+            shard.add(x[a:b]) if ids is None else shard.add_with_ids(x[a:b], ids[a:b])
+
+    def _firsts(self) -> list[int]:
+        """What is added to the ids of each shard."""
+        before = np.cumsum([0, *(shard.ntotal for shard in self.shards)])
+        return [int(first) if self.successive_ids else 0 for first in before[:-1]]
+
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        parts = [tuple(map(np.asarray, shard._search(x, k, params))) for shard in self.shards]
+        distances = np.hstack([found for found, _ in parts])
+        ids = np.hstack([np.where(i < 0, i, i + n) for (_, i), n in zip(parts, self._firsts(), strict=True)])
+        best_first = -distances if self.metric_type == METRIC_INNER_PRODUCT else distances
+        order = np.lexsort((ids, best_first, ids < 0))[:, :k]
+        return tuple(like(x, np.take_along_axis(part, order, 1)) for part in (distances, ids))
+
+    def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
+        parts = [tuple(map(np.asarray, shard._range(x, radius, params))) for shard in self.shards]
+        query = np.concatenate([np.repeat(np.arange(len(x)), np.diff(lims)) for lims, *_ in parts])
+        ids = np.concatenate([i + n for (*_, i), n in zip(parts, self._firsts(), strict=True)])
+        order = np.argsort(query, kind="stable")
+        lims = np.append(0, np.bincount(query, minlength=len(x)).cumsum())
+        distances = np.concatenate([found for _, found, _ in parts])
+        return tuple(like(x, part) for part in (lims, distances[order], ids[order]))

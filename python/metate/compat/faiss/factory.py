@@ -16,7 +16,13 @@ from metate.compat.faiss.base import METRIC_L2, Elementary, Index
 from metate.compat.faiss.clustering import flat_like
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
 from metate.compat.faiss.indexes import IndexFlat, IndexPQ, IndexPQFastScan, IndexScalarQuantizer
-from metate.compat.faiss.ivf import IndexIVF, IndexIVFFlat, IndexIVFPQ, IndexIVFPQFastScan
+from metate.compat.faiss.ivf import (
+    IndexIVF,
+    IndexIVFFlat,
+    IndexIVFPQ,
+    IndexIVFPQFastScan,
+    IndexIVFScalarQuantizer,
+)
 from metate.compat.faiss.ivflib import extract_index_ivf
 from metate.compat.faiss.quantizer import ProductQuantizer, ScalarQuantizer
 from metate.compat.faiss.streams import IOReader, IOWriter
@@ -86,10 +92,10 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
     nlist = int(lists[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[lists[2]] if lists else 0
     code = parts[-1] if len(parts) == (2 if lists else 1) else ""
     match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(?:(np)|(fsr?)(?:_\d+)?)?", code)
-    if code not in ("Flat", *(() if lists else SCALARS)) and not match:
+    if code not in ("Flat", *SCALARS) and not match:
         raise RuntimeError(
             f"index_factory: {description!r}, expected what metate has: [IDMap,][PCAn|OPQ…|RR…|L2norm,]"
-            "[IVFn[(PQm)],]Flat|PQm[xb]|PQmx4fs[,Refine(Flat|SQ8|PQm)], or SQ8, SQfp16 or SQbf16 without lists"
+            "[IVFn[(PQm)],]Flat|PQm[xb]|PQmx4fs|SQ8|SQfp16|SQbf16[,Refine(Flat|SQ8|PQm)]"
         )
     if match:
         M, bits = int(match[1]), int(match[2] or 8)
@@ -105,7 +111,9 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
         coded.do_polysemous_training = not match[3]
         return coded
     if code in SCALARS:
-        return IndexScalarQuantizer(d, SCALARS[code], metric)
+        if not lists:
+            return IndexScalarQuantizer(d, SCALARS[code], metric)
+        return IndexIVFScalarQuantizer(_quantizer(d, lists[3], metric, description), d, nlist, SCALARS[code], metric)
     if lists:
         return IndexIVFFlat(_quantizer(d, lists[3], metric, description), d, nlist, metric)
     return flat_like(d, metric)
@@ -223,6 +231,8 @@ def _tree(index: Index) -> nodes.Node:
         tree = to_tree(index._inner)
         assert isinstance(tree, nodes.IVF)
         tree.quantizer, tree.fast = _tree(index.quantizer), isinstance(index, IndexIVFPQFastScan)
+        if isinstance(index, IndexIVFScalarQuantizer):
+            tree.by_residual, tree.trained = index.by_residual, index.sq.trained
         return tree
     leaf = to_tree(index._inner)  # type: ignore[attr-defined]
     if isinstance(leaf, nodes.SQ) and isinstance(index, IndexScalarQuantizer):
@@ -265,7 +275,10 @@ def _index(node: nodes.Node) -> Index:
         refined.k_factor = node.k_factor
         return refined
     if isinstance(node, nodes.IVF):  # lists are found by the quantizer's metric here, whatever that of the index
-        return _leaf(from_tree(replace(node, quantizer=replace(node.quantizer, metric=node.metric))), node)
+        stored = replace(node, quantizer=replace(node.quantizer, metric=node.metric))
+        if node.codebooks is None:  # vectors less centroids are what the index within knows
+            stored.by_residual = False
+        return _leaf(from_tree(stored), node)
     return _leaf(from_tree(node), node)
 
 
@@ -287,7 +300,12 @@ def _leaf(inner: Any, node: nodes.Node) -> Index:
     found: Elementary
     if isinstance(node, nodes.IVF):
         quantizer = _index(node.quantizer)
-        if node.codebooks is None:
+        if node.kind is not None:
+            found = IndexIVFScalarQuantizer(
+                quantizer, node.d, inner.nlist, node.kind, node.metric, node.by_residual
+            )  # fmt: skip
+            found.sq.trained = node.trained.copy()
+        elif node.codebooks is None:
             found = IndexIVFFlat(quantizer, node.d, inner.nlist, node.metric)
         else:
             kind = IndexIVFPQFastScan if node.fast else IndexIVFPQ

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, MOST, Elementary, Index, by_id, given, metric_name
 from metate.compat.faiss.indexes import IndexFlat, IndexPQ
@@ -15,6 +16,7 @@ from metate.compat.faiss.lists import (
     append,
     append_codes,
     before_empty,
+    of_residuals,
     preassigned,
     same_training,
     stored,
@@ -24,10 +26,11 @@ from metate.compat.faiss.lists import (
     without_lists,
 )
 from metate.compat.faiss.parameters import ClusteringParameters, Floats, Only
-from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, as_array, like
+from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, ScalarQuantizer, as_array, like
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF
 from metate.compat.faiss.statistics import IndexIVFStats, indexIVF_stats
 from metate.search import IVFFlatIndex, IVFPQIndex
+from metate.search.faiss_index import SQ_STORAGE
 from metate.search.filters import keep_bitmap
 
 
@@ -84,16 +87,21 @@ class IndexIVF(Elementary):
         """Whether lists are found by another metric than that of the vectors in them."""
         return self.quantizer.metric_type != self.metric_type
 
+    @property
+    def _direct(self) -> bool:
+        """Whether the index within adds and searches as this one does."""
+        return not self._mixed
+
     def add(self, x: Any) -> None:
-        if self._mixed:
-            self.add_with_ids(x, None)
-        else:
+        if self._direct:
             super().add(x)
+        else:
+            self.add_with_ids(x, None)
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
         if isinstance(ids, np.ndarray) and ids.dtype.kind == "f":
             ids = ids.astype(np.int64)  # as faiss does
-        if self._mixed:
+        if not self._direct:
             self.add_sa_codes(self.sa_encode(as_array(x)), ids)
         elif ids is None or not self._inner._added_quickly(x, ids):
             self._ready()
@@ -176,8 +184,11 @@ class IndexIVF(Elementary):
     def _search_lists(self, x: Any, k: int, lists: Any, near: Any, asked: SearchParametersIVF) -> tuple[Any, Any]:
         self._count(k, lists, asked)
         near = self._distances(x, lists) if self._mixed else near
-        distances, ids = preassigned(self._inner, x, lists, near, k, asked)
+        distances, ids = self._preassigned(x, lists, near, k, asked)
         return like(x, distances.numpy()), like(x, ids.numpy())
+
+    def _preassigned(self, x: Any, lists: Any, near: Any, k: int, asked: SearchParametersIVF) -> tuple[Tensor, Tensor]:
+        return preassigned(self._inner, x, lists, near, k, asked)
 
     def _distances(self, x: Any, lists: Any) -> Floats:
         """Of queries and the centroids of lists (n, nprobe), by the metric of the index."""
@@ -187,7 +198,7 @@ class IndexIVF(Elementary):
 
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
         asked = self._asked(params)
-        if not self._mixed and not asked.max_codes and not indexIVF_stats.wanted:
+        if self._direct and not asked.max_codes and not indexIVF_stats.wanted:
             return super()._search(x, k, params)
         self._ready()
         near, lists = self.quantizer._search(x, asked.nprobe, None)
@@ -196,13 +207,13 @@ class IndexIVF(Elementary):
     def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
         asked = self._asked(params)
         most = asked.max_empty_result_buckets
-        if not self._mixed and not most and not indexIVF_stats.wanted:
+        if self._direct and not most and not indexIVF_stats.wanted:
             return super()._range(x, radius, params)
         if most and self.parallel_mode:
             raise RuntimeError("max_empty_result_buckets supported only for parallel_mode = 0")
         self._ready()
         near, lists = (np.asarray(part) for part in self.quantizer._search(x, asked.nprobe, None))
-        found = self._range_lists(x, radius, lists, near, asked) if self._mixed else super()._range(x, radius, params)
+        found = super()._range(x, radius, params) if self._direct else self._range_lists(x, radius, lists, near, asked)
         self._count(0, lists, replace(asked, max_codes=0))
         lims, distances, ids = (np.asarray(part) for part in found)
         stays = before_empty(self._inner, lists, lims, ids, most or self.nlist)
@@ -227,7 +238,7 @@ class IndexIVF(Elementary):
         k, product = 64, self.metric_type == METRIC_INNER_PRODUCT
         near, asked = self._distances(x, lists) if self._mixed else near, replace(asked, max_codes=0)
         while True:
-            distances, ids = (part.numpy() for part in preassigned(self._inner, x, lists, near, k, asked))
+            distances, ids = (part.numpy() for part in self._preassigned(x, lists, near, k, asked))
             inside = (distances > thresh if product else distances < thresh) & (ids >= 0)
             if k >= self.ntotal or not inside[:, -1].any():
                 break
@@ -277,7 +288,72 @@ class IndexIVFFlat(IndexIVF):
         return IVFFlatIndex(self.d, self.nlist, metric_name(self.metric_type), seed=1234)
 
 
-class IndexIVFPQ(IndexIVF):
+class _OfResiduals(IndexIVF):
+    """Codes of vectors less the centroids of their lists, unless by_residual is unset."""
+
+    _residual: bool
+
+    @property
+    def by_residual(self) -> bool:
+        return self._residual
+
+    @by_residual.setter
+    def by_residual(self, residual: bool) -> None:
+        if bool(residual) != self._residual:
+            if self._inner.is_trained:
+                raise RuntimeError(f"{type(self).__name__}: by_residual is set after training, expected before")
+            self._residual = bool(residual)
+            self._inner = self._make()
+
+    def _residual_of(self, x: Floats, lists: Any) -> Floats:
+        return x - self._centroids()[lists] if self._residual else x
+
+
+class IndexIVFScalarQuantizer(_OfResiduals):
+    """Numbers in a byte, or as float16 or bfloat16. Lists of residuals are searched one by one: each has queries of its
+    own."""
+
+    def __init__(
+        self, quantizer: Index, d: int, nlist: int, qtype: int, metric: int = METRIC_L2, by_residual: bool = True
+    ) -> None:
+        self.sq, self._residual = ScalarQuantizer(d, qtype), bool(by_residual)
+        super().__init__(quantizer, d, nlist, metric)
+        self.code_size = self.sq.code_size
+
+    def _make(self) -> IVFFlatIndex:
+        storage = SQ_STORAGE[self.sq.qtype]
+        return IVFFlatIndex(self.d, self.nlist, metric_name(self.metric_type), storage=storage, seed=1234)
+
+    @property
+    def _direct(self) -> bool:
+        return super()._direct and not self._residual
+
+    def _train_codes(self, x: Floats) -> None:
+        self.sq.train(self._residual_of(x, self.quantizer.assign(x, 1)[:, 0]))
+
+    def _given(self) -> dict[str, Any]:
+        return super()._given() | self.sq._model()
+
+    def _to_bytes(self, x: Floats, lists: Any) -> Bytes:
+        return self.sq.compute_codes(self._residual_of(x, lists))
+
+    def _from_bytes(self, codes: Bytes, lists: Any) -> Floats:
+        x = self.sq.decode(codes)
+        return x + self._centroids()[lists] if self._residual else x
+
+    def reconstruct_batch(self, keys: Any) -> Any:
+        x = super().reconstruct_batch(keys)
+        if not self._residual:
+            return x
+        return like(x, as_array(x) + self._centroids()[stored(self._inner, np.asarray(keys, np.int64))[0]])
+
+    def _preassigned(self, x: Any, lists: Any, near: Any, k: int, asked: SearchParametersIVF) -> tuple[Tensor, Tensor]:
+        if not self._residual:
+            return super()._preassigned(x, lists, near, k, asked)
+        return of_residuals(self._inner, as_array(x), lists, self._centroids(), k, asked)
+
+
+class IndexIVFPQ(_OfResiduals):
     polysemous_ht, scan_table_threshold = Only(0), Only(0)
 
     def __init__(
@@ -297,18 +373,6 @@ class IndexIVFPQ(IndexIVF):
     def _shape(self) -> tuple[Any, ...]:
         return self.quantizer, self.d, self.nlist, self._M, self._bits, self.metric_type
 
-    @property
-    def by_residual(self) -> bool:
-        return self._residual
-
-    @by_residual.setter
-    def by_residual(self, residual: bool) -> None:
-        if bool(residual) != self._residual:
-            if self._inner.is_trained:
-                raise RuntimeError("IndexIVFPQ: by_residual is set after training, expected before")
-            self._residual = bool(residual)
-            self._inner = self._make()
-
     def _train_codes(self, x: Floats) -> None:
         most = self.pq.cp.max_points_per_centroid * self.pq.ksub
         if len(x) > most:
@@ -321,9 +385,6 @@ class IndexIVFPQ(IndexIVF):
     def _took(self, inner: Any) -> None:
         super()._took(inner)
         self.pq._books = inner.trained().get("codebooks", self.pq._books)
-
-    def _residual_of(self, x: Floats, lists: Any) -> Floats:
-        return x - self._centroids()[lists] if self._residual else x
 
     def _to_bytes(self, x: Floats, lists: Any) -> Bytes:
         return self.pq.compute_codes(self._residual_of(x, lists))

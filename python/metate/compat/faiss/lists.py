@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metate.compat.faiss.parameters import Floats
 from metate.compat.faiss.quantizer import Bytes, as_array
 from metate.compat.faiss.selectors import Booleans, Integers, SearchParametersIVF
 from metate.search.codecs import Probe, Product
 from metate.search.faiss_index import sq_bytes, sq_rows
 from metate.search.filters import keep_bitmap
 from metate.search.storage import Lists
+
+_AT_ONCE = 1 << 22  # numbers of queries, and results, of lists that are searched at a time
 
 
 class InvertedLists:
@@ -157,9 +160,7 @@ def preassigned(
     inner: Any, x: Any, probed: Any, distances: Any, k: int, asked: SearchParametersIVF
 ) -> tuple[Tensor, Tensor]:
     """A search of the lists `probed` (Q, P), -1 for none, at those distances from their centroids."""
-    op, state, numbers = "search_preassigned", inner._trained("search_preassigned"), np.asarray(probed, np.int64)
-    if numbers.size and not -1 <= numbers.min() <= numbers.max() < inner.nlist:
-        raise RuntimeError(f"{op}: Iq holds {numbers.min()} to {numbers.max()}, expected -1 to {inner.nlist - 1}")
+    op, state, numbers = "search_preassigned", inner._trained("search_preassigned"), _numbers(inner, probed)
     lists, bias = state.lists, None
     if isinstance(inner.codec, Product) and inner.codec.residual:
         if distances is None:
@@ -172,6 +173,53 @@ def preassigned(
         state.model, torch.from_numpy(as_array(x)), probe, inner._scan_metric
     )
     return found
+
+
+def _numbers(inner: Any, probed: Any) -> Integers:
+    """The lists that a caller names, -1 for none."""
+    numbers: Integers = np.asarray(probed, np.int64)
+    if numbers.size and not -1 <= numbers.min() <= numbers.max() < inner.nlist:
+        held = f"{numbers.min()} to {numbers.max()}"
+        raise RuntimeError(f"search_preassigned: Iq holds {held}, expected -1 to {inner.nlist - 1}")
+    return numbers
+
+
+def of_residuals(
+    inner: Any, x: Floats, probed: Any, centroids: Floats, k: int, asked: SearchParametersIVF
+) -> tuple[Tensor, Tensor]:
+    """The same where rows are vectors less the centroids of their lists: a query less the centroid looks into a list,
+    and the best of all its lists are the query's."""
+    state, numbers = inner._trained("search_preassigned"), _numbers(inner, probed)
+    lists, product = state.lists, inner._scan_metric == "inner_product"
+    keep = keep_bitmap("search_preassigned", lists, asked.sel)
+    ranges = visited(lists, numbers, keep, k, asked)[0] if asked.max_codes else lists.extents[torch.from_numpy(numbers)]
+    found, most = [], max(1, min(k, lists.total))
+    together = max(1, _AT_ONCE // max(1, numbers.shape[1] * max(most, x.shape[1])))
+    for a in range(0, len(x), together):
+        queries = torch.from_numpy(x[a : a + together])[:, None]
+        c = torch.from_numpy(centroids[numbers[a : a + together]])
+        own = ranges[a : a + together].reshape(-1, 1, 2)
+        probe = Probe(lists.seen, own, None, lists.ids_column(), keep, most)
+        asking = queries.expand_as(c) if product else queries - c
+        distances, ids = inner.codec.scan(state.model, asking.reshape(-1, x.shape[1]), probe, inner._scan_metric)
+        if product:
+            distances = distances + (queries * c).sum(2).reshape(-1, 1)
+        found.append(_best_of_lists(distances.reshape(len(c), -1), ids.reshape(len(c), -1), k, product))
+    none = torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
+    return tuple(torch.cat(parts) for parts in zip(none, *found, strict=True))  # type: ignore[return-value]
+
+
+def _best_of_lists(distances: Tensor, ids: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k best of each row; of equal ones the lower id."""
+    order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(1)
+    distances, ids = distances.gather(1, order), ids.gather(1, order)
+    order = distances.argsort(dim=1, descending=largest, stable=True)[:, :k]
+    more = 0, k - order.shape[1]
+    worst = -torch.inf if largest else torch.inf
+    return (
+        torch.nn.functional.pad(distances.gather(1, order), more, value=worst),
+        torch.nn.functional.pad(ids.gather(1, order), more, value=-1),
+    )
 
 
 def visited(

@@ -7,6 +7,7 @@ import torch
 
 import metate
 from metate.ops.pq import pack_codes, unpack_codes
+from metate.ops.pq.kmeans import move_codebooks
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,27 @@ def test_kmeans_begins_where_it_is_told_and_weighs_points():
     weights = (torch.arange(200) % 3).float()
     repeated = metate.kmeans(x.repeat_interleave(weights.long(), 0), 6, init=centroids)[0]
     torch.testing.assert_close(metate.kmeans(x, 6, init=centroids, weights=weights)[0], repeated)
+
+
+@pytest.mark.parametrize("d", [1, 3, 4, 8, 17, 33, 64])
+@pytest.mark.parametrize("M", [1, 5])
+def test_centroids_move_to_the_means_of_their_points(M, d):
+    """The same bits for any number of threads."""
+    generator, n = torch.Generator().manual_seed(d), 9000
+    x, books = torch.randn(n, M * d, generator=generator), torch.randn(M, 16, d, generator=generator)
+    indices = torch.randint(0, 15, (n, M), generator=generator)
+    indices[0] = 15  # a cluster of one
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(move_codebooks(x, pack_codes(indices, 4), books))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    parts = x.double().view(n, M, d)
+    expected = torch.stack([
+        torch.stack([parts[indices[:, m] == code, m].mean(0) for code in range(16)]) for m in range(M)
+    ])  # fmt: skip
+    torch.testing.assert_close(found[0], expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_kmeans_refuses():

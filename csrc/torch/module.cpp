@@ -34,6 +34,7 @@ PyObject* prepare_search(PyObject*, PyObject*);  // pq/arrays.cpp
 PyObject* prepare_add(PyObject*, PyObject*);     // pq/adding.cpp
 PyObject* copy_lists(PyObject*, PyObject*);
 PyObject* row_bias(PyObject*, PyObject*);
+PyObject* add_to_clusters(PyObject*, PyObject*);  // pq/training.cpp
 }  // namespace metate::bind
 
 static PyMethodDef methods[] = {
@@ -44,6 +45,7 @@ static PyMethodDef methods[] = {
     {"prepare_add", metate::bind::direct::safe<metate::bind::prepare_add>, METH_VARARGS, nullptr},
     {"copy_lists", metate::bind::direct::safe<metate::bind::copy_lists>, METH_VARARGS, nullptr},
     {"row_bias", metate::bind::direct::safe<metate::bind::row_bias>, METH_VARARGS, nullptr},
+    {"add_to_clusters", metate::bind::direct::safe<metate::bind::add_to_clusters>, METH_VARARGS, nullptr},
     {"isas", isas, METH_NOARGS, nullptr},
     {"poison_scratch", poison_scratch, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -96,6 +96,15 @@ def row_bias(decoded: Any, centroids: Any, bias: Any) -> bool:
     return bool(module)
 
 
+def add_to_clusters(x: Any, numbers: Any, sums: Any, period: int) -> bool:
+    """Adds rows of x (n, d) to those of sums (k, d) that numbers (n) say, all arrays; False where that is not compiled.
+    The numbers of rows that are not a multiple of `period` apart differ."""
+    module = load()["cpu"].module
+    if module:
+        module.add_to_clusters(x, numbers, sums, period)
+    return bool(module)
+
+
 @cache
 def _starts(module: ModuleType) -> bool:
     started: bool = module.start(torch.Tensor, Parameter, _GUARDS)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
+from metate.library import add_to_clusters
 from metate.ops.pq.codes import bits_of, unpack_codes
 from metate.ops.pq.declaration import encode_op, topk_op
 
 _PER_CANDIDATE = 32  # points a centroid among which k-means++ chooses
 _PROPOSALS = 64  # that k-means++ draws at a time
-_NARROW = 12  # columns, up to which sums of one after another are faster than sums of rows
 
 
 def kmeans(
@@ -71,14 +71,13 @@ def fit_centroids(
     centroids = _shaped(_begin(points, k, init, generator), unit, integers)
     objective: list[float] = []
     weighted = points if weights is None else points * weights[:, None]
-    columns = _columns(weighted)
     while len(objective) < iterations:
         distances, nearest = _assign(points, centroids, product)
         objective.append(distances.sum(dtype=torch.float64).item())
         if objective[-2:-1] == objective[-1:]:  # nothing moves any more
             objective += objective[-1:] * (iterations - len(objective))
             break
-        centroids = _shaped(_move(weighted, columns, weights, nearest, k, k), unit, integers)
+        centroids = _shaped(_move(weighted, weights, nearest, k, k), unit, integers)
     return centroids, torch.tensor(objective, dtype=torch.float64)
 
 
@@ -88,28 +87,22 @@ def fit_codebooks(x: Tensor, M: int, levels: int, iterations: int, generator: to
     rows = torch.stack([sample_rows(x.shape[0], levels, generator) for _ in range(M)]).to(x.device)
     parts = x.view(x.shape[0], M, x.shape[1] // M)
     books = parts[rows, torch.arange(M, device=x.device)[:, None]]
-    columns, codes = _columns(parts.flatten(0, 1)), None
+    codes = None
     for _ in range(iterations):
         last, codes = codes, encode_op(x, books)
         if last is not None and torch.equal(codes, last):  # nothing moves any more
             break
-        books = move_codebooks(x, codes, books, columns)
+        books = move_codebooks(x, codes, books)
     return books
 
 
-def move_codebooks(x: Tensor, codes: Tensor, books: Tensor, columns: Tensor | None = None) -> Tensor:
-    """The means of the sub-vectors that have the same code; columns: theirs, one after another, where known."""
+def move_codebooks(x: Tensor, codes: Tensor, books: Tensor) -> Tensor:
+    """The means of the sub-vectors that have the same code."""
     M, levels, width = books.shape
     numbers = unpack_codes(codes, M, bits_of("kmeans", "codebooks", levels)).long()
     numbers = (numbers + levels * torch.arange(M, device=x.device)).flatten()
     points = x.reshape(-1, width)
-    columns = _columns(points) if columns is None else columns
-    return _move(points, columns, None, numbers, M * levels, levels).view(books.shape)
-
-
-def _columns(x: Tensor) -> Tensor | None:
-    """The columns one after another, where their sums are faster than those of rows."""
-    return x.T.contiguous() if x.shape[1] <= _NARROW else None
+    return _move(points, None, numbers, M * levels, levels).view(books.shape)
 
 
 def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | None, weights: Tensor | None) -> None:
@@ -203,19 +196,16 @@ def _kept(proposals: Tensor, before: Tensor, draws: Tensor) -> Tensor:
     return torch.tensor(kept)
 
 
-def _move(
-    x: Tensor, columns: Tensor | None, weights: Tensor | None, nearest: Tensor, k: int, together: int
-) -> Tensor:  # fmt: skip
+def _move(x: Tensor, weights: Tensor | None, nearest: Tensor, k: int, together: int) -> Tensor:
     """The means of the clusters; where there is none, half of that with the largest error is split off: of `together`
     clusters, which share their points. (Of the largest cluster nothing can be split off where its points are equal.)
 
-    x, and its columns one after another, are multiplied by the weights already.
+    x is multiplied by the weights already.
     """
     counts = torch.bincount(nearest, weights, minlength=k)
-    if columns is None:
-        sums = x.new_zeros(k, x.shape[1]).scatter_add_(0, nearest[:, None].expand(x.shape), x)
-    else:
-        sums = torch.stack([torch.bincount(nearest, column, minlength=k) for column in columns], 1)
+    sums, rows = x.new_zeros(k, x.shape[1]), x.contiguous()
+    if x.device.type != "cpu" or not add_to_clusters(rows.numpy(), nearest.numpy(), sums.numpy(), k // together):
+        sums.scatter_add_(0, nearest[:, None].expand(x.shape), x)
     means = sums / counts.where(counts > 0, 1)[:, None]
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:

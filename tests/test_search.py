@@ -625,6 +625,7 @@ HOSTILE = {
     "offsets": lambda h, a: h["column.codes"].update(data_offsets=[0, 140]),
     "offsets beyond": lambda h, a: h["column.codes"].update(data_offsets=[2**62, 2**62 + 140]),
     "tensor missing": lambda h, a: h.pop("length"),
+    "no dimension": lambda h, a: h["length"].update(shape=[]),
     "entry": lambda h, a: h.update(length=[1, 2]),
 }
 
@@ -653,6 +654,14 @@ def test_damaged_files_are_refused(kind, tmp_path):
             assert all(np.array_equal(a, b) for a, b in zip(load(path).search(Q, 9), expected, strict=True))
         with contextlib.suppress(FormatError):
             load(path, mmap=True).search(Q, 3)
+
+
+def test_lengths_of_no_dimension_are_refused(tmp_path):
+    index, path = filled(FlatIndex(D)), tmp_path / "index"
+    index.save(path)
+    path.write_bytes(_with_header(path.read_bytes(), lambda h, a: h["length"].update(shape=[])))
+    with pytest.raises(FormatError, match="tensor 'length'"):
+        load(path)
 
 
 def test_what_is_no_file_is_refused(tmp_path):

@@ -274,7 +274,8 @@ def _empty(about: dict[str, Any], tensors: dict[str, Tensor]) -> Index:
         raise _complain("index", kind, " or ".join(_KINDS))
     if not isinstance(settings, dict):
         raise _complain("settings", settings, "an object")
-    for name, limit in (("dim", _MOST_DIMENSIONS), ("nlist", len(tensors.get("length", ()))), ("seed", MOST_SEED)):
+    lists = tensors["length"].numel() if "length" in tensors else 0
+    for name, limit in (("dim", _MOST_DIMENSIONS), ("nlist", lists), ("seed", MOST_SEED)):
         if name in settings and not _natural(settings[name], limit):
             raise _complain(f"settings {name}", settings[name], f"a number up to {limit}")
     if any(not isinstance(settings.get(name, True), bool) for name in ("opq", "residual")):

@@ -278,6 +278,7 @@ WRONG = [
     (TypeError, "mask is torch.float32, expected a bool tensor", dict(mask=torch.zeros(5, 7))),
     (ValueError, r"block_size\[0\] is 0", dict(mask=AttentionMask.block_sparse(torch.ones(5, 1), (0, 8)))),
     (ValueError, "backend is 'gpu', expected 'cpu'", dict(backend="gpu")),
+    (TypeError, "q is NoneType, expected a torch.Tensor", dict(q=None, bias=torch.zeros(5, 7))),
 ]  # fmt: skip
 
 
@@ -302,6 +303,12 @@ def test_wrong_cu_seqlens_are_named(message, cu_q, cu_k):
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k))
     with pytest.raises(ValueError, match=message):
         metate.attention_varlen(Q[0], K[0], K[0], cu_q, cu_k)
+
+
+def test_a_sparse_tensor_is_refused_after_a_dense_one() -> None:
+    metate.attention(Q, Q, Q, softcap=3.0)
+    with pytest.raises(TypeError, match=r"q is torch.sparse_coo, expected a dense tensor"):
+        metate.attention(Q.to_sparse(), Q, Q, softcap=3.0)
 
 
 def test_forward_mode_is_refused() -> None:
@@ -355,6 +362,11 @@ SEQLENS = torch.tensor([3, 4])
         (TypeError, ": block_size is 4, expected two", lambda: AttentionMask.block_sparse(torch.ones(2, 2), 4)),
         (TypeError, r"tree: parents is \[-1.0, 0.0\], expected", lambda: AttentionMask.tree([-1.0, 0.0])),
         (ValueError, "tree: prefix is -1", lambda: AttentionMask.tree([-1], -1)),
+        (TypeError, "tree: prefix is None", lambda: AttentionMask.tree([-1], None)),
+        (TypeError, "lengths: seqlens_k is NoneType", lambda: AttentionMask.lengths(None, 4)),
+        (TypeError, "lengths: seqlen_q is 1.5", lambda: AttentionMask.lengths(SEQLENS, 1.5)),
+        (ValueError, "lengths: seqlen_q is -2", lambda: AttentionMask.lengths(SEQLENS, -2)),
+        (TypeError, "documents: document_ids is torch.sparse", lambda: AttentionMask.documents(SEQLENS.to_sparse())),
     ],
 )
 def test_wrong_arguments_of_masks_are_named(error, message, make) -> None:

@@ -506,3 +506,43 @@ def test_metate_imports_none_of_this():
 def test_wrong_arguments_are_named(message, call):
     with pytest.raises((TypeError, ValueError), match=message):
         call(draw(2, 5, 4, 8))
+
+
+KVCACHE = dict(q=draw(2, 1, 4, 8), k_cache=draw(3, 9, 2, 8), v_cache=draw(3, 9, 2, 8), cache_seqlens=3)
+NEW = dict(k=draw(2, 1, 2, 8), v=draw(2, 1, 2, 8))
+ANGLES = dict(rotary_cos=draw(20, 4), rotary_sin=draw(20, 4))
+
+
+@pytest.mark.parametrize(
+    "message,wrong",
+    [
+        ("q is NoneType, expected a dense torch.Tensor", dict(q=None)),
+        ("q is torch.int8", dict(q=torch.zeros(2, 1, 4, 8, dtype=torch.int8))),
+        (r"k_cache is of shape \(9, 2, 8\)", dict(k_cache=draw(9, 2, 8))),
+        ("k_cache is on meta, expected cpu like q", dict(k_cache=draw(3, 9, 2, 8).to("meta"))),
+        (r"k is of shape \(1, 1, 2, 8\), .* with batch = 2", dict(NEW, k=draw(1, 1, 2, 8))),
+        ("v is list", dict(NEW, v=[1])),
+        ("v is torch.sparse_coo", dict(NEW, v=NEW["v"].to_sparse())),
+        (r"rotary_sin is .* of shape \(20, 3\)", dict(NEW, **dict(ANGLES, rotary_sin=draw(20, 3)))),
+        ("rotary_cos is .* at most 8 / 2 columns", dict(NEW, rotary_cos=draw(20, 5), rotary_sin=draw(20, 5))),
+        ("cache_seqlens is 'many'", dict(cache_seqlens="many")),
+        ("cache_seqlens is torch.float32", dict(cache_seqlens=torch.tensor([1.5, 2.0]))),
+        ("cache_seqlens is -2, expected 0 or more", dict(NEW, **ANGLES, cache_seqlens=-2)),
+        ("at most the 9 positions", dict(cache_seqlens=2**62)),
+        ("cache_batch_idx is torch.float32", dict(cache_batch_idx=torch.ones(2))),
+        (r"block_table is of shape \(1, 2\)", dict(block_table=torch.zeros(1, 2, dtype=torch.int32))),
+        ("flash_attn: softcap is None, expected a number", dict(softcap=None)),
+    ],
+)
+def test_wrong_arguments_of_a_cache_are_named(message, wrong):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fa.flash_attn_with_kvcache(**{**KVCACHE, **wrong})
+
+
+@pytest.mark.parametrize("name,wrong", [("max_seqlen_q", 3), ("max_seqlen_k", -1), ("max_seqlen_q", 4.0)])
+def test_lengths_that_cannot_be_are_named(name, wrong):
+    x, starts = draw(6, 2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)
+    options = dict(max_seqlen_q=4, max_seqlen_k=4, dropout_p=0.5, return_attn_probs=True)
+    assert fa.flash_attn_varlen_func(x, x, x, starts, starts, **options)[2].shape == (2, 2, 4, 4)
+    with pytest.raises((TypeError, ValueError), match=f"flash_attn: {name} is {wrong}"):
+        fa.flash_attn_varlen_func(x, x, x, starts, starts, **{**options, name: wrong})

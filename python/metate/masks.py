@@ -55,15 +55,15 @@ class AttentionMask:
     @staticmethod
     def lengths(seqlens_k: Tensor, seqlen_q: int, starts: Tensor | None = None) -> AttentionMask:
         """Padded batches: row b sees the keys in [starts[b], seqlens_k[b]); both (batch) integers, starts default 0."""
-        for name, given in (("seqlens_k", seqlens_k), ("starts", starts)):
-            if given is not None:
-                _tensor("lengths", name, given)
-                if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
-                    got = f"{given.dtype} of shape {tuple(given.shape)}"
-                    raise fail("AttentionMask.lengths", name, got, "(batch) integers")
-        if starts is not None and starts.shape != seqlens_k.shape:
-            expected = f"{tuple(seqlens_k.shape)} like seqlens_k"
-            raise fail("AttentionMask.lengths", "starts", f"of shape {tuple(starts.shape)}", expected)
+        for name, given in (("seqlens_k", seqlens_k), ("starts", seqlens_k if starts is None else starts)):
+            _tensor("lengths", name, given)
+            if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
+                got = f"{given.dtype} of shape {tuple(given.shape)}"
+                raise fail("AttentionMask.lengths", name, got, "(batch) integers")
+            if given.shape != seqlens_k.shape or given.device != seqlens_k.device:
+                got, expected = (f"of shape {tuple(x.shape)} on {x.device}" for x in (given, seqlens_k))
+                raise fail("AttentionMask.lengths", name, got, f"{expected} like seqlens_k")
+        _count("lengths", "seqlen_q", seqlen_q)
         start = torch.zeros_like(seqlens_k) if starts is None else starts
         ends = torch.stack([start, seqlens_k], -1).to(torch.int32)
         return AttentionMask(intervals=ends[:, None, None].expand(-1, 1, seqlen_q, 2))
@@ -98,8 +98,7 @@ class AttentionMask:
         except TypeError:
             op, got = "AttentionMask.tree", repr(parents)[:60]
             raise fail(op, "parents", got, "a list of integers", error=TypeError) from None
-        if prefix < 0:
-            raise fail("AttentionMask.tree", "prefix", prefix, "a number of keys, 0 or more")
+        _count("tree", "prefix", prefix)
         n = len(parents)
         visible = torch.zeros(n, prefix + n, dtype=torch.bool)
         visible[:, :prefix] = True
@@ -137,6 +136,20 @@ _WHOLE = (int, torch.SymInt)
 def _tensor(function: str, name: str, given: object) -> None:
     if not isinstance(given, Tensor):
         raise fail(f"AttentionMask.{function}", name, type(given).__name__, "a torch.Tensor", error=TypeError)
+    if given.layout != torch.strided:
+        raise fail(f"AttentionMask.{function}", name, given.layout, "a dense tensor", error=TypeError)
+
+
+def _count(function: str, name: str, given: object) -> None:
+    """A number of rows or keys, which positions of 32 bits can tell; a compiler may not know it yet."""
+    if isinstance(given, torch.SymInt):
+        return
+    try:
+        number = operator.index(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise fail(f"AttentionMask.{function}", name, repr(given)[:60], "an integer", error=TypeError) from None
+    if not 0 <= number < 2**31:
+        raise fail(f"AttentionMask.{function}", name, number, "0 to 2**31 - 1")
 
 
 def _four_dimensions(function: str, name: str, x: Tensor) -> Tensor:

@@ -307,7 +307,7 @@ class Op:
         state, arity = current.get(), self.arity
         key: list[Any] = [state, args[arity:], *map(type, args[arity:])]  # True equals 1, but is none
         for tensor in args[:arity]:
-            key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+            key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
         result = self._backend(state, tuple(key), args)(*args)
         if self.writes:
             self._count_write(args)

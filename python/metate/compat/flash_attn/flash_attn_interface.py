@@ -234,45 +234,106 @@ def flash_attn_with_kvcache(
         num_splits: accepted; metate cuts the work by itself.
         Others as in `flash_attn_func`; causal, windows and ALiBi count from the last valid key.
     """
-    for first, second, one, other in ((k, v, "k", "v"), (rotary_cos, rotary_sin, "rotary_cos", "rotary_sin")):
-        if (first is None) != (second is None):
-            one, other = (other, one) if first is None else (one, other)
-            raise ValueError(f"flash_attn_with_kvcache: {other} is None, expected a tensor beside {one}")
+    tensors = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin, "cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad,
+        "block_table": block_table,
+    }  # fmt: skip
+    _check_tensors(tensors)
     with torch.no_grad():
-        batch = q.shape[0]
-        table = _pages_of(k_cache, block_table, cache_batch_idx, batch)
-        used = table.shape[1] * k_cache.shape[1] if cache_seqlens is None else cache_seqlens
-        lengths = torch.as_tensor(used, dtype=torch.int32, device=q.device)
-        if lengths.dim() and lengths.shape != (batch,):
-            raise ValueError(
-                f"flash_attn_with_kvcache: cache_seqlens is of shape {tuple(lengths.shape)}, expected one number or "
-                f"({batch},)"
-            )
-        lengths = lengths.expand(batch)
-        if rotary_cos is not None and rotary_sin is not None:
-            if k is None:
-                raise ValueError(
-                    "flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin"
-                )
-            local = causal or max(window_sides(window_size)) >= 0
-            end = max(k.shape[1], q.shape[1] if local else 1) + (int(lengths.max()) if batch else 0)
-            if end > rotary_cos.shape[0]:
-                raise ValueError(
-                    f"flash_attn_with_kvcache: rotary_cos is of {rotary_cos.shape[0]} positions, expected at least "
-                    f"{end}: cache_seqlens and the new tokens"
-                )
-            q = _rotate_queries(q, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
+        table = _pages_of(k_cache, block_table, cache_batch_idx, q.shape[0])
+        lengths = _lengths_of(table.shape[1] * k_cache.shape[1] if cache_seqlens is None else cache_seqlens, q)
         if k is not None or q.device.type == "cpu":  # looking waits for a GPU; its kernels trust lengths alone
             place = "cache" if block_table is None else "pages in block_table"
             _check_room(lengths, 0 if k is None else k.shape[1], table.shape[1] * k_cache.shape[1], place)
+        lengths = lengths.to(torch.int32)
         options = cache_options(softmax_scale, causal, window_size, softcap, alibi_slopes)
         options |= {"left_pad": cache_leftpad, "return_lse": True}
+        if rotary_cos is not None and rotary_sin is not None:
+            local = causal or max(window_sides(window_size)) >= 0
+            _check_angles(tensors, lengths, local)
+            q = _rotate_queries(q, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
         if k is not None and v is not None:
             _check_read(q, k_cache, v_cache, table, lengths + k.shape[1], options)
             angles = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "interleaved": rotary_interleaved}
             lengths = _append(k_cache, v_cache, k, v, lengths, table, angles)
         out, lse = paged_attention(q, k_cache, v_cache, table, lengths, **options)
     return (out, flash_lse(lse)) if return_softmax_lse else out
+
+
+_AXES = {
+    "q": "batch, seqlen_q, heads, head_dim",
+    "k_cache": "entries or pages, positions, kv_heads, head_dim",
+    "v_cache": "entries or pages, positions, kv_heads, head_dim",
+    "k": "batch, seqlen_new, kv_heads, head_dim",
+    "v": "batch, seqlen_new, kv_heads, head_dim",
+    "rotary_cos": "positions, rotary_dim / 2",
+    "rotary_sin": "positions, rotary_dim / 2",
+    "cache_batch_idx": "batch",
+    "cache_leftpad": "batch",
+    "block_table": "batch, pages of a sequence",
+}
+_WHOLE = ("cache_batch_idx", "cache_leftpad", "block_table")
+
+
+def _check_tensors(tensors: dict[str, Any]) -> None:
+    """What flash_attn_with_kvcache is given: here the caller's names are known, and nothing is written yet."""
+    for name, other in (("k", "v"), ("v", "k"), ("rotary_cos", "rotary_sin"), ("rotary_sin", "rotary_cos")):
+        if tensors[name] is None and tensors[other] is not None:
+            raise ValueError(f"flash_attn_with_kvcache: {name} is None, expected a tensor beside {other}")
+    if tensors["k"] is None and tensors["rotary_cos"] is not None:
+        raise ValueError("flash_attn_with_kvcache: k is None, expected new keys beside rotary_cos and rotary_sin")
+    q = tensors["q"]
+    for name, axes in _AXES.items():
+        x = tensors[name]
+        if x is None and name not in ("q", "k_cache", "v_cache"):
+            continue
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            got = x.layout if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"flash_attn_with_kvcache: {name} is {got}, expected a dense torch.Tensor ({axes})")
+        if name in _WHOLE and x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"flash_attn_with_kvcache: {name} is {x.dtype}, expected torch.int32")
+        if x.dim() != axes.count(",") + 1 or (axes.startswith("batch") and x.shape[0] != q.shape[0]):
+            batch = f" with batch = {q.shape[0]}" if name != "q" and axes.startswith("batch") else ""
+            raise ValueError(f"flash_attn_with_kvcache: {name} is of shape {tuple(x.shape)}, expected ({axes}){batch}")
+        if name == "q" and x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"flash_attn_with_kvcache: q is {x.dtype}, expected bfloat16, float16, float32 or float64")
+        if x.device != q.device:
+            raise ValueError(f"flash_attn_with_kvcache: {name} is on {x.device}, expected {q.device} like q")
+
+
+def _lengths_of(given: Any, q: Tensor) -> Tensor:
+    """(batch) whole numbers, from one or as many."""
+    try:
+        lengths = torch.as_tensor(given, device=q.device)
+    except (TypeError, ValueError, RuntimeError):
+        lengths = None
+    if lengths is None or lengths.layout != torch.strided or lengths.dtype not in (torch.int32, torch.int64):
+        got = given.dtype if isinstance(given, Tensor) else repr(given)[:60]
+        raise TypeError(f"flash_attn_with_kvcache: cache_seqlens is {got}, expected an integer or (batch) int32")
+    if lengths.dim() and lengths.shape != q.shape[:1]:
+        got, expected = tuple(lengths.shape), tuple(q.shape[:1])
+        raise ValueError(f"flash_attn_with_kvcache: cache_seqlens is of shape {got}, expected one number or {expected}")
+    return lengths.expand(q.shape[0])
+
+
+def _check_angles(tensors: dict[str, Any], lengths: Tensor, local: bool) -> None:
+    """That they are there for every position that is turned, and no wider than the heads."""
+    q, k, cos, sin = (tensors[name] for name in ("q", "k", "rotary_cos", "rotary_sin"))
+    if sin.shape != cos.shape or sin.dtype != cos.dtype:
+        got = f"{sin.dtype} of shape {tuple(sin.shape)}"
+        expected = f"{cos.dtype} of shape {tuple(cos.shape)} like rotary_cos"
+        raise ValueError(f"flash_attn_with_kvcache: rotary_sin is {got}, expected {expected}")
+    if cos.dtype not in (q.dtype, torch.float32) or 2 * cos.shape[1] > q.shape[3]:
+        got = f"{cos.dtype} of shape {tuple(cos.shape)}"
+        expected = f"{q.dtype} or float32, of at most {q.shape[3]} / 2 columns"
+        raise ValueError(f"flash_attn_with_kvcache: rotary_cos is {got}, expected {expected}")
+    end = max(k.shape[1], q.shape[1] if local else 1) + (int(lengths.max()) if lengths.numel() else 0)
+    if end > cos.shape[0]:
+        raise ValueError(
+            f"flash_attn_with_kvcache: rotary_cos is of {cos.shape[0]} positions, expected at least {end}: "
+            "cache_seqlens and the new tokens"
+        )
 
 
 def _parts(function: str, name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
@@ -314,11 +375,10 @@ class _NoRoom(ValueError, RuntimeError):
 
 
 def _check_room(lengths: Tensor, new: int, room: int, place: str) -> None:
-    least, most = (int(x) for x in lengths.aminmax()) if lengths.numel() else (0, 0)
-    if least < 0:
-        raise ValueError(f"flash_attn_with_kvcache: cache_seqlens is {least}, expected at least 0")
-    end = new + most
-    if end > room:
+    first, last = (int(x) for x in lengths.aminmax()) if lengths.numel() else (0, 0)
+    if first < 0:
+        raise ValueError(f"flash_attn_with_kvcache: cache_seqlens is {first}, expected at least 0")
+    if (end := new + last) > room:
         raise _NoRoom(
             f"flash_attn_with_kvcache: cache_seqlens + {new} new keys reach {end}, expected at most the {room} "
             f"positions of the {place}"

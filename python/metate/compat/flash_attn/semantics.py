@@ -6,6 +6,8 @@ exp(score - the row's largest score), negative where dropped.
 
 from __future__ import annotations
 
+import operator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +28,25 @@ def window_sides(window: Any) -> tuple[int, int]:
     return left, right
 
 
+def _softcap(given: Any) -> float:
+    """flash-attn takes any number that is not above 0 for none."""
+    if not isinstance(given, (int, float)):
+        raise TypeError(f"flash_attn: softcap is {given!r}, expected a number")
+    return 0.0 if given <= 0 else given
+
+
+def _longest(name: str, given: Any, starts: list[int]) -> int:
+    """max_seqlen as the caller gives it."""
+    longest = max((end - start for start, end in pairwise(starts)), default=0)
+    try:
+        size = operator.index(given)
+    except TypeError:
+        raise TypeError(f"flash_attn: {name} is {given!r}, expected an integer") from None
+    if size < longest:
+        raise ValueError(f"flash_attn: {name} is {size}, expected at least {longest}, the longest sequence")
+    return size
+
+
 def attention_options(
     q: Tensor, dropout_p: float, scale: float | None, causal: bool, window: Any, softcap: float,
     alibi_slopes: Tensor | None, deterministic: bool,
@@ -33,10 +54,10 @@ def attention_options(
     """Keyword arguments of metate.attention. The seed is drawn here, so that S_dmask can tell what it dropped."""
     return {
         "dropout_p": dropout_p,
-        "scale": q.shape[-1] ** -0.5 if scale is None and isinstance(q, Tensor) else scale,
+        "scale": q.shape[-1] ** -0.5 if scale is None and isinstance(q, Tensor) and q.dim() and q.shape[-1] else scale,
         "causal": causal,
         "window": window_sides(window),
-        "softcap": max(softcap, 0.0),
+        "softcap": _softcap(softcap),
         "alibi_slopes": alibi_slopes,
         "deterministic": deterministic,
         "seed": int(torch.randint(2**62, ()).item()) if dropout_p else 0,
@@ -48,7 +69,7 @@ def cache_options(
 ) -> dict[str, Any]:
     """Keyword arguments of metate.paged_attention."""
     return {
-        "scale": scale, "causal": causal, "window": window_sides(window), "softcap": max(softcap, 0.0),
+        "scale": scale, "causal": causal, "window": window_sides(window), "softcap": _softcap(softcap),
         "alibi_slopes": alibi_slopes,
     }  # fmt: skip
 
@@ -77,7 +98,8 @@ def attend_packed(
     if not (return_softmax and options["dropout_p"]):
         return out, flash_lse(lse), q.new_empty(0)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    padded = q.new_zeros(len(starts_q) - 1, q.shape[1], int(max_seqlen_q), int(max_seqlen_k))
+    rows, columns = _longest("max_seqlen_q", max_seqlen_q, starts_q), _longest("max_seqlen_k", max_seqlen_k, starts_k)
+    padded = q.new_zeros(len(starts_q) - 1, q.shape[1], rows, columns)
     for b in range(padded.shape[0]):
         q_b, k_b = q[starts_q[b] : starts_q[b + 1]], k[starts_k[b] : starts_k[b + 1]]
         padded[b, :, : q_b.shape[0], : k_b.shape[0]] = _dmask(b, q_b, k_b, options)
@@ -92,6 +114,8 @@ def attend_pages(
     if block_table is None or lengths is None:
         if cu_seqlens_k is None:
             raise ValueError("flash_attn: cu_seqlens_k is None, expected it where block_table or seqused_k is None")
+        if not isinstance(cu_seqlens_k, Tensor) or cu_seqlens_k.dim() != 1 or cu_seqlens_k.dtype != torch.int32:
+            raise TypeError("flash_attn: cu_seqlens_k is no int32 torch.Tensor of one dimension")
         lengths = cu_seqlens_k.diff() if lengths is None else lengths
         if block_table is None:  # every key a page
             block_table = cu_seqlens_k[:-1, None] + torch.arange(int(max_seqlen_k), dtype=torch.int32, device=k.device)
@@ -114,7 +138,7 @@ def _dmask(entry: int, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
         rows, columns = torch.arange(seqlen_q, device=q.device)[:, None], torch.arange(seqlen_k, device=q.device)
         distance = columns - rows - (seqlen_k - seqlen_q)
         if (slopes := options["alibi_slopes"]) is not None:
-            s = s - (slopes if slopes.dim() == 1 else slopes[entry])[:, None, None] * distance.abs()
+            s = s - (slopes if slopes.dim() == 1 else slopes[entry]).float()[:, None, None] * distance.abs()
         left, right = options["window"]
         right = 0 if options["causal"] else right
         hidden = torch.zeros_like(distance, dtype=torch.bool)

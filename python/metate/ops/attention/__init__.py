@@ -212,8 +212,9 @@ _NO_MASK = AttentionMask()
 
 def _widen(q: Tensor, bias: Tensor | None, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Bias in a dtype that kernels read, slopes and sinks in that of the softmax."""
-    wide = torch.float64 if isinstance(q, Tensor) and q.dtype == torch.float64 else torch.float32
-    if isinstance(bias, Tensor) and bias.is_floating_point() and bias.dtype not in (q.dtype, torch.float32):
+    dtype = q.dtype if isinstance(q, Tensor) else torch.float32
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if isinstance(bias, Tensor) and bias.is_floating_point() and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(wide)
     return (bias, *(x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in vectors))
 

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +30,18 @@ metate: no C++ compiler works here ({problem}).
 metate compiles its kernels for this machine; it needs g++ 11 or clang 14, or newer.
 Install one, e.g. `apt-get install g++`, `dnf install gcc-c++` or `conda install gxx_linux-64`, and run this again.
 """
+
+
+NO_TOOLS = """
+metate: {names} not found here.
+--no-build-isolation builds with what is installed: `pip install {names}`, or leave the option out,
+and run this again.
+"""
+
+
+def missing_tools() -> list[str]:
+    """What pip brings where it isolates the build."""
+    return [name for name in ("cmake", "ninja") if not shutil.which(name)] + ["torch"] * (find_spec("torch") is None)
 
 
 def compiler_problem() -> str | None:
@@ -228,6 +241,8 @@ def main() -> None:
         problem = compiler_problem()
         if problem:
             sys.exit(NO_COMPILER.format(problem=problem).strip())
+        if missing := missing_tools():
+            sys.exit(NO_TOOLS.format(names=" ".join(missing)).strip())
         lock = one_at_a_time()
         shutil.rmtree(BUILD / "lib", ignore_errors=True)  # setuptools would ship what an earlier build left there
         os.environ["MAX_JOBS"] = str(jobs())

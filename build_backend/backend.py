@@ -14,6 +14,7 @@ import subprocess
 import sys
 from functools import cache
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist, prepare_metadata_for_build_wheel
 
@@ -27,6 +28,13 @@ __all__ = [
     "prepare_metadata_for_build_editable",
     "prepare_metadata_for_build_wheel",
 ]
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # else it would find fault with pyproject.toml
+    sys.exit(
+        f"metate: setuptools {setuptools.__version__} is older than 77.\n"
+        "--no-build-isolation builds with what is installed: `pip install --upgrade setuptools`, or leave the option out,\n"
+        "and run this again."
+    )
 
 TORCH = (2, 10)
 PROBE = """

@@ -151,6 +151,19 @@ def test_gpu_kernels_are_few():
     assert kernels and max(kernels.values()) <= 60, kernels
 
 
+@pytest.mark.parametrize(
+    "compiler,first", [("no-such-compiler", "no C++ compiler works here (no-such-compiler not found)."), ("/bin/true", "")]
+)
+def test_what_a_build_lacks_is_said_in_three_lines(compiler, first):
+    environment = {**os.environ, "CXX": compiler, "PATH": "/nowhere"}
+    command = [sys.executable, ROOT / "setup.py", "build_ext"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 3, done.stderr
+    assert lines[0] == "metate: " + (first or "cmake ninja not found here.")
+    assert "install" in lines[1] + lines[2]
+
+
 def test_wheel(tmp_path, tree):
     """A wheel serves this Python and every torch from 2.10, and holds kernels, types and nothing else."""
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # another ninja would compile everything again

@@ -32,8 +32,8 @@ __all__ = [
 if int(setuptools.__version__.split(".")[0]) < 77:  # else it would find fault with pyproject.toml
     sys.exit(
         f"metate: setuptools {setuptools.__version__} is older than 77.\n"
-        "--no-build-isolation builds with what is installed: `pip install --upgrade setuptools`, or leave the option out,\n"
-        "and run this again."
+        "--no-build-isolation builds with what is installed: `pip install --upgrade setuptools`, or leave the option\n"
+        "out, and run this again."
     )
 
 TORCH = (2, 10)

@@ -152,7 +152,8 @@ def test_gpu_kernels_are_few():
 
 
 @pytest.mark.parametrize(
-    "compiler,first", [("no-such-compiler", "no C++ compiler works here (no-such-compiler not found)."), ("/bin/true", "")]
+    "compiler,first",
+    [("no-such-compiler", "no C++ compiler works here (no-such-compiler not found)."), ("/bin/true", "")],
 )
 def test_what_a_build_lacks_is_said_in_three_lines(compiler, first):
     environment = {**os.environ, "CXX": compiler, "PATH": "/nowhere"}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
@@ -53,17 +54,17 @@ class Captured(BaseException):
         self.op, self.call = op, args
 
 
-class _Node(torch.autograd.Function):
+class _Node(_SingleLevelFunction):
     """An operator in the graph of gradients, for the dispatcher, which takes torch.func's transforms one at a time.
 
-    The base's `apply` would begin with all of them anew. What torch.library.register_autograd makes refuses them, and
-    torch.compile(torch.func.grad(…)) with them.
+    The `apply` of torch.autograd.Function would begin with all of them anew. What torch.library.register_autograd makes
+    refuses them, and torch.compile(torch.func.grad(…)) with them.
     """
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+            return super().apply(*args)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -304,10 +305,9 @@ def _check_tensors(tensors: dict[str, Any]) -> None:
 
 def _lengths_of(given: Any, q: Tensor) -> Tensor:
     """(batch) whole numbers, from one or as many."""
-    try:
+    lengths: Tensor | None = None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
         lengths = torch.as_tensor(given, device=q.device)
-    except (TypeError, ValueError, RuntimeError):
-        lengths = None
     if lengths is None or lengths.layout != torch.strided or lengths.dtype not in (torch.int32, torch.int64):
         got = given.dtype if isinstance(given, Tensor) else repr(given)[:60]
         raise TypeError(f"flash_attn_with_kvcache: cache_seqlens is {got}, expected an integer or (batch) int32")

@@ -527,7 +527,7 @@ ANGLES = dict(rotary_cos=draw(20, 4), rotary_sin=draw(20, 4))
         ("rotary_cos is .* at most 8 / 2 columns", dict(NEW, rotary_cos=draw(20, 5), rotary_sin=draw(20, 5))),
         ("cache_seqlens is 'many'", dict(cache_seqlens="many")),
         ("cache_seqlens is torch.float32", dict(cache_seqlens=torch.tensor([1.5, 2.0]))),
-        ("cache_seqlens is -2, expected 0 or more", dict(NEW, **ANGLES, cache_seqlens=-2)),
+        ("cache_seqlens is -2, expected at least 0", dict(NEW, **ANGLES, cache_seqlens=-2)),
         ("at most the 9 positions", dict(cache_seqlens=2**62)),
         ("cache_batch_idx is torch.float32", dict(cache_batch_idx=torch.ones(2))),
         (r"block_table is of shape \(1, 2\)", dict(block_table=torch.zeros(1, 2, dtype=torch.int32))),

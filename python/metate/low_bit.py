@@ -362,8 +362,10 @@ class QuantizedWeight(LowBitTensors):
 
     def _formula(self) -> Tensor:
         """W in operators of torch, in float32."""
-        *tensors, permutation = (x.float() if _is_low(x) else x for x in self.arguments)
-        weight = stored_weight(*tensors, *self.scalars, self.in_features)
+        arguments: list[Any] = [x.float() if _is_low(x) else x for x in self.arguments]
+        permutation = arguments.pop()
+        arguments += [*self.scalars, self.in_features]
+        weight = stored_weight(*arguments)
         return weight if permutation is None else weight[:, torch.argsort(permutation.long())]
 
     def _summary(self) -> str:

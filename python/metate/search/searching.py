@@ -80,8 +80,8 @@ class Searching(Base):
         ]
         if not found:
             found = [(torch.empty(0, most), torch.empty(0, most, dtype=torch.int64))]
-        parts = found[0] if len(found) == 1 else tuple(torch.cat(column) for column in zip(*found, strict=True))
-        return vectors.results(*(parts if most == k else self._padded(*parts, k)))
+        distances, ids = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        return vectors.results(*((distances, ids) if most == k else self._padded(distances, ids, k)))
 
     def _padded(self, distances: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """With what says that nothing more is there."""
@@ -265,7 +265,7 @@ class Searching(Base):
 
 
 def _is_number(value: Any, most: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 1 <= value <= most
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(1 <= value <= most)
 
 
 def _prepared(*args: Any) -> Callable[..., bool] | None:

@@ -309,8 +309,8 @@ def _lengths_of(given: Any, q: Tensor) -> Tensor:
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
         lengths = torch.as_tensor(given, device=q.device)
     if lengths is None or lengths.layout != torch.strided or lengths.dtype not in (torch.int32, torch.int64):
-        got = given.dtype if isinstance(given, Tensor) else repr(given)[:60]
-        raise TypeError(f"flash_attn_with_kvcache: cache_seqlens is {got}, expected an integer or (batch) int32")
+        kind = given.dtype if isinstance(given, Tensor) else repr(given)[:60]
+        raise TypeError(f"flash_attn_with_kvcache: cache_seqlens is {kind}, expected an integer or (batch) int32")
     if lengths.dim() and lengths.shape != q.shape[:1]:
         got, expected = tuple(lengths.shape), tuple(q.shape[:1])
         raise ValueError(f"flash_attn_with_kvcache: cache_seqlens is of shape {got}, expected one number or {expected}")

@@ -189,8 +189,7 @@ inline void differentiate_group(const Attention& a, const Scoring& scoring, cons
     }
 }
 
-// Of a head and sequence: so few that each counts, and that what short chains cost does not.
-constexpr int64_t few_scores = 512, shortest_chain = 8;
+constexpr int64_t shortest_chain = 8;  // where scores are few
 
 template <class Word>
 __attribute__((noinline)) void multiply_in_short_chains(int rows, int64_t columns, const Product<Word>& whole) {
@@ -317,7 +316,7 @@ __attribute__((noinline)) void differentiate_whole(const Attention& a, float sca
 template <class Word>
 inline void differentiate_tile(const Attention& a, const Scoring& scoring, const Sequence& s, const Blocking& size,
                                Workspace<Word>& w) {
-    const bool are_few = elements_of<Word> == 1 && s.queries * s.keys <= few_scores;
+    const bool are_few = elements_of<Word> == 1 && s.has_few_scores();
     for (int64_t c = 0; c * chunk < w.keys; ++c) {
         for (int64_t g = 0; g < w.groups; ++g) {
             if (!w.whole && !(w.group[g].mask.any >> c & 1)) {

@@ -336,8 +336,7 @@ int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, con
     return rows;
 }
 
-// Of a head and sequence: so few that each counts, and that what short chains cost does not.
-constexpr int64_t few_scores = 512, shortest_chain = 16;
+constexpr int64_t shortest_chain = 16;  // where scores are few
 
 template <class Word>
 void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask& mask, int64_t r, int rows,
@@ -347,7 +346,7 @@ void add_tile(const Shape& s, const Sequence& seq, const Block& block, TileMask&
     bool fresh = true;  // o holds nothing yet
     for (int i = 0; i < rows; ++i) fresh &= my.state.m[r + i] == -INFINITY;
     const Product<Word> products{my.q + r * s.q_stride, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr};
-    if (seq.queries * seq.keys <= few_scores)
+    if (seq.has_few_scores())
         multiply_keys<shortest_chain>(rows, mask, products);
     else
         multiply_keys<long_chain>(rows, mask, products);

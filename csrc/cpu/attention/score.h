@@ -21,6 +21,9 @@ struct Sequence {
     int64_t q0, k0;  // where its queries and keys start in the views
     int64_t queries, keys;
     int64_t diagonal;  // query i stands at key i + diagonal
+
+    // Of a head: so few that each counts, and that what short chains cost does not.
+    bool has_few_scores() const { return queries * keys <= 512; }
 };
 
 METATE_FN int64_t sequences_of(const Attention& a) {

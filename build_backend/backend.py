@@ -61,8 +61,13 @@ def torch_path() -> list[str]:
     return [path for path in found[1] if path]
 
 
+def runs(tool: str) -> bool:
+    """A script of the user's environment may be found, and fail here: its package is hidden from an isolated build."""
+    return bool(shutil.which(tool)) and subprocess.run([tool, "--version"], capture_output=True).returncode == 0
+
+
 def requirements() -> list[str]:
-    tools = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
+    tools = [tool for tool in ("cmake", "ninja") if not runs(tool)]
     return tools + ([] if torch_path() else [f"torch>={TORCH[0]}.{TORCH[1]}"])
 
 

@@ -131,7 +131,6 @@ void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number,
     if (p.in_digits()) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
     for (int64_t i = 0; i < tile.blocks; ++i)
         decode_panel(p, at, panel_number, row, k + i, at.values + i * p.x.words() * panel);
-    if (p.are_few) return multiply_few(p.x, k, x_row, rows, tile);
 #if defined(METATE_HAS_BF16_DOT)
     if (p.pairs) return multiply<Unit::pairs, true>(p.x, k, x_row, rows, tile);
 #endif

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t many_rows = 24;    // of x, that are multiplied with whole spans, whose totals stay in registers
 constexpr int64_t small_group = 16;  // below, weights are scaled instead of sums: many short sums round more often
-constexpr int64_t few_results = 16;  // of a row of x: each rounding counts, and time does not
 constexpr int64_t operations_to_pack = 6;  // a number of x
 static_assert(blocks_at_once >= span * few_rows);
 
@@ -76,7 +75,6 @@ struct Problem {
     int64_t most_groups;   // of the windows of a worker, which may take calls of fewer rows
     int64_t rows_at_once;  // of x, for which W is decoded once: their blocks and totals share the second-level cache
     UnitTerms* units;
-    bool are_few;  // results of a row of x
     bool sums_scaled, can_dot, can_sum;
     bool can_square, takes_squares;  // few rows
     bool dots_rows, sums_chunks;     // by rows of codes: in whole numbers, in floats
@@ -92,17 +90,15 @@ struct Problem {
           plans(nullptr),
           integer_plans(nullptr),
           blocks(ceil_div(c.w.columns, block)),
-          are_few(c.w.rows <= few_results && !pairs && !arithmetic.digits),
           can_dot(can_dot_rows(c.w, arithmetic)),
-          can_sum(width < 16 && !arithmetic.digits && !are_few && can_sum_chunks(c.w)),
-          can_square(!are_few && can_take_squares(c.w, arithmetic)),
+          can_sum(width < 16 && !arithmetic.digits && can_sum_chunks(c.w)),
+          can_square(can_take_squares(c.w, arithmetic)),
           takes_squares(can_square && c.x.size[0] >= (arithmetic.digits ? 2 : 1) &&
                         c.x.size[0] <= (pairs || arithmetic.digits == 1 ? most_square_rows : square_rows)),
           dots_rows(can_dot && !takes_squares && c.x.size[0] <= few_rows),
           sums_chunks(can_sum && c.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
-        sums_scaled = c.w.group_size >= small_group && !are_few;
-        const bool are_many = c.x.size[0] >= many_rows && !in_digits() && sums_scaled;
+        const bool are_many = c.x.size[0] >= many_rows && !in_digits() && c.w.group_size >= small_group;
         blocks_together = are_many ? span : 1;
         rows_at_once = in_digits() ? 256 : 512;
         const int64_t run = span * block, group = c.w.group_size;
@@ -110,8 +106,9 @@ struct Problem {
         window = round_up(are_many || takes_squares ? groups_of_span : groups_of_block, width);
         most_groups = larger(most_panels * window, can_square ? round_up(groups_of_span, width) : 0);
         units = nullptr;
-        can_turn = (arithmetic.digits || !can_square) && !pairs && !are_few && can_take_turns(c.w, arithmetic);
+        can_turn = (arithmetic.digits || !can_square) && !pairs && can_take_turns(c.w, arithmetic);
         takes_turns = can_turn && c.x.size[0] == 1;
+        sums_scaled = c.w.group_size >= small_group;
         x = {nullptr, nullptr, c.x.size[0], blocks, groups_of_block + block / longest};
         const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);

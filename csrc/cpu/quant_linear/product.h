@@ -427,29 +427,6 @@ inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, 
     }
 }
 
-// Whole weights of the block that begins at column k · block, the last or not, with all rows of x from `row` on, where
-// few results are to be near the truth: sums of few columns, and beside their total what its roundings left out.
-inline void multiply_few(const PackedRows& x, int64_t k, int64_t row, int64_t rows, const Tile& t) {
-    constexpr int64_t few = 8;
-    const int64_t columns = t.plan->chunks[t.plan->count - 1].end;
-    for (int64_t m = 0; m < rows; ++m) {
-        const float* const line = x.line(k, row + m);
-        for (int64_t v = 0; v < panel; v += width) {
-            vf total = load(t.total + m * panel + v), rest = load(t.earlier + m * panel + v);
-            for (int64_t begin = 0; begin < columns; begin += few) {
-                vf sum = splat(0.0f);
-                for (int64_t j = begin; j < smaller(begin + few, columns); ++j)
-                    sum = fma(splat(line[j]), load(t.values + j * panel + v), sum);
-                const vf next = total + sum, part = next - total, left_out = (total - (next - part)) + (sum - part);
-                rest = rest + select(less(abs(next), splat(__builtin_inff())), left_out, splat(0.0f));
-                total = next;
-            }
-            store(t.total + m * panel + v, total);
-            store(t.earlier + m * panel + v, k + 1 == x.blocks ? rest + total : rest);
-        }
-    }
-}
-
 template <class T>
 METATE_FN void store_line(T* to, const float* from, int64_t n) {
     for (; n >= width; n -= width, to += width, from += width) store(to, load(from));

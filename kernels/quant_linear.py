@@ -204,7 +204,7 @@ def dequantize_kernel(out, out_strides, codes, scales, super_scales, zeros, offs
     across = tl.cdiv(columns, COLS)
     n0, k0 = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLS
     sizes = (rows, columns, row_bytes, group_size, super_groups, zero)
-    table = None if codebook is None else tl.load(codebook[0] + tl.arange(0, 1 << BITS) * codebook[1])
+    table = None if codebook is None else tl.load(codebook[0] + tl.arange(0, 1 << BITS).to(tl.int64) * codebook[1])
     weight = load_weight(codes, scales, super_scales, zeros, offsets, super_offsets, table, sizes, n0, k0, BITS, GRAIN,
                          False, ROWS, COLS, True)  # fmt: skip
     n, k = n0 + tl.arange(0, ROWS), k0 + tl.arange(0, COLS)

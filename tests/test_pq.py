@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import outputs
 
 import metate
 from metate.ops.pq import pack_codes, unpack_codes
@@ -297,3 +298,27 @@ def test_refusals_say_what_to_do():
     ):
         with pytest.raises(ValueError, match=match):
             metate.ivf_search(torch.zeros(2, 6), lists, extents, k=1, **{"rows": torch.zeros(5, 6), **wrong})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, books, codes, **how: metate.pq_distance_tables(x, books, symmetric=True, metric="cosine", **how),
+        lambda x, books, codes, **how: metate.pq_encode(x, books, **how),
+        lambda x, books, codes, **how: metate.pq_decode(codes, books, **how),
+        lambda x, books, codes, **how: metate.pq_scan(torch.ones(1, 4, 16), codes, 3, **how),
+        lambda x, books, codes, **how: metate.topk_distances(x, x, 3, metric="cosine", **how),
+        lambda x, books, codes, **how: metate.ivf_search(
+            x, x[:2], torch.tensor([[0, 4], [4, 9]]), x, 3, nprobe=2, **how
+        ),
+    ],
+    ids=["tables", "encode", "decode", "scan", "topk", "ivf"],
+)
+def test_the_backend_of_a_call_can_be_named(call):
+    x, books = torch.randn(9, 8), torch.randn(4, 16, 2)
+    given = x, books, metate.pq_encode(x, books)
+    results = (call(*given, backend=name) for name in (None, "cpu", "reference"))
+    first, *others = (outputs(result)[-1] for result in results)
+    assert all(torch.allclose(first, other) for other in others)
+    with pytest.raises(ValueError, match="backend"):
+        call(*given, backend="cpus")

@@ -179,6 +179,8 @@ class Op:
         for name, arg in zip(self.axes, args, strict=False):
             if arg is not None and not isinstance(arg, Tensor):
                 raise fail(self.public, name, type(arg).__name__, "a torch.Tensor", error=TypeError)
+            if arg is not None and arg.is_nested:
+                raise fail(self.public, name, "a nested tensor", "a dense one; pass its values()", error=TypeError)
         return self.torch_op(*args, backend=backends.used())
 
     def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:

@@ -26,7 +26,14 @@ _COSINE = METRICS["cosine"]  # which bindings know, and operators do not
 _cosines = {op: Shortcut(op.name) for op in (tables_op, topk_op, ivf_op)}
 
 
-def pq_distance_tables(queries: Tensor, codebooks: Tensor, *, metric: str = "l2", symmetric: bool = False) -> Tensor:
+def pq_distance_tables(
+    queries: Tensor,
+    codebooks: Tensor,
+    *,
+    metric: str = "l2",
+    symmetric: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """How far every sub-vector of every query is from each of its centroids.
 
     Args:
@@ -34,6 +41,7 @@ def pq_distance_tables(queries: Tensor, codebooks: Tensor, *, metric: str = "l2"
         codebooks: (M, L, D/M) of the same dtype: M sub-vectors, L = 16 to 65536 centroids each, a power of two.
         metric: "l2" (squared Euclidean distance), "inner_product", or "cosine" (inner product of the normalised query).
         symmetric: replace every query by the centroids nearest to it first (Jégou et al. 2011, SDC).
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         (Q, M, L): entries that add up, over the codes of a row, to its distance. Gradients reach queries and codebooks
@@ -45,17 +53,19 @@ def pq_distance_tables(queries: Tensor, codebooks: Tensor, *, metric: str = "l2"
     number = _metric("pq_distance_tables", metric)
     if symmetric:
         queries = _normalised(queries) if number == _COSINE else queries
-        queries, number = pq_decode(pq_encode(queries, codebooks), codebooks), min(number, 1)
-    tables: Tensor = _call(tables_op, (queries, codebooks, number), number)
+        codes = pq_encode(queries, codebooks, backend=backend)
+        queries, number = pq_decode(codes, codebooks, backend=backend), min(number, 1)
+    tables: Tensor = _call(tables_op, (queries, codebooks, number), number, backend)
     return tables
 
 
-def pq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
+def pq_encode(x: Tensor, codebooks: Tensor, *, backend: str | None = None) -> Tensor:
     """The numbers of the nearest centroids of every vector, packed.
 
     Args:
         x: (n, D) float32, any strides.
         codebooks: (M, L, D/M) float32; a code has log2(L) bits.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         (n, ⌈M·bits/8⌉) uint8 in the bit order of faiss, least significant first: `unpack_codes(codes, M, bits)` are the
@@ -65,16 +75,17 @@ def pq_encode(x: Tensor, codebooks: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    codes: Tensor = encode_op(x, codebooks)
+    codes: Tensor = encode_op.call((x, codebooks), backend=backend)
     return codes
 
 
-def pq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
+def pq_decode(codes: Tensor, codebooks: Tensor, *, backend: str | None = None) -> Tensor:
     """The centroids that codes stand for, side by side.
 
     Args:
         codes: (n, ⌈M·bits/8⌉) uint8, as from `pq_encode`.
         codebooks: (M, L, D/M), float32 (float64 on a CPU), L = 2**bits.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         (n, D), dtype of codebooks. Gradients reach the codebooks.
@@ -82,7 +93,7 @@ def pq_decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    x: Tensor = decode_op(codebooks, codes)
+    x: Tensor = decode_op.call((codebooks, codes), backend=backend)
     return x
 
 
@@ -126,6 +137,7 @@ def pq_scan(
     ids: Tensor | None = None,
     keep: Tensor | None = None,
     largest: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best rows of codes for every query, without ever writing all distances.
 
@@ -144,6 +156,7 @@ def pq_scan(
         ids: (n) int64, what rows are called in the result; None calls them by their number.
         keep: (⌈n/8⌉) uint8: bit i % 8 of byte i // 8 says whether row i may be found; None keeps all.
         largest: find the largest instead of the smallest.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         distances (Q, k) float32 and ids (Q, k) int64, best first, among equal distances the lower id first. Rows whose
@@ -157,7 +170,7 @@ def pq_scan(
         if codes.dim() == 3:
             raise fail("pq_scan", "n", None, "the number of rows beside interleaved codes")
         n = codes.shape[0] if codes.dim() else 0
-    distances, found = scan_op.call((tables, codes, ranges, bias, row_bias, ids, keep, n, k, largest))
+    distances, found = scan_op.call((tables, codes, ranges, bias, row_bias, ids, keep, n, k, largest), backend=backend)
     return distances, found
 
 
@@ -173,6 +186,7 @@ def topk_distances(
     offset: Tensor | None = None,
     ids: Tensor | None = None,
     keep: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of every query, exactly, without ever writing all distances.
 
@@ -188,6 +202,7 @@ def topk_distances(
         largest: find the largest instead of the smallest; None: what is nearest by the metric.
         ranges, ids, keep: as in `pq_scan`.
         scale, offset: (D) float32, of an int8 base.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`. No gradient.
@@ -198,7 +213,7 @@ def topk_distances(
     number = _metric("topk_distances", metric)
     biggest = bool(number) if largest is None else largest
     args = queries, base, ranges, scale, offset, ids, keep, k, number, biggest
-    distances, found = _call(topk_op, args, number)
+    distances, found = _call(topk_op, args, number, backend)
     return distances, found
 
 
@@ -219,6 +234,7 @@ def ivf_search(
     offset: Tensor | None = None,
     ids: Tensor | None = None,
     keep: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best rows for every query among those of the `nprobe` lists whose centroids are nearest to it.
 
@@ -239,6 +255,7 @@ def ivf_search(
         row_bias: (n) float32, beside residual codes and metric "l2": |r|² + 2 c·r of a row that stands for c + r.
         scale, offset: (D) float32, of int8 vectors.
         ids, keep: as in `pq_scan`.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         distances (Q, k) float32 and ids (Q, k) int64 as from `pq_scan`. No gradient. Source: Jégou, Douze, Schmid 2011.
@@ -254,18 +271,21 @@ def ivf_search(
     args = (
         queries, centroids, extents, rows, codebooks, row_bias, scale, offset, ids, keep, n, nprobe, k, number, residual
     )  # fmt: skip
-    distances, found = _call(ivf_op, args, number)
+    distances, found = _call(ivf_op, args, number, backend)
     return distances, found
 
 
-def _call(op: Op, args: tuple[Any, ...], metric: int) -> Any:
-    return op.call(args) if metric != _COSINE else _cosines[op](args, _by_product, (op, args))
+def _call(op: Op, args: tuple[Any, ...], metric: int, backend: str | None) -> Any:
+    if metric != _COSINE:
+        return op.call(args, backend=backend)
+    return _cosines[op](args, _by_product, (op, args, backend), backend)
 
 
-def _by_product(op: Op, args: tuple[Any, ...]) -> Any:
+def _by_product(op: Op, args: tuple[Any, ...], backend: str | None) -> Any:
     """A cosine is the product of a query of length 1."""
     at = op.parameters.index("metric")
-    return op.call((_normalised(args[0]), *args[1:at], METRICS["inner_product"], *args[at + 1 :]))
+    product = (_normalised(args[0]), *args[1:at], METRICS["inner_product"], *args[at + 1 :])
+    return op.call(product, backend=backend)
 
 
 def _normalised(queries: Tensor) -> Tensor:

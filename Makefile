@@ -75,7 +75,7 @@ test: install native sanitize-emulator
 
 # The same with far more random configurations, reruns and malformed calls, a line a test as it ends. A draw takes from
 # a millisecond to seconds, by operator and backend, so these have a time instead of a number: at most FUZZ_SECONDS each
-# (about 130 of them, two at a time: two hours), or 20,000 draws. All else takes about as long again on 2 cores.
+# (about 130 of them, two at a time: two hours on 2 cores), or 20,000 draws; all else comes on top.
 FUZZ_SECONDS ?= 120
 long: install native sanitize
 	METATE_TEST_SOAK=120 $(BIN)/ctest --test-dir build/kernels --output-on-failure -R "^threads"

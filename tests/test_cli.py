@@ -46,6 +46,20 @@ def test_info_where_no_process_is_bound_to_cores(monkeypatch):
     hardware.warnings()
 
 
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", "Intel(R) Xeon(R) Processor @ 2.50GHz (family 26, model 2)"),
+        ("AMD  EPYC 9755 128-Core Processor", "AMD EPYC 9755 128-Core Processor"),
+    ],
+)
+def test_a_processor_that_hides_its_number_is_told_apart(monkeypatch, called, name):
+    cores = f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {called}\n\n" * 2
+    monkeypatch.setattr(hardware, "_read", lambda path: cores)
+    assert hardware.cpu_name() == name
+
+
 def test_info_as_json():
     facts = json.loads(metate("info", "--json"))
     assert set(facts) == {"machine", "backends", "operators", "build", "versions", "warnings"}

@@ -47,10 +47,16 @@ def affinity() -> list[int]:
 
 
 def cpu_name() -> str:
+    """As the processor calls itself; virtual machines often hide the number, so then with its family and model."""
+    facts: dict[str, str] = {}
     for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        if line.startswith(("model name", "Model")):
-            return " ".join(line.split(":", 1)[1].split())
-    return platform.processor() or platform.machine()
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), " ".join(value.split()))
+    called = facts.get("model name") or facts.get("Model") or platform.processor() or platform.machine()
+    numbered = any(letter.isdigit() for letter in called.partition("@")[0])  # beyond it stands the clock
+    if numbered or not {"cpu family", "model"} <= facts.keys():
+        return called
+    return f"{called} (family {facts['cpu family']}, model {facts['model']})"
 
 
 def caches() -> dict[str, int]:

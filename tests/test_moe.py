@@ -24,6 +24,7 @@ ROUTERS = {
     "gpt_oss": ("GptOssTopKRouter", dict(score="softmax_topk")),
 }
 LINEAR = [p.values[1:] for p in BACKENDS if p.values[0].name == "grouped_linear"]
+ROUTE = [p.values[1:] for p in BACKENDS if p.values[0].name == "moe_topk"]
 SORT = [p.values[1:] for p in BACKENDS if p.values[0].name == "moe_sort"]
 
 
@@ -422,6 +423,26 @@ def test_gelu_keeps_its_digits_below_zero():
     x = torch.linspace(-5, -0.1, 1001)[:, None]
     out = metate.gated_activation(x, "gelu", gating="none").double()
     torch.testing.assert_close(out, torch.nn.functional.gelu(x.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("device,backend", ROUTE)
+def test_silu_takes_infinite_numbers(device, backend):
+    x = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38]).repeat(9)[:, None]
+    with metate.use(backend):
+        out = metate.gated_activation(x.to(device), gating="none")
+    torch.testing.assert_close(out.cpu(), torch.nn.functional.silu(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("device,backend", ROUTE)
+def test_a_logit_of_minus_infinity_has_no_share(device, backend):
+    logits = random(7, 40).masked_fill(torch.arange(40) % 3 == 0, -math.inf)
+    for score in ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus"):
+        with metate.use(backend):
+            route = metate.moe_route(logits.to(device), 4, score=score)
+        with metate.use("reference"):
+            expected = metate.moe_route(logits.to(device), 4, score=score)
+        torch.testing.assert_close(route.weights, expected.weights)
+        assert torch.equal(route.experts, expected.experts)
 
 
 def test_what_is_far_below_zero_is_gated_to_zero():

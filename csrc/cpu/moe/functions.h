@@ -6,8 +6,9 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// eˣ for x <= 87: the product with log2(e) is carried beyond float32, since its error grows with x.
+// eˣ for x <= 87, 0 far below: the product with log2(e) is carried beyond float32, since its error grows with x.
 METATE_FN vf exp(vf x) {
+    x = max(splat(-100.0f), x);  // an infinite x would have no rest
     const vf scale = splat(log2_e), y = x * scale;
     const vf rest = fma(x, scale, splat(0.0f) - y);
     return exp2(y) * fma(fma(x, splat(1.92596299e-8f), rest), splat(ln_2), splat(1.0f));
@@ -29,7 +30,7 @@ METATE_FN vf normal_below(vf x) {
     vf p = splat(log_erfc[0]);
 #pragma GCC unroll 10
     for (int i = 1; i < 11; ++i) p = fma(p, s, splat(log_erfc[i]));
-    const vf tail = splat(0.5f) * exp(max(splat(-100.0f), fma(p, s, (s - size) * (s + size))));
+    const vf tail = splat(0.5f) * exp(fma(p, s, (s - size) * (s + size)));
     return select(less(x, splat(0.0f)), tail, splat(1.0f) - tail);
 }
 

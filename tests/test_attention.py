@@ -156,6 +156,43 @@ def test_masks_agree_with_dense_ones():
         )
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("size", [(128, 128), (64, 32), (16, 24), (1, 40), (100, 7), (500, 500)], ids=str)
+def test_block_masks_are_dense_ones(size: tuple[int, int], heads: int) -> None:
+    """Gradients too, with a window beside them; blocks end within tiles, tiles within blocks, heads share keys."""
+    S = 290
+    q, k, v = (random(1, S, H, 32, dtype=torch.float32, seed=H + i) for i, H in enumerate((4, 2, 2)))
+    counts = [-(-S // n) for n in size]
+    visible = torch.rand(1, heads, *counts, generator=torch.Generator().manual_seed(0)) < 0.4
+    dense = visible.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[..., :S, :S]
+    grad = random(1, S, 4, 32, dtype=torch.float32, seed=9)
+
+    def gradients(mask: AttentionMask | Tensor, **window: tuple[int, int]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = metate.attention(*leaves, mask=mask, **window)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    for window in ({}, {"window": (150, 20)}):
+        blocks, bits = (gradients(mask, **window) for mask in (AttentionMask.block_sparse(visible, size), dense))
+        for x, y in zip(blocks, bits, strict=True):
+            close(x, y, 1e-5)
+
+
+def test_tiles_of_heads_with_masks_of_their_own_do_not_follow_the_threads() -> None:
+    """Their queries are cut by the number of threads, and end within a tile."""
+    q, k = random(1, 290, 8, 32), random(1, 290, 2, 32)
+    visible = torch.rand(1, 8, 10, 10, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask, threads = AttentionMask.block_sparse(visible, (32, 32)), torch.get_num_threads()
+    try:
+        outs = []
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            outs.append(metate.attention(q, k, k, mask=mask))
+    finally:
+        torch.set_num_threads(threads)
+    assert same_bits(outs[0], outs[1]) and same_bits(outs[0], outs[2])
+
+
 def test_tree_mask_is_a_set_of_paths():
     """Every node of a draft tree computes what it would as the end of its own path."""
     parents, prefix = [-1, 0, 0, 1, 2, 2], 7

@@ -102,6 +102,11 @@ template <class Word>
 inline bool see(const AttentionBackward& args, const Scoring& scoring, const Sequence& s, int64_t head,
                 Workspace<Word>& w) {
     const Attention& a = args.problem;
+    const int chunks = static_cast<int>(ceil_div(w.keys, chunk));
+    uint32_t allowed = 0, forbidden = 0;
+    for (int64_t m = w.first; a.blocks && m < w.first + w.queries; m = (m / a.block_m + 1) * a.block_m)
+        add_blocks(a, blocks_of(a, s, m / a.block_m, head), w.key, chunks, allowed, forbidden);
+    if (a.blocks && !allowed) return false;
     bool has_dead_row = false;
     for (int64_t r = 0; r < w.queries; ++r) {
         const float lse = *value_at<float>(args.lse, s.batch, head, s.q0 + w.first + r);
@@ -113,7 +118,7 @@ inline bool see(const AttentionBackward& args, const Scoring& scoring, const Seq
     int64_t begin, end, last_begin, last_end;
     window_of(a, s, w.first, begin, end);
     window_of(a, s, w.first + w.queries - 1, last_begin, last_end);
-    w.whole = !has_dead_row && !a.intervals && !a.bits && !a.blocks && last_begin <= w.key && end >= w.key + w.keys &&
+    w.whole = !has_dead_row && !a.intervals && !a.bits && !forbidden && last_begin <= w.key && end >= w.key + w.keys &&
               w.keys > 1;  // see settle
     if (w.whole && scoring.plain) return true;
     for (int64_t r = 0; r < w.groups * tile_rows; ++r) {
@@ -124,19 +129,16 @@ inline bool see(const AttentionBackward& args, const Scoring& scoring, const Seq
     }
     if (w.whole) return true;
     uint32_t any = 0;
-    const int chunks = static_cast<int>(ceil_div(w.keys, chunk));
     for (int64_t g = 0; g < w.groups; ++g) {
         Group& group = w.group[g];
         const Row* const row = w.row + g * tile_rows;
-        mask_tile(a, row, tile_rows, w.key, chunks, group.mask);
-        any |= group.mask.any;
+        mask_tile(a, span_of(row, tile_rows), row, w.key, chunks, group.mask);
+        const uint32_t seen = group.mask.any;
+        any |= seen;
         group.begin = w.keys, group.end = 0;
-        for (int r = 0; r < tile_rows; ++r) {
-            const int64_t low = clamp(row[r].begin - w.key, 0, w.keys), high = clamp(row[r].end - w.key, 0, w.keys);
-            if (low >= high) continue;
-            if (low < group.begin) group.begin = low;
-            if (high > group.end) group.end = high;
-        }
+        if (!seen) continue;
+        group.begin = larger(group.mask.begin, __builtin_ctz(seen) * chunk);
+        group.end = smaller(group.mask.end, (32 - __builtin_clz(seen)) * chunk);
     }
     return any != 0;
 }
@@ -209,8 +211,12 @@ inline void add_key_gradients(const Blocking& size, int64_t d, int64_t dv, Works
             const auto blind = [&](int64_t r) {
                 return w.row[r].begin >= high || w.row[r].end <= low || w.row[r].begin >= w.row[r].end;
             };
-            for (int64_t g = 0; g < w.groups && (w.group[g].begin >= j + tile_rows || w.group[g].end <= j); ++g)
-                run.begin += tile_rows;
+            const auto sees_none = [&](int64_t g) {
+                const uint32_t chunks = 1u << j / chunk | 1u << (j + tile_rows - 1) / chunk;
+                return !(w.group[g].mask.any & chunks) || w.group[g].begin >= j + tile_rows || w.group[g].end <= j;
+            };
+            for (int64_t g = 0; g < w.groups && sees_none(g); ++g) run.begin += tile_rows;
+            for (int64_t g = w.groups - 1; g * tile_rows > run.begin && sees_none(g); --g) run.end = g * tile_rows;
             while (run.begin < run.end && blind(run.begin)) ++run.begin;
             while (run.begin < run.end && blind(run.end - 1)) --run.end;
         }

@@ -83,7 +83,7 @@ void add_tile(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key,
         row[r] = row_of(s.a, seq, (first + r) / s.group, kv_head * s.group + (first + r) % s.group);
     }
     TileMask mask;
-    mask_tile(s.a, row, rows, key, chunks, mask);
+    mask_tile(s.a, span_of(row, rows), row, key, chunks, mask);
     if (!mask.any) return;
     for (int r = 0; r < rows; ++r) {
         pack_row(my.q + r * s.q_stride, round_up(s.d_words, width),

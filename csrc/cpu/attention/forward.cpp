@@ -34,6 +34,7 @@ struct State {
 template <class Word>
 struct Scratch {
     Row* row;
+    Span* span;  // of each tile of rows
     Word *q, *k, *v, *p;
     float* s;  // where Word is float, p takes the place of the logits it comes from
     State state;
@@ -71,6 +72,7 @@ template <class Word>
 Scratch<Word> take_scratch(const Shape& s, Arena& arena) {
     Scratch<Word> my;
     my.row = arena.take<Row>(s.max_rows);
+    my.span = arena.take<Span>(s.max_rows / tile_rows);
     my.q = arena.take<Word>(s.max_rows * s.q_stride);
     my.k = arena.take<Word>(s.block * s.d_words);
     my.v = arena.take<Word>(steps_of<Word>(s.block) * s.dv_columns);
@@ -313,10 +315,21 @@ void multiply_live_values(const Shape& s, int rows, const TileMask& mask, const 
 // filled up with rows of zeros.
 template <class T, class Word>
 int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const Scratch<Word>& my) {
-    const int64_t rows = piece.queries * s.group, filled = round_up(rows, tile_rows);
-    const int64_t ahead = ceil_div(rows_ahead, s.group);  // queries
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t query = piece.first_query + r / s.group, head = piece.kv_head * s.group + r % s.group;
+    const bool apart = has_masks_of_heads(s.a);
+    const int64_t rows = rows_of(s.a, piece.queries), filled = round_up(rows, tile_rows), each = rows / s.group;
+    const int64_t ahead = apart ? rows_ahead : ceil_div(rows_ahead, s.group);  // queries
+    for (int64_t r = 0; r < filled; ++r) {
+        const int64_t i = apart ? r % each : r / s.group, g = apart ? r / each : r % s.group;
+        my.state.m[r] = -INFINITY;
+        my.state.l[r] = 0.0f;
+        if (r % tile_rows == 0) my.span[r / tile_rows].rows = 0;
+        if (i >= piece.queries) {
+            my.row[r] = Row{};
+            memset(my.q + r * s.q_stride, 0, static_cast<size_t>(s.q_stride) * sizeof(Word));
+            continue;
+        }
+        ++my.span[r / tile_rows].rows;
+        const int64_t query = piece.first_query + i, head = piece.kv_head * s.group + g;
         Row& row = my.row[r] = row_of(s.a, seq, query, head);
         if (row.begin < piece.key_begin) row.begin = piece.key_begin;
         if (row.end > piece.key_end) row.end = piece.key_end;
@@ -328,10 +341,9 @@ int64_t begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, con
         }
         pack_row(my.q + r * s.q_stride, round_up(s.d_words, width), q, s.a.q.stride[3], s.d);
     }
-    memset(my.q + rows * s.q_stride, 0, static_cast<size_t>((filled - rows) * s.q_stride) * sizeof(Word));
-    for (int64_t r = 0; r < filled; ++r) {
-        my.state.m[r] = -INFINITY;
-        my.state.l[r] = 0.0f;
+    for (int64_t r = 0; r < filled; r += tile_rows) {
+        Span& span = my.span[r / tile_rows];
+        span = span_of(my.row + r, span.rows);
     }
     return rows;
 }
@@ -360,13 +372,14 @@ void add_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t row
                const Scratch<Word>& my) {
     bool packed = false;
     for (int64_t r = 0; r < rows; r += tile_rows) {
-        const int live = static_cast<int>(rows - r < tile_rows ? rows - r : tile_rows);
+        const Span& span = my.span[r / tile_rows];
+        if (span.begin >= block.key + block.end * chunk || span.end <= block.key) continue;
         TileMask mask;
-        mask_tile(s.a, my.row + r, live, block.key, block.end, mask);
+        mask_tile(s.a, span, my.row + r, block.key, block.end, mask);
         if (!mask.any) continue;
         if (!packed) pack_block<T>(s, seq, kv_head, block, my);
         packed = true;
-        add_tile(s, seq, block, mask, r, live, my);
+        add_tile(s, seq, block, mask, r, span.rows, my);
     }
 }
 
@@ -448,10 +461,9 @@ void run_piece(const Shape& s, const Piece& piece, Scratch<Word> my, const Parts
     if (piece.parts > 1) my.state = parts.state[piece.state];
     const int64_t rows = begin_piece<T>(s, seq, piece, my);
     int64_t begin = piece.key_end, end = piece.key_begin;
-    for (int64_t r = 0; r < rows; ++r) {
-        if (my.row[r].begin >= my.row[r].end) continue;
-        if (my.row[r].begin < begin) begin = my.row[r].begin;
-        if (my.row[r].end > end) end = my.row[r].end;
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+        begin = smaller(begin, my.span[r / tile_rows].begin);
+        end = larger(end, my.span[r / tile_rows].end);
     }
     for (int64_t key = begin / s.block * s.block; key < end; key += s.block) {
         const int64_t from = clamp(begin - key, 0, s.block), until = clamp(end - key, 0, s.block);
@@ -466,6 +478,7 @@ void run_piece(const Shape& s, const Piece& piece, Scratch<Word> my, const Parts
         for (int64_t part = 1; part < piece.parts; ++part) add_state(s, rows, parts.state[first + part], result);
     }
     for (int64_t r = 0; r < rows; ++r) {
+        if (r % tile_rows >= my.span[r / tile_rows].rows) continue;
         if (r + rows_ahead < rows) fetch_out<T>(s, seq, my.row[r + rows_ahead]);
         write_row<T>(s, seq, my.row[r], result, r);
     }

@@ -45,6 +45,19 @@ inline Sequence sequence_at(const Attention& a, int64_t batch, int64_t token) {
     return outside_of(a, true);
 }
 
+// Whether the heads of a group have masks of their own. Then a tile holds rows of one head, or it would do the work of
+// all.
+inline bool has_masks_of_heads(const Attention& a) {
+    const bool differ =
+        (a.intervals && a.intervals.stride[1]) || (a.blocks && a.blocks.stride[1]) || (a.bits && a.bits.stride[1]);
+    return differ && a.q.size[2] > a.k.size[2] && a.q.size[1] >= tile_rows;
+}
+
+// The rows of so many queries, in whole tiles where these are to be of one head.
+inline int64_t rows_of(const Attention& a, int64_t queries) {
+    return a.q.size[2] / a.k.size[2] * (has_masks_of_heads(a) ? round_up(queries, tile_rows) : queries);
+}
+
 // Queries in a piece: enough rows to pay for packing the keys, few enough for all workers to find work. This alone may
 // follow the number of workers, for no row's result depends on the rows beside it.
 inline int64_t queries_of_piece(const Attention& a, int threads) {
@@ -52,7 +65,7 @@ inline int64_t queries_of_piece(const Attention& a, int threads) {
     const int64_t group = a.q.size[2] / a.k.size[2];
     const int64_t rows = clamp(a.q.size[0] * a.q.size[1] * a.q.size[2] / (pieces_of_worker * threads), least, most);
     int64_t unit = 1;  // queries that fill whole tiles
-    while (unit * group % tile_rows) ++unit;
+    while (rows_of(a, unit) % tile_rows || (has_masks_of_heads(a) && unit % tile_rows)) ++unit;
     const int64_t queries = round_up(rows / group, unit);
     return queries * group <= 2 * most ? queries : 1;
 }
@@ -87,7 +100,7 @@ inline void cut_sequence(const Attention& a, const Sequence& s, int64_t n, int64
                 if (parts > 1) ++cut.states;
             }
         }
-        const int64_t rows = round_up(queries * (a.q.size[2] / a.k.size[2]), tile_rows);
+        const int64_t rows = round_up(rows_of(a, queries), tile_rows);
         if (rows > cut.max_rows) cut.max_rows = rows;
     }
 }

@@ -75,6 +75,12 @@ METATE_FN void window_of(const Attention& a, const Sequence& s, int64_t i, int64
     end = a.window_right >= 0 ? clamp(at + a.window_right + 1, 0, s.keys) : s.keys;
 }
 
+// Row m of the block mask.
+METATE_FN const uint8_t* blocks_of(const Attention& a, const Sequence& s, int64_t m, int64_t h) {
+    return static_cast<const uint8_t*>(a.blocks.data) + s.batch * a.blocks.stride[0] + h * a.blocks.stride[1] +
+           m * a.blocks.stride[2];
+}
+
 inline Row row_of(const Attention& a, const Sequence& s, int64_t i, int64_t h) {
     Row row{i, h, 0, 0, nullptr, nullptr, nullptr, 0.0f};
     window_of(a, s, i, row.begin, row.end);
@@ -89,10 +95,7 @@ inline Row row_of(const Attention& a, const Sequence& s, int64_t i, int64_t h) {
         row.bits = static_cast<const int32_t*>(a.bits.data) + s.batch * a.bits.stride[0] + h * a.bits.stride[1] +
                    i * a.bits.stride[2];
     }
-    if (a.blocks) {
-        row.blocks = static_cast<const uint8_t*>(a.blocks.data) + s.batch * a.blocks.stride[0] +
-                     h * a.blocks.stride[1] + i / a.block_m * a.blocks.stride[2];
-    }
+    if (a.blocks) row.blocks = blocks_of(a, s, i / a.block_m, h);
     if (a.bias) {
         row.bias = static_cast<const char*>(a.bias.data) +
                    bytes_of(a.bias.dtype) * (s.batch * a.bias.stride[0] + h * a.bias.stride[1] + i * a.bias.stride[2]);
@@ -135,37 +138,62 @@ struct TileMask {
     uint32_t words[tile_rows][max_chunks];
 };
 
-// What `rows` rows may see of the chunks of a block that starts at `key`.
-inline void mask_tile(const Attention& a, const Row* row, int rows, int64_t key, int chunks, TileMask& mask) {
-    constexpr int64_t far = INT64_MAX / 2;
-    int64_t inner_begin = -far, inner_end = far, begin = far, end = -far;
-    for (int r = 0; r < rows; ++r) {
-        if (row[r].begin > inner_begin) inner_begin = row[r].begin;
-        if (row[r].end < inner_end) inner_end = row[r].end;
-        if (row[r].begin < row[r].end) {
-            if (row[r].begin < begin) begin = row[r].begin;
-            if (row[r].end > end) end = row[r].end;
-        }
+// Adds the chunks of a block at `key` of which a row of the block mask allows keys, and those of which it forbids some.
+inline void add_blocks(const Attention& a, const uint8_t* blocks, int64_t key, int chunks, uint32_t& allowed,
+                       uint32_t& forbidden) {
+    const int64_t keys = chunks * chunk;
+    for (int64_t n = key / a.block_n; n < a.blocks.size[3] && n * a.block_n < key + keys; ++n) {
+        const int64_t begin = n * a.block_n - key, end = begin + a.block_n;
+        (blocks[n * a.blocks.stride[3]] ? allowed : forbidden) |=
+            range_word(clamp(begin, 0, keys) / chunk, ceil_div(clamp(end, 0, keys), chunk), 0);
     }
-    mask.begin = clamp(begin - key, 0, chunks * chunk);
-    mask.end = clamp(end - key, 0, chunks * chunk);
-    const bool by_range = !a.bits && !a.blocks;
-    mask.any = mask.all = 0;
-    for (int c = 0; c < chunks; ++c) {
-        const int64_t at = key + c * chunk;
-        if (at >= end || at + chunk <= begin) continue;
-        if (by_range && inner_begin <= at && at + chunk <= inner_end) {
-            mask.any |= 1u << c;
-            mask.all |= 1u << c;
-            continue;
-        }
+}
+
+// Some rows: the keys within which all lies that one of them sees, and those that each may see but for bits and blocks.
+struct Span {
+    int rows;
+    int64_t begin, end, inner_begin, inner_end;
+};
+
+inline Span span_of(const Row* row, int rows) {
+    constexpr int64_t far = INT64_MAX / 2;
+    Span span{rows, far, -far, -far, far};
+    for (int r = 0; r < rows; ++r) {
+        span.inner_begin = larger(span.inner_begin, row[r].begin);
+        span.inner_end = smaller(span.inner_end, row[r].end);
+        if (row[r].begin >= row[r].end) continue;
+        span.begin = smaller(span.begin, row[r].begin);
+        span.end = larger(span.end, row[r].end);
+    }
+    return span;
+}
+
+// What the rows of a span may see of the chunks of a block that starts at `key`.
+inline void mask_tile(const Attention& a, const Span& span, const Row* row, int64_t key, int chunks, TileMask& mask) {
+    const int64_t keys = chunks * chunk;
+    mask.begin = clamp(span.begin - key, 0, keys);
+    mask.end = clamp(span.end - key, 0, keys);
+    uint32_t allowed = 0, forbidden = 0;
+    const uint8_t* seen = nullptr;
+    for (int r = 0; a.blocks && r < span.rows; ++r) {
+        if (row[r].blocks == seen || row[r].begin >= row[r].end) continue;
+        seen = row[r].blocks;
+        add_blocks(a, seen, key, chunks, allowed, forbidden);
+    }
+    mask.any = range_word(mask.begin / chunk, ceil_div(mask.end, chunk), 0);
+    if (a.blocks) mask.any &= allowed;
+    mask.all = range_word(ceil_div(clamp(span.inner_begin - key, 0, keys), chunk),
+                          clamp(span.inner_end - key, 0, keys) / chunk, 0);
+    mask.all &= a.bits ? 0 : mask.any & ~forbidden;
+    for (uint32_t left = mask.any & ~mask.all; left; left &= left - 1) {
+        const int c = __builtin_ctz(left);
         uint32_t any = 0, all = ~0u;
-        for (int r = 0; r < rows; ++r) {
-            const uint32_t word = mask.words[r][c] = mask_word(a, row[r], at);
+        for (int r = 0; r < span.rows; ++r) {
+            const uint32_t word = mask.words[r][c] = mask_word(a, row[r], key + c * chunk);
             any |= word;
             all &= word;
         }
-        if (any) mask.any |= 1u << c;
+        if (!any) mask.any &= ~(1u << c);
         if (all == ~0u) mask.all |= 1u << c;
     }
 }

@@ -61,6 +61,7 @@ CASES = [
     _case(1, 192, 192, 1, 1, 40, causal=True),  # more keys than a block, a head_dim with a short last panel
     _case(1, 1, 300, 8, 1, 128),
     _case(1, 65, 3, 2, 2, 100, 8),  # a long product of few scores
+    _case(1, 150, 200, 4, 2, 32, mask="blocks of heads"),
     _case(0, 4, 4, 2, 1, 8),
     _case(2, 0, 4, 2, 1, 8),
     _case(2, 4, 0, 2, 1, 8),
@@ -141,9 +142,9 @@ def _mask(case: Case, generator: torch.Generator) -> AttentionMask:
     B, Sq, Sk, Hq = case["B"], case["Sq"], case["Sk"], case["Hq"]
     if case.get("mask") == "documents":
         return AttentionMask.documents(torch.randint(0, 2, (B, Sq), generator=generator).sort(1).values)
-    if case.get("mask") == "blocks":
-        size = (16, 24)
-        visible = torch.rand(B, 1, -(-Sq // size[0]), -(-Sk // size[1]), generator=generator) < 0.6
+    if case.get("mask") in ("blocks", "blocks of heads"):
+        size, heads = ((16, 24), 1) if case["mask"] == "blocks" else ((64, 32), Hq)
+        visible = torch.rand(B, heads, -(-Sq // size[0]), -(-Sk // size[1]), generator=generator) < 0.6
         return AttentionMask.block_sparse(visible, size)
     if case.get("mask") == "bits":
         return AttentionMask.dense(torch.rand(B, Hq, Sq, Sk, generator=generator) < 0.5)

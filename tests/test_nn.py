@@ -335,7 +335,9 @@ class Model(nn.Module):
         return self.head(self.shared(x)[..., :32]), self.tied(x)
 
 
-@pytest.mark.parametrize("method,loss", [("nf4", 0.2), ("fp4", 0.3), ("int4", 0.25), ("int8", 0.02)])
+@pytest.mark.parametrize("method,loss", [
+    ("nf4", 0.2), ("fp4", 0.3), ("int4", 0.25), ("int8", 0.02), ("hqq", 0.2), ("fp8", 0.06),
+])  # fmt: skip
 def test_quantises_what_it_should(method, loss):
     torch.manual_seed(0)
     model = Model()
@@ -384,6 +386,10 @@ def test_peft_merges_into_dense_layers():
 def test_options_reach_the_quantiser():
     model = quantize_model(nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8)), "int4", group_size=16, symmetric=False)
     assert model[0].weight.group_size == 16 and model[0].weight.zeros is not None
+    fitted = quantize_model(nn.Linear(64, 8), "hqq", bits=3, group_size=16).weight
+    assert (fitted.bits, fitted.group_size) == (3, 16) and fitted.offsets is not None
+    blocks = quantize_model(nn.Linear(64, 8), "fp8", block=(4, 32)).weight
+    assert torch.equal(blocks.scales[:4], blocks.scales[:1].expand(4, 2)) and blocks.scales[0, 0] != blocks.scales[4, 0]
     alone = quantize_model(nn.Linear(64, 4), "nf4", block_size=32)
     assert isinstance(alone, QuantLinear) and alone.weight.group_size == 32
 

@@ -140,7 +140,10 @@ def test_compiles_whole_for_any_number_of_tokens():
     assert len(graphs) == 1
 
 
-METHODS = {"nf4": {}, "int4": {"group_size": 8, "symmetric": False}, "int8": {}}
+METHODS = {
+    "nf4": {}, "int4": {"group_size": 8, "symmetric": False}, "int8": {}, "hqq": {"group_size": 16},
+    "fp8": {"block": (8, 16)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metate.errors import FormatError, fail
 from metate.ops.quant_linear import QuantizedWeight
-from metate.quant import canonical, quantize_fp4, quantize_nf4, quantize_rtn
+from metate.quant import canonical, quantize_fp4, quantize_fp8, quantize_hqq, quantize_nf4, quantize_rtn
 from metate.quant.settings import Settings
 
 METHODS: dict[str, Callable[..., QuantizedWeight]] = {
@@ -19,6 +19,8 @@ METHODS: dict[str, Callable[..., QuantizedWeight]] = {
     "fp4": quantize_fp4,
     "int8": partial(quantize_rtn, bits=8, group_size=-1),
     "int4": quantize_rtn,
+    "hqq": quantize_hqq,
+    "fp8": quantize_fp8,
 }
 _NUMBERS = ("shape", "bits", "group_size", "super_groups", "zero")
 _PARTS = (*canonical.FIELDS, canonical.MARK)

@@ -28,7 +28,7 @@ def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = 
     layer tied to the embedding), and what `skip` names.
 
     Args:
-        method: "nf4", "fp4", "int8" or "int4".
+        method: "nf4", "fp4", "int8", "int4", "hqq" (integers with fitted zero points) or "fp8" (e4m3 in blocks).
         skip: names of modules, whole ("model.lm_head") or the last parts ("lm_head"), with * for anything; all that
             is inside them stays dense too.
         options: of the method, as in `QuantLinear.from_linear`.

@@ -46,7 +46,9 @@ class QuantLinear(LowBit, nn.Linear):  # type: ignore[override]
 
         Args:
             method: "nf4" or "fp4" (options of `quantize_nf4`: block_size, nested), "int4" (groups of 128) or "int8"
-                (one scale a row; options of `quantize_rtn`: group_size, symmetric, mse, scale_dtype).
+                (one scale a row; options of `quantize_rtn`: group_size, symmetric, mse, scale_dtype), "hqq" (groups of
+                64; options of `quantize_hqq`: bits, group_size, iterations, scale_dtype) or "fp8" (blocks of 128 by
+                128; an option of `quantize_fp8`: block).
 
         Raises:
             ValueError: the method is unknown. Also what its quantiser says of the weight.

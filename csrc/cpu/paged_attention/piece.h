@@ -316,7 +316,7 @@ inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, cons
         uintptr_t last = 0;
         for (int64_t j = 0; j < tile.count; ++j) {
             const auto line = reinterpret_cast<uintptr_t>(scale_at(*scales, tile.slot[j], piece.head)) / 64;
-            if (line != last) __builtin_prefetch(reinterpret_cast<const void*>(line * 64), 0, 2);
+            if (line != last) __builtin_prefetch(reinterpret_cast<const void*>(line * 64));
             last = line;
         }
     }

@@ -16,7 +16,8 @@ struct Run {
 };
 
 // Asks for what will be read next, a few lines at a time between products: a core waits once more than a dozen lines
-// are on their way.
+// are on their way. It asks the first cache level, though the second will have to keep them: asked alone, that one
+// brought up to a third fewer a second (Zen 5).
 class Prefetch {
   public:
     // `steps` calls of fetch() are to ask for everything.
@@ -43,7 +44,7 @@ class Prefetch {
                 ++next_;
             }
 #pragma GCC unroll 4
-            for (int i = 0; i < batch; ++i) __builtin_prefetch(at_ + i * 64, 0, 2);
+            for (int i = 0; i < batch; ++i) __builtin_prefetch(at_ + i * 64);
             at_ += batch * 64;
             due_ -= batch * unit;
         } while (due_ >= batch * unit);

@@ -38,6 +38,7 @@ METATE_FN const float* query_of(const TopkDistances& c, int64_t q) {
 // Row by row.
 
 constexpr int64_t keys_at_once = 512;  // rows between two looks at the bound
+constexpr int64_t bytes_ahead = 4096;  // rows are fetched so far before they are read: processors look to a page's end
 
 // A query of a turn.
 struct RowQuery {
@@ -113,12 +114,15 @@ template <bool l2, int queries, class T>
 void approximate_keys(RowKeys (&to)[queries], const Vectors<T>& v, const RowQuery* q, int64_t first, int64_t count,
                       bool largest) {
     const vf sign = splat(largest ? -1.0f : 1.0f), share = splat(static_cast<float>(-sum_share(v.columns)));
+    const int64_t bytes = v.columns * static_cast<int64_t>(sizeof(T)), rows_ahead = 1 + bytes_ahead / (bytes + 1);
     vf most[queries];
     for (int j = 0; j < queries; ++j) most[j] = splat(0.0f);
     for (int64_t at = 0; at < count; at += width) {
         vf sums[queries][width], sizes[queries][width];
         for (int i = 0; i < width; ++i) {
             vf sum[queries], size[queries];
+            const char* const ahead = reinterpret_cast<const char*>(v.row(first + at + i + rows_ahead));
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
             add_columns<l2, queries>(v, q, v.row(first + smaller(at + i, count - 1)), sum, size);
 #pragma GCC unroll 4
             for (int j = 0; j < queries; ++j) sums[j][i] = sum[j], sizes[j][i] = size[j];

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,41 @@ def damaged(data: bytes, random: np.random.Generator, head: int) -> bytes:
     else:
         del found[at:]
     return bytes(found)
+
+
+SLOW = 1.0  # seconds of a processor that a hostile file may take
+ROOM = 64 << 20  # bytes that reading it may take beside twice its size
+
+
+def survives(read: Callable[[], Any], what: Any) -> Any:
+    """What is read, None where a FormatError refuses it; whatever else happens fails the test."""
+    start = time.process_time()  # other processes may hold this one up
+    try:
+        return read()
+    except metate.FormatError:
+        return None
+    except Exception as error:
+        raise AssertionError(what) from error
+    finally:
+        assert time.process_time() - start < SLOW, what
+
+
+@contextlib.contextmanager
+def bounded_memory(size: int) -> Iterator[None]:
+    """The peak of what is resident must not grow by more than ROOM and twice the size of the file."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    yield
+    assert resident("VmHWM") - before <= ROOM + 2 * size
+
+
+def resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
+
+
+def overwrite(file: Path, data: bytes) -> None:
+    """Without cutting to nothing first, at which file systems write out what was there."""
+    with open(file, "r+b") as opened:
+        opened.write(data)
+        opened.truncate()

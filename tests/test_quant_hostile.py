@@ -7,11 +7,11 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from conftest import SLOW, bounded_memory, overwrite, survives
 from safetensors.torch import save
 
 import metate
@@ -22,8 +22,6 @@ from metate.quant.gguf_blocks import TYPES
 from metate.quant.patterns import Patterns
 
 MUTANTS = 25 * int(os.environ.get("METATE_TEST_FUZZ", "40"))  # of a format and kind; half a million in the long target
-SLOW = 1.0  # seconds of a processor that a mutant may take
-ROOM = 64 << 20  # bytes that reading may take beside twice the file
 EDGES = [0, 1, 2, 7, 31, 32, 63, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**48, 2**63 - 1,
          2**64 - 1]  # fmt: skip
 VALUES = [
@@ -158,31 +156,9 @@ def drain(read):
     return sound
 
 
-def survives(read, what):
-    """How many weights of a mutant are sound; whatever else happens than a FormatError fails the test."""
-    start = time.process_time()  # other processes may hold this one up
-    try:
-        return drain(read)
-    except metate.FormatError:
-        return 0
-    except Exception as error:
-        raise AssertionError(what) from error
-    finally:
-        assert time.process_time() - start < SLOW, what
-
-
-@contextlib.contextmanager
-def bounded_memory(size):
-    """The peak of what is resident must not grow by more than ROOM and twice the size of the file."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    yield
-    assert resident("VmHWM") - before <= ROOM + 2 * size
-
-
-def resident(name):
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
+def sound_in(read, what):
+    """How many weights of a mutant are sound."""
+    return survives(lambda: drain(read), what) or 0
 
 
 def mutated(data, random):
@@ -276,13 +252,6 @@ def mutated_gguf(tensors, random):
     return b"".join(gguf_file(tensors, keys, **counts))
 
 
-def overwrite(file, data):
-    """Without cutting to nothing first, at which file systems write out what was there."""
-    with open(file, "r+b") as opened:
-        opened.write(data)
-        opened.truncate()
-
-
 def fuzz_states(name, random, count):
     """Mutants of the tensors and settings of a sample; how many are sound."""
     tensors, config = SAMPLES[name]()
@@ -290,7 +259,7 @@ def fuzz_states(name, random, count):
     sound = 0
     for _ in range(count):
         mutant = mutated_state(tensors, config, random)
-        sound += survives(lambda mutant=mutant: QuantizedCheckpoint(*mutant, None), mutant)
+        sound += sound_in(lambda mutant=mutant: QuantizedCheckpoint(*mutant, None), mutant)
     return sound
 
 
@@ -307,7 +276,7 @@ def fuzz_files(name, random, count, folder):
         mutant = mutated(data, random), mutated(text, random) if random.random() < 0.3 else text
         overwrite(file, mutant[0])
         overwrite(beside, mutant[1])
-        sound += survives(lambda: metate.load_quantized(folder), mutant)
+        sound += sound_in(lambda: metate.load_quantized(folder), mutant)
     return sound
 
 
@@ -325,7 +294,7 @@ def fuzz_gguf(kind, random, count, folder):
             header, body = gguf_file(tensors)
             mutant = mutated(header, random) + body if random.random() < 0.7 else mutated(header + body, random)
         overwrite(file, mutant)
-        sound += survives(lambda: metate.load_quantized(file), mutant)
+        sound += sound_in(lambda: metate.load_quantized(file), mutant)
     return sound
 
 

@@ -1,23 +1,18 @@
 """Indexes against brute force over what they decode, whatever was added, removed and asked, in whatever order."""
 
-import contextlib
 import copy
 import itertools
-import json
-import os
 import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metate
-from metate import FormatError
-from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, load
+from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
 from metate.search.interleaved import Interleaved
 from metate.search.storage import Lists, Places
 
@@ -53,7 +48,6 @@ KINDS = {
     "refined": lambda metric: IVFPQIndex(D, 5, 4, 4, metric, refine="float32"),
 }
 METRICS = ("l2", "inner_product", "cosine")
-MALFORMED = int(os.environ.get("METATE_TEST_MALFORMED", "2000"))  # files; a million in the long target
 
 
 def everything(index):
@@ -505,173 +499,6 @@ def test_bad_settings_and_untrained():
     assert not index.is_trained and index.ntotal == 0
     with pytest.raises(ValueError, match="nprobe is 1, expected None"):
         FlatIndex(D).search(Q, 1, nprobe=1)
-
-
-# Files.
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_files_hold_everything(kind, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    index, path = filled(KINDS[kind]("l2")), tmp_path / "index"
-    for turn in range(3):  # empty, full, with holes
-        if turn == 1:
-            index.add(X)
-        if turn == 2:
-            index.remove_ids(range(5, 15))
-        index.save(path)
-        for mmap in (False, True):
-            found = load(path, mmap=mmap)
-            assert type(found) is type(index) and found.settings() == index.settings()
-            for a, b in zip(found.search(Q, 9), index.search(Q, 9), strict=True):
-                assert np.array_equal(a, b)
-            found.add(X[:3])
-            index_ids = found.search(X[:3], 70, **everything(index))[1]
-            assert {70, 71, 72} <= set(index_ids.ravel().tolist()) or turn == 0
-        assert "length" in safetensors.load_file(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["index"]
-
-
-def test_an_index_larger_than_memory_is_searched(tmp_path):
-    """A list of zeros twice as large as memory, a hole in the file, before one of vectors."""
-    index, path = IVFFlatIndex(D, 2), tmp_path / "index"
-    index.set_trained({"centroids": np.stack([np.zeros(D), np.ones(D)]).astype(np.float32)})
-    index.add(1 + 0.1 * X)
-    index.save(path)
-    data, header = path.read_bytes(), _header(path.read_bytes())
-    about, end = json.loads(header.pop("__metadata__")["metate.search"]), 8 + int.from_bytes(data[:8], "little")
-    zeros = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * D + 8)
-    parts, at = [], 0
-    for name, entry in header.items():
-        part = data[end + entry["data_offsets"][0] : end + entry["data_offsets"][1]]
-        hole = zeros * len(part) // 70 if name.startswith("column.") else 0
-        part = np.array([zeros, 70]).tobytes() if name == "length" else part
-        entry["shape"][0] += zeros if hole else 0
-        entry["data_offsets"] = [at, at + hole + len(part)]
-        parts.append((at + hole, part))
-        at += hole + len(part)
-    text = json.dumps({"__metadata__": {"metate.search": json.dumps(about)}, **header}).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for place, part in parts:
-            file.seek(8 + len(text) + place)
-            file.write(part)
-    found = load(path, mmap=True)
-    assert found.ntotal == zeros + 70
-    for queries in (Q, torch.from_numpy(Q)):
-        for a, b in zip(found.search(1 + 0.1 * queries, 9), index.search(1 + 0.1 * Q, 9, nprobe=2), strict=True):
-            assert np.array_equal(a, b)
-
-
-def test_untrained_indexes_have_files(tmp_path):
-    index = IVFPQIndex(D, 5, 4, 4, "cosine", residual=False, refine="sq8", seed=3)
-    index.save(tmp_path / "index")
-    found = load(tmp_path / "index")
-    assert not found.is_trained and found.settings() == index.settings()
-    found.train(X)
-
-
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    index, path = filled(FlatIndex(D)), tmp_path / "index"
-    index.add(X)
-    index.save(path)
-    index.add(X)
-    for broken in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
-            patch.setattr(os, broken, lambda *_: (_ for _ in ()).throw(OSError("disk")))
-            index.save(path)
-        assert [file.name for file in tmp_path.iterdir()] == ["index"] and load(path).ntotal == 70
-    path = tmp_path / "no folder" / "index"
-    with pytest.raises(FileNotFoundError) as caught:
-        index.save(path)
-    assert caught.value.filename == str(path)
-
-
-def _header(data):
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-
-
-def _with_header(data, change):
-    """The file with a header that was changed; what lies behind stays aligned."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = _header(data)
-    about = json.loads(header["__metadata__"]["metate.search"])
-    change(header, about)
-    if "__metadata__" in header:
-        header["__metadata__"]["metate.search"] = json.dumps(about)
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    return len(text).to_bytes(8, "little") + text + data[end:]
-
-
-HOSTILE = {
-    "version": lambda h, a: a.update(version=2),
-    "kind": lambda h, a: a.update(index="Index"),
-    "setting": lambda h, a: a["settings"].update(M=2),
-    "setting missing": lambda h, a: a["settings"].pop("opq"),
-    "setting more": lambda h, a: a["settings"].update(device="cuda"),
-    "huge": lambda h, a: a["settings"].update(dim=2**60),
-    "many lists": lambda h, a: a["settings"].update(nlist=2**40),
-    "bool": lambda h, a: a["settings"].update(residual=1),
-    "next id": lambda h, a: a.update(next_id=-1),
-    "next id low": lambda h, a: a.update(next_id=3),
-    "no checksum": lambda h, a: a["crc32"].pop("length"),
-    "wrong checksum": lambda h, a: a["crc32"].update(length="00000000"),
-    "no metadata": lambda h, a: h.pop("__metadata__"),
-    "dtype": lambda h, a: h["column.codes"].update(dtype="I8"),
-    "shape": lambda h, a: h["column.codes"].update(shape=[35, 4]),
-    "shape negative": lambda h, a: h["column.codes"].update(shape=[-70, -2]),
-    "offsets": lambda h, a: h["column.codes"].update(data_offsets=[0, 140]),
-    "offsets beyond": lambda h, a: h["column.codes"].update(data_offsets=[2**62, 2**62 + 140]),
-    "tensor missing": lambda h, a: h.pop("length"),
-    "no dimension": lambda h, a: h["length"].update(shape=[]),
-    "entry": lambda h, a: h.update(length=[1, 2]),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_headers_are_refused(case, tmp_path):
-    index, path = filled(IVFPQIndex(D, 5, 4, 4)), tmp_path / "index"
-    index.add(X)
-    index.save(path)
-    path.write_bytes(_with_header(path.read_bytes(), HOSTILE[case]))
-    with pytest.raises(FormatError, match=r"metate\.search\.load: "):
-        load(path)
-
-
-@pytest.mark.parametrize("kind", ["sq8", "opq", "ivf", "refined"])
-def test_damaged_files_are_refused(kind, tmp_path):
-    """Or, without comparing checksums, searched without a crash."""
-    index, path = filled(KINDS[kind]("l2")), tmp_path / "index"
-    index.add(X)
-    index.save(path)
-    data, random = path.read_bytes(), np.random.default_rng(0)
-    header, expected = 8 + int.from_bytes(data[:8], "little"), index.search(Q, 9)
-    for _ in range(MALFORMED // 4):
-        path.write_bytes(damaged(data, random, header))
-        with contextlib.suppress(FormatError):  # what is not refused says the same: another seed, spaces
-            assert all(np.array_equal(a, b) for a, b in zip(load(path).search(Q, 9), expected, strict=True))
-        with contextlib.suppress(FormatError):
-            load(path, mmap=True).search(Q, 3)
-
-
-def test_lengths_of_no_dimension_are_refused(tmp_path):
-    index, path = filled(FlatIndex(D)), tmp_path / "index"
-    index.save(path)
-    path.write_bytes(_with_header(path.read_bytes(), lambda h, a: h["length"].update(shape=[])))
-    with pytest.raises(FormatError, match="tensor 'length'"):
-        load(path)
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    path = tmp_path / "index"
-    for text in (b"", b"x", b"\xff" * 9, (2).to_bytes(8, "little") + b"{}", (4).to_bytes(8, "little") + b"[[[["):
-        path.write_bytes(text)
-        with pytest.raises(FormatError):
-            load(path)
-    with pytest.raises(FileNotFoundError, match="a file that exists"):
-        load(tmp_path / "none")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

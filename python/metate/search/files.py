@@ -10,11 +10,13 @@ the header against the size of the file; nothing in it is executed, and nothing 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import inspect
 import json
 import math
 import os
-import tempfile
+import secrets
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER = 1 << 20  # bytes of a header
 _MOST_DIMENSIONS = 1 << 20
 _CHUNK = 1 << 24  # bytes that a checksum reads at a time
+_UNFINISHED = ".saving"  # how the name of a file ends that is not in its place yet
 
 
 def _complain(what: str, got: object, expected: str) -> FormatError:
@@ -56,33 +59,61 @@ def _complain(what: str, got: object, expected: str) -> FormatError:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when all is on disk, and leaves it alone otherwise."""
+    """A file to write that takes the place of `path` when all is on disk, and leaves it alone otherwise.
+
+    It has no name until then, where the system has such files: a process that is killed leaves nothing. Where it must
+    have one, or has just been given one, the next save removes it: nobody holds its lock.
+    """
+    with _opened(path.parent, path) as folder:
+        _remove_abandoned(path)
+        name = str(path.parent / f".{path.name}.{secrets.token_hex(8)}{_UNFINISHED}")
+        try:
+            with os.fdopen(_new_file(path, name), "w+b") as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if not os.fstat(file.fileno()).st_nlink:
+                    os.link(f"/proc/self/fd/{file.fileno()}", name, src_dir_fd=folder, follow_symlinks=True)
+                os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, path: Path) -> Iterator[int]:
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
-        with os.fdopen(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
+        yield handle
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _new_file(path: Path, name: str) -> int:
+    """Open for writing: without a name, or where the system or the folder has no such files, under this one."""
+    unnamed = getattr(os, "O_TMPFILE", 0)
+    if unnamed and os.path.isdir("/proc/self/fd"):  # where such a file is given its name from
+        with contextlib.suppress(OSError):
+            return os.open(path.parent, unnamed | os.O_RDWR, 0o666)
+    try:
+        return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What processes that were killed have left of `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+        with contextlib.suppress(OSError), open(left, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def save(index: Index, path: str | Path) -> None:
@@ -180,7 +211,7 @@ def load(
             raise _complain("ids", f"{int(ids.min())} to {int(ids.max())}", f"numbers from 0 to {next_id - 1}")
     index.device = torch.device(device)
     laid_out = columns if mmap else index.codec.laid_out(columns)
-    index._state = State(model, Lists.packed(lists.numpy().copy(), laid_out), next_id)
+    index._state = State(model, Lists.packed(lists.numpy().copy(), laid_out, mmap), next_id)
     return index
 
 

@@ -302,7 +302,7 @@ class Index(Searching):
         op = self._op("remove_ids")
         with self._lock:
             state = self._state
-            rows = matching(op, state.lists, which)
+            rows = np.concatenate([np.zeros(0, np.int64), *matching(op, state.lists, which)])
             self._state = replace(state, lists=state.lists.without(rows))
         return len(rows)
 

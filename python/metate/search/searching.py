@@ -50,8 +50,8 @@ class Searching(Base):
             k: how many; there may be fewer in the index.
             nprobe: lists to look into, of an index that has lists; default: `index.nprobe`.
             filter: what may be found: ids (a list, an integer array), a range of ids, a boolean mask or a uint8 bitmap
-                indexed by id, or a function from an array of ids to an array of booleans. Ids that no vector has match
-                nothing, and ids behind the end of a mask are out.
+                indexed by id, or a function from an array of ids, some at a time, to an array of booleans. Ids that no
+                vector has match nothing, and ids behind the end of a mask are out.
             refine_factor: of an index with refinement: k × refine_factor candidates are ranked by their full vectors.
 
         Returns:

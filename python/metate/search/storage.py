@@ -52,6 +52,10 @@ def is_set(bitmap: Bits, rows: Integers) -> npt.NDArray[np.bool_]:
     return set_
 
 
+def set_bits(bitmap: Bits, rows: Integers) -> None:
+    np.bitwise_or.at(bitmap, rows >> 3, np.left_shift(np.uint8(1), (rows & 7).astype(np.uint8)))
+
+
 def _clear(bitmap: Bits, rows: Integers) -> None:
     np.bitwise_and.at(bitmap, rows >> 3, ~np.left_shift(np.uint8(1), (rows & 7).astype(np.uint8)))
 
@@ -96,6 +100,7 @@ class Lists:
     capacity: int
     live: Bits | None = None  # over the pool; rows that nobody has used yet count as alive
     dead: int = 0
+    mapped: bool = False  # columns lie in a file, and what takes memory for each row is not made of them
     _cache: dict[str, Places] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type[Lists], tuple[Any, ...]]:
@@ -110,10 +115,10 @@ class Lists:
         return Lists(prototypes, none, none, none, 0, 0)
 
     @staticmethod
-    def packed(length: Integers, columns: Mapping[str, Column]) -> Lists:
+    def packed(length: Integers, columns: Mapping[str, Column], mapped: bool = False) -> Lists:
         """Lists that lie one after another without room, as a file has them."""
         total = int(length.sum())
-        return Lists(columns, np.cumsum(length) - length, length, length, total, total)
+        return Lists(columns, np.cumsum(length) - length, length, length, total, total, mapped=mapped)
 
     @property
     def total(self) -> int:
@@ -158,6 +163,16 @@ class Lists:
         rows = spans(self.start[lists], self.length[lists])
         return rows if self.live is None else rows[is_set(self.live, rows)]
 
+    def row_blocks(self) -> Iterator[Integers]:
+        """The same, some at a time."""
+        ends = np.cumsum(self.length)
+        begins = ends - self.length
+        for a in range(0, int(self.length.sum()), _MOVED):
+            held = slice(int(np.searchsorted(ends, a, "right")), int(np.searchsorted(begins, a + _MOVED)))
+            low, high = (np.clip(at[held], a, a + _MOVED) for at in (begins, ends))
+            rows = spans(self.start[held] + low - begins[held], high - low)
+            yield rows if self.live is None else rows[is_set(self.live, rows)]
+
     def ids_column(self) -> Tensor | None:
         """The ids of the rows that scans see; None: row numbers."""
         column = self.seen.get("ids")
@@ -179,12 +194,26 @@ class Lists:
         """The row of each id, -1 where there is none."""
         if self.implicit:
             rows = np.where((ids >= 0) & (ids < self.length[0]), ids, -1)
+        elif self.mapped and self.known_places() is None:
+            return self._looked_up(ids)
         else:
             places = self._places().find(ids)
             rows = np.where(places < 0, -1, self.start[places >> _OFFSET] + (places & ((1 << _OFFSET) - 1)))
         if self.live is not None and len(rows):
             rows = np.where((rows >= 0) & is_set(self.live, np.maximum(rows, 0)), rows, -1)
         return rows
+
+    def _looked_up(self, ids: Integers) -> Integers:
+        """The same, by reading all ids."""
+        wanted, back = np.unique(ids, return_inverse=True)
+        found = np.full(len(wanted), -1, np.int64)
+        for rows in self.row_blocks() if len(wanted) else ():
+            known = self.ids(rows)
+            at = np.minimum(np.searchsorted(wanted, known), len(wanted) - 1)
+            here = wanted[at] == known
+            found[at[here]] = rows[here]
+        looked_up: Integers = found[back]
+        return looked_up
 
     def _places(self) -> Places:
         """Made when first asked for, kept up to date from then on."""
@@ -294,15 +323,16 @@ class Lists:
         """How many rows of each list are alive."""
         if self.live is None:
             return self.length
-        rows = self.rows()
-        return np.bincount(self.list_of(rows), minlength=len(self.length)) if len(rows) else np.zeros_like(self.length)
+        length = np.zeros_like(self.length)
+        for rows in self.row_blocks():
+            length += np.bincount(self.list_of(rows), minlength=len(length))
+        return length
 
     def packed_blocks(self, name: str) -> Iterator[Tensor]:
         """The living rows of a column, list by list, some at a time."""
-        rows = self.rows()
-        for a in range(0, len(rows), _MOVED):
-            column = self.columns[name]
-            yield column[torch.from_numpy(rows[a : a + _MOVED]).to(column.device)]
+        column = self.columns[name]
+        for rows in self.row_blocks():
+            yield column[torch.from_numpy(rows).to(column.device)]
 
 
 def _copy_lists(

@@ -18,6 +18,7 @@ from .tiles import (
     load_rows,
     locate,
     make_span,
+    row_products,
     slots,
     unit_of,
 )
@@ -27,7 +28,7 @@ from .tiles import (
 def columns_tile(total, q, keys, lse, q_strides, m0, n0, span, window, terms, allowed, CAP: tl.constexpr,
                  DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     rows = load_rows(q, q_strides, m0, span[4], None, BLOCK_M, DIM, BLOCK_D, allowed is not None)
-    s, _ = bend(product(keys, tl.trans(rows)), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, True)
+    s, _ = bend(row_products(keys, rows), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, True)
     p = exponential(s - load_lse(lse, m0, span, terms, BLOCK_M)[None, :], terms)
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)

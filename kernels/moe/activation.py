@@ -17,6 +17,14 @@ def gelu_argument(x):
 
 
 @triton.jit
+def sigmoid_slope(x):
+    """s (1 - s) without the difference, which leaves few digits of a share near 1."""
+    power = tl.exp(-tl.abs(x))
+    share = 1.0 / (1.0 + power)
+    return power * share * share
+
+
+@triton.jit
 def activate(x, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         x = x * sigmoid(alpha * x)
@@ -34,14 +42,14 @@ def activate(x, alpha, ACTIVATION: tl.constexpr):
 @triton.jit
 def slope_of(x, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
-        s = sigmoid(alpha * x)
-        x = s + alpha * x * s * (1.0 - s)
+        z = alpha * x
+        x = sigmoid(z) + z * sigmoid_slope(z)
     elif ACTIVATION == GELU:
         bell = x * tl.exp(-0.5 * x * x) * 0.3989422804014327
         x = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + bell
     elif ACTIVATION == GELU_TANH:
-        s = sigmoid(gelu_argument(x))
-        x = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        z = gelu_argument(x)
+        x = sigmoid(z) + x * sigmoid_slope(z) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif ACTIVATION == RELU:
         x = tl.where(x > 0.0, 1.0, 0.0)
     else:

@@ -459,7 +459,7 @@ class Op:
 
         Where low precision happens to be exact (a difference that cancels), float32, in which every kernel accumulates,
         sets the budget. Few numbers may all happen to be rounded well: then the error of plain torch is the largest on
-        this problem and on problems whose inputs differ from it by a rounding.
+        this problem and on problems whose inputs differ from it by a few roundings.
         """
         accuracy.assert_close(self, got, args)
 

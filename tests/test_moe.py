@@ -25,6 +25,7 @@ ROUTERS = {
 }
 LINEAR = [p.values[1:] for p in BACKENDS if p.values[0].name == "grouped_linear"]
 ROUTE = [p.values[1:] for p in BACKENDS if p.values[0].name == "moe_topk"]
+ACTIVATION = [p.values[1:] for p in BACKENDS if p.values[0].name == "gated_activation"]
 SORT = [p.values[1:] for p in BACKENDS if p.values[0].name == "moe_sort"]
 
 
@@ -419,9 +420,10 @@ def test_activations_take_any_dimensions(shape):
     torch.testing.assert_close(metate.gated_activation(x), torch.nn.functional.silu(gate) * up)
 
 
-def test_gelu_keeps_its_digits_below_zero():
-    x = torch.linspace(-5, -0.1, 1001)[:, None]
-    out = metate.gated_activation(x, "gelu", gating="none").double()
+@pytest.mark.parametrize(("device", "backend"), [place for place in ACTIVATION if place[1] != "reference"])
+def test_gelu_keeps_its_digits_below_zero(device, backend):
+    x = torch.linspace(-5, -0.1, 1001, device=device)[:, None]
+    out = metate.gated_activation(x, "gelu", gating="none", backend=backend).double()
     torch.testing.assert_close(out, torch.nn.functional.gelu(x.double()), rtol=1e-5, atol=0)
 
 

@@ -17,6 +17,25 @@ def gelu_argument(x):
 
 
 @triton.jit
+def normal_below(x):
+    """The normal distribution's share below x, as csrc/cpu/moe/functions.h has it: 1 + erf would cancel below 0."""
+    size = tl.abs(x * 0.7071067811865476)
+    s = tl.where(size > 4.25, 4.25, size)
+    p = 8.48996038e-8 * s - 2.22529411e-6
+    p = p * s + 2.58575656e-5
+    p = p * s - 1.74113418e-4
+    p = p * s + 7.30304280e-4
+    p = p * s - 1.74463342e-3
+    p = p * s + 1.64713143e-4
+    p = p * s + 1.91894025e-2
+    p = p * s - 1.02801412e-1
+    p = p * s - 6.36613905e-1
+    p = p * s - 1.12837958
+    tail = 0.5 * tl.exp(p * s + (s - size) * (s + size))
+    return tl.where(x < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
 def sigmoid_slope(x):
     """s (1 - s) without the difference, which leaves few digits of a share near 1."""
     power = tl.exp(-tl.abs(x))
@@ -29,7 +48,7 @@ def activate(x, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         x = x * sigmoid(alpha * x)
     elif ACTIVATION == GELU:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        x = x * normal_below(x)
     elif ACTIVATION == GELU_TANH:
         x = x * sigmoid(gelu_argument(x))
     else:
@@ -46,7 +65,7 @@ def slope_of(x, alpha, ACTIVATION: tl.constexpr):
         x = sigmoid(z) + z * sigmoid_slope(z)
     elif ACTIVATION == GELU:
         bell = x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-        x = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + bell
+        x = normal_below(x) + bell
     elif ACTIVATION == GELU_TANH:
         z = gelu_argument(x)
         x = sigmoid(z) + x * sigmoid_slope(z) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)

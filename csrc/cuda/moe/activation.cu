@@ -20,6 +20,11 @@ METATE_DEVICE float gelu_argument(float x) {
     return gelu_slope * x * (1.f + gelu_cubic * x * x);
 }
 
+// The normal distribution's share below x: 1 + erf would cancel below 0.
+METATE_DEVICE float normal_below(float x) {
+    return 0.5f * erfcf(x * -0.70710678f);
+}
+
 // s (1 - s) without the difference, which leaves few digits of a share near 1.
 METATE_DEVICE float sigmoid_slope(float x) {
     const float power = expf(-fabsf(x)), share = 1.f / (1.f + power);
@@ -42,7 +47,7 @@ METATE_DEVICE void activate(float (&values)[n], Activation activation, float alp
         case Activation::silu:
             return make_each(values, [=](float x) { return x * sigmoid(alpha * x); });
         case Activation::gelu:
-            return make_each(values, [](float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); });
+            return make_each(values, [](float x) { return x * normal_below(x); });
         case Activation::gelu_tanh:
             return make_each(values, [](float x) { return x * sigmoid(gelu_argument(x)); });
         case Activation::relu:
@@ -63,7 +68,7 @@ METATE_DEVICE void differentiate(float (&values)[n], Activation activation, floa
             });
         case Activation::gelu:
             return make_each(values, [](float x) {
-                return 0.5f * (1.f + erff(x * 0.70710678f)) + x * expf(-0.5f * x * x) * 0.39894228f;
+                return normal_below(x) + x * expf(-0.5f * x * x) * 0.39894228f;
             });
         case Activation::gelu_tanh:
             return make_each(values, [](float x) {

@@ -431,9 +431,3 @@ def test_gradients_of_few_scores_are_exact_on_a_cpu() -> None:
     case = next(case for case in CASES if case["D"] == 100) | {"Sq": 33, "Sk": 1, "Hkv": 1, "Dv": 90}
     args = backward_op.example(case, torch.float32)
     backward_op.assert_close(backward_op(*args), args)
-
-
-def test_nested_tensors_are_refused() -> None:
-    x = torch.nested.nested_tensor([torch.randn(5, 4, 8), torch.randn(9, 4, 8)], layout=torch.jagged)
-    with pytest.raises(TypeError, match="q is a nested tensor, expected a dense one"):
-        metate.attention(x, x, x)

@@ -107,6 +107,19 @@ def test_a_transform_sees_the_call():
         torch.testing.assert_close([x[i] for x in batched], list(metate.merge_attention_states(outs[i], lses[i])))
 
 
+def test_a_trace_holds_the_call():
+    """torch.jit.trace would take what comes directly for a constant."""
+    calls = [
+        (lambda q, k: metate.attention(q, k, k, causal=True), [torch.randn(2, n, h, 16) for h in (4, 2) for n in (9,)]),
+        (lambda outs, lses: metate.merge_attention_states(outs, lses)[0], states(4)),
+    ]
+    for function, args in calls:
+        function(*args)
+        traced = torch.jit.trace(function, tuple(args))
+        others = [torch.randn_like(x) for x in args]
+        assert torch.equal(traced(*others), function(*others))
+
+
 def test_a_gradient_is_asked_of_the_dispatcher():
     outs, lses = states(4)
     metate.merge_attention_states(outs, lses)

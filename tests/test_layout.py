@@ -9,14 +9,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "metate"
 LAYERS = [
-    {"errors", "accuracy", "axes", "philox", "masks", "low_bit", "memory", "library", "hardware", "backends"},
+    {
+        "errors", "scalars", "flops", "accuracy", "axes", "philox", "masks", "low_bit", "memory", "library", "hardware",
+        "backends",
+    },
     {"op"},
     {"shortcut", "explanation"},
     {"ops"},
     {"nn", "quant", "search"},
     {"models", "generate", "parallel"},
     {"compat", "verify", "bench", "demo", "cli", "__init__", "__main__"},
-]
+]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 SHOUTED = re.compile(r"METATE_(?!ISA\b|BACKEND\b|ARCHS\b)[A-Z_]+")
 

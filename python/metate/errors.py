@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 
 class FormatError(ValueError):
     """A file or a serialised state that does not hold what its format promises."""
@@ -10,3 +13,13 @@ class FormatError(ValueError):
 def fail(op: str, argument: str, got: object, expected: str, *, error: type[Exception] = ValueError) -> Exception:
     """The exception to raise: `metate.attention: q is float8, expected float32, bfloat16 or float16`."""
     return error(f"metate.{op}: {argument} is {got}, expected {expected}")
+
+
+def require_dense(op: str, argument: str, x: object, expected: str = "a torch.Tensor") -> None:
+    """TypeError where x is no tensor, or one whose numbers do not stand in one array: nested or sparse."""
+    if not isinstance(x, Tensor):
+        raise fail(op, argument, type(x).__name__, expected, error=TypeError)
+    if x.is_nested:
+        raise fail(op, argument, "a nested tensor", "a dense one; pass its values()", error=TypeError)
+    if x.layout != torch.strided:
+        raise fail(op, argument, x.layout, "a dense tensor; use .to_dense()", error=TypeError)

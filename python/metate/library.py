@@ -34,12 +34,13 @@ class Module:
 
 # What may stand between the caller and the kernels; any that says true wants the call to go through torch's dispatcher:
 # a dispatch mode and a profiler, and where there are tensors (csrc/torch/pq/arrays.cpp has none) a functorch transform,
-# autocast, forward-mode gradients.
+# autocast, torch.jit.trace, forward-mode gradients.
 _GUARDS: tuple[Callable[[], Any], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._autograd._profiler_enabled,
     torch._C._functorch.peek_interpreter_stack,
     torch._C._is_any_autocast_enabled,
+    torch._C._is_tracing,
     lambda: forward_ad._current_level >= 0,
 )
 

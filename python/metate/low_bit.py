@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail
+from metate.scalars import is_whole, plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Weight = TypeVar("Weight", bound="LowBitTensors")
@@ -194,7 +195,10 @@ class LowBitTensors:
 
     def __post_init__(self) -> None:
         tensors = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "codebook", "permutation")
-        for name, fields in (("arguments", tensors), ("scalars", ("bits", "group_size", "super_groups", "zero"))):
+        numbers = ("bits", "group_size", "super_groups", "zero")
+        for name in numbers:
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        for name, fields in (("arguments", tensors), ("scalars", numbers)):
             object.__setattr__(self, name, tuple(getattr(self, field) for field in fields))
 
     @property
@@ -276,17 +280,18 @@ class QuantizedWeight(LowBitTensors):
         self._check_permutation()
 
     def _check_sizes(self) -> tuple[int, int]:
-        shape = self.shape
-        if not isinstance(shape, tuple) or len(shape) != 2 or not all(_whole(size, 0, 2**48) for size in shape):
+        shape = tuple(map(plain, self.shape)) if isinstance(self.shape, tuple) else self.shape
+        if not isinstance(shape, tuple) or len(shape) != 2 or not all(is_whole(size, 0, 2**48) for size in shape):
             raise _fail("shape", shape, "a tuple of 2 integers (out_features, in_features)")
-        if not _whole(self.bits, 1, 8):
+        if not is_whole(self.bits, 1, 8):
             raise _fail("bits", self.bits, "1 to 8")
-        if not _whole(self.group_size, 1, 2**62):
+        if not is_whole(self.group_size, 1, 2**62):
             raise _fail("group_size", self.group_size, "1 or more; in_features for one group a row")
-        if not _whole(self.super_groups, 0, 2**62):
+        if not is_whole(self.super_groups, 0, 2**62):
             raise _fail("super_groups", self.super_groups, "0 or more")
-        if not _whole(self.zero, 0, 255):
+        if not is_whole(self.zero, 0, 255):
             raise _fail("zero", self.zero, "0 to 255")
+        object.__setattr__(self, "shape", shape)
         return shape
 
     def _check(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
@@ -374,10 +379,6 @@ class QuantizedWeight(LowBitTensors):
     def __repr__(self) -> str:
         beside = ", ".join(name for name in self.tensors if name not in ("codes", "scales"))
         return f"QuantizedWeight({self._summary()}{', ' + beside if beside else ''})"
-
-
-def _whole(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_low(x: Tensor | None) -> bool:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
+from metate.scalars import plain
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class AttentionMask:
     block_size: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
-        _two("AttentionMask", "block_size", self.block_size, "two integers (rows, columns)")
+        size = _two("AttentionMask", "block_size", self.block_size, "two integers (rows, columns)")
+        object.__setattr__(self, "block_size", size)
 
     @staticmethod
     def documents(document_ids: Tensor) -> AttentionMask:
@@ -38,7 +40,7 @@ class AttentionMask:
 
         For the same queries and keys. A row sees from the first to the last token of its run of equal ids.
         """
-        _tensor("documents", "document_ids", document_ids)
+        require_dense("AttentionMask.documents", "document_ids", document_ids)
         if document_ids.dim() not in (1, 2):
             got = f"of shape {tuple(document_ids.shape)}"
             raise fail("AttentionMask.documents", "document_ids", got, "(batch, seqlen) or (seqlen)")
@@ -56,7 +58,7 @@ class AttentionMask:
     def lengths(seqlens_k: Tensor, seqlen_q: int, starts: Tensor | None = None) -> AttentionMask:
         """Padded batches: row b sees the keys in [starts[b], seqlens_k[b]); both (batch) integers, starts default 0."""
         for name, given in (("seqlens_k", seqlens_k), ("starts", seqlens_k if starts is None else starts)):
-            _tensor("lengths", name, given)
+            require_dense("AttentionMask.lengths", name, given)
             if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
                 got = f"{given.dtype} of shape {tuple(given.shape)}"
                 raise fail("AttentionMask.lengths", name, got, "(batch) integers")
@@ -111,10 +113,33 @@ class AttentionMask:
         return AttentionMask.dense(visible)
 
 
+def visible_pairs(queries: int, keys: int, diagonal: int, left: int, right: int) -> int:
+    """How many (query, key) pairs a window leaves: query i stands at key i + diagonal; -1: no limit."""
+    behind = _clamped_sum(diagonal + right + 1, queries, keys) if right >= 0 else queries * keys
+    return behind - (_clamped_sum(diagonal - left, queries, keys) if left >= 0 else 0)
+
+
+def lengths_of(cu_seqlens: Tensor | None) -> list[int] | None:
+    """The lengths of packed sequences, where there are any and they are known."""
+    if cu_seqlens is None or type(cu_seqlens) is not Tensor or cu_seqlens.is_meta:
+        return None
+    return cu_seqlens.diff().tolist()
+
+
+def _clamped_sum(first: int, count: int, most: int) -> int:
+    """Σ min(max(x, 0), most) over `count` integers from `first` on."""
+
+    def below(end: int) -> int:
+        rising = min(max(end, 0), most)
+        return rising * (rising - 1) // 2 + most * max(end - most, 0)
+
+    return below(first + count) - below(first)
+
+
 def window_sides(op: str, window: tuple[int, int], causal: bool) -> tuple[int, int]:
     """How many keys before and behind its position a query sees, none behind it where causal; -1: no limit."""
     left, right = _two(op, "window", window, "two integers (left, right); -1 means no limit")
-    if not isinstance(causal, int):
+    if not isinstance(causal, int) and not isinstance(plain(causal), int):
         raise fail(op, "causal", type(causal).__name__, "True or False", error=TypeError)
     if causal:
         right = 0 if right == -1 else min(right, 0)
@@ -125,19 +150,14 @@ def _two(op: str, name: str, given: tuple[int, int], expected: str) -> tuple[int
     """The two integers of a pair, which a compiler may not know yet."""
     if isinstance(given, (tuple, list)) and len(given) == 2:
         first, second = given
+        if type(first) not in _WHOLE or type(second) not in _WHOLE:
+            first, second = plain(first), plain(second)
         if type(first) in _WHOLE and type(second) in _WHOLE:
             return first, second
     raise fail(op, name, repr(given)[:60], expected, error=TypeError)
 
 
 _WHOLE = (int, torch.SymInt)
-
-
-def _tensor(function: str, name: str, given: object) -> None:
-    if not isinstance(given, Tensor):
-        raise fail(f"AttentionMask.{function}", name, type(given).__name__, "a torch.Tensor", error=TypeError)
-    if given.layout != torch.strided:
-        raise fail(f"AttentionMask.{function}", name, given.layout, "a dense tensor", error=TypeError)
 
 
 def _count(function: str, name: str, given: object) -> None:
@@ -153,7 +173,7 @@ def _count(function: str, name: str, given: object) -> None:
 
 
 def _four_dimensions(function: str, name: str, x: Tensor) -> Tensor:
-    _tensor(function, name, x)
+    require_dense(f"AttentionMask.{function}", name, x)
     if x.dim() > 4:
         expected = "at most 4 dimensions (batch, heads, rows, columns)"
         raise fail(f"AttentionMask.{function}", name, f"of shape {tuple(x.shape)}", expected)

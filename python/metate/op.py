@@ -27,11 +27,12 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from metate import accuracy, backends, library
+from metate import accuracy, backends, flops, library
 from metate.accuracy import computes
 from metate.axes import Axes
 from metate.backends import State, current, on, traced, use, within
-from metate.errors import fail
+from metate.errors import fail, require_dense
+from metate.scalars import PLAIN, plain
 
 Case = dict[str, Any]  # axis sizes and flags, as in {"B": 1, "Sq": 63, "causal": True}
 Backend = Callable[..., Any]
@@ -91,6 +92,7 @@ class Op:
     shapes: Callable[..., tuple[Sequence[int], ...]]  # args -> shape of every output, or of what is written of it
     domain: Domain
     flops: Callable[[Case], float]
+    sizes: Callable[[Case], Case] = field(kw_only=True, default=dict)  # named axes and arguments -> those of `flops`
     autocast: tuple[str, ...]  # arguments cast to the autocast dtype, or to that of `storage` where it has floats
     vmap: Callable[..., Any]  # (info, in_dims, *args) -> (outputs, out_dims); `loop_vmap` where batches cannot fold
     sharding: Callable[..., Sequence[Any]]  # args -> [({output: dim}, {argument: dim}), …] that need no communication
@@ -117,6 +119,7 @@ class Op:
         for key in ("AutocastCPU", "AutocastCUDA"):
             _public.impl(self.name, self._under_autocast, key)
         self.torch_op = getattr(torch.ops.metate, self.name).default
+        flops.declare(self.torch_op.overloadpacket, lambda *args, **_: self.cost(args))
         qualified = f"metate::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_public)
         torch.library.register_vmap(qualified, self._under_vmap, lib=_public)
@@ -164,6 +167,8 @@ class Op:
         return results[0] if first_only else results
 
     def _long_way(self, args: Args) -> Any:
+        if not PLAIN.issuperset(map(type, args[self.arity :])):
+            args = (*args[: self.arity], *map(plain, args[self.arity :]))
         self._without_tangents(args)
         if library.dispatcher_is_wanted():
             return self._dispatch(args)
@@ -177,10 +182,8 @@ class Op:
 
     def _dispatch(self, args: Args) -> Any:
         for name, arg in zip(self.axes, args, strict=False):
-            if arg is not None and not isinstance(arg, Tensor):
-                raise fail(self.public, name, type(arg).__name__, "a torch.Tensor", error=TypeError)
-            if arg is not None and arg.is_nested:
-                raise fail(self.public, name, "a nested tensor", "a dense one; pass its values()", error=TypeError)
+            if arg is not None:
+                require_dense(self.public, name, arg)
         return self.torch_op(*args, backend=backends.used())
 
     def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
@@ -309,8 +312,12 @@ class Op:
                 return self._run(*args)
         state, arity = current.get(), self.arity
         key: list[Any] = [state, args[arity:], *map(type, args[arity:])]  # True equals 1, but is none
-        for tensor in args[:arity]:
-            key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        try:
+            for tensor in args[:arity]:
+                key += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+        except RuntimeError:  # a nested tensor has no shape
+            self.check(args)
+            raise
         result = self._backend(state, tuple(key), args)(*args)
         if self.writes:
             self._count_write(args)
@@ -381,10 +388,7 @@ class Op:
         for name, tensor in named.items():
             if tensor is None and "None" in self._kinds[name]:
                 continue
-            if not isinstance(tensor, Tensor):
-                raise fail(self.public, name, type(tensor).__name__, "a torch.Tensor", error=TypeError)
-            if tensor.layout != torch.strided:
-                raise fail(self.public, name, tensor.layout, "a dense tensor; use .to_dense()", error=TypeError)
+            require_dense(self.public, name, tensor)
             self._check_dtype(name, tensor, named)
             if tensor.device != named[first].device:
                 raise fail(
@@ -467,6 +471,14 @@ class Op:
         """Positional arguments of a case."""
         generator = torch.Generator().manual_seed(seed)
         return tuple(a.to(device) if isinstance(a, Tensor) else a for a in self.domain.make(case, dtype, generator))
+
+    def cost(self, args: Args) -> int:
+        """The declared flops of a call; what a mask of data hides is counted."""
+        named = dict(zip(self.parameters, args, strict=False))
+        given = list(named.items())
+        return round(
+            self.flops(self.sizes(named | self._axes.check(dict(given[: self.arity]), dict(given[self.arity :]))))
+        )
 
     def bytes(self, args: Args) -> int:
         """Every input read once, every output written once: the roofline's lower bound."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from metate.errors import fail
 from metate.philox import philox
+from metate.scalars import plain
 
 TEXT, DRAFT = 0, 1  # streams of random numbers: those of the text, those of a draft model
 _CHUNK = 64  # places whose random numbers are drawn at once
@@ -40,8 +40,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("temperature", "top_p", "min_p"):
-            if not isinstance(getattr(self, name), Real):
+            if not isinstance(getattr(self, name), (int, float)):
                 raise fail("generate", name, repr(getattr(self, name)), "a number", error=TypeError)
         for name, right, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "a number ≥ 0"),

@@ -14,6 +14,7 @@ from metate.nn.moe import GroupedLinear
 from metate.nn.quant_linear import QuantLinear
 from metate.ops.moe import grouped_linear
 from metate.ops.quant_linear import lora_linear, low_rank_update
+from metate.scalars import is_whole, plain
 
 
 class LoraLinear(nn.Module):
@@ -44,9 +45,10 @@ class LoraLinear(nn.Module):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise fail("nn.LoraLinear", "base", type(base).__name__, "a QuantLinear or nn.Linear", error=TypeError)
+        r, adapters = plain(r), plain(adapters)
         for name, value in (("r", r), ("adapters", adapters)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise fail("nn.LoraLinear", name, value, "1 or more")
+            if not is_whole(value, 1):
+                raise fail("nn.LoraLinear", name, repr(value), "1 or more")
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features, self.r = base.in_features, base.out_features, r
         self.scale = (r if alpha is None else alpha) / r
@@ -69,6 +71,7 @@ class LoraLinear(nn.Module):
         if isinstance(chosen, Tensor):
             ids = chosen.to(x.device)
         else:
+            chosen = plain(chosen)
             if not isinstance(chosen, int) or not -1 <= chosen < A.shape[0]:
                 expected = f"0 to {A.shape[0] - 1}, or -1 for none; several as a tensor"
                 raise fail("nn.LoraLinear", "adapter", repr(chosen), expected)
@@ -108,8 +111,9 @@ class LoraGroupedLinear(nn.Module):
         if not isinstance(base, GroupedLinear):
             expected = "a QuantGroupedLinear or GroupedLinear"
             raise fail("nn.LoraGroupedLinear", "base", type(base).__name__, expected, error=TypeError)
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise fail("nn.LoraGroupedLinear", "r", r, "1 or more")
+        r = plain(r)
+        if not is_whole(r, 1):
+            raise fail("nn.LoraGroupedLinear", "r", repr(r), "1 or more")
         self.base, self.r, self.scale = base.requires_grad_(False), r, (r if alpha is None else alpha) / r
         self.num_experts, self.in_features, self.out_features = base.num_experts, base.in_features, base.out_features
         self.dropout = nn.Dropout(dropout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from metate.ops.moe import (
     moe_unpermute,
     update_bias,
 )
+from metate.scalars import is_whole, plain
 
 
 class GroupedLinear(nn.Module):
@@ -184,7 +184,7 @@ class MoE(nn.Module):
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size),
                             ("num_experts", num_experts), ("top_k", top_k), ("shared_size", shared_size)):  # fmt: skip
-            if not isinstance(value, Integral) or value < (name != "shared_size"):
+            if not is_whole(plain(value), int(name != "shared_size")):
                 raise fail("nn.MoE", name, repr(value), "an integer, 1 or more (shared_size: or 0)")
         if top_k > num_experts:
             raise fail("nn.MoE", "top_k", top_k, f"1 to num_experts, {num_experts}")

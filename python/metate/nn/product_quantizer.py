@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
 from metate.ops.pq.kmeans import fit_centroids
 
@@ -96,8 +96,7 @@ class ProductQuantizer(nn.Module):
         return self.codebooks.float()
 
     def _rows(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise fail("nn.ProductQuantizer", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+        require_dense("nn.ProductQuantizer", "x", x)
         if not x.dim() or x.shape[-1] != self.dim:
             raise fail("nn.ProductQuantizer", "x", f"of shape {tuple(x.shape)}", f"(…, {self.dim})")
         return x.reshape(-1, self.dim).float()

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from metate.errors import FormatError, fail
+from metate.errors import FormatError, fail, require_dense
 from metate.low_bit import QuantizedWeight, pack_codes
 from metate.memory import allocate
 from metate.quant.settings import Settings, as_bytes, blocks, complain, parse_json, take
@@ -326,8 +326,8 @@ def write(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _check_weight(op: str, weight: Tensor) -> None:
-    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS.values():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise fail(op, "weight", got, "a float32, bfloat16 or float16 tensor", error=TypeError)
+    require_dense(op, "weight", weight)
+    if weight.dtype not in _FLOATS.values():
+        raise fail(op, "weight", weight.dtype, "a float32, bfloat16 or float16 tensor", error=TypeError)
     if weight.dim() != 2 or 0 in weight.shape:
         raise fail(op, "weight", f"shape {tuple(weight.shape)}", "(out_features, in_features), neither of them 0")

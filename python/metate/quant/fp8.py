@@ -13,6 +13,7 @@ from metate.low_bit import FLOATS, QuantizedWeight
 from metate.memory import allocate
 from metate.quant.grid import checked
 from metate.quant.settings import Settings, as_bytes, blocks, complain, take
+from metate.scalars import is_whole, plain
 
 _LARGEST = 448.0
 _BLOCK = (128, 128)
@@ -66,8 +67,9 @@ def quantize_fp8(weight: Tensor, block: tuple[int, int] = _BLOCK) -> QuantizedWe
         TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
     """
     checked("quantize_fp8", weight, 1)
-    pair = isinstance(block, (tuple, list)) and len(block) == 2 and all(type(size) is int for size in block)
-    if not pair or min(block) < 1:
+    pair = isinstance(block, (tuple, list)) and len(block) == 2
+    block = tuple(map(plain, block)) if pair else block
+    if not pair or not all(is_whole(size, 1) for size in block):
         raise fail("quantize_fp8", "block", repr(block), "(rows, columns), 1 or more each")
     height, width = block
     rows, columns = weight.shape

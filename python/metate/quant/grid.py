@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.low_bit import FLOATS
+from metate.scalars import is_whole, plain
 
 _SHRINKS = 80  # ranges that the search by error tries, from the whole one down to a fifth
 _NORM = 2.4  # exponent of the error (Frantar et al. 2022, code)
@@ -22,10 +23,13 @@ class Grid:
     symmetric: bool
     scale_dtype: torch.dtype = torch.float16
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", plain(self.bits))
+
     def check(self, op: str, weight: Tensor | None = None) -> Grid:
         """Itself, where it is sound and its scales reach the largest magnitude of `weight`."""
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
-            raise fail(op, "bits", self.bits, "2 to 8")
+        if not is_whole(self.bits, 2, 8):
+            raise fail(op, "bits", repr(self.bits), "2 to 8")
         if self.scale_dtype not in FLOATS:
             raise fail(op, "scale_dtype", self.scale_dtype, "float32, bfloat16 or float16", error=TypeError)
         reach = self.top / (1 + self.symmetric) * torch.finfo(self.scale_dtype).max
@@ -87,13 +91,14 @@ def grouped(values: Tensor, group_size: int) -> Tensor:
 
 def checked(op: str, weight: Tensor, group_size: int) -> int:
     """The group size (-1: the whole row), after a look at the arguments."""
-    if not isinstance(weight, Tensor) or weight.dtype not in (*FLOATS, torch.float64):
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise fail(op, "weight", got, "a floating-point tensor", error=TypeError)
+    require_dense(op, "weight", weight)
+    if weight.dtype not in (*FLOATS, torch.float64):
+        raise fail(op, "weight", weight.dtype, "a floating-point tensor", error=TypeError)
     if weight.dim() != 2 or 0 in weight.shape:
         raise fail(op, "weight", f"shape {tuple(weight.shape)}", "(out_features, in_features), neither of them 0")
-    if not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1):
-        raise fail(op, "group_size", group_size, "1 or more, or -1 for one group a row")
+    group_size = plain(group_size)
+    if not is_whole(group_size, 1) and group_size != -1:
+        raise fail(op, "group_size", repr(group_size), "1 or more, or -1 for one group a row")
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):  # integers have no code for them
         raise fail(op, "weight", "not finite", "numbers without NaN or infinity")
     return weight.shape[1] if group_size == -1 else min(group_size, weight.shape[1])

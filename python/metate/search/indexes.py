@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from metate.errors import fail
+from metate.scalars import is_whole, plain
 from metate.search.base import METRICS
 from metate.search.codecs import STORED, Product, Vectors
 from metate.search.index import Index
@@ -28,6 +29,7 @@ class FlatIndex(Index):
     def __init__(
         self, dim: int, metric: str = "l2", *, storage: str = "float32", device: str | torch.device = "cpu"
     ) -> None:
+        dim = plain(dim)
         op = "search.FlatIndex"
         _check(op, dim=dim, metric=metric, storage=storage)
         super().__init__(dim, metric, Vectors(dim, storage), device=device)
@@ -53,6 +55,7 @@ class PQIndex(Index):
         self, dim: int, M: int, bits: int = 8, metric: str = "l2", *, opq: bool = False, refine: str | None = None,
         seed: int = 0, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
+        dim, M, bits, seed = map(plain, (dim, M, bits, seed))
         _check("search.PQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine, seed=seed)
         super().__init__(dim, metric, Product(dim, M, bits), opq=opq, refine=refine, seed=seed, device=device)
         self.M, self.bits = M, bits
@@ -77,6 +80,7 @@ class IVFFlatIndex(Index):
         self, dim: int, nlist: int, metric: str = "l2", *, storage: str = "float32", seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
+        dim, nlist, seed = map(plain, (dim, nlist, seed))
         _check("search.IVFFlatIndex", dim=dim, metric=metric, storage=storage, nlist=nlist, seed=seed)
         super().__init__(dim, metric, Vectors(dim, storage), nlist=nlist, seed=seed, device=device)
         self.storage = storage
@@ -101,6 +105,7 @@ class IVFPQIndex(Index):
         self, dim: int, nlist: int, M: int, bits: int = 8, metric: str = "l2", *, residual: bool = True,
         opq: bool = False, refine: str | None = None, seed: int = 0, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
+        dim, nlist, M, bits, seed = map(plain, (dim, nlist, M, bits, seed))
         _check("search.IVFPQIndex", dim=dim, metric=metric, M=M, bits=bits, refine=refine, nlist=nlist, seed=seed)
         codec = Product(dim, M, bits, residual, row_bias=residual and metric == "l2")
         super().__init__(dim, metric, codec, nlist=nlist, opq=opq, refine=refine, seed=seed, device=device)
@@ -118,10 +123,10 @@ class IVFPQIndex(Index):
 def _check(op: str, **given: Any) -> None:
     for name in ("dim", "nlist", "M", "bits"):
         value = given.get(name, 8)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value, 1):
             raise fail(op, name, repr(value), "an integer from 1 on")
     seed = given.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
+    if not is_whole(seed, 0, MOST_SEED):
         raise fail(op, "seed", repr(seed), f"an integer from 0 to {MOST_SEED}")
     if given["metric"] not in METRICS:
         raise fail(op, "metric", repr(given["metric"]), " or ".join(map(repr, METRICS)))

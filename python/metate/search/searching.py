@@ -14,6 +14,7 @@ from metate.backends import is_plain
 from metate.errors import fail
 from metate.ops.pq import topk_distances
 from metate.ops.pq.declaration import ivf_op
+from metate.scalars import is_whole, plain
 from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
 from metate.search.base import REFINE, Base, State
 from metate.search.codecs import Probe, Product
@@ -64,7 +65,7 @@ class Searching(Base):
             RuntimeError: the index is not trained.
         """
         op = self._op("search")
-        if not _is_number(refine_factor, 1 << 62):
+        if not is_whole(plain(refine_factor), 1, 1 << 62):
             raise fail(op, "refine_factor", repr(refine_factor), "an integer from 1 on")
         state = self._trained(op)
         if filter is None:
@@ -103,14 +104,15 @@ class Searching(Base):
         return (distances, ids) if listed.run(queries, distances, ids, nprobe) else None
 
     def _checked_search(self, op: str, queries: Any, k: int, nprobe: int | None) -> tuple[Vectors, int, int]:
-        if not _is_number(k, _MOST_RESULTS - 1):
+        k = plain(k)
+        if not is_whole(k, 1, _MOST_RESULTS - 1):
             raise fail(op, "k", repr(k), "an integer from 1 on, up to 2**31 - 1")
-        chosen = self.nprobe if nprobe is None else nprobe
+        chosen = plain(self.nprobe if nprobe is None else nprobe)
         if self.nlist is None and nprobe is not None:
             raise fail(op, "nprobe", repr(nprobe), "None: this index has no lists")
-        if not _is_number(chosen, self.nlist or 1):
+        if not is_whole(chosen, 1, self.nlist or 1):
             raise fail(op, "nprobe", repr(chosen), f"an integer from 1 to {self.nlist}, the number of lists")
-        return Vectors(op, "queries", queries, self.dim, self.device, single=True), int(k), int(chosen)
+        return Vectors(op, "queries", queries, self.dim, self.device, single=True), k, chosen
 
     def _at_once(self, k: int) -> int:
         """Queries to search in one call of the kernels."""
@@ -202,8 +204,9 @@ class Searching(Base):
         """
         op = self._op("range_search")
         vectors, _, nprobe = self._checked_search(op, queries, 1, nprobe)
-        if not isinstance(radius, (int, float, np.floating)) or radius != radius:
-            raise fail(op, "radius", radius, "a number")
+        radius = plain(radius)
+        if not isinstance(radius, (int, float)) or radius != radius:
+            raise fail(op, "radius", repr(radius), "a number")
         state = self._trained(op)
         keep = keep_bitmap(op, state.lists, filter)
         counts, distances, ids = [], [], []
@@ -262,10 +265,6 @@ class Searching(Base):
         if isinstance(self.codec, Product) and self.codec.residual and len(rows):
             x = x + state.model["centroids"][torch.from_numpy(state.lists.list_of(rows)).to(self.device)]
         return x @ state.model["rotation"] if self.opq else x
-
-
-def _is_number(value: Any, most: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(1 <= value <= most)
 
 
 def _prepared(*args: Any) -> Callable[..., bool] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from metate.ops.attention import attention, attention_varlen
 from metate.ops.paged_attention import paged_attention
 from metate.philox import keep_mask
+from metate.scalars import plain
 
 __all__ = ["attend", "attend_packed", "attend_pages", "attention_options", "cache_options", "flash_lse", "window_sides"]
 
@@ -30,6 +31,7 @@ def window_sides(window: Any) -> tuple[int, int]:
 
 def _softcap(given: Any) -> float:
     """flash-attn takes any number that is not above 0 for none."""
+    given = plain(given)
     if not isinstance(given, (int, float)):
         raise TypeError(f"flash_attn: softcap is {given!r}, expected a number")
     return 0.0 if given <= 0 else given

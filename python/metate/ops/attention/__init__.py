@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.masks import AttentionMask, window_sides
 from metate.ops.attention.declaration import attention_op, column_sums_op, merge_op
+from metate.scalars import plain
 from metate.shortcut import Shortcut
 
 __all__ = ["attention", "attention_varlen", "merge_attention_states"]
@@ -131,15 +132,13 @@ def attention_varlen(
             decrease or lead beyond the tokens are refused on a CPU; elsewhere looking would wait for the device.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise fail("attention_varlen", name, type(tensor).__name__, "a torch.Tensor", error=TypeError)
+        require_dense("attention_varlen", name, tensor)
         if tensor.dim() != 3:
             raise fail(
                 "attention_varlen", name, f"shape {tuple(tensor.shape)}", "3 dimensions (tokens, heads, head_dim)"
             )
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if not isinstance(starts, Tensor):
-            raise fail("attention_varlen", name, type(starts).__name__, "an int32 torch.Tensor", error=TypeError)
+        require_dense("attention_varlen", name, starts, "an int32 torch.Tensor")
     mask = _NO_MASK if mask is None else mask
     if not isinstance(mask, AttentionMask):
         raise fail("attention_varlen", "mask", type(mask).__name__, "an AttentionMask of intervals", error=TypeError)
@@ -197,7 +196,7 @@ def _mask(mask: AttentionMask | Tensor, q: Tensor, k: Tensor) -> AttentionMask:
         raise fail(
             "attention", "mask", got, "a bool tensor or an AttentionMask; give additive masks as bias", error=TypeError
         )
-    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)):
+    if not all(isinstance(x, Tensor) and x.dim() == 4 and not x.is_nested for x in (q, k)):
         return _NO_MASK  # the operator says what is wrong
     rows, columns = q.shape[1], k.shape[1]
     height, width = (1, 1, *mask.shape)[-2:]
@@ -228,12 +227,13 @@ def _flags(
     if scale is None:
         try:
             scale = q.shape[-1] ** -0.5
-        except AttributeError:
-            raise fail("attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError) from None
+        except (AttributeError, RuntimeError):
+            require_dense("attention", "q", q)
+            raise
         except (IndexError, ZeroDivisionError):
             scale = 1.0  # the operator says what is wrong
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu").item()) if dropout_p else 0
-    elif isinstance(seed, int) and 2**63 <= seed < 2**64:
+    elif isinstance(seed := plain(seed), int) and 2**63 <= seed < 2**64:
         seed -= 2**64  # the same 64 bits, as operators take them
     return scale, left, right, top_left, softcap, dropout_p, seed, offset, *block_size

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate import masks
 from metate.masks import AttentionMask
 from metate.op import Case, Domain, Op
 from metate.ops.attention import reference, rules
@@ -172,13 +173,16 @@ def visible_pairs(case: Case) -> int:
     """How many (query, key) pairs of one head the masks of a sweep case leave."""
     left, right = case.get("window", (-1, -1))
     right = 0 if case.get("causal") else right
-    pairs = 0
-    for sq, sk in zip(case.get("lengths_q", (case["Sq"],)), case.get("lengths_k", (case["Sk"],)), strict=True):
-        rows = torch.arange(sq, dtype=torch.int64) + (0 if case.get("top_left") else sk - sq)
-        first = (rows - left).clamp(0, sk) if left >= 0 else torch.zeros_like(rows)
-        last = (rows + right + 1).clamp(0, sk) if right >= 0 else torch.full_like(rows, sk)
-        pairs += int((last - first).clamp(min=0).sum())
-    return pairs
+    lengths = zip(case.get("lengths_q", (case["Sq"],)), case.get("lengths_k", (case["Sk"],)), strict=True)
+    top_left = case.get("top_left")
+    return sum(masks.visible_pairs(sq, sk, 0 if top_left else sk - sq, left, right) for sq, sk in lengths)
+
+
+def _sizes(named: Case) -> Case:
+    """Of a call; packed sequences of unknown lengths count as one."""
+    case = {"Dv": 0, **named, "window": (named["window_left"], named["window_right"])}
+    lengths = [masks.lengths_of(named[f"cu_seqlens_{name}"]) for name in "qk"]
+    return case if None in lengths else {**case, "lengths_q": lengths[0], "lengths_k": lengths[1]}
 
 
 def _products(forward: int, backward: int) -> Any:
@@ -204,6 +208,7 @@ attention_op = Op(
     shapes=lambda q, k, v, *_: ((*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1])),
     domain=Domain(_make(*_parameters(reference.attention)), CASES, SWEEP, draw, ("B", "Sq", "Sk"), "B"),
     flops=_products(1, 1),
+    sizes=_sizes,
     autocast=("q", "k", "v"),
     vmap=rules.fold_vmap,
     sharding=rules.shardings,
@@ -272,6 +277,7 @@ backward_op = Op(
         _make(*_parameters(reference.attention_backward)), CASES, BACKWARD_SWEEP, draw, ("B", "Sq", "Sk"), "B"
     ),
     flops=_products(3, 2),
+    sizes=_sizes,
     autocast=("grad_out", "q", "k", "v"),
     vmap=rules.fold_vmap,
     sharding=rules.shardings,
@@ -290,6 +296,7 @@ column_sums_op = Op(
     shapes=lambda q, k, *_: ((q.shape[0], q.shape[2], k.shape[1]),),
     domain=Domain(_make(*_parameters(reference.attention_column_sums)), CASES, SWEEP[:1], draw, ("B", "Sq", "Sk"), "B"),
     flops=_products(1, 0),
+    sizes=_sizes,
     autocast=("q", "k"),
     vmap=rules.fold_vmap,
     sharding=rules.shardings,

@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.ops.moe import grouped
 from metate.ops.moe.declaration import activation_op, permute_op, sort_op, unpermute_op
 from metate.ops.moe.experts import QuantizedExperts
 from metate.ops.moe.routing import Route, moe_route, update_bias
+from metate.scalars import plain
 from metate.shortcut import Shortcut
 
 __all__ = [
@@ -125,7 +125,8 @@ def grouped_linear(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     if isinstance(w, QuantizedExperts):
-        if isinstance(x, Tensor) and x.shape[-1:] != (w.shape[2],):
+        require_dense("grouped_linear", "x", x)
+        if x.shape[-1:] != (w.shape[2],):
             raise fail("grouped_linear", "x", f"of shape {tuple(x.shape)}", f"(rows, {w.shape[2]}) for {w!r}")
         op = grouped.quant_int8_op if int8_activations else grouped.quant_linear_op
         args = x, *w.arguments, bias, offsets, order, *w.scalars, k
@@ -171,8 +172,7 @@ def gated_activation(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     choices = activation_scalars(activation, gating, limit, alpha, shift)
-    if not isinstance(x, Tensor):
-        raise fail("gated_activation", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    require_dense("gated_activation", "x", x)
     if not x.dim():
         raise fail("gated_activation", "x", "of shape ()", "(…, columns)")
     if x.dim() == 2:
@@ -193,7 +193,7 @@ def activation_scalars(
     numbers = math.inf if limit is None else limit, alpha, shift
     if not type(numbers[0]) is type(alpha) is type(shift) is float:
         for name, value in zip(("limit", "alpha", "shift"), numbers, strict=True):
-            if not isinstance(value, (float, int, Real)):
+            if not isinstance(plain(value), (float, int)):
                 raise fail("gated_activation", name, repr(value), "a number", error=TypeError)
         numbers = float(numbers[0]), float(alpha), float(shift)
     if activation in ACTIVATIONS and gating in GATINGS:
@@ -318,8 +318,7 @@ def _stacked(w: Tensor | QuantizedExperts) -> tuple[Any, ...]:
 def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts, name: str = "w_down") -> None:
     if not isinstance(route, Route):
         raise fail("moe_mlp", "route", type(route).__name__, "what metate.moe_route returns", error=TypeError)
-    if not isinstance(x, Tensor):
-        raise fail("moe_mlp", "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    require_dense("moe_mlp", "x", x)
     tokens = route.experts.shape[0]
     if x.dim() < 2 or x.numel() != tokens * x.shape[-1]:
         raise fail("moe_mlp", "x", f"of shape {tuple(x.shape)}", f"(…, hidden) of the {tokens} tokens of the route")

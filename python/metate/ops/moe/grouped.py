@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.masks import lengths_of
 from metate.op import REGISTRY, Case, Domain, Op, loop_vmap
 from metate.ops.moe import reference, rules
 from metate.ops.moe.declaration import FLOATS, INDEX, expert_numbers, normal
@@ -72,6 +73,13 @@ def _flops(case: Case) -> float:
     return float(2 * case["T"] * case["k"] * case["N"] * case["K"])
 
 
+def _sizes(named: Case) -> Case:
+    """Of a call: the rows that experts take, or, where offsets are not known, all."""
+    lengths = lengths_of(named.get("expert_offsets", named["offsets"]))
+    rows = named.get("R", named.get("T")) if lengths is None else sum(lengths)
+    return {**named, "T": rows, "k": 1, "K": named.get("in_features", named.get("K"))}
+
+
 linear_op = Op(
     "grouped_linear",
     reference.grouped_linear,
@@ -81,6 +89,7 @@ linear_op = Op(
     shapes=lambda x, w, offsets, bias, order, k: ((rules.rows_of(x, order), w.shape[1]),),
     domain=Domain(_linear_inputs, CASES, SWEEP, draw, ("T",), "N"),
     flops=_flops,
+    sizes=_sizes,
     autocast=("x", "w"),
     vmap=loop_vmap,
     sharding=rules.shard_columns(w=1, bias=1),
@@ -99,6 +108,7 @@ outer_op = Op(
     shapes=lambda a, b, offsets, *_: ((offsets.shape[0] - 1, a.shape[1], b.shape[1]),),
     domain=Domain(_outer_inputs, CASES, SWEEP, draw, ("T",), "N"),
     flops=_flops,
+    sizes=_sizes,
     autocast=("a", "b"),
     vmap=loop_vmap,
     sharding=rules.shard_outer,
@@ -186,6 +196,7 @@ _PRODUCT: dict[str, Any] = dict(  # of low-bit experts, with activations as they
     shapes=lambda x, codes, *rest: ((rules.rows_of(x, rest[9]), codes.shape[1]),),
     domain=Domain(_make(_LINEAR), QUANT_CASES, QUANT_SWEEP, draw_quant, ("T",), "N"),
     flops=_flops,
+    sizes=_sizes,
     autocast=("x",),
     vmap=loop_vmap,
     sharding=rules.shard_columns(codes=1, scales=1, super_scales=1, zeros=1, offsets=1, super_offsets=1, bias=1),
@@ -223,6 +234,7 @@ quant_matmul_op = Op(
         "together",
     ),
     flops=_flops,
+    sizes=_sizes,
     autocast=("x",),
     vmap=loop_vmap,
     sharding=rules.shard_nothing,

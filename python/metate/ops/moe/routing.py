@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from metate.backends import use
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.ops.moe import reference
 from metate.ops.moe.declaration import topk_op
+from metate.scalars import is_whole, plain
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
 POLICIES = ("topk", "switch", "gshard", "expert_choice", "sinkhorn", "mixture_of_depths")
@@ -110,8 +111,7 @@ def update_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> None:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     for name, x in (("bias", bias), ("counts", counts)):
-        if not isinstance(x, Tensor):
-            raise fail("update_bias", name, type(x).__name__, "a torch.Tensor", error=TypeError)
+        require_dense("update_bias", name, x)
     if not bias.is_floating_point():
         raise fail("update_bias", "bias", bias.dtype, "a floating-point tensor", error=TypeError)
     if counts.shape != bias.shape:
@@ -169,6 +169,7 @@ def moe_route(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected; also for what
             a policy with a choice of its own ("expert_choice", "sinkhorn", "mixture_of_depths") would not look at.
     """
+    top_k, scaling, capacity_factor = plain(top_k), plain(scaling), plain(capacity_factor)
     _check(logits, score, group_rule, policy, capacity_factor, drop)
     if policy in _UNUSED:
         _check_policy(policy, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups,
@@ -216,8 +217,7 @@ def _dropped(
 
 
 def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_factor: float | None, drop: str) -> None:
-    if not isinstance(logits, Tensor):
-        raise fail("moe_route", "logits", type(logits).__name__, "a torch.Tensor", error=TypeError)
+    require_dense("moe_route", "logits", logits)
     if logits.dim() < 2 or not logits.shape[-1]:
         raise fail("moe_route", "logits", f"of shape {tuple(logits.shape)}", "(…, num_experts)")
     choices = (("score", score, SCORES), ("group_rule", group_rule, ("max", "sum")), ("policy", policy, POLICIES),
@@ -237,7 +237,7 @@ def _check_policy(policy: str, top_k: int, experts: int, **given: Any) -> None:
         if isinstance(value, Tensor) or value != default:
             got = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise fail("moe_route", name, got, f"{default!r}: policy {policy!r} does not look at it")
-    if policy != "mixture_of_depths" and not (type(top_k) is int and 1 <= top_k <= experts):
+    if policy != "mixture_of_depths" and not is_whole(top_k, 1, experts):
         raise fail("moe_route", "top_k", repr(top_k), f"1 to {experts}")
     scaling = given["scaling"]
     if not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
@@ -245,8 +245,7 @@ def _check_policy(policy: str, top_k: int, experts: int, **given: Any) -> None:
 
 
 def _check_noise(noise: Tensor, logits: Tensor) -> None:
-    if not isinstance(noise, Tensor):
-        raise fail("moe_route", "noise", type(noise).__name__, "a torch.Tensor", error=TypeError)
+    require_dense("moe_route", "noise", noise)
     pairs = zip(noise.shape[::-1], logits.shape[::-1], strict=False)
     if noise.dim() > logits.dim() or any(size not in (1, whole) for size, whole in pairs):
         got, expected = f"of shape {tuple(noise.shape)}", f"one that broadcasts to {tuple(logits.shape)}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.masks import AttentionMask, window_sides
 from metate.op import REGISTRY
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
@@ -207,8 +207,7 @@ def _with_four_dims(q: Tensor, rest: tuple[Any, ...], packed: bool, first_only: 
 
 def _check_dims(q: Tensor, packed: bool) -> int:
     """How many dimensions q has."""
-    if not isinstance(q, Tensor):
-        raise fail("paged_attention", "q", type(q).__name__, "a torch.Tensor", error=TypeError)
+    require_dense("paged_attention", "q", q)
     dims = q.dim()
     if dims != 3 and (packed or dims != 4):
         expected = (
@@ -224,8 +223,7 @@ def _check_groups(
     """A sequence outside of every group would lose its prefix and still give numbers."""
     op = "cascade_attention"
     for name, x in (("cu_groups", cu_groups), ("prefix_table", prefix_table), ("prefix_lens", prefix_lens)):
-        if not isinstance(x, Tensor):
-            raise fail(op, name, type(x).__name__, "a torch.Tensor", error=TypeError)
+        require_dense(op, name, x)
         if x.dtype != torch.int32:
             raise fail(op, name, x.dtype, "int32; convert it with .to()", error=TypeError)
     if cu_groups.dim() != 1 or prefix_lens.shape != (cu_groups.shape[0] - 1,):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.masks import AttentionMask
+from metate.masks import AttentionMask, lengths_of, visible_pairs
 from metate.op import Case, Domain, Op, loop_vmap
 from metate.ops.paged_attention import reference, rules
 
@@ -147,10 +147,18 @@ def _tree(entries: int, rows: int, n: int, generator: torch.Generator) -> Tensor
 
 
 def _visible_pairs(case: Case) -> int:
-    """(query, key) pairs of one head where every sequence is full."""
-    n, keys = case["Sq"], case["max_pages"] * case["page_size"]
-    causal = n * (n - 1) // 2 if case.get("window", (-1, -1)) == (-1, 0) else 0
-    return int(case["B"] * (n * keys - causal))
+    """(query, key) pairs of one head, where every sequence is full unless its keys are counted."""
+    full = [case["max_pages"] * case["page_size"]] * case["B"]
+    pairs = zip(case.get("lengths") or [case["Sq"]] * case["B"], case.get("keys") or full, strict=True)
+    return sum(visible_pairs(n, keys, keys - n, *case.get("window", (-1, -1))) for n, keys in pairs)
+
+
+def _sizes(named: Case) -> Case:
+    """Of a call; what is not known of its sequences is as if they were full, and packed ones one."""
+    lens, starts = named["seq_lens"], lengths_of(named["cu_seqlens_q"])
+    known = type(lens) is Tensor and not lens.is_meta and (starts is not None or named["cu_seqlens_q"] is None)
+    case = {**named, "window": (named["window_left"], named["window_right"]), "Dv": rules.numbers(named["v_cache"])}
+    return {**case, "lengths": starts, "keys": lens.tolist()} if known else {**case, "B": named["q"].shape[0]}
 
 
 paged_attention_op = Op(
@@ -190,6 +198,7 @@ paged_attention_op = Op(
     ),
     domain=Domain(_attention_inputs, CASES, SWEEP, draw, ("B", "Sq", "max_pages"), "B"),
     flops=lambda case: 2.0 * case["Hq"] * _visible_pairs(case) * (case["D"] + case["Dv"]),
+    sizes=_sizes,
     autocast=("q",),
     storage="k_cache",
     vmap=loop_vmap,
@@ -301,6 +310,7 @@ append_op = Op(
     ),
     domain=Domain(_append_inputs, APPEND_CASES, APPEND_SWEEP, draw_append, ("tokens",), "tokens"),
     flops=lambda case: 4.0 * case["tokens"] * case["Hkv"] * (case["D"] + case["Dv"]),
+    sizes=lambda named: {"Dv": 0, **named},
     autocast=("k", "v"),
     storage="k_cache",
     vmap=rules.refuse_vmap,

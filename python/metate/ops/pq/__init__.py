@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.op import Op
 from metate.ops.pq.codes import interleave, pack_codes, unpack_codes
 from metate.ops.pq.declaration import decode_op, encode_op, ivf_op, scan_op, tables_op, topk_op
@@ -113,9 +113,9 @@ def pq_interleave(codes: Tensor, M: int, bits: int) -> Tensor:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     op = "pq_interleave"
-    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
-        got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
-        raise fail(op, "codes", got, "a uint8 tensor", error=TypeError)
+    require_dense(op, "codes", codes)
+    if codes.dtype != torch.uint8:
+        raise fail(op, "codes", codes.dtype, "a uint8 tensor", error=TypeError)
     if bits not in (4, 8):
         raise fail(op, "bits", bits, "4 or 8")
     if codes.dim() != 2 or codes.shape[1] != (M * bits + 7) // 8:
@@ -290,7 +290,7 @@ def _by_product(op: Op, args: tuple[Any, ...], backend: str | None) -> Any:
 
 def _normalised(queries: Tensor) -> Tensor:
     """Rows over their lengths, which are at least 1e-12; in double precision, rounded once."""
-    if not isinstance(queries, Tensor) or not queries.is_floating_point() or not queries.dim():
+    if not isinstance(queries, Tensor) or not queries.is_floating_point() or not queries.dim() or queries.is_nested:
         return queries  # the operator says what is wrong
     wide = queries.double()
     lengths: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

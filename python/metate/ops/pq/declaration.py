@@ -80,6 +80,10 @@ def _numbers(case: Case) -> float:
     return float(case["rows"] * case["M"] * case["d"])
 
 
+def _coded(named: Case) -> Case:
+    return {**named, "bits": named["L"].bit_length() - 1}
+
+
 def _domain(make: Any, cases: list[Case]) -> Domain:
     return Domain(make, cases, SWEEP, draw, ("rows",), "rows")
 
@@ -93,6 +97,7 @@ tables_op = Op(
     shapes=lambda queries, codebooks, *_: ((queries.shape[0], *codebooks.shape[:2]),),
     domain=_domain(_table_inputs, [*CASES, *(case | {"metric": 1} for case in CASES[1:5])]),
     flops=lambda case: 3 * _numbers(case) * 2 ** case["bits"],
+    sizes=_coded,
     autocast=(),
     vmap=rules.fold_vmap,
     sharding=rules.shard_rows("tables", "queries"),
@@ -110,6 +115,7 @@ encode_op = Op(
     shapes=lambda x, books: ((x.shape[0], rules.coded_bytes("pq_encode", books)),),
     domain=_domain(lambda case, dtype, generator: _books(case, torch.float32, generator), CASES),
     flops=lambda case: 2 * _numbers(case) * 2 ** case["bits"],
+    sizes=_coded,
     autocast=(),
     vmap=rules.fold_vmap,
     sharding=rules.shard_rows("codes", "x"),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.library import add_to_clusters
 from metate.ops.pq.codes import bits_of, unpack_codes
 from metate.ops.pq.declaration import encode_op, topk_op
+from metate.scalars import is_whole, plain
 
 _PER_CANDIDATE = 32  # points a centroid among which k-means++ chooses
 _PROPOSALS = 64  # that k-means++ draws at a time
@@ -62,6 +61,7 @@ def fit_centroids(
 
     `unit`: centroids of length 1; `product`: points go to the largest inner product; `integers`: centroids are rounded.
     """
+    k, iterations, most, seed = map(plain, (k, iterations, most, seed))
     _check(x, k, init, iterations, most, weights)
     generator = torch.Generator().manual_seed(seed)
     points = x.detach()
@@ -107,12 +107,12 @@ def move_codebooks(x: Tensor, codes: Tensor, books: Tensor) -> Tensor:
 
 def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | None, weights: Tensor | None) -> None:
     op = "kmeans"
-    if not isinstance(x, Tensor) or x.dtype != torch.float32:
-        got = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
-        raise fail(op, "x", got, "a float32 tensor; convert it with .to()", error=TypeError)
+    require_dense(op, "x", x)
+    if x.dtype != torch.float32:
+        raise fail(op, "x", str(x.dtype).removeprefix("torch."), "float32; convert it with .to()", error=TypeError)
     if x.dim() != 2:
         raise fail(op, "x", f"of shape {tuple(x.shape)}", "(points, columns)")
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= x.shape[0]:
+    if not is_whole(k, 1, x.shape[0]):
         raise fail(op, "k", k, f"1 to {x.shape[0]}, as many as there are points")
     if isinstance(init, Tensor):
         if init.dtype != torch.float32 or init.dim() != 2 or init.shape[1] != x.shape[1] or init.shape[0] > k:
@@ -121,15 +121,14 @@ def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | N
             raise fail(op, "init", "not finite everywhere", "finite numbers")
     elif init not in ("k-means++", "sample"):
         raise fail(op, "init", repr(init), "'k-means++', 'sample' or a tensor of centroids")
-    if not isinstance(iterations, Integral) or iterations < 0:
+    if not is_whole(iterations, 0):
         raise fail(op, "iterations", repr(iterations), "an integer, at least 0")
-    if most is not None and (not isinstance(most, Integral) or most < 1):
+    if most is not None and not is_whole(most, 1):
         raise fail(op, "max_points_per_centroid", repr(most), "an integer, at least 1, or None")
     if x.shape[1] and not bool((4 * x.shape[1] * x.abs().amax().square()).isfinite()):
         raise fail(op, "x", "NaN, infinite or huge in places", "numbers whose squared distances are finite in float32")
     if weights is not None:
-        if not isinstance(weights, Tensor):
-            raise fail(op, "weights", type(weights).__name__, "a torch.Tensor", error=TypeError)
+        require_dense(op, "weights", weights)
         if weights.dtype != torch.float32 or weights.shape != x.shape[:1]:
             raise fail(op, "weights", f"{weights.dtype} of shape {tuple(weights.shape)}", f"float32 ({x.shape[0]},)")
         if not bool((weights >= 0).all() & weights.sum().isfinite()):

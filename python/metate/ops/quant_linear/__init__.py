@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.low_bit import QuantizedWeight
 from metate.op import Op
 from metate.ops.quant_linear.declaration import dequantize_op, int8_op, linear_op
 from metate.ops.quant_linear.lora import check_adapter_ids, factors_of, shrink_op
 from metate.ops.quant_linear.lora import linear_op as lora_op
+from metate.scalars import plain
 from metate.shortcut import Shortcut
 
 __all__ = ["QuantizedWeight", "dequantize", "lora_linear", "quant_linear"]
@@ -52,7 +52,7 @@ def quant_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    shape = x.shape if isinstance(x, Tensor) and isinstance(weight, QuantizedWeight) else ()
+    shape = x.shape if isinstance(x, Tensor) and isinstance(weight, QuantizedWeight) and not x.is_nested else ()
     if not shape or shape[-1] != weight.shape[1]:
         _check_rows("quant_linear", x, weight)
     if activation is not None and activation != "int8":
@@ -133,8 +133,7 @@ def low_rank_update(
 def _check_rows(op: str, x: Tensor, weight: QuantizedWeight) -> None:
     if not isinstance(weight, QuantizedWeight):
         raise fail(op, "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
-    if not isinstance(x, Tensor):
-        raise fail(op, "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    require_dense(op, "x", x)
     if not x.dim() or x.shape[-1] != weight.in_features:
         raise fail(op, "x", f"of shape {tuple(x.shape)}", f"(…, {weight.in_features}) for {weight!r}")
 
@@ -144,13 +143,12 @@ def _adapters(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """A and B with a dimension of adapters, a scaling for each, and an int32 number for every row of x."""
     for name, matrix in (("A", A), ("B", B)):
-        if not isinstance(matrix, Tensor):
-            raise fail("lora_linear", name, type(matrix).__name__, "a torch.Tensor", error=TypeError)
+        require_dense("lora_linear", name, matrix)
         if matrix.dim() not in (2, 3):
             raise fail("lora_linear", name, f"of shape {tuple(matrix.shape)}", "2 dimensions, or 3 with adapters first")
     A, B = (matrix.unsqueeze(0) if matrix.dim() == 2 else matrix for matrix in (A, B))
     if not isinstance(scaling, Tensor):
-        if not isinstance(scaling, Real):
+        if not isinstance(plain(scaling), (int, float)):
             kind = type(scaling).__name__
             raise fail("lora_linear", "scaling", kind, "a number, or a tensor of them", error=TypeError)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

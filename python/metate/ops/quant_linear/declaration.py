@@ -214,6 +214,7 @@ matmul_op = Op(
         [weight_case(512, 4096, 4096, 4, 64, "codebook"), weight_case(512, 4096, 4096, 4, 128, "zeros")],
     ),
     flops=flops,
+    sizes=lambda named: {**named, "K": named["in_features"]},
     autocast=("x",),
     vmap=rules.fold_vmap,
     sharding=rules.shard_matmul,

@@ -299,6 +299,7 @@ matmul_op = Op(
     shapes=lambda x, *rest: ((x.shape[0], rest[-1]),),
     domain=dataclasses.replace(_domain(reference.lora_matmul, x="grad"), sweep=SWEEP[-2:]),
     flops=_flops,
+    sizes=lambda named: {**named, "K": named["in_features"]},
     autocast=("x", "A", "B"),
     vmap=_fold_vmap,
     sharding=_shard_matmul,

@@ -110,3 +110,34 @@ def test_nested_tensors_are_refused(layout):
     ):
         with pytest.raises(TypeError, match="a nested tensor, expected a dense one"):
             call()
+
+
+WRONG = {
+    "metric": (lambda x: metate.topk_distances(x, x, 2, metric=["l2"]), "topk_distances: metric is"),
+    "M": (lambda x: metate.pq_interleave(x.to(torch.uint8), None, 4), "pq_interleave: M is None"),
+    "seed": (lambda x: metate.kmeans(x, 2, seed=1.5), "kmeans: seed is 1.5"),
+    "meta": (lambda x: metate.kmeans(x.to("meta"), 2), "kmeans: x is a meta tensor"),
+    "iterations": (lambda x: metate.kmeans(x, 2, iterations=2**70), "kmeans: iterations is"),
+    "logits": (lambda x: metate.moe_route(x.long(), 2, policy="sinkhorn"), "moe_route: logits is int64"),
+    "noise": (lambda x: metate.moe_route(x, 2, noise=x.to("meta")), "moe_route: noise is"),
+    "capacity": (lambda x: metate.moe_route(x, 2, capacity_factor=2**70), "moe_route: capacity_factor is"),
+    "top_k": (lambda x: metate.moe_route(x, torch.tensor([1, 2])), "moe_route: top_k is tensor"),
+    "rate": (lambda x: metate.update_bias(x[0], x[0], rate=1j), "update_bias: rate is 1j"),
+    "dtype": (lambda x: metate.dequantize(quantize_rtn(x), "float16"), "dequantize: dtype is 'float16'"),
+    "out": (lambda x: metate.dequantize(quantize_rtn(x), out=x.numpy()), "dequantize: out is ndarray"),
+    "skip": (lambda x: metate.quantize_model(torch.nn.Linear(4, 4), skip=None), "quantize_model: skip is None"),
+    "function": (lambda x: metate.explain(None), "explain: function is None"),
+    "dim": (lambda x: IVFPQIndex(2**70, 4, 2, 4), "IVFPQIndex: dim is"),
+}
+
+
+@pytest.mark.parametrize("call,match", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_named(call, match):
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=match):
+        call(torch.randn(8, 8))
+
+
+def test_kmeans_takes_weights_that_learn():
+    x, weights = torch.randn(20, 3), torch.rand(20)
+    expected = metate.kmeans(x, 2, weights=weights)[0]
+    assert torch.equal(metate.kmeans(x, 2, weights=weights.requires_grad_())[0], expected)

@@ -341,3 +341,22 @@ def test_serving_refuses_what_it_would_get_wrong():
     served.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(NotImplementedError, match="layers of chunked_attention"):
         route.PagedCausalLM(served)
+
+
+def test_models_that_attend_by_themselves_are_refused():
+    """Bloom asks for a mask by name and computes attention itself: without one it would see the future."""
+    config = hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(ValueError, match="BloomForCausalLM computes attention by itself"):
+        hf.BloomForCausalLM._from_config(config, attn_implementation="metate")
+    route.disable()
+    try:
+        assert not hasattr(hf.PreTrainedModel.get_correct_attn_implementation, "original")
+    finally:
+        route.enable()
+
+
+def test_a_mask_that_a_model_changed_is_named():
+    mask = torch.zeros(2, 1, 12, 12, dtype=torch.int32)
+    q = torch.randn(2, 4, 12, 8)
+    with pytest.raises(NotImplementedError, match="the model changes its mask"):
+        route._attention(torch.nn.Module(), q, q, q, mask)

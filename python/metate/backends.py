@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch.compiler import is_dynamo_compiling
 
 from metate import library
-from metate.errors import fail
+from metate.errors import require_choice
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -76,8 +76,7 @@ def use(backend: str) -> Iterator[None]:
     Raises:
         ValueError: for another name. Calls that the backend does not run raise NotImplementedError and say why.
     """
-    if backend not in BACKENDS:
-        raise fail("use", "backend", repr(backend), " or ".join(map(repr, BACKENDS)))
+    require_choice("use", "backend", backend, BACKENDS)
     if not is_dynamo_compiling():
         with within(State(backend)):
             yield

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
+
+from metate.scalars import plain
 
 
 class FormatError(ValueError):
@@ -23,3 +28,22 @@ def require_dense(op: str, argument: str, x: object, expected: str = "a torch.Te
         raise fail(op, argument, "a nested tensor", "a dense one; pass its values()", error=TypeError)
     if x.layout != torch.strided:
         raise fail(op, argument, x.layout, "a dense tensor; use .to_dense()", error=TypeError)
+
+
+def require_choice(op: str, argument: str, value: object, allowed: Collection[str]) -> None:
+    """ValueError where the value is none of those allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise fail(op, argument, repr(value)[:60], " or ".join(map(repr, allowed)))
+
+
+def require_number(op: str, argument: str, value: object) -> float:
+    """The value as a float; TypeError where it is no number, ValueError where it is not finite."""
+    number = plain(value)
+    if not isinstance(number, (int, float)):
+        raise fail(op, argument, repr(value)[:60], "a number", error=TypeError)
+    if abs(number) > _MOST or not math.isfinite(number):
+        raise fail(op, argument, repr(value)[:60], "a finite number")
+    return float(number)
+
+
+_MOST = torch.finfo(torch.float64).max

@@ -35,6 +35,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Raises:
         TypeError: the function calls no operator of metate. What is wrong with the arguments, as the call itself would.
     """
+    if not callable(function):
+        raise fail("explain", "function", repr(function)[:60], "a public operator of metate", error=TypeError)
     try:
         with within(State(backends.used(), capture=True)):
             function(*args, **kwargs)

@@ -10,8 +10,10 @@ where padding has holes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -47,11 +49,11 @@ Runs = tuple[Tensor, Tensor]  # of every query the first visible key and the one
 
 def enable() -> None:
     """Makes `attn_implementation="metate"` and `experts_implementation="metate"` known to transformers; it changes no
-    model that does not ask for them.
+    model that does not ask for them. A model whose code computes attention by itself (Bloom, Falcon) is then refused.
 
     Continuous batching (`model.generate_batch`) takes the attention too.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     experts.register()
     AttentionInterface.register(_NAME, _attention)
@@ -60,11 +62,14 @@ def enable() -> None:
         asks = module.is_flash_attention_requested
         if not isinstance(asks, _AlsoMetate):
             module.is_flash_attention_requested = _AlsoMetate(asks)
+    model: Any = PreTrainedModel
+    if not hasattr(model.get_correct_attn_implementation, "original"):
+        model.get_correct_attn_implementation = _refusing(model.get_correct_attn_implementation)
 
 
 def disable() -> None:
     """Takes the registration back; models that were told to use it raise from then on."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     experts.unregister()
     for interface in (AttentionInterface, AttentionMaskInterface):
@@ -73,6 +78,9 @@ def disable() -> None:
         asks = module.is_flash_attention_requested
         if isinstance(asks, _AlsoMetate):
             module.is_flash_attention_requested = asks.original
+    model: Any = PreTrainedModel
+    choose = model.get_correct_attn_implementation
+    model.get_correct_attn_implementation = getattr(choose, "original", choose)
 
 
 def _continuous_batching() -> tuple[Any, ...]:
@@ -95,6 +103,27 @@ class _AlsoMetate:
         if name == _NAME and version is None:
             return True
         return self.original(config, requested_attention_implementation, version)
+
+
+def _refusing(original: Callable[..., str]) -> Callable[..., str]:
+    """transformers' choice of an implementation, which takes any registered name for any model."""
+
+    @wraps(original)
+    def choose(model: Any, requested: str | None, *args: Any, **kwargs: Any) -> str:
+        if requested == _NAME and _attends_by_itself(type(model)):
+            name = type(model).__name__
+            raise ValueError(f'metate: {name} computes attention by itself, use attn_implementation="eager" with it')
+        return original(model, requested, *args, **kwargs)
+
+    choose.original = original  # type: ignore[attr-defined]
+    return choose
+
+
+def _attends_by_itself(model: type) -> bool:
+    """Whether it would get our masks, or none at all, and read them as eager's: its numbers would be wrong."""
+    members = vars(sys.modules[model.__module__])
+    asks = any(getattr(member, "__module__", None) == "transformers.masking_utils" for member in members.values())
+    return asks and "ALL_ATTENTION_FUNCTIONS" not in members and not getattr(model, "_supports_attention_backend", True)
 
 
 def enable_quantised() -> None:
@@ -265,9 +294,11 @@ def _lower(
         if attention_mask.dtype == torch.int32 and attention_mask.shape[3] in (2, 2 + -(-seqlen_k // 32)):
             bits = attention_mask[..., 2:] if attention_mask.shape[3] > 2 else None
             return AttentionMask(intervals=attention_mask[..., :2], bits=bits), position_bias
+    got = f"{attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
+    if attention_mask.dtype == torch.int32:
+        raise NotImplementedError(f'metate: the model changes its mask, now {got}; use attn_implementation="eager"')
     raise ValueError(
-        f"metate: attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}, expected a bool or "
-        "floating-point mask (batch, heads, seqlen_q, seqlen_k)"
+        f"metate: attention_mask is {got}, expected a bool or floating-point mask (batch, heads, seqlen_q, seqlen_k)"
     )
 
 

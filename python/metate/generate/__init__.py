@@ -6,6 +6,7 @@ import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
@@ -147,7 +148,7 @@ def _prompts(prompts: Sequence[Sequence[int]] | Tensor) -> list[Sequence[int]]:
         got = type(prompts).__name__
         raise fail("generate", "prompts", got, "sequences of token numbers (encode text first)", error=TypeError)
     texts = [text.tolist() if isinstance(text, Tensor) else text for text in prompts]
-    if isinstance(prompts, str) or any(isinstance(text, (str, int)) for text in texts):
+    if isinstance(prompts, str) or any(isinstance(text, (str, Number)) for text in texts):
         raise fail(
             "generate", "prompts", "text or numbers", "sequences of token numbers (encode text first)", error=TypeError
         )
@@ -171,7 +172,7 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
 def _each(constraint: Constraint | Sequence[Constraint | None] | None, count: int) -> list[Constraint | None]:
     if constraint is None or callable(constraint):
         return [constraint] * count
-    if not isinstance(constraint, Sequence):
+    if not isinstance(constraint, Sequence) or not all(own is None or callable(own) for own in constraint):
         got = type(constraint).__name__
         raise fail("generate", "constraint", got, "a function of tokens, or one for each prompt", error=TypeError)
     if len(constraint) != count:

@@ -138,7 +138,7 @@ class PagedKVCache:
             raise fail("PagedKVCache", "layout", type(layout).__name__, "a CacheLayout, as model.cache_layout",
                        error=TypeError)  # fmt: skip
         blocks, page_size = positive("PagedKVCache", "blocks", blocks), positive("PagedKVCache", "page_size", page_size)
-        if dtype is not None and dtype not in COMPRESSED:
+        if dtype is not None and not (isinstance(dtype, str) and dtype in COMPRESSED):
             raise fail("PagedKVCache", "dtype", repr(dtype), f"None (that of the model) or one of {list(COMPRESSED)}")
         stored, share = COMPRESSED[dtype] if dtype else (layout.dtype, 1)
         for name in ("head_dim", "value_dim"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metate.errors import FormatError, fail
+from metate.errors import FormatError, fail, require_choice
 from metate.ops.quant_linear import QuantizedWeight
 from metate.quant import canonical, quantize_fp4, quantize_fp8, quantize_hqq, quantize_nf4, quantize_rtn
 from metate.quant.settings import Settings
@@ -112,6 +112,5 @@ class LowBit(nn.Module):
 
 def quantized(weight: Tensor, method: str, options: Mapping[str, Any]) -> QuantizedWeight:
     """A dense weight by one of METHODS."""
-    if method not in METHODS:
-        raise fail("quantize_model", "method", repr(method), " or ".join(map(repr, METHODS)))
+    require_choice("quantize_model", "method", method, METHODS)
     return METHODS[method](weight.detach(), **options)

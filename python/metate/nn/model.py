@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metate.errors import fail
+from metate.errors import fail, require_choice
 from metate.nn.linear import Linear
 from metate.nn.low_bit import METHODS, LowBit
 from metate.nn.moe import GroupedLinear
@@ -39,8 +39,9 @@ def quantize_model(model: Module, method: str = "nf4", *, skip: Iterable[str] = 
     """
     if not isinstance(model, nn.Module):
         raise fail("quantize_model", "model", type(model).__name__, "a torch.nn.Module", error=TypeError)
-    if not isinstance(method, str) or method not in METHODS:
-        raise fail("quantize_model", "method", repr(method), " or ".join(map(repr, METHODS)))
+    require_choice("quantize_model", "method", method, METHODS)
+    if not isinstance(skip, Iterable):
+        raise fail("quantize_model", "skip", repr(skip)[:60], "names of modules", error=TypeError)
     skip = [skip] if isinstance(skip, str) else list(skip)
     named = list(model.named_modules(remove_duplicate=False))
     for pattern in skip:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metate.errors import fail, require_dense
+from metate.errors import fail, require_choice, require_dense
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
 from metate.ops.pq.kmeans import fit_centroids
+from metate.scalars import is_whole, plain
 
 ASSIGNMENTS = ("straight-through", "soft")
 
@@ -39,12 +40,12 @@ class ProductQuantizer(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         op = "nn.ProductQuantizer"
-        if type(M) is not int or type(dim) is not int or M < 1 or dim < 1 or dim % M:
+        dim, M, bits = plain(dim), plain(M), plain(bits)
+        if not is_whole(M, 1) or not is_whole(dim, 1) or dim % M:
             raise fail(op, "M", M, f"a divisor of dim, {dim}")
-        if bits not in range(4, 17):
+        if not is_whole(bits, 4, 16):
             raise fail(op, "bits", bits, "4 to 16")
-        if assignment not in ASSIGNMENTS:
-            raise fail(op, "assignment", repr(assignment), " or ".join(map(repr, ASSIGNMENTS)))
+        require_choice(op, "assignment", assignment, ASSIGNMENTS)
         if not temperature > 0:
             raise fail(op, "temperature", temperature, "above 0")
         self.dim, self.M, self.bits = dim, M, bits

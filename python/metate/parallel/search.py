@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from metate.errors import fail
+from metate.errors import fail, require_choice
 from metate.search import Index, load
 from metate.search.arrays import Array, tensor_of
 from metate.search.filters import Filter
@@ -36,8 +36,7 @@ class ShardedIndex:
 
     def __init__(self, local: Index, group: dist.ProcessGroup | None = None, *, by: str = "vector") -> None:
         op = "parallel.ShardedIndex"
-        if by not in SHARDINGS:
-            raise fail(op, "by", repr(by), " or ".join(map(repr, SHARDINGS)))
+        require_choice(op, "by", by, SHARDINGS)
         if by == "list" and local.nlist is None:
             raise fail(op, "by", "'list'", "'vector': this index has no lists")
         self.local, self.group, self.by = local, group, by

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from metate.errors import fail
+from metate.errors import fail, require_choice
 from metate.scalars import is_whole, plain
 from metate.search.base import METRICS
 from metate.search.codecs import STORED, Product, Vectors
 from metate.search.index import Index
 
 _MOST_BITS = 16
+_MOST_SIZE = 2**31 - 1
 MOST_SEED = 2**63 - 1
 
 
@@ -123,16 +124,15 @@ class IVFPQIndex(Index):
 def _check(op: str, **given: Any) -> None:
     for name in ("dim", "nlist", "M", "bits"):
         value = given.get(name, 8)
-        if not is_whole(value, 1):
-            raise fail(op, name, repr(value), "an integer from 1 on")
+        if not is_whole(value, 1, _MOST_SIZE):
+            raise fail(op, name, repr(value)[:60], f"an integer from 1 to {_MOST_SIZE}")
     seed = given.get("seed", 0)
     if not is_whole(seed, 0, MOST_SEED):
         raise fail(op, "seed", repr(seed), f"an integer from 0 to {MOST_SEED}")
-    if given["metric"] not in METRICS:
-        raise fail(op, "metric", repr(given["metric"]), " or ".join(map(repr, METRICS)))
+    require_choice(op, "metric", given["metric"], METRICS)
     for name in ("storage", "refine"):
-        if given.get(name) is not None and given[name] not in STORED:
-            raise fail(op, name, repr(given[name]), " or ".join(map(repr, STORED)))
+        if given.get(name) is not None:
+            require_choice(op, name, given[name], STORED)
     if "M" in given and given["dim"] % given["M"]:
         raise fail(op, "M", given["M"], f"a divisor of dim, {given['dim']}")
     if "bits" in given and not 4 <= given["bits"] <= _MOST_BITS:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail, require_dense
+from metate.errors import fail, require_choice, require_dense, require_number
 from metate.ops.moe import grouped
 from metate.ops.moe.declaration import activation_op, permute_op, sort_op, unpermute_op
 from metate.ops.moe.experts import QuantizedExperts
@@ -137,6 +137,7 @@ def grouped_linear(
         out = grouped.linear_op.call((x, w, offsets, bias, order, k), backend=backend)
     if lora is None:
         return out
+    scaling = require_number("grouped_linear", "scaling", scaling)
     if not isinstance(lora, (tuple, list)) or len(lora) != 2:
         raise fail("grouped_linear", "lora", type(lora).__name__, "two tensors, A and B", error=TypeError)
     low = grouped.linear_op.call((x, lora[0], offsets, None, order, k), backend=backend)
@@ -196,11 +197,9 @@ def activation_scalars(
             if not isinstance(plain(value), (float, int)):
                 raise fail("gated_activation", name, repr(value), "a number", error=TypeError)
         numbers = float(numbers[0]), float(alpha), float(shift)
-    if activation in ACTIVATIONS and gating in GATINGS:
-        return ACTIVATIONS.index(activation), GATINGS.index(gating), *numbers
-    if activation not in ACTIVATIONS:
-        raise fail("gated_activation", "activation", repr(activation), " or ".join(map(repr, ACTIVATIONS)))
-    raise fail("gated_activation", "gating", repr(gating), " or ".join(map(repr, GATINGS)))
+    require_choice("gated_activation", "activation", activation, ACTIVATIONS)
+    require_choice("gated_activation", "gating", gating, GATINGS)
+    return ACTIVATIONS.index(activation), GATINGS.index(gating), *numbers
 
 
 def moe_mlp(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from metate.backends import use
-from metate.errors import fail, require_dense
+from metate.errors import fail, require_choice, require_dense, require_number
 from metate.ops.moe import reference
-from metate.ops.moe.declaration import topk_op
+from metate.ops.moe.declaration import FLOATS, topk_op
 from metate.scalars import is_whole, plain
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
@@ -112,10 +112,11 @@ def update_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> None:
     """
     for name, x in (("bias", bias), ("counts", counts)):
         require_dense("update_bias", name, x)
-    if not bias.is_floating_point():
-        raise fail("update_bias", "bias", bias.dtype, "a floating-point tensor", error=TypeError)
+    if bias.dtype not in FLOATS:
+        raise fail("update_bias", "bias", bias.dtype, "float32, bfloat16, float16 or float64", error=TypeError)
     if counts.shape != bias.shape:
         raise fail("update_bias", "counts", f"of shape {tuple(counts.shape)}", f"{tuple(bias.shape)} like bias")
+    rate = require_number("update_bias", "rate", rate)
     with torch.no_grad():
         counts = counts.to(bias.dtype)
         bias += rate * torch.sign(counts.mean() - counts)
@@ -187,8 +188,8 @@ def moe_route(
             weights, experts = _sinkhorn(flat, top_k, score, renormalise, scaling)
         else:
             k = {"switch": 1, "gshard": 2}.get(policy, top_k)
-            if k != top_k:
-                raise fail("moe_route", "top_k", top_k, f"{k} for policy {policy!r}")
+            if policy != "topk" and not (is_whole(top_k) and top_k == k):
+                raise fail("moe_route", "top_k", repr(top_k)[:60], f"{k} for policy {policy!r}")
             weights, experts = topk_op.call((
                 flat, bias, k, SCORES.index(score), groups, top_groups, ("max", "sum").index(group_rule),
                 renormalise or policy == "gshard", scaling,
@@ -218,16 +219,19 @@ def _dropped(
 
 def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_factor: float | None, drop: str) -> None:
     require_dense("moe_route", "logits", logits)
+    if logits.dtype not in FLOATS:
+        got = str(logits.dtype).removeprefix("torch.")
+        raise fail("moe_route", "logits", got, "float32, bfloat16, float16 or float64", error=TypeError)
     if logits.dim() < 2 or not logits.shape[-1]:
         raise fail("moe_route", "logits", f"of shape {tuple(logits.shape)}", "(…, num_experts)")
     choices = (("score", score, SCORES), ("group_rule", group_rule, ("max", "sum")), ("policy", policy, POLICIES),
                ("drop", drop, ("position", "probability")))  # fmt: skip
     for name, value, allowed in choices:
-        if value not in allowed:
-            raise fail("moe_route", name, repr(value), " or ".join(map(repr, allowed)))
-    real = isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < math.inf
+        require_choice("moe_route", name, value, allowed)
+    real = isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < 2.0**63
     if capacity_factor is not None and not real:
-        raise fail("moe_route", "capacity_factor", capacity_factor, "a positive number, or None: nothing is dropped")
+        got = repr(capacity_factor)[:60]
+        raise fail("moe_route", "capacity_factor", got, "a positive number, or None: nothing is dropped")
 
 
 def _check_policy(policy: str, top_k: int, experts: int, **given: Any) -> None:
@@ -246,6 +250,9 @@ def _check_policy(policy: str, top_k: int, experts: int, **given: Any) -> None:
 
 def _check_noise(noise: Tensor, logits: Tensor) -> None:
     require_dense("moe_route", "noise", noise)
+    if noise.dtype not in FLOATS or noise.device != logits.device:
+        got, expected = f"{noise.dtype} on {noise.device}", f"floats on {logits.device} like logits"
+        raise fail("moe_route", "noise", got, expected, error=TypeError)
     pairs = zip(noise.shape[::-1], logits.shape[::-1], strict=False)
     if noise.dim() > logits.dim() or any(size not in (1, whole) for size, whole in pairs):
         got, expected = f"of shape {tuple(noise.shape)}", f"one that broadcasts to {tuple(logits.shape)}"

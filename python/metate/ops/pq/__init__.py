@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail, require_dense
+from metate.errors import fail, require_choice, require_dense
 from metate.op import Op
 from metate.ops.pq.codes import interleave, pack_codes, unpack_codes
 from metate.ops.pq.declaration import decode_op, encode_op, ivf_op, scan_op, tables_op, topk_op
 from metate.ops.pq.kmeans import kmeans
+from metate.scalars import is_whole, plain
 from metate.shortcut import Shortcut
 
 __all__ = [
@@ -116,8 +117,11 @@ def pq_interleave(codes: Tensor, M: int, bits: int) -> Tensor:
     require_dense(op, "codes", codes)
     if codes.dtype != torch.uint8:
         raise fail(op, "codes", codes.dtype, "a uint8 tensor", error=TypeError)
-    if bits not in (4, 8):
-        raise fail(op, "bits", bits, "4 or 8")
+    M, bits = plain(M), plain(bits)
+    if not is_whole(M, 1):
+        raise fail(op, "M", repr(M)[:60], "an integer, 1 or more")
+    if not is_whole(bits) or bits not in (4, 8):
+        raise fail(op, "bits", repr(bits)[:60], "4 or 8")
     if codes.dim() != 2 or codes.shape[1] != (M * bits + 7) // 8:
         raise fail(
             op, "codes", f"of shape {tuple(codes.shape)}", f"(n, {(M * bits + 7) // 8}): {M} codes of {bits} bits"
@@ -298,6 +302,5 @@ def _normalised(queries: Tensor) -> Tensor:
 
 
 def _metric(op: str, metric: Any) -> int:
-    if metric not in METRICS:
-        raise fail(op, "metric", repr(metric), " or ".join(map(repr, METRICS)))
+    require_choice(op, "metric", metric, METRICS)
     return METRICS[metric]

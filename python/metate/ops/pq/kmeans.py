@@ -63,8 +63,10 @@ def fit_centroids(
     """
     k, iterations, most, seed = map(plain, (k, iterations, most, seed))
     _check(x, k, init, iterations, most, weights)
+    if not is_whole(seed, -(2**63), 2**64 - 1):
+        raise fail("kmeans", "seed", repr(seed)[:60], "an integer of 64 bits", error=TypeError)
     generator = torch.Generator().manual_seed(seed)
-    points = x.detach()
+    points, weights = x.detach(), None if weights is None else weights.detach()
     if most is not None and x.shape[0] > k * most:
         rows = sample_rows(x.shape[0], k * most, generator).to(x.device)
         points, weights = points[rows], None if weights is None else weights[rows]
@@ -108,6 +110,8 @@ def move_codebooks(x: Tensor, codes: Tensor, books: Tensor) -> Tensor:
 def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | None, weights: Tensor | None) -> None:
     op = "kmeans"
     require_dense(op, "x", x)
+    if x.is_meta:
+        raise fail(op, "x", "a meta tensor", "one with contents", error=NotImplementedError)
     if x.dtype != torch.float32:
         raise fail(op, "x", str(x.dtype).removeprefix("torch."), "float32; convert it with .to()", error=TypeError)
     if x.dim() != 2:
@@ -121,14 +125,16 @@ def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | N
             raise fail(op, "init", "not finite everywhere", "finite numbers")
     elif init not in ("k-means++", "sample"):
         raise fail(op, "init", repr(init), "'k-means++', 'sample' or a tensor of centroids")
-    if not is_whole(iterations, 0):
-        raise fail(op, "iterations", repr(iterations), "an integer, at least 0")
+    if not is_whole(iterations, 0, 2**31):
+        raise fail(op, "iterations", repr(iterations)[:60], "an integer from 0 to 2**31")
     if most is not None and not is_whole(most, 1):
         raise fail(op, "max_points_per_centroid", repr(most), "an integer, at least 1, or None")
     if x.shape[1] and not bool((4 * x.shape[1] * x.abs().amax().square()).isfinite()):
         raise fail(op, "x", "NaN, infinite or huge in places", "numbers whose squared distances are finite in float32")
     if weights is not None:
         require_dense(op, "weights", weights)
+        if weights.device != x.device:
+            raise fail(op, "weights", f"on {weights.device}", f"{x.device} like x; move it with .to()")
         if weights.dtype != torch.float32 or weights.shape != x.shape[:1]:
             raise fail(op, "weights", f"{weights.dtype} of shape {tuple(weights.shape)}", f"float32 ({x.shape[0]},)")
         if not bool((weights >= 0).all() & weights.sum().isfinite()):

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail, require_dense
+from metate.errors import fail, require_choice, require_dense, require_number
 from metate.low_bit import QuantizedWeight
 from metate.op import Op
 from metate.ops.quant_linear.declaration import dequantize_op, int8_op, linear_op
 from metate.ops.quant_linear.lora import check_adapter_ids, factors_of, shrink_op
 from metate.ops.quant_linear.lora import linear_op as lora_op
-from metate.scalars import plain
 from metate.shortcut import Shortcut
 
 __all__ = ["QuantizedWeight", "dequantize", "lora_linear", "quant_linear"]
@@ -55,8 +54,8 @@ def quant_linear(
     shape = x.shape if isinstance(x, Tensor) and isinstance(weight, QuantizedWeight) and not x.is_nested else ()
     if not shape or shape[-1] != weight.shape[1]:
         _check_rows("quant_linear", x, weight)
-    if activation is not None and activation != "int8":
-        raise fail("quant_linear", "activation", repr(activation), "None or 'int8'")
+    if activation is not None:
+        require_choice("quant_linear", "activation", activation, ("int8",))
     op, shortcut = (linear_op, _multiply) if activation is None else (int8_op, _multiply_int8)
     rest = *weight.arguments, bias, *weight.scalars
     if len(shape) == 2:
@@ -148,17 +147,15 @@ def _adapters(
             raise fail("lora_linear", name, f"of shape {tuple(matrix.shape)}", "2 dimensions, or 3 with adapters first")
     A, B = (matrix.unsqueeze(0) if matrix.dim() == 2 else matrix for matrix in (A, B))
     if not isinstance(scaling, Tensor):
-        if not isinstance(plain(scaling), (int, float)):
-            kind = type(scaling).__name__
-            raise fail("lora_linear", "scaling", kind, "a number, or a tensor of them", error=TypeError)
+        scaling = require_number("lora_linear", "scaling", scaling)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         scaling = torch.full(A.shape[:1], scaling, dtype=wide, device=x.device)
     if adapter_ids is None:
         return A, B, scaling, None
     ids = adapter_ids
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise fail("lora_linear", "adapter_ids", got, "a tensor of integers", error=TypeError)
+    require_dense("lora_linear", "adapter_ids", ids, "a tensor of integers")
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise fail("lora_linear", "adapter_ids", ids.dtype, "a tensor of integers", error=TypeError)
     if not 1 <= ids.dim() < x.dim() or ids.shape != x.shape[: ids.dim()]:
         expected = f"{tuple(x.shape[:-1])} or its first sizes: a number for each row of x"
         raise fail("lora_linear", "adapter_ids", f"of shape {tuple(ids.shape)}", expected)
@@ -190,4 +187,8 @@ def dequantize(
     """
     if not isinstance(weight, QuantizedWeight):
         raise fail("dequantize", "weight", type(weight).__name__, "a metate.QuantizedWeight", error=TypeError)
+    if not isinstance(dtype, torch.dtype):
+        raise fail("dequantize", "dtype", repr(dtype)[:60], "a torch.dtype", error=TypeError)
+    if out is not None:
+        require_dense("dequantize", "out", out)
     return weight.dense(lambda *args: dequantize_op.call(args, backend=backend), dtype, out)

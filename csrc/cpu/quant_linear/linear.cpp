@@ -347,7 +347,7 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
 #if defined(METATE_HAS_WORD_SHUFFLES)
 // Rows `first` … `end` - 1 of x with the tile of some blocks.
 template <Unit unit>
-void multiply_squares(const Problem& p, Tile tile, int64_t k, int64_t first, int64_t end, const StripCodes& codes,
+void multiply_squares(const Problem& p, Tile tile, int64_t k, int64_t first, int64_t end, const PanelCodes& codes,
                       vi table, Ahead& ahead) {
     tile.x = p.x.line(k, first);
     tile.sums = p.x.sums ? p.x.sums_of(k, first) : nullptr;
@@ -356,12 +356,19 @@ void multiply_squares(const Problem& p, Tile tile, int64_t k, int64_t first, int
 }
 
 void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t first, int64_t end, int64_t blocks,
-                     const StripCodes& codes, Ahead& ahead) {
+                     const PanelCodes& codes, Ahead& ahead) {
     tile.x = p.integers.line(k, first);
     tile.total += first * panel;
     const auto multiply = [&]<int digits>() {
-        multiply_digits<digits>(end - first, tile, p.integer_plans + k, blocks,
-                                p.integers.line(1, 0) - p.integers.lines, codes, p.arithmetic.table, ahead);
+        for (const StripCodes& half : codes.halves) {
+            if (half.rows <= 0) return;
+            multiply_digits<digits>(end - first, tile, p.integer_plans + k, blocks,
+                                    p.integers.line(1, 0) - p.integers.lines, half, p.arithmetic.table, ahead);
+            tile.scales += width;
+            if (tile.corrections) tile.corrections += width;
+            if (tile.centers) tile.centers += width;
+            tile.total += width;
+        }
     };
     p.arithmetic.digits == 3 ? multiply.template operator()<3>() : multiply.template operator()<1>();
 }
@@ -370,11 +377,10 @@ void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t firs
 void multiply_squares(const Problem& p, const Workspace& at, const Tile& tile, int64_t row, int64_t k, vi table,
                       Ahead& ahead) {
     const int64_t parts = ceil_div(p.x.rows, p.in_digits() ? digit_square_rows(p.arithmetic.digits) : square_rows);
-    const StripCodes codes(p.call.w, row, k);
+    const PanelCodes codes(p.call.w, row, k);
     IntegerTile integers = integer_tile(p, at, 0, tile);
     integers.first_group = tile.first_group;
-    if (integers.centers) integers.centers += row % panel;
-    Ahead here(codes.codes, tile.blocks * block / 2, codes.stride);
+    Ahead here(codes.halves[0].codes, tile.blocks * block / 2, p.call.w.codes.stride[0]);
     for (int64_t i = 0; i < parts; ++i) {
         const int64_t first = p.x.rows * i / parts, end = p.x.rows * (i + 1) / parts;
         Ahead& later = i == 0 ? ahead : here;
@@ -387,32 +393,26 @@ void multiply_squares(const Problem& p, const Workspace& at, const Tile& tile, i
     }
 }
 
-// Few rows of x take one half of a panel after another; the next one, or what is to be read `after` the last, is
-// fetched meanwhile.
+// Few rows of x take one panel after another; the next one, or what is to be read `after` the last, is fetched
+// meanwhile.
 template <class T>
 void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64_t last, const uint8_t* after) {
     const LowBitMatrix& w = p.call.w;
     const vi table = p.pairs ? table_of(p) : as_int(load(p.values.entries));
-    for (int64_t row = first; row < last; row += width) {
-        const int64_t v = row % panel / width, next = row + width;
-        const uint8_t* const codes = next >= last && after ? after : codes_of(w, {next, 0, 0});
-        const TurnLevels levels(w, next, 0, w.scales.size[1] - 1);
+    for (int64_t row = first; row < last; row += panel) {
+        const uint8_t* const codes = row + panel >= last && after ? after : codes_of(w, {row + panel, 0, 0});
         Ahead ahead(codes, ceil_div(w.columns, 2), w.codes.stride[0]);
         Tile tile = tile_of(p, at, 0, p.x.rows);
-        tile.scales += v * width;
-        if (tile.corrections) tile.corrections += v * width;
-        tile.total += v * width;
-        if (v == 0) clear(at, p.x.rows * panel);
+        clear(at, p.x.rows * panel);
         at.first_group[0] = -1;
-        for (int64_t k = 0, r = 0; k < p.blocks; k += span) {
+        for (int64_t k = 0; k < p.blocks; k += span) {
             const int64_t end = smaller(k + span, p.blocks);
-            for (; r * p.blocks < width * end; ++r) levels.fetch(r);
-            load_window(p, at, 0, row - v * width, k, end, 1 << v);
+            load_window(p, at, 0, row, k, end, 3);
             enter_blocks(tile, p, k, end, at.first_group[0]);
             multiply_squares(p, at, tile, row, k, table, ahead);
             end_span(at, p.x.rows * panel);
         }
-        if (v == 1 || next >= last) finish<T>(p, at, row / panel, 1, 0, p.x.rows);
+        finish<T>(p, at, row / panel, 1, 0, p.x.rows);
     }
 }
 #else

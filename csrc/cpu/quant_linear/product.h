@@ -12,10 +12,9 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// Rows of x whose sums stay in registers; and, where there are enough of them, their totals too: with twice the rows,
-// stores would take a tenth of the time.
-constexpr int tile_rows = width == 4 ? 4 : 6;
-constexpr bool keeps_totals = width == 16;
+// Rows of x whose sums stay in registers: with two vectors of each, chains enough for two dot products a cycle, of
+// which each waits six cycles for the one before it.
+constexpr int tile_rows = width == 16 ? 8 : width == 4 ? 4 : 6;
 
 // Columns of one block that share a scale, at most `longest` or, of some pairs, `longest_pairs`.
 struct Chunk {
@@ -221,7 +220,7 @@ struct Tile {
 
 template <int rows>
 METATE_FN void load_totals(vf (&total)[rows][2], const float* from) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) total[r][v] = load(from + r * panel + v * width);
@@ -229,7 +228,7 @@ METATE_FN void load_totals(vf (&total)[rows][2], const float* from) {
 }
 template <int rows>
 METATE_FN void store_totals(float* to, const vf (&total)[rows][2]) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) store(to + r * panel + v * width, total[r][v]);
@@ -238,7 +237,7 @@ METATE_FN void store_totals(float* to, const vf (&total)[rows][2]) {
 
 template <int rows>
 METATE_FN void add_totals(float* to, const vf (&total)[rows][2]) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) {
@@ -253,7 +252,7 @@ METATE_FN void add_totals(float* to, const vf (&total)[rows][2]) {
 template <bool scaled, int rows>
 METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, const Chunk& chunk, int64_t c, const vf (&sum)[rows][2]) {
     const int64_t scale = (chunk.group - t.first_group) * panel;
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v)
@@ -261,7 +260,7 @@ METATE_FN void add_sums(vf (&total)[rows][2], const Tile& t, const Chunk& chunk,
                 scaled ? fma(sum[r][v], load(t.scales + scale + v * width), total[r][v]) : total[r][v] + sum[r][v];
     }
     if (!scaled || !t.corrections || !chunk.is_last) return;
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
         const vf x_sum = splat(t.sums[r * t.sums_stride + c]);
 #pragma GCC unroll 2
@@ -300,7 +299,7 @@ __attribute__((noinline)) vf sum_last_digits(const float* x, const float* values
 template <Unit unit, int rows>
 METATE_FN void scale_by_steps(vf (&sum)[rows][2], const Tile& t, int64_t c, const float* x, const float* values,
                               int words) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
         const vf step = splat(t.steps[r * t.sums_stride + c]);
         const float* const last = t.last + (x - t.x) + r * t.stride;
@@ -316,14 +315,14 @@ METATE_FN void scale_by_steps(vf (&sum)[rows][2], const Tile& t, int64_t c, cons
 
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
 template <Unit unit, int rows, bool scaled, int together>
-METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, const Chunk* chunks, int c) {
+METATE_FN void multiply_chunks(const Tile& t, const Chunk* chunks, int c) {
     constexpr int per_word = columns_in<unit>;
     const int chunk_words = t.most_columns / per_word;
     const int64_t stride = t.stride;
     vf sum[together][rows][2];
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
     }
     const int begin = chunks[c].begin / per_word;
@@ -335,7 +334,7 @@ METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, const Chunk*
             for (int q = 0; q < together; ++q) {
                 const float* const value = values + (q * chunk_words + j) * panel;
                 const vf first = load(value), second = load(value + width);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                 for (int r = 0; r < rows; ++r) {
                     const vf a = splat(x[r * stride + q * chunk_words + j]);
                     sum[q][r][0] = add_product<unit>(sum[q][r][0], a, first);
@@ -351,7 +350,8 @@ METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, const Chunk*
     int left = words;
     for (; left >= 4; left -= 4) add_columns.template operator()<4>();
     for (; left > 0; --left) add_columns.template operator()<1>();
-    if (!keeps_totals) load_totals(total, t.total);
+    vf total[rows][2];
+    load_totals(total, t.total);
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q) {
         if constexpr (unit == Unit::whole_pairs)
@@ -359,7 +359,7 @@ METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, const Chunk*
                                  t.values + (begin + q * chunk_words) * panel, words);
         add_sums<scaled>(total, t, chunks[c + q], c + q, sum[q]);
     }
-    if (!keeps_totals) store_totals(t.total, total);
+    store_totals(t.total, total);
 }
 
 // Whether the n chunks from number c on are whole.
@@ -372,18 +372,15 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
     constexpr int together = rows > 2 ? 1 : 4 / rows;
     Tile t = tile;  // which no store to the totals can change
     vf total[rows][2] = {};
-    if (!t.begins)
-        load_totals(total, t.total);
-    else if (!keeps_totals)
-        store_totals(t.total, total);
+    if (t.begins) store_totals(t.total, total);
     for (const BlockPlan* const end = t.plan + t.blocks; t.plan < end; ++t.plan) {
         const BlockPlan plan = *t.plan;
         for (int c = 0; c < plan.count;) {
             if (together > 1 && are_whole(plan, c, together, t.most_columns)) {
-                multiply_chunks<unit, rows, scaled, together>(total, t, plan.chunks, c);
+                multiply_chunks<unit, rows, scaled, together>(t, plan.chunks, c);
                 c += together;
             } else {
-                multiply_chunks<unit, rows, scaled, 1>(total, t, plan.chunks, c++);
+                multiply_chunks<unit, rows, scaled, 1>(t, plan.chunks, c++);
             }
         }
         t.x += block / columns_in<unit>;
@@ -395,7 +392,9 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
             t.has_last += t.block_rows;
         }
     }
-    t.ends ? add_totals(t.earlier, total) : store_totals(t.total, total);
+    if (!t.ends) return;
+    load_totals(total, t.total);
+    add_totals(t.earlier, total);
 }
 
 template <Unit unit, bool scaled, int rows = tile_rows>

@@ -24,15 +24,6 @@ METATE_FN vf word_of(vf dword, int j, vi table) {
     return lookup({as_float(table)}, shift_right(as_int(dword), 4 * j));
 }
 
-// sum + the word of x at `x` times words of W.
-template <Unit unit>
-METATE_FN vf add_word(vf sum, const float* x, vf value) {
-#if defined(METATE_HAS_BF16_DOT)
-    if constexpr (unit == Unit::pairs) return dot_pair(sum, x, as_int(value));
-#endif
-    return fma(splat(*x), value, sum);
-}
-
 // What is left of `width` rows of W from some block on.
 struct StripCodes {
     const uint8_t* codes;
@@ -58,70 +49,112 @@ struct StripCodes {
     }
 };
 
-// Adds a block to the totals of one half of a panel.
-template <Unit unit, int rows, int chunk_columns>
-METATE_FN void multiply_square(const Tile& t, const vf (&square)[width], vi table, Ahead& ahead) {
+struct PanelCodes {
+    StripCodes halves[2];
+
+    PanelCodes(const LowBitMatrix& w, int64_t row, int64_t k) : halves{{w, row, k}, {w, row + width, k}} {}
+};
+
+// Chunks whose sums are formed side by side, of both halves of a panel: a dot product waits six cycles for the one
+// before it in its chain, and two begin in each.
+METATE_FN constexpr int chunks_beside(int rows) {
+    return rows > 4 ? 1 : rows > 1 ? 2 : 4;
+}
+
+// Adds `blocks` blocks to the totals of a panel.
+template <Unit unit, int rows, int chunk_columns, int blocks>
+METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead& ahead) {
     constexpr int chunks = block / chunk_columns, words = chunk_columns / columns_in<unit>;
-    // Too few chains of additions would leave the processor waiting.
-    constexpr int most = rows > 4 ? 1 : rows > 2 ? 2 : 4, together = most < chunks ? most : chunks;
-    constexpr int of_dword = unit_columns / columns_in<unit>, apart = of_dword / together;
+    constexpr int of_dword = unit_columns / columns_in<unit>, dwords = chunk_columns / unit_columns;
+    constexpr int most = chunks_beside(rows), together = most < blocks * chunks ? most : blocks * chunks;
+    alignas(64) float room[blocks * width * panel];
+    for (int i = 0; i < blocks * 2; ++i) {
+        vf square[width];
+        codes.halves[i % 2].load_square(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < width; ++j) store(room + (i / 2 * width + j) * panel + i % 2 * width, square[j]);
+    }
     const float* x[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
         x[r] = t.x + r * t.stride;
         asm("" : "+r"(x[r]));  // or compilers keep the distances of all words in memory instead
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < chunks; c += together) {
-        vf sum[together][rows];
-#pragma GCC unroll 4
+    for (int c = 0; c < blocks * chunks; c += together) {
+        const float* const first = room + c * dwords * panel;
+        vf sum[together][rows][2];
+#pragma GCC unroll 8
         for (int q = 0; q < together; ++q) {
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) sum[q][r] = splat(0.0f);
+            for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
         }
-#pragma GCC unroll 32
-        for (int j = 0; j < words; ++j) {
-            if (j % apart == 0) ahead.fetch();  // a line for each row of W
-#pragma GCC unroll 4
-            for (int q = 0; q < together; ++q) {
-                const int word = (c + q) * words + j;
-                const vf value = word_of<unit>(square[word / of_dword], word % of_dword, table);
+        for (int d = 0; d < dwords; ++d) {
+            vf dword[together][2];
 #pragma GCC unroll 8
-                for (int r = 0; r < rows; ++r) sum[q][r] = add_word<unit>(sum[q][r], x[r] + word, value);
+            for (int q = 0; q < together; ++q) {
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v) {
+                    dword[q][v] = load(first + (q * dwords + d) * panel + v * width);
+                    ahead.fetch();  // a line for each row of W
+                }
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < of_dword; ++j) {
+#pragma GCC unroll 8
+                for (int q = 0; q < together; ++q) {
+                    const vf value[2] = {word_of<unit>(dword[q][0], j, table), word_of<unit>(dword[q][1], j, table)};
+                    const int word = (c + q) * words + d * of_dword + j;
+#pragma GCC unroll 8
+                    for (int r = 0; r < rows; ++r) {
+                        const vf a = splat(x[r][word]);
+#pragma GCC unroll 2
+                        for (int v = 0; v < 2; ++v) sum[q][r][v] = add_product<unit>(sum[q][r][v], a, value[v]);
+                    }
+                }
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int q = 0; q < together; ++q) {
-            if (c + q >= t.plan->count) break;
-            const Chunk& chunk = t.plan->chunks[c + q];
+            const int64_t k = (c + q) / chunks, number = (c + q) % chunks;
+            if (number >= t.plan[k].count) continue;
+            const Chunk& chunk = t.plan[k].chunks[number];
             const int64_t scale = (chunk.group - t.first_group) * panel;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
-                vf total = fma(sum[q][r], load(t.scales + scale), load(t.total + r * panel));
-                if (t.corrections && chunk.is_last)
-                    total = fma(splat(t.sums[r * t.sums_stride + c + q]), load(t.corrections + scale), total);
-                store(t.total + r * panel, total);
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v) {
+                    float* const at = t.total + r * panel + v * width;
+                    vf total = fma(sum[q][r][v], load(t.scales + scale + v * width), load(at));
+                    if (t.corrections && chunk.is_last)
+                        total = fma(splat(t.sums[k * t.block_sums + r * t.sums_stride + number]),
+                                    load(t.corrections + scale + v * width), total);
+                    store(at, total);
+                }
             }
         }
     }
 }
 
 template <Unit unit, int rows, int chunk_columns>
-__attribute__((noinline)) void multiply_squares_as(Tile t, StripCodes codes, vi table, Ahead& later) {
+__attribute__((noinline)) void multiply_squares_as(Tile t, PanelCodes codes, vi table, Ahead& later) {
+    constexpr int beside = chunks_beside(rows) * chunk_columns / block, most = beside > 1 ? beside : 1;
     Ahead ahead = later;  // in registers
-    for (const BlockPlan* const end = t.plan + t.blocks; t.plan < end; ++t.plan) {
-        vf square[width];
-        codes.load_square(square);
-        multiply_square<unit, rows, chunk_columns>(t, square, table, ahead);
-        t.x += block / columns_in<unit>;
-        t.sums += t.block_sums;
-    }
+    const auto multiply = [&]<int blocks>() __attribute__((always_inline)) {
+        for (; t.blocks >= blocks; t.blocks -= blocks) {
+            multiply_square<unit, rows, chunk_columns, blocks>(t, codes, table, ahead);
+            t.plan += blocks;
+            t.x += blocks * block / columns_in<unit>;
+            t.sums += blocks * t.block_sums;
+        }
+    };
+    if constexpr (most > 1) multiply.template operator()<most>();
+    multiply.template operator()<1>();
     later = ahead;
 }
 
-// The blocks of a tile with one half of a panel.
+// The blocks of a tile with a panel.
 template <Unit unit, int rows = square_rows>
-METATE_FN void multiply_squares(int64_t n, const Tile& tile, const StripCodes& codes, vi table, Ahead& ahead) {
+METATE_FN void multiply_squares(int64_t n, const Tile& tile, const PanelCodes& codes, vi table, Ahead& ahead) {
     if constexpr (rows > 1) {
         if (n < rows) return multiply_squares<unit, rows - 1>(n, tile, codes, table, ahead);
     }

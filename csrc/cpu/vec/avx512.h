@@ -598,10 +598,6 @@ METATE_FN vf dot(vf sum, vi a, vi b) {
     const vf a0 = flush(as_float(_mm512_slli_epi32(a, 16))), b0 = flush(as_float(_mm512_slli_epi32(b, 16)));
     return flush(fma(a0, b0, flush(fma(a1, b1, flush(sum)))));
 }
-// dot(sum, the pair at `pair` in every lane, b)
-METATE_FN vf dot_pair(vf sum, const float* pair, vi b) {
-    return dot(sum, as_int(splat(*pair)), b);
-}
 METATE_FN hf dot(hf sum, hi a, hi b) {
     return half_of(dot(_mm512_castps256_ps512(sum), _mm512_castsi256_si512(a), _mm512_castsi256_si512(b)));
 }
@@ -612,12 +608,6 @@ METATE_FN vi narrow_pairs(vf low, vf high) {
 #else
 METATE_FN vf dot(vf sum, vi a, vi b) {
     return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
-}
-// dot(sum, the pair at `pair` in every lane, b): compilers spread the pair by an instruction of its own, which takes
-// the units of products and look-ups.
-METATE_FN vf dot_pair(vf sum, const float* pair, vi b) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*pair));
-    return sum;
 }
 METATE_FN hf dot(hf sum, hi a, hi b) {
     return _mm256_dpbf16_ps(sum, bit_cast<__m256bh>(a), bit_cast<__m256bh>(b));

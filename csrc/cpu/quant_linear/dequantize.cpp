@@ -2,6 +2,7 @@
 // makes of every code, other codes become bytes first. A large W goes past the caches, where whole vectors make its
 // lines.
 #include "../strided.h"
+#include "../vec/vbmi.h"
 #include "decode.h"
 
 namespace metate::cpu::METATE_ISA {
@@ -27,6 +28,10 @@ struct Problem {
     float entries[256];  // of the codebook, or the codes themselves; up to 4 bits again and again
     Codes codes;
     bool streamed;  // decoded straight to where it belongs, in whole vectors
+#if defined(METATE_HAS_VBMI_FORMS)
+    bool has_vbmi = isa() >= Isa::avx512vbmi;
+    Table256 planes[4];  // the bytes of the entries of a codebook, the lowest first
+#endif
 
     explicit Problem(const Dequantize& call) : w(call.w), out(call.out) {
         w.group_size = smaller(w.group_size, w.columns);
@@ -39,8 +44,22 @@ struct Problem {
         else
             codes = !codebook ? Codes::whole : w.bits <= 4 ? Codes::table : is_e4m3() ? Codes::e4m3 : Codes::codebook;
         if (codes == Codes::swapped_halves) w.permutation = {};
+#if defined(METATE_HAS_VBMI_FORMS)
+        if (codes == Codes::codebook) set_planes();
+#endif
         streamed = w.rows * w.columns * bytes_of(out.dtype) >= beyond_caches && is_of_vectors();
     }
+
+#if defined(METATE_HAS_VBMI_FORMS)
+    void set_planes() {
+        for (int d = 0; d < 4; ++d) {
+            alignas(64) uint8_t bytes[256];
+            for (int i = 0; i < 256; ++i) bytes[i] = static_cast<uint8_t>(bit_cast<uint32_t>(entries[i]) >> 8 * d);
+            for (int i = 0; i < 4; ++i)
+                planes[d].quarters[i] = load(reinterpret_cast<const int32_t*>(bytes) + i * width);
+        }
+    }
+#endif
 
     bool is_of_halves() const { return codes == Codes::halves || codes == Codes::swapped_halves; }
 
@@ -178,6 +197,40 @@ METATE_FN void decode_bytes(T* to, const uint8_t* codes, int64_t n, const float*
     if (n > 0) put<streamed>(to, weights_of(values_of<kind>(codes, n, entries), level));
 }
 
+#if defined(METATE_HAS_VBMI_FORMS)
+// Weights of n values of a group, as decode_bytes writes them.
+template <class T, bool streamed>
+METATE_FN void scale_line(T* to, const float* values, int64_t n, const Level& level) {
+    for (; n > 0; n -= width, to += width, values += width)
+        put<streamed>(to, weights_of(n >= width ? load(values) : load(values, n), level));
+}
+
+// The entries of a codebook for n bytes, in whole fours of vectors.
+inline void look_up_planes(float* to, const uint8_t* codes, int64_t n, const Table256 (&planes)[4]) {
+    for (; n > 0; n -= 4 * width, codes += 4 * width, to += 4 * width) {
+        vf four[4];
+        vbmi_lookup_floats(four, planes, load_bytes(codes, n));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store(to + i * width, four[i]);
+    }
+}
+
+// n codes as bytes, rounded up to 64, of which `left` bytes are there.
+inline void unpack_bits(uint8_t* to, const uint8_t* codes, int64_t left, int64_t n, int64_t bits) {
+    alignas(64) uint8_t from[4 * width], first_bit[4 * width];
+    for (int i = 0; i < 4 * width; ++i) {
+        from[i] = static_cast<uint8_t>(i / 8 * bits + i % 8);
+        first_bit[i] = static_cast<uint8_t>(i % 8 * bits);
+    }
+    const auto vector = [](const uint8_t* bytes) { return load(reinterpret_cast<const int32_t*>(bytes)); };
+    const vi moves = vector(from), shifts = vector(first_bit), mask = splat(((1 << bits) - 1) * 0x01010101);
+    for (; n > 0; n -= 4 * width, to += 4 * width, codes += 8 * bits, left -= 8 * bits) {
+        const vi eights = vbmi_move_bytes(load_bytes(codes, smaller(left, 8 * bits)), moves);
+        store(reinterpret_cast<int32_t*>(to), bit_and(vbmi_move_bits(eights, shifts), mask));
+    }
+}
+#endif
+
 // Eight codes side by side, each as a byte.
 template <int bits>
 METATE_FN uint64_t bytes_of_codes(uint64_t codes) {
@@ -236,12 +289,26 @@ void decode_segment(T* to, const Problem& p, int64_t row, int64_t begin, int64_t
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + from;
     uint8_t unpacked[segment];
     if (!halves && w.bits < 8) {
-        unpack(unpacked, codes, ceil_div(w.columns * w.bits, 8) - from, n, w.bits);
+        const int64_t left = ceil_div(w.columns * w.bits, 8) - from;
+#if defined(METATE_HAS_VBMI_FORMS)
+        p.has_vbmi ? unpack_bits(unpacked, codes, left, n, w.bits) : unpack(unpacked, codes, left, n, w.bits);
+#else
+        unpack(unpacked, codes, left, n, w.bits);
+#endif
         codes = unpacked;
     }
     Levels levels;
     levels.load(w, row, group, (begin + n - 1) / group_size - group + 1);
     int64_t end = (group + 1) * group_size - begin;
+#if defined(METATE_HAS_VBMI_FORMS)
+    if (kind == Codes::codebook && p.has_vbmi) {
+        float values[segment];
+        look_up_planes(values, codes, n, p.planes);
+        for (int64_t i = 0, at = 0; at < n; at = end, end += group_size, ++i)
+            scale_line<T, streamed>(to + at, values + at, smaller(end, n) - at, levels[i]);
+        return;
+    }
+#endif
     for (int64_t i = 0, at = 0; at < n; at = end, end += group_size, ++i) {
         const int64_t count = smaller(end, n) - at;
         if constexpr (halves)

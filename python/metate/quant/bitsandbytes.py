@@ -220,8 +220,15 @@ def _nearest(scaled: Tensor, values: Tensor) -> Tensor:
     """Index into `values` of the nearest one, the smaller value in a tie."""
     order = values.argsort()
     ascending = values[order]
-    index = torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2, out_int32=True)
-    return order[index].to(torch.uint8)
+    edges = (ascending[:-1] + ascending[1:]) / 2
+    if len(values) > 16 or scaled.is_meta:
+        return order[torch.bucketize(scaled, edges, out_int32=True)].to(torch.uint8)
+    index = torch.zeros_like(scaled, dtype=torch.uint8)  # few: to count the edges below is faster than to search
+    is_below = torch.empty_like(scaled, dtype=torch.bool)
+    for edge in edges:
+        index += torch.le(scaled, edge, out=is_below).logical_not_().view(torch.uint8)  # NaN is above all
+    is_ascending = torch.equal(values, ascending)
+    return index if is_ascending else order.to(torch.uint8)[index.int()]
 
 
 def nearest_in_blocks(values: Tensor, size: int, table: Tensor) -> tuple[Tensor, Tensor]:

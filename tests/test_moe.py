@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,42 @@ def test_experts_choose_their_tokens():
         assert dense[:, expert].nonzero().flatten().tolist() == sorted(best.tolist())
         torch.testing.assert_close(dense[best, expert], scores[best, expert])
     assert route.rows == 80 and int((route.experts < 5).sum()) == 80
+
+
+@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"])
+def test_a_choice_can_be_given(score):
+    """Replayed, it gives the weights and gradients of the call that chose; from a table, hash layers."""
+    rule = dict(score=score, renormalise=score != "softmax_topk", scaling=2.5)
+    logits = random(5, 7, 12).requires_grad_()
+    first = metate.moe_route(logits, 3, bias=random(12, seed=1), groups=4, top_groups=2, **rule)
+    replayed = metate.moe_route(logits, 3, experts=first.chosen.view(5, 7, 3).long(), **rule)
+    assert torch.equal(replayed.experts, first.experts) and replayed.experts.dtype == torch.int32
+    torch.testing.assert_close(replayed.weights, first.weights)
+    grad = random(35, 3, seed=2)
+    wanted, found = (torch.autograd.grad(route.weights, logits, grad)[0] for route in (first, replayed))
+    torch.testing.assert_close(found, wanted)
+
+    table = torch.arange(50)[:, None] % 12
+    hashed = metate.moe_route(random(5, 12), 1, experts=table[[4, 4, 4, 7, 49]], capacity_factor=4.0)
+    assert hashed.chosen.flatten().tolist() == [4, 4, 4, 7, 1]
+    assert hashed.experts.flatten().tolist() == [4, 4, 12, 7, 1]  # an expert takes ⌈4 · 5 / 12⌉
+
+
+def test_a_given_choice_is_checked():
+    logits, experts = random(6, 4), torch.zeros(6, 2, dtype=torch.int32)
+    for wrong, error in (
+        ([[0, 1]], r"TypeError.*experts is list, expected a torch.Tensor"),
+        (experts.float(), r"TypeError.*experts is torch.float32, expected integers"),
+        (experts[:5], r"ValueError.*experts is of shape \(5, 2\), expected \(…, 2\) for the 6 tokens of logits"),
+        (experts + 4, r"ValueError.*experts is 4, expected 0 to 3"),
+        (experts - 1, r"ValueError.*experts is -1, expected 0 to 3"),
+    ):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            metate.moe_route(logits, 2, experts=wrong)
+        assert re.search(error, f"{raised.type.__name__}: {raised.value}")
+    for name, value in dict(bias=torch.zeros(4), groups=2, policy="gshard").items():
+        with pytest.raises(ValueError, match=rf"metate.moe_route: {name} is .*a choice that is given does not look at"):
+            metate.moe_route(logits, 2, experts=experts, **{name: value})
 
 
 def test_sinkhorn_balances():

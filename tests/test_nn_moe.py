@@ -348,3 +348,19 @@ def test_states_that_lie_about_their_shape_are_refused(shape):
     with pytest.raises(RuntimeError, match="QuantGroupedLinear: metate"):
         layer.load_state_dict(state)
     assert torch.equal(layer.weight.dequantize(), before)
+
+
+def test_a_route_is_replayed():
+    """Whatever has become of the router, its groups and its correction bias: the experts are those of before."""
+    torch.manual_seed(0)
+    moe = MoE(16, 24, 8, 2, correction=True, score="sigmoid", groups=4, top_groups=2, renormalise=True)
+    x = torch.randn(3, 5, 16)
+    before, chosen = moe(x), moe.route.chosen
+    with torch.no_grad():
+        moe.correction_bias += torch.randn(8)
+    torch.testing.assert_close(moe(x, experts=chosen), before)
+    with torch.no_grad():
+        moe.router.weight.copy_(torch.randn(8, 16))
+    moe(x, experts=chosen).sum().backward()
+    assert torch.equal(moe.route.experts, chosen) and moe.router.weight.grad.abs().sum() > 0
+    assert not torch.equal(moe.route.experts, (moe(x), moe.route.experts)[1])

@@ -25,6 +25,7 @@ from metate.ops.moe import (
     moe_unpermute,
     update_bias,
 )
+from metate.ops.moe.routing import CHOICE
 from metate.scalars import is_whole, plain
 
 
@@ -202,11 +203,18 @@ class MoE(nn.Module):
         self.register_buffer("correction_bias", torch.zeros(num_experts, device=device) if correction else None)
         self.route: Route | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, hidden_size) → the same shape."""
+    def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
+        """x (…, hidden_size) → the same shape.
+
+        experts (…, top_k): where the tokens go, as `route.chosen` of an earlier call: then neither groups nor a
+        correction bias chooses.
+        """
         noise = F.softplus(self.noise(x)) if self.noise is not None and self.training else None
         bias: Tensor | None = self.correction_bias  # type: ignore[assignment]
-        self.route = moe_route(self.router(x), self.top_k, bias=bias, noise=noise, **self.routing)
+        choice = {"bias": bias, "experts": experts, **self.routing}
+        if experts is not None:
+            choice = {name: value for name, value in choice.items() if name not in CHOICE}
+        self.route = moe_route(self.router(x), self.top_k, noise=noise, **choice)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         out: Tensor = self.experts(rows, self.route, self.shared)
         return out if x.dim() == 2 else out.reshape(x.shape)

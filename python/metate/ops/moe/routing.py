@@ -14,16 +14,19 @@ from metate.backends import use
 from metate.errors import fail, require_choice, require_dense, require_number
 from metate.ops.moe import reference
 from metate.ops.moe.declaration import FLOATS, topk_op
+from metate.ops.moe.rules import within
 from metate.scalars import is_whole, plain
 
 SCORES = ("softmax", "softmax_topk", "sigmoid", "sqrt_softplus")
 POLICIES = ("topk", "switch", "gshard", "expert_choice", "sinkhorn", "mixture_of_depths")
 _ITERATIONS = 50  # of Sinkhorn's normalisation, at most
-_CHOICE = {"bias": None, "groups": 1, "top_groups": 1, "group_rule": "max"}
+CHOICE = {"bias": None, "groups": 1, "top_groups": 1, "group_rule": "max"}
+_GIVEN = "given experts"
 _UNUSED: dict[str, dict[str, Any]] = {  # what policies with a choice of their own do not look at, and its default
-    "sinkhorn": _CHOICE,
-    "expert_choice": {**_CHOICE, "renormalise": False, "drop": "position"},
-    "mixture_of_depths": {**_CHOICE, "renormalise": False, "drop": "position", "scaling": 1.0},
+    _GIVEN: {**CHOICE, "policy": "topk"},
+    "sinkhorn": CHOICE,
+    "expert_choice": {**CHOICE, "renormalise": False, "drop": "position"},
+    "mixture_of_depths": {**CHOICE, "renormalise": False, "drop": "position", "scaling": 1.0},
 }
 
 
@@ -134,6 +137,7 @@ def moe_route(
     group_rule: str = "max",
     scaling: float = 1.0,
     noise: Tensor | None = None,
+    experts: Tensor | None = None,
     policy: str = "topk",
     capacity_factor: float | None = None,
     drop: str = "position",
@@ -152,6 +156,9 @@ def moe_route(
         groups, top_groups: only the `top_groups` best of `groups` runs of experts are chosen from; a run is worth its
             best expert (group_rule "max", DeepSeek-V2) or its two best together ("sum", DeepSeek-V3).
         noise: standard deviation of noise on the logits, of a shape that broadcasts (noisy top-k, Shazeer et al. 2017).
+        experts: (…, top_k), integers: the choice is made, the weights are those of these logits. `Route.chosen` of an
+            earlier call replays it, as reinforcement learning wants (Ma et al. 2025, routing replay; Megatron's router
+            replay); numbers from a table by token are hash layers (Roller et al. 2021).
         policy: "topk"; "switch": top-1 (Fedus et al. 2022); "gshard": top-2, renormalised, the second by chance with a
             probability of twice its weight (Lepikhin et al. 2021); "expert_choice": each expert takes its best tokens
             · top_k / num_experts (Zhou et al. 2022); "sinkhorn": top_k of the doubly normalised logits (Clark et al.
@@ -168,12 +175,14 @@ def moe_route(
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected; also for what
-            a policy with a choice of its own ("expert_choice", "sinkhorn", "mixture_of_depths") would not look at.
+            given experts, or a policy with a choice of its own ("expert_choice", "sinkhorn", "mixture_of_depths"),
+            would not look at.
     """
     top_k, scaling, capacity_factor = plain(top_k), plain(scaling), plain(capacity_factor)
     _check(logits, score, group_rule, policy, capacity_factor, drop)
-    if policy in _UNUSED:
-        _check_policy(policy, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups,
+    choice = policy if experts is None else _GIVEN
+    if choice in _UNUSED:
+        _check_policy(choice, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups, policy=policy,
                       group_rule=group_rule, renormalise=renormalise, scaling=scaling, drop=drop)  # fmt: skip
     if noise is not None:
         _check_noise(noise, logits)
@@ -184,18 +193,22 @@ def moe_route(
             return _mixture_of_depths(logits, 0.125 if capacity_factor is None else capacity_factor)
         if policy == "expert_choice":
             return _expert_choice(flat, top_k, score, scaling, 1.0 if capacity_factor is None else capacity_factor)
-        if policy == "sinkhorn":
-            weights, experts = _sinkhorn(flat, top_k, score, renormalise, scaling)
+        if experts is not None:
+            chosen = _given(experts, logits, top_k)
+            weights = _weights_of(flat, chosen, score, renormalise, scaling)
+        elif policy == "sinkhorn":
+            chosen = _sinkhorn(flat, top_k)
+            weights = _weights_of(flat, chosen, score, renormalise, scaling)
         else:
             k = {"switch": 1, "gshard": 2}.get(policy, top_k)
             if policy != "topk" and not (is_whole(top_k) and top_k == k):
                 raise fail("moe_route", "top_k", repr(top_k)[:60], f"{k} for policy {policy!r}")
-            weights, experts = topk_op.call((
+            weights, chosen = topk_op.call((
                 flat, bias, k, SCORES.index(score), groups, top_groups, ("max", "sum").index(group_rule),
                 renormalise or policy == "gshard", scaling,
             ))  # fmt: skip
-    kept = experts if policy != "gshard" else _second_by_chance(weights, experts, flat.shape[1], generator)
-    return _dropped(weights, experts, kept, flat, score, capacity_factor, drop)
+    kept = chosen if policy != "gshard" else _second_by_chance(weights, chosen, flat.shape[1], generator)
+    return _dropped(weights, chosen, kept, flat, score, capacity_factor, drop)
 
 
 def _second_by_chance(weights: Tensor, experts: Tensor, number: int, generator: torch.Generator | None) -> Tensor:
@@ -234,14 +247,15 @@ def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_fa
         raise fail("moe_route", "capacity_factor", got, "a positive number, or None: nothing is dropped")
 
 
-def _check_policy(policy: str, top_k: int, experts: int, **given: Any) -> None:
-    """For policies that do not call the operator, what it would check; and that nothing given is ignored."""
-    for name, default in _UNUSED[policy].items():
+def _check_policy(choice: str, top_k: int, experts: int, **given: Any) -> None:
+    """Where the operator is not called, what it would check; and that nothing given is ignored."""
+    for name, default in _UNUSED[choice].items():
         value = given[name]
         if isinstance(value, Tensor) or value != default:
             got = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise fail("moe_route", name, got, f"{default!r}: policy {policy!r} does not look at it")
-    if policy != "mixture_of_depths" and not is_whole(top_k, 1, experts):
+            why = "a choice that is given" if choice == _GIVEN else f"policy {choice!r}"
+            raise fail("moe_route", name, got, f"{default!r}: {why} does not look at it")
+    if choice != "mixture_of_depths" and not is_whole(top_k, 1, experts):
         raise fail("moe_route", "top_k", repr(top_k), f"1 to {experts}")
     scaling = given["scaling"]
     if not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
@@ -300,8 +314,27 @@ def _all_scores(logits: Tensor, score: str) -> Tensor:
     return reference.scores_of(wide, SCORES.index("softmax" if score == "softmax_topk" else score))
 
 
-def _sinkhorn(logits: Tensor, top_k: int, score: str, renormalise: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    """The choice by logits normalised over experts and tokens by turns; the weights by the logits themselves."""
+def _given(experts: Tensor, logits: Tensor, top_k: int) -> Tensor:
+    """(tokens, top_k) int32."""
+    require_dense("moe_route", "experts", experts)
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise fail("moe_route", "experts", experts.dtype, "integers", error=TypeError)
+    flat, tokens = experts.reshape(-1, experts.shape[-1]) if experts.dim() else experts, logits.shape[:-1].numel()
+    if tuple(flat.shape) != (tokens, top_k):
+        got = f"of shape {tuple(experts.shape)}"
+        raise fail("moe_route", "experts", got, f"(…, {top_k}) for the {tokens} tokens of logits")
+    within("moe_route", "experts", experts, 0, logits.shape[-1])
+    return flat.int()
+
+
+def _weights_of(logits: Tensor, chosen: Tensor, score: str, renormalise: bool, scaling: float) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    number = SCORES.index(score)
+    return reference.weights_of(reference.scores_of(wide, number), chosen.long(), number, renormalise, scaling)
+
+
+def _sinkhorn(logits: Tensor, top_k: int) -> Tensor:
+    """The choice by logits normalised over experts and tokens by turns."""
     with torch.no_grad():
         wide = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
         log_p = wide.clone()
@@ -311,11 +344,7 @@ def _sinkhorn(logits: Tensor, top_k: int, score: str, renormalise: bool, scaling
             log_p = log_p - torch.logsumexp(log_p, 1, keepdim=True)
             if torch.allclose(before, log_p, atol=1e-4):
                 break
-        chosen = log_p.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    number = SCORES.index(score)
-    weights = reference.weights_of(reference.scores_of(wide, number), chosen, number, renormalise, scaling)
-    return weights, chosen.int()
+        return log_p.argsort(dim=-1, descending=True, stable=True)[:, :top_k].int()
 
 
 def _mixture_of_depths(logits: Tensor, factor: float) -> Route:

@@ -88,7 +88,7 @@ def _validate_weights(op: str, score: int, scaling: float) -> None:
 
 
 def check_topk_backward(grad: Tensor, logits: Tensor, experts: Tensor, *_: Any) -> None:
-    _within("moe_topk_backward", "experts", experts, 0, logits.shape[1])
+    within("moe_topk_backward", "experts", experts, 0, logits.shape[1])
 
 
 def validate_sort(experts: Tensor, num_experts: int) -> None:
@@ -116,14 +116,14 @@ def check_permute(x: Tensor, order: Tensor, k: int) -> None:
 
 
 def check_unpermute(y: Tensor, inverse: Tensor, weights: Tensor | None) -> None:
-    _within("moe_unpermute", "inverse", inverse, -1, y.shape[0])
+    within("moe_unpermute", "inverse", inverse, -1, y.shape[0])
 
 
 def check_unpermute_backward(dout: Tensor, y: Tensor, inverse: Tensor, weights: Tensor | None) -> None:
     _once("moe_unpermute_backward", "inverse", inverse, y.shape[0])
 
 
-def _within(op: str, name: str, numbers: Tensor, least: int, most: int) -> None:
+def within(op: str, name: str, numbers: Tensor, least: int, most: int) -> None:
     """Contents, where looking costs little: on a CPU. Elsewhere kernels pass over what is out of range."""
     if numbers.device.type != "cpu" or not numbers.numel():
         return
@@ -134,7 +134,7 @@ def _within(op: str, name: str, numbers: Tensor, least: int, most: int) -> None:
 
 
 def _once(op: str, name: str, numbers: Tensor, most: int) -> None:
-    _within(op, name, numbers, -1, most)
+    within(op, name, numbers, -1, most)
     if numbers.device.type == "cpu" and numbers.numel():
         twice = torch.bincount(numbers.flatten().long() + 1, minlength=1)[1:] > 1
         if twice.any():

@@ -193,6 +193,17 @@ def test_tiles_of_heads_with_masks_of_their_own_do_not_follow_the_threads() -> N
     assert same_bits(outs[0], outs[1]) and same_bits(outs[0], outs[2])
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 33, 70), (2, 3, 5, 64), (1, 2, 7, 1), (2, 1, 0, 40), (1, 1, 4, 0)], ids=str)
+def test_dense_masks_are_packed_bit_by_bit(shape: tuple[int, ...]) -> None:
+    visible = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    for given in (visible, visible.mT.contiguous().mT, visible.flip(-1)[..., 1:], visible[..., 1:, ::2]):
+        bits = AttentionMask.dense(given).bits
+        assert bits is not None and bits.shape == (*given.shape[:3], -(-given.shape[3] // 32))
+        j = torch.arange(32 * bits.shape[3])
+        unpacked = (bits[..., j // 32] >> j % 32 & 1).bool()
+        assert torch.equal(unpacked[..., : given.shape[3]], given) and not unpacked[..., given.shape[3] :].any()
+
+
 def test_tree_mask_is_a_set_of_paths():
     """Every node of a draft tree computes what it would as the end of its own path."""
     parents, prefix = [-1, 0, 0, 1, 2, 2], 7

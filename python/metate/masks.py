@@ -85,9 +85,11 @@ class AttentionMask:
             raise fail("AttentionMask.dense", "visible", visible.dtype, "torch.bool", error=TypeError)
         if seqlen_k is not None and visible.shape[3] == 1:
             visible = visible.expand(*visible.shape[:3], seqlen_k)
-        words = torch.nn.functional.pad(visible, (0, -visible.shape[3] % 32)).unflatten(3, (-1, 32)).to(torch.int64)
-        word = (words << torch.arange(32, device=visible.device)).sum(-1)
-        return AttentionMask(bits=torch.where(word >= 2**31, word - 2**32, word).to(torch.int32))
+        padded = torch.nn.functional.pad(visible, (0, -visible.shape[3] % 32))
+        # Eight truth values, the bytes of a word, become bits: the product moves that of byte i to bit 56 + i.
+        packed = (padded.flatten().view(torch.int64) * 0x0102040810204080) >> 56
+        words = packed.to(torch.uint8).view(torch.int32)
+        return AttentionMask(bits=words.view(*padded.shape[:3], padded.shape[3] // 32))
 
     @staticmethod
     def tree(parents: Sequence[int], prefix: int = 0) -> AttentionMask:

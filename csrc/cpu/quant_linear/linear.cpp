@@ -393,26 +393,34 @@ void multiply_squares(const Problem& p, const Workspace& at, const Tile& tile, i
     }
 }
 
-// Few rows of x take one panel after another; the next one, or what is to be read `after` the last, is fetched
-// meanwhile.
+// Few rows of x take one panel after another, or one half after another; the next one, or what is to be read `after`
+// the last, is fetched meanwhile.
 template <class T>
 void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64_t last, const uint8_t* after) {
     const LowBitMatrix& w = p.call.w;
     const vi table = p.pairs ? table_of(p) : as_int(load(p.values.entries));
-    for (int64_t row = first; row < last; row += panel) {
-        const uint8_t* const codes = row + panel >= last && after ? after : codes_of(w, {row + panel, 0, 0});
-        Ahead ahead(codes, ceil_div(w.columns, 2), w.codes.stride[0]);
+    const int halves = p.in_digits() ? 2 : halves_beside(p.x.rows);
+    for (int64_t row = first, next = 0; row < last; row = next) {
+        next = row + halves * width;
+        const int64_t v = row % panel / width;
+        Ahead ahead(next >= last && after ? after : codes_of(w, {next, 0, 0}), ceil_div(w.columns, 2),
+                    w.codes.stride[0]);
         Tile tile = tile_of(p, at, 0, p.x.rows);
-        clear(at, p.x.rows * panel);
+        tile.scales += v * width;
+        if (tile.corrections) tile.corrections += v * width;
+        tile.total += v * width;
+        if (v == 0) clear(at, p.x.rows * panel);
         at.first_group[0] = -1;
-        for (int64_t k = 0; k < p.blocks; k += span) {
+        const TurnLevels levels(w, next, 0, w.scales.size[1] - 1);
+        for (int64_t k = 0, r = 0; k < p.blocks; k += span) {
             const int64_t end = smaller(k + span, p.blocks);
-            load_window(p, at, 0, row, k, end, 3);
+            for (; halves == 1 && r * p.blocks < width * end; ++r) levels.fetch(r);
+            load_window(p, at, 0, row - v * width, k, end, halves == 2 ? 3 : 1 << v);
             enter_blocks(tile, p, k, end, at.first_group[0]);
             multiply_squares(p, at, tile, row, k, table, ahead);
             end_span(at, p.x.rows * panel);
         }
-        finish<T>(p, at, row / panel, 1, 0, p.x.rows);
+        if (next % panel == 0 || next >= last) finish<T>(p, at, row / panel, 1, 0, p.x.rows);
     }
 }
 #else

@@ -55,24 +55,30 @@ struct PanelCodes {
     PanelCodes(const LowBitMatrix& w, int64_t row, int64_t k) : halves{{w, row, k}, {w, row + width, k}} {}
 };
 
-// Chunks whose sums are formed side by side, of both halves of a panel: a dot product waits six cycles for the one
-// before it in its chain, and two begin in each.
+// Halves of a panel side by side, which share what is loaded of x; one where memory sets the pace, which likes few rows
+// of W at a time.
+METATE_FN constexpr int halves_beside(int64_t rows) {
+    return rows > 2 ? 2 : 1;
+}
+// Chunks whose sums are formed side by side: a dot product waits six cycles for the one before it in its chain, and two
+// begin in each.
 METATE_FN constexpr int chunks_beside(int rows) {
-    return rows > 4 ? 1 : rows > 1 ? 2 : 4;
+    return rows > 4 ? 1 : rows > 2 ? 2 : 8;
 }
 
-// Adds `blocks` blocks to the totals of a panel.
+// Adds `blocks` blocks to the totals of a panel, or of one of its halves.
 template <Unit unit, int rows, int chunk_columns, int blocks>
 METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead& ahead) {
     constexpr int chunks = block / chunk_columns, words = chunk_columns / columns_in<unit>;
     constexpr int of_dword = unit_columns / columns_in<unit>, dwords = chunk_columns / unit_columns;
     constexpr int most = chunks_beside(rows), together = most < blocks * chunks ? most : blocks * chunks;
-    alignas(64) float room[blocks * width * panel];
-    for (int i = 0; i < blocks * 2; ++i) {
+    constexpr int halves = halves_beside(rows), lanes = halves * width;
+    alignas(64) float room[blocks * width * lanes];
+    for (int i = 0; i < blocks * halves; ++i) {
         vf square[width];
-        codes.halves[i % 2].load_square(square);
+        codes.halves[i % halves].load_square(square);
 #pragma GCC unroll 16
-        for (int j = 0; j < width; ++j) store(room + (i / 2 * width + j) * panel + i % 2 * width, square[j]);
+        for (int j = 0; j < width; ++j) store(room + (i / halves * width + j) * lanes + i % halves * width, square[j]);
     }
     const float* x[rows];
 #pragma GCC unroll 8
@@ -81,20 +87,15 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead
         asm("" : "+r"(x[r]));  // or compilers keep the distances of all words in memory instead
     }
     for (int c = 0; c < blocks * chunks; c += together) {
-        const float* const first = room + c * dwords * panel;
-        vf sum[together][rows][2];
-#pragma GCC unroll 8
-        for (int q = 0; q < together; ++q) {
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
-        }
+        const float* const first = room + c * dwords * lanes;
+        vf sum[together][rows][halves] = {};
         for (int d = 0; d < dwords; ++d) {
-            vf dword[together][2];
+            vf dword[together][halves];
 #pragma GCC unroll 8
             for (int q = 0; q < together; ++q) {
 #pragma GCC unroll 2
-                for (int v = 0; v < 2; ++v) {
-                    dword[q][v] = load(first + (q * dwords + d) * panel + v * width);
+                for (int v = 0; v < halves; ++v) {
+                    dword[q][v] = load(first + (q * dwords + d) * lanes + v * width);
                     ahead.fetch();  // a line for each row of W
                 }
             }
@@ -102,13 +103,15 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead
             for (int j = 0; j < of_dword; ++j) {
 #pragma GCC unroll 8
                 for (int q = 0; q < together; ++q) {
-                    const vf value[2] = {word_of<unit>(dword[q][0], j, table), word_of<unit>(dword[q][1], j, table)};
+                    vf value[halves];
+#pragma GCC unroll 2
+                    for (int v = 0; v < halves; ++v) value[v] = word_of<unit>(dword[q][v], j, table);
                     const int word = (c + q) * words + d * of_dword + j;
 #pragma GCC unroll 8
                     for (int r = 0; r < rows; ++r) {
                         const vf a = splat(x[r][word]);
 #pragma GCC unroll 2
-                        for (int v = 0; v < 2; ++v) sum[q][r][v] = add_product<unit>(sum[q][r][v], a, value[v]);
+                        for (int v = 0; v < halves; ++v) sum[q][r][v] = add_product<unit>(sum[q][r][v], a, value[v]);
                     }
                 }
             }
@@ -122,7 +125,7 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-                for (int v = 0; v < 2; ++v) {
+                for (int v = 0; v < halves; ++v) {
                     float* const at = t.total + r * panel + v * width;
                     vf total = fma(sum[q][r][v], load(t.scales + scale + v * width), load(at));
                     if (t.corrections && chunk.is_last)
@@ -152,7 +155,7 @@ __attribute__((noinline)) void multiply_squares_as(Tile t, PanelCodes codes, vi 
     later = ahead;
 }
 
-// The blocks of a tile with a panel.
+// The blocks of a tile with a panel, or with as many halves as go beside each other.
 template <Unit unit, int rows = square_rows>
 METATE_FN void multiply_squares(int64_t n, const Tile& tile, const PanelCodes& codes, vi table, Ahead& ahead) {
     if constexpr (rows > 1) {

@@ -6,18 +6,19 @@
 // or i8; or u8, two 4-bit codes a byte, element 2i in the low nibble, value = code - 8. Beside them scales, one per row
 // and head: value times scale; i8 and u8 have them always, f8 may.
 //
-// Query i of the n of sequence b stands at position p = seq_lens[b] - n + i, and may see key j when
+// Query i of the n of sequence b stands at position p = seq_lens[b] - n + i, or where positions[b,i] says; it may see
+// key j when
 //           left_pad[b] <= j < seq_lens[b]            (left_pad absent: 0)
 //      and  j >= p - window_left  (window_left >= 0)  and  j <= p + window_right (window_right >= 0)
 //      and  bit t % 32 of bits[b,i,t / 32], for the sequence's own newest keys t = j - (seq_lens[b] - n) in [0, n):
 //           a tree of tokens; older keys are not affected
 //   s = scale · q_i·k_j;  if softcap > 0: s = softcap · tanh(s / softcap);  s -= alibi_slopes[b,h] · |j - p|
-// `sinks[h]` is one more logit in the denominator. lse = log(sum of exp, sinks included), natural logarithm. A row
-// without a key: out 0, lse -inf (sinks[h] with sinks). sums[b,h,j] = Σ_i exp(s_ij - lse_i), 0 where nothing is seen.
+// `sinks[b,h,i]` is one more logit in the denominator. lse = log(sum of exp, sinks included), natural logarithm. A row
+// without a key: out 0, lse -inf (its sink with sinks). sums[b,h,j] = Σ_i exp(s_ij - lse_i), 0 where nothing is seen.
 //
 // Packed: with cu_seqlens_q (sequences + 1, non-decreasing), q is (1, tokens, Hq, D), sequence b has the queries
-// cu_seqlens_q[b] … cu_seqlens_q[b+1]-1; tokens outside every sequence give out 0, lse -inf. out, lse and bits are
-// packed likewise.
+// cu_seqlens_q[b] … cu_seqlens_q[b+1]-1; tokens outside every sequence give out 0, lse -inf. out, lse, sinks, bits and
+// positions are packed likewise.
 //
 // A result depends on its own sequence alone: not on neighbours, page size, order of pages or number of threads.
 #pragma once
@@ -37,8 +38,9 @@ struct PagedAttention {
     View<1> cu_seqlens_q;  // (B + 1) i32
     View<1> left_pad;      // (B) i32
     View<2> alibi_slopes;  // (B, Hq) f32 (f64 where q is)
-    View<1> sinks;         // (Hq) f32 (f64 where q is)
+    View<3> sinks;         // (B, Hq, Sq), like lse; stride 0 where queries share it
     View<3> bits;          // (B, Sq, ⌈n/32⌉) i32, like q packed or not; stride 0 where sequences share it
+    View<2> positions;     // (B, Sq) i32, between -2^28 and 2^28
     double scale;
     int64_t window_left, window_right;  // -1: no limit
     double softcap;                     // 0: none

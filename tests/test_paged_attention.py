@@ -65,22 +65,69 @@ def test_huge_logits_pick_one_key(device, backend, width):
     assert torch.equal(out[0, 0], dense(v_cache, table[0], 70)[0, key, 0])
 
 
-@pytest.mark.parametrize("queries", [1, 4])
-def test_cascade_equals_whole_sequences(queries):
+def cascade_case(cu=None):
+    """Three sequences in two groups: a cascade's prefixes, groups and own keys, and the same as whole sequences."""
     k_cache, v_cache, table, lens = paged([32, 48, 9, 21, 30], 16, 2, 24, 24)
-    prefix_table, prefix_lens, own, own_lens = table[:2], lens[:2], table[2:], lens[2:]
-    groups = torch.tensor([0, 1, 3], dtype=torch.int32)
-    q, sinks = torch.randn(3, queries, 4, 24), torch.randn(4)
-    q = q.squeeze(1) if queries == 1 else q
-    options = dict(sinks=sinks, return_lse=True)
-    got = metate.cascade_attention(q, k_cache, v_cache, prefix_table, prefix_lens, groups, own, own_lens, **options)
+    prefix = table[:2], lens[:2], torch.tensor([0, 1, 3], dtype=torch.int32)
     whole = torch.full((3, 6), -1, dtype=torch.int32)
     for b, group in enumerate([0, 1, 1]):
-        pages = int(prefix_lens[group]) // 16
-        whole[b, : pages + 2] = torch.cat([prefix_table[group, :pages], own[b, :2]])
-    lens = own_lens + prefix_lens[[0, 1, 1]]
-    for g, e in zip(got, metate.paged_attention(q, k_cache, v_cache, whole, lens, **options), strict=True):
-        torch.testing.assert_close(g, e)
+        pages = int(lens[group]) // 16
+        whole[b, : pages + 2] = torch.cat([table[group, :pages], table[2 + b, :2]])
+    return k_cache, v_cache, prefix, (table[2:], lens[2:]), (whole, lens[2:] + lens[[0, 1, 1]])
+
+
+TREE = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.6
+CASCADES = [
+    {},
+    dict(causal=False),
+    dict(window=(25, 0)),
+    dict(window=(3, 1)),
+    dict(window=(-1, 2), softcap=3.0),
+    dict(alibi_slopes=torch.tensor([0.1, 0.02, 0.4, 0.3])),
+    dict(window=(40, 0), alibi_slopes=torch.tensor([0.1, 0.02, 0.4, 0.3]), sinks=torch.tensor([0.3, -1.0, 2.0, 5.0])),
+    dict(tree_mask=TREE, causal=False, window=(44, -1)),
+    dict(left_pad=torch.tensor([5, 40], dtype=torch.int32)),
+    dict(left_pad=torch.tensor([34, 50], dtype=torch.int32), sinks=torch.tensor([0.3, -1.0, 2.0, 5.0])),
+]
+
+
+@pytest.mark.parametrize("device,backend", PAGED, ids=lambda value: value)
+@pytest.mark.parametrize("form", ["one", "some", "packed"])
+@pytest.mark.parametrize("options", CASCADES, ids=lambda options: " ".join(options) or "plain")
+def test_cascade_equals_whole_sequences(device, backend, form, options):
+    k_cache, v_cache, prefix, own, whole = cascade_case()
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    cu = torch.tensor([0, 2, 3, 7], dtype=torch.int32) if form == "packed" else None
+    shape = {"one": (3,), "some": (3, 4), "packed": (7,)}[form]
+    q = torch.randn(*shape, 4, 24, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    options = dict(options)
+    if "tree_mask" in options and form != "some":
+        tree = torch.cat([TREE[0, :2], TREE[1, :1], TREE[2]]) if cu is not None else TREE[:, :1, :1]
+        options["tree_mask"] = tree
+    place = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
+    options = {name: place(x) for name, x in options.items()}
+    caches = k_cache.to(device, dtype), v_cache.to(device, dtype)
+    more = dict(cu_seqlens_q=place(cu), return_lse=True, return_column_sums=True)
+    with metate.use(backend):
+        got = metate.cascade_attention(q, *caches, *map(place, (*prefix, *own)), **options, **more)
+        plain = metate.cascade_attention(q, *caches, *map(place, (*prefix, *own)), cu_seqlens_q=place(cu), **options)
+    if "left_pad" in options:
+        options["left_pad"] = options["left_pad"][[0, 1, 1]]
+    with metate.use("reference"):
+        wide = [x.double() for x in (q, *caches)]
+        options = {name: x.double() if name in ("sinks", "alibi_slopes") else x for name, x in options.items()}
+        out, lse, sums = metate.paged_attention(*wide, *map(place, whole), **options, **more)
+    tolerance = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-5)
+    for mine in (plain, got[0]):
+        torch.testing.assert_close(mine.double(), out, **tolerance)
+    torch.testing.assert_close(got[1].double(), lse, rtol=1e-5, atol=1e-5)
+    prefix_sums = torch.zeros_like(got[2], dtype=torch.float64)
+    own_sums = torch.zeros_like(got[3], dtype=torch.float64)
+    for b, (group, keys) in enumerate(zip([0, 1, 1], prefix[1][[0, 1, 1]].tolist(), strict=True)):
+        prefix_sums[group, :, :keys] += sums[b, :, :keys]
+        own_sums[b] = sums[b, :, keys : keys + own_sums.shape[2]]
+    torch.testing.assert_close(got[2].double(), prefix_sums, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(got[3].double(), own_sums, rtol=1e-3, atol=1e-5)
 
 
 def test_packed_equals_one_by_one():

@@ -152,12 +152,13 @@ def compile_paged_attention(everything: bool) -> None:
         for kind in kinds:
             cache = tensor(99, page_size, kv_heads, dim // 2 if kind == torch.uint8 else dim, dtype=kind)
             scale = None if kind == half else tensor(99, page_size, kv_heads)
-            terms: list[Any] = [None] * 5
+            terms: list[Any] = [None] * 6
             scores: list[Any] = [0.1, -1, 0, 0.0, False]
             q = tensor(batch, tokens, 8, dim, dtype=half)
             if everything:
                 q = tensor(1, tokens, 8, dim, dtype=half)
-                terms = [tensor(batch + 1, **int32), lens, tensor(batch, 8), tensor(8), tensor(1, tokens, 1, **int32)]
+                terms = [tensor(batch + 1, **int32), lens, tensor(batch, 8), tensor(1, 8, tokens)]
+                terms += [tensor(1, tokens, 1, **int32), tensor(1, tokens, **int32)]
                 scores = [0.1, 100, 0, 30.0, True]
             paged_attention.paged_attention(q, cache, cache, table, lens, scale, scale, *terms, *scores)
             k, angles = tensor(30, kv_heads, dim, dtype=half), tensor(100, dim // 2)

@@ -18,6 +18,14 @@ View<2> per_head(const Optional& tensor, int64_t sequences) {
     return {heads.data, heads.dtype, {sequences, heads.size[0]}, {0, heads.stride[0]}};
 }
 
+// (heads) for every query, or like lse, without its dimension of size 1.
+View<3> per_row(const Optional& tensor, const View<4>& q, int missing) {
+    if (!tensor) return {};
+    if (tensor->dim() != 1) return view_with<3>(*tensor, missing);
+    View<1> heads = view<1>(*tensor);
+    return {heads.data, heads.dtype, {q.size[0], heads.size[0], q.size[1]}, {0, heads.stride[0], 0}};
+}
+
 // Whether lengths, page numbers and offsets are what rules.py in python/metate/ops/paged_attention expects of a CPU's.
 bool are_within(const PagedAttention& a) {
     const auto at = [](const auto& view, auto... index) {
@@ -37,6 +45,9 @@ bool are_within(const PagedAttention& a) {
         }
         if (!are_pages) return false;
     }
+    for (int64_t b = 0; a.positions && b < a.positions.size[0]; ++b)
+        for (int64_t i = 0; i < a.positions.size[1]; ++i)
+            if (std::abs(at(a.positions, b, i)) >= int64_t{1} << 28) return false;
     if (!a.cu_seqlens_q) return true;
     if (at(a.cu_seqlens_q, 0) < 0 || at(a.cu_seqlens_q, sequences) > a.q.size[1]) return false;
     for (int64_t n = 0; n < sequences; ++n) {
@@ -84,17 +95,16 @@ bool are_within(const AppendKv& a) {
            !(a.v_cache && are_shared(a.k_cache, a.v_cache));
 }
 
-std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                                   const Tensor& block_table, const Tensor& seq_lens,
-                                                   const Optional& k_scale, const Optional& v_scale,
-                                                   const Optional& cu_seqlens_q, const Optional& left_pad,
-                                                   const Optional& alibi_slopes, const Optional& sinks,
-                                                   const Optional& bits, double scale, int64_t window_left,
-                                                   int64_t window_right, double softcap, bool need_sums) {
+std::tuple<Tensor, Tensor, Tensor> paged_attention(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_table, const Tensor& seq_lens,
+    const Optional& k_scale, const Optional& v_scale, const Optional& cu_seqlens_q, const Optional& left_pad,
+    const Optional& alibi_slopes, const Optional& sinks, const Optional& bits, const Optional& positions, double scale,
+    int64_t window_left, int64_t window_right, double softcap, bool need_sums) {
     View<3> shared_bits = view<3>(bits);
     if (bits && shared_bits.size[0] == 1) shared_bits.stride[0] = 0;
     const bool given = q.dim() == 4, packed = cu_seqlens_q.has_value();
-    PagedAttention call{view_with<4>(q, packed ? 0 : 1),
+    const View<4> queries = view_with<4>(q, packed ? 0 : 1);
+    PagedAttention call{queries,
                         view<4>(k_cache),
                         view<4>(v_cache),
                         view<2>(block_table),
@@ -104,8 +114,9 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor
                         view<1>(cu_seqlens_q),
                         view<1>(left_pad),
                         per_head(alibi_slopes, seq_lens.size(0)),
-                        view<1>(sinks),
+                        per_row(sinks, queries, packed ? 0 : 2),
                         shared_bits,
+                        positions ? view_with<2>(*positions, packed ? 0 : 1) : View<2>{},
                         scale,
                         window_left,
                         window_right,
@@ -116,10 +127,10 @@ std::tuple<Tensor, Tensor, Tensor> paged_attention(const Tensor& q, const Tensor
     expect(q, [&] { return are_within(call); });
     const DType wide = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
     const int64_t dv = v_cache.size(3) * (v_cache.dtype() == DType::u8 ? 2 : 1);
-    const auto& [batch, queries, heads, columns] = call.q.size;
-    Tensor out = given ? empty(q, {batch, queries, heads, dv}) : empty(q, {q.size(0), heads, dv});
-    Tensor lse = given  ? empty(q, {batch, heads, queries}, wide)
-               : packed ? empty(q, {heads, queries}, wide)
+    const auto& [batch, tokens, heads, columns] = call.q.size;
+    Tensor out = given ? empty(q, {batch, tokens, heads, dv}) : empty(q, {q.size(0), heads, dv});
+    Tensor lse = given  ? empty(q, {batch, heads, tokens}, wide)
+               : packed ? empty(q, {heads, tokens}, wide)
                         : empty(q, {batch, heads}, wide);
     Tensor sums = need_sums ? empty(q, {block_table.size(0), heads, block_table.size(1) * k_cache.size(1)}, wide)
                             : empty(q, {0}, wide);

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..shared import launch, refusal
 from .append import append_kernel
 from .attend import attend_kernel, merge_kernel, sums_kernel
+from .problem import FARTHEST
 
 SPLIT = 256  # keys of the shortest split; a multiple of every BLOCK_N
 PROGRAMS = 1 << 14  # as many as keep any GPU busy: with more, each takes several splits
@@ -29,6 +30,13 @@ def _cache(cache: Tensor) -> tuple[Any, ...]:
 
 def _scale(scale: Tensor | None) -> tuple[Any, ...] | None:
     return None if scale is None else (scale, *scale.stride())
+
+
+def _sinks(sinks: Tensor | None) -> tuple[Any, ...] | None:
+    """With strides of batch, head and query."""
+    if sinks is None:
+        return None
+    return sinks, *(sinks.stride() if sinks.dim() == 3 else (0, sinks.stride(0), 0))
 
 
 def _bits(bits: Tensor | None) -> tuple[Any, ...] | None:
@@ -56,7 +64,8 @@ def _rows_of_a_block(q: Tensor, rows: int, width: int, packed: bool) -> int:
 
 _PARAMETERS = (
     *("q", "k_cache", "v_cache", "block_table", "seq_lens", "k_scale", "v_scale", "cu_seqlens_q", "left_pad"),
-    *("alibi_slopes", "sinks", "tree_mask", "scale", "window_left", "window_right", "softcap", "return_column_sums"),
+    *("alibi_slopes", "sinks", "tree_mask", "positions", "scale", "window_left", "window_right", "softcap"),
+    "return_column_sums",
 )
 
 
@@ -90,7 +99,7 @@ def _problem(call: SimpleNamespace) -> dict[str, Any]:
     heads, dim, kv_heads = q.shape[2], q.shape[3], k_cache.shape[2]
     natural = q.dtype == torch.float32
     unit = 1.0 if natural else math.log2(math.e)
-    unlimited = q.shape[1] + capacity
+    unlimited = q.shape[1] + capacity + (0 if call.positions is None else FARTHEST.value)
     if slopes is not None:
         slopes = (slopes.contiguous(), heads * (slopes.dim() == 2 and slopes.shape[0] > 1))
     value_dim = call.v_cache.shape[3] * (2 if call.v_cache.dtype == torch.uint8 else 1)
@@ -107,8 +116,9 @@ def _problem(call: SimpleNamespace) -> dict[str, Any]:
         "cu_seqlens_q": None if call.cu_seqlens_q is None else call.cu_seqlens_q.contiguous(),
         "left_pad": None if call.left_pad is None else call.left_pad.contiguous(),
         "slopes": slopes,
-        "sinks": None if call.sinks is None else call.sinks.contiguous(),
+        "sinks": _sinks(call.sinks),
         "bits": _bits(call.tree_mask),
+        "positions": None if call.positions is None else (call.positions, *call.positions.stride()),
         "sequences": sequences,
         "tokens": q.shape[1],
         "capacity": capacity,

@@ -95,7 +95,7 @@ def take_split(q, rest, k, v, k_scale, v_scale, table, page_size, begin, end, i_
     ROWS: tl.constexpr = q.shape[0]
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     state = (tl.zeros((ROWS, BLOCK_V), tl.float32), tl.zeros((ROWS,), tl.float32), peak)
-    low, high, start, whole_start, whole_stop, stop = keys_of(i_first, i_last, begin, end, span, limits, terms[1],
+    low, high, start, whole_start, whole_stop, stop = keys_of(i_first, i_last, begin, end, span, limits, terms,
                                                               BLOCK_N)  # fmt: skip
     for n0 in range(whole_start, whole_stop, BLOCK_N):
         state = take_tile(state, q, rest, k, v, k_scale, v_scale, table, page_size, n0, None, None, None, i, head, span,
@@ -109,7 +109,7 @@ def take_split(q, rest, k, v, k_scale, v_scale, table, page_size, begin, end, i_
         places = find_keys(n0, inside, span[0], table, page_size, BLOCK_N)
         sound = sound_values(v, v_scale, places, span[2], inside, q.dtype, VALUE_DIM, BLOCK_V, FORMAT)
         unsound |= ~sound
-        seen = allowed_pairs(i, j, live, span, limits, terms[1]) & sound[None, :]
+        seen = allowed_pairs(i, j, live, span, limits, terms) & sound[None, :]
         state = take_tile(state, q, rest, k, v, k_scale, v_scale, table, page_size, n0, inside, seen, sound, i, head,
                           span, terms, CAP, FORMAT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N)  # fmt: skip
     for t in range(tl.max(unsound.to(tl.int32), 0) * tiles * BLOCK_N):  # the keys left out, one by one
@@ -119,7 +119,7 @@ def take_split(q, rest, k, v, k_scale, v_scale, table, page_size, begin, end, i_
         places = find_keys(n0, inside, span[0], table, page_size, 1)
         sound = sound_values(v, v_scale, places, span[2], inside, q.dtype, VALUE_DIM, BLOCK_V, FORMAT)
         if tl.max(sound.to(tl.int32), 0) == 0:
-            seen = allowed_pairs(i, j, live, span, limits, terms[1])
+            seen = allowed_pairs(i, j, live, span, limits, terms)
             state = take_tile(state, q, rest, k, v, k_scale, v_scale, table, page_size, n0, inside, seen, None, i, head,
                               span, terms, CAP, FORMAT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, 1)  # fmt: skip
     return state
@@ -146,7 +146,9 @@ def store_results(state, out, lse, sinks, span, i, head, live, tokens, heads, un
                   BLOCK_V: tl.constexpr):  # fmt: skip
     sink = None
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32)
+        rows = span[1].to(tl.int64) * sinks[1] + head.to(tl.int64) * sinks[2]
+        places = rows + (span[3] + i).to(tl.int64) * sinks[3]
+        sink = tl.load(sinks[0] + places, mask=live, other=-float("inf")).to(tl.float32)
     result, row_lse = finish(state, sink, unit)
     col = tl.arange(0, BLOCK_V)
     batch = span[1].to(tl.int64)
@@ -159,8 +161,8 @@ def store_results(state, out, lse, sinks, span, i, head, live, tokens, heads, un
 @_tuned
 @triton.jit(do_not_specialize=RUNTIME)
 def attend_kernel(q, k, v, out, lse, partial_acc, partial_total, partial_peak, k_scale, v_scale, table, seq_lens,
-                  cu_seqlens_q, left_pad, slopes, sinks, bits, q_strides, sequences, tokens, capacity, heads, kv_heads,
-                  group, page_size, left, right, shortest, most, at_once, inner, outer, CAP: tl.constexpr,
+                  cu_seqlens_q, left_pad, slopes, sinks, bits, positions, q_strides, sequences, tokens, capacity, heads,
+                  kv_heads, group, page_size, left, right, shortest, most, at_once, inner, outer, CAP: tl.constexpr,
                   NATURAL: tl.constexpr, FORMAT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
                   BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr):  # fmt: skip
@@ -172,8 +174,8 @@ def attend_kernel(q, k, v, out, lse, partial_acc, partial_total, partial_peak, k
     if (m0 < 0) | (m0 >= rows):
         return
     limits = (left, right)
-    terms = (slopes, bits, inner, outer, unit_of(NATURAL))
-    length, first, splits = splits_of(span, limits, shortest)
+    terms = (slopes, bits, inner, outer, unit_of(NATURAL), positions)
+    length, first, splits = splits_of(span, limits, positions, shortest)
     r = m0 + tl.arange(0, BLOCK_M)
     live = r < rows
     i = tl.minimum(r, rows - 1) // group
@@ -203,9 +205,10 @@ def attend_kernel(q, k, v, out, lse, partial_acc, partial_total, partial_peak, k
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def merge_kernel(out, lse, partial_acc, partial_total, partial_peak, seq_lens, cu_seqlens_q, left_pad, sinks, sequences,
-                 tokens, capacity, heads, kv_heads, group, left, right, shortest, most, NATURAL: tl.constexpr,
-                 VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+def merge_kernel(out, lse, partial_acc, partial_total, partial_peak, seq_lens, cu_seqlens_q, left_pad, sinks,
+                 positions, sequences, tokens, capacity, heads, kv_heads, group, left, right, shortest, most,
+                 NATURAL: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+                 BLOCK_S: tl.constexpr):  # fmt: skip
     """One program per query and head: what its splits say together. A single split has said it already."""
     head = tl.program_id(0) % heads
     token = tl.program_id(0) // heads
@@ -216,7 +219,7 @@ def merge_kernel(out, lse, partial_acc, partial_total, partial_peak, seq_lens, c
         sequence = owner(token, cu_seqlens_q, sequences, 1, 1, 0)
         i = token - tl.load(cu_seqlens_q + sequence)
     span = make_span(sequence, head // group, cu_seqlens_q, seq_lens, left_pad, tokens, capacity, group)
-    _, _, splits = splits_of(span, (left, right), shortest)
+    _, _, splits = splits_of(span, (left, right), positions, shortest)
     if (i >= 0) & (i < span[4]) & (splits > 1):
         entries = first_partial(span, tokens, most) + i * group + head % group
         at = tl.arange(0, BLOCK_S)
@@ -246,8 +249,8 @@ def merge_kernel(out, lse, partial_acc, partial_total, partial_peak, seq_lens, c
 
 @_tuned
 @triton.jit(do_not_specialize=RUNTIME)
-def sums_kernel(q, k, lse, sums, k_scale, table, seq_lens, cu_seqlens_q, left_pad, slopes, bits, q_strides, sequences,
-                tokens, capacity, heads, group, page_size, left, right, inner, outer, CAP: tl.constexpr,
+def sums_kernel(q, k, lse, sums, k_scale, table, seq_lens, cu_seqlens_q, left_pad, slopes, bits, positions, q_strides,
+                sequences, tokens, capacity, heads, group, page_size, left, right, inner, outer, CAP: tl.constexpr,
                 NATURAL: tl.constexpr, FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                 REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Sums of the probabilities of BLOCK_N keys of one sequence over the queries of one head."""
@@ -257,14 +260,17 @@ def sums_kernel(q, k, lse, sums, k_scale, table, seq_lens, cu_seqlens_q, left_pa
     sequence = tl.program_id(0) // blocks // heads
     span = make_span(sequence, head // group, cu_seqlens_q, seq_lens, left_pad, tokens, capacity, group)
     limits = (left, right)
-    terms = (slopes, bits, inner, outer, unit_of(NATURAL))
+    terms = (slopes, bits, inner, outer, unit_of(NATURAL), positions)
     j = n0 + tl.arange(0, BLOCK_N)
     inside = (j >= span[6]) & (j < span[5])
     places = find_keys(n0, inside, sequence, table, page_size, BLOCK_N)
     place = span[5] - span[4]
     total = tl.zeros((BLOCK_N,), tl.float32)
-    start = tl.maximum(n0 - place - right, 0) // BLOCK_M * BLOCK_M
-    stop = tl.minimum(n0 + BLOCK_N - place + left, tl.where(n0 < span[5], span[4], 0))
+    start = place * 0
+    stop = tl.where(n0 < span[5], span[4], 0)
+    if positions is None:
+        start = tl.maximum(n0 - place - right, 0) // BLOCK_M * BLOCK_M
+        stop = tl.minimum(n0 + BLOCK_N - place + left, stop)
     for m0 in range(start, stop, BLOCK_M):
         i = m0 + tl.arange(0, BLOCK_M)
         heads_of_rows = head + i * 0
@@ -277,7 +283,7 @@ def sums_kernel(q, k, lse, sums, k_scale, table, seq_lens, cu_seqlens_q, left_pa
         s = bend(s, i, j, heads_of_rows, span, terms, CAP)
         row_lse = (span[1].to(tl.int64) * heads + head) * tokens + span[3] + i
         row_lse = tl.load(lse + row_lse, mask=live, other=-float("inf"))
-        seen = allowed_pairs(i, j, live, span, limits, bits) & (row_lse != -float("inf"))[:, None]
+        seen = allowed_pairs(i, j, live, span, limits, terms) & (row_lse != -float("inf"))[:, None]
         total += tl.sum(tl.where(seen, exponential(s - row_lse[:, None] * terms[4], terms[4]), 0.0), 0)
     row = (sequence.to(tl.int64) * heads + head) * capacity
     tl.store(sums + row + j, total, mask=j < capacity)

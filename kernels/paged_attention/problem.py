@@ -8,8 +8,8 @@ Tuples keep the parameter lists readable:
   span   = (sequence, batch, kv_head, first_token, queries, keys, first_key, group)
            batch indexes tensors (0 when packed); keys before first_key are padding
   limits = (left, right): query at position p sees keys p - left … p + right
-  terms  = (slopes, bits, inner, outer, unit), slopes None or (pointer, step_batch), bits None or (pointer, three
-           strides, words)
+  terms  = (slopes, bits, inner, outer, unit, positions), slopes None or (pointer, step_batch), bits None or (pointer,
+           three strides, words), positions None or (pointer, two strides)
 """
 
 import triton
@@ -20,6 +20,7 @@ from ..shared import rounded
 from .cache import load_elements, load_scale
 
 ROWS = tl.constexpr(64)  # rows for which a split has its shortest length
+FARTHEST = tl.constexpr(2**28)  # position, either way
 
 
 @triton.jit
@@ -68,11 +69,14 @@ def locate(slot, cu_seqlens_q, sequences, tokens, group, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def splits_of(span, limits, shortest):
+def splits_of(span, limits, positions, shortest):
     """Length of this sequence's splits, the first that any of its queries sees, and how many there are."""
     queries, keys = span[4], span[5]
     length = shortest * tl.maximum(tl.cdiv(queries * span[7], ROWS), 1)
-    first = tl.maximum(tl.maximum(span[6], keys - queries - limits[0]), 0) // length
+    low = tl.maximum(span[6], 0)
+    if positions is None:
+        low = tl.maximum(low, keys - queries - limits[0])
+    first = low // length
     return length, first, tl.maximum(tl.cdiv(keys, length) - first, 0)
 
 
@@ -86,17 +90,24 @@ def first_partial(span, tokens, most):
 
 
 @triton.jit
-def keys_of(i_first, i_last, begin, end, span, limits, bits, BLOCK_N: tl.constexpr):
+def keys_of(i_first, i_last, begin, end, span, limits, terms, BLOCK_N: tl.constexpr):
     """Which keys of the split begin … end the queries i_first … i_last visit: the range that any sees; and its tiles
-    (start, whole_start, whole_stop, stop), of which those from whole_start to whole_stop are seen whole by all."""
+    (start, whole_start, whole_stop, stop), of which those from whole_start to whole_stop are seen whole by all: none
+    where queries stand in any order."""
     _, _, _, _, queries, keys, first_key, _ = span
     place = keys - queries
-    low = tl.maximum(tl.maximum(first_key, place + i_first - limits[0]), begin)
-    high = tl.minimum(tl.minimum(keys, place + i_last + limits[1] + 1), end)
-    high = tl.maximum(high, low)
-    whole_low = tl.maximum(low, place + i_last - limits[0])
-    whole_high = tl.minimum(high, place + i_first + limits[1] + 1)
-    if bits is not None:
+    low = tl.maximum(first_key, begin)
+    high = tl.minimum(keys, end)
+    if terms[5] is None:
+        low = tl.maximum(low, place + i_first - limits[0])
+        high = tl.maximum(tl.minimum(high, place + i_last + limits[1] + 1), low)
+        whole_low = tl.maximum(low, place + i_last - limits[0])
+        whole_high = tl.minimum(high, place + i_first + limits[1] + 1)
+    else:
+        high = tl.maximum(high, low)
+        whole_low = low
+        whole_high = low
+    if terms[1] is not None:
         whole_high = tl.minimum(whole_high, place)
     start = low // BLOCK_N * BLOCK_N
     stop = tl.cdiv(high, BLOCK_N) * BLOCK_N
@@ -131,23 +142,36 @@ def multiply(q, rest, k, k_scale, places, kv_head, inside, DIM: tl.constexpr, BL
 
 
 @triton.jit
+def positions_of(i, span, positions):
+    """Where queries stand. Numbers that lie are cut to what sums of them may be."""
+    if positions is None:
+        place = span[5] - span[4] + i
+    else:
+        row = (span[3] + tl.minimum(i, span[4] - 1)).to(tl.int64) * positions[2]
+        given = tl.load(positions[0] + span[1].to(tl.int64) * positions[1] + row)
+        place = tl.minimum(tl.maximum(given, -FARTHEST), FARTHEST)
+    return place
+
+
+@triton.jit
 def bend(s, i, j, head, span, terms, CAP: tl.constexpr):
     """Raw products to scores in units of `unit`."""
-    slopes, _, inner, outer, unit = terms
+    slopes, _, inner, outer, unit, positions = terms
     s = rounded(s, inner)
     if CAP:
         s = rounded(tanh(s), outer)
     if slopes is not None:
         slope = tl.load(slopes[0] + span[0].to(tl.int64) * slopes[1] + head).to(tl.float32) * unit
-        s -= slope[:, None] * tl.abs((span[5] - span[4] + i)[:, None] - j[None, :]).to(tl.float32)
+        s -= slope[:, None] * tl.abs(positions_of(i, span, positions)[:, None] - j[None, :]).to(tl.float32)
     return s
 
 
 @triton.jit
-def allowed_pairs(i, j, live, span, limits, bits):
+def allowed_pairs(i, j, live, span, limits, terms):
     """Which of the rows' queries may see which keys."""
     _, batch, _, first, queries, keys, first_key, _ = span
-    ahead = j[None, :] - (keys - queries + i)[:, None]
+    bits = terms[1]
+    ahead = j[None, :] - positions_of(i, span, terms[5])[:, None]
     allowed = live[:, None] & (ahead >= -limits[0]) & (ahead <= limits[1])
     allowed &= ((j >= first_key) & (j < keys))[None, :]
     if bits is not None:

@@ -76,16 +76,20 @@ struct Case {
     PagedAttention a{};
     Cache k, v;
     Tensor<4> q, out;
-    Tensor<3> bits, lse, sums;
-    Tensor<2> table, alibi;
-    Tensor<1> lens, pads, ends, sinks;
+    Tensor<3> bits, lse, sums, sinks;
+    Tensor<2> table, alibi, positions;
+    Tensor<1> lens, pads, ends;
     int64_t sequences, page_size;
 };
+
+int64_t place_of(const Case& c, int64_t newest, int64_t row, int64_t token) {
+    return c.a.positions ? static_cast<int64_t>(c.positions.get({row, token})) : newest;
+}
 
 bool sees(const Case& c, int64_t b, int64_t n, int64_t row, int64_t q0, int64_t i, int64_t j) {
     const PagedAttention& a = c.a;
     const auto keys = static_cast<int64_t>(c.lens.get({b}));
-    const int64_t position = keys - n + i, newest = j - (keys - n);
+    const int64_t position = place_of(c, keys - n + i, row, q0 + i), newest = j - (keys - n);
     if (a.left_pad && j < c.pads.get({b})) return false;
     if (a.window_left >= 0 && j < position - a.window_left) return false;
     if (a.window_right >= 0 && j > position + a.window_right) return false;
@@ -151,8 +155,15 @@ Case make_case(Random& random, DType dtype, const Shape& s, Store store, const s
         a.alibi_slopes = c.alibi.view;
     }
     if (has("sinks")) {
-        c.sinks = Tensor<1>(DType::f32, {heads}, layout, random).fill(plain);
+        c.sinks = Tensor<3>(DType::f32, {batch, heads, s.sq}, layout, random).fill(plain);
+        if (chance(random, 50)) c.sinks.view.stride[0] = c.sinks.view.stride[2] = 0;
         a.sinks = c.sinks.view;
+    }
+    if (has("positions")) {
+        c.positions = Tensor<2>(DType::i32, {batch, s.sq}, layout, random).fill([&] {
+            return draw(random, -9, static_cast<int>(s.most) + 200);
+        });
+        a.positions = c.positions.view;
     }
     if (has("tree")) {
         c.bits = Tensor<3>(DType::i32, {batch, s.sq, words}, layout, random).fill([&] {
@@ -199,13 +210,15 @@ void add_row(const Case& c, int64_t b, int64_t n, int64_t row, int64_t q0, int64
             x += c.q.get({row, q0 + i, h, d}) * c.k(page(j), j % c.page_size, hk, d);
         x *= a.scale;
         if (a.softcap > 0) x = a.softcap * tanh(x / a.softcap);
-        if (a.alibi_slopes) x -= c.alibi.get({b, h}) * fabs(static_cast<double>(keys - n + i - j));
+        if (a.alibi_slopes)
+            x -= c.alibi.get({b, h}) * fabs(static_cast<double>(place_of(c, keys - n + i, row, q0 + i) - j));
         seen.push_back(j), logits.push_back(x);
     }
-    double top = a.sinks ? c.sinks.get({h}) : -infinity, total = 0;
+    const double sink = a.sinks ? c.sinks.get({row, h, q0 + i}) : -infinity;
+    double top = sink, total = 0;
     for (double x : logits) top = std::max(top, x);
     if (top == -infinity) return;
-    if (a.sinks) total += exp(c.sinks.get({h}) - top);
+    if (a.sinks) total += exp(sink - top);
     for (double x : logits) total += exp(x - top);
     lse({row, h, q0 + i}) = top + log(total);
     for (size_t m = 0; m < seen.size(); ++m) {
@@ -257,8 +270,8 @@ Store random_store(Random& random, DType dtype) {
 Case random_case(Random& random) {
     static const int dims[] = {2, 8, 32, 64, 80, 96, 128, 144, 192, 256};
     static const int pages[] = {1, 3, 8, 16, 64, 128};
-    static const char* const all[] = {"causal", "window", "softcap", "pads",   "alibi",
-                                      "sinks",  "minus",  "tree",    "packed", "sums"};
+    static const char* const all[] = {"causal", "window", "softcap", "pads", "alibi",    "sinks",
+                                      "minus",  "tree",   "packed",  "sums", "positions"};
     const DType dtype = chance(random, 50) ? DType::bf16 : DType::f16;
     std::string features;
     const int percent = draw(random, 0, 2) * 15;

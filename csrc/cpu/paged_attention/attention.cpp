@@ -176,8 +176,8 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
 }
 
 template <class S>
-void add_tile(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
-    find_logits<S>(s, seq, piece, stream, my);
+void add_tile(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
+    find_logits<S>(s, piece, stream, my);
     if (s.a.sums) keep_logits(piece, *stream.tile, my);
     const int64_t steps = piece.heads * piece.rows * soft_steps + steps_of<S>(s, piece, *stream.tile, true);
     stream.advance(s, piece, true, steps, my);
@@ -210,7 +210,7 @@ void add_seen_block(const Shape& s, const Piece& piece, int64_t first, int64_t r
 
 // The same for many rows, some of which take a block through all steps before the next rows.
 template <class S>
-void add_block(const Shape& s, const Sequence& seq, const Piece& piece, const Stream& stream, const Scratch& my) {
+void add_block(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
     const Block block = pack_block<S>(s, piece, stream, my);
     bool is_safe = true;
     for (int64_t t = block.first; t <= block.last; ++t)
@@ -220,7 +220,7 @@ void add_block(const Shape& s, const Sequence& seq, const Piece& piece, const St
     const int64_t stride = packed_stride(s);
     for (int64_t first = 0; first < piece.rows; first += tile_rows) {
         const int64_t rows = smaller(piece.rows - first, tile_rows);
-        find_packed_logits<S>(s, seq, first, rows, block, my);
+        find_packed_logits<S>(s, first, rows, block, my);
         for (int64_t r = 0; r < rows; r += width) {
             const Logits x{my.p + r * stride + begin, stride, columns, s.a.v_scale ? my.v_scale + begin : nullptr};
             with_packed_products<S>([&]<class W>() {
@@ -283,7 +283,7 @@ void run_piece(const Shape& s, const Piece& piece, const Piece* following, const
     }
     const Sequence seq = sequence_of(s.a, piece.sequence);
     for_tiles<S>(s, seq, piece, following, true, my,
-                 [&](const Stream& stream) { (piece.packed ? add_block<S> : add_tile<S>)(s, seq, piece, stream, my); });
+                 [&](const Stream& stream) { (piece.packed ? add_block<S> : add_tile<S>)(s, piece, stream, my); });
 }
 
 // Results.
@@ -318,8 +318,7 @@ inline void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t st
         const int64_t h = i / piece->rows, r = i % piece->rows, at = h * piece->pitch() + r;
         const int64_t query = (piece->row + r) / s.group,
                       head = (piece->head + h) * s.group + (piece->row + r) % s.group;
-        float sink = -INFINITY;
-        if (s.a.sinks) sink = static_cast<const float*>(s.a.sinks.data)[head * s.a.sinks.stride[0]] * log2_e;
+        const float sink = sink_of(s.a, seq, query, head) * log2_e;
         float m = sink;
         for (int64_t n = 0; n < splits; ++n) m = piece[n * step].state.m[at] > m ? piece[n * step].state.m[at] : m;
         const float reference = m == -INFINITY ? 0.0f : m;
@@ -348,8 +347,7 @@ inline void write_empty(const Shape& s, const Sequence& seq, bool sinks) {
     for (int64_t query = 0; query < seq.queries; ++query) {
         for (int64_t head = 0; head < s.a.q.size[2]; ++head) {
             store_out(s, seq, query, head, zeros);
-            *lse_at(s.a, seq, query, head) =
-                sinks ? static_cast<const float*>(s.a.sinks.data)[head * s.a.sinks.stride[0]] : -INFINITY;
+            *lse_at(s.a, seq, query, head) = sinks ? sink_of(s.a, seq, query, head) : -INFINITY;
         }
     }
 }
@@ -414,7 +412,7 @@ void paged_attention(const PagedAttention& a, const Runtime& all_threads) {
     });
     for (int64_t n = 0; n < sequences; ++n) {
         const Sequence seq = sequence_of(a, n);
-        if (seq.keys == 0) write_empty(s, seq, bool(a.sinks));
+        if (seq.keys == 0) write_empty(s, seq, true);
     }
     if (a.cu_seqlens_q) {
         const int64_t begin = at(a.cu_seqlens_q, 0), end = at(a.cu_seqlens_q, sequences);

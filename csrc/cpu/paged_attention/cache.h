@@ -241,6 +241,9 @@ METATE_FN constexpr int64_t column_of(int64_t i) {
 METATE_FN int32_t at(const View<1>& view, int64_t i) {
     return static_cast<const int32_t*>(view.data)[i * view.stride[0]];
 }
+METATE_FN int32_t at(const View<2>& view, int64_t i, int64_t j) {
+    return static_cast<const int32_t*>(view.data)[i * view.stride[0] + j * view.stride[1]];
+}
 
 // One sequence of the batch.
 struct Sequence {

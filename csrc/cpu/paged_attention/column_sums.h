@@ -58,7 +58,7 @@ void add_block_sums(const Shape& s, const Sequence& seq, const Piece& piece, con
     stream.advance(s, piece, true, packed_steps_of<S>(s, piece, block), my);
     for (int64_t first = 0; first < piece.rows; first += tile_rows) {
         const int64_t rows = smaller(piece.rows - first, tile_rows);
-        find_packed_logits<S>(s, seq, first, rows, block, my);
+        find_packed_logits<S>(s, first, rows, block, my);
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t t = block.first; t <= block.last; ++t) {
                 const Tile& tile = block.tile[t];

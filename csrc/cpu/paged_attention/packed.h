@@ -125,8 +125,7 @@ int64_t packed_steps_of(const Shape& s, const Piece& piece, const Block& block) 
 
 // The products of a block's keys with `rows` rows of a piece from `first` on, as logits.
 template <class S>
-void find_packed_logits(const Shape& s, const Sequence& seq, int64_t first, int64_t rows, const Block& block,
-                        const Scratch& my) {
+void find_packed_logits(const Shape& s, int64_t first, int64_t rows, const Block& block, const Scratch& my) {
     const int64_t stride = packed_stride(s);
     with_packed_products<S>([&]<class W>() {
         using Word = WordOf<W>;
@@ -144,7 +143,7 @@ void find_packed_logits(const Shape& s, const Sequence& seq, int64_t first, int6
             const float* scales = s.a.k_scale ? own.k_scale : nullptr;
             for (int64_t r = 0; r < rows; ++r) {
                 const uint64_t mask = tile.some ? tile.mask[first + r] : 0;
-                to_logits(s, seq, my.row[first + r], mask, tile.key, unit<W>, scales, own.p + r * stride);
+                to_logits(s, my.row[first + r], mask, tile.key, unit<W>, scales, own.p + r * stride);
             }
         }
     });

@@ -36,7 +36,7 @@ struct Shape {
 
 // One query of one head.
 struct Row {
-    int64_t query, head;
+    int64_t query, head, position;
     int64_t begin, end;  // the keys it may see, but for bits
     const int32_t* bits;
     float slope;
@@ -45,8 +45,9 @@ struct Row {
 // Rows of a sequence count r = query · group + head within the group.
 inline Row row_at(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t r) {
     const PagedAttention& a = s.a;
-    Row row{r / s.group, kv_head * s.group + r % s.group, 0, 0, nullptr, 0.0f};
-    const int64_t position = seq.keys - seq.queries + row.query;
+    Row row{r / s.group, kv_head * s.group + r % s.group, 0, 0, 0, nullptr, 0.0f};
+    const int64_t position = row.position =
+        a.positions ? at(a.positions, seq.batch, seq.q0 + row.query) : seq.keys - seq.queries + row.query;
     row.begin = a.window_left >= 0 ? clamp(position - a.window_left, 0, seq.keys) : 0;
     row.end = a.window_right >= 0 ? clamp(position + a.window_right + 1, 0, seq.keys) : seq.keys;
     if (seq.left_pad > row.begin) row.begin = seq.left_pad;
@@ -381,8 +382,8 @@ __attribute__((noinline)) void gather_scales(const Shape& s, const Piece& piece,
 
 // The logits, as powers of 2, of a row over a tile, in place of its products, which count in `step`; -inf where it does
 // not see.
-inline void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint64_t mask, int64_t key, float step,
-                      const float* scales, float* x) {
+inline void to_logits(const Shape& s, const Row& row, uint64_t mask, int64_t key, float step, const float* scales,
+                      float* x) {
     const float scale = s.plain ? static_cast<float>(s.a.scale * 1.4426950408889634) : s.scale;
     for (int j = 0; j < tile_keys; j += width) {
         vf y = load(x + j);
@@ -391,7 +392,7 @@ inline void to_logits(const Shape& s, const Sequence& seq, const Row& row, uint6
         y = y * splat(scale);
         if (!s.plain) {
             if (s.softcap > 0) y = tanh(y / splat(s.softcap)) * splat(s.softcap);
-            const auto ahead = static_cast<int32_t>(seq.keys - seq.queries + row.query - key - j);
+            const auto ahead = static_cast<int32_t>(row.position - key - j);
             y = y - splat(row.slope) * to_float(abs(sub(splat(ahead), lanes())));
             y = y * splat(log2_e);
         }
@@ -509,6 +510,12 @@ void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Pi
 METATE_FN float* lse_base_2_at(const Shape& s, const Sequence& seq, int64_t query, int64_t head) {
     const View<4>& q = s.a.q;
     return s.lse_base_2 + (seq.batch * q.size[2] + head) * q.size[1] + seq.q0 + query;
+}
+
+METATE_FN float sink_of(const PagedAttention& a, const Sequence& seq, int64_t query, int64_t head) {
+    const View<3>& sinks = a.sinks;
+    const int64_t place = seq.batch * sinks.stride[0] + head * sinks.stride[1] + (seq.q0 + query) * sinks.stride[2];
+    return sinks ? static_cast<const float*>(sinks.data)[place] : -INFINITY;
 }
 
 METATE_FN float* lse_at(const PagedAttention& a, const Sequence& seq, int64_t query, int64_t head) {

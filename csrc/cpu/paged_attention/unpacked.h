@@ -79,8 +79,8 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
 
 // The same as logits.
 template <class S>
-__attribute__((noinline)) void find_logits(const Shape& s, const Sequence& seq, const Piece& piece,
-                                           const Stream& stream, const Scratch& my) {
+__attribute__((noinline)) void find_logits(const Shape& s, const Piece& piece, const Stream& stream,
+                                           const Scratch& my) {
     const Tile& tile = *stream.tile;
     const int64_t pitch = piece.pitch();
     multiply_tile_keys<S>(s, piece, stream, my);
@@ -91,7 +91,7 @@ __attribute__((noinline)) void find_logits(const Shape& s, const Sequence& seq, 
         const float* scales = s.a.k_scale ? my.k_scale + h * tile_keys : nullptr;
         for (int64_t r = 0; r < piece.rows; ++r) {
             const float step = s.integers ? my.q_step[h * pitch + r] : unit_of_products;
-            to_logits(s, seq, my.row[h * piece_rows + r], tile.mask[r], tile.key, step, scales,
+            to_logits(s, my.row[h * piece_rows + r], tile.mask[r], tile.key, step, scales,
                       my.p + (h * pitch + r) * p_stride);
         }
     }

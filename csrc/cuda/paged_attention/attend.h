@@ -46,6 +46,11 @@ struct Visit {
         all_low = most(s.first_key, p.left >= 0 ? s.place() + i_last - p.left : 0);
         all_high = p.right >= 0 ? least(s.keys, s.place() + i_first + p.right + 1) : s.keys;
         if (p.a.bits) all_high = least(all_high, s.place());
+        if (p.a.positions) {  // in any order
+            low = most(s.first_key, begin);
+            high = least(s.keys, end);
+            all_high = p.left < 0 && p.right < 0 ? all_high : all_low;
+        }
     }
 };
 
@@ -118,8 +123,7 @@ METATE_DEVICE void write_rows(const Attend& f, const Span& s, const Splits& spli
         METATE_UNROLL
         for (int w = 0; w < key_warps; ++w) top = fmaxf(top, float_of(of_warp(w)[0]));
         const bool last = splits.count <= 1;
-        float sink = -infinite();
-        if (last && p.a.sinks) sink = log2_e * float_at(p.a.sinks, h);
+        const float sink = last ? sink_of(p, s, i, h) : -infinite();
         top = fmaxf(top, sink);
         const float base = top == -infinite() ? 0.f : top;
         METATE_UNROLL

@@ -22,7 +22,7 @@ merge_kernel(METATE_PARAMETER(Problem, p)) {
     const float *const sums = p.partial + p.entries * columns, *const tops = sums + p.entries;
     const int64_t first = partial_entry(p, s, 0, i * p.group + h % p.group);
     const int64_t ahead = partial_entry(p, s, 1, i * p.group + h % p.group) - first;
-    const float sink = p.a.sinks ? log2_e * float_at(p.a.sinks, h) : -infinite();
+    const float sink = sink_of(p, s, i, h);
     float top = sink;
     for (int n = 0; n < splits.count; ++n) top = fmaxf(top, load_global<float>(tops + first + n * ahead));
     const float base = top == -infinite() ? 0.f : top;

@@ -24,8 +24,9 @@ Problem problem_of(const PagedAttention& a, const Device& device) {
     if (longest >= int64_t{1} << 30 || rows >= int64_t{1} << 30)
         refuse("paged_attention", "2^30 rows of queries or positions of keys; up to 2^30 - 1");
     p.capacity = static_cast<int>(capacity);
-    p.left = static_cast<int>(a.window_left < longest ? a.window_left : longest);
-    p.right = static_cast<int>(a.window_right < longest ? a.window_right : longest);
+    const int64_t whole = longest + (a.positions ? farthest : 0);  // as wide as no window
+    p.left = static_cast<int>(a.window_left < whole ? a.window_left : whole);
+    p.right = static_cast<int>(a.window_right < whole ? a.window_right : whole);
     // What a split leaves behind grows with the group and with the columns of values, and so does what it should read.
     p.shortest = most_columns(a) > 256 ? 512 : 256;
     while (p.shortest < 16 * p.group) p.shortest *= 2;

@@ -18,8 +18,9 @@ using flash::least;
 using flash::log2_e;
 using flash::most;
 
-constexpr int split_rows = 64;  // rows for which a split has its shortest length
-constexpr int few_rows = 16;    // sequences of up to so many rows have kernels of their own
+constexpr int split_rows = 64;     // rows for which a split has its shortest length
+constexpr int farthest = 1 << 28;  // position, either way
+constexpr int few_rows = 16;       // sequences of up to so many rows have kernels of their own
 
 // The contract's problem with what every block would otherwise work out for itself.
 struct Problem {
@@ -46,10 +47,6 @@ struct Span {
 
 METATE_DEVICE int number(const View<1>& view, int64_t i) {
     return load_global<int>(static_cast<const int32_t*>(view.data) + i * view.stride[0]);
-}
-
-METATE_DEVICE float float_at(const View<1>& view, int64_t i) {
-    return load_global<float>(static_cast<const float*>(view.data) + i * view.stride[0]);
 }
 
 METATE_DEVICE int packed_start(const Problem& p, int sequence) {
@@ -87,7 +84,7 @@ struct Splits {
 
 METATE_DEVICE Splits splits_of(const Problem& p, const Span& s) {
     const int length = p.shortest * most(1, (s.queries * p.group + split_rows - 1) / split_rows);
-    const int low = most(s.first_key, p.left >= 0 ? s.place() - p.left : 0);
+    const int low = most(s.first_key, p.left >= 0 && !p.a.positions ? s.place() - p.left : 0);
     const int first = most(0, low) / length;
     return {length, first, most(0, (s.keys + length - 1) / length - first)};
 }
@@ -99,6 +96,22 @@ METATE_DEVICE int64_t partial_entry(const Problem& p, const Span& s, int split, 
     const int64_t wide = static_cast<int64_t>(s.sequence) * split_rows * p.splits + before, narrow = before * p.splits;
     const int64_t first = narrow < wide ? narrow : wide;
     return (first + static_cast<int64_t>(split) * s.queries * p.group + row) * p.kv_heads + s.kv_head;
+}
+
+// Where query i of a sequence stands. Numbers that lie are cut to what sums of them may be.
+METATE_DEVICE int position_of(const Problem& p, const Span& s, int i) {
+    const View<2>& v = p.a.positions;
+    const int given = load_global<int>(static_cast<const int32_t*>(v.data) + s.batch * v.stride[0] +
+                                       (s.first_query + i) * v.stride[1]);
+    return most(-farthest, least(given, farthest));
+}
+
+// The binary logit that a row has beside those of its keys.
+METATE_DEVICE float sink_of(const Problem& p, const Span& s, int i, int h) {
+    const View<3>& v = p.a.sinks;
+    if (!v) return -infinite();
+    return log2_e * load_global<float>(static_cast<const float*>(v.data) + s.batch * v.stride[0] + h * v.stride[1] +
+                                       (s.first_query + i) * v.stride[2]);
 }
 
 // softcap · tanh(x / softcap). tanh x = 1 - 2 / (exp 2x + 1): its absolute error, which is what a logit needs, stays at
@@ -121,6 +134,7 @@ struct Row {
 
     METATE_DEVICE Row(const Problem& p, const Span& s, int i, int h) : query(i), head(h), slope(0.f) {
         position = s.place() + i;
+        if (p.a.positions && i >= 0) position = position_of(p, s, i);
         low = most(s.first_key, p.left >= 0 ? position - p.left : 0);
         high = i < 0 ? 0 : p.right >= 0 ? least(s.keys, position + p.right + 1) : s.keys;
         if (p.a.alibi_slopes && i >= 0) {

@@ -65,8 +65,9 @@ sums_kernel(METATE_PARAMETER(Sums, f)) {
     }
 
     float sum = 0.f;
-    const int start = p.right >= 0 ? most(0, first - s.place() - p.right) : 0;
-    int end = p.left >= 0 ? least(s.queries, first + sum_threads - s.place() + p.left) : s.queries;
+    const bool in_order = !p.a.positions;  // positions are the newest places
+    const int start = p.right >= 0 && in_order ? most(0, first - s.place() - p.right) : 0;
+    int end = p.left >= 0 && in_order ? least(s.queries, first + sum_threads - s.place() + p.left) : s.queries;
     if (first >= s.keys) end = start;
     for (int i0 = start; i0 < end; i0 += together) {
         sync_threads();

@@ -26,7 +26,7 @@ from metate.compat.flash_attn.semantics import (
 from metate.explanation import explain
 from metate.ops.attention import attention, attention_varlen
 from metate.ops.paged_attention import append_kv, paged_attention
-from metate.ops.paged_attention.rules import check_attention
+from metate.ops.paged_attention.rules import check_attention, least_and_most
 
 __all__ = [
     "USE_TRITON_ROCM",
@@ -255,9 +255,11 @@ def flash_attn_with_kvcache(
             _check_angles(tensors, lengths, local)
             q = _rotate_queries(q, rotary_cos, rotary_sin, lengths, local, rotary_interleaved)
         if k is not None and v is not None:
-            _check_read(q, k_cache, v_cache, table, lengths + k.shape[1], options)
+            after = lengths + k.shape[1]
+            _check_read(q, k_cache, v_cache, table, after, options)
             angles = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "interleaved": rotary_interleaved}
-            lengths = _append(k_cache, v_cache, k, v, lengths, table, angles)
+            _append(k_cache, v_cache, k, v, lengths, table, angles)
+            lengths = after
         out, lse = paged_attention(q, k_cache, v_cache, table, lengths, **options)
     return (out, flash_lse(lse)) if return_softmax_lse else out
 
@@ -375,7 +377,7 @@ class _NoRoom(ValueError, RuntimeError):
 
 
 def _check_room(lengths: Tensor, new: int, room: int, place: str) -> None:
-    first, last = (int(x) for x in lengths.aminmax()) if lengths.numel() else (0, 0)
+    first, last = least_and_most(lengths) if lengths.numel() else (0, 0)
     if first < 0:
         raise ValueError(f"flash_attn_with_kvcache: cache_seqlens is {first}, expected at least 0")
     if (end := new + last) > room:
@@ -395,7 +397,7 @@ def _check_read(
     given = (q, k_cache, v_cache, table, lengths, *options.values())
     alike = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in given)
     if alike in _found_right:
-        check_attention(q, k_cache, v_cache, table, lengths, None, None, None, options["left_pad"])
+        check_attention(q, k_cache, v_cache, table, lengths, None, None, None, options["left_pad"], *[None] * 4)
         return
     explain(paged_attention, q, k_cache, v_cache, table, lengths, **options)
     if len(_found_right) == 1000:
@@ -405,10 +407,12 @@ def _check_read(
 
 def _append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor, angles: dict[str, Any]
-) -> Tensor:
-    """Writes k, turned, and v behind what the cache holds; the new lengths."""
+) -> None:
+    """Writes k, turned, and v behind what the cache holds."""
     page_size = k_cache.shape[1]
-    positions = lengths[:, None] + torch.arange(k.shape[1], device=k.device, dtype=torch.int32)
+    positions = lengths[:, None]
+    if k.shape[1] > 1:
+        positions = positions + torch.arange(k.shape[1], device=k.device, dtype=torch.int32)
     slots = table.gather(1, (positions // page_size).long()).long() * page_size + positions % page_size
     if angles["rotary_cos"] is not None:
         angles = {name: a.float() if isinstance(a, Tensor) else a for name, a in angles.items()}
@@ -416,4 +420,3 @@ def _append(
     else:
         angles = {}
     append_kv(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots.flatten(), **angles)
-    return lengths + k.shape[1]

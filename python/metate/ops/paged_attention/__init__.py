@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from metate.shortcut import Shortcut
 __all__ = ["append_kv", "cascade_attention", "paged_attention"]
 
 _attend = Shortcut("paged_attention")
+Attend = Callable[..., Any]
 
 
 def paged_attention(
@@ -37,6 +41,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     left_pad: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    positions: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     return_lse: bool = False,
@@ -62,11 +67,14 @@ def paged_attention(
         causal: a query sees no key behind its position. window: (left, right), how many keys before and after its
             position it sees, inclusive; -1: no limit.
         scale: factor of q kᵀ; default head_dim ** -0.5. softcap: > 0: scores become softcap · tanh(score / softcap).
-        alibi_slopes: (heads) or (batch, heads) float32. sinks: (heads), one more logit in each softmax denominator.
+        alibi_slopes: (heads) or (batch, heads) float32.
+        sinks: (heads), one more logit in each softmax denominator; or one for every query, of the shape of lse: the lse
+            that it has from other keys gives its shares of attention to all.
         left_pad: (batch) int32: keys before it are padding.
         tree_mask: bool, (batch or 1, queries, queries), packed (tokens, queries): whether query i sees key j of the
             sequence's own newest keys, for trees of speculated tokens; older keys are not affected. A tree needs
             causal=False unless its tokens see only earlier ones. Or the same as int32 words of 32 bits.
+        positions: int32, (batch), (batch, queries) or packed (tokens): where queries stand instead, in any order.
         k_scale, v_scale: (pages, page_size, kv_heads) float32, one a row: for int8 and uint8, and where float8 has any.
         return_lse: also return log Σ exp(score), natural logarithm, sinks included: (batch, heads, queries), packed
             (heads, tokens), for one query (batch, heads).
@@ -90,7 +98,7 @@ def paged_attention(
     rest = (
         k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad,
         alibi_slopes if alibi_slopes is None else _widen(q, alibi_slopes),
-        sinks if sinks is None else _widen(q, sinks), bits, scale, left, right, softcap, return_column_sums,
+        sinks if sinks is None else _widen(q, sinks), bits, positions, scale, left, right, softcap, return_column_sums,
     )  # fmt: skip
     first_only = not (return_lse or return_column_sums)
     if dims == 4:
@@ -113,49 +121,126 @@ def cascade_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
+    cu_seqlens_q: Tensor | None = None,
     causal: bool = True,
+    window: tuple[int, int] = (-1, -1),
     scale: float | None = None,
     softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    left_pad: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     return_lse: bool = False,
+    return_column_sums: bool = False,
     backend: str | None = None,
 ) -> Any:
     """`paged_attention` of sequences that share prefixes, every prefix read once for all its sequences.
 
     Args:
-        q: (batch, heads, head_dim) or (batch, queries, heads, head_dim); the sequences of a group one after another.
+        q: (batch, heads, head_dim), (batch, queries, heads, head_dim) or, with cu_seqlens_q, (tokens, heads, head_dim);
+            the sequences of a group one after another.
         prefix_table: (groups, max_prefix_pages) int32, prefix_lens: (groups) int32: the keys that a group shares.
         cu_groups: (groups + 1) int32, from 0 to batch: group g is the sequences cu_groups[g] … cu_groups[g+1]-1.
         block_table, seq_lens: what each sequence has behind its prefix, its own queries included.
+        alibi_slopes, sinks: (heads).
+        left_pad: (groups) int32: so many of the first keys of a group's sequences are padding.
+        return_column_sums: also return Σ_i probability[i, j] of the prefixes' keys, over all queries of a group,
+            (groups, heads, max_prefix_pages · page_size), and of the sequences' own, (batch, heads, max_pages ·
+            page_size). Own keys are read twice then.
         Others as in `paged_attention`.
 
     Returns:
-        out like q, then lse where asked for: what `paged_attention` gives for the whole sequences. Source: Hydragen
-        (Juravsky et al. 2024), FlashInfer's cascades (Ye et al. 2025).
+        out like q, then lse and the two tensors of column sums where asked for: what `paged_attention` gives for the
+        whole sequences. Source: Hydragen (Juravsky et al. 2024), FlashInfer's cascades (Ye et al. 2025).
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    _check_dims(q, packed=False)
-    x = q if q.dim() == 4 else q.unsqueeze(1)
-    common: dict[str, Any] = dict(
-        scale=scale, softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=True, backend=backend
-    )
-    _check_groups(cu_groups, prefix_table, prefix_lens, x.shape[0], k_cache)
-    rows = x.flatten(0, 1)
-    starts = cu_groups * x.shape[1]
-    prefix, prefix_lse = paged_attention(
-        rows, k_cache, v_cache, prefix_table, prefix_lens, cu_seqlens_q=starts, causal=False, **common
-    )
-    out, lse = paged_attention(x, k_cache, v_cache, block_table, seq_lens, causal=causal, sinks=sinks, **common)
-    outs = torch.stack([prefix.unflatten(0, x.shape[:2]), out])
-    lses = torch.stack([prefix_lse.unflatten(1, x.shape[:2]).transpose(0, 1), lse])
-    out, lse = REGISTRY["merge_attention_states"].call((outs, lses), backend=backend)
-    if q.dim() == 3:
+    packed = cu_seqlens_q is not None
+    dims = _check_dims(q, packed)
+    left, right = window_sides("cascade_attention", window, causal)
+    x = q if packed or dims == 4 else q.unsqueeze(1)
+    _check_groups(cu_groups, prefix_table, prefix_lens, k_cache)
+    _check_own(seq_lens, cu_seqlens_q, left_pad, prefix_lens.shape[0], x.shape[1], tree_mask is not None)
+    _check_all_have_groups(cu_groups, seq_lens.shape[0] if packed else x.shape[0])
+    for name, heads in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if isinstance(heads, Tensor) and heads.dim() != 1:
+            raise fail("cascade_attention", name, f"of shape {tuple(heads.shape)}", "(heads)")
+    group = _owners(cu_groups, torch.arange(seq_lens.shape[0], dtype=torch.int32, device=seq_lens.device))
+    positions = None
+    if left >= 0 or alibi_slopes is not None:
+        positions = _positions(x, prefix_lens[group] + seq_lens, cu_seqlens_q)
+    attend = partial(
+        paged_attention, k_cache=k_cache, v_cache=v_cache, causal=False, scale=scale, softcap=softcap,
+        alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, return_lse=True, backend=backend,
+    )  # fmt: skip
+    own = partial(
+        attend, x, block_table=block_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q, window=(left, right),
+        left_pad=None if left_pad is None else (left_pad - prefix_lens).clamp(min=0)[group], tree_mask=tree_mask,
+    )  # fmt: skip
+    prefix = partial(
+        attend, x if packed else x.flatten(0, 1), block_table=prefix_table, seq_lens=prefix_lens,
+        cu_seqlens_q=cu_groups * x.shape[1] if cu_seqlens_q is None else cu_seqlens_q[cu_groups.long()],
+        window=(left, -1), left_pad=left_pad, positions=positions,
+    )  # fmt: skip
+    shape = None if packed else x.shape[:2]
+    if return_column_sums:
+        out, lse, *sums = _sum_both(own, prefix, shape, sinks)
+    else:
+        out, lse, *sums = _merge_both(own, prefix, shape, sinks, backend)
+    if dims == 3 and not packed:
         out, lse = out.squeeze(1), lse.squeeze(2)
-    return (out, lse) if return_lse else out
+    found = (out, *([lse] if return_lse else []), *sums)
+    return found if len(found) > 1 else out
+
+
+def _merge_both(
+    own: Attend, prefix: Attend, shape: torch.Size | None, sinks: Tensor | None, backend: str | None
+) -> tuple[Tensor, ...]:
+    """out and lse of own keys and the prefix, whose queries are packed; `shape`: (batch, queries) of others."""
+    merge = REGISTRY["merge_attention_states"]
+    out, lse = own(sinks=sinks)
+    prefix_out, prefix_lse = prefix()
+    if shape is not None:
+        outs = torch.stack([prefix_out.unflatten(0, shape), out])
+        lses = torch.stack([prefix_lse.unflatten(1, shape).transpose(0, 1), lse])
+        return tuple(merge.call((outs, lses), backend=backend))
+    outs, lses = torch.stack([prefix_out, out]), torch.stack([prefix_lse, lse])
+    out, lse = merge.call((outs.unsqueeze(1), lses.unsqueeze(1)), backend=backend)
+    return out.squeeze(0), lse.squeeze(0)
+
+
+def _sum_both(own: Attend, prefix: Attend, shape: torch.Size | None, sinks: Tensor | None) -> tuple[Tensor, ...]:
+    """The same with column sums, of the prefixes and of own keys. What a query gives to other keys is one more logit in
+    its denominator: so each part has its share of the whole, and sums of probabilities are right."""
+    _, own_lse = own(sinks=sinks)
+    rest = own_lse if shape is None else own_lse.transpose(0, 1).flatten(1)
+    prefix_out, lse, prefix_sums = prefix(sinks=rest, return_column_sums=True)
+    if shape is not None:
+        prefix_out, lse = prefix_out.unflatten(0, shape), lse.unflatten(1, shape).transpose(0, 1)
+    others = lse + torch.log1p(-(own_lse - lse).clamp(max=0).exp()).where(lse > -math.inf, 0)
+    if sinks is not None:
+        others = torch.logaddexp(others, sinks.to(others.dtype)[:, None])
+    out, _, sums = own(sinks=others, return_column_sums=True)
+    return prefix_out + out, lse, prefix_sums, sums
+
+
+def _owners(starts: Tensor, numbers: Tensor) -> Tensor:
+    """Which of the runs from starts[n] to starts[n + 1] numbers are in."""
+    return torch.searchsorted(starts[1:].contiguous(), numbers, right=True)
+
+
+def _positions(x: Tensor, keys: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    """(tokens): where the queries of sequences stand that have so many keys, those of their prefixes included."""
+    rows = torch.arange(x.shape[0] if cu_seqlens_q is not None else x.shape[1], dtype=torch.int32, device=x.device)
+    if cu_seqlens_q is None:
+        return (keys[:, None] - x.shape[1] + rows).flatten()
+    if not keys.shape[0]:
+        return rows
+    sequence = _owners(cu_seqlens_q, rows).clamp(max=keys.shape[0] - 1)
+    return keys[sequence] - cu_seqlens_q[sequence + 1] + rows
 
 
 def append_kv(
@@ -199,6 +284,11 @@ def append_kv(
 def _with_four_dims(q: Tensor, rest: tuple[Any, ...], packed: bool, first_only: bool, backend: str | None) -> Any:
     """One query a sequence, or packed ones: the operator has a dimension more, of size 1."""
     one, of_lse = (0, 0) if packed else (1, 2)
+    if rest[9] is not None or rest[11] is not None:
+        sinks, bits, positions = rest[9:12]
+        sinks = sinks.unsqueeze(of_lse) if isinstance(sinks, Tensor) and sinks.dim() == 2 else sinks
+        positions = positions.unsqueeze(one) if isinstance(positions, Tensor) and positions.dim() == 1 else positions
+        rest = (*rest[:9], sinks, bits, positions, *rest[12:])
     found = paged_attention_op.call((q.unsqueeze(one), *rest), first_only, backend)
     if first_only:
         return found.squeeze(one)
@@ -217,10 +307,7 @@ def _check_dims(q: Tensor, packed: bool) -> int:
     return dims
 
 
-def _check_groups(
-    cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, batch: int, k_cache: Tensor
-) -> None:  # fmt: skip
-    """A sequence outside of every group would lose its prefix and still give numbers."""
+def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, k_cache: Tensor) -> None:
     op = "cascade_attention"
     for name, x in (("cu_groups", cu_groups), ("prefix_table", prefix_table), ("prefix_lens", prefix_lens)):
         require_dense(op, name, x)
@@ -237,10 +324,38 @@ def _check_groups(
         if prefix_lens.device.type == "cpu" and ((prefix_lens < 0) | (prefix_lens > keys)).any():
             expected = f"0 to {keys}, what {prefix_table.shape[1]} pages hold"
             raise fail(op, "prefix_lens", prefix_lens.tolist(), expected)
+
+
+def _check_all_have_groups(cu_groups: Tensor, batch: int) -> None:
+    """A sequence outside of every group would lose its prefix and still give numbers."""
     if cu_groups.device.type == "cpu" and not torch.compiler.is_compiling():
         starts = cu_groups.tolist()
         if starts[0] != 0 or starts[-1] != batch or starts != sorted(starts):
-            raise fail(op, "cu_groups", starts, f"non-decreasing numbers from 0 to the {batch} sequences of q")
+            expected = f"non-decreasing numbers from 0 to the {batch} sequences of q"
+            raise fail("cascade_attention", "cu_groups", starts, expected)
+
+
+def _check_own(
+    seq_lens: Tensor, cu_seqlens_q: Tensor | None, left_pad: Tensor | None, groups: int, queries: int, is_tree: bool
+) -> None:
+    """Queries before the keys of their own sequence would see all of the prefix. One query alone may do so."""
+    op = "cascade_attention"
+    for name, x in (("seq_lens", seq_lens), ("cu_seqlens_q", cu_seqlens_q), ("left_pad", left_pad)):
+        if x is None and name != "seq_lens":
+            continue
+        if not isinstance(x, Tensor) or x.dtype != torch.int32:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise fail(op, name, got, "an int32 tensor", error=TypeError)
+        size = {"cu_seqlens_q": seq_lens.shape[0] + 1, "left_pad": groups}.get(name, x.numel())
+        if x.shape != (size,):
+            raise fail(op, name, f"of shape {tuple(x.shape)}", f"({size},)")
+    if seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    n = torch.full_like(seq_lens, queries) if cu_seqlens_q is None else cu_seqlens_q.diff()
+    short = seq_lens < n.where((n > 1) | is_tree, 0)
+    if short.any():
+        b = int(short.nonzero()[0])
+        raise fail(op, f"seq_lens[{b}]", int(seq_lens[b]), f"at least {int(n[b])}, the keys of its queries")
 
 
 def _widen(q: Tensor, x: Tensor | None) -> Tensor | None:

@@ -55,6 +55,13 @@ CASES = [
     _case(2, 4, 33, 16, 8, 2, 128, cache="int4", window=(-1, 0)),
     _case(3, 1, 9, 16, 4, 2, 24, cache="fp8", return_column_sums=True),
     _case(1, 3, 40, 16, 2, 2, 128, cache="scaled fp8", window=(100, 0)),
+    _case(2, 3, 5, 16, 4, 2, 40, positions=True, window=(30, 5), alibi=1, sinks=2),
+    _case(
+        3, 70, 40, 16, 4, 2, 64, lengths=(30, 1, 37), positions=True, window=(90, 0), sinks=2, return_column_sums=True
+    ),
+    _case(2, 4, 9, 64, 4, 1, 320, positions=True, window=(200, 9), sinks=2, cache="int8"),
+    _case(2, 3, 1, 16, 4, 2, 32, positions=True, window=(-1, 4), alibi=2),
+    _case(2, 2, 1, 16, 4, 2, 32, positions=True, window=(30, -1)),
     _case(0, 1, 2, 4, 2, 1, 8),
     _case(2, 0, 2, 4, 2, 1, 8),
     _case(2, 3, 0, 4, 2, 1, 8, sinks=True, return_column_sums=True),
@@ -81,8 +88,8 @@ def draw(rng: Random) -> Case:
     )  # fmt: skip
     case.update(cache=store, shared=shared, return_column_sums=rng.random() < 0.3)
     case["window"] = rng.choice([(-1, 0), (-1, -1), (rng.randint(0, 150), 0), (rng.randint(-1, 90), rng.randint(0, 9))])
-    for name, value in (("softcap", 4.0), ("sinks", True), ("left_pad", True), ("alibi", rng.choice([1, 2])),
-                        ("tree", True), ("full", True)):  # fmt: skip
+    flags = dict(softcap=4.0, sinks=rng.choice([1, 2]), alibi=rng.choice([1, 2]))
+    for name, value in (flags | dict.fromkeys(("left_pad", "tree", "positions", "full"), True)).items():
         if rng.random() < 0.2:
             case[name] = value
     if rng.random() < 0.3:
@@ -124,18 +131,23 @@ def _attention_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator
     else:
         v_cache, v_scale = _cache(case, case["Dv"], dtype, rows, generator)
     lengths, most = case.get("lengths"), Sq
+    entries = 1 if lengths is not None else B
     if lengths is not None:
         most = max(lengths, default=0)
     left, right = case.get("window", (-1, -1))
     slopes = (B, Hq) if case.get("alibi") == 2 else (Hq,)
+    sinks = (entries, Hq, Sq) if case.get("sinks") == 2 else (Hq,)
     return (
-        _normal(generator, 1 if lengths is not None else B, Sq, Hq, case["D"]).to(dtype),
+        _normal(generator, entries, Sq, Hq, case["D"]).to(dtype),
         k_cache, v_cache, table, lens, k_scale, v_scale,
         torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if lengths is not None else None,
         torch.randint(0, keys // 2 + 1, (B,), generator=generator, dtype=torch.int32) if case.get("left_pad") else None,
         0.1 * _normal(generator, *slopes).abs().to(wide) if "alibi" in case else None,
-        _normal(generator, Hq).to(wide) if case.get("sinks") else None,
-        _tree(1 if lengths is not None else B, Sq, most, generator) if case.get("tree") else None,
+        _normal(generator, *sinks).to(wide) if case.get("sinks") else None,
+        _tree(entries, Sq, most, generator) if case.get("tree") else None,
+        torch.randint(-1, 2 * keys + 1, (entries, Sq), generator=generator, dtype=torch.int32)
+        if case.get("positions")
+        else None,
         case["D"] ** -0.5, left, right, case.get("softcap", 0.0), case.get("return_column_sums", False),
     )  # fmt: skip
 
@@ -173,8 +185,9 @@ paged_attention_op = Op(
         "cu_seqlens_q": "B+1",
         "left_pad": "B",
         "alibi_slopes": "Hq or B Hq",
-        "sinks": "Hq",
+        "sinks": "Hq or B? Hq Sq",
         "tree_mask": "B? Sq words",
+        "positions": "B? Sq",
     },
     dtypes={
         "q": FLOATS,
@@ -189,6 +202,7 @@ paged_attention_op = Op(
         "alibi_slopes": _WIDE,
         "sinks": _WIDE,
         "tree_mask": (torch.int32,),
+        "positions": (torch.int32,),
     },
     outputs={"out": "q", "lse": torch.float32, "sums": torch.float32},
     shapes=lambda q, k_cache, v_cache, block_table, seq_lens, *rest: (
@@ -208,7 +222,7 @@ paged_attention_op = Op(
         "cpu": lambda q, *_: rules.refused_float64(q),
         "cuda": lambda q, k_cache, v_cache, *_: rules.refused_by_cuda(q, v_cache),
     },
-    contents=("block_table seq_lens left_pad cu_seqlens_q", rules.check_attention),
+    contents=("block_table seq_lens left_pad cu_seqlens_q positions", rules.check_attention),
     contents_in_kernel=True,
     gradient="it reads a cache, for inference; train with metate.attention",
 )

@@ -77,6 +77,7 @@ def paged_attention(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     tree_mask: Tensor | None,
+    positions: Tensor | None,
     scale: float,
     window_left: int,
     window_right: int,
@@ -86,7 +87,7 @@ def paged_attention(
     sequences = _Sequences(q, seq_lens, cu_seqlens_q)
     x, rows, n = sequences.apart(q), sequences.row, sequences.n
     keys = torch.arange(block_table.shape[1] * k_cache.shape[1], device=q.device)
-    position = (seq_lens - n)[:, None] + rows  # (B, n)
+    position = (seq_lens - n)[:, None] + rows if positions is None else sequences.apart(positions)  # (B, n)
     distance = keys - position[..., None]  # (B, n, K)
     allowed = (keys < seq_lens[:, None])[:, None] & (rows < n[:, None])[..., None]
     if left_pad is not None:
@@ -117,7 +118,10 @@ def paged_attention(
             * distance.abs()[:, None]
         )
     s = s.masked_fill(~allowed[:, None], -math.inf)
-    terms = s if sinks is None else torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], -1)
+    terms = s
+    if sinks is not None:
+        rest = sinks[:, None] if sinks.dim() == 1 else sequences.apart(sinks.transpose(1, 2)).transpose(1, 2)
+        terms = torch.cat([s, rest.to(s.dtype).expand(s.shape[:3])[..., None]], -1)
     lse = torch.logsumexp(terms, -1) if terms.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
     p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).masked_fill(~allowed[:, None], 0.0)
     out = p @ v.nan_to_num(0.0, 0.0, 0.0)

@@ -42,13 +42,14 @@ def refused_by_cuda(q: Tensor, v_cache: Tensor) -> str | None:
 def validate_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, cu_seqlens_q: Tensor | None, left_pad: Tensor | None, slopes: Tensor | None,
-    sinks: Tensor | None, bits: Tensor | None, scale: float, left: int, right: int, softcap: float,
-    return_column_sums: bool,
+    sinks: Tensor | None, bits: Tensor | None, positions: Tensor | None, scale: float, left: int, right: int,
+    softcap: float, return_column_sums: bool,
 ) -> None:  # fmt: skip
     op = "paged_attention"
     entries = 1 if cu_seqlens_q is not None else block_table.shape[0]
-    for name, tensor in (("q", q), ("tree_mask", bits)):
-        if tensor is not None and tensor.shape[0] != entries and (name == "q" or tensor.shape[0] != 1):
+    rows_of_sinks = sinks if sinks is not None and sinks.dim() == 3 else None
+    for name, tensor in (("q", q), ("tree_mask", bits), ("positions", positions), ("sinks", rows_of_sinks)):
+        if tensor is not None and tensor.shape[0] != entries and (name != "tree_mask" or tensor.shape[0] != 1):
             packed = "packed sequences" if cu_seqlens_q is not None else "that of block_table"
             expected = f"a first dimension of {entries}: {packed}"
             raise fail(op, name, f"of shape {tuple(tensor.shape)}", expected)
@@ -101,13 +102,18 @@ def check_attention(*args: Any) -> None:
     op, keys = "paged_attention", table.shape[1] * k_cache.shape[1]
     longest = 0
     if seq_lens.shape[0]:
-        shortest, longest = _extremes(seq_lens)
+        shortest, longest = least_and_most(seq_lens)
         if shortest < 0 or longest > keys:
             raise fail(op, "seq_lens", f"{shortest} to {longest}", f"0 to {keys}, what {table.shape[1]} pages hold")
     if longest:
         _check_pages(table[:, : -(-longest // k_cache.shape[1])], k_cache, seq_lens)
     if left_pad is not None and left_pad.shape[0] and int(left_pad.min()) < 0:
         raise fail(op, "left_pad", int(left_pad.min()), "at least 0")
+    positions = args[12]
+    if positions is not None and positions.numel():
+        least, most = least_and_most(positions)
+        if max(-least, most) >= 1 << 28:
+            raise fail(op, "positions", f"{least} to {most}", "numbers between -2**28 and 2**28")
     if cu is not None:
         starts = cu.tolist()
         if starts != sorted(starts):
@@ -122,7 +128,7 @@ def check_attention(*args: Any) -> None:
             raise fail(op, "tree_mask", f"of {bits.shape[2]} words a row", expected)
 
 
-def _extremes(x: Tensor) -> tuple[int, int]:
+def least_and_most(x: Tensor) -> tuple[int, int]:
     """The least and the largest of some whole numbers. A few of them are looked at sooner than torch is called."""
     if x.numel() > 64:
         least, most = x.aminmax()
@@ -133,7 +139,7 @@ def _extremes(x: Tensor) -> tuple[int, int]:
 
 def _check_pages(table: Tensor, k_cache: Tensor, seq_lens: Tensor) -> None:
     pages = k_cache.shape[0]
-    least, most = _extremes(table)
+    least, most = least_and_most(table)
     if least >= 0 and most < pages:
         return
     first = torch.arange(table.shape[1]) * k_cache.shape[1]
@@ -224,14 +230,18 @@ def shard_attention(op: Op, args: Args) -> list[tuple[dict[str, int], dict[str, 
     named = dict(zip(op.parameters, args, strict=False))
     sums = ["sums"] if named["return_column_sums"] else []
     slopes = named["alibi_slopes"]
-    heads = {"q": 2, "k_cache": 2, "v_cache": 2, "k_scale": 2, "v_scale": 2, "sinks": 0}
+    sinks = named["sinks"]
+    heads = {"q": 2, "k_cache": 2, "v_cache": 2, "k_scale": 2, "v_scale": 2}
+    heads["sinks"] = 1 if sinks is not None and len(sinks.shape) == 3 else 0
     if slopes is not None:
         heads["alibi_slopes"] = len(slopes.shape) - 1
     split = [({"out": 2, "lse": 1, **dict.fromkeys(sums, 1)}, _given(named, heads))]
     if named["cu_seqlens_q"] is None:
-        batch = {"q": 0, "block_table": 0, "seq_lens": 0, "left_pad": 0}
+        batch = {"q": 0, "block_table": 0, "seq_lens": 0, "left_pad": 0, "positions": 0}
         if slopes is not None and len(slopes.shape) == 2:
             batch["alibi_slopes"] = 0
+        if sinks is not None and len(sinks.shape) == 3:
+            batch["sinks"] = 0
         if named["tree_mask"] is not None and named["tree_mask"].shape[0] != 1:
             batch["tree_mask"] = 0
         split.append((dict.fromkeys(["out", "lse", *sums], 0), _given(named, batch)))

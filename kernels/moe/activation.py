@@ -36,14 +36,6 @@ def normal_below(x):
 
 
 @triton.jit
-def sigmoid_slope(x):
-    """s (1 - s) without the difference, which leaves few digits of a share near 1."""
-    power = tl.exp(-tl.abs(x))
-    share = 1.0 / (1.0 + power)
-    return power * share * share
-
-
-@triton.jit
 def activate(x, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         x = x * sigmoid(alpha * x)
@@ -62,13 +54,13 @@ def activate(x, alpha, ACTIVATION: tl.constexpr):
 def slope_of(x, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         z = alpha * x
-        x = sigmoid(z) + z * sigmoid_slope(z)
+        x = sigmoid(z) * (1.0 + z * sigmoid(-z))  # 1 - sigmoid(z) leaves few digits where that is near 1
     elif ACTIVATION == GELU:
         bell = x * tl.exp(-0.5 * x * x) * 0.3989422804014327
         x = normal_below(x) + bell
     elif ACTIVATION == GELU_TANH:
         z = gelu_argument(x)
-        x = sigmoid(z) + x * sigmoid_slope(z) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        x = sigmoid(z) * (1.0 + x * sigmoid(-z) * 1.5957691216057308 * (1.0 + 0.134145 * x * x))
     elif ACTIVATION == RELU:
         x = tl.where(x > 0.0, 1.0, 0.0)
     else:

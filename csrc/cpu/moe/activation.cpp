@@ -12,8 +12,10 @@ template <Activation activation>
 METATE_FN vf activate(vf x, vf alpha, vf* slope) {
     const vf zero = splat(0.0f), half = splat(0.5f), one = splat(1.0f);
     if constexpr (activation == Activation::silu) {
-        const vf s = sigmoid(alpha * x);
-        if (slope) *slope = fma(alpha * x * s, one - s, s);
+        const vf z = alpha * x;
+        vf rest;
+        const vf s = sigmoid(z, slope ? &rest : nullptr);
+        if (slope) *slope = s * fma(z, rest, one);
         return x * s;
     } else if constexpr (activation == Activation::gelu) {
         const vf below = normal_below(x);

@@ -14,9 +14,11 @@ METATE_FN vf exp(vf x) {
     return exp2(y) * fma(fma(x, splat(1.92596299e-8f), rest), splat(ln_2), splat(1.0f));
 }
 
-// 0 below -87, where eˣ leaves the normal numbers: what multiplies the result may be as large as 2^63.
-METATE_FN vf sigmoid(vf x) {
-    const vf value = splat(1.0f) / (splat(1.0f) + exp(min(splat(87.0f), splat(0.0f) - x)));
+// 0 below -87, where eˣ leaves the normal numbers: what multiplies the result may be as large as 2^63. `rest`: 1 less
+// the result, without the difference, which leaves few digits of a share near 1.
+METATE_FN vf sigmoid(vf x, vf* rest = nullptr) {
+    const vf power = exp(min(splat(87.0f), splat(0.0f) - x)), value = splat(1.0f) / (splat(1.0f) + power);
+    if (rest) *rest = power * value;
     return select(less(x, splat(-87.0f)), splat(0.0f), value);
 }
 

@@ -1,6 +1,7 @@
 // The rows of each expert times its weight.
 //
-// Every result is the sum of chains of products of `depth` words (gemm.h) in ascending order, added one after another.
+// Every result is the sum of chains of products of `depth` words (gemm.h), of fewer where there are few columns, in
+// ascending order, added one after another.
 // Few rows take the weight as it lies, transposed in registers unless it lies transposed: memory bounds them. Many rows
 // are transposed themselves, once, and the weight is what a product spreads; a transposed weight is packed for them.
 #include "../attention/gemm.h"
@@ -10,6 +11,7 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 constexpr int64_t depth = long_chain;  // words of a packed panel, which stays in the first-level cache
+constexpr int64_t few_words = 256;  // of a row: so few that each rounding counts, and what short chains cost does not
 constexpr int64_t rows_at_once = 3 * panel;
 static_assert(rows_at_once % tile_rows == 0);
 constexpr int few = width == 16 ? 12 : 4;  // rows whose sums fit the registers beside a square of the weight
@@ -53,6 +55,7 @@ struct Problem {
         return !lies_in_rows() && call.w.stride[1] == 1 && span.rows <= strip_rows;
     }
     int64_t words() const { return steps_of<Word>(columns()); }
+    int64_t chain() const { return (words() <= few_words ? short_chain : depth) * elements_of<Word>; }  // columns
     const T* weight(int64_t expert, int64_t n, int64_t k) const {
         const View<3>& w = call.w;
         return static_cast<const T*>(w.data) + expert * w.stride[0] + n * w.stride[1] + k * w.stride[2];
@@ -185,9 +188,8 @@ METATE_FN void add_square(vf (&sum)[rows], const vf (&square)[width], const Word
 template <int rows, class T, class Word>
 void multiply_few(const Problem<T, Word>& p, const Word* x, const T* w, int64_t n, const T* next, vf (&total)[rows]) {
     constexpr int64_t size = sizeof(T), step = square_columns<T>, far = ahead / size, line = 64 / size;
-    constexpr int64_t chain = depth * elements_of<Word>;
-    static_assert(chain % step == 0);
-    const int64_t stride = p.call.w.stride[1], columns = p.columns();
+    static_assert(short_chain * elements_of<Word> % step == 0);
+    const int64_t stride = p.call.w.stride[1], columns = p.columns(), chain = p.chain();
     vf sum[rows];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) total[r] = sum[r] = splat(0.0f);
@@ -197,7 +199,7 @@ void multiply_few(const Problem<T, Word>& p, const Word* x, const T* w, int64_t 
         vf square[width];
         load_square(square, w + k, stride, n, columns - k);
         add_square<T>(sum, square, x, p.pitch);
-        if ((k + step) % chain > 0 && k + step < columns) continue;
+        if (((k + step) & (chain - 1)) > 0 && k + step < columns) continue;  // a power of two
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
             total[r] = total[r] + sum[r];
@@ -288,13 +290,12 @@ void compute_strips(const Problem<T, Word>& p, const Span& span, int64_t n) {
     if constexpr (rows > 1) {
         if (span.rows < rows) return compute_strips<rows - 1>(p, span, n);
     }
-    constexpr int64_t chain = depth * elements_of<Word>;
-    const int64_t stride = p.call.w.stride[2], columns = p.columns();
+    const int64_t stride = p.call.w.stride[2], columns = p.columns(), chain = p.chain();
     const int64_t count = smaller(strips_columns, p.call.out.size[1] - n);
     const Word* x = p.words_of(span);
     constexpr int64_t at_once = strip_of(rows) * width;
     float totals[rows * strips_columns] = {};
-    for (int64_t k = 0; k < columns; k += chain, x += depth) {
+    for (int64_t k = 0; k < columns; k += chain, x += chain / elements_of<Word>) {
         const int64_t left = smaller(chain, columns - k);
         for (int64_t c = 0; c < count; c += at_once) {
             const T* const w = p.weight(span.expert, n + c, k);
@@ -367,9 +368,8 @@ struct CopyBeside {
 // The tiles of a piece, chain after chain.
 template <class T, class Word>
 struct Tiles {
-    static constexpr int64_t chain = depth * elements_of<Word>;
     const Problem<T, Word>& p;
-    int64_t expert, n;
+    int64_t expert, n, chain;
     const T* after;  // the weight of what comes behind the last tile, or null
     int64_t in_chain, count;
 
@@ -377,6 +377,7 @@ struct Tiles {
         : p(problem),
           expert(of),
           n(first),
+          chain(p.chain()),
           after(next),
           in_chain(ceil_div(smaller(piece_rows, p.call.out.size[1] - n), tile_rows)),
           count(in_chain * ceil_div(p.columns(), chain)) {}
@@ -498,7 +499,7 @@ METATE_FN Fetch fetch_panel(const Problem<T, Word>& p, int64_t expert, int64_t c
     constexpr int64_t steps_between = 4;  // two calls of Beside
     if (k >= p.columns() || w.stride[1] != 1) return {};
     const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = smaller(panel, w.size[1] - c) * size,
-                  left = smaller(depth * elements_of<Word>, p.columns() - k);
+                  left = smaller(p.chain(), p.columns() - k);
     const int64_t begin = left * part / parts, n = left * (part + 1) / parts - begin;
     return {reinterpret_cast<const char*>(p.weight(expert, c, k + begin)), w.stride[2] * size, bytes, n,
             ceil_div(n * ceil_div(bytes, 64), larger(steps / steps_between, 1))};
@@ -506,8 +507,7 @@ METATE_FN Fetch fetch_panel(const Problem<T, Word>& p, int64_t expert, int64_t c
 
 template <class T, class Word>
 void compute_panels(const Problem<T, Word>& p, const Span& span, int64_t n, const Workspace<Word>& at) {
-    constexpr int64_t chain = depth * elements_of<Word>;
-    const int64_t N = p.call.out.size[1], last = smaller(n + piece_columns, N),
+    const int64_t chain = p.chain(), N = p.call.out.size[1], last = smaller(n + piece_columns, N),
                   row_tiles = ceil_div(span.rows, tile_rows);
     for (int64_t i = 0; i < row_tiles * tile_rows * piece_columns; i += width) store(at.totals + i, splat(0.0f));
     for (int64_t k = 0; k < p.columns(); k += chain) {

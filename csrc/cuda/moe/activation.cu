@@ -25,12 +25,6 @@ METATE_DEVICE float normal_below(float x) {
     return 0.5f * erfcf(x * -0.70710678f);
 }
 
-// s (1 - s) without the difference, which leaves few digits of a share near 1.
-METATE_DEVICE float sigmoid_slope(float x) {
-    const float power = expf(-fabsf(x)), share = 1.f / (1.f + power);
-    return power * share * share;
-}
-
 METATE_DEVICE float positive(float x) {
     return x <= 0.f ? 0.f : x;  // NaN stays
 }
@@ -57,23 +51,21 @@ METATE_DEVICE void activate(float (&values)[n], Activation activation, float alp
     }
 }
 
-// Derivatives in the place of the values.
+// Derivatives in the place of the values. 1 - sigmoid(x) would leave few digits of sigmoid(-x).
 template <int n>
 METATE_DEVICE void differentiate(float (&values)[n], Activation activation, float alpha) {
     switch (activation) {
         case Activation::silu:
             return make_each(values, [=](float x) {
                 const float z = alpha * x;
-                return sigmoid(z) + z * sigmoid_slope(z);
+                return sigmoid(z) * (1.f + z * sigmoid(-z));
             });
         case Activation::gelu:
-            return make_each(values, [](float x) {
-                return normal_below(x) + x * expf(-0.5f * x * x) * 0.39894228f;
-            });
+            return make_each(values, [](float x) { return normal_below(x) + x * expf(-0.5f * x * x) * 0.39894228f; });
         case Activation::gelu_tanh:
             return make_each(values, [](float x) {
                 const float z = gelu_argument(x);
-                return sigmoid(z) + x * sigmoid_slope(z) * gelu_slope * (1.f + 3.f * gelu_cubic * x * x);
+                return sigmoid(z) * (1.f + x * sigmoid(-z) * gelu_slope * (1.f + 3.f * gelu_cubic * x * x));
             });
         case Activation::relu:
             return make_each(values, [](float x) { return x > 0.f ? 1.f : 0.f; });

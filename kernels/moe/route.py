@@ -155,7 +155,7 @@ def topk_backward_kernel(grad, logits, experts, d_logits, grad_strides, strides,
     weight = tl.where(given, weight, 0.0)
     if RENORMALISE:
         total = tl.sum(weight, 1)[:, None] + 1e-20
-        slope = (slope - tl.sum(slope * weight, 1)[:, None] / total) / total
+        slope = (slope - tl.sum(slope * (weight / total), 1)[:, None]) / total  # 0 of a weight that is alone
     common = tl.sum(slope * weight, 1)[:, None]
     if SCORE == SOFTMAX_CHOSEN:
         slope = weight * (slope - common)

@@ -215,14 +215,10 @@ METATE_DEVICE float make_slopes(const TopkBackward& f, const Row& row, unsigned 
     float sum = 1.f, common = 0.f;
     if (c.renormalise) {
         sum = 0.f;
-        float product = 0.f;
-        chosen([&](int j, float logit) {
-            const float weight = weight_of(logit);
-            sum += weight;
-            product += grad_of(j) * weight;
-        });
+        chosen([&](int, float logit) { sum += weight_of(logit); });
         sum = add_lanes(sum) + 1e-20f;
-        common = add_lanes(product) / sum;
+        chosen([&](int j, float logit) { common += grad_of(j) * (weight_of(logit) / sum); });  // all of one alone
+        common = add_lanes(common);
     }
     const auto slope_of = [&](int j) { return (grad_of(j) - common) / sum; };
     float dot = 0.f;

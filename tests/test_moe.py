@@ -127,6 +127,8 @@ def test_a_choice_can_be_given(score):
     replayed = metate.moe_route(logits, 3, experts=first.chosen.view(5, 7, 3).long(), **rule)
     assert torch.equal(replayed.experts, first.experts) and replayed.experts.dtype == torch.int32
     torch.testing.assert_close(replayed.weights, first.weights)
+    compiled = torch.compile(lambda z, e: metate.moe_route(z, 3, experts=e, **rule), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(logits, first.chosen).weights, replayed.weights)
     grad = random(35, 3, seed=2)
     wanted, found = (torch.autograd.grad(route.weights, logits, grad)[0] for route in (first, replayed))
     torch.testing.assert_close(found, wanted)

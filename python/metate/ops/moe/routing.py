@@ -156,9 +156,8 @@ def moe_route(
         groups, top_groups: only the `top_groups` best of `groups` runs of experts are chosen from; a run is worth its
             best expert (group_rule "max", DeepSeek-V2) or its two best together ("sum", DeepSeek-V3).
         noise: standard deviation of noise on the logits, of a shape that broadcasts (noisy top-k, Shazeer et al. 2017).
-        experts: (…, top_k), integers: the choice is made, the weights are those of these logits. `Route.chosen` of an
-            earlier call replays it, as reinforcement learning wants (Ma et al. 2025, routing replay; Megatron's router
-            replay); numbers from a table by token are hash layers (Roller et al. 2021).
+        experts: (…, top_k), integers: the choice is given, the weights are those of the logits: `Route.chosen` of an
+            earlier call (routing replay, Ma et al. 2025), or a table by token (hash layers, Roller et al. 2021).
         policy: "topk"; "switch": top-1 (Fedus et al. 2022); "gshard": top-2, renormalised, the second by chance with a
             probability of twice its weight (Lepikhin et al. 2021); "expert_choice": each expert takes its best tokens
             · top_k / num_experts (Zhou et al. 2022); "sinkhorn": top_k of the doubly normalised logits (Clark et al.
@@ -175,8 +174,7 @@ def moe_route(
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected; also for what
-            given experts, or a policy with a choice of its own ("expert_choice", "sinkhorn", "mixture_of_depths"),
-            would not look at.
+            given experts, or a policy with a choice of its own ("expert_choice", …), would not look at.
     """
     top_k, scaling, capacity_factor = plain(top_k), plain(scaling), plain(capacity_factor)
     _check(logits, score, group_rule, policy, capacity_factor, drop)
@@ -193,11 +191,8 @@ def moe_route(
             return _mixture_of_depths(logits, 0.125 if capacity_factor is None else capacity_factor)
         if policy == "expert_choice":
             return _expert_choice(flat, top_k, score, scaling, 1.0 if capacity_factor is None else capacity_factor)
-        if experts is not None:
-            chosen = _given(experts, logits, top_k)
-            weights = _weights_of(flat, chosen, score, renormalise, scaling)
-        elif policy == "sinkhorn":
-            chosen = _sinkhorn(flat, top_k)
+        if choice in (_GIVEN, "sinkhorn"):
+            chosen = _sinkhorn(flat, top_k) if experts is None else _given(experts, logits, top_k)
             weights = _weights_of(flat, chosen, score, renormalise, scaling)
         else:
             k = {"switch": 1, "gshard": 2}.get(policy, top_k)
@@ -323,7 +318,8 @@ def _given(experts: Tensor, logits: Tensor, top_k: int) -> Tensor:
     if tuple(flat.shape) != (tokens, top_k):
         got = f"of shape {tuple(experts.shape)}"
         raise fail("moe_route", "experts", got, f"(…, {top_k}) for the {tokens} tokens of logits")
-    within("moe_route", "experts", experts, 0, logits.shape[-1])
+    if not torch.compiler.is_compiling():  # a graph cannot look at contents
+        within("moe_route", "experts", experts, 0, logits.shape[-1])
     return flat.int()
 
 

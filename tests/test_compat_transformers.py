@@ -360,3 +360,15 @@ def test_a_mask_that_a_model_changed_is_named():
     q = torch.randn(2, 4, 12, 8)
     with pytest.raises(NotImplementedError, match="the model changes its mask"):
         route._attention(torch.nn.Module(), q, q, q, mask)
+
+
+def test_a_causal_mask_of_several_queries_is_written_out():
+    """Decoders of NLLB-MoE and Pegasus-X have layers that say they are not causal: only the mask says that they are."""
+    mask = route._mask(2, 7, 7)
+    assert torch.equal(visible(mask, 7)[0, 0], torch.ones(7, 7, dtype=torch.bool).tril())
+    layer = torch.nn.Module()
+    layer.is_causal = False
+    q = torch.randn(2, 4, 7, 8)
+    want = metate.attention(*(q.transpose(1, 2),) * 3, causal=True)
+    assert torch.equal(route._attention(layer, q, q, q, mask)[0], want)
+    assert route._mask(2, 1, 7, 6) is None

@@ -335,7 +335,8 @@ def _mask(
         return dense
     valid = _padding(attention_mask, kv_length, kv_offset)
     if valid is None:
-        if function is masking_utils.causal_mask_function and allow_is_causal_skip and q_length in (1, kv_length):
+        # Layers that say they are not causal take part in decoders too: of more queries than one the mask speaks.
+        if function is masking_utils.causal_mask_function and allow_is_causal_skip and q_length == 1:
             return None
         if function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip:
             return None

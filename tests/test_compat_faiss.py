@@ -656,18 +656,14 @@ def test_installed_under_its_name():
 
 
 def test_what_is_not_there_is_not_ignored():
-    flat, lists = faiss.IndexPQ(D, 2, 4), faiss.IndexIVFPQ(faiss.IndexFlatL2(D), D, 3, 2, 4)
+    lists = faiss.IndexIVFPQ(faiss.IndexFlatL2(D), D, 3, 2, 4)
     for index, name, value in [
-        (flat, "search_type", 1), (lists, "polysemous_ht", 10), (lists, "quantizer_trains_alone", 2),
-        (lists, "clustering_index", faiss.IndexFlatL2(D)),
+        (lists, "quantizer_trains_alone", 2), (lists, "clustering_index", faiss.IndexFlatL2(D)),
+        (lists.polysemous_training, "ntrain_permutation", 5),
     ]:  # fmt: skip
         setattr(index, name, getattr(index, name))
         with pytest.raises(NotImplementedError, match=f"{name} of {type(index).__name__} is"):
             setattr(index, name, value)
-    flat.train(X)
-    flat.search(Q, 1, params=faiss.SearchParametersPQ())
-    with pytest.raises(NotImplementedError, match="search_type of IndexPQ is 1"):
-        flat.search(Q, 1, params=faiss.SearchParametersPQ(search_type=1))
 
 
 def test_indexes_are_written_to_memory_and_functions():

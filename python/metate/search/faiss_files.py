@@ -192,10 +192,8 @@ def _pq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     codebooks = _codebooks(reader, d, trained)
     size = code_size(codebooks)
     codes = reader.vector(np.uint8, "codes", ntotal * size).reshape(ntotal, size)
-    reader.number("i", "search_type", 0, 0)
-    reader.flag("encode_signs")
-    reader.values("<i", "polysemous_ht")
-    return PQ(*head, codebooks, codes)
+    asked = reader.number("i", "search_type", 0, 5), reader.flag("encode_signs"), *reader.values("<i", "polysemous_ht")
+    return PQ(*head, codebooks, codes, asked=asked)
 
 
 def _fast_pq(reader: Reader, kind: str, head: Head, depth: int) -> Node:
@@ -461,7 +459,7 @@ def _write_pq(node: PQ, file: BinaryIO) -> None:
         return
     _put(file, np.uint8, node.codes)
     M, levels, _ = node.codebooks.shape
-    file.write(struct.pack("<i?i", 0, False, M * (levels.bit_length() - 1) + 1))  # what faiss has until it is told
+    file.write(struct.pack("<i?i", *(node.asked or (0, False, M * (levels.bit_length() - 1) + 1))))  # as faiss begins
 
 
 def _write_sq(node: SQ, file: BinaryIO) -> None:

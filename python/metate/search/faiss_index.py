@@ -132,6 +132,8 @@ def _like(node: nodes.Node, rotated: bool, refined: bool) -> Index:
     """An empty index of the kind."""
     metric, refine = "l2" if node.metric == nodes.L2 else "inner_product", "float32" if refined else None
     if isinstance(node, nodes.PQ):
+        if node.asked is not None and node.asked[0]:
+            raise files.complain("search_type", node.asked[0], "0, or metate.compat.faiss")
         M, levels, _ = node.codebooks.shape
         return PQIndex(node.d, M, levels.bit_length() - 1, metric, opq=rotated, refine=refine)
     index: Index

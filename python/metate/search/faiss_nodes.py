@@ -35,11 +35,13 @@ class Flat(Node):
 
 @dataclass
 class PQ(Node):
-    """codebooks (M, 2**bits, d/M); codes (ntotal, code_size); fast: of faiss' fast scan."""
+    """codebooks (M, 2**bits, d/M); codes (ntotal, code_size); fast: of faiss' fast scan; asked: search_type,
+    encode_signs and polysemous_ht."""
 
     codebooks: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
     codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
     fast: bool = False
+    asked: tuple[int, bool, int] | None = None
 
 
 @dataclass

@@ -17,11 +17,12 @@ _FIRST = 8  # iterations of k-means before the first rotation is fitted
 
 def train_codebooks(
     x: Tensor, M: int, bits: int, seed: int, iterations: int = 25, tick: Callable[[], None] = lambda: None,
-    most: int = 256,
+    most: int = 256, begin: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(M, 2**bits, D/M): k-means of every sub-vector by itself.
 
-    From points taken at random, as for lists: k-means++ spends centroids on outliers, which are nobody's neighbours.
+    From points taken at random, as for lists: k-means++ spends centroids on outliers, which are nobody's neighbours; or
+    from the 2**bits points of the rows `begin`.
     """
     generator = torch.Generator().manual_seed(seed)
     levels, width = 1 << bits, x.shape[1] // M
@@ -30,7 +31,9 @@ def train_codebooks(
     books, together = [], max(1, _TOGETHER // max(len(x), 1))
     for m in range(0, M, together):
         part = x[:, m * width : (m + together) * width].contiguous()
-        books.append(fit_codebooks(part, part.shape[1] // width, levels, iterations, generator))
+        books.append(
+            fit_codebooks(part, part.shape[1] // width, levels, iterations, generator if begin is None else begin)
+        )
         for _ in range(len(books[-1])):
             tick()
     return torch.cat(books)

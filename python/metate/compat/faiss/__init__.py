@@ -12,9 +12,6 @@ from metate.compat.faiss.arrays import (
     is_similarity_metric,
     merge_knn_results,
     pairwise_distances,
-    rand,
-    randint,
-    randn,
     swig_ptr,
     vector_float_to_array,
     vector_to_array,
@@ -81,7 +78,9 @@ from metate.compat.faiss.ivflib import (
 )
 from metate.compat.faiss.lists import ArrayInvertedLists, InvertedLists
 from metate.compat.faiss.parameters import ClusteringParameters
+from metate.compat.faiss.polysemous import PolysemousTraining
 from metate.compat.faiss.quantizer import ProductQuantizer, ScalarQuantizer, normalize_L2
+from metate.compat.faiss.random import rand, randint, randn
 from metate.compat.faiss.selectors import (
     IDSelector,
     IDSelectorAll,
@@ -102,7 +101,7 @@ from metate.compat.faiss.selectors import (
     SearchParametersPQ,
     SearchParametersPreTransform,
 )
-from metate.compat.faiss.statistics import IndexIVFStats, cvar
+from metate.compat.faiss.statistics import IndexIVFStats, IndexPQStats, cvar
 from metate.compat.faiss.streams import (
     BufferedIOReader,
     BufferedIOWriter,
@@ -148,9 +147,10 @@ __all__ = [
     "IDSelectorOr", "IDSelectorRange", "IDSelectorTranslated", "IDSelectorXOr", "IOReader", "IOWriter",
     "IVFSearchParameters", "Index", "IndexFlat", "IndexFlatCodes", "IndexFlatIP", "IndexFlatL2", "IndexIDMap",
     "IndexIDMap2", "IndexIVF", "IndexIVFFlat", "IndexIVFPQ", "IndexIVFPQFastScan", "IndexIVFScalarQuantizer",
-    "IndexIVFStats", "IndexPQ", "IndexPQFastScan", "IndexPreTransform", "IndexRefine", "IndexRefineFlat",
-    "IndexRefineSearchParameters", "IndexScalarQuantizer", "IndexShards", "InvertedLists", "Kmeans",
-    "LinearTransform", "NormalizationTransform", "OPQMatrix", "PCAMatrix", "ParameterSpace", "ProductQuantizer",
+    "IndexIVFStats", "IndexPQ", "IndexPQFastScan", "IndexPQStats", "IndexPreTransform", "IndexRefine",
+    "IndexRefineFlat", "IndexRefineSearchParameters", "IndexScalarQuantizer", "IndexShards", "InvertedLists", "Kmeans",
+    "LinearTransform", "NormalizationTransform", "OPQMatrix", "PCAMatrix", "ParameterSpace", "PolysemousTraining",
+    "ProductQuantizer",
     "PyCallbackIDSelector", "PyCallbackIOReader", "PyCallbackIOWriter", "RandomRotationMatrix", "ResultHeap",
     "ScalarQuantizer", "SearchParameters", "SearchParametersIVF", "SearchParametersPQ",
     "SearchParametersPreTransform", "VectorIOReader", "VectorIOWriter", "VectorTransform", "ZeroCopyIOReader",

@@ -11,23 +11,7 @@ import numpy as np
 from metate.compat.faiss.base import METRIC_L2, metric_name
 from metate.compat.faiss.parameters import Floats
 from metate.compat.faiss.quantizer import as_array
-from metate.compat.faiss.selectors import Integers
 from metate.compat.faiss.streams import Bytes
-
-
-def rand(n: int | tuple[int, ...], seed: int = 12345) -> Floats:
-    """Uniform from 0 to 1; other numbers than faiss'."""
-    return np.random.default_rng(seed).random(n, np.float32)
-
-
-def randn(n: int | tuple[int, ...], seed: int = 12345) -> Floats:
-    """Normal; other numbers than faiss'."""
-    return np.random.default_rng(seed).standard_normal(n, np.float32)
-
-
-def randint(n: int | tuple[int, ...], seed: int = 12345, vmax: int | None = None) -> Integers:
-    """Integers from 0 to vmax - 1; other numbers than faiss'."""
-    return np.random.default_rng(seed).integers(0, vmax or 2**63 - 1, n)
 
 
 def eval_intersection(I1: Any, I2: Any) -> int:

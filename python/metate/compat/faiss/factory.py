@@ -108,7 +108,7 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
             coded.by_residual = match[4] != "fs"
         else:
             coded = (IndexPQFastScan if match[4] else IndexPQ)(d, M, bits, metric)
-        coded.do_polysemous_training = not match[3]
+        coded.do_polysemous_training = not (match[3] or match[4])
         return coded
     if code in SCALARS:
         if not lists:
@@ -239,6 +239,8 @@ def _tree(index: Index) -> nodes.Node:
         leaf.trained = index.sq.trained
     if isinstance(leaf, nodes.PQ):
         leaf.fast = isinstance(index, IndexPQFastScan)
+        assert isinstance(index, IndexPQ)
+        leaf.asked = index.search_type, index.encode_signs, index.polysemous_ht
     return leaf
 
 
@@ -279,7 +281,8 @@ def _index(node: nodes.Node) -> Index:
         if node.codebooks is None:  # vectors less centroids are what the index within knows
             stored.by_residual = False
         return _leaf(from_tree(stored), node)
-    return _leaf(from_tree(node), node)
+    plain = replace(node, asked=None) if isinstance(node, nodes.PQ) else node
+    return _leaf(from_tree(plain), node)
 
 
 def _transform(step: nodes.Step) -> VectorTransform:
@@ -313,7 +316,9 @@ def _leaf(inner: Any, node: nodes.Node) -> Index:
             found.by_residual = inner.residual
         found.nprobe = node.nprobe
     elif isinstance(node, nodes.PQ):
-        found = (IndexPQFastScan if node.fast else IndexPQ)(node.d, inner.M, inner.bits, node.metric)
+        coded = found = (IndexPQFastScan if node.fast else IndexPQ)(node.d, inner.M, inner.bits, node.metric)
+        if node.asked is not None:
+            coded.search_type, coded.encode_signs, coded.polysemous_ht = node.asked
     elif isinstance(node, nodes.SQ):
         scalar = found = IndexScalarQuantizer(node.d, node.kind, node.metric)
         scalar.sq.trained = node.trained.copy()
@@ -340,10 +345,13 @@ class ParameterSpace:
     def set_index_parameter(self, index: Index, name: str, value: float) -> None:
         if name == "nprobe":
             extract_index_ivf(index).nprobe = int(value)
+        elif name == "ht" and isinstance(index, IndexPQ):
+            index.polysemous_ht = int(value)
+            index.search_type = IndexPQ.ST_polysemous if value else IndexPQ.ST_PQ
         elif name == "k_factor_rf" and isinstance(index, IndexRefine):
             index.k_factor = float(value)
         else:
-            raise RuntimeError(f"ParameterSpace: {name!r}, expected nprobe or k_factor_rf")
+            raise RuntimeError(f"ParameterSpace: {name!r}, expected nprobe, k_factor_rf or ht")
 
     def set_index_parameters(self, index: Index, text: str) -> None:
         for part in text.split(","):

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from metate.compat.faiss import polysemous
 from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, Elementary, Index, metric_name
 from metate.compat.faiss.lists import append, append_codes, stored
-from metate.compat.faiss.parameters import Floats, Only
+from metate.compat.faiss.parameters import Floats
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, ScalarQuantizer, as_array
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersPQ
+from metate.compat.faiss.statistics import indexPQ_stats
 from metate.search import FlatIndex, PQIndex
 from metate.search.faiss_index import SQ_STORAGE
 
@@ -105,20 +107,22 @@ class IndexScalarQuantizer(IndexFlatCodes):
 
 
 class IndexPQ(IndexFlatCodes):
-    ST_PQ = 0
-    search_type = Only(ST_PQ)
+    """search_type: ST_PQ, or another of polysemous.py. encode_signs: ST_HE takes the signs of a query for its code."""
+
+    ST_PQ, ST_HE, ST_generalized_HE, ST_SDC, ST_polysemous, ST_polysemous_generalize = range(6)
 
     def __init__(self, d: int, M: int, nbits: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)
-        self.do_polysemous_training = (
-            False  # an order of centroids for a search that is not there: nothing depends on it
-        )
+        self.search_type, self.encode_signs, self.polysemous_ht = self.ST_PQ, False, M * nbits + 1
+        self.do_polysemous_training, self.polysemous_training = False, polysemous.PolysemousTraining()
         self._inner = PQIndex(self.d, M, nbits, metric_name(metric))
         self.pq = ProductQuantizer(self.d, M, nbits)
         self.code_size = self.pq.code_size
 
     def train(self, x: Any) -> None:
         self.pq.train(self._checked(x))
+        if self.do_polysemous_training:
+            self.polysemous_training.optimize_pq_for_hamming(self.pq)
         self._set_trained()
 
     def _given(self) -> dict[str, Any]:
@@ -139,11 +143,19 @@ class IndexPQ(IndexFlatCodes):
         """The codes of all vectors."""
         return stored(self._inner, np.arange(self.ntotal))[1].reshape(-1)
 
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        own = params if isinstance(params, SearchParametersPQ) else None
+        how, most = (self.search_type, self.polysemous_ht) if own is None else (own.search_type, own.polysemous_ht)
+        if how == self.ST_PQ:
+            indexPQ_stats.add(len(x), len(x) * self.ntotal)
+            return super()._search(x, k, params)
+        if params is not None and params.sel is not None:
+            raise RuntimeError(f"IndexPQ: a selector and search_type {how}, expected ST_PQ")
+        self._ready()
+        return polysemous.search(self, x, k, how, most)
+
     def _how(self, params: SearchParameters | None) -> dict[str, Any]:
-        if not isinstance(params, SearchParametersPQ):
-            return super()._how(params)
-        self.search_type = params.search_type
-        return {"filter": params.sel}
+        return {"filter": params.sel} if isinstance(params, SearchParametersPQ) else super()._how(params)
 
 
 class IndexPQFastScan(IndexPQ):

@@ -26,7 +26,9 @@ from metate.compat.faiss.lists import (
     without_lists,
 )
 from metate.compat.faiss.parameters import ClusteringParameters, Floats, Only
+from metate.compat.faiss.polysemous import PolysemousTraining
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, ScalarQuantizer, as_array, like
+from metate.compat.faiss.random import permutation
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF
 from metate.compat.faiss.statistics import IndexIVFStats, indexIVF_stats
 from metate.search import IVFFlatIndex, IVFPQIndex
@@ -59,6 +61,20 @@ class IndexIVF(Elementary):
 
     def _make(self) -> Any:
         raise NotImplementedError
+
+    @property
+    def metric_type(self) -> int:
+        return self._metric
+
+    @metric_type.setter
+    def metric_type(self, metric: int) -> None:
+        before, self._metric = getattr(self, "_metric", metric), int(metric)
+        if before == metric:
+            return
+        if self._inner.is_trained:
+            self._metric = before
+            raise RuntimeError(f"{type(self).__name__}: metric_type is set after training, expected before")
+        self._inner = self._make()
 
     def train(self, x: Any) -> None:
         points = as_array(self._checked(x))
@@ -354,13 +370,16 @@ class IndexIVFScalarQuantizer(_OfResiduals):
 
 
 class IndexIVFPQ(_OfResiduals):
-    polysemous_ht, scan_table_threshold = Only(0), Only(0)
+    """polysemous_ht, by which faiss passes over codes, changes nothing: lists that are probed are looked at whole."""
+
+    scan_table_threshold = Only(0)
 
     def __init__(
         self, quantizer: Index, d: int, nlist: int, M: int, nbits_per_idx: int, metric: int = METRIC_L2
     ) -> None:
         self._M, self._bits, self._residual = M, nbits_per_idx, True
-        self.use_precomputed_table, self.do_polysemous_training = 0, False  # as of IndexPQ
+        self.use_precomputed_table, self.polysemous_ht = 0, 0
+        self.do_polysemous_training, self.polysemous_training = False, PolysemousTraining()
         super().__init__(quantizer, d, nlist, metric)
         self.pq = ProductQuantizer(self.d, M, nbits_per_idx)
         self.code_size = self.pq.code_size
@@ -376,8 +395,10 @@ class IndexIVFPQ(_OfResiduals):
     def _train_codes(self, x: Floats) -> None:
         most = self.pq.cp.max_points_per_centroid * self.pq.ksub
         if len(x) > most:
-            x = x[np.sort(np.random.default_rng(self.pq.cp.seed).choice(len(x), most, replace=False))]
+            x = x[permutation(len(x), most, 1234)]
         self.pq.train(self._residual_of(x, self.quantizer.assign(x, 1)[:, 0]))
+        if self.do_polysemous_training:
+            self.polysemous_training.optimize_pq_for_hamming(self.pq)
 
     def _given(self) -> dict[str, Any]:
         return super()._given() | {"codebooks": self.pq._books.numpy()}

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from metate.compat.faiss.random import Integers, permutation
 from metate.ops.pq.kmeans import fit_centroids
 
 Floats = npt.NDArray[np.float32]
@@ -74,6 +75,17 @@ class ClusteringParameters:
                 raise AttributeError(f"metate.compat.faiss: k-means has no parameter {name}")
             setattr(self, name, value)
 
+    def chosen(self, n: int, k: int) -> Integers | slice:
+        """The rows of n points that k centroids are trained on."""
+        if n < k:
+            raise RuntimeError(f"k-means: {n} points, expected at least k={k}")
+        most = k * self.max_points_per_centroid
+        return permutation(n, most, self.seed) if n > most else slice(None)
+
+    def first(self, n: int, k: int, turn: int = 0) -> Integers:
+        """The points, of n, where k centroids begin."""
+        return np.arange(k) if n == k else permutation(n, k, self.seed + 1 + 15486557 * turn)
+
     def run(
         self, x: Floats, k: int, product: bool, weights: Floats | None = None, begin: Floats | None = None
     ) -> tuple[Floats, Vector[IterationStats]]:
@@ -81,16 +93,20 @@ class ClusteringParameters:
 
         With `product`, points go to the largest inner product.
         """
-        if len(x) < k:
-            raise RuntimeError(f"k-means: {len(x)} points, expected at least k={k}")
-        runs = [
-            fit_centroids(
-                torch.from_numpy(x), k, "sample" if begin is None else torch.from_numpy(begin), self.niter,
-                self.seed + turn, self.spherical, product, self.max_points_per_centroid,
-                None if weights is None else torch.from_numpy(weights), self.int_centroids,
-            )
-            for turn in range(self.nredo)
-        ]  # fmt: skip
+        rows = self.chosen(len(x), k)
+        x, weights = x[rows], None if weights is None else weights[rows]
+        if len(x) == k:
+            return x, Vector([IterationStats(0.0)])
+        given = x[:0] if begin is None else begin
+        runs = []
+        for turn in range(self.nredo):
+            start = np.concatenate([given, x[self.first(len(x), k, turn)[len(given) :]]])
+            runs.append(
+                fit_centroids(
+                    torch.from_numpy(x), k, torch.from_numpy(start), self.niter, self.seed, self.spherical, product,
+                    None, None if weights is None else torch.from_numpy(weights), self.int_centroids,
+                )
+            )  # fmt: skip
         last = [float(objective[-1]) if len(objective) else 0.0 for _, objective in runs]
         centroids, objective = runs[int(np.argmax(last) if product else np.argmin(last))]
         changed = objective[: int((objective != objective[-1:]).sum()) + 1] if len(objective) else objective

@@ -53,8 +53,18 @@ class ProductQuantizer:
         return as_array(self._books).reshape(-1)
 
     def train(self, x: Any) -> None:
-        points, cp = torch.from_numpy(as_array(x)), self.cp
-        self._books = train_codebooks(points, self.M, self.nbits, cp.seed, cp.niter, most=cp.max_points_per_centroid)
+        points, cp = as_array(x), self.cp
+        points = points[cp.chosen(len(points), self.ksub)]
+        begin = torch.from_numpy(cp.first(len(points), self.ksub))
+        self._books = train_codebooks(
+            torch.from_numpy(points),
+            self.M,
+            self.nbits,
+            cp.seed,
+            cp.niter,
+            most=cp.max_points_per_centroid,
+            begin=begin,
+        )
 
     def compute_codes(self, x: Any) -> Bytes:
         codes: Bytes = pq_encode(torch.from_numpy(as_array(x)), self._books).numpy()

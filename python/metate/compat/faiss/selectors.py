@@ -136,6 +136,7 @@ class SearchParameters:
 @dataclass
 class SearchParametersPQ(SearchParameters):
     search_type: int = 0
+    polysemous_ht: int = 0
 
 
 @dataclass

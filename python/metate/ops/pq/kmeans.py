@@ -83,10 +83,14 @@ def fit_centroids(
     return centroids, torch.tensor(objective, dtype=torch.float64)
 
 
-def fit_codebooks(x: Tensor, M: int, levels: int, iterations: int, generator: torch.Generator) -> Tensor:
-    """(M, levels, D/M): k-means of every sub-vector by itself, all at once, from points taken at random."""
+def fit_codebooks(x: Tensor, M: int, levels: int, iterations: int, begin: torch.Generator | Tensor) -> Tensor:
+    """(M, levels, D/M): k-means of every sub-vector by itself, all at once, from points taken at random, or those of
+    these rows."""
     _check(x, levels, "sample", iterations, None, None)
-    rows = torch.stack([sample_rows(x.shape[0], levels, generator) for _ in range(M)]).to(x.device)
+    if isinstance(begin, Tensor):
+        rows = begin.expand(M, levels).to(x.device)
+    else:
+        rows = torch.stack([sample_rows(x.shape[0], levels, begin) for _ in range(M)]).to(x.device)
     parts = x.view(x.shape[0], M, x.shape[1] // M)
     books = parts[rows, torch.arange(M, device=x.device)[:, None]]
     codes = None

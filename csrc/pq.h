@@ -23,6 +23,20 @@ namespace metate {
 
 enum class Metric : int8_t { l2, inner_product };
 
+// Of memory in one piece.
+template <int N>
+METATE_INLINE View<N> contiguous_view(void* data, DType dtype, const int64_t (&size)[N]) {
+    View<N> view{data, dtype, {}, {}};
+    for (int64_t i = N - 1, next = 1; i >= 0; next *= size[i], --i) view.size[i] = size[i], view.stride[i] = next;
+    return view;
+}
+
+METATE_INLINE int64_t code_bits(int64_t levels) {
+    int64_t bits = 0;
+    while (int64_t{1} << bits < levels) ++bits;
+    return bits;
+}
+
 struct PqDistanceTables {
     View<2> queries;    // (Q, M · d) f32
     View<3> codebooks;  // (M, L, d) f32, contiguous, or with a stride of 1 along L
@@ -76,12 +90,102 @@ struct TopkDistances {
     Search search;
 };
 
+// A search of the `nprobe` lists whose centroids are nearest to each query: of vectors by topk_distances, of codes by
+// pq_scan.
+struct IvfSearch {
+    View<2> queries;        // (Q, D) f32, the columns of a row side by side
+    View<2> centroids;      // (lists, D) f32, the columns of a row side by side
+    View<2> rows;           // vectors or packed codes, or absent
+    View<3> blocks;         // interleaved codes, or absent
+    View<3> codebooks;      // beside codes, as of PqDistanceTables
+    bool residual;          // codes are of vectors less the centroids of their lists
+    View<1> row_bias;       // as of PqScan: of residual codes and L2 Σ r (r + 2 c), r decoded and c its list's centroid
+    View<1> scale, offset;  // as of TopkDistances
+    Metric metric;
+    int64_t nprobe;
+    Search search;  // with `ranges` of all lists; `lists` are found
+
+    METATE_INLINE int64_t tables() const { return codebooks ? codebooks.size[0] * codebooks.size[1] : 0; }
+    METATE_INLINE int64_t workspace_bytes() const { return queries.size[0] * (12 * nprobe + 4 * tables()); }
+};
+
+// Calls launch(kernel's parameters) for each kernel that it is made of, with so much memory between them.
+template <class Launch>
+METATE_INLINE void launch_each(const IvfSearch& c, void* workspace, const Launch& launch) {
+    const int64_t Q = c.queries.size[0], lists = c.centroids.size[0];
+    char* const memory = static_cast<char*>(workspace);
+    const View<2> near = contiguous_view(memory + 8 * Q * c.nprobe, DType::f32, {Q, c.nprobe});
+    Search search = c.search;
+    search.lists = contiguous_view(memory, DType::i64, {Q, c.nprobe});
+    launch(TopkDistances{
+        c.queries, c.centroids, {}, {}, c.metric, {lists, {}, {}, {}, c.nprobe, search.largest, near, search.lists}});
+    if (!c.codebooks) return launch(TopkDistances{c.queries, c.rows, c.scale, c.offset, c.metric, search});
+    // |q - c - r|² = |q - c|² + (|r|² + 2 c·r) - 2 q·r: the list's, the row's, and that of tables of the query alone.
+    const int64_t M = c.codebooks.size[0], L = c.codebooks.size[1];
+    const View<3> tables = contiguous_view(memory + 12 * Q * c.nprobe, DType::f32, {Q, M, L});
+    launch(PqDistanceTables{c.queries, c.codebooks, c.residual ? Metric::inner_product : c.metric, tables,
+                            c.residual && !search.largest ? -2.0f : 1.0f});
+    launch(PqScan{tables, code_bits(L), c.rows, c.blocks, c.residual ? near : View<2>{}, c.row_bias, search});
+}
+
+// Vectors that are written behind the rows of lists, as they are or as their codes. What is there stays as it is, so
+// that others may search it meanwhile.
+struct PqAdd {
+    View<2> x;                       // (n, D) f32, contiguous
+    View<2> centroids;               // (lists, D) f32, contiguous; absent: one list
+    View<3> codebooks;               // (M, 2^bits, d) f32, contiguous; absent: rows are vectors
+    View<2> rows;                    // (capacity, D) f32, or (capacity, ⌈M · bits / 8⌉) u8, contiguous, or absent
+    View<3> blocks;                  // interleaved codes, contiguous, or absent
+    View<1> row_bias;                // (capacity) f32, contiguous, or absent
+    View<1> ids;                     // (capacity) i64, contiguous, or absent
+    View<1> start, room;             // (lists) i64, contiguous: the first row of each, and how many it may have
+    Metric metric;                   // of the nearest centroid
+    bool residual;                   // as of IvfSearch
+    const int64_t* named = nullptr;  // (n) ids of the vectors; absent: those from first_id on
+    int64_t first_id = 0;
+    bool known = false;         // `lists` says where vectors go; else it is found
+    int64_t* length = nullptr;  // (lists) rows of each, which grow
+    int64_t* lists = nullptr;   // (n) the list of each vector
+    int64_t* places = nullptr;  // (n) the row of each vector
+    void* workspace = nullptr;  // workspace_bytes()
+    // What came of it: `no_room` where a list has none, `refused` where vectors are not finite. Only if it is done do
+    // lengths, rows and places mean anything.
+    enum class Came { done, no_room, refused }* came = nullptr;
+
+    static constexpr int64_t together = 4096;  // vectors that are encoded at a time
+    METATE_INLINE int64_t bits() const { return code_bits(codebooks.size[1]); }
+    METATE_INLINE int64_t code_bytes() const { return (codebooks.size[0] * bits() + 7) / 8; }
+    METATE_INLINE int64_t workspace_bytes() const {
+        const int64_t n = x.size[0], most = n < together ? n : together;
+        const int64_t finding = centroids ? 4 * n : 0, coding = codebooks ? (8 * x.size[1] + code_bytes()) * most : 0;
+        return finding < coding ? coding : finding;
+    }
+};
+
+// Σ r (r + 2 c) of every row, which `row_bias` holds.
+struct PqRowBias {
+    View<2> decoded, centroids;  // (n, D) f32, contiguous
+    View<1> bias;                // (n) f32, contiguous
+};
+
+// Adds every point to the sum of its cluster, in order. Points come in records of `period`, and those at different
+// places of a record belong to different clusters.
+struct AddToClusters {
+    View<2> x;        // (n, d) f32, contiguous
+    View<1> numbers;  // (n) i64, contiguous: the cluster of each
+    View<2> sums;     // (clusters, d) f32, contiguous
+    int64_t period;   // a divisor of n
+};
+
 namespace cpu {
 void pq_distance_tables(const PqDistanceTables&, const Runtime&);
 void pq_encode(const PqEncode&, const Runtime&);
 void pq_decode(const PqDecode&, const Runtime&);
 void pq_scan(const PqScan&, const Runtime&);
 void topk_distances(const TopkDistances&, const Runtime&);
+void pq_add(const PqAdd&, const Runtime&);
+void pq_row_bias(const PqRowBias&, const Runtime&);
+void add_to_clusters(const AddToClusters&, const Runtime&);
 }  // namespace cpu
 
 namespace cuda {

@@ -33,12 +33,6 @@ Tensor readable_books(const Tensor& codebooks) {
     return codebooks.stride(1) == 1 ? codebooks : dense(codebooks);
 }
 
-int64_t bits_of(int64_t levels) {
-    int64_t bits = 0;
-    while (int64_t{1} << bits < levels) ++bits;
-    return bits;
-}
-
 constexpr int64_t cosine = 2;  // a metric of direct calls alone, beside those of csrc/pq.h
 
 // Rows over their lengths, which are at least 1e-12; in double precision, rounded once.
@@ -71,20 +65,17 @@ struct Asked {
     }
 };
 
-PqScan scan_of(const View<3>& tables, const Tensor& codes, const View<2>& bias, const Optional& row_bias,
-               const Search& search) {
-    return {tables,
-            bits_of(tables.size[2]),
-            codes.dim() == 2 ? view<2>(codes) : View<2>{},
-            codes.dim() == 3 ? view<3>(codes) : View<3>{},
-            bias,
-            view<1>(row_bias),
-            search};
-}
-
 // Interleaved codes, or rows of codes or vectors.
 Tensor readable(const Tensor& rows) {
     return rows.dim() == 3 ? dense(rows) : with_rows(rows);
+}
+
+// As they are, or absent where they are of the other kind.
+View<2> rows_of(const Tensor& rows) {
+    return rows.dim() == 2 ? view<2>(rows) : View<2>{};
+}
+View<3> blocks_of(const Tensor& rows) {
+    return rows.dim() == 3 ? view<3>(rows) : View<3>{};
 }
 
 // What a search of lists is told beside queries.
@@ -110,52 +101,39 @@ struct Lists {
           metric(m),
           residual(re) {}
 
-    Search search(bool largest, const View<2>& distances, const View<2>& found, const View<2>& chosen) const {
+    IvfSearch search(const View<2>& queries, int64_t nprobe, const View<2>& distances, const View<2>& found) const {
         const View<2> all = view<2>(extents);
         const View<3> ranges{all.data, DType::i64, {1, all.size[0], all.size[1]}, {0, all.stride[0], all.stride[1]}};
-        return {n, ranges, view<1>(ids), view<1>(keep), distances.size[1], largest, distances, found, chosen};
+        const Metric by = static_cast<Metric>(metric);
+        return {queries,
+                view<2>(centroids),
+                rows_of(rows),
+                blocks_of(rows),
+                codebooks ? view<3>(*codebooks) : View<3>{},
+                residual,
+                view<1>(row_bias),
+                view<1>(scale),
+                view<1>(offset),
+                by,
+                nprobe,
+                {n, ranges, view<1>(ids), view<1>(keep), found.size[1], by == Metric::inner_product, distances, found}};
     }
 };
 
-template <int N>
-View<N> contiguous_view(void* data, DType dtype, const int64_t (&size)[N]) {
-    View<N> view{data, dtype, {}, {}};
-    for (int64_t i = N - 1, next = 1; i >= 0; next *= size[i], --i) view.size[i] = size[i], view.stride[i] = next;
-    return view;
-}
+// Launches any kernel that a search of lists is made of.
+struct Kernels {
+    const Tensor& like;
+
+    void operator()(const PqDistanceTables& c) const { METATE_LAUNCH(pq_distance_tables, like, c); }
+    void operator()(const PqScan& c) const { METATE_LAUNCH(pq_scan, like, c); }
+    void operator()(const TopkDistances& c) const { METATE_LAUNCH(topk_distances, like, c); }
+};
 
 inline void search_lists(const Lists& lists, const Tensor& asked, int64_t nprobe, const View<2>& distances,
                          const View<2>& found) {
-    const int64_t Q = asked.size(0), M = lists.codebooks ? lists.codebooks->size(0) : 0;
-    const int64_t L = lists.codebooks ? lists.codebooks->size(1) : 0;
-    const Workspace workspace(asked, 12 * Q * nprobe + 4 * Q * M * L);
-    char* const memory = static_cast<char*>(workspace.data());
-    const View<2> chosen = contiguous_view(memory, DType::i64, {Q, nprobe});
-    const View<2> near = contiguous_view(memory + 8 * Q * nprobe, DType::f32, {Q, nprobe});
-    const Metric metric = static_cast<Metric>(lists.metric);
-    const bool largest = metric == Metric::inner_product;
-    METATE_LAUNCH(topk_distances, asked,
-                  TopkDistances{view<2>(asked),
-                                view<2>(lists.centroids),
-                                {},
-                                {},
-                                metric,
-                                {lists.centroids.size(0), {}, {}, {}, nprobe, largest, near, chosen}});
-    const Search search = lists.search(largest, distances, found, chosen);
-    if (!lists.codebooks) {
-        METATE_LAUNCH(topk_distances, asked,
-                      TopkDistances{view<2>(asked), view<2>(lists.rows), view<1>(lists.scale), view<1>(lists.offset),
-                                    metric, search});
-        return;
-    }
-    // |q - c - r|² = |q - c|² + (|r|² + 2 c·r) - 2 q·r: the list's, the row's, and that of tables of the query alone.
-    const View<3> tables = contiguous_view(memory + 12 * Q * nprobe, DType::f32, {Q, M, L});
-    METATE_LAUNCH(
-        pq_distance_tables, asked,
-        PqDistanceTables{view<2>(asked), view<3>(*lists.codebooks), lists.residual ? Metric::inner_product : metric,
-                         tables, lists.residual && !largest ? -2.0f : 1.0f});
-    METATE_LAUNCH(pq_scan, asked,
-                  scan_of(tables, lists.rows, lists.residual ? near : View<2>{}, lists.row_bias, search));
+    const IvfSearch call = lists.search(view<2>(asked), nprobe, distances, found);
+    const Workspace workspace(asked, call.workspace_bytes());
+    launch_each(call, workspace.data(), Kernels{asked});
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ Tensor pq_distance_tables(const Tensor& queries, const Tensor& codebooks, int64_
 
 Tensor pq_encode(const Tensor& x, const Tensor& codebooks) {
     const Tensor rows = with_rows(x), books = dense(codebooks);
-    const int64_t bits = bits_of(books.size(1));
+    const int64_t bits = code_bits(books.size(1));
     Tensor codes = empty(rows, {rows.size(0), (books.size(0) * bits + 7) / 8}, DType::u8);
     METATE_LAUNCH(pq_encode, rows, PqEncode{view<2>(rows), view<3>(books), bits, view<2>(codes)});
     return codes;
@@ -39,7 +39,7 @@ Tensor pq_encode(const Tensor& x, const Tensor& codebooks) {
 Tensor pq_decode(const Tensor& codebooks, const Tensor& codes) {
     const Tensor rows = with_rows(codes), books = dense(codebooks);
     Tensor out = empty(books, {rows.size(0), books.size(0) * books.size(2)});
-    METATE_LAUNCH(pq_decode, books, PqDecode{view<3>(books), view<2>(rows), bits_of(books.size(1)), view<2>(out)});
+    METATE_LAUNCH(pq_decode, books, PqDecode{view<3>(books), view<2>(rows), code_bits(books.size(1)), view<2>(out)});
     return out;
 }
 
@@ -49,7 +49,9 @@ std::tuple<Tensor, Tensor> pq_scan(const Tensor& tables, const Tensor& codes, co
     const Tensor table = dense(tables), stored = readable(codes);
     const Optional added = dense(row_bias);
     const Searching made(table, n, ranges, ids, keep, k, largest);
-    METATE_LAUNCH(pq_scan, table, scan_of(view<3>(table), stored, view<2>(bias), added, made.search));
+    METATE_LAUNCH(pq_scan, table,
+                  PqScan{view<3>(table), code_bits(table.size(2)), rows_of(stored), blocks_of(stored), view<2>(bias),
+                         view<1>(added), made.search});
     return {made.distances, made.found};
 }
 

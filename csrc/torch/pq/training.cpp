@@ -3,58 +3,6 @@
 
 #if !defined(METATE_CUDA)
 namespace metate::bind {
-namespace {
-
-using Four = float __attribute__((vector_size(16), aligned(4), may_alias));
-
-// Records of `period` points of d columns; point j of record i belongs to cluster numbers[i · period + j]. Clusters of
-// different points of a record are different ones.
-struct Clusters {
-    const float* x;
-    const int64_t* numbers;
-    float* sums;
-    int64_t records, period, d;
-
-    // Adds columns first … last of all records, one after another: each sum is one worker's, whoever helps.
-    void add(int64_t first, int64_t last) const {
-        for (int64_t i = 0; i < records; ++i)
-            for (int64_t c = first; c < last; c = (c / d + 1) * d) {
-                const int64_t point = i * period + c / d, begin = c % d,
-                              end = last - c < d - begin ? last - c + begin : d;
-                const float* const from = x + point * d;
-                float* const to = sums + numbers[point] * d;
-                int64_t j = begin;
-                for (; j + 4 <= end; j += 4)
-                    *reinterpret_cast<Four*>(to + j) += *reinterpret_cast<const Four*>(from + j);
-                for (; j < end; ++j) to[j] += from[j];
-            }
-    }
-};
-
-// Where points stand alone, their columns are shared out, in cache lines.
-void add_all(const Clusters& clusters, const cpu::Runtime& runtime) {
-    constexpr int64_t worth_workers = 1 << 17;  // numbers
-    struct Shared {
-        const Clusters& clusters;
-        int64_t unit, units, workers;
-    } shared{clusters, clusters.period > 1 ? clusters.d : 16, 0, 1};
-    const int64_t columns = clusters.period * clusters.d;
-    shared.units = (columns + shared.unit - 1) / shared.unit;
-    if (clusters.records * columns >= worth_workers)
-        shared.workers = shared.units < runtime.threads ? shared.units : runtime.threads;
-    const auto work = [](int worker, void* context) {
-        const Shared& all = *static_cast<const Shared*>(context);
-        const int64_t columns = all.clusters.period * all.clusters.d;
-        const int64_t last = all.units * (worker + 1) / all.workers * all.unit;
-        all.clusters.add(all.units * worker / all.workers * all.unit, last < columns ? last : columns);
-    };
-    if (shared.workers > 1)
-        runtime.parallel(static_cast<int>(shared.workers), work, &shared);
-    else
-        work(0, &shared);
-}
-
-}  // namespace
 
 // add_to_clusters(x, numbers, sums, period): adds every row of x (n, d) to that of sums (clusters, d) that its number
 // says.
@@ -73,9 +21,11 @@ PyObject* add_to_clusters(PyObject*, PyObject* args) {
         return nullptr;
     }
     {
-        const Launch launch(x.tensor());
+        const Tensor like = x.tensor();
         direct::Unlocked unlocked;
-        add_all({x.data<float>(), all, sums.data<float>(), n / period, period, d}, launch);
+        METATE_LAUNCH(
+            add_to_clusters, like,
+            AddToClusters{x.view(), contiguous_view(const_cast<int64_t*>(all), DType::i64, {n}), sums.view(), period});
     }
     Py_RETURN_NONE;
 }

@@ -607,26 +607,6 @@ def test_kmeans_and_helpers():
     np.testing.assert_allclose(faiss.pairwise_distances(Q, X), np.square(Q[:, None] - X).sum(2), rtol=1e-5)
 
 
-def test_refusals():
-    index = faiss.index_factory(D, "IVF3,PQ2x4")
-    for call, error in [
-        (lambda: index.add(X), RuntimeError),
-        (lambda: index.search(Q, 1), RuntimeError),
-        (lambda: index.train(X[:, :3]), AssertionError),
-        (lambda: faiss.index_factory(D, "HNSW32"), RuntimeError),
-        (lambda: faiss.index_factory(D, "PQ3x4"), RuntimeError),
-        (lambda: faiss.IndexFlatL2(D).add_with_ids(X, np.arange(60)), RuntimeError),
-        (lambda: faiss.IndexIVFFlat(faiss.index_factory(D, "IVF2,Flat"), D, 3), NotImplementedError),
-        (lambda: faiss.index_factory(D, "PQ2x4,Refine(PQ3x4)"), RuntimeError),
-        (lambda: faiss.index_factory(D, "IVF3(HNSW),Flat"), RuntimeError),
-        (lambda: faiss.IndexFlat(D, 2), NotImplementedError),
-        (lambda: faiss.index_factory(D, "IDMap,Flat").add(X), RuntimeError),
-    ]:
-        with pytest.raises(error):
-            call()
-    assert index.ntotal == 0 and not index.is_trained
-
-
 def test_pickles_and_reads_as_faiss_does(tmp_path):
     index = faiss.index_factory(D, "OPQ4_4,IVF4,PQ4x4np")
     index.train(X)
@@ -653,17 +633,6 @@ def test_installed_under_its_name():
         assert index.search(X[:1], 1)[1].item() == 0
     finally:
         compat.uninstall("faiss")
-
-
-def test_what_is_not_there_is_not_ignored():
-    lists = faiss.IndexIVFPQ(faiss.IndexFlatL2(D), D, 3, 2, 4)
-    for index, name, value in [
-        (lists, "quantizer_trains_alone", 2), (lists, "clustering_index", faiss.IndexFlatL2(D)),
-        (lists.polysemous_training, "ntrain_permutation", 5),
-    ]:  # fmt: skip
-        setattr(index, name, getattr(index, name))
-        with pytest.raises(NotImplementedError, match=f"{name} of {type(index).__name__} is"):
-            setattr(index, name, value)
 
 
 def test_indexes_are_written_to_memory_and_functions():

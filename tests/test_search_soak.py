@@ -1,6 +1,7 @@
 """32 threads add, search and remove at once: every result is that of one snapshot, searched again alone, and what is
 there in the end is what one thread would have made. METATE_TEST_SOAK: seconds, minutes in the long target."""
 
+import copy
 import os
 import threading
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex
+from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, PQIndex, load
 
 SECONDS = float(os.environ.get("METATE_TEST_SOAK", "3"))
 D, GROUP, WRITERS, READERS = 16, 8, 6, 26
@@ -178,3 +179,49 @@ def test_arrays_are_added_while_others_search(kind):
         twin.add(index.reconstruct(np.arange(index.ntotal)))
         queries = np.random.default_rng(7).standard_normal((5, D)).astype(np.float32)
         assert same(index.search(queries, 50), twin.search(queries, 50))
+
+
+@pytest.mark.parametrize("kind", list(MAKE))
+def test_saves_and_copies_are_of_one_snapshot(kind, tmp_path):
+    """While groups are added and removed: what is loaded holds whole groups, and finds what its snapshot did."""
+    _, index, _ = recorded(kind)
+    how = {} if index.nlist is None else {"nprobe": index.nlist}
+    stop, faults = threading.Event(), []
+    queries = np.random.default_rng(1).standard_normal((5, D)).astype(np.float32)
+
+    def write():
+        random, turn = np.random.default_rng(0), 0
+        while not stop.is_set():
+            ids = GROUP * turn + np.arange(GROUP)
+            index.add_with_ids(random.standard_normal((GROUP, D)).astype(np.float32), ids)
+            if turn % 3 == 2:
+                index.remove_ids(range(int(ids[0]) - GROUP, int(ids[0])))
+            turn += 1
+            time.sleep(0.005)
+
+    def guarded():
+        try:
+            write()
+        except Exception as error:
+            faults.append(error)
+
+    def whole(found, total):
+        assert (np.bincount(found[1][found[1] >= 0] // GROUP) % GROUP == 0).all() and total % GROUP == 0
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    end, saves, path = time.monotonic() + SECONDS / 6, 0, tmp_path / "index"
+    try:
+        while time.monotonic() < end or saves < 3:
+            index.save(path)
+            for other in (load(path), load(path, mmap=True), copy.deepcopy(index)):
+                found = other.search(queries[:1], max(other.ntotal, 1), **how)
+                whole(found, other.ntotal)
+                assert other.ntotal == 0 or (found[1] >= 0).all()
+            saves += 1
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not faults, faults[0]
+    index.save(path)
+    assert same(load(path).search(queries, 50, **how), index.search(queries, 50, **how))

@@ -297,25 +297,26 @@ class Index(Searching):
             lists.append(self._assign(model, self._rotated(model, self._scaled(rows))).cpu().numpy())
         return np.concatenate(lists)
 
-    def remove_ids(self, which: Filter) -> int:
-        """Removes the vectors that a filter lets through (see `search`), and says how many there were."""
+    def remove_ids(self, which: Filter, *, renumber: bool = False) -> int:
+        """Removes the vectors that a filter lets through (see `search`), and says how many there were.
+
+        Args:
+            renumber: the others have the ids 0, 1, 2, … then, in their order, as if just added; of an index without
+                lists, for others have no order.
+        """
         op = self._op("remove_ids")
+        if renumber and self.nlist is not None:
+            raise fail(op, "renumber", renumber, "False: this index has lists, and its vectors no order")
         with self._lock:
             state = self._state
             rows = np.concatenate([np.zeros(0, np.int64), *matching(op, state.lists, which)])
-            self._state = replace(state, lists=state.lists.without(rows))
+            lists, next_id = state.lists.without(rows), state.next_id
+            if renumber:
+                lists = lists.rebuilt()
+                columns = {name: column for name, column in lists.columns.items() if name != "ids"}
+                lists, next_id = replace(lists, columns=columns, _cache={}), lists.total
+            self._state = State(state.model, lists, next_id)
         return len(rows)
-
-    def renumber(self) -> None:
-        """Gives the vectors of an index without lists the ids 0, 1, 2, … in their order, as if just added."""
-        if self.nlist is not None:
-            raise fail(self._op("renumber"), "the index", "one of lists", "one without: its vectors have an order")
-        with self._lock:
-            state = self._state
-            lists = state.lists.rebuilt()
-            columns = {name: column for name, column in lists.columns.items() if name != "ids"}
-            lists = replace(lists, columns=columns, _cache={})
-            self._state = State(state.model, lists, lists.total)
 
     def reset(self) -> None:
         """Removes all vectors; what was trained stays."""

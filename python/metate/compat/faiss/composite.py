@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,12 +69,18 @@ class IndexIDMap(_Around):
 
     _room: Integers  # what `_ids` is the beginning of
     _count: int
+    _writing: threading.Lock
 
     def __init__(self, index: Index) -> None:
         super().__init__(index)
         if index.ntotal:
             raise RuntimeError(f"IndexIDMap: index holds {index.ntotal} vectors, expected an empty one")
         self._ids = np.zeros(0, np.int64)
+
+    def __new__(cls, *args: Any) -> IndexIDMap:
+        made = super().__new__(cls)
+        made._writing = threading.Lock()
+        return made
 
     @property
     def id_map(self) -> Integers:
@@ -96,14 +104,23 @@ class IndexIDMap(_Around):
         )
         if numbers.shape != (len(x),):
             raise AssertionError(f"IndexIDMap: ids of shape {numbers.shape}, expected ({len(x)},)")
-        self.index.add(x)
-        self._append(numbers)
+        self._add(numbers, lambda: self.index.add(x))
 
     def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
         if ids is None:
             raise RuntimeError("IndexIDMap: add_sa_codes without ids, expected one for each row")
-        self.index._add_codes(codes, None)
-        self._append(ids)
+        self._add(ids, lambda: self.index._add_codes(codes, None))
+
+    def _add(self, ids: Integers, add: Callable[[], None]) -> None:
+        """The ids first: whoever searches meanwhile finds no vector without one."""
+        with self._writing:
+            count = self._count
+            self._append(ids)
+            try:
+                add()
+            except BaseException:
+                self._count = count
+                raise
 
     def _append(self, ids: Integers) -> None:
         """Behind the others, in memory with room for as many again: searches may hold the ones before."""

@@ -12,7 +12,7 @@ from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, Elementary
 from metate.compat.faiss.lists import append, append_codes, stored
 from metate.compat.faiss.parameters import Floats
 from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, ScalarQuantizer, as_array
-from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersPQ
+from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersPQ, selector
 from metate.compat.faiss.statistics import indexPQ_stats
 from metate.search import FlatIndex, PQIndex
 from metate.search.faiss_index import SQ_STORAGE
@@ -24,9 +24,7 @@ class IndexFlatCodes(Elementary):
     code_size: int
 
     def remove_ids(self, x: Any) -> int:
-        removed = super().remove_ids(x)
-        self._inner.renumber()
-        return removed
+        return int(self._inner.remove_ids(selector(x), renumber=True))
 
     def sa_code_size(self) -> int:
         return self.code_size
@@ -34,7 +32,8 @@ class IndexFlatCodes(Elementary):
     def merge_from(self, other: Any, add_id: int = 0) -> None:
         if add_id:
             raise RuntimeError(f"{type(self).__name__}: add_id is {add_id}, expected 0: ids are places")
-        append(other._inner, other._inner._state.lists.rows(), self._inner, None)
+        lists = other._inner._state.lists
+        append(other._inner, lists, lists.rows(), self._inner, None)
         other.reset()
 
     def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:

@@ -129,9 +129,14 @@ class IndexIVF(Elementary):
 
     def update_vectors(self, keys: Any, x: Any) -> None:
         """Other vectors under ids that are there."""
-        if self.remove_ids(keys) != len(keys):
-            raise RuntimeError("update_vectors: keys are not all in the index")
-        self.add_with_ids(x, keys)
+        ids = np.asarray(keys, np.int64)
+        if len(np.unique(ids)) != len(ids) or (self._inner._state.lists.find(ids) < 0).any():
+            raise RuntimeError("update_vectors: keys are not all in the index, or given twice")
+        codes = self.sa_encode(x)  # which may refuse them
+        if len(codes) != len(ids):
+            raise AssertionError(f"update_vectors: {len(codes)} vectors, expected {len(ids)}, one for each key")
+        self.remove_ids(ids)
+        self._add_codes(codes, ids)
 
     @property
     def invlists(self) -> InvertedLists:
@@ -181,14 +186,15 @@ class IndexIVF(Elementary):
     def merge_from(self, other: Any, add_id: int = 0) -> None:
         lists = other._inner._state.lists
         rows = lists.rows()
-        append(other._inner, rows, self._inner, lists.ids(rows) + add_id)
+        append(other._inner, lists, rows, self._inner, lists.ids(rows) + add_id)
         other.reset()
 
     def copy_subset_to(self, other: Any, subset_type: int, a1: int, a2: int) -> None:
         """Adds a part of the vectors to another index: 0, ids a1 <= id < a2; 1, id % a1 == a2; 2, the vectors a1 to a2
         of ntotal; 3, part a2 of a1 of every list; 4, lists a1 to a2."""
-        rows = subset(self._inner, subset_type, a1, a2)
-        append(self._inner, rows, other._inner, self._inner._state.lists.ids(rows))
+        lists = self._inner._state.lists
+        rows = subset(lists, subset_type, a1, a2)
+        append(self._inner, lists, rows, other._inner, lists.ids(rows))
 
     def search_preassigned(
         self, x: Any, k: int, Iq: Any, Dq: Any, *, params: SearchParameters | None = None, D: Any = None, I: Any = None,  # noqa: E741

@@ -90,10 +90,9 @@ def stored(inner: Any, ids: Integers) -> tuple[Integers, Bytes]:
     return home, codes
 
 
-def subset(inner: Any, kind: int, a1: int, a2: int) -> Integers:
+def subset(lists: Lists, kind: int, a1: int, a2: int) -> Integers:
     """The rows with ids from a1 to a2 (kind 0), with id % a1 == a2 (1), the a1-th to the a2-th spread over all lists
     (2), the a2-th of a1 parts of every list (3), the lists from a1 to a2 (4)."""
-    lists = inner._state.lists
     rows = lists.rows()
     ids = lists.ids(rows)
     home = lists.list_of(rows) if len(rows) else rows
@@ -102,7 +101,7 @@ def subset(inner: Any, kind: int, a1: int, a2: int) -> Integers:
         return np.asarray(rows[chosen], np.int64)
     if kind not in (2, 3):
         raise RuntimeError(f"copy_subset_to: subset_type is {kind}, expected 0 to 4")
-    sizes = np.bincount(home, minlength=inner.nlist)
+    sizes = np.bincount(home, minlength=len(lists.length))
     ends = np.cumsum(sizes)
     if kind == 3:
         low, high = sizes * a2 // a1, sizes * (a2 + 1) // a1
@@ -112,10 +111,10 @@ def subset(inner: Any, kind: int, a1: int, a2: int) -> Integers:
     return np.asarray(rows[(place >= low[home]) & (place < high[home])], np.int64)
 
 
-def append(source: Any, rows: Integers, target: Any, ids: Integers | None) -> None:
-    """Rows of one index at the end of another, their codes as they are, under ids, or those that come next."""
+def append(source: Any, lists: Lists, rows: Integers, target: Any, ids: Integers | None) -> None:
+    """Rows of one index, of a snapshot of its lists, at the end of another, their codes as they are, under ids, or
+    those that come next."""
     same_training("merge_from", source, target)
-    lists = source._state.lists
     home = lists.list_of(rows) if len(rows) else rows
     at = torch.from_numpy(rows).to(source.device)
     values = {name: column[at] for name, column in lists.columns.items() if name != "ids"}

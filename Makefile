@@ -71,6 +71,9 @@ sanitize-emulator: build/sanitize/CMakeCache.txt
 # The instruction sets of this machine but the best, which all else runs on.
 LESSER_ISAS := $(BIN)/python -c "from metate import library; print(*library.isas()[:0:-1])"
 
+# Two minutes of 32 threads in an index, natively and from Python, beside the other tests.
+test long: export METATE_TEST_SOAK = 120
+
 test: install native sanitize-emulator
 	isas=$$($(LESSER_ISAS)) || exit; for isa in $$isas; do \
 	  METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k "parity and cpu-cpu" || exit; \
@@ -82,9 +85,8 @@ test: install native sanitize-emulator
 # (about 130 of them, two at a time: two hours on 2 cores), or 20,000 draws; all else comes on top.
 FUZZ_SECONDS ?= 120
 long: install native sanitize
-	METATE_TEST_SOAK=120 $(BIN)/ctest --test-dir build/kernels --output-on-failure -R "^threads"
 	METATE_TEST_FUZZ=20000 METATE_TEST_SECONDS=$(FUZZ_SECONDS) METATE_TEST_RERUNS=10000 METATE_TEST_MALFORMED=1000000 \
-	  METATE_TEST_BLOCKS=10000000 METATE_TEST_SOAK=120 $(BIN)/python -m pytest -v -n 2 --durations=50 tests
+	  METATE_TEST_BLOCKS=10000000 $(BIN)/python -m pytest -v -n 2 --durations=50 tests
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

@@ -212,11 +212,7 @@ def test_refuses_what_it_would_get_wrong():
         route._attention(module, q, q, q, None, output_attentions=True)
     with pytest.raises(NotImplementedError, match="block_indices"):
         route._attention(module, q, q, q, None, block_indices=q)
-    for mask in (
-        torch.ones(1, 4),
-        torch.ones(1, 1, 4, 4, dtype=torch.int64),
-        torch.ones(1, 1, 4, 4, dtype=torch.int32),
-    ):
+    for mask in (torch.ones(1, 4), torch.ones(1, 1, 4, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match="attention_mask"):
             route._attention(module, q, q, q, mask)
 

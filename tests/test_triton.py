@@ -390,7 +390,7 @@ def paged(keys: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: list[int], *terms: Any, right: int = 0) -> Any:
     from metate.kernels.paged_attention import paged_attention
 
-    given = [*terms, *[None] * (5 - len(terms))]
+    given = [*terms, *[None] * (6 - len(terms))]
     device = q.device
     lengths = torch.tensor(lens, dtype=torch.int32, device=device)
     return paged_attention(q, k, v, table, lengths, None, None, *given, 0.2, -1, right, 0.0, False)

@@ -205,16 +205,21 @@ METATE_DEVICE void make_logits(float (&x)[1][n][4], const Attend& f, const Span&
     }
     if (p.a.alibi_slopes) {
         METATE_UNROLL
-        for (int e = 0; e < 4 * n; ++e) x[0][e / 4][e % 4] -= rows[e % 4 / 2].penalty(column + e / 4 * 8 + e % 2);
+        for (int r = 0; r < 2; ++r) {
+            const int away = rows[r].position(p, s) - column;
+            METATE_UNROLL
+            for (int e = 0; e < 2 * n; ++e) x[0][e / 2][r * 2 + e % 2] -= rows[r].penalty(away - e / 2 * 8 - e % 2);
+        }
     }
     if (!masked) return;
     METATE_UNROLL
     for (int r = 0; r < 2; ++r) {
         const uint32_t tree = p.a.bits ? rows[r].tree_columns(p, s, column, 2 * n) : ~0u;
+        const Keys range = rows[r].keys(p, s);
         METATE_UNROLL
         for (int e = 0; e < 2 * n; ++e) {
             const int j = column + e / 2 * 8 + e % 2;
-            if (j < rows[r].low || j >= rows[r].high || !(tree >> e & 1)) x[0][e / 2][r * 2 + e % 2] = -infinite();
+            if (!range.hold(j) || !(tree >> e & 1)) x[0][e / 2][r * 2 + e % 2] = -infinite();
         }
     }
 }

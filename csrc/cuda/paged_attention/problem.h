@@ -101,8 +101,8 @@ METATE_DEVICE int64_t partial_entry(const Problem& p, const Span& s, int split, 
 // Where query i of a sequence stands. Numbers that lie are cut to what sums of them may be.
 METATE_DEVICE int position_of(const Problem& p, const Span& s, int i) {
     const View<2>& v = p.a.positions;
-    const int given = load_global<int>(static_cast<const int32_t*>(v.data) + s.batch * v.stride[0] +
-                                       (s.first_query + i) * v.stride[1]);
+    const int batch = opaque(s.batch), query = opaque(s.first_query) + i;  // or addresses outlive the walk over keys
+    const int given = load_global<int>(static_cast<const int32_t*>(v.data) + batch * v.stride[0] + query * v.stride[1]);
     return most(-farthest, least(given, farthest));
 }
 
@@ -110,8 +110,9 @@ METATE_DEVICE int position_of(const Problem& p, const Span& s, int i) {
 METATE_DEVICE float sink_of(const Problem& p, const Span& s, int i, int h) {
     const View<3>& v = p.a.sinks;
     if (!v) return -infinite();
-    return log2_e * load_global<float>(static_cast<const float*>(v.data) + s.batch * v.stride[0] + h * v.stride[1] +
-                                       (s.first_query + i) * v.stride[2]);
+    const int batch = opaque(s.batch), query = opaque(s.first_query) + i;
+    return log2_e * load_global<float>(static_cast<const float*>(v.data) + batch * v.stride[0] + h * v.stride[1] +
+                                       query * v.stride[2]);
 }
 
 // softcap · tanh(x / softcap). tanh x = 1 - 2 / (exp 2x + 1): its absolute error, which is what a logit needs, stays at
@@ -120,10 +121,15 @@ METATE_DEVICE float capped(float x, float softcap) {
     return softcap * (1.f - 2.f * fast_reciprocal(1.f + fast_exp2(x * (2.f * log2_e / softcap))));
 }
 
+struct Keys {
+    int low, high;
+
+    METATE_DEVICE bool hold(int j) const { return j >= low && j < high; }
+};
+
 // One row: a query in one of the heads.
 struct Row {
-    int query, head;          // query -1: there is none
-    int position, low, high;  // sees keys low <= j < high, as far as a range can say it
+    int query, head;  // query -1: there is none
     float slope;
 
     METATE_DEVICE Row(const Problem& p, const Span& s, int r) {
@@ -133,15 +139,24 @@ struct Row {
     }
 
     METATE_DEVICE Row(const Problem& p, const Span& s, int i, int h) : query(i), head(h), slope(0.f) {
-        position = s.place() + i;
-        if (p.a.positions && i >= 0) position = position_of(p, s, i);
-        low = most(s.first_key, p.left >= 0 ? position - p.left : 0);
-        high = i < 0 ? 0 : p.right >= 0 ? least(s.keys, position + p.right + 1) : s.keys;
         if (p.a.alibi_slopes && i >= 0) {
             const View<2>& v = p.a.alibi_slopes;
             slope = log2_e *
                     load_global<float>(static_cast<const float*>(v.data) + s.sequence * v.stride[0] + h * v.stride[1]);
         }
+    }
+
+    // Read anew for each tile: it would take registers from the products.
+    METATE_DEVICE int position(const Problem& p, const Span& s) const {
+        return p.a.positions && query >= 0 ? position_of(p, s, query) : s.place() + query;
+    }
+
+    // The keys that it sees, as far as a range can say it.
+    METATE_DEVICE Keys keys(const Problem& p, const Span& s) const {
+        if (query < 0) return {0, 0};
+        const int at = position(p, s);
+        return {most(s.first_key, p.left >= 0 ? at - p.left : 0),
+                p.right >= 0 ? least(s.keys, at + p.right + 1) : s.keys};
     }
 
     // Whether the tree lets it see one of the sequence's own newest keys, or an older one.
@@ -157,28 +172,29 @@ struct Row {
     }
 
     METATE_DEVICE bool sees(const Problem& p, const Span& s, int j) const {
-        return j >= low && j < high && (!p.a.bits || in_tree(p, s, j));
+        return keys(p, s).hold(j) && (!p.a.bits || in_tree(p, s, j));
     }
 
     // What the tree says of `count` columns of a product's fragments, the first of which is key j: a bit for each.
     METATE_DEVICE uint32_t tree_columns(const Problem& p, const Span& s, int j, int count) const {
+        const Keys range = keys(p, s);
         uint32_t columns = 0;
         METATE_NO_UNROLL
         for (int e = 0; e < count; ++e) {
             const int key = j + e / 2 * 8 + e % 2;
-            if (key >= low && key < high && in_tree(p, s, key)) columns |= 1u << e;
+            if (range.hold(key) && in_tree(p, s, key)) columns |= 1u << e;
         }
         return columns;
     }
 
-    METATE_DEVICE float penalty(int j) const {
-        const int distance = position - j;
+    METATE_DEVICE float penalty(int distance) const {
         return slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
 
     // A scaled dot product as a binary logit.
-    METATE_DEVICE float logit(const Problem& p, float x, int j) const {
-        return (p.softcap > 0.f ? capped(x, p.softcap) : x) * log2_e - (p.a.alibi_slopes ? penalty(j) : 0.f);
+    METATE_DEVICE float logit(const Problem& p, const Span& s, float x, int j) const {
+        const float away = p.a.alibi_slopes ? penalty(position(p, s) - j) : 0.f;
+        return (p.softcap > 0.f ? capped(x, p.softcap) : x) * log2_e - away;
     }
 };
 

@@ -105,7 +105,7 @@ sums_kernel(METATE_PARAMETER(Sums, f)) {
             const float lse = load_global<float>(static_cast<const float*>(v.data) + s.batch * v.stride[0] +
                                                  h * v.stride[1] + (s.first_query + i0 + i) * v.stride[2]);
             if (lse == -infinite() || !of.sees(p, s, j)) continue;
-            sum += fast_exp2(of.logit(p, dot[i] * scale, j) - lse * log2_e);
+            sum += fast_exp2(of.logit(p, s, dot[i] * scale, j) - lse * log2_e);
         }
     }
     const View<3>& v = p.a.sums;

@@ -67,19 +67,15 @@ def paged_attention(
         causal: a query sees no key behind its position. window: (left, right), how many keys before and after its
             position it sees, inclusive; -1: no limit.
         scale: factor of q kᵀ; default head_dim ** -0.5. softcap: > 0: scores become softcap · tanh(score / softcap).
-        alibi_slopes: (heads) or (batch, heads) float32.
-        sinks: (heads), one more logit in each softmax denominator; or one for every query, of the shape of lse: the lse
-            that it has from other keys gives its shares of attention to all.
-        left_pad: (batch) int32: keys before it are padding.
+        alibi_slopes: (heads) or (batch, heads) float32. left_pad: (batch) int32: keys before it are padding.
+        sinks: (heads), one more logit in each softmax denominator; or one for every query, of the shape of lse.
         tree_mask: bool, (batch or 1, queries, queries), packed (tokens, queries): whether query i sees key j of the
             sequence's own newest keys, for trees of speculated tokens; older keys are not affected. A tree needs
             causal=False unless its tokens see only earlier ones. Or the same as int32 words of 32 bits.
         positions: int32, (batch), (batch, queries) or packed (tokens): where queries stand instead, in any order.
         k_scale, v_scale: (pages, page_size, kv_heads) float32, one a row: for int8 and uint8, and where float8 has any.
-        return_lse: also return log Σ exp(score), natural logarithm, sinks included: (batch, heads, queries), packed
-            (heads, tokens), for one query (batch, heads).
-        return_column_sums: also return Σ_i probability[i, j]: (batch, heads, max_pages · page_size) float32, for
-            policies that evict what is seldom looked at.
+        return_lse: also return log Σ exp(score): (batch, heads, queries), packed (heads, tokens), or (batch, heads).
+        return_column_sums: also return Σ_i probability[i, j], for evictions: (batch, heads, max_pages · page_size).
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
@@ -88,17 +84,17 @@ def paged_attention(
 
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected. On a GPU page
-        numbers and lengths are not looked at.
+            numbers and lengths are not looked at.
     """
     packed = cu_seqlens_q is not None
     dims = _check_dims(q, packed)
     left, right = window_sides("paged_attention", window, causal)
     bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
-    scale = (q.shape[-1] or 1) ** -0.5 if scale is None else scale
     rest = (
         k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad,
         alibi_slopes if alibi_slopes is None else _widen(q, alibi_slopes),
-        sinks if sinks is None else _widen(q, sinks), bits, positions, scale, left, right, softcap, return_column_sums,
+        sinks if sinks is None else _widen(q, sinks), bits, positions,
+        (q.shape[-1] or 1) ** -0.5 if scale is None else scale, left, right, softcap, return_column_sums,
     )  # fmt: skip
     first_only = not (return_lse or return_column_sums)
     if dims == 4:
@@ -144,8 +140,7 @@ def cascade_attention(
         prefix_table: (groups, max_prefix_pages) int32, prefix_lens: (groups) int32: the keys that a group shares.
         cu_groups: (groups + 1) int32, from 0 to batch: group g is the sequences cu_groups[g] … cu_groups[g+1]-1.
         block_table, seq_lens: what each sequence has behind its prefix, its own queries included.
-        alibi_slopes, sinks: (heads).
-        left_pad: (groups) int32: so many of the first keys of a group's sequences are padding.
+        alibi_slopes, sinks: (heads). left_pad: (groups) int32: so many of the first keys of its sequences are padding.
         return_column_sums: also return Σ_i probability[i, j] of the prefixes' keys, over all queries of a group,
             (groups, heads, max_prefix_pages · page_size), and of the sequences' own, (batch, heads, max_pages ·
             page_size). Own keys are read twice then.
@@ -165,9 +160,7 @@ def cascade_attention(
     _check_groups(cu_groups, prefix_table, prefix_lens, k_cache)
     _check_own(seq_lens, cu_seqlens_q, left_pad, prefix_lens.shape[0], x.shape[1], tree_mask is not None)
     _check_all_have_groups(cu_groups, seq_lens.shape[0] if packed else x.shape[0])
-    for name, heads in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if isinstance(heads, Tensor) and heads.dim() != 1:
-            raise fail("cascade_attention", name, f"of shape {tuple(heads.shape)}", "(heads)")
+    _check_heads(alibi_slopes=alibi_slopes, sinks=sinks)
     group = _owners(cu_groups, torch.arange(seq_lens.shape[0], dtype=torch.int32, device=seq_lens.device))
     positions = None
     if left >= 0 or alibi_slopes is not None:
@@ -324,6 +317,12 @@ def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, 
         if prefix_lens.device.type == "cpu" and ((prefix_lens < 0) | (prefix_lens > keys)).any():
             expected = f"0 to {keys}, what {prefix_table.shape[1]} pages hold"
             raise fail(op, "prefix_lens", prefix_lens.tolist(), expected)
+
+
+def _check_heads(**given: Tensor | None) -> None:
+    for name, heads in given.items():
+        if isinstance(heads, Tensor) and heads.dim() != 1:
+            raise fail("cascade_attention", name, f"of shape {tuple(heads.shape)}", "(heads)")
 
 
 def _check_all_have_groups(cu_groups: Tensor, batch: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail, require_choice, require_dense, require_number
+from metate.errors import fail, require_dense, require_number
 from metate.low_bit import QuantizedWeight
 from metate.op import Op
 from metate.ops.quant_linear.declaration import dequantize_op, int8_op, linear_op
@@ -54,8 +54,8 @@ def quant_linear(
     shape = x.shape if isinstance(x, Tensor) and isinstance(weight, QuantizedWeight) and not x.is_nested else ()
     if not shape or shape[-1] != weight.shape[1]:
         _check_rows("quant_linear", x, weight)
-    if activation is not None:
-        require_choice("quant_linear", "activation", activation, ("int8",))
+    if activation is not None and not (isinstance(activation, str) and activation == "int8"):
+        raise fail("quant_linear", "activation", repr(activation)[:60], "None or 'int8'")
     op, shortcut = (linear_op, _multiply) if activation is None else (int8_op, _multiply_int8)
     rest = *weight.arguments, bias, *weight.scalars
     if len(shape) == 2:

@@ -108,7 +108,7 @@ class IndexScalarQuantizer(IndexFlatCodes):
 class IndexPQ(IndexFlatCodes):
     """search_type: ST_PQ, or another of polysemous.py. encode_signs: ST_HE takes the signs of a query for its code."""
 
-    ST_PQ, ST_HE, ST_generalized_HE, ST_SDC, ST_polysemous, ST_polysemous_generalize = range(6)
+    ST_PQ, ST_HE, ST_generalized_HE, ST_SDC, ST_polysemous, ST_polysemous_generalize = polysemous.SEARCH_TYPES
 
     def __init__(self, d: int, M: int, nbits: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)

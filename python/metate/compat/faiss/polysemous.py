@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from metate.compat.faiss.indexes import IndexPQ
 
 Doubles = npt.NDArray[np.float64]
-ST_PQ, ST_HE, ST_GENERALIZED_HE, ST_SDC, ST_POLYSEMOUS, ST_POLYSEMOUS_GENERALIZE = range(6)
+SEARCH_TYPES = range(6)
+ST_PQ, ST_HE, ST_GENERALIZED_HE, ST_SDC, ST_POLYSEMOUS, ST_POLYSEMOUS_GENERALIZE = SEARCH_TYPES
 
 
 class PolysemousTraining:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -210,26 +210,28 @@ class Linear4bit(nn.Linear):
         unexpected_keys[:] = [key for key in unexpected_keys if key not in known]
 
 
-class LinearFP4(Linear4bit):
+class _LinearOfType(Linear4bit):
+    """A Linear4bit that is told its type by its class, not by an argument."""
+
+    _quant_type: ClassVar[str]
+
     def __init__(
         self, input_features: int, output_features: int, bias: bool = True, compute_dtype: torch.dtype | None = None,
         compress_statistics: bool = True, quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
-        )
+            input_features, output_features, bias, compute_dtype, compress_statistics, self._quant_type, quant_storage,
+            device,
+        )  # fmt: skip
 
 
-class LinearNF4(Linear4bit):
-    def __init__(
-        self, input_features: int, output_features: int, bias: bool = True, compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True, quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
-        )
+class LinearFP4(_LinearOfType):
+    _quant_type = "fp4"
+
+
+class LinearNF4(_LinearOfType):
+    _quant_type = "nf4"
 
 
 class Int8Params(_Params):

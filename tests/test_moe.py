@@ -474,6 +474,19 @@ def test_silu_takes_infinite_numbers(device, backend):
     torch.testing.assert_close(out.cpu(), torch.nn.functional.silu(x), equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("device,backend", ACTIVATION)
+def test_far_from_zero_slopes_are_zero_and_one(device, backend, activation):
+    """torch's are NaN at infinity, and that of GELU (tanh) wherever the cube overflows. Of NaN they are NaN."""
+    size = torch.tensor([math.inf, 3e38, 1e30, 1e13, 1e10, 1e5, 1000, 999]).repeat(5)
+    x = torch.cat([size, -size, torch.tensor([math.nan])])[:, None].to(device).requires_grad_()
+    metate.gated_activation(x, activation, gating="none", backend=backend).sum().backward()
+    slopes = x.grad.flatten().cpu()
+    if activation != "relu":
+        assert slopes[-1].isnan()
+    torch.testing.assert_close(slopes[:-1], (x.flatten()[:-1] > 0).float().cpu(), rtol=0, atol=1e-37)
+
+
 @pytest.mark.parametrize("device,backend", ROUTE)
 def test_a_logit_of_minus_infinity_has_no_share(device, backend):
     logits = random(7, 40).masked_fill(torch.arange(40) % 3 == 0, -math.inf)

@@ -51,14 +51,28 @@ def activate(x, alpha, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """Leaves NaN as it is."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
+
+
+@triton.jit
+def before_overflow(x):
+    """Derivatives that end in 0 and 1 have long done so here; beyond, their terms would overflow."""
+    return clamp(x, -1000.0, 1000.0)
+
+
+@triton.jit
 def slope_of(x, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
-        z = alpha * x
+        z = before_overflow(alpha * x)
         x = sigmoid(z) * (1.0 + z * sigmoid(-z))  # 1 - sigmoid(z) leaves few digits where that is near 1
     elif ACTIVATION == GELU:
+        x = before_overflow(x)
         bell = x * tl.exp(-0.5 * x * x) * 0.3989422804014327
         x = normal_below(x) + bell
     elif ACTIVATION == GELU_TANH:
+        x = before_overflow(x)
         z = gelu_argument(x)
         x = sigmoid(z) * (1.0 + x * sigmoid(-z) * 1.5957691216057308 * (1.0 + 0.134145 * x * x))
     elif ACTIVATION == RELU:
@@ -86,12 +100,6 @@ def places_of(column, width, LAYOUT: tl.constexpr):
 def load_at(x, strides, row, column, inside):
     pointers = x + (row.to(tl.int64) * strides[0])[:, None] + (column.to(tl.int64) * strides[1])[None, :]
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def clamp(x, low, high):
-    """Leaves NaN as it is."""
-    return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -122,7 +130,7 @@ def backward_kernel(grad, x, dx, grad_strides, x_strides, rows, width, columns, 
     if LAYOUT != UNGATED:
         up = load_at(x, x_strides, row, at_up, inside)
         d_gate *= clamp(up, -limit, limit) + shift
-        d_up = tl.where(tl.abs(up) <= limit, slope * activate(gate, alpha, ACTIVATION), 0.0)
+        d_up = tl.where(tl.abs(up) > limit, 0.0, slope * activate(gate, alpha, ACTIVATION))
         tl.store(at_row + at_up[None, :], d_up.to(dx.dtype.element_ty), mask=inside)
-    d_gate = tl.where(given <= limit, d_gate, 0.0)
+    d_gate = tl.where(given > limit, 0.0, d_gate)  # NaN stays
     tl.store(at_row + at_gate[None, :], d_gate.to(dx.dtype.element_ty), mask=inside)

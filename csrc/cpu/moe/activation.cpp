@@ -7,6 +7,12 @@ namespace {
 
 constexpr int64_t piece_elements = 1 << 13;
 
+// Derivatives that end in 0 and 1 have long done so here; beyond, their terms would overflow.
+METATE_FN vf before_overflow(vf x) {
+    const vf far = splat(1000.0f);
+    return max(splat(0.0f) - far, min(far, x));
+}
+
 // f and its derivative.
 template <Activation activation>
 METATE_FN vf activate(vf x, vf alpha, vf* slope) {
@@ -15,16 +21,16 @@ METATE_FN vf activate(vf x, vf alpha, vf* slope) {
         const vf z = alpha * x;
         vf rest;
         const vf s = sigmoid(z, slope ? &rest : nullptr);
-        if (slope) *slope = s * fma(z, rest, one);
+        if (slope) *slope = s * fma(before_overflow(z), rest, one);
         return x * s;
     } else if constexpr (activation == Activation::gelu) {
-        const vf below = normal_below(x);
-        if (slope) *slope = fma(x * splat(0.39894228f), exp(splat(-0.5f) * x * x), below);
+        const vf below = normal_below(x), near = before_overflow(x);
+        if (slope) *slope = fma(near * splat(0.39894228f), exp(splat(-0.5f) * near * near), below);
         return x * below;
     } else if constexpr (activation == Activation::gelu_tanh) {
-        const vf c = splat(0.79788456f), cubic = splat(0.044715f), square = x * x;
-        const vf t = tanh(c * fma(cubic * square, x, x)), below = half * (one + t);
-        if (slope) *slope = fma(half * x * (one - t * t), c * fma(splat(3 * 0.044715f), square, one), below);
+        const vf c = splat(0.79788456f), cubic = splat(0.044715f), near = before_overflow(x), square = near * near;
+        const vf t = tanh(c * fma(cubic * square, near, near)), below = half * (one + t);
+        if (slope) *slope = fma(half * near * (one - t * t), c * fma(splat(3 * 0.044715f), square, one), below);
         return x * below;
     } else {
         const vf positive = select(less(x, zero), zero, x);  // NaN stays

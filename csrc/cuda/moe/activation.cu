@@ -51,20 +51,29 @@ METATE_DEVICE void activate(float (&values)[n], Activation activation, float alp
     }
 }
 
+// Derivatives that end in 0 and 1 have long done so here; beyond, their terms would overflow.
+METATE_DEVICE float before_overflow(float x) {
+    constexpr float far = 1000.f;
+    return x > far ? far : x < -far ? -far : x;
+}
+
 // Derivatives in the place of the values. 1 - sigmoid(x) would leave few digits of sigmoid(-x).
 template <int n>
 METATE_DEVICE void differentiate(float (&values)[n], Activation activation, float alpha) {
     switch (activation) {
         case Activation::silu:
             return make_each(values, [=](float x) {
-                const float z = alpha * x;
+                const float z = before_overflow(alpha * x);
                 return sigmoid(z) * (1.f + z * sigmoid(-z));
             });
         case Activation::gelu:
-            return make_each(values, [](float x) { return normal_below(x) + x * expf(-0.5f * x * x) * 0.39894228f; });
+            return make_each(values, [](float far) {
+                const float x = before_overflow(far);
+                return normal_below(x) + x * expf(-0.5f * x * x) * 0.39894228f;
+            });
         case Activation::gelu_tanh:
-            return make_each(values, [](float x) {
-                const float z = gelu_argument(x);
+            return make_each(values, [](float far) {
+                const float x = before_overflow(far), z = gelu_argument(x);
                 return sigmoid(z) * (1.f + x * sigmoid(-z) * gelu_slope * (1.f + 3.f * gelu_cubic * x * x));
             });
         case Activation::relu:
@@ -194,8 +203,8 @@ backward_kernel(METATE_PARAMETER(Backward, f)) {
     for (int i = 0; i < n; ++i) {
         const float g = widen(grad.element[i]), up = x.up[i];
         const float factor = s.gating == Gating::none ? 1.f : within(up, s.limit) + s.shift;
-        x.gate[i] = x.gate[i] <= s.limit ? g * slope[i] * factor : 0.f;
-        x.up[i] = fabsf(up) <= s.limit ? g * value[i] : 0.f;
+        x.gate[i] = x.gate[i] > s.limit ? 0.f : g * slope[i] * factor;  // NaN stays
+        x.up[i] = fabsf(up) > s.limit ? 0.f : g * value[i];
     }
     x.store(s, static_cast<T*>(f.dx.data) + row * f.dx.stride[0], f.dx.stride[1], column, count);
 }

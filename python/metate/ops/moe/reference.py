@@ -271,10 +271,13 @@ def _activate(x: Tensor, activation: int, alpha: float) -> Tensor:
 
 
 def _slope(x: Tensor, activation: int, alpha: float) -> Tensor:
-    """The derivative of `_activate`."""
+    """The derivative of `_activate`. Where it ends in 0 and 1 it has long done so at 1000; beyond, terms overflow."""
     if activation == SILU:
-        s = torch.sigmoid(alpha * x)
-        return s + alpha * x * s * (1 - s)
+        z = (alpha * x).clamp(-1000, 1000)
+        s = torch.sigmoid(z)
+        return s + z * s * (1 - s)
+    if activation in (GELU, GELU_TANH):
+        x = x.clamp(-1000, 1000)
     if activation == GELU:
         return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     if activation == GELU_TANH:
@@ -295,10 +298,10 @@ def gated_activation_backward(
     grad: Tensor, x: Tensor, activation: int, layout: int, limit: float, alpha: float, shift: float
 ) -> Tensor:
     gate, up = _halves(x, layout)
-    inside, gate = gate <= limit, gate.clamp(max=limit)
+    outside, gate = gate > limit, gate.clamp(max=limit)  # NaN is not
     d_gate = grad * _slope(gate, activation, alpha)
     d_up = None
     if up is not None:
         d_gate = d_gate * (up.clamp(-limit, limit) + shift)
-        d_up = torch.where(up.abs() <= limit, grad * _activate(gate, activation, alpha), 0)
-    return _join(torch.where(inside, d_gate, 0), d_up, layout)
+        d_up = torch.where(up.abs() > limit, 0, grad * _activate(gate, activation, alpha))
+    return _join(torch.where(outside, 0, d_gate), d_up, layout)

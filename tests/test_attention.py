@@ -246,6 +246,20 @@ def test_huge_logits_pick_one_key(device, backend, scale):
 
 
 @everywhere
+@pytest.mark.parametrize("scale", [1.0, 1e9, 1e20])
+def test_equal_keys_share_a_row_however_large_their_logits(device, backend, scale):
+    """Where the log-sum-exp has no digits left to tell among how many."""
+    q, v = random(1, 5, 2, 32, device=device), random(1, 40, 2, 16, device=device)
+    k = torch.full((1, 40, 2, 32), -7, dtype=q.dtype, device=device)
+    with metate.use(backend):
+        out = metate.attention(q, k, v, scale=scale)
+        parts = torch.full((3, 1, 2, 1), scale, device=device)
+        merged, _ = metate.merge_attention_states(v[0, :3, None, None], parts)
+    close(out, v.float().mean(1, keepdim=True).expand_as(out), 1e-2)
+    close(merged, v[0, :3].float().mean(0)[None, None], 1e-2)
+
+
+@everywhere
 def test_column_sums_add_up_to_the_number_of_queries(device, backend):
     q, k = random(2, 40, 4, 32, device=device), random(2, 70, 2, 32, device=device)
     with metate.use(backend):
@@ -323,7 +337,9 @@ WRONG = [
     (ValueError, r"sinks is of shape \(3,\).* Hq = 4", dict(sinks=torch.zeros(3))),
     (ValueError, "bias is of shape .* Sk = 7", dict(bias=torch.zeros(1, 1, 1, 6))),
     (ValueError, "alibi_slopes is of shape", dict(alibi_slopes=torch.zeros(3, 4))),
+    (TypeError, "bias is bool, expected numbers, .* as mask", dict(bias=torch.ones(5, 7, dtype=torch.bool))),
     (TypeError, "mask is torch.float32, expected a bool tensor", dict(mask=torch.zeros(5, 7))),
+    (ValueError, "mask is of shape .*, expected broadcastable to", dict(mask=torch.ones(1, 2, 4, 5, 7) > 0)),
     (ValueError, r"block_size\[0\] is 0", dict(mask=AttentionMask.block_sparse(torch.ones(5, 1), (0, 8)))),
     (ValueError, "backend is 'gpu', expected 'cpu'", dict(backend="gpu")),
     (TypeError, "q is NoneType, expected a torch.Tensor", dict(q=None, bias=torch.zeros(5, 7))),
@@ -383,6 +399,29 @@ def test_masks_of_other_lengths_are_refused(shape: tuple[int, ...]) -> None:
     q, k = torch.randn(1, 5, 2, 8), torch.randn(1, 7, 2, 8)
     with pytest.raises(ValueError, match="mask"):
         metate.attention(q, k, k, mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "message,wrong",
+    [
+        (r"k is of shape \(7, 2, 9\), expected axes \(tokens_k kv_heads head_dim\) with head_dim = 8",
+         dict(k=torch.zeros(7, 2, 9))),
+        (r"v is of shape \(6, 2, 8\), expected .* with tokens_k = 7", dict(v=K[0, :6])),
+        (r"q is of shape \(1, 5, 4, 8\), expected axes \(tokens, heads, head_dim\)", dict(q=Q[:1])),
+        ("k is bfloat16, expected float32", dict(k=K[0].bfloat16())),
+        ("k has 3 heads, q has 4", dict(k=K3[0], v=K3[0])),
+        (r"cu_seqlens_k is of shape \(2,\), expected axes \(sequences\+1\)",
+         dict(cu_seqlens_k=torch.tensor([0, 7], dtype=torch.int32))),
+        ("cu_seqlens_q is int64, expected int32", dict(cu_seqlens_q=torch.tensor([0, 2, 5]))),
+        ("dropout_p is 1.0", dict(dropout_p=1.0)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("sums", [False, True])
+def test_wrong_packed_arguments_are_named_as_they_came(message, wrong, sums) -> None:
+    q_starts, k_starts = (torch.tensor([0, 2, n], dtype=torch.int32) for n in (5, 7))
+    good = dict(q=Q[0], k=K[0], v=K[0], cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, return_column_sums=sums)
+    with pytest.raises((TypeError, ValueError), match=f"^metate.attention_varlen: {message}"):
+        metate.attention_varlen(**{**good, **wrong})
 
 
 def test_varlen_wants_starts_and_an_attention_mask() -> None:

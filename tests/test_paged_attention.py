@@ -53,6 +53,18 @@ def test_paged_equals_dense(queries):
 
 
 @pytest.mark.parametrize("device,backend", PAGED, ids=lambda value: value)
+def test_equal_keys_share_a_row_however_large_their_logits(device, backend):
+    """Where the log-sum-exp has no digits left to tell among how many."""
+    k_cache, v_cache, table, lens = (x.to(device) for x in paged([16], 16, 1, 32, 16))
+    q = torch.randn(1, 3, 2, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    k_cache, v_cache = torch.full_like(k_cache, -7).bfloat16(), v_cache.bfloat16()
+    with metate.use(backend):
+        out = metate.paged_attention(q.bfloat16(), k_cache, v_cache, table, lens, scale=2.0**62, causal=False)
+    v = v_cache[table.long().flatten()].flatten(0, 1).float()
+    torch.testing.assert_close(out.float(), v.mean(0).expand(1, 3, 2, 16), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("device,backend", PAGED, ids=lambda value: value)
 @pytest.mark.parametrize("width", [64, 512])
 def test_huge_logits_pick_one_key(device, backend, width):
     """What rounding leaves of a logit beside the largest is no exponent."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.axes import Axes
 from metate.errors import fail, require_dense
 from metate.masks import AttentionMask, window_sides
 from metate.ops.attention.declaration import attention_op, column_sums_op, merge_op
@@ -135,7 +136,7 @@ def attention_varlen(
         require_dense("attention_varlen", name, tensor)
         if tensor.dim() != 3:
             raise fail(
-                "attention_varlen", name, f"shape {tuple(tensor.shape)}", "3 dimensions (tokens, heads, head_dim)"
+                "attention_varlen", name, f"of shape {tuple(tensor.shape)}", "axes (tokens, heads, head_dim)"
             )
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         require_dense("attention_varlen", name, starts, "an int32 torch.Tensor")
@@ -172,12 +173,31 @@ def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _packed(args: tuple[Any, ...], sums: bool, first_only: bool, backend: str | None) -> Any:
-    """The sequences of a batch of one."""
+    """The sequences of a batch of one; what is wrong is told of the tensors as they came."""
     batch = *(x.unsqueeze(0) for x in args[:3]), *args[3:]
-    if first_only:
-        return attention_op.call(batch, True, backend).squeeze(0)
-    found = _one_by_one(batch, backend) if sums else attention_op.call(batch, False, backend)
+    try:
+        if first_only:
+            return attention_op.call(batch, True, backend).squeeze(0)
+        found = _one_by_one(batch, backend) if sums else attention_op.call(batch, False, backend)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        prefix, own, text = str(error).partition("metate.attention:")
+        if prefix or not own:
+            raise
+        _PACKED.check(dict(zip(attention_op.parameters, args, strict=False)))
+        raise type(error)(f"metate.attention_varlen:{text}") from None
     return tuple(x.squeeze(0) for x in found)
+
+
+_PACKED = Axes(
+    "attention_varlen",
+    {
+        "q": "tokens_q heads head_dim",
+        "k": "tokens_k kv_heads head_dim",
+        "v": "tokens_k kv_heads value_dim",
+        "cu_seqlens_q": "sequences+1",
+        "cu_seqlens_k": "sequences+1",
+    },
+)
 
 
 def _one_by_one(args: tuple[Any, ...], backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,8 +220,9 @@ def _mask(mask: AttentionMask | Tensor, q: Tensor, k: Tensor) -> AttentionMask:
         return _NO_MASK  # the operator says what is wrong
     rows, columns = q.shape[1], k.shape[1]
     height, width = (1, 1, *mask.shape)[-2:]
-    if height not in (1, rows) or width not in (1, columns):  # in bits, a wrong number of columns would not show
-        raise fail("attention", "mask", f"of shape {tuple(mask.shape)}", f"broadcastable to (…, {rows}, {columns})")
+    if mask.dim() > 4 or height not in (1, rows) or width not in (1, columns):  # bits would not show all of it
+        full = (*q.shape[0:3:2], rows, columns)
+        raise fail("attention", "mask", f"of shape {tuple(mask.shape)}", f"broadcastable to {full}")
     bits = AttentionMask.dense(mask, columns).bits
     return AttentionMask(bits=None if bits is None else bits.expand(-1, -1, rows, -1))
 
@@ -213,6 +234,8 @@ def _widen(q: Tensor, bias: Tensor | None, *vectors: Tensor | None) -> tuple[Ten
     """Bias in a dtype that kernels read, slopes and sinks in that of the softmax."""
     dtype = q.dtype if isinstance(q, Tensor) else torch.float32
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if isinstance(bias, Tensor) and bias.dtype == torch.bool:
+        raise fail("attention", "bias", "bool", "numbers, which are added; give truth values as mask", error=TypeError)
     if isinstance(bias, Tensor) and bias.is_floating_point() and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(wide)
     return (bias, *(x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in vectors))

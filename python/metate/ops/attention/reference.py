@@ -140,8 +140,8 @@ def attention(
             inside = (token >= cu_seqlens_q[0]) & (token < cu_seqlens_q[-1])
             extra = extra.masked_fill(~inside[:, None], -math.inf)
         s = torch.cat([s, extra], -1)
-    lse = torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
-    p = scores.probabilities(lse)
+    p, lse = shares(s)
+    p = p[..., : k.shape[1]]
     if dropout_p > 0:
         p = p * scores.dropout(dropout_p, seed, offset)
     out = p @ scores.clean_keys(v)
@@ -249,9 +249,16 @@ def attention_column_sums(
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logsumexp(lses, 0) if lses.shape[0] else lses.new_full(lses.shape[1:], -math.inf)
-    weights = torch.exp(lses - lse.masked_fill(lse == -math.inf, 0.0)).transpose(-1, -2)[..., None]
+    p, lse = shares(lses.movedim(0, -1))
+    weights = p.movedim(-1, 0).transpose(-1, -2)[..., None]
     return (outs.where(weights > 0, 0) * weights).sum(0), lse
+
+
+def shares(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of rows, 0 where all is -inf, and its log Σ exp. A large one cannot tell among how many equal terms the
+    row is shared: exp(term - lse) would give each of them all of it."""
+    lse = torch.logsumexp(terms, -1) if terms.shape[-1] else terms.new_full(terms.shape[:-1], -math.inf)
+    return torch.softmax(terms, -1).masked_fill((lse == -math.inf)[..., None], 0.0), lse
 
 
 def rows_of(bias: Tensor, taken: slice) -> Tensor:

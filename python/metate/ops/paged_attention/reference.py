@@ -123,7 +123,8 @@ def paged_attention(
         rest = sinks[:, None] if sinks.dim() == 1 else sequences.apart(sinks.transpose(1, 2)).transpose(1, 2)
         terms = torch.cat([s, rest.to(s.dtype).expand(s.shape[:3])[..., None]], -1)
     lse = torch.logsumexp(terms, -1) if terms.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
-    p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).masked_fill(~allowed[:, None], 0.0)
+    # not exp(s - lse): a large lse cannot tell among how many equal scores a row is shared
+    p = torch.softmax(terms, -1)[..., : s.shape[-1]].masked_fill(~allowed[:, None], 0.0)
     out = p @ v.nan_to_num(0.0, 0.0, 0.0)
     if not v.isfinite().all():  # what is not finite reaches the queries that see it, and no other by a factor of 0
         out = out.masked_fill(allowed[:, None].to(s.dtype) @ (~v.isfinite()).to(s.dtype) > 0, math.nan)

@@ -6,6 +6,7 @@ and by copies. Samples are short and the best one counts: a ceiling is what the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
@@ -49,15 +50,25 @@ def peak(ceiling: Ceilings, dtype: str) -> float:
 def _cpu(threads: int) -> Ceilings:
     found: Ceilings = {name: speed for name, kind in KINDS.items() if (speed := _best(kind, torch.ones(1)))}
     caches = hardware.caches()
-    buffer = torch.ones(max(BEYOND_CACHE, 3 * max(caches.values(), default=0)) // 4)
+    buffer = _beyond_caches()
     for level, size in caches.items():
         private = threads if level != "L3" else 1
         found[level] = _best(READ, buffer[: size * private // 2 // 4])
-    found["memory"] = _best(READ, *buffer.chunk(8))  # each has left the caches when its turn comes again
+    found["memory"] = memory_speed()
     target = torch.empty_like(buffer)
     seconds = min(_seconds(lambda: target.copy_(buffer)) for _ in range(5))
     found["copy"] = 2 * buffer.numel() * 4 / seconds
     return found
+
+
+def memory_speed() -> float:
+    """Bytes a second from a CPU's memory at this moment: other machines share it, and it may halve within seconds."""
+    return _best(READ, *_beyond_caches().chunk(8))  # each part has left the caches when its turn comes again
+
+
+@functools.cache
+def _beyond_caches() -> torch.Tensor:
+    return torch.ones(max(BEYOND_CACHE, 3 * max(hardware.caches().values(), default=0)) // 4)
 
 
 def _best(kind: int, *buffers: torch.Tensor) -> float:

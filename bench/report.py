@@ -306,7 +306,8 @@ def _legend(record: dict[str, Any]) -> str:
     dots = " ".join(f'<span style="--c:{COLORS.get(name)}"><i class="dot"></i>{name}</span>&ensp;' for name in used)
     return (
         f"{dots} filled: metate, with its share of the limit; hollow: rivals. Bars: 20th to 80th percentile. "
-        "Every ceiling was measured on this machine just before. Point at a mark for its name."
+        "Every ceiling was measured on this machine just before; a share of a CPU's memory is of what it gave beside "
+        "the row. Point at a mark for its name."
     )
 
 

@@ -117,6 +117,7 @@ class Contender:
     calls: int = 0
     times: list[float] = field(default_factory=list)
     disturbed: float = 0.0
+    memory: list[float] = field(default_factory=list)  # bytes a second that a CPU's memory gave beside its blocks
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def measure(
     for _ in range(ROUNDS):
         for contender in live:
             _block(contender, device, effort)
+            if device == "cpu":
+                contender.memory.append(machine.memory_speed())
     rows = [_row(contender, workload, setup, ceilings) for contender in contenders]
     speeds = [row["p50"] for row in rows if row["status"] == "ok" and not row["ours"]]
     for row in rows:
@@ -458,7 +461,8 @@ def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machi
     flops = workload.flops(setup.case)
     size = workload.moved(setup) if workload.moved else setup.op.bytes(setup.sets[0])
     ceiling = ceilings["all"]
-    bounds = {dtype: flops / machine.peak(ceiling, dtype), "memory": size / ceiling["memory"]}
+    memory = statistics.median(contender.memory or [ceiling["memory"]])
+    bounds = {dtype: flops / machine.peak(ceiling, dtype), "memory": size / memory}
     bound = max(bounds, key=lambda name: bounds[name])
     row.update(
         p20=fifths[0] if fifths else median,
@@ -469,6 +473,7 @@ def _row(contender: Contender, workload: Workload, setup: Setup, ceilings: machi
         bytes=size,
         flops_per_second=flops / median,
         bytes_per_second=size / median,
+        memory=memory,
         bound=bound,
         of_limit=bounds[bound] / median,
         disturbed=round(contender.disturbed, 3) if contender.disturbed > QUIET else 0,

@@ -135,7 +135,11 @@ def test_bench_writes_a_record_a_page_and_a_picture(tmp_path):
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         assert row["error"] <= row["allowed"]
         assert row["of_limit"] > 0
+        if row["bound"] == "memory":
+            assert row["of_limit"] == pytest.approx(row["bytes_per_second"] / row["memory"])
         assert row["times_best_rival"] > 0
+    assert "memory" in {row["bound"] for row in ours}
+    assert len({row["memory"] for row in ours}) == len(ours)  # what memory gave beside each row, not once before all
     page = (tmp_path / "here" / "merge.html").read_text()
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", "")

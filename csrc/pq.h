@@ -11,8 +11,8 @@
 // id -1 at distance inf (-inf if largest). Results are the same, bit for bit, whatever the layout of codes, the batch,
 // the order of ranges and the number of threads:
 //   pq_scan         (Σ_m tables[q, m, code_m(i)] + row_bias[i]) + bias[q, p], in float32, summed in order of m
-//   topk_distances  Σ (query - row)² or Σ query · row in float64, of the stored numbers, rounded once to float32; an
-//                   int8 row stands for scale · row + offset
+//   topk_distances  Σ (query - row)², Σ query · row, Σ |query - row| or max |query - row| in float64, of the stored
+//                   numbers, rounded once to float32; an int8 row stands for scale · row + offset
 //   pq_encode       number m is the id that topk_distances (L2, k = 1) finds among codebook m; 0 where it finds none
 // Approximations may only tell which rows cannot be among the best.
 #pragma once
@@ -21,7 +21,8 @@
 
 namespace metate {
 
-enum class Metric : int8_t { l2, inner_product };
+// L2 is squared; l1 and linf are the sum and the largest of the differences, of vectors alone.
+enum class Metric : int8_t { l2, inner_product, l1 = 3, linf = 4 };
 
 // Of memory in one piece.
 template <int N>
@@ -48,7 +49,7 @@ struct PqDistanceTables {
 struct PqEncode {
     View<2> x;          // (n, M · d) f32, the columns of a row side by side
     View<3> codebooks;  // (M, 2^bits, d) f32, contiguous
-    int64_t bits;       // 4 to 16
+    int64_t bits;       // 1 to 16
     View<2> codes;      // (n, ⌈M · bits / 8⌉) u8, contiguous, packed; bits that fill the last byte are 0
 };
 
@@ -74,7 +75,7 @@ struct Search {
 
 struct PqScan {
     View<3> tables;    // (Q, M, L) f32, contiguous, L = 2^bits
-    int64_t bits;      // 4 to 16
+    int64_t bits;      // 1 to 16
     View<2> packed;    // (n, ⌈M · bits / 8⌉) u8, the bytes of a row side by side, or absent
     View<3> blocks;    // (⌈n / 32⌉, M, 4 · bits) u8, contiguous, where codes are interleaved, or absent
     View<2> bias;      // (Q, P) f32, or absent

@@ -23,6 +23,15 @@ D = 8
 X, Q = (RANDOM.standard_normal((n, D)).astype(np.float32) for n in (60, 5))
 
 
+def with_map(index):
+    """From ids to vectors, which lists have when they are told to."""
+    if (lists := faiss.try_extract_index_ivf(index)) is not None:
+        with pytest.raises(RuntimeError, match="make_direct_map"):
+            index.reconstruct(0)
+        lists.make_direct_map()
+    return index
+
+
 def brute_force(x, ids, k, product=False):
     key = -(Q @ x.T) if product else ((Q[:, None] - x) ** 2).sum(2)
     return np.asarray(ids)[key.argsort(1)[:, :k]]
@@ -61,7 +70,7 @@ def test_factory(description, metric):
     if "Flat" in description:
         assert np.array_equal(found, brute_force(X, ids, 6, product))
     if "IDMap," not in description:
-        vectors = index.reconstruct_batch(ids)
+        vectors = with_map(index).reconstruct_batch(ids)
         assert np.array_equal(vectors[7], index.reconstruct(int(ids[7])))
         if "OPQ" not in description and "RR" not in description:
             assert (found == brute_force(vectors, ids, 6, product)).mean() > 0.9
@@ -89,7 +98,7 @@ def test_removing_shifts_flat_ids_and_keeps_those_of_lists():
     assert np.array_equal(flat.reconstruct_n(), X[kept])
     flat.add(X[:1])
     assert flat.ntotal == 55 and np.array_equal(flat.reconstruct(54), X[0])
-    assert np.array_equal(lists.reconstruct(59), X[59])
+    assert np.array_equal(with_map(lists).reconstruct(59), X[59])
     with pytest.raises(RuntimeError):
         lists.reconstruct(7)
 
@@ -155,7 +164,7 @@ def test_a_quantizer_that_comes_filled_is_kept():
     assert faiss.IndexIVFFlat(quantizer, D, 4).is_trained
     index.update_vectors(np.array([9, 7]), X[:2])
     assert index.ntotal == 60 and index.search(X[:1], 60)[1].shape == (1, 60)
-    assert np.array_equal(index.reconstruct(9), index.reconstruct(5))
+    assert np.array_equal(with_map(index).reconstruct(9), index.reconstruct(5))
     assert index.pq.decode(index.pq.compute_codes(X)).shape == X.shape and index.pq.centroids.shape == (16 * D,)
 
 
@@ -228,7 +237,7 @@ def test_lists_and_codes(description, metric):
     found = index.search_and_return_codes(Q, 9, include_listnos=True)
     there = ids >= 0
     decoded = index.sa_decode(found[2][there])
-    np.testing.assert_allclose(decoded, index.reconstruct_batch(ids[there]), atol=1e-6)
+    np.testing.assert_allclose(decoded, with_map(index).reconstruct_batch(ids[there]), atol=1e-6)
     assert np.array_equal(found[1], ids) and found[2].shape == (5, 9, index.sa_code_size())
     assert np.array_equal(index.search_and_return_codes(Q, 9)[2], found[2][..., index.coarse_code_size() :])
     np.testing.assert_allclose(index.sa_decode(index.sa_encode(x)), index.reconstruct_n(), atol=1e-6)
@@ -288,7 +297,7 @@ def test_lists_of_a_pq_index_and_refinement_by_one(tmp_path):
             else:
                 one.k_factor = 10
             distances, ids = one.search(Q, 6)
-            gaps = Q[:, None] - one.reconstruct_batch(ids.reshape(-1)).reshape(5, 6, D)
+            gaps = Q[:, None] - one.search_and_reconstruct(Q, 6)[2]
             np.testing.assert_allclose(distances, np.square(gaps).sum(2), rtol=1e-4)
             assert np.array_equal(ids, index.search(Q, 6)[1])
             assert "Flat" not in description or np.array_equal(ids, brute_force(X, np.arange(60), 6))
@@ -376,7 +385,7 @@ def test_lists_may_be_found_by_another_metric(make, metric, tmp_path):
     index.add_with_ids(X, ids)
     index.nprobe = 2
     home, probed = quantizer.assign(X, 1)[:, 0], quantizer.assign(Q, 2)
-    vectors = index.reconstruct_batch(ids)
+    vectors = with_map(index).reconstruct_batch(ids)
     key = -(Q @ vectors.T) if product else ((Q[:, None] - vectors) ** 2).sum(2)
     key[~(home == probed[:, :, None]).any(1)] = np.inf
     distances, found = index.search(Q, 4)

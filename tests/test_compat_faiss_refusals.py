@@ -25,6 +25,8 @@ def test_bad_input_changes_nothing(description):
                 call()
     index.train(X)
     add(X, ids)
+    if (lists := faiss.try_extract_index_ivf(index)) is not None:
+        lists.make_direct_map()
     before, stored = index.search(Q, 70), faiss.serialize_index(index)
     assert (before[1][:, 60:] == -1).all()
     calls = [
@@ -72,8 +74,13 @@ def test_refusals():
         (lambda: faiss.IndexIVFFlat(faiss.index_factory(D, "IVF2,Flat"), D, 3), NotImplementedError),
         (lambda: faiss.index_factory(D, "PQ2x4,Refine(PQ3x4)"), RuntimeError),
         (lambda: faiss.index_factory(D, "IVF3(HNSW),Flat"), RuntimeError),
-        (lambda: faiss.IndexFlat(D, 2), NotImplementedError),
+        (lambda: faiss.IndexFlat(D, faiss.METRIC_Canberra), NotImplementedError),
         (lambda: faiss.index_factory(D, "IDMap,Flat").add(X), RuntimeError),
+        (lambda: faiss.IndexPQ(D, 2, 4, faiss.METRIC_L1), ValueError),
+        (lambda: faiss.IndexPQFastScan(D, 2, 4, faiss.METRIC_L2, 40), RuntimeError),
+        (lambda: faiss.IndexBinary(D), NotImplementedError),
+        (lambda: faiss.pairwise_distances(X, X, 7), RuntimeError),
+        (lambda: faiss.shard_ivf_index_centroids(index), RuntimeError),
     ]:
         with pytest.raises(error):
             call()

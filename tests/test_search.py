@@ -498,7 +498,7 @@ def test_copies_share_nothing(kind, copied):
 def test_bad_settings_and_untrained():
     for make, message in [
         (lambda: PQIndex(D, 3), "M is 3, expected a divisor of dim, 8"),
-        (lambda: PQIndex(D, 4, 3), "bits is 3, expected 4 to 16"),
+        (lambda: PQIndex(D, 4, 17), "bits is 17, expected 1 to 16"),
         (lambda: FlatIndex(0), "dim is 0"),
         (lambda: FlatIndex(D, "L2"), "metric is 'L2', expected 'l2' or 'inner_product' or 'cosine'"),
         (lambda: FlatIndex(D, storage="int4"), "storage is 'int4'"),
@@ -539,3 +539,29 @@ def test_interleaved_codes_are_rows(bits, M):
     for found in (whole, pieces, scattered):
         assert torch.equal(found[order], codes[order]) and found.shape == (150, size)
         assert torch.equal(found.first(70)[torch.arange(70)], codes[:70])
+
+
+@pytest.mark.parametrize("metric", ["l1", "linf"])
+@pytest.mark.parametrize("make", [FlatIndex, lambda d, metric: IVFFlatIndex(d, 3, metric)])
+def test_metrics_of_vectors_alone(make, metric, tmp_path):
+    index, gaps = make(D, metric), np.abs(np.float64(Q)[:, None] - X)
+    truth = (gaps.sum(2) if metric == "l1" else gaps.max(2)).astype(np.float32)
+    index.train(X, progress=False)
+    index.add(X)
+    index.nprobe = index.nlist or 1
+    index.save(tmp_path / "index")
+    metate.search.write_faiss(index, tmp_path / "faiss")
+    for one in (index, metate.search.load(tmp_path / "index"), metate.search.read_faiss(tmp_path / "faiss")):
+        one.nprobe = one.nlist or 1
+        for q in (Q, Q[:1]):
+            distances, ids = one.search(q, 9)
+            assert one.metric == metric and np.array_equal(distances, np.sort(truth, 1)[: len(q), :9])
+            assert np.array_equal(ids, truth.argsort(1, kind="stable")[: len(q), :9])
+        assert one.search(Q, 70, filter=range(5))[1][:, 5:].max() == -1
+        assert one.range_search(Q, 1.0)[0][-1] == (truth < 1).sum()
+    if index.nlist is not None:
+        centroids = index.trained()["centroids"].numpy()
+        gaps = np.abs(np.float64(X)[:, None] - centroids)
+        assert np.array_equal(index.assign(X), (gaps.sum(2) if metric == "l1" else gaps.max(2)).argmin(1))
+    with pytest.raises(ValueError, match="metric is 'l1'"):
+        IVFPQIndex(D, 3, 4, metric="l1")

@@ -183,7 +183,8 @@ def topk_distances(
     n, D = base.shape
     queries, keep = queries.contiguous(), _contiguous(keep)
     base = base if base.stride(1) == 1 or D < 2 else base.contiguous()
-    rows = _Rows(base, scale, offset, metric) if ranges is None and n > GROUP * k else None
+    by_products = metric < 2 and ranges is None and n > GROUP * k
+    rows = _Rows(base, scale, offset, metric) if by_products else None
     chunk = max(1, BOUNDS // triton.cdiv(n, GROUP)) if rows else max(queries.shape[0], 1)
     distances, found = [], []
     for first in range(0, max(queries.shape[0], 1), chunk):
@@ -194,7 +195,7 @@ def topk_distances(
             arguments = search.arguments | {
                 "queries": part, "base": base, "base_stride": base.stride(0), "scale": _contiguous(scale),
                 "offset": _contiguous(offset), "bounds": bounds, "limits": limits, "D": D,
-                "groups": triton.cdiv(n, GROUP), "L2": metric == 0, "GROUP": GROUP,
+                "groups": triton.cdiv(n, GROUP), "METRIC": metric, "GROUP": GROUP,
                 "BLOCK_K": 2048 // search.arguments["BLOCK"],
             }  # fmt: skip
             shared.launch(exact_kernel, (part.shape[0], search.arguments["slices"]), arguments, queries)

@@ -52,12 +52,12 @@ def encode_kernel(x, x_strides, books, out, n, M, d, L: tl.constexpr, BLOCK: tl.
 
 @triton.jit(do_not_specialize=["count"])
 def pack_kernel(indices, out, count, M, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The bytes of rows of M numbers: each from the three numbers that may reach into it."""
+    """The bytes of rows of M numbers: each from those that may reach into it."""
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = byte // row_bytes
     bit = (byte % row_bytes).to(tl.int32) * 8
     value = tl.zeros((BLOCK,), tl.int32)
-    for part in tl.static_range(3):
+    for part in tl.static_range(8 // BITS + 2):
         m = bit // BITS + part
         number = tl.load(indices + row * M + m, mask=(byte < count) & (m < M), other=0)
         shift = m * BITS - bit

@@ -39,9 +39,11 @@ def bounds_kernel(queries, base, squares, keep, out, Q, n, D, groups, L2: tl.con
 
 
 @triton.jit
-def exact_distance(query, base, base_stride, row, inside, scale, offset, D, L2: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Σ (q - b)² or Σ q b in float64, rounded once."""
+def exact_distance(query, base, base_stride, row, inside, scale, offset, D, METRIC: tl.constexpr,
+                   BLOCK_K: tl.constexpr):  # fmt: skip
+    """Σ (q - b)², Σ q b, Σ |q - b| or max |q - b| in float64, rounded once; METRIC as csrc/pq.h numbers them."""
     total = tl.zeros((row.shape[0],), tl.float64)
+    most = tl.zeros((row.shape[0],), tl.float64)
     for k0 in range(0, D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         q = tl.load(query + k, mask=k < D, other=0.0).to(tl.float64)[None, :]
@@ -50,17 +52,22 @@ def exact_distance(query, base, base_stride, row, inside, scale, offset, D, L2: 
         if scale is not None:
             b *= tl.load(scale + k, mask=k < D, other=0.0).to(tl.float64)[None, :]
             b += tl.load(offset + k, mask=k < D, other=0.0).to(tl.float64)[None, :]
-        if L2:
+        if METRIC == 0:
             b = (q - b) * (q - b)
-        else:
+        elif METRIC == 1:
             b *= q
+        else:
+            b = tl.abs(q - b)
+        if METRIC == 4:
+            most = tl.maximum(most, tl.max(b, 1))
+            b -= b  # NaN, which a maximum drops
         total += tl.sum(b, 1)
-    return total.to(tl.float32)
+    return (total + most).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n", "P", "k", "slices"])
 def exact_kernel(queries, base, base_stride, scale, offset, ranges, ranges_strides, ranks, keep, bounds, limits, out, n,
-                 P, D, k, groups, slices, L2: tl.constexpr, LARGEST: tl.constexpr, ONE: tl.constexpr,
+                 P, D, k, groups, slices, METRIC: tl.constexpr, LARGEST: tl.constexpr, ONE: tl.constexpr,
                  GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The k best rows for a query, first of BLOCK, among every `slices`-th chunk of its ranges; where groups of rows
     have bounds, those count alone whose bound is not above the query's limit."""
@@ -77,6 +84,6 @@ def exact_kernel(queries, base, base_stride, scale, offset, ranges, ranges_strid
                 bound = tl.load(bounds + q * groups + row // GROUP, mask=inside, other=float("inf"))
                 inside &= bound <= tl.load(limits + q)
             if tl.max(inside.to(tl.int32)) > 0:
-                distance = exact_distance(query, base, base_stride, row, inside, scale, offset, D, L2, BLOCK_K)
+                distance = exact_distance(query, base, base_stride, row, inside, scale, offset, D, METRIC, BLOCK_K)
                 best = add_best(best, keys_of(distance, row, ranks, inside, LARGEST), k, ONE)
     tl.store(out + (q * slices + part) * BLOCK + tl.arange(0, BLOCK), best)

@@ -31,7 +31,7 @@ inline void pack_centroids(Centroids& c, const Vectors<float>& v, bool l2, bool 
     const float sign = largest ? -1.0f : 1.0f;
     double most = 0.0;
     for (int64_t r = 0; r < c.count; ++r) {
-        const double square = exact_distance<false>(v, v.row(r), v.row(r));
+        const double square = exact_distance<Metric::inner_product>(v, v.row(r), v.row(r));
         float* const to = c.rows + r * c.steps;
         for (int64_t i = 0; i < v.columns; ++i) to[i] = v.row(r)[i] * (l2 ? -2.0f : 1.0f) * sign;
         to[v.columns] = static_cast<float>((l2 ? square * sign : 0.0) - error_share(v.columns) * square);
@@ -82,8 +82,8 @@ METATE_FN Hit best_of(const Vectors<float>& v, int64_t count, const float* point
     Hit best{infinity, -1};
     for (int64_t i = 0; i < count; ++i) {
         if (!near(i)) continue;
-        const float distance = static_cast<float>(l2 ? exact_distance<true>(v, point, v.row(i))
-                                                     : exact_distance<false>(v, point, v.row(i)));
+        const float distance = static_cast<float>(l2 ? exact_distance<Metric::l2>(v, point, v.row(i))
+                                                     : exact_distance<Metric::inner_product>(v, point, v.row(i)));
         const float key = largest ? -distance : distance;
         if (key < best.key && key > -infinity) best = {key, i};
     }

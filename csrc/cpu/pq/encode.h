@@ -72,6 +72,8 @@ METATE_FN void encode_lanes(const Vectors<float>& book, int64_t centroids, float
         meet_centroids<4, 2>(at, turned, book, centroids);
     else if (book.columns == 8)
         meet_centroids<8, 2>(at, turned, book, centroids);
+    else if (centroids < 8)
+        meet_centroids<0, 2>(at, turned, book, centroids);
     else
         meet_centroids<0, 8>(at, turned, book, centroids);
     const uint32_t sure = bits_of(less(bound_of(at.best, book.columns), at.second));

@@ -46,29 +46,52 @@ METATE_FN double exact_value(const Vectors<T>& v, const T* row, int64_t i) {
         return static_cast<double>(to_float(row[i]));
 }
 
+// What a column adds to a distance.
+template <Metric metric, class Double>
+METATE_FN Double term_of(Double a, Double b) {
+    if constexpr (metric == Metric::inner_product) return a * b;
+    const Double gap = a - b;
+    if constexpr (metric == Metric::l2) return gap * gap;
+    return gap < 0 ? -gap : gap;
+}
+
 // The distance in double precision, in which it is ranked after one rounding.
-template <bool l2, class T>
+template <Metric metric, class T>
 METATE_FN double exact_distance(const Vectors<T>& v, const float* query, const T* row) {
     constexpr int chains = 8;
     using Doubles = double __attribute__((vector_size(8 * chains)));
     using Floats = float __attribute__((vector_size(4 * chains), aligned(4), may_alias));
-    Doubles sum = {};
+    Doubles sum = {}, most = {};
+    const auto meet = [&](auto& total, auto& largest, auto term) __attribute__((always_inline)) {
+        if constexpr (metric != Metric::linf) {
+            total += term;
+        } else {
+            total += term - term;  // a NaN, which a comparison may drop; NaN of inf too
+            largest = largest < term ? term : largest;
+        }
+    };
     int64_t i = 0;
     if constexpr (__is_same(T, float)) {
         for (; i + chains <= v.columns; i += chains) {
             const Doubles a = __builtin_convertvector(*reinterpret_cast<const Floats*>(query + i), Doubles);
             const Doubles b = __builtin_convertvector(*reinterpret_cast<const Floats*>(row + i), Doubles);
-            sum += l2 ? (a - b) * (a - b) : a * b;
+            meet(sum, most, term_of<metric>(a, b));
         }
     }
     const auto add = [&](int chain, int64_t at) __attribute__((always_inline)) {
         const double a = static_cast<double>(query[at]), b = exact_value(v, row, at);
-        sum[chain] += l2 ? (a - b) * (a - b) : a * b;
+        double total = sum[chain], largest = most[chain];
+        meet(total, largest, term_of<metric>(a, b));
+        sum[chain] = total, most[chain] = largest;
     };
     for (; i + chains <= v.columns; i += chains)
 #pragma GCC unroll 8
         for (int c = 0; c < chains; ++c) add(c, i + c);
     for (int c = 0; i < v.columns; ++i, ++c) add(c, i);
+    if constexpr (metric == Metric::linf) {
+        for (int c = 1; c < chains; ++c) most[0] = most[0] < most[c] ? most[c] : most[0];
+        sum[0] += most[0];
+    }
     return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
 }
 
@@ -150,7 +173,7 @@ struct PackedQueries {
             float* const to = rows + r * steps;
             for (int64_t i = 0; i < columns; ++i) to[i] = all.row(r)[i];
             if (steps > columns) to[columns] = 1.0f;
-            square[r] = exact_distance<false>(all, all.row(r), all.row(r));
+            square[r] = exact_distance<Metric::inner_product>(all, all.row(r), all.row(r));
             size[r] = __builtin_sqrt(square[r]);
         }
     }

@@ -38,6 +38,17 @@ METATE_FN void table_entries(float* to, const TableOperands& at, vf factor) {
     for (int v = 0; v < vectors; ++v) store(to + v * width, sum[v] * factor);
 }
 
+// One entry, where there are fewer than a vector holds; `step` and `stride` lie between columns.
+template <bool l2>
+METATE_FN float table_entry(const TableOperands& at) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < at.columns; ++i) {
+        const float a = at.query[i * at.stride], b = at.centroids[i * at.step];
+        sum += l2 ? (a - b) * (a - b) : a * b;
+    }
+    return sum;
+}
+
 template <bool l2>
 void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
     const int64_t Q = c.queries.size[0], M = c.codebooks.size[0], L = c.codebooks.size[1], d = c.codebooks.size[2];
@@ -53,14 +64,20 @@ void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
         const int64_t m = piece % M, first = piece / M * table_queries, end = smaller(Q, first + table_queries);
         const float* const book = static_cast<const float*>(c.codebooks.data) + m * c.codebooks.stride[0];
         const int64_t together = turned && L % (vectors_together * width) == 0 ? vectors_together * width : width;
-        for (int64_t l = 0; l < L; l += together) {
+        const auto query_of = [&](int64_t q) {
+            return static_cast<const float*>(c.queries.data) + q * c.queries.stride[0] + m * d * stride;
+        };
+        const auto entries_of = [&](int64_t q) { return static_cast<float*>(c.tables.data) + (q * M + m) * L; };
+        for (int64_t q = first; L < width && q < end; ++q)
+            for (int64_t l = 0; l < L; ++l)
+                entries_of(q)[l] = c.factor * table_entry<l2>({query_of(q), stride, book + l * c.codebooks.stride[1],
+                                                               c.codebooks.stride[2], d});
+        for (int64_t l = 0; l + width <= L; l += together) {
             const float* const centroids = turned ? book + l : memory(worker);
             if (!turned) turn_rows(memory(worker), book + l * d, d, width, d);
             for (int64_t q = first; q < end; ++q) {
-                const float* const query =
-                    static_cast<const float*>(c.queries.data) + q * c.queries.stride[0] + m * d * stride;
-                float* const to = static_cast<float*>(c.tables.data) + (q * M + m) * L + l;
-                const TableOperands at{query, stride, centroids, step, d};
+                float* const to = entries_of(q) + l;
+                const TableOperands at{query_of(q), stride, centroids, step, d};
                 if (together > width)
                     table_entries<l2, vectors_together>(to, at, factor);
                 else
@@ -99,7 +116,8 @@ void pq_encode(const PqEncode& c, const Runtime& runtime) {
             const auto found = [&](int64_t at, int64_t number) __attribute__((always_inline)) {
                 if (number > 0) put_code(codes[i + at], m - begin, c.bits, static_cast<uint32_t>(number));
             };
-            for (; count - i >= worth_lanes; i += width, x.data = x.row(width))
+            const int64_t least = L < width ? 1 : worth_lanes;  // points that stand in lanes rather than centroids
+            for (; count - i >= least; i += width, x.data = x.row(width))
                 encode_lanes(book, L, memory(worker), x, smaller(width, count - i), found);
             for (; i < count; ++i, x.data = x.row(1)) found(0, encode_point(book, L, x.data));
         }

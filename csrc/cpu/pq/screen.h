@@ -81,7 +81,7 @@ struct Screen {
     }
     void pack(const Vectors<float>& v) const {
         for (int64_t r = 0; r < count; ++r) {
-            const double square = exact_distance<false>(v, v.row(r), v.row(r));
+            const double square = exact_distance<Metric::inner_product>(v, v.row(r), v.row(r));
             lengths[r] = to_words(rows + r * stride(), v.row(r), columns);
             squares[r] = static_cast<float>((l2 ? square * (largest ? -1 : 1) : 0.0) - 32 * unit * square);
         }

@@ -1,4 +1,5 @@
-// Brute-force search: many queries by products (nearest.h), few, or those with ranges of their own, row by row.
+// Brute-force search: many queries by products (nearest.h), few, or those with ranges of their own, row by row; by L1
+// and Linf, which no product tells anything about, every row exactly.
 #include "../strided.h"
 #include "screen.h"
 
@@ -22,12 +23,24 @@ METATE_FN bool is_l2(const TopkDistances& c) {
     return c.metric == Metric::l2;
 }
 
+template <class T>
+METATE_FN double distance_by(Metric metric, const Vectors<T>& v, const float* query, const T* row) {
+    switch (metric) {
+        case Metric::l2:
+            return exact_distance<Metric::l2>(v, query, row);
+        case Metric::l1:
+            return exact_distance<Metric::l1>(v, query, row);
+        case Metric::linf:
+            return exact_distance<Metric::linf>(v, query, row);
+        default:
+            return exact_distance<Metric::inner_product>(v, query, row);
+    }
+}
+
 // Of a row from a query, exactly.
 float distance_of(const TopkDistances& c, const float* query, int64_t row) {
     double distance = 0.0;
-    with_vectors(c, [&]<class T>(const Vectors<T>& v) {
-        distance = is_l2(c) ? exact_distance<true>(v, query, v.row(row)) : exact_distance<false>(v, query, v.row(row));
-    });
+    with_vectors(c, [&]<class T>(const Vectors<T>& v) { distance = distance_by(c.metric, v, query, v.row(row)); });
     return static_cast<float>(distance);
 }
 
@@ -193,7 +206,8 @@ void by_rows(const TopkDistances& c, const Runtime& runtime) {
             for (int64_t i = 0; i < turn.count; ++i) {
                 const float* const query = query_of(c, turn.asked[i].q);
                 const Vectors<float> own{query, 0, columns, nullptr, nullptr};
-                queries[i] = {query, __builtin_sqrt(exact_distance<false>(own, query, query)), turn.best + i};
+                queries[i] = {query, __builtin_sqrt(exact_distance<Metric::inner_product>(own, query, query)),
+                              turn.best + i};
             }
             const bool together = turn.count == 1 || turn.count == 2 || turn.count == 4;
             Span rows = turn.span;
@@ -205,6 +219,24 @@ void by_rows(const TopkDistances& c, const Runtime& runtime) {
                 for (; left >= 2; left -= 2, q += 2) compare_rows<2>(c, q, rows);
                 if (left) compare_rows<1>(c, q, rows);
             }
+        });
+}
+
+// By metrics that nothing tells of more cheaply than themselves.
+void by_distances(const TopkDistances& c, const Runtime& runtime) {
+    const Search& s = c.search;
+    search_rows(
+        s, runtime, c.base.size[1] * bytes_of(c.base.dtype), 1, [](Arena& arena) { return arena.take<char>(0); },
+        [](char*) {},
+        [&](char*, const Turn& turn) {
+            const float* const query = query_of(c, turn.asked[0].q);
+            with_vectors(c, [&]<class T>(const Vectors<T>& v) {
+                for (int64_t row = turn.span.first; row < turn.span.last; ++row) {
+                    if (!kept(s, row)) continue;
+                    const float key = key_of(s, static_cast<float>(distance_by(c.metric, v, query, v.row(row))));
+                    if (key <= turn.best[0].limit()) turn.best[0].offer({key, id_of(s, row)});
+                }
+            });
         });
 }
 
@@ -355,6 +387,7 @@ void assign(const TopkDistances& c, const Runtime& runtime) {
 void topk_distances(const TopkDistances& c, const Runtime& runtime) {
     const int64_t Q = c.queries.size[0];
     const bool alone = c.search.ranges || Q < few_queries || query_rows * room(c.search) > int64_t{1} << 24;
+    if (!is_l2(c) && c.metric != Metric::inner_product) return by_distances(c, runtime);
     if (is_assignment(c)) return assign(c, runtime);
     alone ? by_rows(c, runtime) : by_products(c, runtime);
 }

@@ -77,7 +77,7 @@ centre_kernel(METATE_PARAMETER(Centre, f)) {
         if (f.v.scale) centre = fmaf(centre, load_global<float>(f.v.scale + k), load_global<float>(f.v.offset + k));
         if (!is_finite(centre)) centre = 0.f;
         store_global(f.centre + k, centre);
-        float part = f.v.l2 ? 0.f : fabsf(centre);
+        float part = f.v.is(Metric::l2) ? 0.f : fabsf(centre);
         if (f.v.scale)
             part +=
                 128.f * fabsf(load_global<float>(f.v.scale + k)) + fabsf(load_global<float>(f.v.offset + k) - centre);
@@ -256,7 +256,7 @@ Bounds place_bounds(const BoundsProblem& problem, void* memory, const Device& de
             centre + at.pitch,
             ceil_div(problem.n, problem.rows),
             problem.rows,
-            (v.l2 ? 2.f : 1.f) * (0x1p-8f + 0x1p-15f),
+            (v.is(Metric::l2) ? 2.f : 1.f) * (0x1p-8f + 0x1p-15f),
             static_cast<float>(v.D + 16) * 0x1p-20f};
 }
 
@@ -268,8 +268,8 @@ void bound_groups(const BoundsProblem& problem, const Bounds& bounds, void* memo
     const auto words = [&](int64_t offset) { return reinterpret_cast<uint32_t*>(bytes + offset); };
     const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(bytes + offset); };
     const auto pitch = static_cast<int>(at.pitch);
-    prepare({v.queries, nullptr, nullptr, v.l2 ? floats(at.centre) : nullptr, first, count, v.queries.size[0], v.D,
-             pitch, words(at.queries), floats(at.squares), nullptr},
+    prepare({v.queries, nullptr, nullptr, v.is(Metric::l2) ? floats(at.centre) : nullptr, first, count,
+             v.queries.size[0], v.D, pitch, words(at.queries), floats(at.squares), nullptr},
             device);
     for (int64_t row = 0; row < problem.n; row += at.slab) {
         const int64_t rows = problem.n - row < at.slab ? problem.n - row : at.slab;
@@ -280,7 +280,7 @@ void bound_groups(const BoundsProblem& problem, const Bounds& bounds, void* memo
         launch(product_kernel, {static_cast<int>(ceil_div(rows, tile)), static_cast<int>(ceil_div(count, tile)), 1},
                threads, shared_bytes, device.stream,
                Product{bytes + at.queries, bytes + at.base, floats(at.base_squares), problem.keep, bounds.values, count,
-                       rows, row, problem.n, bounds.groups, pitch, problem.rows, v.l2, v.largest});
+                       rows, row, problem.n, bounds.groups, pitch, problem.rows, v.is(Metric::l2), v.largest});
     }
 }
 

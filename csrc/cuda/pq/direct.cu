@@ -50,13 +50,16 @@ template <typename T>
 METATE_DEVICE void add_column(Sum& sum, const Direct& f, float x, float y, const unsigned char* shared, int k) {
     if constexpr (sizeof(T) == 1)
         y = fmaf(y, load_shared<float>(shared + (f.pitch + k) * 4), load_shared<float>(shared + (2 * f.pitch + k) * 4));
-    if (f.v.l2) {
-        const float difference = x - y;
-        sum.value = fmaf(difference, difference, sum.value);
-        if constexpr (sizeof(T) == 1) sum.size = fmaf(fabsf(difference), fabsf(y), sum.size);
-    } else {
+    const float gap = fabsf(x - y);
+    if (f.v.is(Metric::l2)) {
+        sum.value = fmaf(gap, gap, sum.value);
+        if constexpr (sizeof(T) == 1) sum.size = fmaf(gap, fabsf(y), sum.size);
+    } else if (f.v.is(Metric::inner_product)) {
         sum.value = fmaf(x, y, sum.value);
         sum.size += fabsf(x * y);
+    } else {
+        sum.value = f.v.is(Metric::l1) ? sum.value + gap : fmaxf(sum.value, gap);
+        if constexpr (sizeof(T) == 1) sum.size += fabsf(y);
     }
 }
 
@@ -88,9 +91,12 @@ METATE_DEVICE void add_columns(Sum (&sum)[beside], const Direct& f, const unsign
     }
 }
 
-METATE_DEVICE float over_lanes(float x) {
+METATE_DEVICE float over_lanes(float x, bool largest = false) {
     METATE_UNROLL
-    for (int flip = row_lanes / 2; flip > 0; flip /= 2) x += shuffle_xor(x, flip);
+    for (int flip = row_lanes / 2; flip > 0; flip /= 2) {
+        const float other = shuffle_xor(x, flip);
+        x = largest ? fmaxf(x, other) : x + other;
+    }
     return x;
 }
 
@@ -132,8 +138,8 @@ METATE_DEVICE uint32_t bound_row(const Direct& f, const unsigned char* shared, i
         add_columns<T>(sum, f, shared, row);
         METATE_UNROLL
         for (int r = 0; r < beside; ++r) {
-            const float value = over_lanes(sum[r].value);
-            const float size = over_lanes(sum[r].size) + (f.v.l2 ? value : 0.f);
+            const float value = over_lanes(sum[r].value, f.v.is(Metric::linf));
+            const float size = over_lanes(sum[r].size) + (f.v.is(Metric::inner_product) ? 0.f : value);
             const float least = (f.v.largest ? -value : value) - (error * size + 0x1p-120f * (f.v.D + 1));
             const uint32_t key = !row[r] ? none : is_finite(least) ? key_of(least, false) : 0;
             if (step + r == lane() % row_lanes) bound = key;

@@ -309,7 +309,7 @@ void pq_encode(const PqEncode& call, const Device& device) {
              false};
     while (f.tile > together && int64_t{f.tile} * f.padded * 4 > 16 * 1024) f.tile /= 2;
     const int64_t bytes = (encode_threads + int64_t{f.tile}) * f.padded * 4;
-    f.staged = bytes <= most_staged;
+    f.staged = L >= together && bytes <= most_staged;
     launch(encode_kernel, {static_cast<int>(ceil_div(n, encode_threads)), f.M, 1}, encode_threads, f.staged ? bytes : 0,
            device.stream, f);
     const int64_t row_bytes = call.codes.size[1], count = n * row_bytes;

@@ -187,11 +187,11 @@ void topk_distances(const TopkDistances& call, const Device& device) {
                     static_cast<const float*>(call.scale.data),
                     static_cast<const float*>(call.offset.data),
                     static_cast<int>(D),
-                    call.metric == Metric::l2,
+                    call.metric,
                     call.search.largest};
     const Rows rows = rows_of(call.search);
     Sink sink = sink_of("topk_distances", call.search, 1);
-    if (!call.search.ranges && queries >= few_queries && n >= sink.k * int64_t{2 * group_rows} &&
+    if (v.by_products() && !call.search.ranges && queries >= few_queries && n >= sink.k * int64_t{2 * group_rows} &&
         n < int64_t{1} << 35) {
         search_groups(v, rows, sink, queries, device);
         return;

@@ -9,7 +9,11 @@ struct Vectors {
     View<2> queries, base;
     const float *scale, *offset;  // of an int8 base
     int D;
-    bool l2, largest;
+    Metric metric;
+    bool largest;
+
+    METATE_INLINE bool is(Metric other) const { return metric == other; }
+    METATE_INLINE bool by_products() const { return is(Metric::l2) || is(Metric::inner_product); }
 };
 
 // One number of a matrix as it is stored.
@@ -22,14 +26,20 @@ METATE_DEVICE float stored_at(const View<2>& x, int64_t row, int column) {
 }
 
 METATE_DEVICE uint32_t exact_key(const Vectors& v, int64_t q, int64_t row) {
-    double sum = 0;
+    double sum = 0, most = 0;
     for (int k = 0; k < v.D; ++k) {
         const double x = stored_at(v.queries, q, k);
         double y = stored_at(v.base, row, k);
         if (v.scale) y = y * load_global<float>(v.scale + k) + load_global<float>(v.offset + k);
-        sum += v.l2 ? (x - y) * (x - y) : x * y;
+        const double gap = fabs(x - y);
+        if (v.is(Metric::linf)) {
+            most = fmax(most, gap);
+            sum += gap - gap;  // NaN, which fmax drops
+        } else {
+            sum += v.is(Metric::inner_product) ? x * y : v.is(Metric::l2) ? gap * gap : gap;
+        }
     }
-    return key_of(static_cast<float>(sum), v.largest);
+    return key_of(static_cast<float>(sum + most), v.largest);
 }
 
 // What bounds.cu knows of groups of rows, so that few of them need be looked at.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from metate.errors import fail, require_choice, require_dense
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
+from metate.ops.pq.codes import LEAST_BITS, MOST_BITS
 from metate.ops.pq.kmeans import fit_centroids
 from metate.scalars import is_whole, plain
 
@@ -20,7 +21,7 @@ class ProductQuantizer(nn.Module):
     Args:
         dim: of a vector, a multiple of M.
         M: parts.
-        bits: of a code, 4 to 16.
+        bits: of a code, 1 to 16.
         assignment: how gradients pass. "straight-through": the result is what the codes decode to; the gradient reaches
             the centroids chosen, and x as if nothing had been done (Bengio et al. 2013). "soft": a mean of centroids
             weighted by softmax(-squared distance / temperature), with its own gradients (Agustsson et al. 2017); in
@@ -43,8 +44,8 @@ class ProductQuantizer(nn.Module):
         dim, M, bits = plain(dim), plain(M), plain(bits)
         if not is_whole(M, 1) or not is_whole(dim, 1) or dim % M:
             raise fail(op, "M", M, f"a divisor of dim, {dim}")
-        if not is_whole(bits, 4, 16):
-            raise fail(op, "bits", bits, "4 to 16")
+        if not is_whole(bits, LEAST_BITS, MOST_BITS):
+            raise fail(op, "bits", bits, f"{LEAST_BITS} to {MOST_BITS}")
         require_choice(op, "assignment", assignment, ASSIGNMENTS)
         if not temperature > 0:
             raise fail(op, "temperature", temperature, "above 0")

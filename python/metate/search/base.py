@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.ops.pq import topk_distances
+from metate.ops.pq import METRICS, topk_distances
 from metate.search.codecs import Model, Product
 from metate.search.codecs import Vectors as Raw
 from metate.search.interleaved import Column
 from metate.search.storage import Integers, Lists
 
-METRICS = ("l2", "inner_product", "cosine")
 REFINE = "refine"  # the column of full vectors beside codes
 
 
@@ -121,11 +120,16 @@ class Base:
     @property
     def largest(self) -> bool:
         """Whether the best "distance" is the largest: it is a product or a cosine."""
-        return self.metric != "l2"
+        return self.metric in ("inner_product", "cosine")
 
     @property
     def _scan_metric(self) -> str:
-        return "inner_product" if self.largest else "l2"
+        return "inner_product" if self.largest else self.metric
+
+    @property
+    def _metric_number(self) -> int:
+        """Of `_scan_metric`, as operators have it."""
+        return METRICS[self._scan_metric]
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that training finds."""

@@ -22,6 +22,7 @@ from metate.search.faiss_nodes import (
     INNER_PRODUCT,
     IVF,
     L2,
+    LINF,
     PCA,
     PQ,
     SQ,
@@ -38,6 +39,7 @@ from metate.search.faiss_nodes import (
     Refine,
     Step,
     Transform,
+    TwoLayer,
 )
 
 Head: TypeAlias = "tuple[int, int, int, bool]"  # d, ntotal, metric, is_trained
@@ -165,20 +167,26 @@ def _node(reader: Reader, depth: int) -> Node:
     d = reader.number("i", "d", 1, _MOST_DIMENSIONS)
     ntotal = reader.count("q", "ntotal")
     reader.values("<qq", "the header")
-    trained, metric = reader.flag("is_trained"), reader.number("i", "metric", INNER_PRODUCT, L2)
+    trained, metric = reader.flag("is_trained"), reader.number("i", "metric", INNER_PRODUCT, LINF)
+    if metric > L2:
+        reader.values("<f", "metric_arg")
     return _READERS[kind](reader, kind, (d, ntotal, metric, trained), depth)
+
+
+def _flat_kind(metric: int) -> str:
+    return {INNER_PRODUCT: "IxFI", L2: "IxF2"}.get(metric, "IxFl")
 
 
 def _flat(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, metric, _ = head
-    if (kind == "IxFI") != (metric == INNER_PRODUCT):
+    if kind != _flat_kind(metric):
         raise complain("metric", metric, f"that of {kind}")
     return Flat(*head, reader.vector(np.float32, "vectors", ntotal * d).reshape(ntotal, d))
 
 
 def _codebooks(reader: Reader, d: int | None, trained: bool) -> Floats:
     d = reader.number("Q", "d of the quantizer", d or 1, d or _MOST_DIMENSIONS)
-    M, bits = reader.number("Q", "M", 1, d), reader.number("Q", "nbits", 4, 16)
+    M, bits = reader.number("Q", "M", 1, d), reader.number("Q", "nbits", 1, 16)
     if d % M:
         raise complain("M", M, f"a divisor of {d}")
     centroids = reader.vector(np.float32, "centroids", d << bits)
@@ -236,24 +244,14 @@ def code_size(codebooks: Floats) -> int:
 def _ivf(reader: Reader, kind: str, head: Head, depth: int) -> Node:
     d, ntotal, _, trained = head
     nlist, nprobe = reader.count("Q", "nlist", 1), reader.number("Q", "nprobe", 1, 2**63)
-    quantizer = _node(reader, depth + 1)
-    if (
-        not isinstance(quantizer, (Flat, PQ))
-        or quantizer.d != d
-        or quantizer.ntotal not in ({nlist} if trained else {0, nlist})
-    ):
-        raise complain(
-            "quantizer", type(quantizer).__name__, f"a flat or PQ index of {nlist} vectors of {d} dimensions"
-        )
-    if not np.isfinite(quantizer.vectors if isinstance(quantizer, Flat) else quantizer.codebooks).all():
-        raise complain("centroids of lists", "not finite everywhere", "finite numbers")
-    _pass_direct_map(reader)
+    quantizer = _list_quantizer(reader, d, nlist, trained, depth)
+    direct = _pass_direct_map(reader)
     residual, codebooks, size, pairs = False, None, 4 * d, 0
-    scalar: tuple[Any, ...] = ()
+    of_numbers, numbers = None, np.zeros(0, np.float32)
     if kind == "IwSq":
-        number, size, numbers = _scalar_quantizer(reader, d, trained)
+        of_numbers, size, numbers = _scalar_quantizer(reader, d, trained)
         reader.number("Q", "code_size", size, size)
-        residual, scalar = reader.flag("by_residual"), (number, numbers)
+        residual = reader.flag("by_residual")
     elif kind != "IwFl":
         residual = reader.flag("by_residual")
         (size,) = reader.values("<Q", "code_size")
@@ -265,14 +263,45 @@ def _ivf(reader: Reader, kind: str, head: Head, depth: int) -> Node:
         if size != code_size(codebooks) or (pairs and (codebooks.shape[1] != 16 or pairs != size)):
             raise complain("code_size", size, f"{code_size(codebooks)}")
     lists = _block_lists(reader, nlist, size, ntotal) if pairs else _lists(reader, nlist, size, ntotal)
-    return IVF(*head, nprobe, quantizer, *lists, codebooks, residual, pairs > 0, *scalar)
+    return IVF(*head, nprobe, quantizer, *lists, codebooks, residual, pairs > 0, of_numbers, numbers, direct)
 
 
-def _pass_direct_map(reader: Reader) -> None:
+def _list_quantizer(reader: Reader, d: int, nlist: int, trained: bool, depth: int) -> Node:
+    """The centroids of all lists, or, under their numbers, of some."""
+    quantizer = _node(reader, depth + 1)
+    inner, known = quantizer, quantizer.ntotal == nlist
+    if isinstance(quantizer, IDMap):
+        inner, ids = quantizer.index, quantizer.ids
+        known = bool(((ids >= 0) & (ids < nlist)).all()) and len(np.unique(ids)) == len(ids)
+    if not isinstance(inner, (Flat, PQ)) or inner.d != d or (trained and not known):
+        raise complain("quantizer", type(inner).__name__, f"a flat or PQ index of {nlist} vectors of {d} dimensions")
+    if not np.isfinite(inner.vectors if isinstance(inner, Flat) else inner.codebooks).all():
+        raise complain("centroids of lists", "not finite everywhere", "finite numbers")
+    return quantizer
+
+
+def _two_layer(reader: Reader, kind: str, head: Head, depth: int) -> Node:
+    d, ntotal, _, trained = head
+    quantizer = _node(reader, depth + 1)
+    nlist = reader.count("Q", "nlist", 1)
+    if not isinstance(quantizer, Flat) or quantizer.d != d or quantizer.ntotal not in {nlist, nlist * trained}:
+        raise complain("quantizer", type(quantizer).__name__, f"a flat index of {nlist} vectors of {d} dimensions")
+    reader.number("B", "quantizer_trains_alone", 0, 0)
+    codebooks = _codebooks(reader, d, trained)
+    sizes = ((nlist - 1).bit_length() + 7) // 8, code_size(codebooks)
+    for name, size in zip(("code_size_1", "code_size_2", "code_size"), (*sizes, sum(sizes)), strict=True):
+        reader.number("Q", name, size, size)
+    codes = reader.vector(np.uint8, "codes", ntotal * sum(sizes)).reshape(ntotal, sum(sizes))
+    return TwoLayer(*head, quantizer, nlist, codebooks, codes)
+
+
+def _pass_direct_map(reader: Reader) -> int:
+    """Its kind: where rows lie is known without."""
     kind = reader.number("B", "direct map", 0, 2)
     reader.array(np.int64, reader.count("Q", "direct map"), "direct map")
     if kind == 2:
         reader.array(np.int64, 2 * reader.count("Q", "direct map"), "direct map")
+    return kind
 
 
 def _lists(reader: Reader, nlist: int, size: int, ntotal: int) -> tuple[Integers, Bytes, Integers]:
@@ -409,8 +438,9 @@ def _within(reader: Reader, depth: int, ntotal: int) -> Node:
 
 
 _READERS: dict[str, Callable[[Reader, str, Head, int], Node]] = {
-    "IxF2": _flat, "IxFI": _flat, "IxSQ": _sq, "IxPq": _pq, "IPfs": _fast_pq, "IwFl": _ivf, "IwPQ": _ivf, "IwPf": _ivf,
-    "IwSq": _ivf, "IxPT": _pretransform, "IxRF": _refine, "IxMp": _idmap, "IxM2": _idmap,
+    "IxF2": _flat, "IxFI": _flat, "IxFl": _flat, "IxSQ": _sq, "IxPq": _pq, "IPfs": _fast_pq, "IwFl": _ivf,
+    "IwPQ": _ivf, "IwPf": _ivf, "IwSq": _ivf, "Ix2L": _two_layer, "IxPT": _pretransform, "IxRF": _refine,
+    "IxMp": _idmap, "IxM2": _idmap,
 }  # fmt: skip
 
 
@@ -435,6 +465,8 @@ def write_tree(node: Node, file: BinaryIO) -> None:
     kind, body = _WRITERS[type(node)]
     file.write((kind(node) if callable(kind) else kind).encode())
     file.write(struct.pack(_HEADER, node.d, node.ntotal, _UNUSED, _UNUSED, node.is_trained, node.metric))
+    if node.metric > L2:
+        file.write(struct.pack("<f", 0.0))  # metric_arg
     body(node, file)
 
 
@@ -475,7 +507,7 @@ def _write_quantizer(kind: int, d: int, trained: Floats, file: BinaryIO) -> None
 def _write_ivf(node: IVF, file: BinaryIO) -> None:
     file.write(struct.pack("<QQ", len(node.length), node.nprobe))
     write_tree(node.quantizer, file)
-    file.write(struct.pack("<BQ", 0, 0))  # no direct map
+    _write_direct_map(node, file)
     if node.kind is not None:
         _write_quantizer(node.kind, node.d, node.trained, file)
         file.write(struct.pack("<Q?", node.d * SQ_SIZES[node.kind], node.by_residual))
@@ -486,6 +518,28 @@ def _write_ivf(node: IVF, file: BinaryIO) -> None:
             file.write(struct.pack("<iQiQ", ROWS, 2 * size, 0, 0))
         write_codebooks(node.codebooks, file)
     (_write_block_lists if node.fast else _write_lists)(node, file)
+
+
+def _write_direct_map(node: IVF, file: BinaryIO) -> None:
+    """Of an id, its list, and its place there in the low half."""
+    count = len(node.ids)
+    home = np.repeat(np.arange(len(node.length)), node.length)
+    places = home << 32 | np.arange(count) - (np.cumsum(node.length) - node.length)[home]
+    in_turn = count == 0 or (int(node.ids.min()) == 0 and int(node.ids.max()) == count - 1)
+    kind = 2 if node.direct == 1 and not in_turn else node.direct
+    file.write(struct.pack("<B", kind))
+    _put(file, np.int64, places[np.argsort(node.ids)] if kind == 1 else places[:0])
+    if kind == 2:
+        _put(file, np.int64, np.stack([node.ids, places], 1), count)
+
+
+def _write_two_layer(node: TwoLayer, file: BinaryIO) -> None:
+    write_tree(node.quantizer, file)
+    file.write(struct.pack("<QB", node.nlist, 0))
+    write_codebooks(node.codebooks, file)
+    size = code_size(node.codebooks)
+    file.write(struct.pack("<QQQ", ((node.nlist - 1).bit_length() + 7) // 8, size, node.codes.shape[1]))
+    _put(file, np.uint8, node.codes)
 
 
 def _write_lists(node: IVF, file: BinaryIO) -> None:
@@ -546,12 +600,13 @@ def _write_idmap(node: IDMap, file: BinaryIO) -> None:
 
 
 _WRITERS: dict[type[Node], tuple[Any, Callable[[Any, BinaryIO], None]]] = {
-    Flat: (lambda node: "IxFI" if node.metric == INNER_PRODUCT else "IxF2",
+    Flat: (lambda node: _flat_kind(node.metric),
            lambda node, file: _put(file, np.float32, node.vectors)),
     SQ: ("IxSQ", _write_sq),
     PQ: (lambda node: "IPfs" if node.fast else "IxPq", _write_pq),
     IVF: (lambda node: "IwSq" if node.kind is not None else
           "IwFl" if node.codebooks is None else "IwPf" if node.fast else "IwPQ", _write_ivf),
+    TwoLayer: ("Ix2L", _write_two_layer),
     PreTransform: ("IxPT", _write_pretransform),
     Refine: ("IxRF", _write_refine),
     IDMap: (lambda node: "IxM2" if node.two_way else "IxMp", _write_idmap),

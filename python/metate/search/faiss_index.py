@@ -109,9 +109,11 @@ def sq_rows(stored: nodes.Bytes, dtype: torch.dtype) -> Tensor:
     return rows.reshape(-1).view(dtype).view(len(stored), stored.shape[1] // dtype.itemsize)
 
 
-def _centroids(quantizer: nodes.Flat | nodes.PQ) -> nodes.Floats:
+def _centroids(quantizer: nodes.Node) -> nodes.Floats:
     if isinstance(quantizer, nodes.Flat):
         return quantizer.vectors
+    if not isinstance(quantizer, nodes.PQ):
+        raise files.complain("quantizer", type(quantizer).__name__, "the centroids of all lists")
     codes, books = (torch.from_numpy(array.copy()) for array in (quantizer.codes, quantizer.codebooks))
     centroids: nodes.Floats = pq_decode(codes, books).numpy()
     return centroids
@@ -130,7 +132,7 @@ def _rotation(node: nodes.PreTransform) -> nodes.Floats:
 
 def _like(node: nodes.Node, rotated: bool, refined: bool) -> Index:
     """An empty index of the kind."""
-    metric, refine = "l2" if node.metric == nodes.L2 else "inner_product", "float32" if refined else None
+    metric, refine = nodes.METRICS[node.metric], "float32" if refined else None
     if isinstance(node, nodes.PQ):
         if node.asked is not None and node.asked[0]:
             raise files.complain("search_type", node.asked[0], "0, or metate.compat.faiss")
@@ -202,7 +204,8 @@ def to_tree(index: Index) -> nodes.Node:
     """The nodes that faiss has for it."""
     state = index._state
     lists, model = state.lists, {name: tensor.cpu().numpy() for name, tensor in state.model.items()}
-    rows, trained, metric = lists.rows(), index.is_trained, nodes.INNER_PRODUCT if index.largest else nodes.L2
+    rows, trained = lists.rows(), index.is_trained
+    metric = next(number for number, name in nodes.METRICS.items() if name == index._scan_metric)
     ids, n = lists.ids(rows), len(rows)
     head = index.dim, n, metric, trained
     sequential = bool(np.array_equal(ids, np.arange(n)))

@@ -13,7 +13,8 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
-L2, INNER_PRODUCT = 1, 0
+INNER_PRODUCT, L2, L1, LINF = range(4)
+METRICS = {INNER_PRODUCT: "inner_product", L2: "l2", L1: "l1", LINF: "linf"}
 SQ_BYTE, SQ_HALF, SQ_BFLOAT = 0, 4, 7
 SQ_SIZES = {SQ_BYTE: 1, SQ_HALF: 2, SQ_BFLOAT: 2}  # bytes of a number
 
@@ -56,7 +57,8 @@ class SQ(Node):
 @dataclass
 class IVF(Node):
     """Vectors or codes as bytes (rows, code_size), with their ids, list by list; codebooks: of IVF-PQ; fast: of its
-    fast scan; kind and trained: of scalar-quantised ones, as of SQ."""
+    fast scan; kind and trained: of scalar-quantised ones, as of SQ. A quantizer with ids has the centroids of some
+    lists."""
 
     nprobe: int = 1
     quantizer: Any = None
@@ -68,6 +70,17 @@ class IVF(Node):
     fast: bool = False
     kind: int | None = None
     trained: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    direct: int = 0  # the kind of its map from ids to places
+
+
+@dataclass
+class TwoLayer(Node):
+    """Codes (ntotal, bytes), each the number of a list and the code of what is left beside its centroid."""
+
+    quantizer: Any = None
+    nlist: int = 0
+    codebooks: Floats = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+    codes: Bytes = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
 
 
 @dataclass

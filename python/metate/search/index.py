@@ -207,7 +207,7 @@ class Index(Searching):
             residual = isinstance(self.codec, Product) and self.codec.residual
             like = torch.empty(1, 1), torch.empty(1, 1), *[None] * 5, 1, 0, False
             if old.run is not None or topk_op.plan(like)[0] == "cpu":
-                run = library.prepared_add((*columns, *extents, int(self.largest), residual))
+                run = library.prepared_add((*columns, *extents, self._metric_number, residual))
         self._adding = Adding(lists.columns, lists.start, model, run)
         return self._adding
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from metate.errors import fail, require_choice
+from metate.ops.pq import METRICS, OF_CODES
+from metate.ops.pq.codes import LEAST_BITS, MOST_BITS
 from metate.scalars import is_whole, plain
-from metate.search.base import METRICS
 from metate.search.codecs import STORED, Product, Vectors
 from metate.search.index import Index
 
-_MOST_BITS = 16
 _MOST_SIZE = 2**31 - 1
 MOST_SEED = 2**63 - 1
 
@@ -22,7 +22,7 @@ class FlatIndex(Index):
 
     Args:
         dim: dimensions of a vector.
-        metric: "l2" (squared distance), "inner_product", or "cosine".
+        metric: "l2" (squared distance), "inner_product", "cosine", "l1" (sum of differences), or "linf" (the largest).
         storage: "float32", "float16", "bfloat16", or "sq8" (a byte a dimension, trained).
         device: where the vectors lie.
     """
@@ -44,9 +44,10 @@ class PQIndex(Index):
     """Product-quantised vectors (Jégou, Douze, Schmid 2011), all of them scanned.
 
     Args:
-        dim, metric, device: as of FlatIndex.
+        dim, device: as of FlatIndex.
+        metric: "l2", "inner_product", or "cosine".
         M: sub-vectors; dim is a multiple of it.
-        bits: of a sub-code, 4 to 16. A vector takes M × bits / 8 bytes.
+        bits: of a sub-code, 1 to 16; 4 and 8 are scanned fastest. A vector takes M × bits / 8 bytes.
         opq: rotate first, so that less is lost (Ge et al. 2013). Trained.
         refine: None, or how full vectors are kept beside the codes, to rank candidates by: a `storage` of FlatIndex.
         seed: of the sample and of k-means.
@@ -97,8 +98,8 @@ class IVFPQIndex(Index):
     """Product-quantised vectors in lists (Jégou, Douze, Schmid 2011).
 
     Args:
-        dim, nlist, metric, device: as of IVFFlatIndex.
-        M, bits, opq, refine, seed: as of PQIndex.
+        dim, nlist, device: as of IVFFlatIndex.
+        metric, M, bits, opq, refine, seed: as of PQIndex.
         residual: quantise what is left of a vector when the centroid of its list is subtracted.
     """
 
@@ -129,11 +130,11 @@ def _check(op: str, **given: Any) -> None:
     seed = given.get("seed", 0)
     if not is_whole(seed, 0, MOST_SEED):
         raise fail(op, "seed", repr(seed), f"an integer from 0 to {MOST_SEED}")
-    require_choice(op, "metric", given["metric"], METRICS)
+    require_choice(op, "metric", given["metric"], OF_CODES if "M" in given else METRICS)
     for name in ("storage", "refine"):
         if given.get(name) is not None:
             require_choice(op, name, given[name], STORED)
     if "M" in given and given["dim"] % given["M"]:
         raise fail(op, "M", given["M"], f"a divisor of dim, {given['dim']}")
-    if "bits" in given and not 4 <= given["bits"] <= _MOST_BITS:
-        raise fail(op, "bits", given["bits"], f"4 to {_MOST_BITS}")
+    if "bits" in given and not LEAST_BITS <= given["bits"] <= MOST_BITS:
+        raise fail(op, "bits", given["bits"], f"{LEAST_BITS} to {MOST_BITS}")

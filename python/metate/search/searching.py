@@ -162,8 +162,8 @@ class Searching(Base):
             stored = state.model["centroids"], state.lists.extents[:-1], rows, codebooks, *beside
             kept, n = (state.lists.ids_column(), state.lists.kept), len(next(iter(columns.values())))
             residual = isinstance(self.codec, Product) and self.codec.residual
-            run = _prepared(*stored, *kept, n, int(self.largest), residual) if plain else None
-            state.cache["listed"] = _Listed(stored, n, int(self.largest), residual, self._at_once(1), run)
+            run = _prepared(*stored, *kept, n, self._metric_number, residual) if plain else None
+            state.cache["listed"] = _Listed(stored, n, self._metric_number, residual, self._at_once(1), run)
         listed: _Listed = state.cache["listed"]
         return listed
 

@@ -7,21 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from metate.compat.faiss.distances import METRIC_L2, between, metric_name
 from metate.compat.faiss.parameters import Floats, Owned
 from metate.compat.faiss.quantizer import Bytes, as_array, like
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF, SearchParametersPQ, selector
 
-METRIC_INNER_PRODUCT, METRIC_L2 = 0, 1
-_METRICS = {METRIC_INNER_PRODUCT: "inner_product", METRIC_L2: "l2"}
 MOST = float(np.finfo(np.float32).max)  # the distance of what is not there
-
-
-def metric_name(metric: int) -> str:
-    if metric not in _METRICS:
-        raise NotImplementedError(
-            f"metate.compat.faiss: metric is {metric}, expected METRIC_L2 or METRIC_INNER_PRODUCT"
-        )
-    return _METRICS[metric]
 
 
 class Index(Owned):
@@ -56,6 +47,14 @@ class Index(Owned):
         raise NotImplementedError
 
     def reconstruct_batch(self, keys: Any) -> Any:
+        """The vectors of ids; of an index of lists once it has a direct map."""
+        self._may_reconstruct()
+        return self._vectors_of(keys)
+
+    def _may_reconstruct(self) -> None:
+        """Raises where ids alone do not lead to vectors, as faiss has it."""
+
+    def _vectors_of(self, keys: Any) -> Any:
         raise NotImplementedError
 
     def sa_code_size(self) -> int:
@@ -106,7 +105,7 @@ class Index(Owned):
         found = np.full((*ids.shape, self.d), np.nan, np.float32)
         there = np.asarray(ids) >= 0
         if there.any():
-            found[there] = as_array(self.reconstruct_batch(np.asarray(ids)[there]))
+            found[there] = as_array(self._vectors_of(np.asarray(ids)[there]))
         return distances, ids, like(x, found)
 
     def reconstruct(self, key: int, x: Any = None) -> Any:
@@ -116,7 +115,7 @@ class Index(Owned):
         count = self.ntotal - n0 if ni == -1 else ni
         if n0 < 0 or count < 0 or n0 + count > self.ntotal:
             raise RuntimeError(f"reconstruct_n: {n0} and the next {ni}, expected within {self.ntotal} vectors")
-        return given((self.reconstruct_batch(np.arange(n0, n0 + count)), x))[0]
+        return given((self._vectors_of(np.arange(n0, n0 + count)), x))[0]
 
     def sa_encode(self, x: Any, codes: Any = None) -> Any:
         """The bytes of vectors, (n, sa_code_size())."""
@@ -163,15 +162,17 @@ class DistanceComputer(Owned):
         self._query = as_array(self._before(as_array(x).reshape(1, -1))).reshape(self._index.d)
 
     def __call__(self, i: int) -> float:
-        return self._distance(self._query, as_array(self._index.reconstruct(i)))
+        return self._distance(self._query, self._vector(i))
 
     def symmetric_dis(self, i: int, j: int) -> float:
         """Between two vectors of the index."""
-        return self._distance(*(as_array(self._index.reconstruct(at)) for at in (i, j)))
+        return self._distance(self._vector(i), self._vector(j))
+
+    def _vector(self, at: int) -> Floats:
+        return as_array(self._index._vectors_of(np.array([at]))).reshape(-1)
 
     def _distance(self, a: Floats, b: Floats) -> float:
-        product = self._index.metric_type == METRIC_INNER_PRODUCT
-        return float(np.dot(a, b) if product else np.square(a - b).sum())
+        return float(between(self._index.metric_type, a, b))
 
 
 def given(*pairs: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -206,7 +207,7 @@ class Elementary(Index):
     def is_trained(self, trained: bool) -> None:
         """With centroids and codebooks set by hand."""
         if trained and not self._inner.is_trained:
-            if not all(np.any(array) for array in self._given().values()):
+            if not all(np.any(np.asarray(array)) for array in self._given().values()):
                 self._ready()
             self._set_trained()
 
@@ -252,7 +253,7 @@ class Elementary(Index):
         lims, distances, ids = self._inner.range_search(x, radius, **self._how(params))
         return lims, distances, ids
 
-    def reconstruct_batch(self, keys: Any) -> Any:
+    def _vectors_of(self, keys: Any) -> Any:
         try:
             return self._inner.reconstruct(keys)
         except KeyError as error:

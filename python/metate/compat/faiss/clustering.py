@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, Index, metric_name
+from metate.compat.faiss.base import Index
+from metate.compat.faiss.distances import METRIC_INNER_PRODUCT, METRIC_L2, metric_name
 from metate.compat.faiss.indexes import IndexFlat, IndexFlatIP, IndexFlatL2
 from metate.compat.faiss.parameters import ClusteringParameters, Floats, IterationStats, Vector
 from metate.compat.faiss.quantizer import as_array
@@ -79,4 +80,5 @@ def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[Any, Any]:
 
 
 def flat_like(d: int, metric: int) -> IndexFlat:
-    return IndexFlatL2(d) if metric == METRIC_L2 else IndexFlatIP(d)
+    kinds = {METRIC_L2: IndexFlatL2, METRIC_INNER_PRODUCT: IndexFlatIP}
+    return kinds[metric](d) if metric in kinds else IndexFlat(d, metric)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from metate.compat.faiss.base import METRIC_INNER_PRODUCT, DistanceComputer, Index
+from metate.compat.faiss.base import DistanceComputer, Index
+from metate.compat.faiss.distances import METRIC_INNER_PRODUCT, between
 from metate.compat.faiss.indexes import IndexFlat
 from metate.compat.faiss.parameters import Floats, Vector
 from metate.compat.faiss.quantizer import Bytes, as_array, like
@@ -51,6 +53,9 @@ class _Around(Index):
     def reset(self) -> None:
         self.index.reset()
 
+    def _may_reconstruct(self) -> None:
+        self.index._may_reconstruct()
+
     def sa_code_size(self) -> int:
         return self.index.sa_code_size()
 
@@ -65,11 +70,13 @@ class _Around(Index):
 
 
 class IndexIDMap(_Around):
-    """Ids of one's own for an index that numbers vectors."""
+    """Ids of one's own for an index that numbers vectors. A search beside a removal, which moves vectors, is done
+    again: what it finds was there at one time."""
 
     _room: Integers  # what `_ids` is the beginning of
     _count: int
-    _writing: threading.Lock
+    _writing: threading.RLock
+    _moves: int  # of vectors to other places: begun and ended ones, so that it is odd during one
 
     def __init__(self, index: Index) -> None:
         super().__init__(index)
@@ -79,7 +86,7 @@ class IndexIDMap(_Around):
 
     def __new__(cls, *args: Any) -> IndexIDMap:
         made = super().__new__(cls)
-        made._writing = threading.Lock()
+        made._writing, made._moves = threading.RLock(), 0
         return made
 
     @property
@@ -146,32 +153,65 @@ class IndexIDMap(_Around):
         places = np.flatnonzero(params.sel(self._ids))
         return type(params)(**{**params.__dict__, "sel": IDSelectorBatch(places)})
 
+    def _in_place(self, read: Callable[[], Any]) -> Any:
+        """What is read while no vector moves: where one did, again, and no other may meanwhile."""
+        before = self._moves
+        if before % 2 == 0:
+            try:
+                found = read()
+            except Exception:
+                if self._moves == before:
+                    raise
+            else:
+                if self._moves == before:
+                    return found
+        with self._writing:
+            return read()
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        with self._writing:
+            self._moves += 1
+            try:
+                yield
+            finally:
+                self._moves += 1
+
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
-        distances, places = self.index._search(x, k, self._params(params))
-        return distances, self._named(places)
+        def found() -> tuple[Any, Any]:
+            distances, places = self.index._search(x, k, self._params(params))
+            return distances, self._named(places)
+
+        return self._in_place(found)  # type: ignore[no-any-return]
 
     def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
-        lims, distances, places = self.index._range(x, radius, self._params(params))
-        return lims, distances, self._named(places)
+        def found() -> tuple[Any, Any, Any]:
+            lims, distances, places = self.index._range(x, radius, self._params(params))
+            return lims, distances, self._named(places)
+
+        return self._in_place(found)  # type: ignore[no-any-return]
 
     def remove_ids(self, x: Any) -> int:
-        gone = selector(x)(self._ids)
-        removed = self.index.remove_ids(np.flatnonzero(gone))
-        self._ids = self._ids[~gone]
+        with self._moving():
+            gone = selector(x)(self._ids)
+            removed = self.index.remove_ids(np.flatnonzero(gone))
+            self._ids = self._ids[~gone]
         return removed
 
     def merge_from(self, other: Any, add_id: int = 0) -> None:
-        ids = np.concatenate([self._ids, other.id_map + add_id])
-        self.index.merge_from(other.index)
-        self._ids = ids
+        self._add(other.id_map + add_id, lambda: self.index.merge_from(other.index))
         other.reset()
 
     def reset(self) -> None:
-        self.index.reset()
-        self._ids = np.zeros(0, np.int64)
+        with self._moving():
+            self.index.reset()
+            self._ids = np.zeros(0, np.int64)
 
-    def reconstruct_batch(self, keys: Any) -> Any:
+    def _may_reconstruct(self) -> None:
         raise RuntimeError("IndexIDMap: reconstruct is not there, use IndexIDMap2")
+
+    def _vectors_of(self, keys: Any) -> Any:
+        self._may_reconstruct()
 
 
 class IndexIDMap2(IndexIDMap):
@@ -180,13 +220,19 @@ class IndexIDMap2(IndexIDMap):
     def check_consistency(self) -> None:
         """Nothing to do: ids are looked up where they are."""
 
-    def reconstruct_batch(self, keys: Any) -> Any:
-        order = np.argsort(self._ids, kind="stable")
-        wanted = np.asarray(keys, np.int64)
-        at = np.minimum(np.searchsorted(self._ids, wanted, sorter=order), max(len(order) - 1, 0))
-        if not len(order) or (self._ids[order[at]] != wanted).any():
+    def _may_reconstruct(self) -> None:
+        self.index._may_reconstruct()
+
+    def _vectors_of(self, keys: Any) -> Any:
+        return self._in_place(lambda: self.index._vectors_of(self._places(np.asarray(keys, np.int64))))
+
+    def _places(self, wanted: Integers) -> Integers:
+        ids = self._ids
+        order = np.argsort(ids, kind="stable")
+        at = np.minimum(np.searchsorted(ids, wanted, sorter=order), max(len(order) - 1, 0))
+        if not len(order) or (ids[order[at]] != wanted).any():
             raise RuntimeError("IndexIDMap2: a key is not in the index")
-        return self.index.reconstruct_batch(order[at])
+        return np.asarray(order[at], np.int64)
 
 
 class IndexPreTransform(_Around):
@@ -263,8 +309,8 @@ class IndexPreTransform(_Around):
     def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
         return self.index._range(self.apply_chain(x), radius, self._params(params))
 
-    def reconstruct_batch(self, keys: Any) -> Any:
-        return self.reverse_chain(self.index.reconstruct_batch(keys))
+    def _vectors_of(self, keys: Any) -> Any:
+        return self.reverse_chain(self.index._vectors_of(keys))
 
 
 class IndexRefine(Index):
@@ -289,8 +335,11 @@ class IndexRefine(Index):
         self.refine_index.train(x)
 
     def add(self, x: Any) -> None:
-        self.base_index.add(x)
+        """What ranks candidates first: whoever searches meanwhile finds none without."""
+        if not self.is_trained:
+            raise RuntimeError(f"{type(self).__name__}: not trained; call train(x)")
         self.refine_index.add(x)
+        self.base_index.add(x)
 
     def reset(self) -> None:
         self.base_index.reset()
@@ -305,8 +354,11 @@ class IndexRefine(Index):
     def _decode(self, codes: Bytes) -> Floats:
         return self.refine_index._decode(np.ascontiguousarray(codes[:, self.base_index.sa_code_size() :]))
 
-    def reconstruct_batch(self, keys: Any) -> Any:
-        return self.refine_index.reconstruct_batch(keys)
+    def _may_reconstruct(self) -> None:
+        self.refine_index._may_reconstruct()
+
+    def _vectors_of(self, keys: Any) -> Any:
+        return self.refine_index._vectors_of(keys)
 
     def _asked(self, params: SearchParameters | None) -> tuple[float, SearchParameters | None]:
         """k_factor, and the parameters of the base index."""
@@ -316,11 +368,10 @@ class IndexRefine(Index):
 
     def _distances(self, queries: Floats, ids: Any) -> Floats:
         """Of each query and the vector under the id beside it; of -1 the worst."""
-        product = self.metric_type == METRIC_INNER_PRODUCT
-        distances = np.full(ids.shape, -np.inf if product else np.inf, np.float32)
-        there = ids >= 0
-        vectors, queries = as_array(self.refine_index.reconstruct_batch(ids[there])), queries[there]
-        distances[there] = (vectors * queries).sum(1) if product else np.square(vectors - queries).sum(1)
+        worst = -np.inf if self.metric_type == METRIC_INNER_PRODUCT else np.inf
+        distances, there = np.full(ids.shape, worst, np.float32), ids >= 0
+        vectors = as_array(self.refine_index._vectors_of(ids[there]))
+        distances[there] = between(self.metric_type, queries[there], vectors)
         return distances
 
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:

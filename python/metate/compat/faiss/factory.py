@@ -6,17 +6,22 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from metate.compat.faiss.base import METRIC_L2, Elementary, Index
+from metate.compat.faiss.base import Elementary, Index
 from metate.compat.faiss.clustering import flat_like
 from metate.compat.faiss.composite import IndexIDMap, IndexIDMap2, IndexPreTransform, IndexRefine, IndexRefineFlat
+from metate.compat.faiss.distances import METRIC_L2
 from metate.compat.faiss.indexes import IndexFlat, IndexPQ, IndexPQFastScan, IndexScalarQuantizer
 from metate.compat.faiss.ivf import (
+    DirectMap,
+    Index2Layer,
     IndexIVF,
     IndexIVFFlat,
     IndexIVFPQ,
@@ -88,6 +93,8 @@ def _made(part: str, d: int) -> VectorTransform | None:
 
 
 def _elementary(d: int, parts: list[str], metric: int, description: str) -> Index:
+    if layers := re.fullmatch(r"Residual(\d+),PQ(\d+)(?:x(\d+))?(?:np)?", ",".join(parts)):
+        return Index2Layer(flat_like(d, metric), int(layers[1]), int(layers[2]), int(layers[3] or 8), metric)
     lists = re.fullmatch(r"IVF(\d+)([kM]?)(?:\((PQ.+)\))?", parts[0]) if len(parts) == 2 else None
     nlist = int(lists[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[lists[2]] if lists else 0
     code = parts[-1] if len(parts) == (2 if lists else 1) else ""
@@ -95,7 +102,7 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
     if code not in ("Flat", *SCALARS) and not match:
         raise RuntimeError(
             f"index_factory: {description!r}, expected what metate has: [IDMap,][PCAn|OPQ…|RR…|L2norm,]"
-            "[IVFn[(PQm)],]Flat|PQm[xb]|PQmx4fs|SQ8|SQfp16|SQbf16[,Refine(Flat|SQ8|PQm)]"
+            "[IVFn[(PQm)],]Flat|PQm[xb]|PQmx4fs|SQ8|SQfp16|SQbf16[,Refine(Flat|SQ8|PQm)], or Residualn,PQm"
         )
     if match:
         M, bits = int(match[1]), int(match[2] or 8)
@@ -201,6 +208,32 @@ def read_VectorTransform(path: str | IOReader) -> VectorTransform:
     return _read(path, files.read_transform, _transform)  # type: ignore[no-any-return]
 
 
+def shard_ivf_index_centroids(
+    index: IndexIVF, shard_count: int = 20, filename_template: str = "shard.%d.index",
+    sharding_function: Callable[[int, int], int] | None = None, generate_ids: bool = False,
+) -> None:  # fmt: skip
+    """Writes copies of an index, each with the centroids that the function of (number, shard_count), by default the
+    remainder, gives it: under their numbers, so that lists stay what they are, or, not trained, under new ones."""
+    op, count = "shard_ivf_index_centroids", index.quantizer.ntotal
+    if not count:
+        raise RuntimeError(f"{op}: the quantizer has no centroids, expected some to shard")
+    if index.is_trained and not generate_ids:
+        raise RuntimeError(f"{op}: generate_ids is False of a trained index, expected True: lists keep their numbers")
+    centroids = np.asarray(index.quantizer.reconstruct_n())
+    shard_of = sharding_function or (lambda number, count: number % count)
+    home = np.array([shard_of(i, shard_count) for i in range(count)])
+    if home.min() < 0 or home.max() >= shard_count:
+        raise RuntimeError(f"{op}: shards {home.min()} to {home.max()}, expected 0 to {shard_count - 1}")
+    tree = _tree(index)
+    assert isinstance(tree, nodes.IVF)
+    for shard in range(shard_count):
+        numbers = np.flatnonzero(home == shard)
+        head = index.d, len(numbers), index.quantizer.metric_type, True
+        part: nodes.Node = nodes.Flat(*head, centroids[numbers])
+        part = nodes.IDMap(*head, part, numbers, True) if generate_ids else part
+        _write(filename_template % shard, partial(files.write_tree, replace(tree, quantizer=part)))
+
+
 def serialize_index(index: Index | None) -> npt.NDArray[np.uint8]:
     file = io.BytesIO()
     _write_node(index, file)
@@ -231,9 +264,14 @@ def _tree(index: Index) -> nodes.Node:
         tree = to_tree(index._inner)
         assert isinstance(tree, nodes.IVF)
         tree.quantizer, tree.fast = _tree(index.quantizer), isinstance(index, IndexIVFPQFastScan)
+        tree.direct = index.direct_map.type
         if isinstance(index, IndexIVFScalarQuantizer):
             tree.by_residual, tree.trained = index.by_residual, index.sq.trained
         return tree
+    if isinstance(index, Index2Layer):
+        codes = index.codes.reshape(-1, index.code_size)
+        quantizer = _tree(index.q1.quantizer)
+        return nodes.TwoLayer(*head, quantizer, index.q1.nlist, index.pq._books.numpy(), codes)
     leaf = to_tree(index._inner)  # type: ignore[attr-defined]
     if isinstance(leaf, nodes.SQ) and isinstance(index, IndexScalarQuantizer):
         leaf.trained = index.sq.trained
@@ -277,12 +315,30 @@ def _index(node: nodes.Node) -> Index:
         refined.k_factor = node.k_factor
         return refined
     if isinstance(node, nodes.IVF):  # lists are found by the quantizer's metric here, whatever that of the index
-        stored = replace(node, quantizer=replace(node.quantizer, metric=node.metric))
+        stored = replace(node, quantizer=replace(_of_all_lists(node), metric=node.metric))
         if node.codebooks is None:  # vectors less centroids are what the index within knows
             stored.by_residual = False
         return _leaf(from_tree(stored), node)
+    if isinstance(node, nodes.TwoLayer):
+        M, levels, _ = node.codebooks.shape
+        layered = Index2Layer(_index(node.quantizer), node.nlist, M, levels.bit_length() - 1, node.metric)
+        layered.pq._books = torch.from_numpy(node.codebooks.copy())
+        layered.is_trained = node.is_trained
+        if len(node.codes):
+            layered.add_sa_codes(node.codes)
+        return layered
     plain = replace(node, asked=None) if isinstance(node, nodes.PQ) else node
     return _leaf(from_tree(plain), node)
+
+
+def _of_all_lists(node: nodes.IVF) -> nodes.Node:
+    """The quantizer; of one with ids a flat one, zeros where it has no centroid; of an untrained index none."""
+    if not isinstance(node.quantizer, nodes.IDMap):
+        return node.quantizer if node.is_trained else nodes.Flat(node.d, 0, node.metric)
+    centroids = np.zeros((len(node.length), node.d), np.float32)
+    if node.is_trained:
+        centroids[node.quantizer.ids] = _index(node.quantizer.index).reconstruct_n()
+    return nodes.Flat(node.d, len(centroids), node.metric, True, centroids)
 
 
 def _transform(step: nodes.Step) -> VectorTransform:
@@ -314,7 +370,7 @@ def _leaf(inner: Any, node: nodes.Node) -> Index:
             kind = IndexIVFPQFastScan if node.fast else IndexIVFPQ
             found = kind(quantizer, node.d, inner.nlist, inner.M, inner.bits, node.metric)
             found.by_residual = inner.residual
-        found.nprobe = node.nprobe
+        found.nprobe, found.direct_map = node.nprobe, DirectMap(node.direct)
     elif isinstance(node, nodes.PQ):
         coded = found = (IndexPQFastScan if node.fast else IndexPQ)(node.d, inner.M, inner.bits, node.metric)
         if node.asked is not None:

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from metate.compat.faiss.base import METRIC_INNER_PRODUCT, METRIC_L2, MOST, Elementary, Index, by_id, given, metric_name
+from metate.compat.faiss.arrays import RangeSearchResult, best_of
+from metate.compat.faiss.base import MOST, Elementary, Index, by_id, given
+from metate.compat.faiss.composite import IndexIDMap
+from metate.compat.faiss.distances import METRIC_INNER_PRODUCT, METRIC_L2, between, metric_name
 from metate.compat.faiss.indexes import IndexFlat, IndexPQ
 from metate.compat.faiss.lists import (
     InvertedLists,
@@ -37,24 +40,34 @@ from metate.search.filters import keep_bitmap
 
 
 class DirectMap:
-    """Kinds of maps from ids to rows: here all the same."""
+    """Kinds of maps from ids to rows. Here ids are always found; but without a map, `reconstruct` is refused."""
 
     NoMap, Array, Hashtable = range(3)
+
+    def __init__(self, type: int = NoMap) -> None:
+        self.type = type
+
+    def no(self) -> bool:
+        return self.type == self.NoMap
 
 
 class IndexIVF(Elementary):
     """Lists by the nearest vector of a flat or PQ index, which training fills, or which comes filled."""
+
+    PARALLEL_MODE_NO_HEAP_INIT = 1024  # of parallel_mode: results go on from those that D and I hold
 
     code_size: int
     quantizer_trains_alone, clustering_index = Only(0), Only(None)
 
     def __init__(self, quantizer: Index, d: int, nlist: int, metric: int = METRIC_L2) -> None:
         super().__init__(d, metric)
-        if not isinstance(quantizer, (IndexFlat, IndexPQ)):
+        if not isinstance(getattr(quantizer, "index", quantizer), (IndexFlat, IndexPQ)):
             raise NotImplementedError(
-                f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat or IndexPQ"
+                f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat or IndexPQ, or an "
+                "IndexIDMap2 of one"
             )
         self.quantizer, self.nlist, self.nprobe, self.max_codes = quantizer, int(nlist), 1, 0
+        self.direct_map = DirectMap()
         self.own_fields, self.parallel_mode = True, 0  # work is divided in one way, which parallel_mode does not change
         self.cp = ClusteringParameters(niter=10, spherical=metric == METRIC_INNER_PRODUCT)
         self._inner = self._make()
@@ -78,7 +91,7 @@ class IndexIVF(Elementary):
 
     def train(self, x: Any) -> None:
         points = as_array(self._checked(x))
-        if self.quantizer.ntotal != self.nlist:
+        if self.quantizer.ntotal != self.nlist and not isinstance(self.quantizer, IndexIDMap):
             centroids, _ = self.cp.run(points, self.nlist, self.quantizer.metric_type == METRIC_INNER_PRODUCT)
             self.quantizer.reset()
             if not self.quantizer.is_trained:
@@ -94,14 +107,19 @@ class IndexIVF(Elementary):
         return {"centroids": self._centroids()}
 
     def _centroids(self) -> Floats:
+        """Of all lists; zeros for those that a quantizer with ids of its own does not have."""
+        if isinstance(self.quantizer, IndexIDMap):
+            centroids, ids = np.zeros((self.nlist, self.d), np.float32), self.quantizer.id_map
+            centroids[ids] = self.quantizer.index._vectors_of(np.arange(len(ids)))
+            return centroids
         if self.quantizer.ntotal != self.nlist:
             raise RuntimeError(f"{type(self).__name__}: not trained; call train(x)")
         return as_array(self.quantizer.reconstruct_n())
 
     @property
     def _mixed(self) -> bool:
-        """Whether lists are found by another metric than that of the vectors in them."""
-        return self.quantizer.metric_type != self.metric_type
+        """Whether lists are found otherwise than by the metric of the vectors in them among all centroids."""
+        return self.quantizer.metric_type != self.metric_type or isinstance(self.quantizer, IndexIDMap)
 
     @property
     def _direct(self) -> bool:
@@ -140,7 +158,7 @@ class IndexIVF(Elementary):
 
     @property
     def invlists(self) -> InvertedLists:
-        return InvertedLists(self._inner)
+        return InvertedLists(self._inner, self.code_size)
 
     def get_list_size(self, number: int) -> int:
         return self.invlists.list_size(number)
@@ -150,9 +168,16 @@ class IndexIVF(Elementary):
         return all(bool((np.diff(self.invlists.get_ids(number)) > 0).all()) for number in range(self.nlist))
 
     def make_direct_map(self, new_maintain_direct_map: bool = True) -> None:
-        """Nothing to do: ids are found without."""
+        self.set_direct_map_type(DirectMap.Array if new_maintain_direct_map else DirectMap.NoMap)
 
-    set_direct_map_type = make_direct_map
+    def set_direct_map_type(self, type: int) -> None:
+        if type not in (DirectMap.NoMap, DirectMap.Array, DirectMap.Hashtable):
+            raise RuntimeError(f"set_direct_map_type: type is {type}, expected NoMap, Array or Hashtable of DirectMap")
+        self.direct_map = DirectMap(int(type))
+
+    def _may_reconstruct(self) -> None:
+        if self.direct_map.no():
+            raise RuntimeError(f"{type(self).__name__}: direct map not initialized; call make_direct_map()")
 
     # Rows of lists.
 
@@ -201,6 +226,9 @@ class IndexIVF(Elementary):
     ) -> Any:  # fmt: skip
         """Search in the lists Iq (n, nprobe), at distances Dq from their centroids."""
         distances, ids = self._search_lists(self._checked(x), k, Iq, Dq, self._asked(params))
+        if self.parallel_mode & self.PARALLEL_MODE_NO_HEAP_INIT and D is not None and I is not None:
+            both, labels = (np.hstack([np.asarray(old), new]) for old, new in ((D, distances), (I, ids)))
+            distances, ids = best_of(both, labels, k, self.metric_type == METRIC_INNER_PRODUCT)
         return given((distances.clip(-MOST, MOST), D), (ids, I))
 
     def _search_lists(self, x: Any, k: int, lists: Any, near: Any, asked: SearchParametersIVF) -> tuple[Any, Any]:
@@ -214,9 +242,7 @@ class IndexIVF(Elementary):
 
     def _distances(self, x: Any, lists: Any) -> Floats:
         """Of queries and the centroids of lists (n, nprobe), by the metric of the index."""
-        queries, centroids = as_array(x)[:, None].astype(np.float64), self._centroids()[np.asarray(lists)]
-        product = self.metric_type == METRIC_INNER_PRODUCT
-        return as_array((queries * centroids).sum(2) if product else np.square(queries - centroids).sum(2))
+        return between(self.metric_type, as_array(x)[:, None], self._centroids()[np.asarray(lists)])
 
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
         asked = self._asked(params)
@@ -248,6 +274,21 @@ class IndexIVF(Elementary):
             numbers, rows = np.asarray(lists, np.int64), self._inner._state.lists
             compared = visited(rows, numbers, keep_bitmap("search", rows, asked.sel), k, asked)[1]
             indexIVF_stats.add(IndexIVFStats(len(numbers), int((numbers >= 0).sum()), int(compared.sum())))
+
+    def add_core(self, n: int, x: Any, xids: Any, precomputed_idx: Any, inverted_list_context: Any = None) -> None:
+        """Adds n vectors to given lists, -1 for none."""
+        rows, lists = as_array(x).reshape(n, self.d), np.asarray(precomputed_idx, np.int64)[:n]
+        ids = np.arange(self.ntotal, self.ntotal + n) if xids is None else np.asarray(xids, np.int64)
+        to = lists >= 0
+        self._ready()
+        append_codes(self._inner, lists[to], self._to_bytes(rows[to], lists[to]), ids[to])
+
+    def range_search_preassigned_c(
+        self, n: int, x: Any, radius: float, keys: Any, coarse_dis: Any, result: RangeSearchResult
+    ) -> None:
+        """The same as the next, into a result."""
+        found = self.range_search_preassigned(as_array(x).reshape(n, self.d), radius, keys, coarse_dis)
+        result.lims, result.distances, result.labels = found
 
     def range_search_preassigned(self, x: Any, thresh: float, Iq: Any, Dq: Any) -> tuple[Any, Any, Any]:
         """Range search in the lists Iq (n, nprobe), at distances Dq from their centroids."""
@@ -363,8 +404,8 @@ class IndexIVFScalarQuantizer(_OfResiduals):
         x = self.sq.decode(codes)
         return x + self._centroids()[lists] if self._residual else x
 
-    def reconstruct_batch(self, keys: Any) -> Any:
-        x = super().reconstruct_batch(keys)
+    def _vectors_of(self, keys: Any) -> Any:
+        x = super()._vectors_of(keys)
         if not self._residual:
             return x
         return like(x, as_array(x) + self._centroids()[stored(self._inner, np.asarray(keys, np.int64))[0]])
@@ -437,3 +478,76 @@ class IndexIVFPQFastScan(IndexIVFPQ):
         if like is not None:
             self.nprobe = like.nprobe
             self._took(copy.deepcopy(like._inner))
+
+
+class Index2Layer(Index):
+    """A list for every vector and codes of what is left beside its centroid, as an IndexIVFPQ makes them, one vector
+    after another: to encode and reconstruct, not to search."""
+
+    def __init__(self, quantizer: Index, nlist: int, M: int, nbits: int = 8, metric: int = METRIC_L2) -> None:
+        super().__init__(quantizer.d, metric)
+        self.q1 = IndexIVFPQ(quantizer, quantizer.d, nlist, M, nbits, metric)
+        self.code_size_1, self.code_size_2 = self.q1.coarse_code_size(), self.q1.code_size
+        self.code_size = self.q1.sa_code_size()
+
+    @property
+    def pq(self) -> ProductQuantizer:
+        return self.q1.pq
+
+    @pq.setter
+    def pq(self, pq: ProductQuantizer) -> None:
+        self.q1.pq = pq
+
+    @property
+    def cp(self) -> ClusteringParameters:
+        return self.q1.cp
+
+    @property
+    def ntotal(self) -> int:
+        return self.q1.ntotal
+
+    @property
+    def is_trained(self) -> bool:
+        return self.q1.is_trained
+
+    @is_trained.setter
+    def is_trained(self, trained: bool) -> None:
+        self.q1.is_trained = trained
+
+    @property
+    def codes(self) -> Bytes:
+        """The codes of all vectors."""
+        home, codes = stored(self.q1._inner, np.arange(self.ntotal))
+        return with_lists(home, codes, self.code_size_1).reshape(-1)
+
+    def train(self, x: Any) -> None:
+        self.q1.train(x)
+
+    def add(self, x: Any) -> None:
+        self.q1.add(x)
+
+    def reset(self) -> None:
+        self.q1.reset()
+
+    def sa_code_size(self) -> int:
+        return self.code_size
+
+    def _encode(self, x: Floats) -> Bytes:
+        return self.q1._encode(x)
+
+    def _decode(self, codes: Bytes) -> Floats:
+        return self.q1._decode(codes)
+
+    def _add_codes(self, codes: Bytes, ids: Integers | None) -> None:
+        if ids is not None:
+            raise RuntimeError("Index2Layer: ids are given, expected None: ids are places")
+        self.q1._add_codes(codes, None)
+
+    def _vectors_of(self, keys: Any) -> Any:
+        return self.q1._vectors_of(keys)
+
+    def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
+        raise RuntimeError("Index2Layer: search is not there, use IndexIVFPQ")
+
+    def _range(self, x: Any, radius: float, params: SearchParameters | None) -> tuple[Any, Any, Any]:
+        raise RuntimeError("Index2Layer: range_search is not there, use IndexIVFPQ")

@@ -22,11 +22,13 @@ _AT_ONCE = 1 << 22  # numbers of queries, and results, of lists that are searche
 
 
 class InvertedLists:
-    """The sizes, ids and codes of lists."""
+    """The sizes, ids and codes of lists, as they are now."""
 
-    def __init__(self, inner: Any) -> None:
+    INVALID_CODE_SIZE = 2**64 - 1
+
+    def __init__(self, inner: Any, code_size: int) -> None:
         self._inner = inner
-        self.nlist = inner.nlist
+        self.nlist, self.code_size = inner.nlist, code_size
 
     def list_size(self, number: int) -> int:
         return len(self.get_ids(number))
@@ -37,6 +39,11 @@ class InvertedLists:
 
     def get_codes(self, number: int) -> Any:
         return stored(self._inner, self.get_ids(number))[1]
+
+    def release_ids(self, number: int, ids: Any) -> None:
+        """Nothing to do: what `get_ids` and `get_codes` gave are copies."""
+
+    release_codes = release_ids
 
 
 @dataclass

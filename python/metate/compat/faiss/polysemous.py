@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metate.compat.faiss.base import METRIC_L2
+from metate.compat.faiss.distances import METRIC_L2
 from metate.compat.faiss.parameters import Only
 from metate.compat.faiss.quantizer import ProductQuantizer, as_array, like
 from metate.compat.faiss.statistics import indexPQ_stats

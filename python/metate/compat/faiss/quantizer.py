@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metate.compat.faiss.parameters import ClusteringParameters, Floats
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
+from metate.ops.pq.codes import LEAST_BITS, MOST_BITS
 from metate.search.codecs import Vectors
 from metate.search.faiss_index import SQ_STORAGE, levels_of, sq_bytes, sq_rows
 from metate.search.faiss_nodes import SQ_BFLOAT, SQ_BYTE, SQ_HALF, SQ_SIZES
@@ -39,8 +40,8 @@ class ProductQuantizer:
     """Codes of M sub-vectors; of an index, or alone."""
 
     def __init__(self, d: int, M: int, nbits: int) -> None:
-        if d % M or not 4 <= nbits <= 16:
-            raise RuntimeError(f"ProductQuantizer: d={d}, M={M}, nbits={nbits}, expected d % M == 0, nbits 4 to 16")
+        if d % M or not LEAST_BITS <= nbits <= MOST_BITS:
+            raise RuntimeError(f"ProductQuantizer: d={d}, M={M}, nbits={nbits}, expected d % M == 0, nbits 1 to 16")
         self.d, self.M, self.nbits = d, M, nbits
         self.dsub, self.ksub, self.code_size = d // M, 1 << nbits, (M * nbits + 7) // 8
         self.cp, self.verbose = ClusteringParameters(), False

@@ -48,4 +48,5 @@ indexPQ_stats = IndexPQStats()
 cvar = SimpleNamespace(
     indexIVF_stats=indexIVF_stats, indexPQ_stats=indexPQ_stats, distance_compute_blas_threshold=20,
     distance_compute_blas_query_bs=4096, distance_compute_blas_database_bs=1024, distance_compute_min_k_reservoir=100,
+    bucket_sort_verbose=0,
 )  # fmt: skip

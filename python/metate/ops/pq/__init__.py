@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ __all__ = [
     "ivf_search", "kmeans", "pack_codes", "pq_decode", "pq_distance_tables", "pq_encode", "pq_interleave", "pq_scan",
     "topk_distances", "unpack_codes",
 ]  # fmt: skip
-METRICS = {"l2": 0, "inner_product": 1, "cosine": 2}
+METRICS = {"l2": 0, "inner_product": 1, "cosine": 2, "l1": 3, "linf": 4}
+OF_CODES = ("l2", "inner_product", "cosine")  # sums of what sub-vectors have
 _COSINE = METRICS["cosine"]  # which bindings know, and operators do not
 _cosines = {op: Shortcut(op.name) for op in (tables_op, topk_op, ivf_op)}
 
@@ -39,7 +41,7 @@ def pq_distance_tables(
 
     Args:
         queries: (Q, D), float32 (float64 on a CPU), any strides.
-        codebooks: (M, L, D/M) of the same dtype: M sub-vectors, L = 16 to 65536 centroids each, a power of two.
+        codebooks: (M, L, D/M) of the same dtype: M sub-vectors, L = 2 to 65536 centroids each, a power of two.
         metric: "l2" (squared Euclidean distance), "inner_product", or "cosine" (inner product of the normalised query).
         symmetric: replace every query by the centroids nearest to it first (Jégou et al. 2011, SDC).
         backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
@@ -51,7 +53,7 @@ def pq_distance_tables(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    number = _metric("pq_distance_tables", metric)
+    number = _metric("pq_distance_tables", metric, OF_CODES)
     if symmetric:
         queries = _normalised(queries) if number == _COSINE else queries
         codes = pq_encode(queries, codebooks, backend=backend)
@@ -201,8 +203,8 @@ def topk_distances(
         queries: (Q, D) float32, any strides.
         base: (n, D), float32, bfloat16, float16, or int8 that stands for scale * base + offset.
         k: how many, at least 1; more than there are rows is fine. k = 1 is the assignment of k-means.
-        metric: "l2" (squared Euclidean distance), "inner_product", or "cosine" (inner product of the normalised query;
-            normalise base yourself).
+        metric: "l2" (squared Euclidean distance), "inner_product", "cosine" (inner product of the normalised query;
+            normalise base yourself), "l1" (sum of the differences), or "linf" (the largest of them).
         largest: find the largest instead of the smallest; None: what is nearest by the metric.
         ranges, ids, keep: as in `pq_scan`.
         scale, offset: (D) float32, of an int8 base.
@@ -215,7 +217,7 @@ def topk_distances(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     number = _metric("topk_distances", metric)
-    biggest = bool(number) if largest is None else largest
+    biggest = number in (1, _COSINE) if largest is None else largest
     args = queries, base, ranges, scale, offset, ids, keep, k, number, biggest
     distances, found = _call(topk_op, args, number, backend)
     return distances, found
@@ -252,7 +254,7 @@ def ivf_search(
         rows: vectors (n, D) as the base of `topk_distances`, or codes as in `pq_scan`.
         k: how many, at least 1; more than there are rows is fine.
         nprobe: 1 to the number of lists.
-        metric: "l2", "inner_product", or "cosine" (inner product of the normalised query).
+        metric: "l2", "inner_product", "cosine" (inner product of the normalised query), or, of vectors, "l1" or "linf".
         codebooks: (M, L, D/M) float32 of codes; None: rows are vectors.
         n: the number of rows of interleaved codes.
         residual: codes stand for vectors less the centroid of their list.
@@ -267,7 +269,7 @@ def ivf_search(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
-    number = _metric("ivf_search", metric)
+    number = _metric("ivf_search", metric, METRICS if codebooks is None else OF_CODES)
     if n is None and isinstance(rows, Tensor):
         if rows.dim() == 3:
             raise fail("ivf_search", "n", None, "the number of rows beside interleaved codes")
@@ -301,6 +303,6 @@ def _normalised(queries: Tensor) -> Tensor:
     return (wide / lengths.clamp_min(1e-12)).to(queries.dtype)
 
 
-def _metric(op: str, metric: Any) -> int:
-    require_choice(op, "metric", metric, METRICS)
+def _metric(op: str, metric: Any, known: Collection[str] = METRICS) -> int:
+    require_choice(op, "metric", metric, known)
     return METRICS[metric]

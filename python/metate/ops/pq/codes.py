@@ -8,7 +8,7 @@ from torch import Tensor
 from metate.errors import fail
 
 BLOCK = 32  # rows of an interleaved block
-LEAST_BITS, MOST_BITS = 4, 16
+LEAST_BITS, MOST_BITS = 1, 16
 
 
 def bits_of(op: str, argument: str, levels: int) -> int:

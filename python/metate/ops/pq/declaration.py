@@ -43,13 +43,16 @@ CASES = [
     _case(9, 1, 12, 1),
     _case(3, 33, 4, 4, ties=True),
     _case(0, 2, 4, 3),
+    _case(37, 11, 1, 3),
+    _case(5, 3, 2, 4, ties=True),
+    _case(40, 9, 3, 9),
 ]
 SWEEP = [_case(rows, M, bits, 128 // M) for rows in (1, 64, 65536) for M, bits in ((16, 8), (32, 4))]
 
 
 def draw(rng: Random) -> Case:
     """Any legal combination, small."""
-    case = _case(rng.choice([0, 1, 2, 15, 40]), rng.randint(1, 9), rng.choice([4, 4, 8, rng.randint(4, 9)]),
+    case = _case(rng.choice([0, 1, 2, 15, 40]), rng.randint(1, 9), rng.choice([4, 4, 8, rng.randint(1, 9)]),
                  rng.choice([1, 2, 3, 4, 8, 9, 16, 20]))  # fmt: skip
     return case | {"ties": True} if rng.random() < 0.3 else case
 
@@ -172,6 +175,8 @@ SCAN_CASES = [
     _search(0, 9, 2, M=3, bits=4, blocks=True),
     _search(2, 0, 3, M=3, bits=8, P=2, bias=True),
     _search(2, 0, 3, M=4, bits=4, blocks=True),
+    _search(2, 90, 4, M=11, bits=1, P=2, bias=True),
+    _search(3, 70, 5, M=6, bits=3, keep=True, ids=True),
 ]
 SCAN_SWEEP = [_search(Q, 1_000_000, 10, M=M, bits=bits, blocks=True) for Q in (1, 64) for M, bits in ((16, 8), (32, 4))]
 
@@ -184,7 +189,7 @@ def _draw_search(rng: Random, *flags: str) -> Case:
 
 def draw_scan(rng: Random) -> Case:
     case = _draw_search(rng, "ids", "keep", "largest", "ties", "row_bias", "bias", "blocks")
-    bits = rng.choice([4, 8] if "blocks" in case else [4, 8, rng.randint(4, 13)])
+    bits = rng.choice([4, 8] if "blocks" in case else [4, 8, rng.randint(1, 13)])
     return case | {"M": rng.randint(1, 24), "bits": bits}
 
 
@@ -238,6 +243,10 @@ TOPK_CASES = [
     _search(0, 9, 2, D=3),
     _search(2, 0, 3, D=3, P=2),
     _search(2, 5, 3, D=0),
+    _search(5, 130, 6, D=19, metric=3, P=2, ids=True),
+    _search(9, 1100, 5, D=33, metric=4, keep=True),
+    _search(2, 90, 4, D=24, metric=3, int8=True, ties=True),
+    _search(3, 70, 2, D=5, metric=4, int8=True, largest=True),
 ]
 TOPK_SWEEP = [
     _search(1, 1_000_000, 10, D=128),
@@ -251,7 +260,7 @@ def draw_topk(rng: Random) -> Case:
     case = _draw_search(rng, "ids", "keep", "largest", "ties", "near", "int8")
     case["n"] = min(case["n"], 700)
     case["Q"] = rng.choice([case["Q"], case["Q"], 17, 33])
-    return case | {"D": rng.choice([1, 3, 8, 16, 31, 64, 100]), "metric": rng.choice([0, 0, 1])}
+    return case | {"D": rng.choice([1, 3, 8, 16, 31, 64, 100]), "metric": rng.choice([0, 0, 0, 1, 1, 3, 4])}
 
 
 def _topk_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> tuple[Any, ...]:
@@ -313,6 +322,8 @@ IVF_CASES = [
     _ivf(5, 200, 6, 8, 8, D=16, metric=1, ties=True),
     _ivf(0, 9, 2, 3, 1, D=3),
     _ivf(2, 0, 3, 4, 2, D=4, M=2, bits=4, blocks=True),
+    _ivf(3, 90, 4, 5, 2, D=8, M=4, bits=2, residual=True),
+    _ivf(4, 300, 5, 7, 3, D=17, metric=3, ids=True),
 ]
 IVF_SWEEP = [
     _ivf(Q, 1_000_000, 10, 1024, 8, D=128, M=M, bits=bits, blocks=True, residual=True)
@@ -327,8 +338,9 @@ def draw_ivf(rng: Random) -> Case:
                 rng.randint(1, lists), metric=rng.choice([0, 0, 1]))  # fmt: skip
     case |= {flag: True for flag in flags if rng.random() < 0.35}
     if rng.random() < 0.4:
+        case["metric"] = rng.choice([case["metric"], 3, 4])
         return case | {"D": rng.choice([1, 3, 16, 31])} | ({"int8": True} if rng.random() < 0.3 else {})
-    M, bits = rng.randint(1, 8), rng.choice([4, 4, 8, rng.randint(4, 9)])
+    M, bits = rng.randint(1, 8), rng.choice([4, 4, 8, rng.randint(1, 9)])
     blocks = bits in (4, 8) and rng.random() < 0.6
     return case | {"D": M * rng.randint(1, 5), "M": M, "bits": bits, "blocks": blocks, "residual": rng.random() < 0.6}
 

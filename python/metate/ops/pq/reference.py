@@ -73,7 +73,7 @@ def topk_distances(
     if ranges is None:
         rows, _ = _rows(None, keep, n, queries.device)
         base = base if keep is None else base[rows]
-        chunk = max(1, _AT_ONCE // max(rows.shape[0], 1))
+        chunk = max(1, _AT_ONCE // max(rows.shape[0] * (base.shape[1] if metric > 1 else 1), 1))
         found = [_nearest(part, base, rows, ids, k, metric, largest) for part in queries.split(chunk)]
     else:
         found = []
@@ -116,7 +116,7 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     """Products find who may be among the best, with room for their rounding; then the best are ranked directly."""
     n, D = base.shape
-    if n <= k or not queries.numel():
+    if n <= k or not queries.numel() or metric > 1:  # of which products tell nothing
         return _rank(queries, base.expand(queries.shape[0], n, D), rows.expand(queries.shape[0], n), ids, k, metric,
                      largest)  # fmt: skip
     key = queries @ base.T
@@ -141,8 +141,17 @@ def _rank(
 ) -> tuple[Tensor, Tensor]:
     """The k best of candidates (Q, C, D), each query its own."""
     queries = queries[:, None]
-    exact = (queries - candidates).square().sum(2) if metric == 0 else (queries * candidates).sum(2)
+    if metric == 1:
+        exact = (queries * candidates).sum(2)
+    else:
+        gap = queries - candidates
+        exact = gap.square().sum(2) if metric == 0 else gap.abs().sum(2) if metric == 3 else _largest(gap.abs())
     return _best(exact.float(), rows if ids is None else ids[rows], k, largest)
+
+
+def _largest(gaps: Tensor) -> Tensor:
+    """Of (Q, C, D) along D; 0 of none."""
+    return gaps.amax(2) if gaps.shape[2] else gaps.sum(2)
 
 
 def _best(distances: Tensor, ids: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

@@ -46,9 +46,11 @@ def _validate_books(op: str, columns: Any, codebooks: Tensor) -> int:
     return bits
 
 
-def _validate_metric(op: str, metric: int) -> None:
-    if metric not in (0, 1):
-        raise fail(op, "metric", metric, "0 (squared Euclidean distance) or 1 (inner product)")
+def _validate_metric(op: str, metric: int, vectors: bool) -> None:
+    """By codes, metrics are sums over sub-vectors that tables hold."""
+    if metric not in ((0, 1, 3, 4) if vectors else (0, 1)):
+        others = ", 3 (L1) or 4 (Linf)" if vectors else ": codes have no others"
+        raise fail(op, "metric", metric, f"0 (squared Euclidean distance), 1 (inner product){others}")
 
 
 def coded_bytes(op: str, codebooks: Tensor) -> int:
@@ -58,7 +60,7 @@ def coded_bytes(op: str, codebooks: Tensor) -> int:
 
 def validate_tables(queries: Tensor, codebooks: Tensor, metric: int) -> None:
     _validate_books("pq_distance_tables", queries.shape[1], codebooks)
-    _validate_metric("pq_distance_tables", metric)
+    _validate_metric("pq_distance_tables", metric, False)
 
 
 def validate_encode(x: Tensor, codebooks: Tensor) -> None:
@@ -112,7 +114,7 @@ def validate_topk(
 ) -> None:  # fmt: skip
     op, int8 = "topk_distances", base.dtype == torch.int8
     _validate_given(op, {"scale": scale, "offset": offset}, int8, "a number a column beside an int8 base")
-    _validate_metric(op, metric)
+    _validate_metric(op, metric, True)
     _validate_search(op, k, ranges, None)
 
 
@@ -129,7 +131,7 @@ def validate_ivf(
 ) -> None:  # fmt: skip
     op, D = "ivf_search", queries.shape[1]
     _validate_count(op, n)
-    _validate_metric(op, metric)
+    _validate_metric(op, metric, codebooks is None)
     _validate_search(op, k, None, None)
     if not 1 <= nprobe <= max(centroids.shape[0], 1):
         raise fail(op, "nprobe", nprobe, f"1 to {centroids.shape[0]}, the number of lists")

@@ -198,3 +198,36 @@ def test_ids_of_ones_own_stay_with_their_vectors_while_others_search(description
     for thread in threads:
         thread.join(60)
     assert not faults, faults[0]
+
+
+def test_lists_that_are_chosen_and_filled_by_hand():
+    """As faiss' contrib modules do it."""
+    index = faiss.index_factory(D, "IVF4,PQ4x4np")
+    index.train(X)
+    lists, ids = RANDOM.integers(-1, 4, 60), np.arange(60) * 2
+    index.add_core(60, faiss.swig_ptr(X), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
+    assert all(np.array_equal(index.invlists.get_ids(i), ids[lists == i]) for i in range(4))
+    assert index.invlists.code_size == 2 and index.ntotal == (lists >= 0).sum()
+    near, probed = index.quantizer.search(Q, 3)
+    result = faiss.RangeSearchResult(5)
+    index.range_search_preassigned_c(5, faiss.swig_ptr(Q), 7.0, probed, near, result)
+    expected = index.range_search_preassigned(Q, 7.0, probed, near)
+    total = int(faiss.rev_swig_ptr(result.lims, 6)[-1])
+    assert total == len(expected[1]) and np.array_equal(faiss.rev_swig_ptr(result.labels, total), expected[2])
+    index.parallel_mode |= index.PARALLEL_MODE_NO_HEAP_INIT
+    heap, whole = faiss.ResultHeap(5, 6), index.search_preassigned(Q, 6, probed, near)
+    for column in range(3):
+        alone = np.full_like(probed, -1)
+        alone[:, column] = probed[:, column]
+        index.search_preassigned(Q, 6, alone, near, D=heap.D, I=heap.I)
+    assert np.array_equal(heap.I, whole[1]) and np.array_equal(heap.D, whole[0])
+    table = RANDOM.integers(0, 7, (9, 5))
+    rows = table.copy()
+    lims = faiss.matrix_bucket_sort_inplace(rows, nbucket=8)
+    places, order = faiss.bucket_sort(table)
+    for b in range(7):
+        assert sorted(rows.ravel()[lims[b] : lims[b + 1]]) == sorted(np.nonzero(table == b)[0])
+        assert (table.ravel()[order[places[b] : places[b + 1]]] == b).all()
+    copy = np.zeros(9, np.int64)
+    faiss.memcpy(copy, ids, 5 * 8)
+    assert copy.tolist() == [0, 2, 4, 6, 8, 0, 0, 0, 0] and faiss.get_num_gpus() == 0

@@ -79,6 +79,8 @@ def test_refusals():
         (lambda: faiss.IndexPQ(D, 2, 4, faiss.METRIC_L1), ValueError),
         (lambda: faiss.IndexPQFastScan(D, 2, 4, faiss.METRIC_L2, 40), RuntimeError),
         (lambda: faiss.IndexBinary(D), NotImplementedError),
+        (lambda: faiss.IndexHNSW(faiss.IndexFlatL2(D)), NotImplementedError),
+        (lambda: faiss.IndexScalarQuantizer(D, faiss.ScalarQuantizer.QT_4bit), RuntimeError),
         (lambda: faiss.pairwise_distances(X, X, 7), RuntimeError),
         (lambda: faiss.shard_ivf_index_centroids(index), RuntimeError),
     ]:

@@ -98,23 +98,23 @@ def _elementary(d: int, parts: list[str], metric: int, description: str) -> Inde
     lists = re.fullmatch(r"IVF(\d+)([kM]?)(?:\((PQ.+)\))?", parts[0]) if len(parts) == 2 else None
     nlist = int(lists[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[lists[2]] if lists else 0
     code = parts[-1] if len(parts) == (2 if lists else 1) else ""
-    match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(?:(np)|(fsr?)(?:_\d+)?)?", code)
+    match = re.fullmatch(r"PQ(\d+)(?:x(\d+))?(?:(np)|(fsr?)(?:_(\d+))?)?", code)
     if code not in ("Flat", *SCALARS) and not match:
         raise RuntimeError(
             f"index_factory: {description!r}, expected what metate has: [IDMap,][PCAn|OPQ…|RR…|L2norm,]"
             "[IVFn[(PQm)],]Flat|PQm[xb]|PQmx4fs|SQ8|SQfp16|SQbf16[,Refine(Flat|SQ8|PQm)], or Residualn,PQm"
         )
     if match:
-        M, bits = int(match[1]), int(match[2] or 8)
+        M, bits, rows = int(match[1]), int(match[2] or 8), [int(match[5])] if match[5] else []
         if d % M:
             raise RuntimeError(f"index_factory: {M} sub-vectors of {d} dimensions, expected a divisor")
         coded: IndexPQ | IndexIVFPQ
         if lists:
             kind = IndexIVFPQFastScan if match[4] else IndexIVFPQ
-            coded = kind(_quantizer(d, lists[3], metric, description), d, nlist, M, bits, metric)
+            coded = kind(_quantizer(d, lists[3], metric, description), d, nlist, M, bits, metric, *rows)
             coded.by_residual = match[4] != "fs"
         else:
-            coded = (IndexPQFastScan if match[4] else IndexPQ)(d, M, bits, metric)
+            coded = (IndexPQFastScan if match[4] else IndexPQ)(d, M, bits, metric, *rows)
         coded.do_polysemous_training = not (match[3] or match[4])
         return coded
     if code in SCALARS:

@@ -158,17 +158,6 @@ class IndexPQ(IndexFlatCodes):
         return {"filter": params.sel} if isinstance(params, SearchParametersPQ) else super()._how(params)
 
 
-class IndexBinary:
-    """Binary vectors are not here; code that asks whether an index is one gets its answer."""
-
-    def __init__(self, *given: Any) -> None:
-        raise NotImplementedError(f"metate.compat.faiss: {type(self).__name__} is not there, expected float vectors")
-
-
-class IndexBinaryIVF(IndexBinary):
-    """Nor lists of them."""
-
-
 class IndexPQFastScan(IndexPQ):
     """(d, M, nbits, metric, bbs), or (index, bbs) with what an IndexPQ holds: codes of 4 bits, which all indexes here
     scan fast, and without rounding distances."""
@@ -176,14 +165,14 @@ class IndexPQFastScan(IndexPQ):
     def __init__(self, *given: Any) -> None:
         like = given[0] if isinstance(given[0], IndexPQ) else None
         super().__init__(*(given[:4] if like is None else (like.d, like.pq.M, like.pq.nbits, like.metric_type)))
-        self.bbs = _block_rows(given[4:] if like is None else given[1:])
+        self.bbs = block_rows(given[4:] if like is None else given[1:])
         if self.pq.nbits != 4:
             raise RuntimeError(f"IndexPQFastScan: nbits is {self.pq.nbits}, expected 4")
         if like is not None:
             self._took(copy.deepcopy(like._inner))
 
 
-def _block_rows(given: tuple[Any, ...]) -> int:
+def block_rows(given: tuple[Any, ...]) -> int:
     """Rows of faiss' blocks: a layout of its files, and of nothing here."""
     rows = int(given[0]) if given else 32
     if rows < 32 or rows % 32:

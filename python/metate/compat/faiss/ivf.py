@@ -13,7 +13,7 @@ from metate.compat.faiss.arrays import RangeSearchResult, best_of
 from metate.compat.faiss.base import MOST, Elementary, Index, by_id, given
 from metate.compat.faiss.composite import IndexIDMap
 from metate.compat.faiss.distances import METRIC_INNER_PRODUCT, METRIC_L2, between, metric_name
-from metate.compat.faiss.indexes import IndexFlat, IndexPQ
+from metate.compat.faiss.indexes import IndexFlat, IndexPQ, block_rows
 from metate.compat.faiss.lists import (
     InvertedLists,
     append,
@@ -472,6 +472,7 @@ class IndexIVFPQFastScan(IndexIVFPQ):
     def __init__(self, *given: Any) -> None:
         like = given[0] if isinstance(given[0], IndexIVFPQ) else None
         super().__init__(*(given[:6] if like is None else like._shape()))
+        self.bbs = block_rows(given[6:] if like is None else given[1:])
         if self.pq.nbits != 4:
             raise RuntimeError(f"IndexIVFPQFastScan: nbits is {self.pq.nbits}, expected 4")
         self.by_residual = like is not None and like.by_residual

@@ -101,6 +101,10 @@ class ScalarQuantizer:
     """Numbers one by one: in a byte, of the range that each column had in training, or as float16 or bfloat16."""
 
     QT_8bit, QT_fp16, QT_bf16 = SQ_BYTE, SQ_HALF, SQ_BFLOAT
+    # Numbers of those that are not here, for code that tells kinds by them.
+    QT_4bit, QT_8bit_uniform, QT_4bit_uniform, QT_8bit_direct, QT_6bit, QT_8bit_direct_signed = 1, 2, 3, 5, 6, 8
+    QT_0bit, QT_1bit_tqmse, QT_2bit_tqmse, QT_3bit_tqmse, QT_4bit_tqmse, QT_8bit_tqmse = range(9, 15)
+    QT_2bit_tq, QT_3bit_tq, QT_4bit_tq, QT_5bit_tq = range(15, 19)
 
     def __init__(self, d: int, qtype: int) -> None:
         if qtype not in SQ_SIZES:

@@ -118,6 +118,24 @@ def test_one_long_row_is_that_of_many(activation, dtype, form, bits, group):
         assert same_bits(metate.quant_linear(x[row : row + 1], w, activation=activation), whole[row : row + 1])
 
 
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form,group,K", [("codebook", 64, 1472), ("zeros", 128, 1408), ("zeros", 32, 391)])
+def test_a_row_does_not_depend_on_who_packs_it(activation, dtype, form, group, K):
+    """One worker for all where W is small beside their number, otherwise every worker for itself."""
+    w = weight(N=600, K=K, group=group, form=form)
+    x = random(20, K).to(dtype)
+    whole = metate.quant_linear(x, w, activation=activation)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 40):
+            torch.set_num_threads(n)
+            for M in (1, 2, 3, 4, 7, 8, 13, 16):
+                assert same_bits(metate.quant_linear(x[:M], w, activation=activation), whole[:M]), (n, M)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_no_columns_give_the_bias():
     bias = random(40)
     for rows in (1, 3):

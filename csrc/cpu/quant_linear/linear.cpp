@@ -1,6 +1,4 @@
 // x Wᵀ + bias with W decoded panel by panel into the first-level cache.
-#include <sched.h>
-
 #include "../strided.h"
 #include "exact.h"
 #include "low_rank.h"
@@ -453,58 +451,62 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t piece, const u
     }
 }
 
-// What the calls of one schedule share, and each of them.
+// Memory for the plans of a problem.
+void take_plans(Problem& p, Arena& arena, Chunk*& chunks, Segment*& segments) {
+    const bool in_integers = p.arithmetic.digits > 0;
+    p.plans = arena.take<BlockPlan>(p.blocks);
+    chunks = arena.take<Chunk>(p.blocks * p.x.most_chunks);
+    p.integer_plans = in_integers ? arena.take<IntegerPlan>(p.blocks) : nullptr;
+    segments = in_integers ? arena.take<Segment>(p.blocks * p.x.most_chunks) : nullptr;
+}
+
+// Memory for its packed x.
+void take_rows(Problem& p, Arena& arena) {
+    const int64_t most_chunks = p.x.most_chunks, sums = p.blocks * p.x.rows * most_chunks;
+    if (p.in_digits()) {
+        p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
+        if (!p.dots_rows) return;
+        p.spread.x = arena.take<int32_t>(round_up(p.blocks, width) * p.x.rows * p.spread.stride());
+        p.spread.used = arena.take<int32_t>(p.blocks);
+        p.units =
+            p.takes_turns ? arena.take<UnitTerms>(ceil_div(p.blocks, blocks_of_unit(p.arithmetic.digits))) : nullptr;
+        p.spread.terms = arena.take<Term>(sums);
+        return;
+    }
+    p.x.x = arena.take<float>(p.x.size());
+    p.x.sums = p.sums_scaled && p.is_corrected() ? arena.take<float>(sums) : nullptr;
+    if (p.whole_pairs) {
+        p.x.last = arena.take<float>(p.x.size());
+        p.x.has_last = arena.take<uint8_t>(p.blocks * p.x.rows);
+        p.x.steps = arena.take<float>(sums);
+    }
+    const int64_t columns = round_up(p.call.w.columns, run_columns);
+    p.lane_rows.x = p.sums_chunks || p.takes_turns ? arena.take<float>(columns * p.x.rows) : nullptr;
+}
+
+// The calls of one schedule, and where the pieces of each begin.
 struct Schedule {
     Problem* problems;
-    int64_t* first;      // piece of each problem, which packs its x if that was not done before
-    int32_t* is_packed;  // of each problem
-    BlockPlan* plans;
-    IntegerPlan* integer_plans;
+    int64_t* first;
     Chunk* chunks;
     Segment* segments;
 };
 
-// Takes the memory of a schedule; `like` is any of its problems.
-Schedule schedule_of(const QuantLinears& all, const Problem& like, Arena& arena) {
-    const bool in_integers = like.arithmetic.digits > 0, has_sums = like.sums_scaled && like.is_corrected();
-    const int64_t most_chunks = like.x.most_chunks;
+// Takes the memory of a schedule, without what its workers have their own of; `like` is any of its problems.
+Schedule schedule_of(const QuantLinears& all, Problem like, bool have_own, Arena& arena) {
     Schedule s{};
     s.problems = arena.take<Problem>(all.count);
     s.first = arena.take<int64_t>(all.count + 1);
-    s.is_packed = arena.take<int32_t>(all.count);
-    s.plans = arena.take<BlockPlan>(like.blocks);
-    s.chunks = arena.take<Chunk>(like.blocks * most_chunks);
-    s.integer_plans = in_integers ? arena.take<IntegerPlan>(like.blocks) : nullptr;
-    s.segments = in_integers ? arena.take<Segment>(like.blocks * most_chunks) : nullptr;
+    if (!have_own) take_plans(like, arena, s.chunks, s.segments);
     if (arena.base) s.first[0] = 0;
     for (int64_t i = 0; i < all.count; ++i) {
         Problem p(all.calls[i]);
-        p.plans = s.plans;
-        p.integer_plans = s.integer_plans;
-        if (p.in_digits()) {
-            p.integers.lines = arena.take<int32_t>(p.blocks * p.x.rows * p.integers.stride());
-            if (p.dots_rows) {
-                p.spread.x = arena.take<int32_t>(round_up(p.blocks, width) * p.x.rows * p.spread.stride());
-                p.spread.used = arena.take<int32_t>(p.blocks);
-                p.units = p.takes_turns ? arena.take<UnitTerms>(ceil_div(p.blocks, blocks_of_unit(p.arithmetic.digits)))
-                                        : nullptr;
-                p.spread.terms = arena.take<Term>(p.blocks * p.x.rows * most_chunks);
-            }
-        } else {
-            p.x.x = arena.take<float>(p.x.size());
-            p.x.sums = has_sums ? arena.take<float>(p.blocks * p.x.rows * most_chunks) : nullptr;
-            if (p.whole_pairs) {
-                p.x.last = arena.take<float>(p.x.size());
-                p.x.has_last = arena.take<uint8_t>(p.blocks * p.x.rows);
-                p.x.steps = arena.take<float>(p.blocks * p.x.rows * most_chunks);
-            }
-            const int64_t columns = round_up(p.call.w.columns, run_columns);
-            p.lane_rows.x = p.sums_chunks || p.takes_turns ? arena.take<float>(columns * p.x.rows) : nullptr;
-        }
+        p.plans = like.plans;
+        p.integer_plans = like.integer_plans;
+        if (!have_own) take_rows(p, arena);
         if (!arena.base) continue;
         s.problems[i] = p;
-        s.first[i + 1] = s.first[i] + (p.x.rows ? 1 + p.cut.pieces : 0);
-        s.is_packed[i] = 0;
+        s.first[i + 1] = s.first[i] + (p.x.rows ? p.cut.pieces : 0);
     }
     return s;
 }
@@ -528,15 +530,46 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
     if (p.lane_rows.x) spread(p.lane_rows, p.x, call.w.columns, packers);
 }
 
-// Until x is packed, fetches runs of `bytes` bytes, number n at codes(n): memory would idle while the worker waits.
-template <class Codes>
-void await(const int32_t& is_packed, int64_t bytes, const Codes& codes) {
-    constexpr int64_t most = 1 << 18, at_once = 1 << 10;  // a part of the second-level cache
-    for (int64_t fetched = 0; !__atomic_load_n(&is_packed, __ATOMIC_ACQUIRE); fetched += at_once) {
-        const uint8_t* const from = fetched < most ? codes(fetched / bytes) : nullptr;
-        for (int64_t at = 0; from && at < at_once; at += 64) __builtin_prefetch(from + fetched % bytes + at, 0, 2);
-        if (!from) sched_yield();  // to who packs, where there are more threads than processors
+constexpr int64_t worth_packing = 16;  // rows of W for a worker and row of x
+
+// Where a worker packs few rows of x by itself: that is less work than to wait for what another's caches hold.
+struct OwnRows {
+    Problem* problem;
+    int64_t* number;  // of the problem packed, -1: none
+    char* room;       // of its plans and its x
+
+    OwnRows(int64_t bytes, Arena& arena)
+        : problem(arena.take<Problem>(1)), number(arena.take<int64_t>(1)), room(arena.take<char>(bytes)) {}
+
+    // Problem number i, a copy of p.
+    template <class T>
+    const Problem& packed(const Problem& p, int64_t i, const Runtime& alone) const {
+        if (*number == i) return *problem;
+        *problem = p;
+        Arena arena{room};
+        Chunk* chunks;
+        Segment* segments;
+        take_plans(*problem, arena, chunks, segments);
+        if (*number < 0) plan_blocks(*problem, chunks, segments);  // which are those of all problems
+        take_rows(*problem, arena);
+        pack_rows<T>(*problem, alone);
+        *number = i;
+        return *problem;
     }
+};
+
+int64_t most_own_bytes(const QuantLinears& all) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < all.count; ++i) {
+        Problem p(all.calls[i]);
+        Arena arena;
+        Chunk* chunks;
+        Segment* segments;
+        take_plans(p, arena, chunks, segments);
+        take_rows(p, arena);
+        most = larger(most, static_cast<int64_t>(arena.used));
+    }
+    return most;
 }
 
 template <class T>
@@ -546,39 +579,35 @@ void run(const QuantLinears& all, const Runtime& runtime) {
     const LowBitMatrix& w = most.w;
     if (largest.x.rows == 0 || w.rows == 0) return;
     const Runtime workers = worth(runtime, all.count * w.rows * w.columns);
+    const bool have_own =
+        largest.x.rows <= most_square_rows && largest.x.rows * workers.threads * worth_packing <= w.rows;
+    const int64_t own_bytes = have_own ? most_own_bytes(all) : 0;
+    struct Worker {
+        Workspace at;
+        OwnRows rows;
+    };
     Schedule s{};
     const auto own = lay_out(
-        workers, workers.threads, [&](Arena& arena) { s = schedule_of(all, largest, arena); },
-        [&](Arena& arena) { return largest.workspace(arena); });
-    plan_blocks(s.problems[0], s.chunks, s.segments);
-    // Little is packed by one worker while the others fetch, or compute with what is packed; much by all of them.
-    const bool packs_beside =
-        largest.x.rows == 1 || worth(runtime, largest.x.rows * w.columns * operations_to_pack).threads == 1;
+        workers, workers.threads, [&](Arena& arena) { s = schedule_of(all, largest, have_own, arena); },
+        [&](Arena& arena) { return Worker{largest.workspace(arena), OwnRows(own_bytes, arena)}; });
+    for (int i = 0; i < workers.threads; ++i) *own(i).rows.number = -1;
+    if (!have_own) plan_blocks(s.problems[0], s.chunks, s.segments);
+    for (int64_t i = 0; i < all.count && !have_own; ++i) pack_rows<T>(s.problems[i], runtime);
     Runtime alone = runtime;
     alone.threads = 1;
-    const auto pack = [&](int64_t i, const Runtime& packers) {
-        pack_rows<T>(s.problems[i], packers);
-        __atomic_store_n(s.is_packed + i, 1, __ATOMIC_RELEASE);
-    };
-    for (int64_t i = 0; i < all.count && !packs_beside; ++i) pack(i, runtime);
     const int64_t pieces = s.first[all.count], step = workers.threads;
     // As many pieces on as there are workers is what a worker gets next, most likely.
     const auto codes_of_piece = [&](int64_t piece) -> const uint8_t* {
         if (piece >= pieces) return nullptr;
-        const int64_t i = run_of(s.first, all.count, piece), number = larger(piece - s.first[i] - 1, 0);
+        const int64_t i = run_of(s.first, all.count, piece);
         const Problem& p = s.problems[i];
-        return codes_of(p.call.w, {number * p.cut.panels * panel, 0, 0});
+        return codes_of(p.call.w, {(piece - s.first[i]) * p.cut.panels * panel, 0, 0});
     };
     for_pieces(workers, pieces, [&](int worker, int64_t piece) {
-        const int64_t i = run_of(s.first, all.count, piece), number = piece - s.first[i] - 1;
-        const Problem& p = s.problems[i];
-        if (number < 0) {
-            if (packs_beside) pack(i, alone);
-            return;
-        }
-        await(s.is_packed[i], larger(p.cut.panels * panel * w.codes.stride[0], 1),
-              [&](int64_t n) { return codes_of_piece(piece + n * step); });
-        compute_piece<T>(p, own(worker), number, codes_of_piece(piece + step));
+        const int64_t i = run_of(s.first, all.count, piece);
+        const Worker mine = own(worker);
+        const Problem& p = have_own ? mine.rows.template packed<T>(s.problems[i], i, alone) : s.problems[i];
+        compute_piece<T>(p, mine.at, piece - s.first[i], codes_of_piece(piece + step));
     });
 }
 

@@ -55,7 +55,7 @@ struct Ahead {
         : at(from), lines(ceil_div(bytes, 64)), left(lines), gap(stride - 64 * lines) {}
 
     METATE_FN void fetch() {
-        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(at, 0, 3);
         at += 64;
         if (--left == 0) at += gap, left = lines;
     }

@@ -37,16 +37,20 @@ struct StripCodes {
 
     // The next block: dword i of row r in lane r of number i; zeros where there are none.
     METATE_FN void load_square(vf (&square)[width]) {
-        const bool is_whole = rows >= width && bytes >= block / 2;
+        const bool whole = is_whole();
 #pragma GCC unroll 16
         for (int i = 0; i < width; ++i)
-            square[i] = is_whole ? load(reinterpret_cast<const float*>(codes + i * stride))
+            square[i] = whole    ? load(reinterpret_cast<const float*>(codes + i * stride))
                       : i < rows ? as_float(load_bytes(codes + i * stride, bytes))
                                  : splat(0.0f);
         transpose(square);
+        pass();
+    }
+    METATE_FN void pass() {
         codes += block / 2;
         bytes -= block / 2;
     }
+    METATE_FN bool is_whole() const { return rows >= width && bytes >= block / 2; }
 };
 
 struct PanelCodes {
@@ -66,20 +70,67 @@ METATE_FN constexpr int chunks_beside(int rows) {
     return rows > 4 ? 1 : rows > 2 ? 2 : 8;
 }
 
+// Blocks whose codes are transposed before they are multiplied.
+METATE_FN constexpr int blocks_beside(int rows, int chunk_columns) {
+    const int blocks = chunks_beside(rows) * chunk_columns / block;
+    return blocks > 1 ? blocks : 1;
+}
+
+// Transposed codes of the blocks of one panel or half: those that are multiplied, and where rows of x leave the
+// processor room for it, the block behind them, which is transposed meanwhile.
+template <int rows, int chunk_columns>
+struct Squares {
+    static constexpr int halves = halves_beside(rows), lanes = halves * width;
+    static constexpr int size = blocks_beside(rows, chunk_columns) * width * lanes;
+    static constexpr bool looks_ahead = rows > 2;
+    static constexpr int steps = halves * width / 4;
+
+    alignas(64) float words[looks_ahead ? 2 : 1][size];
+    int now = 0;
+    bool is_ahead = false;  // the next block is there
+
+    // Makes the next `blocks` blocks those that are multiplied.
+    template <int blocks>
+    METATE_FN const float* take(PanelCodes& codes) {
+        if (is_ahead) {
+            now = 1 - now;
+        } else {
+            for (int i = 0; i < blocks * halves; ++i) {
+                vf square[width];
+                codes.halves[i % halves].load_square(square);
+                float* const to = words[now] + i / halves * width * lanes + i % halves * width;
+#pragma GCC unroll 16
+                for (int j = 0; j < width; ++j) store(to + j * lanes, square[j]);
+            }
+        }
+        is_ahead = false;
+        return words[now];
+    }
+    // Four rows of the next block, which is whole.
+    METATE_FN void look_ahead(const PanelCodes& codes, int step) {
+        const StripCodes& half = codes.halves[step % halves];
+        const int row = step / halves * 4;
+        store_columns(words[1 - now] + step % halves * width + row, lanes, half.codes + row * half.stride, half.stride);
+    }
+    METATE_FN void end_block(PanelCodes& codes) {
+        is_ahead = true;
+#pragma GCC unroll 2
+        for (int v = 0; v < halves; ++v) codes.halves[v].pass();
+    }
+};
+
 // Adds `blocks` blocks to the totals of a panel, or of one of its halves.
 template <Unit unit, int rows, int chunk_columns, int blocks>
-METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead& ahead) {
+METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, Squares<rows, chunk_columns>& squares, vi table,
+                               Ahead& ahead) {
     constexpr int chunks = block / chunk_columns, words = chunk_columns / columns_in<unit>;
     constexpr int of_dword = unit_columns / columns_in<unit>, dwords = chunk_columns / unit_columns;
     constexpr int most = chunks_beside(rows), together = most < blocks * chunks ? most : blocks * chunks;
     constexpr int halves = halves_beside(rows), lanes = halves * width;
-    alignas(64) float room[blocks * width * lanes];
-    for (int i = 0; i < blocks * halves; ++i) {
-        vf square[width];
-        codes.halves[i % halves].load_square(square);
-#pragma GCC unroll 16
-        for (int j = 0; j < width; ++j) store(room + (i / halves * width + j) * lanes + i % halves * width, square[j]);
-    }
+    constexpr int turns = blocks * chunks / together * dwords;
+    const float* const room = squares.template take<blocks>(codes);
+    const bool looks_ahead = squares.looks_ahead && t.blocks > 1 && codes.halves[halves - 1].is_whole();
+    int step = 0;
     const float* x[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -90,6 +141,8 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead
         const float* const first = room + c * dwords * lanes;
         vf sum[together][rows][halves] = {};
         for (int d = 0; d < dwords; ++d) {
+            const int turn = c / together * dwords + d + 1;
+            for (; looks_ahead && step * turns < squares.steps * turn; ++step) squares.look_ahead(codes, step);
             vf dword[together][halves];
 #pragma GCC unroll 8
             for (int q = 0; q < together; ++q) {
@@ -127,24 +180,33 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, vi table, Ahead
 #pragma GCC unroll 2
                 for (int v = 0; v < halves; ++v) {
                     float* const at = t.total + r * panel + v * width;
-                    vf total = fma(sum[q][r][v], load(t.scales + scale + v * width), load(at));
-                    if (t.corrections && chunk.is_last)
-                        total = fma(splat(t.sums[k * t.block_sums + r * t.sums_stride + number]),
-                                    load(t.corrections + scale + v * width), total);
-                    store(at, total);
+                    store(at, fma(sum[q][r][v], load(t.scales + scale + v * width), load(at)));
+                }
+            }
+            if (!t.corrections || !chunk.is_last) continue;
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; ++r) {
+                const vf x_sum = splat(t.sums[k * t.block_sums + r * t.sums_stride + number]);
+#pragma GCC unroll 2
+                for (int v = 0; v < halves; ++v) {
+                    float* const at = t.total + r * panel + v * width;
+                    store(at, fma(x_sum, load(t.corrections + scale + v * width), load(at)));
                 }
             }
         }
     }
+    if (looks_ahead) squares.end_block(codes);
 }
 
 template <Unit unit, int rows, int chunk_columns>
 __attribute__((noinline)) void multiply_squares_as(Tile t, PanelCodes codes, vi table, Ahead& later) {
-    constexpr int beside = chunks_beside(rows) * chunk_columns / block, most = beside > 1 ? beside : 1;
+    constexpr int most = blocks_beside(rows, chunk_columns);
+    static_assert(most == 1 || !Squares<rows, chunk_columns>::looks_ahead);
     Ahead ahead = later;  // in registers
+    Squares<rows, chunk_columns> squares;
     const auto multiply = [&]<int blocks>() __attribute__((always_inline)) {
         for (; t.blocks >= blocks; t.blocks -= blocks) {
-            multiply_square<unit, rows, chunk_columns, blocks>(t, codes, table, ahead);
+            multiply_square<unit, rows, chunk_columns, blocks>(t, codes, squares, table, ahead);
             t.plan += blocks;
             t.x += blocks * block / columns_in<unit>;
             t.sums += blocks * t.block_sums;

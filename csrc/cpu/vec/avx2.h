@@ -40,6 +40,12 @@ METATE_FN vf load(const float* p) {
 METATE_FN vf load(const float* p, int64_t n) {
     return _mm256_maskload_ps(p, first(n).lanes);
 }
+// n = 4 or width floats, again and again.
+template <int n>
+METATE_FN vf repeat(const float* p) {
+    if constexpr (n == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    return load(p);
+}
 METATE_FN void store(float* p, vf x) {
     _mm256_storeu_ps(p, x);
 }

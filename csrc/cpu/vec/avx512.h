@@ -38,6 +38,13 @@ METATE_FN vf load(const float* p) {
 METATE_FN vf load(const float* p, int64_t n) {
     return _mm512_maskz_loadu_ps(first(n), p);
 }
+// n = 4, 8 or width floats, again and again.
+template <int n>
+METATE_FN vf repeat(const float* p) {
+    if constexpr (n == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    if constexpr (n == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    return load(p);
+}
 METATE_FN void store(float* p, vf x) {
     _mm512_storeu_ps(p, x);
 }

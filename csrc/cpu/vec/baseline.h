@@ -42,6 +42,11 @@ METATE_FN vf load(const float* p) {
     __builtin_memcpy(&x, p, sizeof x);
     return x;
 }
+// n = width floats.
+template <int n>
+METATE_FN vf repeat(const float* p) {
+    return load(p);
+}
 METATE_FN void store(float* p, vf x) {
     __builtin_memcpy(p, &x, sizeof x);
 }

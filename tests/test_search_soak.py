@@ -1,5 +1,6 @@
-"""32 threads add, search and remove at once: every result is that of one snapshot, searched again alone, and what is
-there in the end is what one thread would have made. METATE_TEST_SOAK: seconds, minutes in the long target."""
+"""32 threads add, search and remove at once: every result is that of one snapshot, searched again alone; of the last of
+them, and of what is there in the end, also what one thread makes of the same vectors. METATE_TEST_SOAK: seconds,
+minutes in the long target."""
 
 import copy
 import os
@@ -50,6 +51,21 @@ def as_alone(index, state, queries, k, how):
     return alone.search(queries, k, **how)
 
 
+def group(first):
+    """The vectors under ids from `first` on, whenever they are asked for."""
+    return np.random.default_rng(first).standard_normal((GROUP, D)).astype(np.float32)
+
+
+def replayed(twin, state):
+    """Given, one group after another, what a snapshot says that it holds."""
+    twin.reset()
+    ids = np.sort(state.lists.ids(state.lists.rows()))
+    for first in ids[::GROUP].tolist():
+        twin.add_with_ids(group(first), first + np.arange(GROUP))
+    assert np.array_equal(ids, np.sort(twin._state.lists.ids(twin._state.lists.rows())))
+    return twin
+
+
 def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -76,7 +92,7 @@ class Soak:
         index, alive = self.indexes[kind][0], self.alive[number][kind]
         if len(alive) < 40 and random.random() < 0.7:
             ids = GROUP * (WRITERS * self.changes[number] + number) + np.arange(GROUP)
-            alive[int(ids[0])] = x = random.standard_normal((GROUP, D)).astype(np.float32)
+            alive[int(ids[0])] = x = group(int(ids[0]))
             index.add_with_ids(x, ids)
         elif alive:
             first = int(random.choice(list(alive)))
@@ -98,7 +114,7 @@ class Soak:
         assert state.lists.total % GROUP == 0
         assert same(found, as_alone(index, state, queries, k, how)), f"{kind}, {state.lists.total} rows"
         if random.random() < 0.05:
-            self.kept.append((index, state, queries, k, how, found))
+            self.kept.append((kind, state, queries, k, how, found))
         self.searches[number] += 1
 
 
@@ -124,10 +140,13 @@ def test_threads_search_add_and_remove():
     assert not soak.faults, soak.faults[0]
     assert min(soak.changes) > 0 and min(soak.searches) > 0
     assert whole < 1.25 * half + 64, f"{half:.0f} MB, later {whole:.0f} MB"
-    for index, state, queries, k, how, found in soak.kept:
+    for kind, state, queries, k, how, found in soak.kept:
+        index, twin, _ = soak.indexes[kind]
         assert same(found, as_alone(index, state, queries, k, how))
+        assert same(found, replayed(twin, state).search(queries, k, **how)), kind
     queries = torch.randn(5, D, generator=torch.Generator().manual_seed(0)).numpy()
     for kind, (index, twin, _) in soak.indexes.items():
+        twin.reset()
         there = {first: x for writer in soak.alive for first, x in writer[kind].items()}
         for first, x in there.items():
             twin.add_with_ids(x, first + np.arange(GROUP))

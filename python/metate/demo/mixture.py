@@ -86,7 +86,7 @@ def play(console: Console, plan: Plan = PLAN) -> bool:
 
 def _train(bar: Progress, plan: Plan, windows: Iterator[Tensor], trainer: Mixture, rows: int = 8) -> Table:
     """Steps until the time is up; a row of the table after each part of it."""
-    title = "where the bytes of so many steps go, by expert of the first layer; least and most of any layer"
+    title = "share of the bytes that each expert of the first layer took since the row above; extremes of any layer"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
     for name in ("seconds", "steps", "objective", *map(str, range(plan.config.num_experts)), "least", "most"):
         table.add_column(name, justify="right")

@@ -97,6 +97,7 @@ CASCADES = [
     dict(window=(-1, 2), softcap=3.0),
     dict(alibi_slopes=torch.tensor([0.1, 0.02, 0.4, 0.3])),
     dict(window=(40, 0), alibi_slopes=torch.tensor([0.1, 0.02, 0.4, 0.3]), sinks=torch.tensor([0.3, -1.0, 2.0, 5.0])),
+    dict(alibi_slopes=torch.linspace(0.02, 0.5, 12).view(3, 4), left_pad=torch.tensor([5, 40], dtype=torch.int32)),
     dict(tree_mask=TREE, causal=False, window=(44, -1)),
     dict(left_pad=torch.tensor([5, 40], dtype=torch.int32)),
     dict(left_pad=torch.tensor([34, 50], dtype=torch.int32), sinks=torch.tensor([0.3, -1.0, 2.0, 5.0])),
@@ -374,6 +375,16 @@ def test_cascade_names_its_own_arguments():
         prefix = prefix_table, torch.tensor([length], dtype=torch.int32)
         with pytest.raises(ValueError, match=rf"metate.cascade_attention: {message} .*expected"):
             metate.cascade_attention(q, k_cache, v_cache, *prefix, groups, table, lens)
+
+
+@pytest.mark.parametrize("name,shape", [("alibi_slopes", (3, 4)), ("alibi_slopes", (1, 2, 4)), ("sinks", (2, 4))])
+def test_cascade_refuses_slopes_and_sinks_of_others(name, shape):
+    k_cache, v_cache, table, lens = paged([20, 33], 16, 2, 24, 16)
+    prefix = table[:1, :1], torch.tensor([16], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match=rf"metate\.cascade_attention: {name} is of shape .*expected \(heads\)"):
+        metate.cascade_attention(
+            torch.randn(2, 4, 24), k_cache, v_cache, *prefix, table, lens, **{name: torch.rand(shape)}
+        )
 
 
 @pytest.mark.parametrize("groups", [[0, 1], [0, 3], [1, 2], [0, 2, 1], None, [0.0, 2.0]])

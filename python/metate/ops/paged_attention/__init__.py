@@ -140,7 +140,8 @@ def cascade_attention(
         prefix_table: (groups, max_prefix_pages) int32, prefix_lens: (groups) int32: the keys that a group shares.
         cu_groups: (groups + 1) int32, from 0 to batch: group g is the sequences cu_groups[g] … cu_groups[g+1]-1.
         block_table, seq_lens: what each sequence has behind its prefix, its own queries included.
-        alibi_slopes, sinks: (heads). left_pad: (groups) int32: so many of the first keys of its sequences are padding.
+        alibi_slopes: (heads), or (batch, heads): then a prefix is read for each of its sequences. sinks: (heads).
+            left_pad: (groups) int32: so many of the first keys of its sequences are padding.
         return_column_sums: also return Σ_i probability[i, j] of the prefixes' keys, over all queries of a group,
             (groups, heads, max_prefix_pages · page_size), and of the sequences' own, (batch, heads, max_pages ·
             page_size). Own keys are read twice then.
@@ -160,8 +161,14 @@ def cascade_attention(
     _check_groups(cu_groups, prefix_table, prefix_lens, k_cache)
     _check_own(seq_lens, cu_seqlens_q, left_pad, prefix_lens.shape[0], x.shape[1], tree_mask is not None)
     _check_all_have_groups(cu_groups, seq_lens.shape[0] if packed else x.shape[0])
-    _check_heads(alibi_slopes=alibi_slopes, sinks=sinks)
-    group = _owners(cu_groups, torch.arange(seq_lens.shape[0], dtype=torch.int32, device=seq_lens.device))
+    batch, groups = seq_lens.shape[0], prefix_lens.shape[0]
+    _check_heads(batch, alibi_slopes, sinks)
+    numbers = torch.arange(batch + 1, dtype=torch.int32, device=seq_lens.device)
+    owner = group = _owners(cu_groups, numbers[:-1])
+    if alibi_slopes is not None and alibi_slopes.dim() == 2:  # queries of a group differ: each sequence is a group
+        prefix_table, prefix_lens = prefix_table[owner], prefix_lens[owner]
+        left_pad = left_pad if left_pad is None else left_pad[owner]
+        cu_groups, group = numbers, numbers[:-1]
     positions = None
     if left >= 0 or alibi_slopes is not None:
         positions = _positions(x, prefix_lens[group] + seq_lens, cu_seqlens_q)
@@ -181,6 +188,8 @@ def cascade_attention(
     shape = None if packed else x.shape[:2]
     if return_column_sums:
         out, lse, *sums = _sum_both(own, prefix, shape, sinks)
+        if cu_groups is numbers:
+            sums[0] = sums[0].new_zeros(groups, *sums[0].shape[1:]).index_add_(0, owner, sums[0])
     else:
         out, lse, *sums = _merge_both(own, prefix, shape, sinks, backend)
     if dims == 3 and not packed:
@@ -319,10 +328,13 @@ def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, 
             raise fail(op, "prefix_lens", prefix_lens.tolist(), expected)
 
 
-def _check_heads(**given: Tensor | None) -> None:
-    for name, heads in given.items():
-        if isinstance(heads, Tensor) and heads.dim() != 1:
-            raise fail("cascade_attention", name, f"of shape {tuple(heads.shape)}", "(heads)")
+def _check_heads(batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    if isinstance(sinks, Tensor) and sinks.dim() != 1:
+        raise fail("cascade_attention", "sinks", f"of shape {tuple(sinks.shape)}", "(heads)")
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() != 1:
+        shape = tuple(alibi_slopes.shape)
+        if len(shape) != 2 or shape[0] != batch:
+            raise fail("cascade_attention", "alibi_slopes", f"of shape {shape}", f"(heads) or ({batch}, heads)")
 
 
 def _check_all_have_groups(cu_groups: Tensor, batch: int) -> None:

@@ -136,6 +136,19 @@ def test_a_row_does_not_depend_on_who_packs_it(activation, dtype, form, group, K
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("columns", [1, 3, 15])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("device,backend", LINEAR, ids=lambda value: value)
+def test_codes_that_are_their_zero_points_count_for_nothing_in_short_rows(device, backend, rows, columns):
+    """Where sums were corrected, what was taken from them would not be what was added."""
+    w = weight(K=columns, group=500, form="zeros")
+    codes = w.zeros.expand(-1, columns) if w.zeros is not None else w.codes
+    w = dataclasses.replace(w, codes=pack_codes(codes.contiguous(), 4)).to(device)
+    with metate.use(backend):
+        y = metate.quant_linear(random(rows, columns, seed=3, backend=backend).to(device), w)
+    assert not y.any()
+
+
 def test_no_columns_give_the_bias():
     bias = random(40)
     for rows in (1, 3):

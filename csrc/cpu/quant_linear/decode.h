@@ -298,7 +298,13 @@ METATE_FN bool has_corrections(const LowBitMatrix& w) {
     return w.zeros || w.offsets;
 }
 
-// Their corrections where there are zeros and no offsets.
+// Whether codes of different rows or groups are centered by different numbers. These may be taken from them before they
+// are scaled: a code that is its zero point is 0 then.
+METATE_FN bool has_own_centers(const LowBitMatrix& w) {
+    return w.zeros && !w.offsets && !w.codebook;
+}
+
+// Their corrections where there are zeros and no offsets, times `scales` where there are some.
 METATE_FN void correct_square(float* to, const float* scales, int64_t stride, const View<2>& zeros, float shift,
                               int64_t row, int64_t group) {
     const uint8_t* const from = static_cast<const uint8_t*>(zeros.data) + row * zeros.stride[0] + group;
@@ -307,13 +313,15 @@ METATE_FN void correct_square(float* to, const float* scales, int64_t stride, co
     for (int i = 0; i < width; ++i) square[i] = splat(shift) - to_float(load_wide(from + i * zeros.stride[0], width));
     transpose(square);
 #pragma GCC unroll 16
-    for (int i = 0; i < width; ++i) store(to + i * stride, fma(square[i], load(scales + i * stride), splat(0.0f)));
+    for (int i = 0; i < width; ++i)
+        store(to + i * stride, scales ? fma(square[i], load(scales + i * stride), splat(0.0f)) : square[i]);
 }
 
 // Scales of `width` rows for n groups from `group` on, a vector a group, `stride` floats apart; and what a column's x
-// is to be multiplied by besides: corrections = (center - zero - zeros) · scale + offset, where there are such.
-inline void load_scales(float* scales, float* corrections, int64_t stride, const LowBitMatrix& w, float center,
-                        int64_t row, int64_t group, int64_t n) {
+// is to be multiplied by besides: corrections = (center - zero - zeros) · scale + offset, where there are such; or, if
+// they come `before` the scales, center - zero - zeros.
+inline void load_scales(float* scales, float* corrections, bool before, int64_t stride, const LowBitMatrix& w,
+                        float center, int64_t row, int64_t group, int64_t n) {
     const int64_t rows = smaller(w.rows - row, width);
     const float shift = w.codebook ? 0 : center - static_cast<float>(w.zero);
     const bool is_plain = rows == width && w.scales.stride[1] == 1 && w.scales.dtype != DType::i8 &&
@@ -322,7 +330,9 @@ inline void load_scales(float* scales, float* corrections, int64_t stride, const
         if (is_plain && n - g >= width) {
             float* const square = scales + g * stride;
             load_square(square, stride, w.scales, row, group + g);
-            if (corrections) correct_square(corrections + g * stride, square, stride, w.zeros, shift, row, group + g);
+            if (corrections)
+                correct_square(corrections + g * stride, before ? nullptr : square, stride, w.zeros, shift, row,
+                               group + g);
             continue;
         }
         vf scale[width], offset[width];
@@ -331,7 +341,7 @@ inline void load_scales(float* scales, float* corrections, int64_t stride, const
         if (w.offsets) load_levels(offset, w.offsets, w.super_offsets, w.super_groups, row, rows, group + g, n - g);
         for (int i = 0; i < rows && corrections; ++i) {
             const vf zeros = w.zeros ? to_float(zeros_of(w, row + i, group + g, smaller(n - g, width))) : splat(0.0f);
-            offset[i] = fma(splat(shift) - zeros, scale[i], offset[i]);
+            offset[i] = before ? splat(shift) - zeros : fma(splat(shift) - zeros, scale[i], offset[i]);
         }
         transpose(scale);
         if (corrections) transpose(offset);
@@ -343,9 +353,9 @@ inline void load_scales(float* scales, float* corrections, int64_t stride, const
 }
 
 // Whole weights out of values, column after column `stride` floats apart, where column 0 is number `first` of W and the
-// scales start at its group.
-inline void scale_values(float* values, const float* scales, const float* corrections, int64_t stride, int64_t first,
-                         int64_t columns, int64_t group_size) {
+// scales start at its group, corrections as `load_scales` has made them.
+inline void scale_values(float* values, const float* scales, const float* corrections, bool before, int64_t stride,
+                         int64_t first, int64_t columns, int64_t group_size) {
     int64_t left = group_size - first % group_size;
     for (int64_t c = 0; c < columns; ++c, --left, values += stride) {
         if (left == 0) {
@@ -353,7 +363,11 @@ inline void scale_values(float* values, const float* scales, const float* correc
             if (corrections) corrections += stride;
             left = group_size;
         }
-        store(values, corrections ? fma(load(values), load(scales), load(corrections)) : load(values) * load(scales));
+        const vf value = load(values), scale = load(scales);
+        if (!corrections)
+            store(values, value * scale);
+        else
+            store(values, before ? (value + load(corrections)) * scale : fma(value, scale, load(corrections)));
     }
 }
 

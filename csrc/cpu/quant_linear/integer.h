@@ -263,11 +263,6 @@ struct IntegerPlan {
     int count;
 };
 
-// Whether codes of different rows or groups are centered by different numbers.
-METATE_FN bool has_own_centers(const LowBitMatrix& w) {
-    return w.zeros && !w.offsets && !w.codebook;
-}
-
 template <class T>
 void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantLinear& call,
                    const Arithmetic& arithmetic, float center, const Runtime& runtime) {

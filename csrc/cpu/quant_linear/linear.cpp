@@ -45,8 +45,8 @@ void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, i
             if (has_centers) add_centers(values, centers, columns);
         }
         if (!p.sums_scaled)
-            scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr, panel,
-                         k * block, columns, w.group_size);
+            scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr,
+                         has_own_centers(w), panel, k * block, columns, w.group_size);
     }
 }
 

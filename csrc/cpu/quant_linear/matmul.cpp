@@ -43,9 +43,9 @@ void decode_strip(const Problem& p, const Workspace& at, int64_t row, int64_t k,
     transpose_words(at.words, w, row, k, bytes_ahead(w, k));
     decode(at.strip, width, at.words, columns, w.bits, p.values);
     float* const corrections = has_corrections(w) ? at.corrections : nullptr;
-    load_scales(at.scales, corrections, width, w, p.values.center, row, first_group,
+    load_scales(at.scales, corrections, has_own_centers(w), width, w, p.values.center, row, first_group,
                 (k * block + columns - 1) / w.group_size - first_group + 1);
-    scale_values(at.strip, at.scales, corrections, width, k * block, columns, w.group_size);
+    scale_values(at.strip, at.scales, corrections, has_own_centers(w), width, k * block, columns, w.group_size);
     for (int64_t c = columns; c < round_up(columns, width); ++c) store(at.strip + c * width, splat(0.0f));
     for (int64_t c = 0; c < columns; c += width) {
         vf square[width];

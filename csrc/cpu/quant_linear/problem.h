@@ -58,6 +58,12 @@ inline bool takes_pairs(const QuantLinear&, const Values&) {
 }
 #endif
 
+// No group is longer than a row: of few columns, weights are scaled and not sums, whatever group they are part of.
+inline QuantLinear with_groups_in_rows(QuantLinear call) {
+    call.w.group_size = smaller(call.w.group_size, larger(call.w.columns, 1));
+    return call;
+}
+
 struct Problem {
     QuantLinear call;
     Values values;
@@ -80,45 +86,46 @@ struct Problem {
     bool dots_rows, sums_chunks;     // by rows of codes: in whole numbers, in floats
     bool can_turn, takes_turns;      // one row of x
 
-    explicit Problem(const QuantLinear& c)
-        : call(c),
-          values(values_of(c.w)),
-          pairs(takes_pairs(c, values)),
-          arithmetic(pairs ? Arithmetic{} : arithmetic_of(c, values, small_group)),
-          whole_pairs(c.x.size[0] >= many_rows && can_take_whole_pairs(c.w, arithmetic)),
-          cut(cut_of(c.x.size[0], c.w.rows)),
+    explicit Problem(const QuantLinear& given)
+        : call(with_groups_in_rows(given)),
+          values(values_of(call.w)),
+          pairs(takes_pairs(call, values)),
+          arithmetic(pairs ? Arithmetic{} : arithmetic_of(call, values, small_group)),
+          whole_pairs(call.x.size[0] >= many_rows && can_take_whole_pairs(call.w, arithmetic)),
+          cut(cut_of(call.x.size[0], call.w.rows)),
           plans(nullptr),
           integer_plans(nullptr),
-          blocks(ceil_div(c.w.columns, block)),
-          can_dot(can_dot_rows(c.w, arithmetic)),
-          can_sum(width < 16 && !arithmetic.digits && can_sum_chunks(c.w)),
-          can_square(can_take_squares(c.w, arithmetic)),
-          takes_squares(can_square && c.x.size[0] >= (arithmetic.digits ? 2 : 1) &&
-                        c.x.size[0] <= (pairs || arithmetic.digits == 1 ? most_square_rows : square_rows)),
-          dots_rows(can_dot && !takes_squares && c.x.size[0] <= few_rows),
-          sums_chunks(can_sum && c.x.size[0] <= few_rows) {
-        const int64_t groups_of_block = smaller(block, (block - 2) / c.w.group_size + 2);
-        const bool are_many = c.x.size[0] >= many_rows && !in_digits() && c.w.group_size >= small_group;
+          blocks(ceil_div(call.w.columns, block)),
+          can_dot(can_dot_rows(call.w, arithmetic)),
+          can_sum(width < 16 && !arithmetic.digits && can_sum_chunks(call.w)),
+          can_square(can_take_squares(call.w, arithmetic)),
+          takes_squares(can_square && call.x.size[0] >= (arithmetic.digits ? 2 : 1) &&
+                        call.x.size[0] <= (pairs || arithmetic.digits == 1 ? most_square_rows : square_rows)),
+          dots_rows(can_dot && !takes_squares && call.x.size[0] <= few_rows),
+          sums_chunks(can_sum && call.x.size[0] <= few_rows) {
+        const int64_t groups_of_block = smaller(block, (block - 2) / call.w.group_size + 2);
+        const bool are_many = call.x.size[0] >= many_rows && !in_digits() && call.w.group_size >= small_group;
         blocks_together = are_many ? span : 1;
         rows_at_once = in_digits() ? 256 : 512;
-        const int64_t run = span * block, group = c.w.group_size;
+        const int64_t run = span * block, group = call.w.group_size;
         const int64_t groups_of_span = run % group ? (run - 2) / group + 2 : run / group;
         window = round_up(are_many || takes_squares ? groups_of_span : groups_of_block, width);
         most_groups = larger(most_panels * window, can_square ? round_up(groups_of_span, width) : 0);
         units = nullptr;
-        can_turn = (arithmetic.digits || !can_square) && !pairs && can_take_turns(c.w, arithmetic);
-        takes_turns = can_turn && c.x.size[0] == 1;
-        sums_scaled = c.w.group_size >= small_group;
-        x = {nullptr, nullptr, c.x.size[0], blocks, groups_of_block + block / longest};
-        const int64_t unit = unit_of(c.w.bits), shared = c.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
+        can_turn = (arithmetic.digits || !can_square) && !pairs && can_take_turns(call.w, arithmetic);
+        takes_turns = can_turn && call.x.size[0] == 1;
+        sums_scaled = call.w.group_size >= small_group;
+        x = {nullptr, nullptr, call.x.size[0], blocks, groups_of_block + block / longest};
+        const int64_t unit = unit_of(call.w.bits),
+                      shared = call.w.group_size % unit ? 2 * (unit - 1) * x.most_chunks : unit;
         const int64_t most_quads = ceil_div(block + shared + 16, 4);
-        integers = {nullptr, c.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
-        spread = {nullptr, nullptr, nullptr, c.x.size[0], x.most_chunks, arithmetic.digits};
+        integers = {nullptr, call.x.size[0], most_quads, x.most_chunks, arithmetic.digits};
+        spread = {nullptr, nullptr, nullptr, call.x.size[0], x.most_chunks, arithmetic.digits};
         x.unit = pairs ? Unit::pairs : whole_pairs ? Unit::whole_pairs : Unit::floats;
         if (arithmetic.digits == 3) x.most_columns = block;
-        if (whole_pairs) values = whole_values(c.w, values, arithmetic.table);
-        if (pairs && are_whole_chunks(c.w, longest_pairs)) x.most_columns = longest_pairs;
-        lane_rows = {nullptr, c.x.size[0]};
+        if (whole_pairs) values = whole_values(call.w, values, arithmetic.table);
+        if (pairs && are_whole_chunks(call.w, longest_pairs)) x.most_columns = longest_pairs;
+        lane_rows = {nullptr, call.x.size[0]};
     }
     bool in_digits() const { return arithmetic.digits && !whole_pairs; }
     float center() const { return arithmetic.table.unit ? 128.0f : values.center; }
@@ -178,8 +185,8 @@ inline void load_window(const Problem& p, const Workspace& at, int64_t panel_num
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         if (!(halves >> v & 1)) continue;
         float* const corrections = at.corrections ? at.corrections + offset + v * width : nullptr;
-        load_scales(at.scales + offset + v * width, corrections, panel, w, p.values.center, row + v * width, first,
-                    groups);
+        load_scales(at.scales + offset + v * width, corrections, !p.sums_scaled && has_own_centers(w), panel, w,
+                    p.values.center, row + v * width, first, groups);
         if (at.centers && !p.takes_turns)
             load_centers(at.centers + offset + v * width, panel, w, row + v * width, first, groups);
     }

@@ -194,6 +194,19 @@ void compare_rows(const TopkDistances& c, const RowQuery* q, Span span) {
     }
 }
 
+// Row by row, exactly: by metrics that nothing tells of more cheaply than themselves, and few rows.
+void offer_all(const TopkDistances& c, const float* query, Span span, Best& best) {
+    const Search& s = c.search;
+    with_vectors(c, [&]<class T>(const Vectors<T>& v) {
+        for (int64_t row = span.first; row < span.last; ++row) {
+            if (!kept(s, row)) continue;
+            const float key = key_of(s, static_cast<float>(distance_by(c.metric, v, query, v.row(row))));
+            if (key <= best.limit()) best.offer({key, id_of(s, row)});
+        }
+    });
+}
+
+constexpr int64_t few_rows = 4;      // of a range; more are first compared approximately
 constexpr int64_t cached_rows = 64;  // that one group of queries after another looks at
 
 void by_rows(const TopkDistances& c, const Runtime& runtime) {
@@ -202,6 +215,11 @@ void by_rows(const TopkDistances& c, const Runtime& runtime) {
         c.search, runtime, columns * bytes_of(c.base.dtype), most_together,
         [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& turn) {
+            if (turn.span.last - turn.span.first <= few_rows) {  // candidates, likely, each a range
+                for (int64_t i = 0; i < turn.count; ++i)
+                    offer_all(c, query_of(c, turn.asked[i].q), turn.span, turn.best[i]);
+                return;
+            }
             RowQuery queries[most_together];
             for (int64_t i = 0; i < turn.count; ++i) {
                 const float* const query = query_of(c, turn.asked[i].q);
@@ -222,22 +240,12 @@ void by_rows(const TopkDistances& c, const Runtime& runtime) {
         });
 }
 
-// By metrics that nothing tells of more cheaply than themselves.
 void by_distances(const TopkDistances& c, const Runtime& runtime) {
     const Search& s = c.search;
     search_rows(
         s, runtime, c.base.size[1] * bytes_of(c.base.dtype), 1, [](Arena& arena) { return arena.take<char>(0); },
         [](char*) {},
-        [&](char*, const Turn& turn) {
-            const float* const query = query_of(c, turn.asked[0].q);
-            with_vectors(c, [&]<class T>(const Vectors<T>& v) {
-                for (int64_t row = turn.span.first; row < turn.span.last; ++row) {
-                    if (!kept(s, row)) continue;
-                    const float key = key_of(s, static_cast<float>(distance_by(c.metric, v, query, v.row(row))));
-                    if (key <= turn.best[0].limit()) turn.best[0].offer({key, id_of(s, row)});
-                }
-            });
-        });
+        [&](char*, const Turn& turn) { offer_all(c, query_of(c, turn.asked[0].q), turn.span, turn.best[0]); });
 }
 
 // By products.

@@ -16,7 +16,7 @@ from metate.ops.pq import topk_distances
 from metate.ops.pq.declaration import ivf_op
 from metate.scalars import is_whole, plain
 from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
-from metate.search.base import REFINE, Base, State
+from metate.search.base import Base, State
 from metate.search.codecs import Probe, Product
 from metate.search.codecs import Vectors as Raw
 from metate.search.filters import Filter, keep_bitmap
@@ -168,26 +168,11 @@ class Searching(Base):
         return listed
 
     def _refined(self, state: State, x: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best of candidate rows (Q, C) by their full vectors."""
-        distances = self._exact(state, x, rows)
-        ids = state.lists.ids_column()
-        if ids is not None and len(ids):
-            rows = torch.where(rows < 0, rows, ids[rows.clamp_min(0)])
-        order = rows.argsort(dim=1, stable=True)
-        distances, rows = distances.gather(1, order), rows.gather(1, order)
-        order = distances.argsort(dim=1, stable=True, descending=self.largest)[:, :k]
-        return distances.gather(1, order), rows.gather(1, order)
-
-    def _exact(self, state: State, x: Tensor, rows: Tensor) -> Tensor:
+        """The k best of candidate rows (Q, C) by their full vectors: each is a range, and none where there is none."""
         assert self.refine is not None
-        missing = rows < 0
-        if not len(state.lists.columns[REFINE]):
-            return torch.full(rows.shape, -torch.inf if self.largest else torch.inf, device=x.device)
-        stored = {REFINE: state.lists.columns[REFINE][rows.clamp_min(0)]}
-        candidates = self.refine.decode(state.model, stored)
-        if self.largest:
-            return candidates.mul_(x[:, None]).sum(2).masked_fill_(missing, -torch.inf)
-        return (candidates - x[:, None]).square_().sum(2).masked_fill_(missing, torch.inf)
+        ranges = torch.stack([rows, rows + 1], 2)
+        probe = Probe(state.lists.seen, ranges, None, state.lists.ids_column(), None, k)
+        return self.refine.scan(state.model, x, probe, self._scan_metric)
 
     @torch.no_grad()
     def range_search(

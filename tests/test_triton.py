@@ -209,12 +209,14 @@ def compile_pq(everything: bool) -> None:
     terms: list[Any] = [None] * 5
     scale, dtype = None, torch.bfloat16
     if everything:
+        pq.TOGETHER = 64  # so that results take two passes
         terms = [tensor(Q, 5, 2, **int64), tensor(Q, 5), tensor(n), tensor(n, **int64), tensor(-(-n // 8), **uint8)]
         scale, dtype = tensor(100), torch.int8
     blocks = codes if everything else tensor(-(-n // 32), M, 4 * bits, **uint8)
     pq.pq_scan(tensor(Q, M, 2**bits), blocks, *terms, n, k, everything)
     base = tensor(n, 100, dtype=dtype)
-    pq.topk_distances(tensor(Q, 100), base, terms[0], scale, scale, *terms[3:], k, int(everything), everything)
+    for metric in (1, 4) if everything else (0,):
+        pq.topk_distances(tensor(Q, 100), base, terms[0], scale, scale, *terms[3:], k, metric, everything)
 
 
 @pytest.mark.parametrize("capability,everything", [(80, True), (90, False)], ids=["sm_80-everything", "sm_90-plain"])

@@ -1,8 +1,10 @@
 """Product quantisation and brute-force search in Triton: launchers with the parameters of the declared operators.
 
-In a search, programs take chunks of rows in turn, and torch sorts the best that each has found.
+In a search, programs take chunks of rows in turn, and torch sorts the best that each has found. Many results are found
+some at a time: what keeps them sorted in registers takes minutes to compile for more.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from .vectors import bounds_kernel, exact_kernel
 
 GROUP = 32  # rows with one bound
 BOUNDS = 1 << 26  # bounds kept at once
-MOST = 512  # results of a search
+MOST, TOGETHER = 2048, 512  # results of a search, and of a pass over the rows
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -38,19 +40,31 @@ class _Search:
         ranks = None if self.order is None else torch.empty_like(self.order)
         if ranks is not None:
             ranks[self.order] = torch.arange(n, device=ids.device)
-        block = max(block, triton.next_power_of_2(k))
+        block = max(block, triton.next_power_of_2(min(k, TOGETHER)))
         slices = _slices(beside.shape[0], n, block)
         self.out = torch.empty((beside.shape[0], slices, block), dtype=torch.int64, device=beside.device)
         self.arguments = {
             "n": n, "P": 1 if ranges is None else ranges.shape[1], "ranges": ranges, "ranks": ranks,
             "ranges_strides": None if ranges is None else ranges.stride(), "keep": _contiguous(keep),
-            "k": k, "slices": slices, "LARGEST": largest, "ONE": k == 1, "BLOCK": block,
-            "out": self.out,
+            "slices": slices, "LARGEST": largest, "ONE": k == 1, "BLOCK": block, "out": self.out,
         }  # fmt: skip
 
-    def results(self) -> tuple[Tensor, Tensor]:
-        keys = self.out[..., : self.k].flatten(1)
-        keys = (keys.sort(1).values if self.out.shape[1] > 1 else keys)[:, : self.k]
+    def _keys(self, launch: Callable[[dict[str, Any]], None]) -> Tensor:
+        """The k best, in passes: each finds what comes behind the last key of the one before."""
+        found: list[Tensor] = []
+        for first in range(0, max(min(self.k, self.n), 1), TOGETHER):
+            count = min(TOGETHER, self.k - first)
+            above = found[-1][:, -1].contiguous() if found else None
+            if self.out.shape[0]:
+                launch(self.arguments | {"k": count, "above": above})
+            keys = self.out[..., :count].flatten(1)
+            found.append((keys.sort(1).values if self.out.shape[1] > 1 else keys)[:, :count].clone())
+        missing = self.k - sum(keys.shape[1] for keys in found)
+        return torch.cat([*found, self.out.new_full((self.out.shape[0], missing), EMPTY.value)], 1)
+
+    def results(self, launch: Callable[[dict[str, Any]], None]) -> tuple[Tensor, Tensor]:
+        """By `launch(arguments)`, which adds what rows are compared by."""
+        keys = self._keys(launch)
         missing, rank = keys == EMPTY.value, keys & 0xFFFFFFFF
         bits = (keys >> 32).to(torch.int32)
         distances = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
@@ -118,14 +132,13 @@ def pq_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     search = _Search(tables, n, ranges, ids, keep, k, largest, 256)
     codes = codes.contiguous() if codes.dim() == 3 else codes
-    if tables.shape[0]:
-        arguments = search.arguments | {
-            "tables": tables.contiguous(), "codes": codes, "codes_strides": codes.stride(), "bias": bias,
-            "bias_strides": None if bias is None else bias.stride(), "row_bias": _contiguous(row_bias),
-            "M": tables.shape[1], "BITS": _bits(tables.shape[2]), "BLOCKS": codes.dim() == 3,
-        }  # fmt: skip
-        shared.launch(scan_kernel, (tables.shape[0], search.arguments["slices"]), arguments, tables)
-    return search.results()
+    own = {
+        "tables": tables.contiguous(), "codes": codes, "codes_strides": codes.stride(), "bias": bias,
+        "bias_strides": None if bias is None else bias.stride(), "row_bias": _contiguous(row_bias),
+        "M": tables.shape[1], "BITS": _bits(tables.shape[2]), "BLOCKS": codes.dim() == 3,
+    }  # fmt: skip
+    grid = tables.shape[0], search.arguments["slices"]
+    return search.results(lambda arguments: shared.launch(scan_kernel, grid, arguments | own, tables))
 
 
 class _Rows:
@@ -190,16 +203,17 @@ def topk_distances(
     for first in range(0, max(queries.shape[0], 1), chunk):
         part = queries[first : first + chunk]
         search = _Search(part, n, ranges, ids, keep, k, largest, 64)
-        if part.shape[0]:
-            bounds, limits = _bounds(part, rows, keep, k, largest) if rows else (None, None)
-            arguments = search.arguments | {
-                "queries": part, "base": base, "base_stride": base.stride(0), "scale": _contiguous(scale),
-                "offset": _contiguous(offset), "bounds": bounds, "limits": limits, "D": D,
-                "groups": triton.cdiv(n, GROUP), "METRIC": metric, "GROUP": GROUP,
-                "BLOCK_K": 2048 // search.arguments["BLOCK"],
-            }  # fmt: skip
-            shared.launch(exact_kernel, (part.shape[0], search.arguments["slices"]), arguments, queries)
-        results = search.results()
+        bounds, limits = _bounds(part, rows, keep, k, largest) if rows and part.shape[0] else (None, None)
+        own = {
+            "queries": part, "base": base, "base_stride": base.stride(0), "scale": _contiguous(scale),
+            "offset": _contiguous(offset), "bounds": bounds, "limits": limits, "D": D,
+            "groups": triton.cdiv(n, GROUP), "METRIC": metric, "GROUP": GROUP,
+            "BLOCK_K": 2048 // search.arguments["BLOCK"],
+        }  # fmt: skip
+        grid = part.shape[0], search.arguments["slices"]
+        results = search.results(
+            lambda arguments, own=own, grid=grid: shared.launch(exact_kernel, grid, arguments | own, queries)
+        )
         distances.append(results[0])
         found.append(results[1])
     return torch.cat(distances), torch.cat(found)

@@ -34,13 +34,15 @@ def code_at(codes, strides, row, m, M, inside, BITS: tl.constexpr, BLOCKS: tl.co
 
 
 @triton.jit(do_not_specialize=["n", "P", "k", "slices"])
-def scan_kernel(tables, codes, codes_strides, ranges, ranges_strides, bias, bias_strides, row_bias, ranks, keep, out, n,
-                P, M, k, slices, BITS: tl.constexpr, BLOCKS: tl.constexpr, LARGEST: tl.constexpr, ONE: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+def scan_kernel(tables, codes, codes_strides, ranges, ranges_strides, bias, bias_strides, row_bias, ranks, keep, above,
+                out, n, P, M, k, slices, BITS: tl.constexpr, BLOCKS: tl.constexpr, LARGEST: tl.constexpr,
+                ONE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The k best rows for a query, first of BLOCK, among every `slices`-th chunk of its ranges."""
     q, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tables += q * M << BITS
     best = tl.full((BLOCK,), EMPTY, tl.int64)
+    if above is not None:
+        above += q
     for p in range(P):
         first, last = span(ranges, ranges_strides, q, p, n)
         added = 0.0
@@ -58,5 +60,5 @@ def scan_kernel(tables, codes, codes_strides, ranges, ranges_strides, bias, bias
                 total += tl.load(row_bias + row, mask=inside, other=0.0)
             if bias is not None:
                 total += added
-            best = add_best(best, keys_of(total, row, ranks, inside, LARGEST), k, ONE)
+            best = add_best(best, keys_of(total, row, ranks, inside, LARGEST, above), k, ONE)
     tl.store(out + (q * slices + part) * BLOCK + tl.arange(0, BLOCK), best)

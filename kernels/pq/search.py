@@ -73,12 +73,16 @@ def add_best(best, key, k, ONE: tl.constexpr):
 
 
 @triton.jit
-def keys_of(distance, row, ranks, inside, LARGEST: tl.constexpr):
-    """What sorts rows by distance and rank; those whose distance is not finite come last."""
+def keys_of(distance, row, ranks, inside, LARGEST: tl.constexpr, above):
+    """What sorts rows by distance and rank; those whose distance is not finite come last, and so do those that an
+    earlier pass has found: up to the key at `above`."""
     distance += 0.0  # -0 is no less than 0
     bits = (-distance if LARGEST else distance).to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     inside &= finite(distance)
     rank = row if ranks is None else tl.load(ranks + row, mask=inside, other=0)
-    return tl.where(inside, order << 32 | rank, EMPTY)
+    key = tl.where(inside, order << 32 | rank, EMPTY)
+    if above is not None:
+        key = tl.where(key > tl.load(above), key, EMPTY)
+    return key

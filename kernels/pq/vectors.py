@@ -66,14 +66,16 @@ def exact_distance(query, base, base_stride, row, inside, scale, offset, D, METR
 
 
 @triton.jit(do_not_specialize=["n", "P", "k", "slices"])
-def exact_kernel(queries, base, base_stride, scale, offset, ranges, ranges_strides, ranks, keep, bounds, limits, out, n,
-                 P, D, k, groups, slices, METRIC: tl.constexpr, LARGEST: tl.constexpr, ONE: tl.constexpr,
-                 GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def exact_kernel(queries, base, base_stride, scale, offset, ranges, ranges_strides, ranks, keep, above, bounds,
+                 limits, out, n, P, D, k, groups, slices, METRIC: tl.constexpr, LARGEST: tl.constexpr,
+                 ONE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The k best rows for a query, first of BLOCK, among every `slices`-th chunk of its ranges; where groups of rows
     have bounds, those count alone whose bound is not above the query's limit."""
     q, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     query = queries + q * D
     best = tl.full((BLOCK,), EMPTY, tl.int64)
+    if above is not None:
+        above += q
     for p in range(P):
         first, last = span(ranges, ranges_strides, q, p, n)
         chunks = ((tl.maximum(last - first, 0) + BLOCK - 1) // BLOCK).to(tl.int32)
@@ -85,5 +87,5 @@ def exact_kernel(queries, base, base_stride, scale, offset, ranges, ranges_strid
                 inside &= bound <= tl.load(limits + q)
             if tl.max(inside.to(tl.int32)) > 0:
                 distance = exact_distance(query, base, base_stride, row, inside, scale, offset, D, METRIC, BLOCK_K)
-                best = add_best(best, keys_of(distance, row, ranks, inside, LARGEST), k, ONE)
+                best = add_best(best, keys_of(distance, row, ranks, inside, LARGEST, above), k, ONE)
     tl.store(out + (q * slices + part) * BLOCK + tl.arange(0, BLOCK), best)

@@ -177,13 +177,14 @@ SCAN_CASES = [
     _search(2, 0, 3, M=4, bits=4, blocks=True),
     _search(2, 90, 4, M=11, bits=1, P=2, bias=True),
     _search(3, 70, 5, M=6, bits=3, keep=True, ids=True),
+    _search(2, 2000, 1100, M=3, bits=4, blocks=True, ids=True, ties=True),
 ]
 SCAN_SWEEP = [_search(Q, 1_000_000, 10, M=M, bits=bits, blocks=True) for Q in (1, 64) for M, bits in ((16, 8), (32, 4))]
 
 
 def _draw_search(rng: Random, *flags: str) -> Case:
     n = rng.choice([0, 1, 31, 32, 33, 100, 700, 3000])
-    case = _search(rng.choice([0, 1, 2, 5, 9]), n, rng.choice([1, 2, 10, 70]), P=rng.choice([0, 0, 1, 3]))
+    case = _search(rng.choice([0, 1, 2, 5, 9]), n, rng.choice([1, 2, 10, 70, 600]), P=rng.choice([0, 0, 1, 3]))
     return case | {flag: True for flag in flags if rng.random() < 0.35}
 
 
@@ -247,6 +248,8 @@ TOPK_CASES = [
     _search(9, 1100, 5, D=33, metric=4, keep=True),
     _search(2, 90, 4, D=24, metric=3, int8=True, ties=True),
     _search(3, 70, 2, D=5, metric=4, int8=True, largest=True),
+    _search(2, 1500, 700, D=4, P=2, ids=True, ties=True),
+    _search(1, 600, 1030, D=3),
 ]
 TOPK_SWEEP = [
     _search(1, 1_000_000, 10, D=128),

@@ -499,6 +499,7 @@ def test_bad_settings_and_untrained():
     for make, message in [
         (lambda: PQIndex(D, 3), "M is 3, expected a divisor of dim, 8"),
         (lambda: PQIndex(D, 4, 17), "bits is 17, expected 1 to 16"),
+        (lambda: FlatIndex(D, storage=None), "storage is None, expected"),
         (lambda: FlatIndex(0), "dim is 0"),
         (lambda: FlatIndex(D, "L2"), "metric is 'L2', expected 'l2' or 'inner_product' or 'cosine'"),
         (lambda: FlatIndex(D, storage="int4"), "storage is 'int4'"),

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tracemalloc
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -252,7 +253,7 @@ def _with_other_values(data, random):
             keys = [key for key in held if key != "__metadata__"] if isinstance(held, dict) else range(len(held))
             if not len(keys):
                 continue
-            key, value = keys[int(random.integers(len(keys)))], VALUES[int(random.integers(len(VALUES)))]
+            key, value = keys[int(random.integers(len(keys)))], deepcopy(VALUES[int(random.integers(len(VALUES)))])
             if isinstance(held, dict) and random.random() < 0.2:
                 value = held.pop(key)
                 key = str(value)[:9]

@@ -132,7 +132,7 @@ def _check(op: str, **given: Any) -> None:
         raise fail(op, "seed", repr(seed), f"an integer from 0 to {MOST_SEED}")
     require_choice(op, "metric", given["metric"], OF_CODES if "M" in given else METRICS)
     for name in ("storage", "refine"):
-        if given.get(name) is not None:
+        if name in given and (name, given[name]) != ("refine", None):
             require_choice(op, name, given[name], STORED)
     if "M" in given and given["dim"] % given["M"]:
         raise fail(op, "M", given["M"], f"a divisor of dim, {given['dim']}")

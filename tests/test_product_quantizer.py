@@ -83,7 +83,8 @@ def test_shares_its_codebooks_with_an_index():
     ("make", "message"),
     [
         (lambda: ProductQuantizer(D, 3), "M is 3, expected a divisor of dim, 8"),
-        (lambda: ProductQuantizer(D, M, 3), "bits is 3"),
+        (lambda: ProductQuantizer(D, M, 0), "bits is 0"),
+        (lambda: ProductQuantizer(D, M, 17), "bits is 17"),
         (lambda: ProductQuantizer(D, M, assignment="hard"), "assignment is 'hard'"),
         (lambda: ProductQuantizer(D, M, temperature=0.0), "temperature is 0.0"),
         (lambda: ProductQuantizer(D, M, 4)(torch.zeros(3, 5)), r"x is of shape \(3, 5\)"),

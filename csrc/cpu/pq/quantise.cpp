@@ -38,17 +38,6 @@ METATE_FN void table_entries(float* to, const TableOperands& at, vf factor) {
     for (int v = 0; v < vectors; ++v) store(to + v * width, sum[v] * factor);
 }
 
-// One entry, where there are fewer than a vector holds; `step` and `stride` lie between columns.
-template <bool l2>
-METATE_FN float table_entry(const TableOperands& at) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < at.columns; ++i) {
-        const float a = at.query[i * at.stride], b = at.centroids[i * at.step];
-        sum += l2 ? (a - b) * (a - b) : a * b;
-    }
-    return sum;
-}
-
 template <bool l2>
 void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
     const int64_t Q = c.queries.size[0], M = c.codebooks.size[0], L = c.codebooks.size[1], d = c.codebooks.size[2];
@@ -68,10 +57,17 @@ void fill_tables(const PqDistanceTables& c, const Runtime& runtime) {
             return static_cast<const float*>(c.queries.data) + q * c.queries.stride[0] + m * d * stride;
         };
         const auto entries_of = [&](int64_t q) { return static_cast<float*>(c.tables.data) + (q * M + m) * L; };
-        for (int64_t q = first; L < width && q < end; ++q)
+        if (L < width) {
+            float *const lanes = memory(worker), entries[width];
+            for (int64_t i = 0; i < d * width; ++i) lanes[i] = 0.0f;
             for (int64_t l = 0; l < L; ++l)
-                entries_of(q)[l] = c.factor * table_entry<l2>({query_of(q), stride, book + l * c.codebooks.stride[1],
-                                                               c.codebooks.stride[2], d});
+                for (int64_t i = 0; i < d; ++i)
+                    lanes[i * width + l] = book[l * c.codebooks.stride[1] + i * c.codebooks.stride[2]];
+            for (int64_t q = first; q < end; ++q) {
+                table_entries<l2, 1>(entries, {query_of(q), stride, lanes, width, d}, factor);
+                __builtin_memcpy(entries_of(q), entries, static_cast<size_t>(L) * sizeof(float));
+            }
+        }
         for (int64_t l = 0; l + width <= L; l += together) {
             const float* const centroids = turned ? book + l : memory(worker);
             if (!turned) turn_rows(memory(worker), book + l * d, d, width, d);

@@ -108,30 +108,13 @@ def paged_attention(
 
 
 def cascade_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    prefix_table: Tensor,
-    prefix_lens: Tensor,
-    cu_groups: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    *,
-    cu_seqlens_q: Tensor | None = None,
-    causal: bool = True,
-    window: tuple[int, int] = (-1, -1),
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    left_pad: Tensor | None = None,
-    tree_mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    return_lse: bool = False,
-    return_column_sums: bool = False,
-    backend: str | None = None,
-) -> Any:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_table: Tensor, prefix_lens: Tensor, cu_groups: Tensor,
+    block_table: Tensor, seq_lens: Tensor, *, cu_seqlens_q: Tensor | None = None, causal: bool = True,
+    window: tuple[int, int] = (-1, -1), scale: float | None = None, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, left_pad: Tensor | None = None,
+    tree_mask: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    return_lse: bool = False, return_column_sums: bool = False, backend: str | None = None,
+) -> Any:  # fmt: skip
     """`paged_attention` of sequences that share prefixes, every prefix read once for all its sequences.
 
     Args:

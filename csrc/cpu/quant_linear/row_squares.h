@@ -256,7 +256,8 @@ METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[wi
             digit_at[d] = segment.offset * digits + d * segment.quads - segment.first_quad;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
-                sum[d][0][r] = sum[d][together - 1][r] = splat(0);
+#pragma GCC unroll 2
+                for (int i = 0; i < together; ++i) sum[d][i][r] = splat(0);
                 if (d < last) continue;
                 const vi start = splat(x[r][t.starts_at + 2 * s + d - last]);
                 sum[d][0][r] = t.centers ? multiply(load(t.centers + at), start) : start;

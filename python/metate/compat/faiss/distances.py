@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from metate.search.faiss_nodes import METRICS
+
 METRIC_INNER_PRODUCT, METRIC_L2, METRIC_L1, METRIC_Linf, METRIC_Lp = range(5)
 METRIC_Canberra, METRIC_BrayCurtis, METRIC_JensenShannon, METRIC_Jaccard, METRIC_NaNEuclidean, METRIC_GOWER = range(
     20, 26
 )
-SEARCHED = {METRIC_INNER_PRODUCT: "inner_product", METRIC_L2: "l2", METRIC_L1: "l1", METRIC_Linf: "linf"}
 _SIMILAR = (METRIC_INNER_PRODUCT, METRIC_Jaccard)
 
 Doubles = npt.NDArray[np.float64]
@@ -20,12 +21,12 @@ Doubles = npt.NDArray[np.float64]
 
 def metric_name(metric: int) -> str:
     """What metate.search calls a metric that it searches by."""
-    if metric not in SEARCHED:
+    if metric not in METRICS:
         raise NotImplementedError(
             f"metate.compat.faiss: metric is {metric}, expected METRIC_L2, METRIC_INNER_PRODUCT, METRIC_L1 or "
             "METRIC_Linf; pairwise_distances knows the others"
         )
-    return SEARCHED[metric]
+    return METRICS[metric]
 
 
 def is_similarity_metric(metric: int) -> bool:

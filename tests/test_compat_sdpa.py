@@ -28,8 +28,9 @@ def attend(q, k, v, **options):
 
 @pytest.fixture
 def served(monkeypatch):
-    """How often metate computed a forward or a backward."""
-    calls = {"forward": 0, "backward": 0}
+    """How often metate computed a forward, a backward or a whole call, from fresh compilations on."""
+    torch.compiler.reset()
+    calls = {"forward": 0, "backward": 0, "attend": 0}
 
     def count(name):
         original = getattr(sdpa, f"_{name}")
@@ -42,6 +43,7 @@ def served(monkeypatch):
 
     count("forward")
     count("backward")
+    count("attend")
     return calls
 
 
@@ -79,10 +81,10 @@ def case(name, dtype):
 def test_same_output_and_gradients(name, dtype, served):
     tensors, options = case(name, dtype)
     want = attend(*tensors, **options)
-    assert served == {"forward": 0, "backward": 0}
+    assert served == {"forward": 0, "backward": 0, "attend": 0}
     with sdpa.activated():
         got = attend(*tensors, **options)
-    assert served == {"forward": 1, "backward": 1}
+    assert served == {"forward": 1, "backward": 1, "attend": 0}
     for w, g in zip(want, got, strict=True):
         assert w.dtype == g.dtype
         assert w.stride() == g.stride(), "compiled graphs rely on torch's strides"
@@ -97,24 +99,105 @@ def test_strides_follow_the_queries(served):
     assert out.stride() == q.stride()
 
 
+FORMULA = {
+    "value dim of its own": ((2, 4, 33, 24), (2, 4, 70, 24), 40, {}),
+    "value dim of its own, grouped heads": (
+        (2, 4, 33, 24),
+        (2, 2, 70, 24),
+        40,
+        {"enable_gqa": True, "is_causal": True},
+    ),
+    "value dim of its own, bool mask": ((2, 4, 33, 24), (2, 4, 70, 24), 8, {"attn_mask": visible(2, 1, 33, 70)}),
+    "three dimensions": ((4, 33, 24), (4, 70, 24), 24, {"scale": 0.3, "is_causal": True}),
+    "three dimensions, bool mask": ((4, 33, 24), (4, 70, 24), 24, {"attn_mask": visible(33, 70)}),
+    "mask gradient": ((2, 4, 33, 24), (2, 4, 70, 24), 24, {"attn_mask": draw(33, 70).requires_grad_()}),
+    "mask gradient, by head": ((2, 4, 33, 24), (2, 4, 70, 24), 24, {"attn_mask": draw(4, 1, 70).requires_grad_()}),
+    "mask gradient, three dimensions": ((4, 33, 24), (4, 70, 24), 9, {"attn_mask": draw(4, 33, 70).requires_grad_()}),
+}
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", FORMULA)
+def test_what_torch_has_no_kernel_for(name, compiles, served):
+    q_shape, k_shape, value_dim, options = FORMULA[name]
+    leaves = [draw(*shape).requires_grad_() for shape in (q_shape, k_shape, (*k_shape[:-1], value_dim))]
+    mask = options.get("attn_mask")
+    leaves += [mask] if mask is not None and mask.requires_grad else []
+
+    def attend_all(function):
+        out = function(*leaves[:3], **options)
+        return out.detach(), *torch.autograd.grad((out * torch.arange(out.numel()).view(out.shape).sin()).sum(), leaves)
+
+    function = F.scaled_dot_product_attention
+    want = attend_all(function)
+    with sdpa.activated():
+        got = attend_all(torch.compile(function, backend="aot_eager", fullgraph=True) if compiles else function)
+    assert served["attend"], "tracing calls it more than once"
+    for w, g in zip(want, got, strict=True):
+        assert w.shape == g.shape
+        assert (w - g).abs().max() <= 2e-6 * max(w.abs().max().item(), 1)
+
+
+def test_dropout():
+    """Weights are kept or dropped as torch's seed says, and grow so that the mean stays."""
+    q, k = draw(2, 4, 33, 24), draw(2, 4, 70, 24)
+    ones = torch.ones(2, 4, 70, 24, requires_grad=True)
+    with sdpa.activated():
+        torch.manual_seed(0)
+        out = F.scaled_dot_product_attention(q, k, ones, dropout_p=0.25)
+        torch.manual_seed(0)
+        again, other = (F.scaled_dot_product_attention(q, k, ones, dropout_p=0.25) for _ in range(2))
+    assert torch.equal(out, again)
+    assert not torch.equal(out, other)
+    assert out.std() > 0.02
+    assert abs(out.mean().item() - 1) < 0.02
+    (gradient,) = torch.autograd.grad(out.sum(), ones)
+    assert gradient.sum().item() == pytest.approx(out.sum().item(), rel=1e-5), "linear in v, with the same mask"
+
+
+def test_dropout_leaves_compiled_graphs_whole(served):
+    q = draw(2, 4, 33, 24)
+    compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+    with sdpa.activated():
+        first, second = (compiled(q, q, q, dropout_p=0.5) for _ in range(2))
+    assert served["attend"] == 0
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
-    ("value", "options"),
+    ("q", "k", "options"),
     [
-        pytest.param(draw(2, 4, 70, 40), {}, id="value dim of its own"),
-        pytest.param(draw(2, 4, 70, 24), {"dropout_p": 0.5}, id="dropout"),
-        pytest.param(draw(2, 4, 70, 24), {"attn_mask": draw(33, 70).requires_grad_()}, id="mask gradient"),
+        pytest.param(draw(2, 4, 33, 24), draw(1, 4, 70, 24), {"dropout_p": 0.5}, id="broadcast"),
+        pytest.param(draw(2, 4, 33, 24), draw(2, 4, 70, 24), {"dropout_p": 1.0}, id="all dropped"),
+        pytest.param(draw(2, 3, 4, 33, 24), draw(2, 3, 4, 70, 24), {}, id="five dimensions"),
     ],
 )
-def test_falls_through(value, options, served):
+def test_falls_through(q, k, options, served):
     def call():
         torch.manual_seed(0)
-        return attend(draw(*SHAPES["q"]), draw(*SHAPES["k"]), value, **options)
+        return attend(q, k, k, **options)
 
     want = call()
     with sdpa.activated():
         got = call()
-    assert served == {"forward": 0, "backward": 0}
+    assert served == {"forward": 0, "backward": 0, "attend": 0}
     assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True))
+
+
+def test_the_formula_is_there_for_those_who_ask(served):
+    q, v = draw(1, 2, 5, 8), draw(1, 2, 5, 9)
+    with sdpa.activated(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        F.scaled_dot_product_attention(q, q, v)
+        F.scaled_dot_product_attention(q, q, q)
+    assert served == {"forward": 0, "backward": 0, "attend": 0}
+    with sdpa.activated():
+        _, tangent = torch.func.jvp(lambda q: F.scaled_dot_product_attention(q, q, v), (q,), (q,))
+        mapped = torch.vmap(lambda v: F.scaled_dot_product_attention(q, q, v))(torch.stack((v, v + 1)))
+        with torch.inference_mode():
+            out = F.scaled_dot_product_attention(q.clone(), q.clone(), v.clone())
+    assert served["attend"] == 1
+    assert tangent.shape == out.shape
+    assert torch.allclose(mapped[0], out, atol=1e-6)
 
 
 def test_kernel_falls_through_where_metate_refuses(served):
@@ -122,7 +205,7 @@ def test_kernel_falls_through_where_metate_refuses(served):
     want = attend(q, q, q)
     with sdpa.activated():
         got = attend(q, q, q)
-    assert served == {"forward": 0, "backward": 0}
+    assert served == {"forward": 0, "backward": 0, "attend": 0}
     assert all(torch.equal(w, g) for w, g in zip(want, got, strict=True))
 
 
@@ -133,7 +216,7 @@ def test_forward_and_backward_may_run_on_different_kernels(served):
     with sdpa.activated():
         out = F.scaled_dot_product_attention(q, k, v, **options)
     gradients = torch.autograd.grad(out, (q, k, v), torch.arange(out.numel()).view(out.shape).sin())
-    assert served == {"forward": 1, "backward": 0}
+    assert served == {"forward": 1, "backward": 0, "attend": 0}
     for w, g in zip(want, (out, *gradients), strict=True):
         assert torch.allclose(w, g, atol=5e-6)
 
@@ -156,7 +239,7 @@ def test_transformer_encoder(causal, served):
     want = run()
     with sdpa.activated():
         got = run()
-    assert served == {"forward": 2, "backward": 2}
+    assert served == {"forward": 2, "backward": 2, "attend": 0}
     for w, g in zip(want, got, strict=True):
         assert torch.allclose(w, g, rtol=1e-4, atol=2e-5)
 

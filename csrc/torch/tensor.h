@@ -228,7 +228,7 @@ inline Tensor allocate_directly(int32_t dims, const int64_t* sizes, const int64_
 }
 
 // Memory that nobody has touched yet comes a page at a time while a kernel writes; large results want large pages.
-inline void prefer_large_pages(const Tensor& tensor) {
+inline void prefer_large_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(MADV_HUGEPAGE) && !defined(METATE_CUDA)
     constexpr uintptr_t page = 1 << 21, least = 4 * page;
     uintptr_t bytes = static_cast<uintptr_t>(bytes_of(tensor.dtype()));

@@ -151,7 +151,7 @@ void compare(const std::string& text, const char* name, const Tensor<N>& got, Tr
         const double x = got.get(at), y = truth(at);
         if (x == y || (isnan(x) && isnan(y)) || fabs(x - y) <= allowed) return;
         std::string where;
-        for (int i = 0; i < N; ++i) where += (i ? "," : "") + std::to_string(at[i]);
+        for (int i = 0; i < N; ++i) where.append(i ? "," : "").append(std::to_string(at[i]));
         require(false, std::string(name) + "[" + where + "] is " + std::to_string(x) + ", should be " +
                            std::to_string(y) + " within " + std::to_string(allowed) + " in: " + text);
     });

@@ -103,7 +103,7 @@ forward_kernel(METATE_PARAMETER(Forward, f)) {
         // Probabilities, and their product with the values.
         softmax<!general>(s, largest, sum, o, p.unit);
         if (general && p.a.dropout_threshold != 0) {
-            uint32_t kept[lines.lines];
+            uint32_t kept[lines.lines] = {};
             lines.keep(kept, p, scorer.s, scorer.head);
             lines.drop(s, kept, 1.f);
         }

@@ -36,7 +36,7 @@ METATE_DEVICE void differentiate(float (&s)[m][n][4], float (&error)[m][n][4], c
     using L = Lines<across, m, n>;
     const Problem& p = scorer.p;
     const bool drops = general && p.a.dropout_threshold != 0;
-    uint32_t kept[L::lines];
+    uint32_t kept[L::lines] = {};
     if (drops) {
         lines.keep(kept, p, scorer.s, scorer.head);
         lines.drop(error, kept, p.dropout_scale);

@@ -46,15 +46,6 @@ METATE_FN double exact_value(const Vectors<T>& v, const T* row, int64_t i) {
         return static_cast<double>(to_float(row[i]));
 }
 
-// What a column adds to a distance.
-template <Metric metric, class Double>
-METATE_FN Double term_of(Double a, Double b) {
-    if constexpr (metric == Metric::inner_product) return a * b;
-    const Double gap = a - b;
-    if constexpr (metric == Metric::l2) return gap * gap;
-    return gap < 0 ? -gap : gap;
-}
-
 // The distance in double precision, in which it is ranked after one rounding.
 template <Metric metric, class T>
 METATE_FN double exact_distance(const Vectors<T>& v, const float* query, const T* row) {
@@ -62,12 +53,17 @@ METATE_FN double exact_distance(const Vectors<T>& v, const float* query, const T
     using Doubles = double __attribute__((vector_size(8 * chains)));
     using Floats = float __attribute__((vector_size(4 * chains), aligned(4), may_alias));
     Doubles sum = {}, most = {};
-    const auto meet = [&](auto& total, auto& largest, auto term) __attribute__((always_inline)) {
-        if constexpr (metric != Metric::linf) {
-            total += term;
+    // Of a column, or of some side by side: by reference, as vectors this wide are not passed on every machine.
+    const auto meet = [](auto& total, auto& largest, const auto& a, const auto& b) __attribute__((always_inline)) {
+        const auto gap = a - b;
+        if constexpr (metric == Metric::inner_product) {
+            total += a * b;
+        } else if constexpr (metric == Metric::l2) {
+            total += gap * gap;
         } else {
-            total += term - term;  // a NaN, which a comparison may drop; NaN of inf too
-            largest = largest < term ? term : largest;
+            const auto term = gap < 0 ? -gap : gap;
+            total += metric == Metric::linf ? term - term : term;  // NaN, of inf too, which a comparison may drop
+            if constexpr (metric == Metric::linf) largest = largest < term ? term : largest;
         }
     };
     int64_t i = 0;
@@ -75,13 +71,13 @@ METATE_FN double exact_distance(const Vectors<T>& v, const float* query, const T
         for (; i + chains <= v.columns; i += chains) {
             const Doubles a = __builtin_convertvector(*reinterpret_cast<const Floats*>(query + i), Doubles);
             const Doubles b = __builtin_convertvector(*reinterpret_cast<const Floats*>(row + i), Doubles);
-            meet(sum, most, term_of<metric>(a, b));
+            meet(sum, most, a, b);
         }
     }
     const auto add = [&](int chain, int64_t at) __attribute__((always_inline)) {
         const double a = static_cast<double>(query[at]), b = exact_value(v, row, at);
         double total = sum[chain], largest = most[chain];
-        meet(total, largest, term_of<metric>(a, b));
+        meet(total, largest, a, b);
         sum[chain] = total, most[chain] = largest;
     };
     for (; i + chains <= v.columns; i += chains)

@@ -127,6 +127,12 @@ WRONG = {
     "out": (lambda x: metate.dequantize(quantize_rtn(x), out=x.numpy()), "dequantize: out is ndarray"),
     "skip": (lambda x: metate.quantize_model(torch.nn.Linear(4, 4), skip=None), "quantize_model: skip is None"),
     "function": (lambda x: metate.explain(None), "explain: function is None"),
+    "another's function": (lambda x: metate.explain(torch.reshape, x, (3,)), "function is reshape, which raised"),
+    "no function of ours": (lambda x: metate.explain(abs, x), "explain: function is abs, expected a public operator"),
+    "mask": (
+        lambda x: metate.attention(*[x[None, :, None]] * 3, mask=AttentionMask.documents(torch.zeros(99))),
+        "attention: mask.intervals is of shape",
+    ),
     "dim": (lambda x: IVFPQIndex(2**70, 4, 2, 4), "IVFPQIndex: dim is"),
 }
 

@@ -13,7 +13,7 @@ from conftest import BACKENDS, DEVICES, DTYPES, OPS, SIMULATED, examples, output
 from torch import Tensor
 
 import metate
-from metate import library, verify
+from metate import cli, library, verify
 from metate.op import REGISTRY, Op
 
 # Configurations an op and backend, the seed of the first, and seconds after which no more are drawn: see `make long`.
@@ -46,12 +46,11 @@ def test_parity(op, device, backend, dtype):
 def test_fuzz(op, device, backend, request):
     """What `metate verify --fuzz` draws, on backends too that only the tests simulate."""
     failures, end = [], time.monotonic() + SECONDS
-    count = -(-FUZZ // 8) if (device, backend) in SIMULATED else FUZZ
-    for seed in range(SEED, SEED + count):
-        check = verify.Check(op, device, backend, DTYPES[seed % 3], seed, drawn=True)
+    count = -(-FUZZ // 6) if (device, backend) in SIMULATED else FUZZ
+    for check in verify.fuzz([op], cli.DTYPES.values(), [(device, backend)], count, SEED):
         result = verify.run(check)
         if result.status == "failed":
-            again = f'METATE_TEST_FUZZ=1 METATE_TEST_SEED={seed} python -m pytest "{request.node.nodeid}"'
+            again = f'METATE_TEST_FUZZ=1 METATE_TEST_SEED={check.number} python -m pytest "{request.node.nodeid}"'
             failures.append(f"{again}\n  {check.dtype}, {check.case()}: {result.detail}")
         if time.monotonic() > end:
             break
@@ -356,6 +355,7 @@ def test_explain_says_why():
     q = torch.randn(1, 4, 2, 8)
     assert metate.supports(metate.attention, q, q, q)
     assert not metate.supports(metate.attention, q, q, q[..., :0])
+    assert not metate.supports(torch.reshape, q, (3,)), "an error that is not ours"
     explanation = metate.explain(metate.attention, q, q, q)
     assert explanation.backend and set(explanation.refusals) < {"cpu", "cuda", "triton", "reference"}
     with metate.use("reference"):

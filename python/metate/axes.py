@@ -20,10 +20,11 @@ _TERM = re.compile(r"(?P<name>\w+)(?:(?P<op>//|/|\+)(?P<by>\w+))?(?P<broadcast>\
 
 
 class Axes:
-    """The axes of one operator's tensors."""
+    """The axes of one operator's tensors. `given`: how users name an argument, where that is another name."""
 
-    def __init__(self, op: str, axes: Mapping[str, str]) -> None:
+    def __init__(self, op: str, axes: Mapping[str, str], given: Mapping[str, str] | None = None) -> None:
         self.op = op
+        self.given = dict(given or {})
         self.text = dict(axes)
         self.alternatives = {
             name: [[_parse(term) for term in option.split()] for option in text.split(" or ")]
@@ -40,15 +41,16 @@ class Axes:
         return sizes
 
     def _match(self, name: str, tensor: Tensor, options: list[Any], sizes: dict[str, Any]) -> None:
+        name, text = self.given.get(name, name), self.text[name]
         fitting = [option for option in options if len(option) == tensor.dim()]
         if not fitting:
-            raise fail(self.op, name, f"of shape {tuple(tensor.shape)}", f"axes ({self.text[name]})")
+            raise fail(self.op, name, f"of shape {tuple(tensor.shape)}", f"axes ({text})")
         problem = ""
         for option in fitting:
             problem = self._disagreement(option, tensor, sizes)
             if not problem:
                 return
-        raise fail(self.op, name, f"of shape {tuple(tensor.shape)}", f"axes ({self.text[name]}) with {problem}")
+        raise fail(self.op, name, f"of shape {tuple(tensor.shape)}", f"axes ({text}) with {problem}")
 
     def _disagreement(self, option: list[Any], tensor: Tensor, sizes: dict[str, Any]) -> str:
         bound: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 from metate import backends
 from metate.backends import BACKENDS, State, within
 from metate.errors import fail
-from metate.op import Captured
+from metate.op import Args, Captured, Op
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,14 @@ class Explanation:
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend `function(*args, **kwargs)` would run on, and why the others do not; it is not run.
 
-    function: of metate's operators; of several that it calls, the first is explained.
+    function: of metate's operators, or one of yours that calls some, of which the first is explained.
 
     >>> print(metate.explain(metate.attention, q, k, v, causal=True))
 
     Raises:
         TypeError: the function calls no operator of metate. What is wrong with the arguments, as the call itself would.
     """
-    if not callable(function):
-        raise fail("explain", "function", repr(function)[:60], "a public operator of metate", error=TypeError)
-    try:
-        with within(State(backends.used(), capture=True)):
-            function(*args, **kwargs)
-        name = getattr(function, "__name__", function)
-        raise fail("explain", "function", name, "a public operator of metate", error=TypeError)
-    except Captured as captured:
-        op, call = captured.op, captured.call
+    op, call = _first_call(function, args, kwargs)
     op.check(call)
     forced, refusals, chosen = backends.forced(), {}, None
     device = call[0].device.type
@@ -63,6 +55,23 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             {name: f"only {forced} is allowed" for name in BACKENDS if name != forced and name not in refusals}
         )
     return Explanation(op.name, chosen, refusals)
+
+
+def _first_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Op, Args]:
+    """The operator that a function calls first, and the arguments of that call."""
+    got = getattr(function, "__name__", None) or repr(function)[:60]
+    cause: Exception | None = None
+    if callable(function):
+        try:
+            with within(State(backends.used(), capture=True)):
+                function(*args, **kwargs)
+        except Captured as captured:
+            return captured.op, captured.call
+        except Exception as error:
+            if str(getattr(function, "__module__", "")).startswith("metate") or str(error).startswith("metate."):
+                raise  # what is wrong with a call of ours
+            got, cause = f"{got}, which raised {type(error).__name__}: {error}"[:300], error
+    raise fail("explain", "function", got, "a public operator of metate", error=TypeError) from cause
 
 
 def supports(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

@@ -104,6 +104,7 @@ class Op:
     gradient: str | None = None  # why there is none, where there is none
     writes: bool = False  # the outputs are arguments that kernels write in place; `reference` returns their new values
     public: str = ""  # the function that users call, where it has another name: errors name it
+    given: Mapping[str, str] = field(default_factory=dict)  # argument -> how users name it, where they do otherwise
 
     def __post_init__(self) -> None:
         self.public = self.public or self.name
@@ -128,7 +129,7 @@ class Op:
             self.differentiable(self._no_gradient, lambda ctx, inputs, output: None)
         self.parameters = tuple(inspect.signature(self.reference).parameters)
         self.arity = len(self.axes)
-        self._axes = Axes(self.public, self.axes)
+        self._axes = Axes(self.public, self.axes, self.given)
         self._kinds = {name: str(kind) for name, kind in self.reference.__annotations__.items()}
         self._written = [i for i, name in enumerate(self.parameters) if self.writes and name in self.outputs]
         self._contents = [self.parameters.index(name) for name in self.contents[0].split()]
@@ -183,7 +184,7 @@ class Op:
     def _dispatch(self, args: Args) -> Any:
         for name, arg in zip(self.axes, args, strict=False):
             if arg is not None:
-                require_dense(self.public, name, arg)
+                require_dense(self.public, self.given.get(name, name), arg)
         return self.torch_op(*args, backend=backends.used())
 
     def differentiable(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
@@ -388,11 +389,12 @@ class Op:
         for name, tensor in named.items():
             if tensor is None and "None" in self._kinds[name]:
                 continue
-            require_dense(self.public, name, tensor)
+            given = self.given.get(name, name)
+            require_dense(self.public, given, tensor)
             self._check_dtype(name, tensor, named)
             if tensor.device != named[first].device:
                 raise fail(
-                    self.public, name, f"on {tensor.device}", f"{named[first].device} like {first}; move it with .to()"
+                    self.public, given, f"on {tensor.device}", f"{named[first].device} like {first}; move it with .to()"
                 )
         scalars = dict(zip(self.parameters[self.arity :], args[self.arity :], strict=True))
         for name, value in scalars.items():
@@ -416,7 +418,8 @@ class Op:
         if tensor.dtype not in allowed:
             expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
             got = str(tensor.dtype).removeprefix("torch.")
-            raise fail(self.public, name, got, f"{expected}; convert it with .to()", error=TypeError)
+            given = self.given.get(name, name)
+            raise fail(self.public, given, got, f"{expected}; convert it with .to()", error=TypeError)
 
     # The reference at a chosen precision: as truth, as fallback, as error budget.
 

@@ -64,31 +64,30 @@ def devices() -> list[str]:
 
 def parity(ops: Iterable[Op], dtypes: Iterable[torch.dtype], where: Iterable[tuple[str, str]]) -> Iterator[Check]:
     """Every declared case of the operators on every (device, backend) that has them."""
-    for op, device, backend, dtype in _places(ops, dtypes, where):
-        for number in range(len(op.domain.cases)):
-            yield Check(op, device, backend, dtype, number, drawn=False)
+    for op, device, backend, taken in _places(ops, dtypes, where):
+        for dtype in taken:
+            for number in range(len(op.domain.cases)):
+                yield Check(op, device, backend, dtype, number, drawn=False)
 
 
 def fuzz(
     ops: Iterable[Op], dtypes: Iterable[torch.dtype], where: Iterable[tuple[str, str]], count: int, seed: int
 ) -> Iterator[Check]:
     """`count` configurations of every operator: those of the seeds from `seed` on, one dtype each, on every backend."""
-    kinds = list(dtypes)
-    for op, device, backend, dtype in _places(ops, kinds, where):
-        taken = _accepted(op, kinds)
+    for op, device, backend, taken in _places(ops, dtypes, where):
         for number in range(seed, seed + count):
-            if taken[number % len(taken)] == dtype:
-                yield Check(op, device, backend, dtype, number, drawn=True)
+            yield Check(op, device, backend, taken[number % len(taken)], number, drawn=True)
 
 
 def _places(
     ops: Iterable[Op], dtypes: Iterable[torch.dtype], where: Iterable[tuple[str, str]]
-) -> Iterator[tuple[Op, str, str, torch.dtype]]:
+) -> Iterator[tuple[Op, str, str, list[torch.dtype]]]:
+    """The operators on every (device, backend) that has them, with those of the dtypes that they take, if any."""
     kinds, places = list(dtypes), list(where)
     for op in ops:
         for device, backend in places:
-            if backend in op.implementations(device):
-                yield from ((op, device, backend, dtype) for dtype in _accepted(op, kinds))
+            if backend in op.implementations(device) and (taken := _accepted(op, kinds)):
+                yield op, device, backend, taken
 
 
 def _accepted(op: Op, kinds: list[torch.dtype]) -> list[torch.dtype]:

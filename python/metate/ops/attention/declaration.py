@@ -29,6 +29,7 @@ _MASK_DTYPES: _Dtypes = {
     "intervals": (torch.int32,), "blocks": (torch.uint8,), "bits": (torch.int32,),
     "cu_seqlens_q": (torch.int32,), "cu_seqlens_k": (torch.int32,),
 }  # fmt: skip
+_GIVEN = {name: f"mask.{name}" for name in ("intervals", "blocks", "bits")}  # as fields of an AttentionMask
 _SCORES = {"bias": "B? Hq? Sq? Sk?", "alibi_slopes": "Hq or slopes Hq"}
 _SCORE_DTYPES: _Dtypes = {"bias": ("q", torch.float32), "alibi_slopes": _WIDE}
 _QKV = {"q": "B Sq Hq D", "k": "B Sk Hkv D", "v": "B Sk Hkv Dv"}
@@ -216,6 +217,7 @@ attention_op = Op(
     refuses={"cuda": lambda q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_forward),
     contents_in_kernel=True,
+    given=_GIVEN,
 )
 
 
@@ -285,6 +287,7 @@ backward_op = Op(
     refuses={"cuda": lambda grad_out, q, k, v, *_: rules.refused_by_cuda(q, k, v)},
     contents=("cu_seqlens_q", rules.check_backward),
     contents_in_kernel=True,
+    given=_GIVEN,
 )
 
 column_sums_op = Op(
@@ -304,6 +307,7 @@ column_sums_op = Op(
     refuses={"cuda": lambda q, k, *_: rules.refused_by_cuda(q, k, k)},
     contents=("cu_seqlens_q", rules.check_column_sums),
     contents_in_kernel=True,
+    given=_GIVEN,
     gradient="column sums are a statistic for cache eviction; detach them, or sum explicit probabilities",
 )
 

@@ -109,7 +109,8 @@ def _validate_packed(
             )
         for name, tensor in (("bias", bias), ("mask.blocks", blocks), ("mask.bits", bits)):
             if tensor is not None:
-                raise NotImplementedError(f"metate.{op}: {name} with packed sequences: use intervals, windows or ALiBi")
+                instead = "use mask.intervals, windows or ALiBi"
+                raise NotImplementedError(f"metate.{op}: {name} with packed sequences: {instead}")
     if slopes is not None and slopes.dim() == 2 and slopes.shape[0] != sequences:
         raise fail(
             op, "alibi_slopes", f"of shape {tuple(slopes.shape)}", f"({q.shape[2]},) or ({sequences}, {q.shape[2]})"

@@ -16,7 +16,7 @@ NVCC := $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/de
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test long bench lint format native sanitize sanitize-emulator clean install gpu gpu-build gpu-record \
-  gpu-test gpu-test-cuda gpu-test-triton gpu-test-rest gpu-sanitize gpu-bench
+  gpu-python gpu-test gpu-test-cuda gpu-test-triton gpu-test-rest gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 
 # Environments.
@@ -104,8 +104,10 @@ format: $(VENV)/requirements
 # is worth most comes first, and all parts run even where one before them fails.
 
 MINUTES ?= 9
-GPU_PYTHON = $(shell for p in $(PYTHON) $(BIN)/python; do \
-  $$p -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && command -v $$p && break; done)
+# Looked for once, when a part first asks: torch takes seconds to start.
+GPU_PYTHON = $(eval GPU_PYTHON := $(shell for p in $(PYTHON) $(BIN)/python; do \
+  $$p -c "import torch; assert torch.cuda.is_available()" 2>/dev/null && command -v $$p && break; done))$(GPU_PYTHON)
+WORKERS = $(shell $(GPU_PYTHON) -c "import importlib.util as u; print('-n 8' if u.find_spec('xdist') else '')")
 SITE := build/gpu/site
 RESULTS := bench/results
 SANITIZER := $(firstword $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null))
@@ -120,18 +122,21 @@ gpu-%: SHELL := /bin/bash
 gpu-%: .SHELLFLAGS := -o pipefail -c
 
 gpu: gpu-build
-	$(MAKE) -k -j1 gpu-record $(GPU_TESTS) gpu-sanitize $(GPU_BENCHES)
+	$(MAKE) -k -j1 gpu-record $(GPU_TESTS) gpu-sanitize $(GPU_BENCHES) GPU_PYTHON=$(GPU_PYTHON)
 
-gpu-build:
+gpu-python:
 	@test -n "$(GPU_PYTHON)" || { echo "make gpu: no Python here has a torch that sees a GPU" >&2; exit 1; }
+	@test -n "$(NVCC)" || { echo "make gpu: no nvcc here" >&2; exit 1; }
 	@mkdir -p $(RESULTS)
+
+gpu-build: gpu-python
 	rm -rf $(SITE)
 	python=$(GPU_PYTHON); PATH="$${python%/*}:$$PATH" METATE_ARCHS="80;90a" \
 	  $$python -m pip install --no-build-isolation --no-deps --target $(SITE) . $(call log,build)
 
 # What the GPU makes of every instruction, for the emulator to repeat ever after.
-gpu-record:
-	@mkdir -p $(RESULTS) build/gpu
+gpu-record: gpu-python
+	@mkdir -p build/gpu
 	for source in tests/native/*.cu; do name=$$(basename $$source .cu); \
 	  $(NVCC) -std=c++20 -O3 -Icsrc -arch=native $$source -o build/gpu/$$name && build/gpu/$$name $(RESULTS)/$$name.bin \
 	    || exit; \
@@ -142,12 +147,12 @@ gpu-test: $(GPU_TESTS)
 gpu-test-cuda: CHOICE := cuda-cuda
 gpu-test-triton: CHOICE := cuda-triton or test_triton
 gpu-test-rest: CHOICE := not cuda-cuda and not cuda-triton and not test_triton
-$(GPU_TESTS):
-	CUDA_LAUNCH_BLOCKING=1 $(ON_GPU) $(MINUTES)m $(GPU_PYTHON) -m pytest -v -n 8 tests -k "$(CHOICE)" \
+$(GPU_TESTS): gpu-python
+	CUDA_LAUNCH_BLOCKING=1 $(ON_GPU) $(MINUTES)m $(GPU_PYTHON) -m pytest -v $(WORKERS) tests -k "$(CHOICE)" \
 	  $(call log,$(@:gpu-%=%))
 
 # The tools share the time.
-gpu-sanitize:
+gpu-sanitize: gpu-python
 	@test -n "$(SANITIZER)" || { echo "make gpu: no compute-sanitizer here" >&2; exit 1; }
 	{ status=0; for tool in memcheck racecheck synccheck initcheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(ON_GPU) $$(($(MINUTES) * 15)) \
@@ -156,7 +161,7 @@ gpu-sanitize:
 	  done; exit $$status; } $(call log,sanitize)
 
 gpu-bench: $(GPU_BENCHES)
-$(GPU_BENCHES): gpu-bench-%:
+$(GPU_BENCHES): gpu-bench-%: gpu-python
 	$(ON_GPU) $(MINUTES)m $(GPU_PYTHON) -m metate.cli bench $* --json $(RESULTS)/gpu-$*.json \
 	  $(call log,bench-$*,$(RESULTS)/gpu-$*.json)
 

@@ -70,10 +70,10 @@ struct AttentionBackward {
     View<2> dalibi_slopes;  // (B, Hq) f32 (f64), or absent
 };
 
-// Column sums of the probabilities: sums[b, h, j] = Σ_i exp(s_ij - lse_i) over the rows with lse_i > -inf.
+// Column sums of the probabilities: sums[b, h, j] = Σ_i exp(s_ij) / Σ_j' exp(s_ij'), sinks in the denominator. Where
+// logits are large, an lse that is rounded would be felt, and no lse is taken.
 struct AttentionColumnSums {
     Attention problem;  // v unused
-    View<3> lse;        // (B, Hq, Sq)
     View<3> sums;       // (B, Hq, Sk), f32 (f64 where q is)
 };
 

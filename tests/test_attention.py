@@ -246,16 +246,17 @@ def test_huge_logits_pick_one_key(device, backend, scale):
 
 
 @everywhere
-@pytest.mark.parametrize("scale", [1.0, 1e9, 1e20])
+@pytest.mark.parametrize("scale", [1.0, 300.0, 1e9, 1e20])
 def test_equal_keys_share_a_row_however_large_their_logits(device, backend, scale):
-    """Where the log-sum-exp has no digits left to tell among how many."""
+    """Where the log-sum-exp has few digits left to tell among how many, or none."""
     q, v = random(1, 5, 2, 32, device=device), random(1, 40, 2, 16, device=device)
     k = torch.full((1, 40, 2, 32), -7, dtype=q.dtype, device=device)
     with metate.use(backend):
-        out = metate.attention(q, k, v, scale=scale)
+        out, sums = metate.attention(q, k, v, scale=scale, return_column_sums=True)
         parts = torch.full((3, 1, 2, 1), scale, device=device)
         merged, _ = metate.merge_attention_states(v[0, :3, None, None], parts)
     close(out, v.float().mean(1, keepdim=True).expand_as(out), 1e-2)
+    close(sums, torch.full_like(sums, 5 / 40), 1e-6)
     close(merged, v[0, :3].float().mean(0)[None, None], 1e-2)
 
 

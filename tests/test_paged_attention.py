@@ -53,15 +53,19 @@ def test_paged_equals_dense(queries):
 
 
 @pytest.mark.parametrize("device,backend", PAGED, ids=lambda value: value)
-def test_equal_keys_share_a_row_however_large_their_logits(device, backend):
-    """Where the log-sum-exp has no digits left to tell among how many."""
+@pytest.mark.parametrize("scale", [300.0, 2.0**62])
+def test_equal_keys_share_a_row_however_large_their_logits(device, backend, scale):
+    """Where the log-sum-exp has few digits left to tell among how many, or none."""
     k_cache, v_cache, table, lens = (x.to(device) for x in paged([16], 16, 1, 32, 16))
     q = torch.randn(1, 3, 2, 32, generator=torch.Generator().manual_seed(1)).to(device)
     k_cache, v_cache = torch.full_like(k_cache, -7).bfloat16(), v_cache.bfloat16()
     with metate.use(backend):
-        out = metate.paged_attention(q.bfloat16(), k_cache, v_cache, table, lens, scale=2.0**62, causal=False)
+        out, sums = metate.paged_attention(
+            q.bfloat16(), k_cache, v_cache, table, lens, scale=scale, causal=False, return_column_sums=True
+        )
     v = v_cache[table.long().flatten()].flatten(0, 1).float()
     torch.testing.assert_close(out.float(), v.mean(0).expand(1, 3, 2, 16), rtol=0, atol=1e-2)
+    torch.testing.assert_close(sums, torch.full_like(sums, 3 / 16), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("device,backend", PAGED, ids=lambda value: value)

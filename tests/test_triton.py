@@ -100,10 +100,11 @@ def compile_attention(everything: bool) -> None:
         ]
     scores = (dim**-0.5, -1, 0, False, 30.0 if everything else 0.0)
     noise = (0.1 if everything else 0.0, 1, 2)
-    kernels.attention(q, k, k, *terms, tensor(heads) if everything else None, *masks, *scores, *noise, 128, 128)
+    sinks = tensor(heads) if everything else None
+    kernels.attention(q, k, k, *terms, sinks, *masks, *scores, *noise, 128, 128)
     kernels.attention_delta(q, q, lse if everything else None)
     kernels.attention_backward(q, q, k, k, lse, lse, *terms, *masks, *scores, *noise, 128, 128, everything, everything)
-    kernels.attention_column_sums(q, k, lse, *terms, *masks, *scores, 128, 128)
+    kernels.attention_column_sums(q, k, *terms, sinks, *masks, *scores, 128, 128)
     kernels.merge_attention_states(tensor(3, *q.shape, dtype=dtype), tensor(3, *lse.shape))
 
 

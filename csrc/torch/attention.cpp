@@ -150,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     return {dq, dk, dv, dbias, dslopes};
 }
 
-Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, const Optional& bias,
-                             const Optional& alibi_slopes, const Optional& intervals, const Optional& blocks,
+Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Optional& bias, const Optional& alibi_slopes,
+                             const Optional& sinks, const Optional& intervals, const Optional& blocks,
                              const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
                              double scale, int64_t window_left, int64_t window_right, bool top_left, double softcap,
                              int64_t block_m, int64_t block_n) {
@@ -159,9 +159,9 @@ Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse
         q.dim() == 3 ? empty(q, {q.size(1), k.size(0)}, wide(q)) : empty(q, {q.size(0), q.size(2), k.size(1)}, wide(q));
     METATE_LAUNCH(attention_column_sums, q,
                   AttentionColumnSums{
-                      problem(q, k, k, bias, alibi_slopes, {}, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
+                      problem(q, k, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
                               {scale, window_left, window_right, top_left, softcap, block_m, block_n}),
-                      view_with<3>(lse, 0), view_with<3>(sums, 0)});
+                      view_with<3>(sums, 0)});
     return sums;
 }
 
@@ -176,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_and_column_sums(
         attention(q, k, v, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
                   window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n);
     return {out, lse,
-            attention_column_sums(q, k, lse, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
+            attention_column_sums(q, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
                                   scale, window_left, window_right, top_left, softcap, block_m, block_n)};
 }
 #endif

@@ -13,7 +13,7 @@ from .backward import keys_kernel, queries_kernel
 from .delta import delta_kernel
 from .forward import forward_kernel
 from .merge import merge_kernel
-from .sums import bias_kernel, columns_kernel, slopes_kernel
+from .sums import bias_kernel, columns_kernel, rows_kernel, slopes_kernel
 
 
 def _launch(kernel: Any, rows: str, heads: int, arguments: dict[str, Any]) -> None:
@@ -203,12 +203,17 @@ def _slopes_gradient(alibi_slopes: Tensor, rows: Tensor, problem: dict[str, Any]
 
 
 def attention_column_sums(*arguments: Any) -> Tensor:
-    call = _call(arguments, "q", "k", "lse", *_TERMS, *_MASKS, *_SCORES, *_BLOCKS)
-    q, k, lse = call.q, call.k, call.lse
+    call = _call(arguments, "q", "k", *_TERMS, "sinks", *_MASKS, *_SCORES, *_BLOCKS)
+    q, k = call.q, call.k
     empty = torch.empty if call.cu_seqlens_k is None else torch.zeros
     sums = empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32, device=q.device)
     if sums.numel():
-        _launch(columns_kernel, "N", q.shape[2], {**_problem(call), "lse": lse.contiguous(), "sums": sums})
+        softmax = sums.new_empty(2, q.shape[0], q.shape[2], q.shape[1])  # of each row its largest logit and its share
+        problem = _problem(call) | {"peaks": softmax[0], "shares": softmax[1], "sums": sums}
+        problem |= {"sinks": None if call.sinks is None else call.sinks.contiguous()}
+        if softmax.numel():
+            _launch(rows_kernel, "M", q.shape[2], problem)
+        _launch(columns_kernel, "N", q.shape[2], problem)
     return sums
 
 

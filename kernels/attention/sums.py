@@ -1,5 +1,8 @@
 """Sums over attention's matrices that are never stored: column sums of the probabilities, the gradient of the bias
-over the dimensions it is broadcast along, the gradient of the ALiBi slopes over a sequence."""
+over the dimensions it is broadcast along, the gradient of the ALiBi slopes over a sequence.
+
+Column sums take two passes over the same scores: one finds the softmax of every row, for an lse would be rounded, which
+large scores show."""
 
 import triton
 import triton.language as tl
@@ -7,7 +10,7 @@ import triton.language as tl
 from ..shared import product
 from .backward import load_delta, load_lse, score_gradient
 from .configs import RUNTIME, tuned
-from .ranges import edge_tile, edge_tiles, queries_of
+from .ranges import edge_tile, edge_tiles, keys_of, queries_of
 from .tiles import (
     allowed_pairs,
     bend,
@@ -18,6 +21,7 @@ from .tiles import (
     load_rows,
     locate,
     make_span,
+    row_offset,
     row_products,
     slots,
     unit_of,
@@ -25,11 +29,73 @@ from .tiles import (
 
 
 @triton.jit
-def columns_tile(total, q, keys, lse, q_strides, m0, n0, span, window, terms, allowed, CAP: tl.constexpr,
+def rows_tile(total, peak, rows, k, k_strides, m0, n0, span, window, terms, allowed, CAP: tl.constexpr,
+              DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    keys = load_rows(k, k_strides, n0, span[6], None, BLOCK_N, DIM, BLOCK_D, allowed is not None)
+    s, _ = bend(row_products(keys, rows), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, True)
+    if allowed is not None:
+        s = tl.where(allowed, s, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(s, 0))
+    base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    return total * exponential(peak - base, terms) + tl.sum(exponential(s - base[None, :], terms), 0), new_peak
+
+
+@tuned("columns")
+@triton.jit(do_not_specialize=RUNTIME)
+def rows_kernel(q, k, sinks, peaks, shares, q_strides, k_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q,
+                cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right, block_m,
+                block_n, inner, outer, CAP: tl.constexpr, NATURAL: tl.constexpr, DIM: tl.constexpr,
+                BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
+    """probability = exp(s - peak) · share: each program owns a block of queries. Tiles lie as in `columns_kernel`."""
+    per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
+    head = tl.program_id(0) // per_head
+    sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
+    span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
+    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    if (m0 < 0) | (m0 >= size_q):
+        return
+    window = ((size_k - size_q) * bottom_right, left, right)
+    masks = (intervals, blocks, bits, block_m, block_n)
+    terms = (bias, slopes, inner, outer, unit_of(NATURAL))
+    q = head_of(q, q_strides, batch, first_q, head)
+    k = head_of(k, k_strides, batch, first_k, head // group)
+    rows = load_rows(q, q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
+    peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    start, whole_start, whole_stop, stop = keys_of(m0, span, window, masks, BLOCK_M, BLOCK_N)
+    for n0 in range(whole_start, whole_stop, BLOCK_N):
+        if block_is_live(m0, n0, span, masks):
+            total, peak = rows_tile(total, peak, rows, k, k_strides, m0, n0, span, window, terms, None, CAP, DIM,
+                                    BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
+    for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_N)):
+        n0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_N)
+        allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, True)
+        if edge_is_live(allowed, masks):
+            total, peak = rows_tile(total, peak, rows, k, k_strides, m0, n0, span, window, terms, allowed, CAP, DIM,
+                                    BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
+    top = peak
+    if sinks is not None:
+        top = tl.maximum(peak, tl.load(sinks + head).to(tl.float32) * terms[4])
+    base = tl.where(top == -float("inf"), 0.0, top)
+    total *= exponential(peak - base, terms)
+    if sinks is not None:
+        total += exponential(tl.load(sinks + head).to(tl.float32) * terms[4] - base, terms)
+    i = m0 + tl.arange(0, BLOCK_M)
+    tl.store(peaks + row_offset(span) + i, base, mask=i < size_q)
+    tl.store(shares + row_offset(span) + i, tl.where(total == 0.0, 0.0, 1.0 / total), mask=i < size_q)
+
+
+@triton.jit
+def columns_tile(total, q, keys, peaks, shares, q_strides, m0, n0, span, window, terms, allowed, CAP: tl.constexpr,
                  DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     rows = load_rows(q, q_strides, m0, span[4], None, BLOCK_M, DIM, BLOCK_D, allowed is not None)
     s, _ = bend(row_products(keys, rows), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, True)
-    p = exponential(s - load_lse(lse, m0, span, terms, BLOCK_M)[None, :], terms)
+    peak = load_delta(peaks, m0, span, BLOCK_M)
+    share = load_delta(shares, m0, span, BLOCK_M)  # 0 for rows without a key and rows past the end
+    # A tile of another shape may have rounded the largest score another way.
+    ahead = s - peak[None, :]
+    p = exponential(tl.where(ahead > 0.0, 0.0, ahead), terms) * share[None, :]
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)
     return total + tl.sum(p, 1)
@@ -37,12 +103,12 @@ def columns_tile(total, q, keys, lse, q_strides, m0, n0, span, window, terms, al
 
 @tuned("columns")
 @triton.jit(do_not_specialize=RUNTIME)
-def columns_kernel(q, k, lse, sums, q_strides, k_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q,
+def columns_kernel(q, k, peaks, shares, sums, q_strides, k_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q,
                    cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right, block_m,
                    block_n, inner, outer, CAP: tl.constexpr, NATURAL: tl.constexpr, DIM: tl.constexpr,
                    BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
-    """sums[b, h, j] = Σ_i exp(s_ij - lse_i): each program owns a block of keys."""
+    """sums[b, h, j] = Σ_i probability_ij: each program owns a block of keys."""
     per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK_N)
     head = tl.program_id(0) // per_head
     sequence, n0 = locate(tl.program_id(0) % per_head, cu_seqlens_k, sequences, tokens_k, BLOCK_N)
@@ -61,14 +127,14 @@ def columns_kernel(q, k, lse, sums, q_strides, k_strides, bias, slopes, interval
     start, whole_start, whole_stop, stop = queries_of(n0, span, window, masks, BLOCK_M, BLOCK_N)
     for m0 in range(whole_start, whole_stop, BLOCK_M):
         if block_is_live(m0, n0, span, masks):
-            total = columns_tile(total, q, keys, lse, q_strides, m0, n0, span, window, terms, None, CAP, DIM, BLOCK_D,
-                                 BLOCK_M, BLOCK_N)  # fmt: skip
+            total = columns_tile(total, q, keys, peaks, shares, q_strides, m0, n0, span, window, terms, None, CAP, DIM,
+                                 BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
     for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_M)):
         m0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_M)
         allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, True)
         if edge_is_live(allowed, masks):
-            total = columns_tile(total, q, keys, lse, q_strides, m0, n0, span, window, terms, allowed, CAP, DIM,
-                                 BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
+            total = columns_tile(total, q, keys, peaks, shares, q_strides, m0, n0, span, window, terms, allowed, CAP,
+                                 DIM, BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
 
     j = n0 + tl.arange(0, BLOCK_N)
     column = (batch.to(tl.int64) * heads + head) * tokens_k + first_k + j

@@ -77,17 +77,19 @@ def paged_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(batch, tokens, heads, problem["VALUE_DIM"])
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     sums = q.new_empty((sequences, heads, capacity) if call.return_column_sums else 0, dtype=torch.float32)
+    softmax = q.new_empty((2, *lse.shape), dtype=torch.float32) if sums.numel() else (None, None)
+    problem |= {"out": out, "lse": lse, "peaks": softmax[0], "shares": softmax[1], "sums": sums}
     if call.cu_seqlens_q is not None:  # tokens of no sequence are nobody's
         out.zero_()
         lse.fill_(-math.inf)
     if sequences and lse.numel():
-        _attend({**problem, "out": out, "lse": lse})
+        _attend(problem)
     if sums.numel():
 
         def grid(chosen: dict[str, Any]) -> tuple[int]:
             return (sequences * heads * triton.cdiv(capacity, chosen["BLOCK_N"]),)
 
-        launch(sums_kernel, grid, {**problem, "lse": lse, "sums": sums, "BLOCK_M": 16}, q)
+        launch(sums_kernel, grid, {**problem, "BLOCK_M": 16}, q)
     return out, lse, sums
 
 

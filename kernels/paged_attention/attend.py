@@ -127,7 +127,8 @@ def take_split(q, rest, k, v, k_scale, v_scale, table, page_size, begin, end, i_
 
 @triton.jit
 def finish(state, sink, unit):
-    """out and lse of rows whose keys have all been seen; a sink is one more logit in the denominator."""
+    """out, lse, peak and share of rows that have met all their keys: probability = exp(s - peak) · share. A sink is one
+    more logit in the denominator."""
     acc, total, peak = state
     if sink is not None:
         sink = sink * unit
@@ -138,34 +139,39 @@ def finish(state, sink, unit):
         acc = acc * shrink[:, None]
         peak = top
     lse = tl.where(total == 0.0, -float("inf"), peak / unit + tl.log2(total) * LN2)
-    return acc * tl.where(total == 0.0, 0.0, 1.0 / total)[:, None], lse
+    share = tl.where(total == 0.0, 0.0, 1.0 / total)
+    return acc * share[:, None], lse, peak, share
 
 
 @triton.jit
-def store_results(state, out, lse, sinks, span, i, head, live, tokens, heads, unit, VALUE_DIM: tl.constexpr,
-                  BLOCK_V: tl.constexpr):  # fmt: skip
+def store_results(state, out, lse, peaks, shares, sinks, span, i, head, live, tokens, heads, unit,
+                  VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
     sink = None
     if sinks is not None:
         rows = span[1].to(tl.int64) * sinks[1] + head.to(tl.int64) * sinks[2]
         places = rows + (span[3] + i).to(tl.int64) * sinks[3]
         sink = tl.load(sinks[0] + places, mask=live, other=-float("inf")).to(tl.float32)
-    result, row_lse = finish(state, sink, unit)
+    result, row_lse, peak, share = finish(state, sink, unit)
     col = tl.arange(0, BLOCK_V)
     batch = span[1].to(tl.int64)
     rows = ((batch * tokens + span[3] + i) * heads + head) * VALUE_DIM
     inside = live[:, None] & (col < VALUE_DIM)[None, :]
     tl.store(out + rows[:, None] + col[None, :], result.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + (batch * heads + head) * tokens + span[3] + i, row_lse, mask=live)
+    row = (batch * heads + head) * tokens + span[3] + i
+    tl.store(lse + row, row_lse, mask=live)
+    if peaks is not None:  # for sums of probabilities, which would show what an lse was rounded by
+        tl.store(peaks + row, peak, mask=live)
+        tl.store(shares + row, share, mask=live)
 
 
 @_tuned
 @triton.jit(do_not_specialize=RUNTIME)
-def attend_kernel(q, k, v, out, lse, partial_acc, partial_total, partial_peak, k_scale, v_scale, table, seq_lens,
-                  cu_seqlens_q, left_pad, slopes, sinks, bits, positions, q_strides, sequences, tokens, capacity, heads,
-                  kv_heads, group, page_size, left, right, shortest, most, at_once, inner, outer, CAP: tl.constexpr,
-                  NATURAL: tl.constexpr, FORMAT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-                  BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):  # fmt: skip
+def attend_kernel(q, k, v, out, lse, peaks, shares, partial_acc, partial_total, partial_peak, k_scale, v_scale, table,
+                  seq_lens, cu_seqlens_q, left_pad, slopes, sinks, bits, positions, q_strides, sequences, tokens,
+                  capacity, heads, kv_heads, group, page_size, left, right, shortest, most, at_once, inner, outer,
+                  CAP: tl.constexpr, NATURAL: tl.constexpr, FORMAT: tl.constexpr, DIM: tl.constexpr,
+                  VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_V: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     kv_head = tl.program_id(0) % kv_heads
     part = tl.program_id(0) // kv_heads % at_once
     sequence, m0 = locate(tl.program_id(0) // kv_heads // at_once, cu_seqlens_q, sequences, tokens, group, BLOCK_M)
@@ -193,7 +199,8 @@ def attend_kernel(q, k, v, out, lse, partial_acc, partial_total, partial_peak, k
                            i_last, i, head, live, span, limits, terms, CAP, FORMAT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
                            BLOCK_N)  # fmt: skip
         if splits <= 1:
-            store_results(state, out, lse, sinks, span, i, head, live, tokens, heads, terms[4], VALUE_DIM, BLOCK_V)
+            store_results(state, out, lse, peaks, shares, sinks, span, i, head, live, tokens, heads, terms[4],
+                          VALUE_DIM, BLOCK_V)  # fmt: skip
         else:
             acc, total, peak = state
             at = ((entries + split * rows + r) * kv_heads + kv_head).to(tl.int64)
@@ -205,8 +212,8 @@ def attend_kernel(q, k, v, out, lse, partial_acc, partial_total, partial_peak, k
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def merge_kernel(out, lse, partial_acc, partial_total, partial_peak, seq_lens, cu_seqlens_q, left_pad, sinks,
-                 positions, sequences, tokens, capacity, heads, kv_heads, group, left, right, shortest, most,
+def merge_kernel(out, lse, peaks, shares, partial_acc, partial_total, partial_peak, seq_lens, cu_seqlens_q, left_pad,
+                 sinks, positions, sequences, tokens, capacity, heads, kv_heads, group, left, right, shortest, most,
                  NATURAL: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
                  BLOCK_S: tl.constexpr):  # fmt: skip
     """One program per query and head: what its splits say together. A single split has said it already."""
@@ -243,16 +250,17 @@ def merge_kernel(out, lse, partial_acc, partial_total, partial_peak, seq_lens, c
             acc += tl.sum(weight[:, None] * rows, 0, keep_dims=True)
         row = i + tl.arange(0, 1)
         heads_of_row = head + tl.arange(0, 1)
-        store_results((acc, total, peak), out, lse, sinks, span, row, heads_of_row, row == i, tokens, heads, unit,
-                      VALUE_DIM, BLOCK_V)  # fmt: skip
+        store_results((acc, total, peak), out, lse, peaks, shares, sinks, span, row, heads_of_row, row == i, tokens,
+                      heads, unit, VALUE_DIM, BLOCK_V)  # fmt: skip
 
 
 @_tuned
 @triton.jit(do_not_specialize=RUNTIME)
-def sums_kernel(q, k, lse, sums, k_scale, table, seq_lens, cu_seqlens_q, left_pad, slopes, bits, positions, q_strides,
-                sequences, tokens, capacity, heads, group, page_size, left, right, inner, outer, CAP: tl.constexpr,
-                NATURAL: tl.constexpr, FORMAT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def sums_kernel(q, k, peaks, shares, sums, k_scale, table, seq_lens, cu_seqlens_q, left_pad, slopes, bits, positions,
+                q_strides, sequences, tokens, capacity, heads, group, page_size, left, right, inner, outer,
+                CAP: tl.constexpr, NATURAL: tl.constexpr, FORMAT: tl.constexpr, DIM: tl.constexpr,
+                BLOCK_D: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
     """Sums of the probabilities of BLOCK_N keys of one sequence over the queries of one head."""
     blocks = tl.cdiv(capacity, BLOCK_N)
     n0 = tl.program_id(0) % blocks * BLOCK_N
@@ -281,9 +289,13 @@ def sums_kernel(q, k, lse, sums, k_scale, table, seq_lens, cu_seqlens_q, left_pa
             rest = load_queries(q, q_strides, span, i, heads_of_rows, live, BLOCK_D, REST, DIM)
         s = multiply(queries, rest, k, k_scale, places, span[2], inside, DIM, BLOCK_D, FORMAT)
         s = bend(s, i, j, heads_of_rows, span, terms, CAP)
-        row_lse = (span[1].to(tl.int64) * heads + head) * tokens + span[3] + i
-        row_lse = tl.load(lse + row_lse, mask=live, other=-float("inf"))
-        seen = allowed_pairs(i, j, live, span, limits, terms) & (row_lse != -float("inf"))[:, None]
-        total += tl.sum(tl.where(seen, exponential(s - row_lse[:, None] * terms[4], terms[4]), 0.0), 0)
+        row = (span[1].to(tl.int64) * heads + head) * tokens + span[3] + i
+        peak = tl.load(peaks + row, mask=live, other=0.0)
+        share = tl.load(shares + row, mask=live, other=0.0)
+        seen = allowed_pairs(i, j, live, span, limits, terms) & (share != 0.0)[:, None]
+        # A tile of another shape may have rounded the largest score another way.
+        ahead = s - peak[:, None]
+        p = exponential(tl.where(ahead > 0.0, 0.0, ahead), terms[4]) * share[:, None]
+        total += tl.sum(tl.where(seen, p, 0.0), 0)
     row = (sequence.to(tl.int64) * heads + head) * capacity
     tl.store(sums + row + j, total, mask=j < capacity)

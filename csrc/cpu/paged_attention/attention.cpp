@@ -334,7 +334,7 @@ inline void merge(const Shape& s, const Piece* piece, int64_t splits, int64_t st
             }
         }
         *lse_at(s.a, seq, query, head) = l == 0.0f ? -INFINITY : m * ln_2 + logf(l);
-        if (s.a.sums) *lse_base_2_at(s, seq, query, head) = l == 0.0f ? -INFINITY : m + log2f(l);
+        if (s.a.sums) softmax_at(s, seq, query, head) = {m, l == 0.0f ? 0.0f : 1 / l};
         with_cache(
             s.a, [&]<class S>() { with_products<S>(s, *piece, [&]<class W>() { order_columns<W>(s, o, l, line); }); });
         store_out(s, seq, query, head, line);
@@ -382,7 +382,7 @@ void paged_attention(const PagedAttention& a, const Runtime& all_threads) {
         pieces = arena.take<Piece>(count);
         merges = arena.take<Merge>(merge_count);
         first_piece = arena.take<int64_t>(sequences);
-        if (a.sums) s.lse_base_2 = arena.take<float>(a.q.size[0] * a.q.size[1] * a.q.size[2]);
+        if (a.sums) s.softmax = arena.take<Softmax>(a.q.size[0] * a.q.size[1] * a.q.size[2]);
         int64_t i = 0, m = 0;
         for (int64_t n = 0; n < sequences; ++n) {
             const Sequence seq = sequence_of(a, n);

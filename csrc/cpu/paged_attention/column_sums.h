@@ -1,5 +1,5 @@
-// Column sums of paged attention: weights relative to a row's lse, which is known once its splits are merged. Logits of
-// few rows are kept until then, so that the cache is read once; those of many are computed anew.
+// Column sums of paged attention: weights relative to a row's softmax, which is known once its splits are merged.
+// Logits of few rows are kept until then, so that the cache is read once; those of many are computed anew.
 #pragma once
 
 #include "packed.h"
@@ -22,13 +22,13 @@ inline void keep_logits(const Piece& piece, const Tile& tile, const Scratch& my)
 inline void add_row(const Shape& s, const Sequence& seq, const Row& row, int64_t key, uint64_t mask,
                     const float* logits) {
     const View<3>& sums = s.a.sums;
-    const float lse = *lse_base_2_at(s, seq, row.query, row.head);
-    if (!mask || lse == -INFINITY) return;
+    const Softmax of = softmax_at(s, seq, row.query, row.head);
+    if (!mask || of.share == 0.0f) return;
     float* const to =
         static_cast<float*>(sums.data) + seq.number * sums.stride[0] + row.head * sums.stride[1] + key * sums.stride[2];
     float p[tile_keys];
     for (int j = 0; j < tile_keys; j += width) {
-        const vf weight = exp2(load(logits + j) - splat(lse));
+        const vf weight = exp2(load(logits + j) - splat(of.largest)) * splat(of.share);
         store(p + j, select(mask_of(static_cast<uint32_t>(mask >> j)), weight, splat(0.0f)));
     }
     const int64_t count = smaller(seq.keys - key, tile_keys);
@@ -39,7 +39,7 @@ inline void add_row(const Shape& s, const Sequence& seq, const Row& row, int64_t
     for (int64_t j = 0; j < count && sums.stride[2] != 1; ++j) to[j * sums.stride[2]] += p[j];
 }
 
-// sums[b, h, j] = Σ_i 2^(logit_ij - lse_i) over the keys of a piece of few rows.
+// sums[b, h, j] = Σ_i probability_ij over the keys of a piece of few rows.
 inline void add_kept(const Shape& s, const Sequence& seq, const Piece& piece) {
     for (int64_t h = 0; h < piece.heads; ++h) {
         for (int64_t r = 0; r < piece.rows; ++r) {
@@ -69,7 +69,7 @@ void add_block_sums(const Shape& s, const Sequence& seq, const Piece& piece, con
     }
 }
 
-// Of some heads over one split and many rows: products as they were when lse was found.
+// Of some heads over one split and many rows: products as they were when the softmax was found.
 template <class S>
 void add_again(const Shape& s, const Sequence& seq, const Cut& cut, int64_t head, int64_t heads, int64_t first,
                const Scratch& my) {

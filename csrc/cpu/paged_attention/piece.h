@@ -20,6 +20,12 @@ constexpr int64_t piece_bytes = 2048;  // of neighbouring heads in a row of keys
 constexpr int max_heads = 8;
 static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0 && packed_rows % 16 == 0);
 
+// Of a row: probability = 2^(logit - largest) · share, with logits in powers of 2; a share of 0 where it sees no key. A
+// large lse says it less exactly: what it was rounded by is in the exponent.
+struct Softmax {
+    float largest, share;
+};
+
 // What the whole call shares.
 struct Shape {
     const PagedAttention& a;
@@ -31,7 +37,7 @@ struct Shape {
     bool packs;                  // some sequence has many rows
     int64_t tiles;               // of a block
     float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
-    float* lse_base_2;           // (batch, head, query), where sums are asked for: lse is rounded once more
+    Softmax* softmax;            // (batch, head, query), where sums are asked for
 };
 
 // One query of one head.
@@ -507,9 +513,9 @@ void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Pi
     }
 }
 
-METATE_FN float* lse_base_2_at(const Shape& s, const Sequence& seq, int64_t query, int64_t head) {
+METATE_FN Softmax& softmax_at(const Shape& s, const Sequence& seq, int64_t query, int64_t head) {
     const View<4>& q = s.a.q;
-    return s.lse_base_2 + (seq.batch * q.size[2] + head) * q.size[1] + seq.q0 + query;
+    return s.softmax[(seq.batch * q.size[2] + head) * q.size[1] + seq.q0 + query];
 }
 
 METATE_FN float sink_of(const PagedAttention& a, const Sequence& seq, int64_t query, int64_t head) {

@@ -1,16 +1,62 @@
-// Column sums of the probabilities: a block keeps 64 keys of one query head and walks over the queries that see them.
+// Column sums of the probabilities. One kernel finds the softmax of 64 rows at a time, from the same logits: where they
+// are large, an lse would have been rounded too much. In the other a block keeps 64 keys of one query head and walks
+// over the queries that see them.
+#include <math.h>
+
 #include "chunked.h"
 #include "host.h"
+#include "softmax.h"
 
 namespace metate::cuda::flash {
 namespace {
 
 struct ColumnSums {
     Problem problem;
-    View<3> lse, sums;
+    View<3> largest, share;  // probability = 2^(logit - largest) · share, with binary logits
+    View<3> sums;
     int tiles;
     bool vector_q, vector_k;
 };
+
+template <typename T>
+METATE_KERNEL(chunk_threads, 2)
+row_softmax_kernel(METATE_PARAMETER(ColumnSums, f)) {
+    METATE_SHARED(unsigned char, shared);
+    const Problem& p = f.problem;
+    const Place place = locate(p, false, 64, f.tiles, p.heads, p.right >= 0);
+    const Sequence& sequence = place.sequence;
+    if (place.first >= sequence.queries) return;
+    const Scorer<true> scorer(p, sequence, place.head);
+    const Matrix q = queries_of(p, p.a.q, f.vector_q, sequence, place.head);
+    const Matrix k = keys_of(p, p.a.k, f.vector_k, sequence, place.head / p.group);
+    float largest[2] = {-infinite(), -infinite()}, sum[2] = {}, no_values[1][1][4] = {};
+    for (KeyTiles<true, 64, 64> keys(scorer, place); !keys.at_end(); keys.find(keys.tile + 1)) {
+        float s[1][8][4];
+        multiply_chunks<T>(s, q, place.first, k, keys.first_key(), shared);
+        const Lines<false, 1, 8> lines(place.first, keys.first_key(), warp());
+        make_logits<T, false>(s, s, scorer, lines);
+        mask(s, scorer, lines);
+        softmax<false>(s, largest, sum, no_values, 1.f);
+    }
+
+    float sink = -infinite();  // one more logit in the denominator
+    if (p.a.sinks)
+        sink =
+            load_global<float>(static_cast<const float*>(p.a.sinks.data) + place.head * p.a.sinks.stride[0]) * log2_e;
+    const Lines<false, 1, 8> lines(place.first, 0, warp());
+    METATE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        sum[r] += shuffle_xor(sum[r], 1);
+        sum[r] += shuffle_xor(sum[r], 2);
+        const int i = lines.query(r);
+        if ((lane() & 3) != 0 || i >= sequence.queries) continue;
+        const float top = fmaxf(largest[r], sink), base = top == -infinite() ? 0.f : top;
+        const float total = sum[r] * fast_exp2(largest[r] - base) + fast_exp2(sink - base);
+        store_global(row_values(p, f.largest, sequence, place.head) + i, base);
+        store_global(row_values(p, f.share, sequence, place.head) + i, total == 0.f ? 0.f : 1.f / total);
+    }
+    cp_async_wait<0>();
+}
 
 template <typename T>
 METATE_KERNEL(chunk_threads, 2)
@@ -23,7 +69,8 @@ column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
     const Scorer<true> scorer(p, sequence, place.head);
     const Matrix q = queries_of(p, p.a.q, f.vector_q, sequence, place.head);
     const Matrix k = keys_of(p, p.a.k, f.vector_k, sequence, place.head / p.group);
-    const float* const lse = row_values(p, f.lse, sequence, place.head);
+    const float* const largest = row_values(p, f.largest, sequence, place.head);
+    const float* const share = row_values(p, f.share, sequence, place.head);
 
     float sums[2] = {};
     const int slot = p.packed && p.a.intervals ? packed_slot(p.a.cu_seqlens_q, sequence.batch + 1, p.queries, 64) : 0;
@@ -43,11 +90,10 @@ column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
         for (int line = 0; line < lines.lines; ++line) {
             const int i = lines.query(line);
             if (i >= sequence.queries) continue;
-            const float of_row = load_global<float>(lse + i * f.lse.stride[2]);
-            const float base = of_row == -infinite() ? infinite() : of_row * log2_e;
+            const float base = load_global<float>(largest + i), weight = load_global<float>(share + i);
             METATE_UNROLL
             for (int place_ = 0; place_ < lines.places; ++place_) {
-                sums[place_] += fast_exp2(lines.at(s, line, place_) - base);
+                sums[place_] += fast_exp2(lines.at(s, line, place_) - base) * weight;
             }
         }
     }
@@ -74,12 +120,23 @@ namespace metate::cuda {
 void attention_column_sums(const AttentionColumnSums& a, const Device& device) {
     using namespace flash;
     Problem p = problem_of(a.problem, true);
-    if (const size_t bytes = summary_bytes(p, 64)) summarise(p, 64, device.scratch(bytes, device.context), device);
-    const int tiles = slots_of(p, true, 64);
+    const int64_t heads = p.heads, rows = p.a.q.size[0] * heads * p.queries;
+    const size_t bytes = summary_bytes(p, 64);
+    auto* const scratch = static_cast<unsigned char*>(device.scratch(bytes + 2 * rows * sizeof(float), device.context));
+    if (bytes) summarise(p, 64, scratch, device);
+    const View<3> largest{
+        scratch + bytes, DType::f32, {p.a.q.size[0], heads, p.queries}, {heads * p.queries, p.queries, 1}};
+    View<3> share = largest;
+    share.data = static_cast<float*>(largest.data) + rows;
+    ColumnSums sums{
+        p, largest, share, a.sums, slots_of(p, false, 64), moves_vectors(a.problem.q), moves_vectors(a.problem.k)};
     for_dtype(a.problem.q.dtype, [&]<typename T>() {
-        launch(column_sums_kernel<T>, {grid_of(p, tiles, p.a.q.size[2])}, chunk_threads, chunked_shared_bytes,
-               device.stream,
-               ColumnSums{p, a.lse, a.sums, tiles, moves_vectors(a.problem.q), moves_vectors(a.problem.k)});
+        const auto start = [&](const auto& kernel) {
+            launch(kernel, {grid_of(p, sums.tiles, heads)}, chunk_threads, chunked_shared_bytes, device.stream, sums);
+        };
+        start(row_softmax_kernel<T>);
+        sums.tiles = slots_of(p, true, 64);
+        start(column_sums_kernel<T>);
     });
 }
 

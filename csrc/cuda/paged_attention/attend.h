@@ -153,10 +153,7 @@ METATE_DEVICE void write_rows(const Attend& f, const Span& s, const Splits& spli
         }
         if (l != 0) continue;
         if (last) {
-            const View<3>& v = p.a.lse;
-            store_global(static_cast<float*>(v.data) + s.batch * v.stride[0] + h * v.stride[1] +
-                             (s.first_query + i) * v.stride[2],
-                         (base + log2f(total)) * flash::ln_2);
+            store_softmax(p, s, i, h, base, total);
         } else {
             store_global(p.partial + p.entries * columns + entry, total);
             store_global(p.partial + p.entries * (columns + 1) + entry, top);
@@ -194,7 +191,7 @@ METATE_DEVICE void make_logits(float (&x)[1][n][4], const Attend& f, const Span&
     const int column = first + (lane() & 3) * 2;
     METATE_UNROLL
     for (int e = 0; e < 2 * n; ++e) {
-        float factor = p.softcap > 0.f ? p.scale : p.scale * log2_e;
+        float factor = factor_of(p);
         if constexpr (coded) factor *= load_shared<float>(counts + (e / 2 * 8 + (lane() & 3) * 2 + e % 2) * 4);
         METATE_UNROLL
         for (int r = 0; r < 4; r += 2) x[0][e / 2][r + e % 2] = product(x[0][e / 2][r + e % 2], factor);

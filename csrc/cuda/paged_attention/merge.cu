@@ -44,12 +44,7 @@ merge_kernel(METATE_PARAMETER(Problem, p)) {
                          h * out.stride[2] + column * out.stride[3],
                      from_float<T>(x * scale));
     }
-    const View<3>& lse = p.a.lse;
-    if (thread_index() == 0) {
-        store_global(static_cast<float*>(lse.data) + s.batch * lse.stride[0] + h * lse.stride[1] +
-                         (s.first_query + i) * lse.stride[2],
-                     (base + log2f(total)) * flash::ln_2);
-    }
+    if (thread_index() == 0) store_softmax(p, s, i, h, base, total);
 }
 
 }  // namespace

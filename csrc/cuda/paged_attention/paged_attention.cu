@@ -93,9 +93,12 @@ void paged_attention(const PagedAttention& a, const Device& device) {
     }
     if (p.sequences > 0 && p.tokens > 0 && p.heads > 0) {
         p.entries = partial_entries(p);
-        if (p.entries > 0) {
-            const size_t bytes = static_cast<size_t>(p.entries) * (a.out.size[3] + 2) * sizeof(float);
-            p.partial = static_cast<float*>(device.scratch(bytes, device.context));
+        const int64_t rows_of_sums = a.sums ? a.q.size[0] * p.tokens * p.heads : 0;
+        const size_t bytes = static_cast<size_t>(p.entries) * (a.out.size[3] + 2) * sizeof(float);
+        if (const size_t all = rows_of_sums * sizeof(Words<2>) + bytes) {
+            auto* const scratch = static_cast<Words<2>*>(device.scratch(all, device.context));
+            p.softmax = a.sums ? scratch : nullptr;
+            p.partial = reinterpret_cast<float*>(scratch + rows_of_sums);
         }
         Attend f{p, k, v, 0, false, flash::moves_vectors(a.q), are_in_keys(v, k)};
         const int64_t rows = static_cast<int64_t>(p.tokens) * p.group, columns = most_columns(a);

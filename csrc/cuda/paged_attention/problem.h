@@ -35,6 +35,7 @@ struct Problem {
     float scale, softcap;
     float* partial;  // what splits leave behind: all outputs, then all sums, then all maxima
     int64_t entries;
+    Words<2>* softmax;  // (batch, head, query), where column sums are asked for
 };
 
 // One sequence in one head of the cache. Bounds that lie are cut to what the tensors hold.
@@ -44,6 +45,22 @@ struct Span {
 
     METATE_DEVICE int place() const { return keys - queries; }  // position of the first query
 };
+
+// Of row i: probability = 2^(logit - largest) · share, with binary logits. For sums, which would show what an lse was
+// rounded by.
+METATE_DEVICE Words<2>* softmax_at(const Problem& p, const Span& s, int i, int h) {
+    return p.softmax + (static_cast<int64_t>(s.batch) * p.heads + h) * p.tokens + s.first_query + i;
+}
+
+// The lse of row i, and its softmax where it is wanted. `total`: the sum of powers relative to `base`.
+METATE_DEVICE void store_softmax(const Problem& p, const Span& s, int i, int h, float base, float total) {
+    const View<3>& lse = p.a.lse;
+    store_global(static_cast<float*>(lse.data) + s.batch * lse.stride[0] + h * lse.stride[1] +
+                     (s.first_query + i) * lse.stride[2],
+                 (base + log2f(total)) * flash::ln_2);
+    if (!p.softmax) return;
+    store_global(softmax_at(p, s, i, h), Words<2>{{bits_of(base), bits_of(total == 0.f ? 0.f : 1.f / total)}});
+}
 
 METATE_DEVICE int number(const View<1>& view, int64_t i) {
     return load_global<int>(static_cast<const int32_t*>(view.data) + i * view.stride[0]);
@@ -104,6 +121,11 @@ METATE_DEVICE int position_of(const Problem& p, const Span& s, int i) {
     const int batch = opaque(s.batch), query = opaque(s.first_query) + i;  // or addresses outlive the walk over keys
     const int given = load_global<int>(static_cast<const int32_t*>(v.data) + batch * v.stride[0] + query * v.stride[1]);
     return most(-farthest, least(given, farthest));
+}
+
+// What dot products are multiplied by: binary logits they are then, unless a cap follows.
+METATE_DEVICE float factor_of(const Problem& p) {
+    return p.softcap > 0.f ? p.scale : p.scale * log2_e;
 }
 
 // The binary logit that a row has beside those of its keys.
@@ -191,10 +213,11 @@ struct Row {
         return slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
 
-    // A scaled dot product as a binary logit.
+    // The binary logit of a dot product times its factor, rounded as in `make_logits`: beside the largest one nothing
+    // but zero must be left of it.
     METATE_DEVICE float logit(const Problem& p, const Span& s, float x, int j) const {
         const float away = p.a.alibi_slopes ? penalty(position(p, s) - j) : 0.f;
-        return (p.softcap > 0.f ? capped(x, p.softcap) : x) * log2_e - away;
+        return (p.softcap > 0.f ? product(log2_e, capped(x, p.softcap)) : x) - away;
     }
 };
 

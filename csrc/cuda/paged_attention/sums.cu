@@ -55,13 +55,13 @@ sums_kernel(METATE_PARAMETER(Sums, f)) {
     const bool there = j >= s.first_key && j < s.keys;
 
     const unsigned char* row = static_cast<const unsigned char*>(f.k.view.data);
-    float scale = p.scale;
+    float factor = factor_of(p);
     if (there) {
         const Place place = place_of(p, s, j);
         const View<4>& v = f.k.view;
         row += (place.page * v.stride[0] + place.row * v.stride[1] + s.kv_head * v.stride[2]) *
                (f.k.format == Format::plain ? 2 : 1);
-        scale *= scale_of(f.k, p, s, j, s.first_key, s.keys);
+        factor *= scale_of(f.k, p, s, j, s.first_key, s.keys);
     }
 
     float sum = 0.f;
@@ -101,11 +101,11 @@ sums_kernel(METATE_PARAMETER(Sums, f)) {
         for (int i = 0; i < together; ++i) {
             if (i0 + i >= s.queries) continue;
             const Row of(p, s, i0 + i, h);
-            const View<3>& v = p.a.lse;
-            const float lse = load_global<float>(static_cast<const float*>(v.data) + s.batch * v.stride[0] +
-                                                 h * v.stride[1] + (s.first_query + i0 + i) * v.stride[2]);
-            if (lse == -infinite() || !of.sees(p, s, j)) continue;
-            sum += fast_exp2(of.logit(p, s, dot[i] * scale, j) - lse * log2_e);
+            if (!of.sees(p, s, j)) continue;
+            const auto softmax = load_global<Words<2>>(softmax_at(p, s, i0 + i, h));
+            const float ahead = of.logit(p, s, product(dot[i], factor), j) - float_of(softmax[0]);
+            // The tensor cores may have rounded the largest dot product another way.
+            sum += fast_exp2(ahead > 0.f ? 0.f : ahead) * float_of(softmax[1]);
         }
     }
     const View<3>& v = p.a.sums;

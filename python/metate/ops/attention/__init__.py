@@ -201,8 +201,8 @@ _PACKED = Axes(
 def _one_by_one(args: tuple[Any, ...], backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and column sums."""
     out, lse = attention_op.call(args, backend=backend)
-    q, k, _, bias, slopes, _, *masks_and_scores, _, _, _, block_m, block_n = args
-    given = q, k, lse.detach(), bias, slopes, *masks_and_scores, block_m, block_n
+    q, k, _, *terms, _, _, _, block_m, block_n = args
+    given = q, k, *terms, block_m, block_n
     return out, lse, column_sums_op.call(given, backend=backend)
 
 

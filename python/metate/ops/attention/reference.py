@@ -52,6 +52,10 @@ class _Scores:
         self.scale, self.softcap = scale, softcap
         self.batch, rows, columns, diagonal, allowed = _positions(q, k, cu_q, cu_k, top_left, taken)
         self.rows, self.columns = rows, columns
+        self.inside = None
+        if cu_q is not None:
+            token = torch.arange(q.shape[1], device=q.device)[taken]
+            self.inside = (token >= cu_q[0]) & (token < cu_q[-1])
         self.distance = columns - rows[:, None] - diagonal  # of key j from the diagonal of row i
         if left >= 0:
             allowed = allowed & (self.distance >= -left)
@@ -96,6 +100,17 @@ class _Scores:
         x = x.transpose(1, 2)[:, :, None].expand(-1, -1, self.group, -1, -1).flatten(1, 2)
         return x.where(seen, 0)
 
+    def shares(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Probabilities and lse; a sink is one more logit in the denominator."""
+        s = self.s
+        if sinks is not None:
+            extra = sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:3], 1)
+            if self.inside is not None:  # tokens outside every sequence have no sink either
+                extra = extra.masked_fill(~self.inside[:, None], -math.inf)
+            s = torch.cat([s, extra], -1)
+        p, lse = shares(s)
+        return p[..., : self.s.shape[-1]], lse
+
     def probabilities(self, lse: Tensor) -> Tensor:
         return torch.exp(self.s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
 
@@ -132,16 +147,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
                      window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
-    s = scores.s
-    if sinks is not None:
-        extra = sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:3], 1)
-        if cu_seqlens_q is not None:  # tokens outside every sequence have no sink either
-            token = torch.arange(q.shape[1], device=q.device)
-            inside = (token >= cu_seqlens_q[0]) & (token < cu_seqlens_q[-1])
-            extra = extra.masked_fill(~inside[:, None], -math.inf)
-        s = torch.cat([s, extra], -1)
-    p, lse = shares(s)
-    p = p[..., : k.shape[1]]
+    p, lse = scores.shares(sinks)
     if dropout_p > 0:
         p = p * scores.dropout(dropout_p, seed, offset)
     out = p @ scores.clean_keys(v)
@@ -226,9 +232,9 @@ def backward_of_rows(
 def attention_column_sums(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     intervals: Tensor | None,
     blocks: Tensor | None,
     bits: Tensor | None,
@@ -244,8 +250,7 @@ def attention_column_sums(
 ) -> Tensor:
     scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
                      window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
-    alive = (lse != -math.inf)[..., None]  # a row without an lse has no key
-    return scores.probabilities(lse).where(alive, 0).sum(-2)
+    return scores.shares(sinks)[0].sum(-2)
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

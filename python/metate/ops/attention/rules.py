@@ -35,11 +35,11 @@ def validate_backward(
     _validate_dropout("attention_backward", p, seed, offset)
 
 
-def validate_column_sums(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> None:
-    bias, slopes, *masks = rest[:7]
-    scale, left, right, _, softcap, *block_size = rest[7:]
+def validate_column_sums(q: Tensor, k: Tensor, *rest: Any) -> None:
+    bias, slopes, sinks, *masks = rest[:8]
+    scale, left, right, _, softcap, *block_size = rest[8:]
     _validate("attention_column_sums", q, k, k, bias, slopes, masks, scale, left, right, softcap, block_size)
-    _validate_wide("attention_column_sums", q, alibi_slopes=slopes, lse=lse)
+    _validate_wide("attention_column_sums", q, alibi_slopes=slopes, sinks=sinks)
 
 
 def refused_by_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -138,8 +138,8 @@ def check_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tenso
     _check_cu_seqlens(q, k, *rest[5:7])
 
 
-def check_column_sums(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> None:
-    _check_cu_seqlens(q, k, *rest[5:7])
+def check_column_sums(q: Tensor, k: Tensor, *rest: Any) -> None:
+    _check_cu_seqlens(q, k, *rest[6:8])
 
 
 def _check_cu_seqlens(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> None:

@@ -47,6 +47,39 @@ def test_layouts_agree_bit_for_bit(bits):
     assert torch.equal(plain[0], blocks[0]) and torch.equal(plain[1], blocks[1])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["plain", "sorted", "rising", "sparse", "none", "ties", "nan"])
+def test_many_results_of_many_rows_whatever_a_sample_says(bits, kind):
+    """Interleaved rows are sampled where many are wanted: the same results if the sample misleads, one way or the
+    other, or says nothing."""
+    generator = torch.Generator().manual_seed(3)
+    n, k, M = 70_001, 100, 6
+    tables = torch.randn(3, M, 2**bits, generator=generator)
+    numbers = torch.randint(0, 2**bits, (n, M), generator=generator)
+    if kind == "ties":
+        tables = tables.round()
+    if kind in ("sorted", "rising"):  # by the distance from one query: all near it lie together, few in the sample
+        sums = sum(tables[1, m][numbers[:, m]] for m in range(M))
+        numbers = numbers[sums.argsort(descending=kind == "rising")]
+    if kind == "sorted":  # and all of the sample's first rows near another: too many
+        numbers[: n // 256] = tables[2].argmin(1)
+        numbers[n // 2048 * 2 : n // 256] = tables[2].argmax(1)
+    if kind == "nan":
+        tables[1] = torch.nan
+    keep = None
+    if kind in ("sparse", "none"):
+        kept = torch.rand(-(-n // 8) * 8, generator=generator) < (0.01 if kind == "sparse" else 0.0005)
+        keep = (kept.view(-1, 8) * 2 ** torch.arange(8)).sum(1).to(torch.uint8)
+    codes = pack_codes(numbers, bits)
+    blocks = metate.pq_interleave(codes, M, bits)
+    for largest in (False, True):
+        how = dict(keep=keep, largest=largest)
+        plain, found = metate.pq_scan(tables, codes, k, **how), metate.pq_scan(tables, blocks, k, n=n, **how)
+        alone = metate.pq_scan(tables[1:2], blocks, k, n=n, **how)
+        for i in (0, 1):
+            assert torch.equal(plain[i], found[i]) and torch.equal(plain[i][1:2], alone[i])
+
+
 @pytest.mark.parametrize("kind", ["vectors", "bytes", "nibbles", "residual", "product"])
 def test_a_search_of_lists_equals_its_parts(kind):
     """Lists that many queries share, one of them long; some centroids are no numbers."""

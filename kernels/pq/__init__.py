@@ -219,21 +219,6 @@ def topk_distances(
     return torch.cat(distances), torch.cat(found)
 
 
-def ivf_search(
-    queries: Tensor, centroids: Tensor, extents: Tensor, rows: Tensor, codebooks: Tensor | None,
-    row_bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, ids: Tensor | None, keep: Tensor | None,
-    n: int, nprobe: int, k: int, metric: int, residual: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    largest = metric == 1
-    near, lists = topk_distances(queries, centroids, None, None, None, None, None, nprobe, metric, largest)
-    ranges = torch.nn.functional.pad(extents, (0, 0, 0, 1))[lists]  # list -1 has no rows
-    if codebooks is None:
-        return topk_distances(queries, rows, ranges, scale, offset, ids, keep, k, metric, largest)
-    asked = -2 * queries if residual and not largest else queries
-    tables = pq_distance_tables(asked, codebooks, int(residual or largest))
-    return pq_scan(tables, rows, ranges, near if residual else None, row_bias, ids, keep, n, k, largest)
-
-
 def _refused_search(queries: Tensor, rows: int, k: int) -> str | None:
     if k > MOST:
         return f"k = {k}: up to {MOST}"

@@ -105,6 +105,7 @@ class Op:
     writes: bool = False  # the outputs are arguments that kernels write in place; `reference` returns their new values
     public: str = ""  # the function that users call, where it has another name: errors name it
     given: Mapping[str, str] = field(default_factory=dict)  # argument -> how users name it, where they do otherwise
+    made_of: Callable[[Any], Backend] | None = None  # module -> the operator by others of its family there, for Triton
 
     def __post_init__(self) -> None:
         self.public = self.public or self.name
@@ -250,8 +251,8 @@ class Op:
             if _has_kernel(f"metate_C::{self.name}", device):
                 found[device] = _entry(torch.ops.metate_C, self.name)
                 self._direct = library.direct(self.name, found[device]) if device == "cpu" else self._direct
-            kernels = _triton_kernels(self.family) if device == "cuda" or _triton_interpreted() else None
-            triton = {"triton": getattr(kernels, self.name)} if hasattr(kernels, self.name) else {}
+            kernel = self._triton() if device == "cuda" or _triton_interpreted() else None
+            triton = {"triton": kernel} if kernel else {}
             found |= triton if device == "cuda" else {}
             found["reference"] = self.fallback
             if device == "cpu":
@@ -260,6 +261,10 @@ class Op:
                 found |= triton
             self._implementations[device] = found
         return self._implementations[device]
+
+    def _triton(self) -> Backend | None:
+        kernels = _triton_kernels(self.family)
+        return self.made_of(kernels) if kernels and self.made_of else getattr(kernels, self.name, None)
 
     @property
     def family(self) -> str:

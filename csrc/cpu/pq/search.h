@@ -176,9 +176,9 @@ struct Heaps {
         counts = arena.take<int64_t>(workers * queries);
         shared = arena.take<Bound>(queries);
     }
-    void clear() const {
+    void clear(const float* limits = nullptr) const {
         for (int64_t i = 0; i < workers * queries; ++i) counts[i] = 0;
-        for (int64_t q = 0; q < queries; ++q) shared[q].key = bit_cast<uint32_t>(infinity);
+        for (int64_t q = 0; q < queries; ++q) shared[q].key = bit_cast<uint32_t>(limits ? limits[q] : infinity);
     }
     Best open(int64_t worker, int64_t q) const {
         const int64_t i = worker * queries + q;
@@ -305,32 +305,42 @@ void search_lists(const Search& s, const Runtime& runtime, int64_t rows_alone, i
     heaps.write(s, runtime);
 }
 
+// Whether all queries look at the same rows.
+METATE_FN bool same_rows(const Search& s) {
+    return !s.ranges || (!s.lists && s.ranges.stride[0] == 0);
+}
+METATE_FN bool cut_by_rows(const Search& s) {
+    const int64_t Q = s.distances.size[0];
+    return (same_rows(s) || Q < split_queries) && Q * room(s) <= split_room;
+}
+
 // Calls scan(memory, turn) for parts of every range of every query and writes the results. A row takes `row_bytes`.
 // `memory` is what own(arena) takes for each worker; prepare(memory) sees it before they begin. A turn has up to
-// `together` queries where these scan the same rows and there are enough of them for all workers, else one.
+// `together` queries where these scan the same rows and there are enough of them for all workers, else one. Where rows
+// are cut, keys above the limit of a query, if there are limits, need not be offered.
 template <class Own, class Prepare, class Scan>
 void search_rows(const Search& s, const Runtime& runtime, int64_t row_bytes, int64_t together, const Own& own,
-                 const Prepare& prepare, const Scan& scan) {
+                 const Prepare& prepare, const Scan& scan, const float* limits = nullptr) {
     const int64_t Q = s.distances.size[0], rows_alone = ceil_div(bytes_alone, row_bytes > 0 ? row_bytes : 1);
     if (together > 1 && s.lists && Q > 1 && 32 * Q * spans_of(s) >= s.ranges.size[1] && Q * room(s) <= split_room)
         return search_lists(s, runtime, rows_alone, together, own, prepare, scan);
-    const bool split = (!s.ranges || Q < split_queries) && Q * room(s) <= split_room;
+    const bool split = cut_by_rows(s), same = same_rows(s);
     int64_t parts = 1;
-    for (int64_t q = 0; split && q < (s.ranges ? Q : 1); ++q) {
+    for (int64_t q = 0; split && q < (same ? 1 : Q); ++q) {
         const int64_t rows = rows_of(s, q), most = ceil_div(rows, rows_alone), least = ceil_div(most, longer);
-        const int64_t wanted = smaller(most, ceil_div(enough * runtime.threads, s.ranges ? Q : 1));
+        const int64_t wanted = smaller(most, ceil_div(enough * runtime.threads, same ? 1 : Q));
         // As many as workers, who find the same rows in their caches as in the search before, where these have room.
-        const bool again = !s.ranges && most <= enough * runtime.threads;
+        const bool again = same && most <= enough * runtime.threads;
         parts = larger(parts, again ? smaller(most, runtime.threads) : larger(least, wanted));
     }
-    const int64_t group = split && !s.ranges && Q * parts >= 2 * together * runtime.threads ? together : 1;
+    const int64_t group = split && same && Q * parts >= 2 * together * runtime.threads ? together : 1;
     const int64_t groups = ceil_div(Q, group), pieces = groups * parts;
     if (pieces == 0) return;
     const int workers = workers_of(runtime, pieces);
     Heaps heaps{nullptr, nullptr, nullptr, workers, split ? Q : 1, room(s)};
     if (!split) heaps.queries = workers, heaps.workers = 1;  // one query at a time for each worker
     const auto memory = lay_out(runtime, pieces, [&](Arena& arena) { heaps.take(arena); }, own);
-    heaps.clear();
+    heaps.clear(split ? limits : nullptr);
     for (int worker = 0; worker < workers; ++worker) prepare(memory(worker));
     for_pieces(runtime, pieces, [&](int worker, int64_t piece) {
         const int64_t q = piece % groups * group, part = piece / groups;  // the same rows for one after another

@@ -206,6 +206,18 @@ void offer_all(const TopkDistances& c, const float* query, Span span, Best& best
     });
 }
 
+constexpr int64_t fetched = 8;  // ranges at a time
+
+// Fetches what the ranges `first` … `first` + fetched of a query begin with: candidates lie anywhere.
+void fetch_candidates(const TopkDistances& c, int64_t q, int64_t first) {
+    const int64_t bytes = bytes_of(c.base.dtype);
+    for (int64_t p = first; p < smaller(first + fetched, spans_of(c.search)); ++p) {
+        const Span span = span_of(c.search, q, p);
+        const char* const row = static_cast<const char*>(c.base.data) + span.first * c.base.stride[0] * bytes;
+        for (int64_t i = 0; span.first < span.last && i < c.base.size[1] * bytes; i += 64) __builtin_prefetch(row + i);
+    }
+}
+
 constexpr int64_t few_rows = 4;      // of a range; more are first compared approximately
 constexpr int64_t cached_rows = 64;  // that one group of queries after another looks at
 
@@ -216,6 +228,9 @@ void by_rows(const TopkDistances& c, const Runtime& runtime) {
         [](Arena& arena) { return arena.take<char>(0); }, [](char*) {},
         [&](char*, const Turn& turn) {
             if (turn.span.last - turn.span.first <= few_rows) {  // candidates, likely, each a range
+                const Asked asked = turn.asked[0];
+                if (asked.p == 0) fetch_candidates(c, asked.q, 0);
+                if (asked.p % fetched == 0) fetch_candidates(c, asked.q, asked.p + fetched);
                 for (int64_t i = 0; i < turn.count; ++i)
                     offer_all(c, query_of(c, turn.asked[i].q), turn.span, turn.best[i]);
                 return;

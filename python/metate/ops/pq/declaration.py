@@ -380,7 +380,8 @@ def _ivf_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> t
 
 ivf_op = Op(
     "ivf_search",
-    reference.ivf_search,
+    reference.ivf_search_of(reference),
+    made_of=reference.ivf_search_of,
     axes={
         "queries": "Q D", "centroids": "lists D", "extents": "lists 2", "rows": "n width or n//32 M block_bytes",
         "codebooks": "M L d", "row_bias": "n", "scale": "D", "offset": "D", "ids": "n", "keep": "n//8",

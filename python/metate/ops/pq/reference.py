@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,20 +86,28 @@ def topk_distances(
     return _stack(found, k, queries.device)
 
 
-def ivf_search(
-    queries: Tensor, centroids: Tensor, extents: Tensor, rows: Tensor, codebooks: Tensor | None,
-    row_bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, ids: Tensor | None, keep: Tensor | None,
-    n: int, nprobe: int, k: int, metric: int, residual: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The k best rows of the lists of the nprobe nearest centroids."""
-    largest = metric == 1
-    near, lists = topk_distances(queries, centroids, None, None, None, None, None, nprobe, metric, largest)
-    ranges = torch.nn.functional.pad(extents, (0, 0, 0, 1))[lists]  # list -1 has no rows
-    if codebooks is None:
-        return topk_distances(queries, rows, ranges, scale, offset, ids, keep, k, metric, largest)
-    asked = -2 * queries if residual and not largest else queries
-    tables = pq_distance_tables(asked, codebooks, int(residual or largest))
-    return pq_scan(tables, rows, ranges, near if residual else None, row_bias, ids, keep, n, k, largest)
+def ivf_search_of(floor: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`ivf_search` by the operators of a floor: a module that has `topk_distances`, `pq_distance_tables`, `pq_scan`."""
+
+    def ivf_search(
+        queries: Tensor, centroids: Tensor, extents: Tensor, rows: Tensor, codebooks: Tensor | None,
+        row_bias: Tensor | None, scale: Tensor | None, offset: Tensor | None, ids: Tensor | None, keep: Tensor | None,
+        n: int, nprobe: int, k: int, metric: int, residual: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The k best rows of the lists of the nprobe nearest centroids."""
+        largest = metric == 1
+        near, lists = floor.topk_distances(queries, centroids, None, None, None, None, None, nprobe, metric, largest)
+        ranges = torch.nn.functional.pad(extents, (0, 0, 0, 1))[lists]  # list -1 has no rows
+        found: tuple[Tensor, Tensor]
+        if codebooks is None:
+            found = floor.topk_distances(queries, rows, ranges, scale, offset, ids, keep, k, metric, largest)
+            return found
+        asked = -2 * queries if residual and not largest else queries
+        tables = floor.pq_distance_tables(asked, codebooks, int(residual or largest))
+        found = floor.pq_scan(tables, rows, ranges, near if residual else None, row_bias, ids, keep, n, k, largest)
+        return found
+
+    return ivf_search
 
 
 def _rows(ranges: Tensor | None, keep: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:

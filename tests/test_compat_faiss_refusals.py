@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from test_compat_faiss import D, Q, X
 
 from metate import FormatError
@@ -98,3 +99,31 @@ def test_what_is_not_there_is_not_ignored():
         setattr(index, name, getattr(index, name))
         with pytest.raises(NotImplementedError, match=f"{name} of {type(index).__name__} is"):
             setattr(index, name, value)
+
+
+def test_what_is_no_array_of_numbers_is_named():
+    index = faiss.IndexFlatL2(8)
+    index.add(np.eye(8, dtype=np.float32))
+    for given, message in [
+        ([[1.0] * 8], "vectors are list, expected a numpy array"),
+        (torch.eye(8).to_sparse(), "sparse"),
+        (torch.empty(2, 8, device="meta"), "a meta tensor"),
+        (np.ones((2, 8), np.complex64), "complex64"),
+    ]:
+        for call in (index.add, lambda x: index.search(x, 1)):
+            with pytest.raises((TypeError, NotImplementedError), match=message):
+                call(given)
+    for k in (0, 1.5, "3", None):
+        with pytest.raises(AssertionError, match="expected an integer from 1 on"):
+            index.search(np.eye(8, dtype=np.float32), k)
+    with pytest.raises(AssertionError, match=r"shape \(8, 3\), expected room for them, not \(8, 2\)"):
+        index.search(np.eye(8, dtype=np.float32), 3, D=np.zeros((8, 2), np.float32))
+    assert index.ntotal == 8
+
+
+def test_float16_and_bfloat16_go_through_transforms():
+    index = faiss.index_factory(8, "OPQ4,PQ4x4np,RFlat")
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    index.train(x)
+    index.add(x)
+    assert torch.equal(index.search(x[:5], 3)[1], index.search(x[:5].float(), 3)[1])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import fail, require_dense
 
 Array: TypeAlias = "npt.NDArray[Any] | Tensor"
 
@@ -31,6 +31,9 @@ class _Writable:
 def tensor_of(op: str, argument: str, x: Any) -> Tensor:
     """The same memory as a tensor."""
     if isinstance(x, Tensor):
+        require_dense(op, argument, x)
+        if x.is_meta:
+            raise fail(op, argument, "a meta tensor", "one with contents", error=NotImplementedError)
         return x.detach()
     if not isinstance(x, np.ndarray):
         raise fail(op, argument, type(x).__name__, "a numpy array or a torch tensor", error=TypeError)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metate.compat.faiss.distances import METRIC_L2, between
-from metate.compat.faiss.parameters import Floats
+from metate.compat.faiss.parameters import Floats, NumberVector
 from metate.compat.faiss.quantizer import as_array
 from metate.compat.faiss.streams import Bytes
 
@@ -122,18 +122,39 @@ def get_mem_usage_kb() -> int:
     return int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
+class Float32Vector(NumberVector):
+    dtype = np.float32
+
+
+class Int64Vector(NumberVector):
+    dtype = np.int64
+
+
+class UInt8Vector(NumberVector):
+    dtype = np.uint8
+
+
+def MaybeOwnedVectorUInt8(array: Any) -> Any:
+    """The bytes themselves: who owns them is Python's to know."""
+    return array
+
+
 def vector_to_array(vector: Any) -> Any:
     """A copy of what faiss keeps in a C++ vector, and we in an array or in bytes."""
+    if isinstance(vector, NumberVector):
+        return np.array(vector, vector.dtype)
     return np.frombuffer(bytes(vector), np.uint8) if isinstance(vector, Bytes) else np.array(vector)
 
 
-vector_float_to_array = vector_to_array
+vector_float_to_array = AlignedTable_to_array = vector_to_array
 
 
 def copy_array_to_vector(array: Any, vector: Any) -> None:
     """Into an array that is part of an index, or the bytes of a reader."""
     if isinstance(vector, Bytes):
         vector[:] = np.ascontiguousarray(array, np.uint8).tobytes()
+    elif isinstance(vector, NumberVector):
+        vector[:] = np.asarray(array, vector.dtype)
     else:
         vector[...] = array
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from metate.compat.faiss.distances import METRIC_L2, between, metric_name
 from metate.compat.faiss.parameters import Floats, Owned
 from metate.compat.faiss.quantizer import Bytes, as_array, like
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersIVF, SearchParametersPQ, selector
+from metate.scalars import is_whole, plain
 
 MOST = float(np.finfo(np.float32).max)  # the distance of what is not there
 
@@ -32,9 +34,11 @@ class Index(Owned):
         raise NotImplementedError
 
     def train(self, x: Any) -> None:
+        """Learns what vectors (n, d) are like, where there is something to learn."""
         raise NotImplementedError
 
     def add(self, x: Any) -> None:
+        """Adds vectors to the index: (n, d) float32, under the ids that come next."""
         raise NotImplementedError
 
     def add_with_ids(self, x: Any, ids: Any) -> None:
@@ -81,14 +85,17 @@ class Index(Owned):
         raise NotImplementedError
 
     def _checked(self, x: Any) -> Any:
+        if not isinstance(x, (np.ndarray, Tensor)):
+            kind = type(x).__name__
+            raise TypeError(f"{type(self).__name__}: vectors are {kind}, expected a numpy array or a torch tensor")
         if x.ndim != 2 or x.shape[1] != self.d:
             raise AssertionError(f"{type(self).__name__}: vectors of shape {tuple(x.shape)}, expected (n, {self.d})")
         return x
 
     def search(self, x: Any, k: int, *, params: SearchParameters | None = None, D: Any = None, I: Any = None) -> Any:  # noqa: E741
         """(distances, ids), each (n, k)."""
-        if k < 1:
-            raise AssertionError(f"k is {k}, expected 1 and more")
+        if not is_whole(plain(k), 1):
+            raise AssertionError(f"{type(self).__name__}: k is {k!r}, expected an integer from 1 on")
         distances, ids = self._search(self._checked(x), int(k), params)
         return given((distances.clip(-MOST, MOST), D), (ids, I))
 
@@ -99,14 +106,16 @@ class Index(Owned):
     def assign(self, x: Any, k: int, labels: Any = None) -> Any:
         return self.search(x, k, I=labels)[1]
 
-    def search_and_reconstruct(self, x: Any, k: int, *, params: SearchParameters | None = None) -> tuple[Any, Any, Any]:
+    def search_and_reconstruct(
+        self, x: Any, k: int, *, params: SearchParameters | None = None, D: Any = None, I: Any = None, R: Any = None,  # noqa: E741
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Distances, ids, and the vectors (n, k, d) found; NaN for what is not there."""
-        distances, ids = self.search(x, k, params=params)
+        distances, ids = self.search(x, k, params=params, D=D, I=I)
         found = np.full((*ids.shape, self.d), np.nan, np.float32)
         there = np.asarray(ids) >= 0
         if there.any():
             found[there] = as_array(self._vectors_of(np.asarray(ids)[there]))
-        return distances, ids, like(x, found)
+        return distances, ids, given((like(x, found), R))[0]
 
     def reconstruct(self, key: int, x: Any = None) -> Any:
         return given((self.reconstruct_batch(np.array([key], np.int64))[0], x))[0]
@@ -119,11 +128,11 @@ class Index(Owned):
 
     def sa_encode(self, x: Any, codes: Any = None) -> Any:
         """The bytes of vectors, (n, sa_code_size())."""
-        return given((self._encode(as_array(self._checked(x))), codes))[0]
+        return given((like(x, self._encode(as_array(self._checked(x)))), codes))[0]
 
     def sa_decode(self, codes: Any, x: Any = None) -> Any:
         """The vectors that bytes stand for."""
-        return given((self._decode(self._code_rows("sa_decode", codes)), x))[0]
+        return given((like(codes, self._decode(self._code_rows("sa_decode", codes))), x))[0]
 
     def add_sa_codes(self, codes: Any, ids: Any = None) -> None:
         """Adds what `sa_encode` wrote."""
@@ -179,6 +188,8 @@ def given(*pairs: tuple[Any, Any]) -> tuple[Any, ...]:
     """What was found, written into the array that was given for it, if any."""
     for found, array in pairs:
         if array is not None:
+            if array.shape != found.shape:
+                raise AssertionError(f"results are of shape {found.shape}, expected room for them, not {array.shape}")
             array[...] = found
     return tuple(found if array is None else array for found, array in pairs)
 
@@ -224,6 +235,7 @@ class Elementary(Index):
         return {}
 
     def add(self, x: Any) -> None:
+        """Adds vectors to the index: (n, d) float32, under the ids that come next."""
         if not self._inner._added_quickly(x):
             self._ready()
             self._inner.add(self._checked(x), progress=False)

@@ -13,7 +13,7 @@ from metate.compat.faiss.base import Index
 from metate.compat.faiss.distances import METRIC_INNER_PRODUCT, METRIC_L2, metric_name
 from metate.compat.faiss.indexes import IndexFlat, IndexFlatIP, IndexFlatL2
 from metate.compat.faiss.parameters import ClusteringParameters, Floats, IterationStats, Vector
-from metate.compat.faiss.quantizer import as_array
+from metate.compat.faiss.quantizer import as_array, like
 from metate.ops.pq import topk_distances
 
 
@@ -76,7 +76,7 @@ def knn(xq: Any, xb: Any, k: int, metric: int = METRIC_L2) -> tuple[Any, Any]:
     """(distances, places) of the k nearest."""
     queries, base = torch.from_numpy(as_array(xq)), torch.from_numpy(as_array(xb))
     distances, places = topk_distances(queries, base, k, metric=metric_name(metric))
-    return distances.numpy(), places.numpy()
+    return like(xq, distances.numpy()), like(xq, places.numpy())
 
 
 def flat_like(d: int, metric: int) -> IndexFlat:

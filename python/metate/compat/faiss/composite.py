@@ -13,8 +13,9 @@ from torch import Tensor
 
 from metate.compat.faiss.base import DistanceComputer, Index
 from metate.compat.faiss.distances import METRIC_INNER_PRODUCT, between
-from metate.compat.faiss.indexes import IndexFlat
-from metate.compat.faiss.parameters import Floats, Vector
+from metate.compat.faiss.indexes import IndexFlat, IndexFlatCodes
+from metate.compat.faiss.lists import candidates
+from metate.compat.faiss.parameters import Floats, Numbers, Vector
 from metate.compat.faiss.quantizer import Bytes, as_array, like
 from metate.compat.faiss.selectors import (
     IDSelectorBatch,
@@ -91,7 +92,7 @@ class IndexIDMap(_Around):
 
     @property
     def id_map(self) -> Integers:
-        return self._ids
+        return self._ids.view(Numbers)
 
     @property
     def _ids(self) -> Integers:
@@ -236,7 +237,15 @@ class IndexIDMap2(IndexIDMap):
 
 
 class IndexPreTransform(_Around):
-    """Transforms, one after another, before an index."""
+    """Transforms, one after another, before an index. Attributes that it does not have are refused: they are set on the
+    index within."""
+
+    _OWN = frozenset({"d", "metric_type", "metric_arg", "verbose", "index", "own_fields", "chain", "is_trained"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._OWN:
+            raise AttributeError(f"IndexPreTransform has no {name}: set it on the index within (extract_index_ivf)")
+        super().__setattr__(name, value)
 
     def __init__(self, *parts: Any) -> None:
         *chain, index = parts
@@ -377,6 +386,13 @@ class IndexRefine(Index):
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
         factor, inner = self._asked(params)
         ids = np.asarray(self.base_index._search(x, max(k, int(k * factor)), inner)[1])
+        full = self.refine_index
+        if (
+            isinstance(full, IndexFlatCodes)
+            and full.metric_type == self.metric_type
+            and full._inner._state.lists.implicit
+        ):
+            return tuple(like(x, part.numpy()) for part in candidates(full._inner, as_array(x), ids, k))
         distances = self._distances(np.repeat(as_array(x)[:, None], ids.shape[1], 1), ids)
         best_first = -distances if self.metric_type == METRIC_INNER_PRODUCT else distances
         order = np.lexsort((ids, best_first))[:, :k]

@@ -12,11 +12,25 @@ from metate.compat.faiss.base import Elementary, Index
 from metate.compat.faiss.distances import METRIC_INNER_PRODUCT, METRIC_L2, metric_name
 from metate.compat.faiss.lists import append, append_codes, stored
 from metate.compat.faiss.parameters import Floats
-from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, ScalarQuantizer, as_array
+from metate.compat.faiss.quantizer import Bytes, ProductQuantizer, ScalarQuantizer
 from metate.compat.faiss.selectors import Integers, SearchParameters, SearchParametersPQ, selector
 from metate.compat.faiss.statistics import indexPQ_stats
 from metate.search import FlatIndex, PQIndex
 from metate.search.faiss_index import SQ_STORAGE
+
+
+class CodePacker:
+    """One code after another, a block each."""
+
+    nvec = 1
+
+    def __init__(self, code_size: int) -> None:
+        self.code_size = self.block_size = code_size
+
+    def unpack_1(self, block: Any, offset: int) -> Bytes:
+        """Code number `offset`."""
+        code: Bytes = np.asarray(block, np.uint8).reshape(-1, self.code_size)[offset]
+        return code
 
 
 class IndexFlatCodes(Elementary):
@@ -29,6 +43,31 @@ class IndexFlatCodes(Elementary):
 
     def sa_code_size(self) -> int:
         return self.code_size
+
+    @property
+    def codes(self) -> Bytes:
+        """The codes of all vectors, one after another. What is set to it takes their place."""
+        return stored(self._inner, np.arange(self.ntotal))[1].reshape(-1)
+
+    @codes.setter
+    def codes(self, codes: Any) -> None:
+        rows = np.ascontiguousarray(codes, np.uint8).reshape(-1, self.code_size)
+        self.reset()
+        self._add_codes(rows, None)
+
+    @property
+    def ntotal(self) -> int:
+        return int(self._inner.ntotal)
+
+    @ntotal.setter
+    def ntotal(self, count: int) -> None:
+        """As faiss has it after codes were set: nothing is left to do."""
+        if count != self.ntotal:
+            raise RuntimeError(f"{type(self).__name__}: ntotal is set to {count}, expected {self.ntotal}, as codes are")
+
+    def get_CodePacker(self) -> CodePacker:
+        """How codes lie in `codes`."""
+        return CodePacker(self.code_size)
 
     def merge_from(self, other: Any, add_id: int = 0) -> None:
         if add_id:
@@ -57,11 +96,6 @@ class IndexFlat(IndexFlatCodes):
 
     def get_xb(self) -> Any:
         return self.reconstruct_n()
-
-    @property
-    def codes(self) -> Bytes:
-        """The bytes of all vectors."""
-        return as_array(self.reconstruct_n()).reshape(-1).view(np.uint8)
 
     def _encode(self, x: Floats) -> Bytes:
         return np.array(x.view(np.uint8))
@@ -100,11 +134,6 @@ class IndexScalarQuantizer(IndexFlatCodes):
     def _decode(self, codes: Bytes) -> Floats:
         return self.sq.decode(codes)
 
-    @property
-    def codes(self) -> Bytes:
-        """The codes of all vectors."""
-        return stored(self._inner, np.arange(self.ntotal))[1].reshape(-1)
-
 
 class IndexPQ(IndexFlatCodes):
     """search_type: ST_PQ, or another of polysemous.py. encode_signs: ST_HE takes the signs of a query for its code."""
@@ -138,11 +167,6 @@ class IndexPQ(IndexFlatCodes):
     def _decode(self, codes: Bytes) -> Floats:
         return self.pq.decode(codes)
 
-    @property
-    def codes(self) -> Bytes:
-        """The codes of all vectors."""
-        return stored(self._inner, np.arange(self.ntotal))[1].reshape(-1)
-
     def _search(self, x: Any, k: int, params: SearchParameters | None) -> tuple[Any, Any]:
         own = params if isinstance(params, SearchParametersPQ) else None
         how, most = (self.search_type, self.polysemous_ht) if own is None else (own.search_type, own.polysemous_ht)
@@ -160,9 +184,10 @@ class IndexPQ(IndexFlatCodes):
 
 class IndexPQFastScan(IndexPQ):
     """(d, M, nbits, metric, bbs), or (index, bbs) with what an IndexPQ holds: codes of 4 bits, which all indexes here
-    scan fast, and without rounding distances."""
+    scan fast, and without rounding distances. implem and qbs choose among the scans of faiss, and nothing here."""
 
     def __init__(self, *given: Any) -> None:
+        self.implem = self.qbs = 0
         like = given[0] if isinstance(given[0], IndexPQ) else None
         super().__init__(*(given[:4] if like is None else (like.d, like.pq.M, like.pq.nbits, like.metric_type)))
         self.bbs = block_rows(given[4:] if like is None else given[1:])

@@ -262,9 +262,9 @@ class IndexIVF(Elementary):
         self._ready()
         near, lists = (np.asarray(part) for part in self.quantizer._search(x, asked.nprobe, None))
         found = super()._range(x, radius, params) if self._direct else self._range_lists(x, radius, lists, near, asked)
-        self._count(0, lists, replace(asked, max_codes=0))
         lims, distances, ids = (np.asarray(part) for part in found)
-        stays = before_empty(self._inner, lists, lims, ids, most or self.nlist)
+        stays, looked = before_empty(self._inner, lists, lims, ids, most or self.nlist)
+        self._count(0, np.where(looked, lists, -1), replace(asked, max_codes=0))
         lims = np.append(0, stays.cumsum())[lims]
         return tuple(like(x, part) for part in (lims, distances[stays], ids[stays]))
 
@@ -362,11 +362,15 @@ class _OfResiduals(IndexIVF):
 
     @by_residual.setter
     def by_residual(self, residual: bool) -> None:
-        if bool(residual) != self._residual:
-            if self._inner.is_trained:
-                raise RuntimeError(f"{type(self).__name__}: by_residual is set after training, expected before")
-            self._residual = bool(residual)
-            self._inner = self._make()
+        if bool(residual) == self._residual:
+            return
+        self._residual, before = bool(residual), self._inner
+        self._inner = self._make()
+        if before.is_trained:  # codes stay, and mean something else
+            self._inner.set_trained(before.trained())
+            lists = before._state.lists
+            ids = lists.ids(lists.rows())
+            append_codes(self._inner, *stored(before, ids), ids)
 
     def _residual_of(self, x: Floats, lists: Any) -> Floats:
         return x - self._centroids()[lists] if self._residual else x

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metate.compat.faiss.parameters import Floats
+from metate.compat.faiss.parameters import Floats, Vector
 from metate.compat.faiss.quantizer import Bytes, as_array
 from metate.compat.faiss.selectors import Booleans, Integers, SearchParametersIVF
 from metate.search.codecs import Probe, Product
@@ -39,6 +39,11 @@ class InvertedLists:
 
     def get_codes(self, number: int) -> Any:
         return stored(self._inner, self.get_ids(number))[1]
+
+    @property
+    def codes(self) -> Vector[Bytes]:
+        """The bytes of every list."""
+        return Vector(self.get_codes(number).reshape(-1) for number in range(self.nlist))
 
     def release_ids(self, number: int, ids: Any) -> None:
         """Nothing to do: what `get_ids` and `get_codes` gave are copies."""
@@ -181,6 +186,14 @@ def preassigned(
     return found
 
 
+def candidates(inner: Any, x: Floats, rows: Integers, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of the rows (Q, C), -1 for none, of an index whose ids are row numbers."""
+    state, at = inner._trained("search"), torch.from_numpy(rows)
+    probe = Probe(state.lists.seen, torch.stack([at, at + 1], 2), None, None, None, k)
+    found: tuple[Tensor, Tensor] = inner.codec.scan(state.model, torch.from_numpy(x), probe, inner._scan_metric)
+    return found
+
+
 def _numbers(inner: Any, probed: Any) -> Integers:
     """The lists that a caller names, -1 for none."""
     numbers: Integers = np.asarray(probed, np.int64)
@@ -255,18 +268,22 @@ def _count_before(bits: Tensor | None, rows: int) -> Integers:
     return np.append(0, np.unpackbits(bits.numpy(), bitorder="little")[:rows].cumsum(dtype=np.int64))
 
 
-def before_empty(inner: Any, probed: Integers, lims: Integers, ids: Integers, most: int) -> Booleans:
-    """Which results of a range search are found, where it ends after `most` lists in turn without any."""
+def before_empty(inner: Any, probed: Integers, lims: Integers, ids: Integers, most: int) -> tuple[Booleans, Booleans]:
+    """Which results of a range search are found, and which of the lists `probed` (Q, P) are looked into, where it ends
+    after `most` lists in turn without any."""
     lists, queries = inner._state.lists, len(probed)
     query = np.repeat(np.arange(queries), np.diff(lims))
     home = lists.list_of(lists.find(ids)) if len(ids) else ids
-    hits = np.zeros((queries, inner.nlist), np.bool_)
+    hits, looked = np.zeros((queries, inner.nlist), np.bool_), np.ones(probed.shape, np.bool_)
     hits[query, home] = True
-    turn, ended = np.zeros(queries, np.int64), np.zeros(queries, np.bool_)
+    turn = np.zeros(queries, np.int64)
     for q, p in np.ndindex(probed.shape):
-        turn[q] = 0 if hits[q, probed[q, p]] else turn[q] + 1
-        if ended[q]:
+        looked[q, p] = turn[q] < most
+        if not looked[q, p]:
             hits[q, probed[q, p]] = False
-        ended[q] |= turn[q] >= most
+        elif hits[q, probed[q, p]]:
+            turn[q] = 0
+        else:
+            turn[q] += 1
     stays: Booleans = hits[query, home]
-    return stays
+    return stays, looked

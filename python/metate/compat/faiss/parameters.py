@@ -39,7 +39,7 @@ class Only:
 class Own:
     """What is asked about who frees an object: it is Python's."""
 
-    def own(self) -> bool:
+    def own(self, owns: bool = True) -> bool:
         return True
 
 
@@ -55,6 +55,28 @@ class Vector(list[Item]):
 
     def size(self) -> int:
         return len(self)
+
+
+class NumberVector(Vector[Any]):
+    """Numbers of one dtype: so many zeros, or none."""
+
+    dtype: type[np.generic]
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__([self.dtype(0)] * size)
+
+    def push_back(self, number: Any) -> None:
+        self.append(self.dtype(number))
+
+    def resize(self, size: int) -> None:
+        self[size:] = [self.dtype(0)] * (size - len(self))
+
+
+class Numbers(np.ndarray[Any, np.dtype[Any]]):
+    """An array that is read as a C++ vector, too."""
+
+    def at(self, i: int) -> Any:
+        return self[i]
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 from metate.compat.faiss.parameters import ClusteringParameters, Floats
 from metate.ops.pq import pq_decode, pq_distance_tables, pq_encode
 from metate.ops.pq.codes import LEAST_BITS, MOST_BITS
+from metate.search.arrays import tensor_of
 from metate.search.codecs import Vectors
 from metate.search.faiss_index import SQ_STORAGE, levels_of, sq_bytes, sq_rows
 from metate.search.faiss_nodes import SQ_BFLOAT, SQ_BYTE, SQ_HALF, SQ_SIZES
@@ -26,7 +27,10 @@ def like(x: Any, y: Any) -> Any:
 
 
 def as_array(x: Any) -> Floats:
-    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    """As float32, of anything whose numbers are real."""
+    array = tensor_of("compat.faiss", "x", x).cpu().float().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    if array.dtype.kind == "c":
+        raise TypeError("metate.compat.faiss: vectors are complex, expected real numbers")
     return np.ascontiguousarray(array, np.float32)
 
 

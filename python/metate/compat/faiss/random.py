@@ -68,6 +68,13 @@ def randint(n: int | tuple[int, ...], seed: int = 12345, vmax: int | None = None
     return (found if vmax is None else found % vmax).reshape(_shape(n))
 
 
+def rand_smooth_vectors(n: int, d: int, seed: int = 1234) -> Floats:
+    """(n, d) vectors on a smooth surface of ten dimensions, like descriptors."""
+    surface = randn((n, 10), seed) @ rand((10, d), seed + 1)
+    smooth: Floats = np.sin(surface * (rand(d, seed + 2) * 4 + np.float32(0.1)))
+    return smooth
+
+
 def permutation(n: int, count: int, seed: int) -> Integers:
     """The first `count` of n numbers in faiss' random order."""
     moved: dict[int, int] = {}  # what stands where it did not at first

@@ -1,0 +1,1 @@
+"""Of faiss' contributed modules, what users of the named classes import."""

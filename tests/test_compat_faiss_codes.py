@@ -192,7 +192,7 @@ def test_tensors_in_tensors_out():
     assert torch.equal(index.sa_decode(codes), torch.from_numpy(index.sa_decode(codes.numpy())))
     assert all(isinstance(found, torch.Tensor) for found in faiss.knn(x, x, 2))
     given = torch.zeros(9, 2), torch.zeros(9, 2, dtype=torch.int64), torch.zeros(9, 2, D)
-    found = index.search_and_reconstruct(x, 2, D=given[0], I=given[1], R=given[2])
+    found = index.search_and_reconstruct(x, 2, *given)
     assert all(a is b for a, b in zip(found, given, strict=True)) and torch.equal(
         found[2][:, 0], index.sa_decode(codes)
     )

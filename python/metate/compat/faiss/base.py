@@ -92,7 +92,7 @@ class Index(Owned):
             raise AssertionError(f"{type(self).__name__}: vectors of shape {tuple(x.shape)}, expected (n, {self.d})")
         return x
 
-    def search(self, x: Any, k: int, *, params: SearchParameters | None = None, D: Any = None, I: Any = None) -> Any:  # noqa: E741
+    def search(self, x: Any, k: int, D: Any = None, I: Any = None, *, params: SearchParameters | None = None) -> Any:  # noqa: E741
         """(distances, ids), each (n, k)."""
         if not is_whole(plain(k), 1):
             raise AssertionError(f"{type(self).__name__}: k is {k!r}, expected an integer from 1 on")
@@ -107,7 +107,7 @@ class Index(Owned):
         return self.search(x, k, I=labels)[1]
 
     def search_and_reconstruct(
-        self, x: Any, k: int, *, params: SearchParameters | None = None, D: Any = None, I: Any = None, R: Any = None,  # noqa: E741
+        self, x: Any, k: int, D: Any = None, I: Any = None, R: Any = None, *, params: SearchParameters | None = None,  # noqa: E741
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Distances, ids, and the vectors (n, k, d) found; NaN for what is not there."""
         distances, ids = self.search(x, k, params=params, D=D, I=I)

@@ -21,7 +21,7 @@ import metate
 from metate.bench import ggml
 from metate.bench.onnx_session import session
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
-from metate.low_bit import QuantizedWeight, stored_weight, unpack_codes
+from metate.low_bit import QuantizedWeight, arranged, rows_of, stored_weight, unpack_codes
 from metate.memory import allocate
 from metate.op import Args, Case
 from metate.ops.quant_linear.declaration import dequantize_op, int8_op, linear_op, matmul_op, weight_case
@@ -39,9 +39,9 @@ def workloads(compile: bool) -> list[Workload]:
     rounded = {"onnxruntime MatMulNBits, level 4": lambda setup: onnx(setup, 4), "ggml mul_mat": mul_mat}
     cases = [*Q4_0, *linear_op.domain.sweep]
     return [
-        Workload("low-bit linear", linear_op, cases, exact, call_op, linear_op.flops, label=label, placed=placed),
+        Workload("low-bit linear", linear_op, cases, exact, call_op, linear_op.flops, label=label, placed=arranged_too),
         Workload("low-bit linear, int8 activations", Rounded(), cases, rounded, call_op, int8_op.flops,  # type: ignore[arg-type]
-                 label=label, placed=placed),
+                 label=label, placed=arranged_too),
         Workload("low-bit matmul (input gradient)", matmul_op, matmul_op.domain.sweep, {"torch dense": dense_matmul},
                  call_op, matmul_op.flops, label=label, placed=placed),
         Workload("dequantize", dequantize_op, [Q4_0[0], *dequantize_op.domain.sweep],
@@ -78,6 +78,12 @@ def placed(args: Args) -> Args:
     return (x, own, *args[2:at], table, *args[at + 1 :])
 
 
+def arranged_too(args: Args) -> Args:
+    """The same, in tiles where layers have tiles."""
+    x, codes, *rest = placed(args)
+    return (x, arranged(codes, (codes.shape[0], x.shape[1]), *args[-4:-2]), *rest)
+
+
 def dense_weight(named: dict[str, Any], columns: int, dtype: torch.dtype) -> Tensor:
     fields = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets", "codebook")
     scalars = (named["bits"], named["group_size"], named["super_groups"], named["zero"], columns)
@@ -89,7 +95,9 @@ def weights_of(setup: Setup) -> list[QuantizedWeight]:
     names = ("scales", "super_scales", "super_groups", "zero", "zeros", "offsets", "super_offsets", "codebook")
     shape = (setup.case["N"], setup.case["K"])
     return [
-        QuantizedWeight(shape, named["bits"], named["group_size"], named["codes"], **{n: named[n] for n in names})
+        QuantizedWeight(
+            shape, named["bits"], named["group_size"], rows_of(named["codes"]), **{n: named[n] for n in names}
+        )
         for named in setup.named
     ]
 
@@ -158,7 +166,7 @@ def int4pack(setup: Setup) -> Run:
         raise Skip("4-bit codes with zeros, in groups of 32, 64, 128 or 256")
     sets = []
     for named in setup.named:
-        codes = unpack_codes(named["codes"], 4, case["K"]).to(torch.int32)
+        codes = unpack_codes(rows_of(named["codes"]), 4, case["K"]).to(torch.int32)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         shift = (8 - named["zero"] - named["zeros"].float()) * named["scales"].float()
         levels = torch.stack([named["scales"].T, shift.T], dim=-1).to(torch.bfloat16).contiguous()
@@ -179,7 +187,8 @@ def bitsandbytes(setup: Setup) -> Run:
         raise Skip("its CPU kernel needs AVX512_BF16")
     sets = []
     for named in setup.named:
-        codes = named["codes"] << 4 | named["codes"] >> 4
+        rows = rows_of(named["codes"])
+        codes = rows << 4 | rows >> 4
         state = SimpleNamespace(
             dtype=setup.dtype, nested=False, shape=(case["N"], case["K"]), blocksize=case["group"],
             absmax=named["scales"].float(),
@@ -199,7 +208,7 @@ def onnx(setup: Setup, level: int) -> Run:
     bound = []
     for named in setup.named:
         weights = {
-            "codes": named["codes"].view(N, K // group, -1).numpy(),
+            "codes": rows_of(named["codes"]).view(N, K // group, -1).numpy(),
             "scales": named["scales"].float().flatten().numpy(),
         }
         attributes = {"N": N, "K": K, "bits": bits, "block_size": group, "accuracy_level": level}
@@ -231,7 +240,7 @@ def mul_mat(setup: Setup) -> Run:
         built.append((weight, x, out, graphs.graph(out)))
     graphs.allocate(repack=True)
     for (weight, x, *_), named in zip(built, setup.named, strict=True):
-        graphs.set(weight, ggml.q4_0(named["codes"], named["scales"], K))
+        graphs.set(weight, ggml.q4_0(rows_of(named["codes"]), named["scales"], K))
         graphs.set(x, named["x"].float())
 
     def run(i: int) -> Tensor:

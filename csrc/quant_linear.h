@@ -1,10 +1,14 @@
-// Products with a low-bit weight W (rows n, columns k), read as it lies in its file.
+// Products with a low-bit weight W (rows n, columns k), read as it lies in its file, or in tiles.
 //
 // With stored column j of row n in group g = j / group_size:
 //   code  = bits j·bits … (j+1)·bits - 1 of row n of codes, least significant first
 //   value = codebook[code], or code - zero - zeros[n, g]
 //   scale = scales[n, g], times super_scales[n, g / super_groups] where there are such; offset likewise, 0 without
 //   W[n, permutation[j]] = value · scale + offset;  without a permutation, W[n, j]
+//
+// In a tile, codes of 4 bits of 16 rows are interleaved: 8 columns are a dword, and dword j of row r of the 16 is
+// number 16 j + r. A tile takes the bytes that its rows would. W is tiles where rows % 16 == 0, columns % 32 == 0, and
+// group_size % 32 == 0 or >= columns.
 //
 // Sums are float32, or exact in whole numbers: 16-bit floats may be rounded to multiples of a power of two that leave
 // the largest |x| of at most 128 columns 22 bits, or 14 where that moves them by less than their dtype has rounded them
@@ -21,17 +25,23 @@
 
 namespace metate {
 
+constexpr int64_t rows_of_tile = 16;
+
 struct LowBitMatrix {
     int64_t rows, columns;
     int64_t bits;  // 1 to 8
     int64_t group_size, super_groups;
     int64_t zero;
-    View<2> codes;                   // (rows, ⌈columns · bits / 8⌉) u8, the bytes of a row side by side
+    View<2> codes;                   // (rows, ⌈columns · bits / 8⌉) u8, the bytes of a row side by side; or tiles, i32
     View<2> scales, super_scales;    // (rows, groups), floating or i8; (rows, ⌈groups / super_groups⌉) or absent
     View<2> zeros;                   // (rows, groups) u8, or absent
     View<2> offsets, super_offsets;  // like the scales, or absent
     View<1> codebook;                // (2^bits) f32 (f64), or absent
     View<1> permutation;             // (columns) i32, a permutation, or absent
+
+    METATE_INLINE bool in_tiles() const { return codes.dtype == DType::i32; }
+    // Bytes from the codes of one row to those of the next, or a sixteenth of a tile.
+    METATE_INLINE int64_t row_bytes() const { return codes.stride[0] * bytes_of(codes.dtype); }
 };
 
 // What low-rank matrices add to a product: row m gains scaling[a] · low[m] · right[a]ᵀ of the adapter a = ids[m], in

@@ -8,10 +8,12 @@
 
 namespace metate::bind {
 
-// Kernels read rows of bytes; other layouts of the codes are copied.
-inline Tensor rows_of_bytes(const Tensor& codes) {
+// Kernels read rows of bytes, or tiles, which lie without gaps; other layouts of the codes are copied.
+inline Tensor readable_codes(const Tensor& codes) {
     const int last = static_cast<int>(codes.dim()) - 1;
-    return codes.size(last) < 2 || codes.stride(last) == 1 ? codes : contiguous(codes);
+    const bool are_lines = codes.size(last) < 2 || codes.stride(last) == 1;
+    const bool have_gaps = dtype(codes) == DType::i32 && codes.stride(last - 1) != codes.size(last);
+    return are_lines && !have_gaps ? codes : contiguous(codes);
 }
 
 // A LowBitMatrix, or a LowBitExperts with one dimension more.

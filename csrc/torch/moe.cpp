@@ -118,7 +118,7 @@ Tensor low_bit_linear(const Tensor& x, const Tensor& codes, const Tensor& scales
     expect(x, [&] {
         return are_rows(expert_offsets, rows_of(x, order), order, x.size(0) * k) && are_permutations(permutation);
     });
-    const Tensor bytes = rows_of_bytes(codes);
+    const Tensor bytes = readable_codes(codes);
 #if !defined(METATE_CUDA)
     if (order)  // low-bit kernels of the CPU read rows that stand one after another
         return low_bit_linear(moe_permute(x, *order, k), codes, scales, super_scales, zeros, offsets, super_offsets,
@@ -160,7 +160,7 @@ Tensor quant_grouped_matmul(const Tensor& x, const Tensor& codes, const Tensor& 
                             const Optional& codebook, const Optional& permutation, const Tensor& expert_offsets,
                             int64_t bits, int64_t group_size, int64_t super_groups, int64_t zero, int64_t in_features) {
     expect(x, [&] { return are_rows(expert_offsets, x.size(0), {}, 0) && are_permutations(permutation); });
-    const Tensor bytes = rows_of_bytes(codes);
+    const Tensor bytes = readable_codes(codes);
     Tensor out = empty(x, {x.size(0), in_features});
     METATE_LAUNCH(quant_grouped_matmul, x,
                   QuantGroupedMatmul{

@@ -19,7 +19,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
               const Optional& permutation, const Optional& bias, int64_t bits, int64_t group_size, int64_t super_groups,
               int64_t zero, bool int8_activations) {
     expect_permutation(x, permutation);
-    const Tensor bytes = rows_of_bytes(codes);
+    const Tensor bytes = readable_codes(codes);
     const View<2> rows = view_rows(x);
     Tensor out = empty_rows(x, codes.size(0));
     METATE_LAUNCH(
@@ -54,7 +54,7 @@ Tensor quant_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, 
                     const Optional& codebook, const Optional& permutation, int64_t bits, int64_t group_size,
                     int64_t super_groups, int64_t zero, int64_t in_features) {
     expect_permutation(x, permutation);
-    const Tensor bytes = rows_of_bytes(codes);
+    const Tensor bytes = readable_codes(codes);
     Tensor out = empty(x, {x.size(0), in_features});
     METATE_LAUNCH(
         quant_matmul, x,
@@ -69,7 +69,7 @@ void dequantize(const Tensor& out, const Tensor& codes, const Tensor& scales, co
                 const Optional& zeros, const Optional& offsets, const Optional& super_offsets, const Optional& codebook,
                 const Optional& permutation, int64_t bits, int64_t group_size, int64_t super_groups, int64_t zero) {
     expect_permutation(out, permutation);
-    const Tensor bytes = rows_of_bytes(codes);
+    const Tensor bytes = readable_codes(codes);
     prefer_large_pages(out);
     METATE_LAUNCH(
         dequantize, out,
@@ -132,7 +132,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, c
         return !ids || (ids->dtype() == DType::i32 && ids->dim() == 1 && ids->size(0) == rows.size[0] &&
                         are_within(as_row(view<1>(ids)), -1, first.size[0]));
     });
-    const Tensor bytes = rows_of_bytes(codes), low = shrink(x, first, ids);
+    const Tensor bytes = readable_codes(codes), low = shrink(x, first, ids);
     const Tensor factors = scalings(x, scaling, first.size[0]);
     Tensor out = empty_rows(x, codes.size(0));
     METATE_LAUNCH(
@@ -151,7 +151,7 @@ Tensor lora_matmul(const Tensor& x, const Tensor& codes, const Tensor& scales, c
                    const Tensor& scaling, const Optional& ids, int64_t bits, int64_t group_size, int64_t super_groups,
                    int64_t zero, int64_t in_features) {
     expect_permutation(x, permutation);
-    const Tensor bytes = rows_of_bytes(codes), low = shrink(x, transposed(b), ids);
+    const Tensor bytes = readable_codes(codes), low = shrink(x, transposed(b), ids);
     Tensor out = empty(x, {x.size(0), in_features});
     METATE_LAUNCH(
         quant_matmul, x,

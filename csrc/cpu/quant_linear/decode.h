@@ -35,10 +35,22 @@ inline Values values_of(const LowBitMatrix& w) {
     return v;
 }
 
-// Bytes from block k of a row to what comes two blocks later: in this row, or in that of the next panel.
+// Bytes from block k of a row, or of a tile, to what comes two blocks later: there, or in the next panel.
 METATE_FN int64_t bytes_ahead(const LowBitMatrix& w, int64_t k) {
-    const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), later = 2 * block / 8 * w.bits;
-    return later + (k * block / 8 * w.bits + later < row_bytes ? 0 : panel * w.codes.stride[0] - row_bytes);
+    const int64_t rows = w.in_tiles() ? rows_of_tile : 1, later = rows * (2 * block / 8 * w.bits);
+    const int64_t bytes = rows * ceil_div(w.columns * w.bits, 8), begin = rows * (k * block / 8 * w.bits);
+    return later + (begin + later < bytes ? 0 : panel * w.row_bytes() - bytes);
+}
+
+// Where the codes of a row begin, or, of tiles, its first dword from block k on.
+METATE_FN const uint8_t* codes_at(const LowBitMatrix& w, int64_t row, int64_t k) {
+    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data);
+    if (!w.in_tiles()) return codes + row * w.row_bytes() + k * (block / 8) * w.bits;
+    const int64_t lane = row % rows_of_tile;
+    return codes + (row - lane) * w.row_bytes() + k * (block / 2) * rows_of_tile + lane * 4;
+}
+METATE_FN const int32_t* words_at(const LowBitMatrix& w, int64_t row, int64_t k) {
+    return reinterpret_cast<const int32_t*>(codes_at(w, row, k));
 }
 
 // `width` dwords of `width` rows, transposed; and fetches what lies `ahead` bytes further, unless that is 0.
@@ -57,10 +69,18 @@ __attribute__((noinline)) static void transpose_tile(int32_t* words, const uint8
 
 // The bits of columns `block` · k … of up to `width` rows as transposed dwords: 4 · bits vectors, row r in lane r.
 inline void transpose_words(int32_t* words, const LowBitMatrix& w, int64_t row, int64_t k, int64_t ahead) {
+    if (w.in_tiles()) {
+        const int32_t* from = words_at(w, row, k);
+        for (int64_t i = smaller(w.columns - k * block, block); i > 0; i -= 8, from += rows_of_tile, words += width) {
+            if (ahead) __builtin_prefetch(reinterpret_cast<const uint8_t*>(from) + ahead, 0, 2);
+            store(words, load(from));
+        }
+        return;
+    }
     const int64_t row_bytes = ceil_div(w.columns * w.bits, 8), begin = k * block / 8 * w.bits;
     const int64_t rows = smaller(w.rows - row, width), bytes = smaller(row_bytes - begin, block / 8 * w.bits);
     const int64_t stride = w.codes.stride[0];
-    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * stride + begin;
+    const uint8_t* const codes = codes_at(w, row, k);
     int64_t at = 0;
     for (; rows == width && bytes - at >= 4 * width; at += 4 * width, words += width * width)
         transpose_tile(words, codes + at, stride, ahead);

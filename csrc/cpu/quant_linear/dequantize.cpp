@@ -288,6 +288,12 @@ void decode_segment(T* to, const Problem& p, int64_t row, int64_t begin, int64_t
     const int64_t group_size = w.group_size, group = begin / group_size, from = begin * w.bits / 8;
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0] + from;
     uint8_t unpacked[segment];
+    int32_t row_words[segment / 8];
+    if (w.in_tiles()) {
+        const int32_t* const words = words_at(w, row, 0) + begin / 8 * rows_of_tile;
+        for (int64_t i = 0; i < ceil_div(n, 8); ++i) row_words[i] = words[i * rows_of_tile];
+        codes = reinterpret_cast<const uint8_t*>(row_words);
+    }
     if (!halves && w.bits < 8) {
         const int64_t left = ceil_div(w.columns * w.bits, 8) - from;
 #if defined(METATE_HAS_VBMI_FORMS)

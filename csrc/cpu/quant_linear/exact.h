@@ -20,8 +20,9 @@ inline double level_exact(const View<2>& fine, const View<2>& coarse, int64_t su
 }
 
 inline double weight_exact(const LowBitMatrix& w, int64_t row, int64_t j) {
-    const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + row * w.codes.stride[0];
-    const int64_t bit = j * w.bits, byte = bit / 8, shift = bit % 8;
+    const uint8_t* const codes = codes_at(w, row, 0);
+    const int64_t bit = j * w.bits, shift = bit % 8, number = bit / 8;
+    const int64_t byte = w.in_tiles() ? number / 4 * rows_of_tile * 4 + number % 4 : number;
     int code = codes[byte] >> shift;
     if (shift + w.bits > 8) code |= codes[byte + 1] << (8 - shift);
     code &= (1 << w.bits) - 1;

@@ -21,7 +21,7 @@ vi table_of([[maybe_unused]] const Problem& p) {
 
 void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, float* to) {
     const LowBitMatrix& w = p.call.w;
-    const int64_t columns = smaller(block, w.columns - k * block), stride = w.codes.stride[0];
+    const int64_t columns = smaller(block, w.columns - k * block), stride = w.row_bytes();
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const values = to + v * width;
         const int64_t passed = p.plans[k].first_group - at.first_group[panel_number];
@@ -29,7 +29,8 @@ void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, i
         const bool has_centers = p.whole_pairs && at.centers;
         int32_t centers[block / unit_columns * width];
         if (has_centers) spread_centers(centers, p.plans[k], at.centers + offset);
-        if (p.x.unit != Unit::floats && w.bits == 4 && columns == block && row + (v + 1) * width <= w.rows) {
+        if (p.x.unit != Unit::floats && w.bits == 4 && columns == block && row + (v + 1) * width <= w.rows &&
+            !w.in_tiles()) {
             const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + (row + v * width) * stride;
             const int64_t ahead = bytes_ahead(w, k);
             has_centers ? decode_square<true>(values, codes + k * block / 2, stride, ahead, table_of(p), centers)
@@ -109,7 +110,7 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
     enter_block(integers, p, k, x_row, tile.first_group);
     const int64_t columns = smaller(block, p.call.w.columns - k * block);
     const bool in_words = rows <= word_rows && p.call.w.bits == 4 && p.arithmetic.sums == Sums::words;
-    const int64_t stride = p.call.w.codes.stride[0], ahead = bytes_ahead(p.call.w, k);
+    const int64_t stride = p.call.w.row_bytes(), ahead = bytes_ahead(p.call.w, k);
     for (int v = 0; v < 2 && row + v * width < p.call.w.rows; ++v) {
         int32_t* const words = at.words + v * most_words;
         transpose_words(words, p.call.w, row + v * width, k, in_words ? 0 : ahead);
@@ -118,7 +119,7 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
     }
     if (in_words) {
         integers.codes = at.words;
-        integers.ahead = static_cast<const uint8_t*>(p.call.w.codes.data) + row * stride + k * block / 2 + ahead;
+        integers.ahead = codes_at(p.call.w, row, k) + ahead;
         integers.row_bytes = stride;
     }
     multiply_integers(p.arithmetic, integers, rows, in_words);
@@ -342,26 +343,26 @@ void compute_in_turn(const Problem& p, const Workspace& at, int64_t first, int64
     }
 }
 
-#if defined(METATE_HAS_WORD_SHUFFLES)
 // Rows `first` … `end` - 1 of x with the tile of some blocks.
-template <Unit unit>
-void multiply_squares(const Problem& p, Tile tile, int64_t k, int64_t first, int64_t end, const PanelCodes& codes,
-                      vi table, Ahead& ahead) {
+template <Unit unit, Values::Kind kind>
+void multiply_tiles(const Problem& p, Tile tile, int64_t k, int64_t first, int64_t end, const PanelWords& words,
+                    vi pairs, Ahead& ahead) {
     tile.x = p.x.line(k, first);
     tile.sums = p.x.sums ? p.x.sums_of(k, first) : nullptr;
     tile.total += first * panel;
-    multiply_squares<unit>(end - first, tile, codes, table, ahead);
+    multiply_tiles<unit, kind>(end - first, tile, words, p.values, pairs, ahead);
 }
 
+#if defined(METATE_HAS_VNNI_FORMS)
 void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t first, int64_t end, int64_t blocks,
-                     const PanelCodes& codes, Ahead& ahead) {
+                     const PanelWords& words, int64_t halves, Ahead& ahead) {
     tile.x = p.integers.line(k, first);
     tile.total += first * panel;
     const auto multiply = [&]<int digits>() {
-        for (const StripCodes& half : codes.halves) {
-            if (half.rows <= 0) return;
+        for (int64_t v = 0; v < halves; ++v) {
             multiply_digits<digits>(end - first, tile, p.integer_plans + k, blocks,
-                                    p.integers.line(1, 0) - p.integers.lines, half, p.arithmetic.table, ahead);
+                                    p.integers.line(1, 0) - p.integers.lines, words.halves[v], p.arithmetic.table,
+                                    ahead);
             tile.scales += width;
             if (tile.corrections) tile.corrections += width;
             if (tile.centers) tile.centers += width;
@@ -370,39 +371,54 @@ void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t firs
     };
     p.arithmetic.digits == 3 ? multiply.template operator()<3>() : multiply.template operator()<1>();
 }
+#else
+void multiply_digits(const Problem&, const IntegerTile&, int64_t, int64_t, int64_t, int64_t, const PanelWords&, int64_t,
+                     Ahead&) {}
+constexpr int64_t most_digit_rows(int) {
+    return most_tiled_rows;
+}
+#endif
 
 // The tile of some blocks with all rows of x, about as many at a time; the codes are at hand for those after the first.
-void multiply_squares(const Problem& p, const Workspace& at, const Tile& tile, int64_t row, int64_t k, vi table,
-                      Ahead& ahead) {
-    const int64_t parts = ceil_div(p.x.rows, p.in_digits() ? digit_square_rows(p.arithmetic.digits) : square_rows);
-    const PanelCodes codes(p.call.w, row, k);
+void multiply_tiles(const Problem& p, const Workspace& at, const Tile& tile, int64_t row, int64_t k, int halves,
+                    vi pairs, Ahead& ahead) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t parts = ceil_div(p.x.rows, p.in_digits() ? most_digit_rows(p.arithmetic.digits) : most_tiled_rows);
+    const PanelWords words = words_of(w, row, k, tile.blocks, halves, at.room);
     IntegerTile integers = integer_tile(p, at, 0, tile);
     integers.first_group = tile.first_group;
-    Ahead here(codes.halves[0].codes, tile.blocks * block / 2, p.call.w.codes.stride[0]);
+    if (integers.centers) integers.centers += row % panel;
+    Ahead here(codes_at(w, row, k), tile.blocks * block / 2, w.row_bytes());
     for (int64_t i = 0; i < parts; ++i) {
         const int64_t first = p.x.rows * i / parts, end = p.x.rows * (i + 1) / parts;
         Ahead& later = i == 0 ? ahead : here;
         if (p.in_digits())
-            multiply_digits(p, integers, k, first, end, tile.blocks, codes, later);
+            multiply_digits(p, integers, k, first, end, tile.blocks, words,
+                            smaller(halves, ceil_div(w.rows - row, width)), later);
         else if (p.pairs)
-            multiply_squares<Unit::pairs>(p, tile, k, first, end, codes, table, later);
+            multiply_tiles<Unit::pairs, Values::table>(p, tile, k, first, end, words, pairs, later);
+        else if (p.values.kind == Values::table)
+            multiply_tiles<Unit::floats, Values::table>(p, tile, k, first, end, words, pairs, later);
         else
-            multiply_squares<Unit::floats>(p, tile, k, first, end, codes, table, later);
+            multiply_tiles<Unit::floats, Values::whole>(p, tile, k, first, end, words, pairs, later);
     }
 }
 
 // Few rows of x take one panel after another, or one half after another; the next one, or what is to be read `after`
 // the last, is fetched meanwhile.
 template <class T>
-void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64_t last, const uint8_t* after) {
+void compute_tiles(const Problem& p, const Workspace& at, int64_t first, int64_t last, const uint8_t* after) {
     const LowBitMatrix& w = p.call.w;
-    const vi table = p.pairs ? table_of(p) : as_int(load(p.values.entries));
-    const int halves = p.in_digits() ? 2 : halves_beside(p.x.rows);
+    const vi pairs = p.pairs ? table_of(p) : splat(0);
+    const int halves = p.in_digits() && !w.in_tiles() ? 2 : halves_beside(p.x.rows);
+    const bool is_stream = w.in_tiles() && halves * width == rows_of_tile;  // read from end to end
+    const int64_t step = w.in_tiles() || halves > 1 ? span : span / 2;  // codes of few rows do not wait for many
+    Ahead ahead(codes_at(w, first, 0), codes_at(w, last, 0), after);
     for (int64_t row = first, next = 0; row < last; row = next) {
         next = row + halves * width;
         const int64_t v = row % panel / width;
-        Ahead ahead(next >= last && after ? after : codes_of(w, {next, 0, 0}), ceil_div(w.columns, 2),
-                    w.codes.stride[0]);
+        if (!is_stream)
+            ahead = Ahead(next >= last && after ? after : codes_at(w, next, 0), ceil_div(w.columns, 2), w.row_bytes());
         Tile tile = tile_of(p, at, 0, p.x.rows);
         tile.scales += v * width;
         if (tile.corrections) tile.corrections += v * width;
@@ -414,17 +430,15 @@ void compute_squares(const Problem& p, const Workspace& at, int64_t first, int64
             const int64_t end = smaller(k + span, p.blocks);
             for (; halves == 1 && r * p.blocks < width * end; ++r) levels.fetch(r);
             load_window(p, at, 0, row - v * width, k, end, halves == 2 ? 3 : 1 << v);
-            enter_blocks(tile, p, k, end, at.first_group[0]);
-            multiply_squares(p, at, tile, row, k, table, ahead);
+            for (int64_t i = k; i < end; i += step) {
+                enter_blocks(tile, p, i, smaller(i + step, end), at.first_group[0]);
+                multiply_tiles(p, at, tile, row, i, halves, pairs, ahead);
+            }
             end_span(at, p.x.rows * panel);
         }
         if (next % panel == 0 || next >= last) finish<T>(p, at, row / panel, 1, 0, p.x.rows);
     }
 }
-#else
-template <class T>
-void compute_squares(const Problem&, const Workspace&, int64_t, int64_t, const uint8_t*) {}
-#endif
 
 // Few rows of x take one panel after another: that reads W's rows in long runs.
 template <class T>
@@ -432,7 +446,7 @@ void compute_piece(const Problem& p, const Workspace& at, int64_t piece, const u
     const int64_t first = piece * p.cut.panels, end = smaller(first + p.cut.panels, ceil_div(p.call.w.rows, panel));
     const int64_t end_row = smaller(end * panel, p.call.w.rows);
     if (p.takes_turns) return compute_in_turn<T>(p, at, first * panel, end_row, after);
-    if (p.takes_squares) return compute_squares<T>(p, at, first * panel, end_row, after);
+    if (p.takes_tiles) return compute_tiles<T>(p, at, first * panel, end_row, after);
     if (!p.dots_rows && !p.sums_chunks) {
         const int64_t at_once = p.x.rows <= tile_rows ? 1 : p.cut.panels;
         for (int64_t i = first; i < end; i += at_once) compute_panels<T>(p, at, i, smaller(at_once, end - i));
@@ -531,6 +545,7 @@ void pack_rows(const Problem& p, const Runtime& runtime) {
 }
 
 constexpr int64_t worth_packing = 16;  // rows of W for a worker and row of x
+constexpr int64_t most_own_rows = 16;  // of x, that a worker packs by itself
 
 // Where a worker packs few rows of x by itself: that is less work than to wait for what another's caches hold.
 struct OwnRows {
@@ -579,8 +594,7 @@ void run(const QuantLinears& all, const Runtime& runtime) {
     const LowBitMatrix& w = most.w;
     if (largest.x.rows == 0 || w.rows == 0) return;
     const Runtime workers = worth(runtime, all.count * w.rows * w.columns);
-    const bool have_own =
-        largest.x.rows <= most_square_rows && largest.x.rows * workers.threads * worth_packing <= w.rows;
+    const bool have_own = largest.x.rows <= most_own_rows && largest.x.rows * workers.threads * worth_packing <= w.rows;
     const int64_t own_bytes = have_own ? most_own_bytes(all) : 0;
     struct Worker {
         Workspace at;

@@ -1,7 +1,7 @@
 // One product of x with low-bit weights: how it is cut and planned, what workers hold, and the scales of a panel.
 #pragma once
 
-#include "row_squares.h"
+#include "tiles.h"
 #include "whole_pairs.h"
 
 namespace metate::cpu::METATE_ISA {
@@ -36,6 +36,7 @@ struct Workspace {
     int32_t* quarter_sums;        // where codes are read row by row: of products in whole numbers,
     float* chunk_sums;            // and in floats
     float* turn_sums;             // of one row of x: of two strips
+    int32_t* room;                // where codes become tiles, for a span of both halves of a panel
 };
 
 constexpr int64_t short_group = 64;  // below, whole numbers are scaled so often that pairs are faster
@@ -82,9 +83,9 @@ struct Problem {
     int64_t rows_at_once;  // of x, for which W is decoded once: their blocks and totals share the second-level cache
     UnitTerms* units;
     bool sums_scaled, can_dot, can_sum;
-    bool can_square, takes_squares;  // few rows
-    bool dots_rows, sums_chunks;     // by rows of codes: in whole numbers, in floats
-    bool can_turn, takes_turns;      // one row of x
+    bool can_tile, takes_tiles;   // few rows
+    bool dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
+    bool can_turn, takes_turns;   // one row of x
 
     explicit Problem(const QuantLinear& given)
         : call(with_groups_in_rows(given)),
@@ -96,12 +97,12 @@ struct Problem {
           plans(nullptr),
           integer_plans(nullptr),
           blocks(ceil_div(call.w.columns, block)),
-          can_dot(can_dot_rows(call.w, arithmetic)),
-          can_sum(width < 16 && !arithmetic.digits && can_sum_chunks(call.w)),
-          can_square(can_take_squares(call.w, arithmetic)),
-          takes_squares(can_square && call.x.size[0] >= (arithmetic.digits ? 2 : 1) &&
-                        call.x.size[0] <= (pairs || arithmetic.digits == 1 ? most_square_rows : square_rows)),
-          dots_rows(can_dot && !takes_squares && call.x.size[0] <= few_rows),
+          can_dot(!call.w.in_tiles() && can_dot_rows(call.w, arithmetic)),
+          can_sum(!call.w.in_tiles() && width < 16 && !arithmetic.digits && can_sum_chunks(call.w)),
+          can_tile(can_take_tiles(call.w, arithmetic)),
+          takes_tiles(can_tile && call.x.size[0] >= (can_dot ? 2 : 1) &&
+                      call.x.size[0] <= (pairs || arithmetic.digits == 1 ? 2 : 1) * most_tiled_rows),
+          dots_rows(can_dot && !takes_tiles && call.x.size[0] <= few_rows),
           sums_chunks(can_sum && call.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / call.w.group_size + 2);
         const bool are_many = call.x.size[0] >= many_rows && !in_digits() && call.w.group_size >= small_group;
@@ -109,10 +110,10 @@ struct Problem {
         rows_at_once = in_digits() ? 256 : 512;
         const int64_t run = span * block, group = call.w.group_size;
         const int64_t groups_of_span = run % group ? (run - 2) / group + 2 : run / group;
-        window = round_up(are_many || takes_squares ? groups_of_span : groups_of_block, width);
-        most_groups = larger(most_panels * window, can_square ? round_up(groups_of_span, width) : 0);
+        window = round_up(are_many || takes_tiles ? groups_of_span : groups_of_block, width);
+        most_groups = larger(most_panels * window, can_tile ? round_up(groups_of_span, width) : 0);
         units = nullptr;
-        can_turn = (arithmetic.digits || !can_square) && !pairs && can_take_turns(call.w, arithmetic);
+        can_turn = (can_dot || can_sum) && !pairs && can_take_turns(call.w, arithmetic);
         takes_turns = can_turn && call.x.size[0] == 1;
         sums_scaled = call.w.group_size >= small_group;
         x = {nullptr, nullptr, call.x.size[0], blocks, groups_of_block + block / longest};
@@ -153,6 +154,7 @@ struct Problem {
         at.corrections = is_corrected() ? arena.take<float>(most_groups * panel) : nullptr;
         at.centers = arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(most_groups * panel) : nullptr;
         at.first_group = arena.take<int64_t>(most_panels);
+        at.room = can_tile ? arena.take<int32_t>(2 * span * words_of_block) : nullptr;
         at.turn_sums = can_turn ? arena.take<float>(2 * turn_sums) : nullptr;
         at.quarter_sums = can_dot ? arena.take<int32_t>(most_quarter_sums) : nullptr;
         at.chunk_sums = can_sum ? arena.take<float>(most_chunk_sums) : nullptr;

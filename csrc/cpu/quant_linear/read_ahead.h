@@ -6,9 +6,10 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int few_rows = 4;         // of x
-constexpr int blocks_at_once = 32;  // of a row, at most: a long run, and its sums stay in the second cache
-constexpr int64_t rows_ahead = 8;   // that are on their way
+constexpr int few_rows = 4;                // of x
+constexpr int blocks_at_once = 32;         // of a row, at most: a long run, and its sums stay in the second cache
+constexpr int64_t rows_ahead = 8;          // that are on their way
+constexpr int64_t bytes_of_stream = 8192;  // that are on their way where W is read from end to end
 
 struct Reading {
     const LowBitMatrix& w;
@@ -53,6 +54,13 @@ struct Ahead {
     // The same bytes of rows `stride` apart.
     Ahead(const uint8_t* from, int64_t bytes, int64_t stride)
         : at(from), lines(ceil_div(bytes, 64)), left(lines), gap(stride - 64 * lines) {}
+
+    // What comes `bytes_of_stream` after what is read from `from` to `end`, and then, unless that is null, `after`.
+    Ahead(const uint8_t* from, const uint8_t* end, const uint8_t* after)
+        : at(from + bytes_of_stream),
+          lines(int64_t{1} << 40),
+          left(larger((end - at) / 64, 1)),
+          gap(after ? after - end : 0) {}
 
     METATE_FN void fetch() {
         __builtin_prefetch(at, 0, 3);

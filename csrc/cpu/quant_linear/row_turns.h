@@ -26,7 +26,7 @@ METATE_FN Strip strip_of(const LowBitMatrix& w, int64_t first, int64_t i) {
 }
 
 METATE_FN const uint8_t* codes_of(const LowBitMatrix& w, const Strip& s) {
-    return static_cast<const uint8_t*>(w.codes.data) + s.row * w.codes.stride[0] + s.first_block * (block / 8) * w.bits;
+    return codes_at(w, s.row, s.first_block);
 }
 
 // What is to be fetched meanwhile, from row number r of a strip: as many rows later as are 8 KiB, or as many of the

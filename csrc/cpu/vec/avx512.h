@@ -527,25 +527,6 @@ METATE_FN void transpose_parts(vi (&r)[4]) {
     r[3] = _mm512_unpackhi_epi64(high0, high1);
 }
 
-// Four rows of 64 bytes, `stride` bytes apart, as columns of four floats, `pitch` floats apart. Nothing moves between
-// quarters of vectors, which takes what multiplies besides: they are stored one by one.
-METATE_FN void store_columns(float* to, int64_t pitch, const uint8_t* p, int64_t stride) {
-    vi r[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) r[i] = _mm512_loadu_si512(p + i * stride);
-    transpose_parts(r);
-    const auto put = [&]<int quarter>() __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (4 * quarter + i) * pitch),
-                             _mm512_extracti32x4_epi32(r[i], quarter));
-    };
-    put.template operator()<0>();
-    put.template operator()<1>();
-    put.template operator()<2>();
-    put.template operator()<3>();
-}
-
 // What transpose() makes of rows of 64 bytes, `stride` bytes apart: quarters of rows are put together as they are
 // loaded.
 METATE_FN void load_transposed(vf (&r)[width], const uint8_t* p, int64_t stride) {

@@ -17,6 +17,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 inline Weight weight_of(const LowBitMatrix& m) {
+    if (m.in_tiles()) refuse("quant_linear", "codes in tiles are for a CPU; QuantizedWeight.in_rows has rows of bytes");
     Weight w{};
     w.m = m;
     w.rows = static_cast<int>(m.rows);

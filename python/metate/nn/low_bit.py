@@ -1,4 +1,8 @@
-"""What layers with low-bit weights share: tensors as buffers, states that are checkpoints, dtypes that stay."""
+"""What layers with low-bit weights share: tensors as buffers, states that are checkpoints, dtypes that stay.
+
+On a CPU codes stand in tiles, wherever they can (`QuantizedWeight.in_tiles`): as much memory, and the fastest read.
+States have them as rows, which every device and version reads.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metate.errors import FormatError, fail, require_choice
+from metate.low_bit import arranged, rows_of
 from metate.ops.quant_linear import QuantizedWeight
 from metate.quant import canonical, quantize_fp4, quantize_fp8, quantize_hqq, quantize_nf4, quantize_rtn
 from metate.quant.settings import Settings
@@ -31,7 +36,8 @@ class LowBit(nn.Module):
 
     def _take(self, weight: Any, bias: Tensor | None) -> None:
         """Makes the weight's tensors buffers; the bias too, unless it is a Parameter."""
-        self._hold(weight, canonical.write(weight))
+        weight = weight.in_tiles()
+        self._hold(weight, {**weight.tensors, canonical.MARK: canonical.numbers_of(weight)})
         self._weight: Any = weight
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
@@ -60,6 +66,12 @@ class LowBit(nn.Module):
                 built = self._weight = self._kind(**self._numbers, **tensors)
         return built
 
+    def _arrange(self) -> None:
+        numbers, codes = self._numbers, self._buffers["codes"]
+        sizes = numbers["shape"], numbers["bits"], numbers["group_size"]
+        self._buffers["codes"] = arranged(codes, *sizes)  # type: ignore[arg-type]
+        self._weight = None
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W as a dense tensor."""
         dense: Tensor = self.weight.dequantize(dtype)
@@ -80,8 +92,13 @@ class LowBit(nn.Module):
             return tensor if result is data else result.view(tensor.dtype).view(tensor.shape)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        self._weight = None
+        self._arrange()
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + "codes"
+        destination[name] = rows_of(destination[name])
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -93,10 +110,11 @@ class LowBit(nn.Module):
             except FormatError as error:
                 error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
                 return
+        self._buffers["codes"] = rows_of(self._buffers["codes"])  # type: ignore[arg-type]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._weight = None
+        self._arrange()
 
     def _expect(self, tensors: dict[str, Tensor]) -> None:
         """Makes room for a checked state, which may be of another format."""

@@ -133,9 +133,10 @@ def write(weight: QuantizedWeight) -> dict[str, Tensor]:
         expected = "rows in multiples of 8, whole groups, no permutation"
         raise fail("quant.awq.write", "weight", weight, expected, error=FormatError)
     zeros = weight.zeros if weight.zeros is not None else torch.zeros_like(weight.scales, dtype=torch.uint8)
+    codes = weight.in_rows().codes
     qweight = torch.empty(columns, rows // 8, dtype=torch.int32)
     for part in blocks(rows, columns, 8):
-        qweight[:, part.start // 8 : part.stop // 8] = _words(unpack_codes(weight.codes[part], 4, columns))
+        qweight[:, part.start // 8 : part.stop // 8] = _words(unpack_codes(codes[part], 4, columns))
     return {
         "qweight": qweight, "qzeros": _words(zeros + weight.zero), "scales": weight.scales.t().contiguous().half(),
     }  # fmt: skip

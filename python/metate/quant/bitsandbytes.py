@@ -328,7 +328,8 @@ def write(weight: QuantizedWeight) -> dict[str, Tensor]:
     if weight.group_size not in BLOCK_SIZES or weight.in_features % weight.group_size:
         expected = f"one of {BLOCK_SIZES} that divides in_features"
         raise fail("quant.bitsandbytes.write", "group_size", weight.group_size, expected, error=FormatError)
-    packed = (weight.codes << 4 | weight.codes >> 4).flatten()
+    codes = weight.in_rows().codes
+    packed = (codes << 4 | codes >> 4).flatten()
     return State4bit(packed, weight.scales.flatten(), kind, weight.group_size, weight.shape).tensors()
 
 

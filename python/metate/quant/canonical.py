@@ -41,8 +41,13 @@ def lower(tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedWeight 
 
 def write(weight: QuantizedWeight | QuantizedExperts) -> dict[str, Tensor]:
     """The inverse of `lower`."""
+    return {**weight.in_rows().tensors, MARK: numbers_of(weight)}
+
+
+def numbers_of(weight: QuantizedWeight | QuantizedExperts) -> Tensor:
+    """The tensor of MARK."""
     numbers = {
         "shape": list(weight.shape), "bits": weight.bits, "group_size": weight.group_size, "zero": weight.zero,
         "super_groups": weight.super_groups,
     }  # fmt: skip
-    return {**weight.tensors, MARK: torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)}
+    return torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)

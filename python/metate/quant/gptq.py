@@ -181,7 +181,7 @@ def write(weight: QuantizedWeight, version: str = "gptq") -> dict[str, Tensor]:
         raise _unwritable("zeros", f"{int(zeros.min())} to {int(zeros.max())}", f"0 to {2**bits - 1}")
     stored = (zeros - int(version == "gptq")).remainder(2**bits).to(torch.uint8)
     group = torch.arange(columns, dtype=torch.int32) // weight.group_size
-    codes = weight.codes
+    codes = weight.in_rows().codes
     if weight.permutation is not None:
         order = weight.permutation.long()
         group = torch.empty_like(group).index_copy_(0, order, group)

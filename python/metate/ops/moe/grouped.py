@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.low_bit import TILES, reading_rows
 from metate.masks import lengths_of
 from metate.op import REGISTRY, Case, Domain, Op, loop_vmap
 from metate.ops.moe import reference, rules
@@ -126,7 +127,7 @@ _WEIGHT = {
 }  # fmt: skip
 _LOW = (torch.int8, *FLOATS)
 _WEIGHT_DTYPES: dict[str, tuple[str | torch.dtype, ...]] = {
-    "codes": (torch.uint8,), "scales": _LOW, "super_scales": FLOATS, "zeros": (torch.uint8,), "offsets": _LOW,
+    "codes": (torch.uint8, TILES), "scales": _LOW, "super_scales": FLOATS, "zeros": (torch.uint8,), "offsets": _LOW,
     "super_offsets": FLOATS, "codebook": (torch.float32, torch.float64), "permutation": INDEX,
 }  # fmt: skip
 
@@ -145,6 +146,7 @@ QUANT_CASES = [
     _quant_case(6, 3, 64, 12, 70, 8, 128, "codebook", scales="bfloat16", gathered=True, permuted=True),
     _quant_case(0, 2, 3, 5, 6, 4, 32, "symmetric", gathered=True),
     _quant_case(4, 1, 3, 5, 0, 4, 32, "zeros", bias=True),
+    _quant_case(7, 2, 3, 48, 416, 4, 32, "zeros", gathered=True, tiles=True),
 ]
 QUANT_SWEEP = [_quant_case(T, 2, 8, 7168, 1024, 4, 64, "codebook", gathered=True) for T in (1, 16, 256)]
 
@@ -159,6 +161,9 @@ def draw_quant(rng: Random) -> Case:
         case["super_groups"] = rng.randint(1, 20)
     if rng.random() < 0.3:
         case["permuted"] = True
+    if rng.random() < 0.2:
+        case.update(N=16 * rng.randint(1, 5), K=32 * rng.randint(1, 9), bits=4, group=32 * rng.randint(1, 5))
+        case["tiles"] = True
     return case
 
 
@@ -199,7 +204,7 @@ _PRODUCT: dict[str, Any] = dict(  # of low-bit experts, with activations as they
     sizes=_sizes,
     autocast=("x",),
     vmap=loop_vmap,
-    sharding=rules.shard_columns(codes=1, scales=1, super_scales=1, zeros=1, offsets=1, super_offsets=1, bias=1),
+    sharding=rules.shard_low_bit(codes=1, scales=1, super_scales=1, zeros=1, offsets=1, super_offsets=1, bias=1),
     validate=rules.validate_quant_linear,
     contents=("expert_offsets order permutation", rules.check_quant_linear),
     contents_in_kernel=True,
@@ -207,13 +212,16 @@ _PRODUCT: dict[str, Any] = dict(  # of low-bit experts, with activations as they
 )
 
 quant_linear_op = Op(
-    "quant_grouped_linear", reference.quant_grouped_linear, refuses={"cuda": rules.refused_by_cuda}, **_PRODUCT
+    "quant_grouped_linear",
+    reference.quant_grouped_linear,
+    refuses=reading_rows(cuda=rules.refused_by_cuda),
+    **_PRODUCT,
 )
 
 quant_int8_op = Op(
     "quant_grouped_linear_int8",
     reference.quant_grouped_linear_int8,
-    refuses={"cpu": rules.refused_float64, "cuda": lambda *_: "activations rounded to 8 bits: on a CPU"},
+    refuses=reading_rows(cpu=rules.refused_float64, cuda=lambda *_: "activations rounded to 8 bits: on a CPU"),
     gradient="activations are rounded to integers; train without int8_activations",
     **_PRODUCT,
 )
@@ -239,7 +247,7 @@ quant_matmul_op = Op(
     vmap=loop_vmap,
     sharding=rules.shard_nothing,
     validate=rules.validate_quant_matmul,
-    refuses={"cuda": rules.refused_by_cuda},
+    refuses=reading_rows(cuda=rules.refused_by_cuda),
     contents=("expert_offsets permutation", rules.check_quant_matmul),
     contents_in_kernel=True,
 )

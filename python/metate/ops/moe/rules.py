@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.low_bit import level_gradients, validate_weight
+from metate.low_bit import TILES, level_gradients, validate_weight
 from metate.op import REGISTRY, Op, loop_vmap
 
 Args = tuple[Any, ...]
@@ -432,6 +432,15 @@ def shard_columns(**arguments: int) -> Callable[[Op, Args], Splits]:
 
 def shard_outer(op: Op, args: Args) -> Splits:
     return [({"out": 1}, {"a": 1}), ({"out": 2}, {"b": 1})]
+
+
+def shard_low_bit(**arguments: int) -> Callable[[Op, Args], Splits]:
+    """The same of low-bit weights; tiles are not cut."""
+
+    def shard(op: Op, args: Args) -> Splits:
+        return shard_nothing(op, args) if args[1].dtype == TILES else shard_columns(**arguments)(op, args)
+
+    return shard
 
 
 def shard_nothing(op: Op, args: Args) -> Splits:

@@ -35,7 +35,8 @@ def quant_linear(
 
     Args:
         x: (…, in_features), float32, bfloat16, float16 (float64 on a CPU), any strides.
-        weight: W, (out_features, in_features), of any format that lowers to QuantizedWeight, on the device of x.
+        weight: W, (out_features, in_features), of any format that lowers to QuantizedWeight, on the device of x. On a
+            CPU few rows of x take 4-bit ones faster from `weight.in_tiles()`, made once.
         bias: (out_features), float32 or the dtype of x.
         activation: None computes with x as it is, sums in float32. "int8" first rounds every chunk of at most 32
             columns of a row to 8 bits (Dettmers et al. 2022, LLM.int8, by chunk): a relative error of about 8e-3, and

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.low_bit import pack_codes
+from metate.low_bit import TILES, pack_codes, reading_rows, tiles_of
 from metate.op import Case, Domain, Op
 from metate.ops.quant_linear import reference, rules
 
@@ -18,7 +18,7 @@ WEIGHT = {
     "offsets": "N groups", "super_offsets": "N supers", "codebook": "levels",
 }  # fmt: skip
 WEIGHT_DTYPES: dict[str, tuple[str | torch.dtype, ...]] = {
-    "codes": (torch.uint8,), "scales": rules.LOW, "super_scales": FLOATS, "zeros": (torch.uint8,),
+    "codes": (torch.uint8, TILES), "scales": rules.LOW, "super_scales": FLOATS, "zeros": (torch.uint8,),
     "offsets": rules.LOW, "super_offsets": FLOATS, "codebook": (torch.float32, torch.float64),
     "permutation": (torch.int32,),
 }  # fmt: skip
@@ -52,6 +52,10 @@ CASES = [
     weight_case(0, 5, 6, 4, 32, "symmetric"),
     weight_case(3, 0, 6, 4, 32, "codebook"),
     weight_case(3, 5, 0, 4, 32, "zeros", bias=True),
+    weight_case(1, 48, 416, 4, 32, "codebook", tiles=True),
+    weight_case(4, 32, 640, 4, 64, "zeros", tiles=True, permuted=True, bias=True),
+    weight_case(9, 16, 1184, 4, 2000, "symmetric", tiles=True, scales="bfloat16"),
+    weight_case(70, 80, 288, 4, 32, "offsets", tiles=True, super_groups=8),
 ]
 SWEEP = [
     weight_case(M, N, K, 4, group, form)
@@ -75,6 +79,9 @@ def draw(rng: Random) -> Case:
     for flag in ("permuted", "bias"):
         if rng.random() < 0.3:
             case[flag] = True
+    if rng.random() < 0.2:
+        case.update(N=16 * rng.randint(1, 5), K=32 * rng.randint(1, 14), bits=4, group=32 * rng.randint(1, 5))
+        case["tiles"] = True
     return case
 
 
@@ -113,6 +120,8 @@ def inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[s
             if named[fine] is not None:
                 named[fine] = whole(-63, 63, N, groups, dtype=torch.int8)
                 named[coarse] = _scales(normal(N, supers), level)
+    if case.get("tiles"):
+        named["codes"] = tiles_of(named["codes"])
     if case.get("permuted"):
         named["permutation"] = torch.randperm(K, generator=generator).to(torch.int32)
     if case.get("bias"):
@@ -174,7 +183,7 @@ linear_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_linear,
     validate=rules.validate_linear("quant_linear"),
-    refuses={"cuda": lambda x, codes, *_: rules.refused_by_cuda(x, codes.shape[0])},
+    refuses=reading_rows(cuda=lambda x, codes, *_: rules.refused_by_cuda(x, codes.shape[0])),
     contents=("permutation", rules.check_permutation("quant_linear")),
     contents_in_kernel=True,
 )
@@ -192,10 +201,10 @@ int8_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_linear,
     validate=rules.validate_linear("quant_linear"),
-    refuses={
-        "cpu": lambda x, *_: "float64: up to float32" if x.dtype == torch.float64 else None,
-        "cuda": lambda *_: "activations rounded to 8 bits: on a CPU",
-    },
+    refuses=reading_rows(
+        cpu=lambda x, *_: "float64: up to float32" if x.dtype == torch.float64 else None,
+        cuda=lambda *_: "activations rounded to 8 bits: on a CPU",
+    ),
     contents=("permutation", rules.check_permutation("quant_linear")),
     contents_in_kernel=True,
     gradient='activations are rounded to integers; train without activation="int8"',
@@ -219,7 +228,7 @@ matmul_op = Op(
     vmap=rules.fold_vmap,
     sharding=rules.shard_matmul,
     validate=rules.validate_matmul("quant_matmul"),
-    refuses={"cuda": lambda x, *rest: rules.refused_by_cuda(x, rest[-1])},
+    refuses=reading_rows(cuda=lambda x, *rest: rules.refused_by_cuda(x, rest[-1])),
     contents=("permutation", rules.check_permutation("quant_matmul")),
     contents_in_kernel=True,
 )
@@ -237,7 +246,7 @@ dequantize_op = Op(
     vmap=rules.refuse_vmap,
     sharding=rules.shard_dequantize,
     validate=rules.validate_linear("dequantize"),
-    refuses={"cpu": rules.refused_float64, "cuda": rules.dequantize_refused_by_cuda},
+    refuses=reading_rows(cpu=rules.refused_float64, cuda=rules.dequantize_refused_by_cuda),
     contents=("permutation", rules.check_permutation("dequantize")),
     contents_in_kernel=True,
     gradient="it writes into its argument; QuantizedWeight.dequantize has one, to what makes the weight",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
+from metate.low_bit import reading_rows
 from metate.op import Case, Domain, Op, loop_vmap
 from metate.ops.quant_linear import declaration, reference, rules
 from metate.ops.quant_linear.declaration import FLOATS, weight_case
@@ -178,8 +179,8 @@ def _by_rows(op: Op, args: Args) -> dict[str, int]:
 
 
 def _shard_linear(op: Op, args: Args) -> Splits:
-    (_, by_columns) = rules.shard_linear(op, args)[1]
-    return [({"out": 0}, _by_rows(op, args)), ({"out": 1}, {**by_columns, "B": 1})]
+    by_columns = [(out, {**given, "B": 1}) for out, given in rules.shard_linear(op, args)[1:]]
+    return [({"out": 0}, _by_rows(op, args)), *by_columns]
 
 
 def _shard_matmul(op: Op, args: Args) -> Splits:
@@ -285,7 +286,7 @@ linear_op = Op(
     vmap=_fold_vmap,
     sharding=_shard_linear,
     validate=_validate_linear,
-    refuses={"cuda": lambda x, codes, *rest: _refused_by_cuda(x, *rest[8].shape[:2], codes.shape[0])},
+    refuses=reading_rows(cuda=lambda x, codes, *rest: _refused_by_cuda(x, *rest[8].shape[:2], codes.shape[0])),
     contents=("permutation adapter_ids", _check_contents),
     contents_in_kernel=True,
 )
@@ -304,7 +305,7 @@ matmul_op = Op(
     vmap=_fold_vmap,
     sharding=_shard_matmul,
     validate=_validate_matmul,
-    refuses={"cuda": lambda x, *rest: _refused_by_cuda(x, *rest[8].shape[:2], rest[-1])},
+    refuses=reading_rows(cuda=lambda x, *rest: _refused_by_cuda(x, *rest[8].shape[:2], rest[-1])),
     contents=("permutation", rules.check_permutation("lora_matmul")),
     contents_in_kernel=True,
 )

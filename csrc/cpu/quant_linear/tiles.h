@@ -1,6 +1,6 @@
-// Few rows of x times 4-bit codes as they lie: squares of W are transposed in registers and multiplied as they are
-// looked up, so that nothing decoded is stored. The same sums in the same order as product.h; those of whole numbers
-// are exact, and segments, digits and results integer.h's.
+// Few rows of x times 4-bit codes in tiles, multiplied as they are looked up, so that nothing decoded is stored. Codes
+// as they lie become tiles first, some blocks at a time, in the first-level cache. The same sums in the same order as
+// product.h; those of whole numbers are exact, and segments, digits and results integer.h's.
 #pragma once
 
 #include "row_turns.h"
@@ -8,129 +8,74 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t square_rows = 8;        // of x, at once: their sums and a square fill the registers
-constexpr int64_t most_square_rows = 16;  // of x, at most, where squares beat decoded panels
+constexpr int64_t most_tiled_rows = width == 16 ? 8 : 4;  // of x, at once: their sums and codes fill the registers
+constexpr int words_of_block = block / 8 * static_cast<int>(rows_of_tile);
 
-METATE_FN bool can_take_squares(const LowBitMatrix& w, const Arithmetic& arithmetic) {
-    return width == 16 && (!arithmetic.digits || arithmetic.sums == Sums::dots) && w.columns > 0 && can_sum_chunks(w);
+// Whether few rows of x take W in tiles; where vectors are few, W must be tiles already.
+METATE_FN bool can_take_tiles(const LowBitMatrix& w, const Arithmetic& arithmetic) {
+    if (width < 8 || w.columns == 0 || !can_sum_chunks(w)) return false;
+    return width == 16 ? !arithmetic.digits || arithmetic.sums == Sums::dots : w.in_tiles() && !arithmetic.digits;
 }
-
-#if defined(METATE_HAS_WORD_SHUFFLES)
-
-// Word j of those that a dword of codes stands for.
-template <Unit unit>
-METATE_FN vf word_of(vf dword, int j, vi table) {
-    if constexpr (unit == Unit::pairs) return as_float(lookup_pairs(table, as_int(dword), 4 * j));
-    return lookup({as_float(table)}, shift_right(as_int(dword), 4 * j));
-}
-
-// What is left of `width` rows of W from some block on.
-struct StripCodes {
-    const uint8_t* codes;
-    int64_t stride, rows, bytes;
-
-    StripCodes(const LowBitMatrix& w, int64_t row, int64_t k)
-        : codes(codes_of(w, {row, k, 0})),
-          stride(w.codes.stride[0]),
-          rows(w.rows - row),
-          bytes(ceil_div(w.columns, 2) - k * block / 2) {}
-
-    // The next block: dword i of row r in lane r of number i; zeros where there are none.
-    METATE_FN void load_square(vf (&square)[width]) {
-        const bool whole = is_whole();
-#pragma GCC unroll 16
-        for (int i = 0; i < width; ++i)
-            square[i] = whole    ? load(reinterpret_cast<const float*>(codes + i * stride))
-                      : i < rows ? as_float(load_bytes(codes + i * stride, bytes))
-                                 : splat(0.0f);
-        transpose(square);
-        pass();
-    }
-    METATE_FN void pass() {
-        codes += block / 2;
-        bytes -= block / 2;
-    }
-    METATE_FN bool is_whole() const { return rows >= width && bytes >= block / 2; }
-};
-
-struct PanelCodes {
-    StripCodes halves[2];
-
-    PanelCodes(const LowBitMatrix& w, int64_t row, int64_t k) : halves{{w, row, k}, {w, row + width, k}} {}
-};
 
 // Halves of a panel side by side, which share what is loaded of x; one where memory sets the pace, which likes few rows
-// of W at a time.
+// of W at a time. Short vectors find both halves in one tile.
 METATE_FN constexpr int halves_beside(int64_t rows) {
-    return rows > 2 ? 2 : 1;
+    return width < 16 || rows > 2 ? 2 : 1;
 }
 // Chunks whose sums are formed side by side: a dot product waits six cycles for the one before it in its chain, and two
 // begin in each.
 METATE_FN constexpr int chunks_beside(int rows) {
+    if (width < 16) return rows > 1 ? 1 : 2;
     return rows > 4 ? 1 : rows > 2 ? 2 : 8;
 }
 
-// Blocks whose codes are transposed before they are multiplied.
-METATE_FN constexpr int blocks_beside(int rows, int chunk_columns) {
-    const int blocks = chunks_beside(rows) * chunk_columns / block;
-    return blocks > 1 ? blocks : 1;
+// Dwords of the blocks of a panel or of one of its halves, rows_of_tile apart.
+struct PanelWords {
+    const int32_t* halves[2];
+};
+
+// The dwords from block k on: of tiles as they lie; of others, and of what ends within a block, in `room` for
+// span · words_of_block dwords of each half. Nobody uses what stands for rows that are not there.
+inline PanelWords words_of(const LowBitMatrix& w, int64_t row, int64_t k, int64_t blocks, int halves, int32_t* room) {
+    PanelWords words{};
+    const int64_t columns = smaller(blocks * block, w.columns - k * block);
+    for (int v = 0; v < halves; ++v, room += span * words_of_block) {
+        const int64_t first = row + (row + v * width < w.rows ? v * width : 0), lane = first % rows_of_tile;
+        words.halves[v] = room + lane;
+        if (w.in_tiles() && columns == blocks * block) {
+            words.halves[v] = words_at(w, first, k);
+        } else if (w.in_tiles()) {
+            memcpy(room, words_at(w, first - lane, k), static_cast<size_t>(columns) / 8 * rows_of_tile * 4);
+        } else {
+            for (int64_t i = 0; i < blocks; ++i) transpose_words(room + i * words_of_block, w, first, k + i, 0);
+        }
+    }
+    return words;
 }
 
-// Transposed codes of the blocks of one panel or half: those that are multiplied, and where rows of x leave the
-// processor room for it, the block behind them, which is transposed meanwhile.
-template <int rows, int chunk_columns>
-struct Squares {
-    static constexpr int halves = halves_beside(rows), lanes = halves * width;
-    static constexpr int size = blocks_beside(rows, chunk_columns) * width * lanes;
-    static constexpr bool looks_ahead = rows > 2;
-    static constexpr int steps = halves * width / 4;
+// Finds word j of those that a dword of codes stands for.
+template <Unit unit, Values::Kind kind>
+struct WordFinder {
+    const Values& values;
+    Table16 table;
+    vi pairs;
 
-    alignas(64) float words[looks_ahead ? 2 : 1][size];
-    int now = 0;
-    bool is_ahead = false;  // the next block is there
-
-    // Makes the next `blocks` blocks those that are multiplied.
-    template <int blocks>
-    METATE_FN const float* take(PanelCodes& codes) {
-        if (is_ahead) {
-            now = 1 - now;
-        } else {
-            for (int i = 0; i < blocks * halves; ++i) {
-                vf square[width];
-                codes.halves[i % halves].load_square(square);
-                float* const to = words[now] + i / halves * width * lanes + i % halves * width;
-#pragma GCC unroll 16
-                for (int j = 0; j < width; ++j) store(to + j * lanes, square[j]);
-            }
-        }
-        is_ahead = false;
-        return words[now];
-    }
-    // Four rows of the next block, which is whole.
-    METATE_FN void look_ahead(const PanelCodes& codes, int step) {
-        const StripCodes& half = codes.halves[step % halves];
-        const int row = step / halves * 4;
-        store_columns(words[1 - now] + step % halves * width + row, lanes, half.codes + row * half.stride, half.stride);
-    }
-    METATE_FN void end_block(PanelCodes& codes) {
-        is_ahead = true;
-#pragma GCC unroll 2
-        for (int v = 0; v < halves; ++v) codes.halves[v].pass();
+    WordFinder(const Values& v, vi pair_table) : values(v), table(table16(v.entries)), pairs(pair_table) {}
+    METATE_FN vf operator()(vi dword, int j) const {
+#if defined(METATE_HAS_WORD_SHUFFLES)
+        if constexpr (unit == Unit::pairs) return as_float(lookup_pairs(pairs, dword, 4 * j));
+#endif
+        return value_in<4, kind>(dword, dword, 4 * j, values, table);
     }
 };
 
 // Adds `blocks` blocks to the totals of a panel, or of one of its halves.
-template <Unit unit, int rows, int chunk_columns, int blocks>
-METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, Squares<rows, chunk_columns>& squares, vi table,
-                               Ahead& ahead) {
+template <Unit unit, int rows, int chunk_columns, int blocks, class Find>
+METATE_FN void multiply_tile_blocks(const Tile& t, const PanelWords& from, const Find& find, Ahead& ahead) {
     constexpr int chunks = block / chunk_columns, words = chunk_columns / columns_in<unit>;
     constexpr int of_dword = unit_columns / columns_in<unit>, dwords = chunk_columns / unit_columns;
     constexpr int most = chunks_beside(rows), together = most < blocks * chunks ? most : blocks * chunks;
-    constexpr int halves = halves_beside(rows), lanes = halves * width;
-    constexpr int turns = blocks * chunks / together * dwords;
-    const float* const room = squares.template take<blocks>(codes);
-    const bool looks_ahead = squares.looks_ahead && t.blocks > 1 && codes.halves[halves - 1].is_whole();
-    int step = 0;
+    constexpr int halves = halves_beside(rows);
     const float* x[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -138,18 +83,15 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, Squares<rows, c
         asm("" : "+r"(x[r]));  // or compilers keep the distances of all words in memory instead
     }
     for (int c = 0; c < blocks * chunks; c += together) {
-        const float* const first = room + c * dwords * lanes;
         vf sum[together][rows][halves] = {};
         for (int d = 0; d < dwords; ++d) {
-            const int turn = c / together * dwords + d + 1;
-            for (; looks_ahead && step * turns < squares.steps * turn; ++step) squares.look_ahead(codes, step);
-            vf dword[together][halves];
+            vi dword[together][halves];
 #pragma GCC unroll 8
             for (int q = 0; q < together; ++q) {
 #pragma GCC unroll 2
                 for (int v = 0; v < halves; ++v) {
-                    dword[q][v] = load(first + (q * dwords + d) * lanes + v * width);
-                    ahead.fetch();  // a line for each row of W
+                    dword[q][v] = load(from.halves[v] + ((c + q) * dwords + d) * rows_of_tile);
+                    if (v * width % rows_of_tile == 0) ahead.fetch();
                 }
             }
 #pragma GCC unroll 8
@@ -158,7 +100,7 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, Squares<rows, c
                 for (int q = 0; q < together; ++q) {
                     vf value[halves];
 #pragma GCC unroll 2
-                    for (int v = 0; v < halves; ++v) value[v] = word_of<unit>(dword[q][v], j, table);
+                    for (int v = 0; v < halves; ++v) value[v] = find(dword[q][v], j);
                     const int word = (c + q) * words + d * of_dword + j;
 #pragma GCC unroll 8
                     for (int r = 0; r < rows; ++r) {
@@ -195,21 +137,21 @@ METATE_FN void multiply_square(const Tile& t, PanelCodes& codes, Squares<rows, c
             }
         }
     }
-    if (looks_ahead) squares.end_block(codes);
 }
 
-template <Unit unit, int rows, int chunk_columns>
-__attribute__((noinline)) void multiply_squares_as(Tile t, PanelCodes codes, vi table, Ahead& later) {
-    constexpr int most = blocks_beside(rows, chunk_columns);
-    static_assert(most == 1 || !Squares<rows, chunk_columns>::looks_ahead);
+template <Unit unit, Values::Kind kind, int rows, int chunk_columns>
+__attribute__((noinline)) void multiply_tiles_as(Tile t, PanelWords words, const Values& values, vi pairs,
+                                                 Ahead& later) {
+    constexpr int most = chunks_beside(rows) * chunk_columns / block;
     Ahead ahead = later;  // in registers
-    Squares<rows, chunk_columns> squares;
+    const WordFinder<unit, kind> find(values, pairs);
     const auto multiply = [&]<int blocks>() __attribute__((always_inline)) {
         for (; t.blocks >= blocks; t.blocks -= blocks) {
-            multiply_square<unit, rows, chunk_columns, blocks>(t, codes, squares, table, ahead);
+            multiply_tile_blocks<unit, rows, chunk_columns, blocks>(t, words, find, ahead);
             t.plan += blocks;
             t.x += blocks * block / columns_in<unit>;
             t.sums += blocks * t.block_sums;
+            for (const int32_t*& half : words.halves) half += blocks * words_of_block;
         }
     };
     if constexpr (most > 1) multiply.template operator()<most>();
@@ -217,26 +159,25 @@ __attribute__((noinline)) void multiply_squares_as(Tile t, PanelCodes codes, vi 
     later = ahead;
 }
 
-// The blocks of a tile with a panel, or with as many halves as go beside each other.
-template <Unit unit, int rows = square_rows>
-METATE_FN void multiply_squares(int64_t n, const Tile& tile, const PanelCodes& codes, vi table, Ahead& ahead) {
+// The blocks of a tile of x with a panel, or with as many halves as go beside each other.
+template <Unit unit, Values::Kind kind, int rows = most_tiled_rows>
+METATE_FN void multiply_tiles(int64_t n, const Tile& tile, const PanelWords& words, const Values& values, vi pairs,
+                              Ahead& ahead) {
     if constexpr (rows > 1) {
-        if (n < rows) return multiply_squares<unit, rows - 1>(n, tile, codes, table, ahead);
+        if (n < rows) return multiply_tiles<unit, kind, rows - 1>(n, tile, words, values, pairs, ahead);
     }
     if constexpr (unit == Unit::pairs) {
         if (tile.most_columns > longest)
-            return multiply_squares_as<unit, rows, longest_pairs>(tile, codes, table, ahead);
+            return multiply_tiles_as<unit, kind, rows, longest_pairs>(tile, words, values, pairs, ahead);
     }
-    multiply_squares_as<unit, rows, longest>(tile, codes, table, ahead);
+    multiply_tiles_as<unit, kind, rows, longest>(tile, words, values, pairs, ahead);
 }
-
-#endif
 
 #if defined(METATE_HAS_VNNI_FORMS)
 
 // Adds a block to the totals of one half of a panel, in whole numbers: what multiply_segments does.
 template <int rows, int digits, int used, bool has_table>
-METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[width], vi entries, Ahead& ahead) {
+METATE_FN void multiply_digit_tile(const IntegerTile& t, const int32_t* words, vi entries, Ahead& ahead) {
     constexpr int dwords = longest / unit_columns, together = used == 1 && rows <= 4 ? 2 : 1;
     constexpr int last = used > 1 ? 1 : 0;  // of the digits whose sums are joined as whole numbers
     const vi mask = splat(0x0f0f0f0f);
@@ -244,7 +185,7 @@ METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[wi
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
         x[r] = t.x + r * t.stride;
-        asm("" : "+r"(x[r]));  // as in multiply_square
+        asm("" : "+r"(x[r]));  // as in multiply_tile_blocks
     }
     vi sum[used][together][rows];
     int64_t at = 0, digit_at[used];
@@ -286,7 +227,7 @@ METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[wi
     for (int c = 0; c < block / longest; ++c) {
 #pragma GCC unroll 8
         for (int q = c * dwords * 2; q < (c + 1) * dwords * 2; ++q) {
-            const vi word = as_int(square[q / 2]);
+            const vi word = load(words + q / 2 * rows_of_tile);
             vi codes = bit_and(q % 2 ? shift_right(word, 4) : word, mask);
             if (has_table) codes = lookup_bytes(entries, codes);
             if (q % 2) ahead.fetch();
@@ -307,40 +248,38 @@ METATE_FN void multiply_digit_square(const IntegerTile& t, const vf (&square)[wi
 // The same of some blocks, whose lines of x are `apart` dwords apart.
 template <int rows, int digits, bool has_table>
 __attribute__((noinline)) void multiply_digits_as(IntegerTile t, const IntegerPlan* plan, int64_t blocks, int64_t apart,
-                                                  StripCodes codes, const ByteTable& table, Ahead& later) {
+                                                  const int32_t* words, const ByteTable& table, Ahead& later) {
     Ahead ahead = later;  // in registers
     const vi entries = table_of_bytes(table.bytes);
-    for (const IntegerPlan* const end = plan + blocks; plan < end; ++plan, t.x += apart) {
+    for (const IntegerPlan* const end = plan + blocks; plan < end; ++plan, t.x += apart, words += words_of_block) {
         t.segments = plan->segments;
         t.count = plan->count;
-        vf square[width];
-        codes.load_square(square);
         if constexpr (digits == 3) {
             bool has_last = false;
             for (int r = 0; r < rows; ++r) has_last |= t.x[r * t.stride + t.used_at] == 3;
             if (!has_last) {
-                multiply_digit_square<rows, 3, 2, has_table>(t, square, entries, ahead);
+                multiply_digit_tile<rows, 3, 2, has_table>(t, words, entries, ahead);
                 continue;
             }
         }
-        multiply_digit_square<rows, digits, digits, has_table>(t, square, entries, ahead);
+        multiply_digit_tile<rows, digits, digits, has_table>(t, words, entries, ahead);
     }
     later = ahead;
 }
 
 // Of x, at once, with so many digits.
-METATE_FN constexpr int digit_square_rows(int digits) {
-    return digits == 3 ? 4 : static_cast<int>(square_rows);
+METATE_FN constexpr int most_digit_rows(int digits) {
+    return digits == 3 ? 4 : static_cast<int>(most_tiled_rows);
 }
 
-template <int digits, int rows = digit_square_rows(digits)>
+template <int digits, int rows = most_digit_rows(digits)>
 METATE_FN void multiply_digits(int64_t n, const IntegerTile& tile, const IntegerPlan* plan, int64_t blocks,
-                               int64_t apart, const StripCodes& codes, const ByteTable& table, Ahead& ahead) {
+                               int64_t apart, const int32_t* words, const ByteTable& table, Ahead& ahead) {
     if constexpr (rows > 1) {
-        if (n < rows) return multiply_digits<digits, rows - 1>(n, tile, plan, blocks, apart, codes, table, ahead);
+        if (n < rows) return multiply_digits<digits, rows - 1>(n, tile, plan, blocks, apart, words, table, ahead);
     }
-    table.unit ? multiply_digits_as<rows, digits, true>(tile, plan, blocks, apart, codes, table, ahead)
-               : multiply_digits_as<rows, digits, false>(tile, plan, blocks, apart, codes, table, ahead);
+    table.unit ? multiply_digits_as<rows, digits, true>(tile, plan, blocks, apart, words, table, ahead)
+               : multiply_digits_as<rows, digits, false>(tile, plan, blocks, apart, words, table, ahead);
 }
 
 #endif

@@ -78,6 +78,14 @@ MODELS = {
         hf.Llama4TextConfig(**GROUPED, intermediate_size_mlp=24, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
                             interleave_moe_layer_step=1),
     ),
+    "longcat_flash": lambda: (
+        hf.LongcatFlashForCausalLM,
+        hf.LongcatFlashConfig(
+            vocab_size=97, hidden_size=32, ffn_hidden_size=24, expert_ffn_hidden_size=12, num_layers=2, head_dim=8,
+            num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+            v_head_dim=8, n_routed_experts=4, zero_expert_num=3, moe_topk=3, max_position_embeddings=64,
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -197,6 +205,31 @@ def test_classes_without_the_interface_are_asked_by_name_too(name, tmp_path, mon
     model.set_experts_implementation("metate")
     assert_same(want, run(model), 1e-6)
     assert calls
+
+
+def test_nllb_is_refused_by_every_name(tmp_path):
+    """Of its experts transformers runs two, whatever the router says: there is nothing to be equal to."""
+    config = hf.NllbMoeConfig(
+        vocab_size=97, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        encoder_attention_heads=2, decoder_attention_heads=2, num_experts=4, encoder_sparse_step=1,
+        decoder_sparse_step=1, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.NllbMoeModel(config).eval()
+    ids = {"input_ids": torch.arange(2, 9)[None], "decoder_input_ids": torch.arange(2, 6)[None]}
+    eager = model(**ids).last_hidden_state.detach()
+    for name, parameter in model.named_parameters():
+        if "expert_2" in name or "expert_3" in name:
+            parameter.data.zero_()
+    assert torch.equal(model(**ids).last_hidden_state, eager)  # where this fails, transformers is mended: serve it
+
+    said = "no NllbMoeExperts: transformers reads its router's mask as expert numbers"
+    for ask in (route.use_experts, lambda m: m.set_experts_implementation("metate")):
+        with pytest.raises(NotImplementedError, match=said):
+            ask(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match=said):
+        hf.NllbMoeModel.from_pretrained(tmp_path, experts_implementation="metate")
 
 
 def test_numbers_of_no_expert_cost_nothing_and_give_zero():

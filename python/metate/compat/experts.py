@@ -2,8 +2,8 @@
 
 Imported through `metate.compat.transformers` only. Experts that go through the interface keep their weights as one
 tensor for all of them; what differs is read from their flags: biases, transposed weights, columns of gate and up, a
-norm behind, an activation of their own. Llama-4, DBRX, Switch, JetMoE and Step-3.7 have no interface: the modules of a
-model that asks get another `forward`.
+norm behind, an activation of their own. Llama-4, DBRX, Switch, JetMoE, Step-3.7 and LongCat-Flash have no interface:
+the modules of a model that asks get another `forward`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     Numbers of no expert (tokens that belong to another process) cost nothing and give zero, and no gradient.
     """
     chosen = top_k_index.to(torch.int32)
-    weights = top_k_weights.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
+    weights = _widened(top_k_weights, hidden_states)
     given = experts, hidden_states, chosen, weights
     activation, parts = _activation(experts), _parts(experts)
     if activation is None or parts is None or getattr(experts, "has_post_expert_norm", False):
@@ -150,9 +150,12 @@ def _gated(activation: nn.Module, hidden: Tensor, gating: str = "gate_up") -> Te
 
 
 def _add_up(rows: Tensor, inverse: Tensor, weights: Tensor | None = None) -> Tensor:
-    if weights is not None:
-        weights = weights.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-    return moe_unpermute(rows, inverse, weights)
+    return moe_unpermute(rows, inverse, None if weights is None else _widened(weights, rows))
+
+
+def _widened(weights: Tensor, rows: Tensor) -> Tensor:
+    """To what sums of rows are kept in."""
+    return weights.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
 
 
 # Classes without the interface.
@@ -209,10 +212,26 @@ def _jetmoe(experts: Any, inputs: Tensor, expert_size: list[int]) -> Tensor:
     return grouped_linear(inputs, experts.weight, offsets)
 
 
+def _longcat_flash(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts behind those with weights return their input."""
+    number, k = experts.num_routed_experts, top_k_index.shape[1]
+    same = (_widened(top_k_weights, hidden_states) * (top_k_index >= number)).sum(-1, keepdim=True)
+    out: Tensor = (hidden_states * same).to(hidden_states.dtype)
+    if number == 0:
+        return out
+    order, inverse, offsets = moe_sort(top_k_index.to(torch.int32), number)
+    hidden = grouped_linear(hidden_states, experts.gate_up_proj[:number], offsets, order=order, k=k)
+    hidden = grouped_linear(_gated(experts.act_fn, hidden), experts.down_proj, offsets)
+    return out + _add_up(hidden, inverse, top_k_weights)
+
+
 _PATCHES: dict[str, Callable[..., Any]] = {
     "Llama4TextMoe": _llama4, "DbrxExperts": _dbrx, "SwitchTransformersExperts": _switch,
-    "JetMoeParallelExperts": _jetmoe, "Step3p7Experts": experts_forward,
+    "JetMoeParallelExperts": _jetmoe, "Step3p7Experts": experts_forward, "LongcatFlashExperts": _longcat_flash,
 }  # fmt: skip
+_REFUSED = {
+    "NllbMoeExperts": "transformers reads its router's mask as expert numbers: every token takes experts 0 and 1",
+}
 
 
 class _Stack(torch.autograd.Function):
@@ -301,6 +320,9 @@ def _set(model: nn.Module, experts_implementation: Any) -> None:
 def _patch(model: nn.Module, implementation: str) -> None:
     """The modules of classes without the interface."""
     for module in model.modules():
+        reason = _REFUSED.get(type(module).__name__) if implementation == _NAME else None
+        if reason is not None:
+            raise NotImplementedError(f"metate.compat.transformers: no {type(module).__name__}: {reason}")
         patch = _PATCHES.get(type(module).__name__)
         if patch is not None and type(module).__module__.startswith("transformers.models."):
             module.__dict__.pop("forward", None)
@@ -312,7 +334,10 @@ def use_experts(model: Model, implementation: str = _NAME) -> Model:
     """Runs the experts of one model on metate, whatever its class; returns the model.
 
     Classes with transformers' interface get `set_experts_implementation`, the others (Llama-4, DBRX, Switch, JetMoE,
-    Step-3.7) another `forward` on their modules. Any other implementation than "metate" takes that back.
+    Step-3.7, LongCat-Flash) another `forward` on their modules. Any other implementation than "metate" takes that back.
+
+    Raises:
+        NotImplementedError: for NLLB-MoE, whose experts transformers does not run as they were trained.
     """
     if implementation == _NAME:
         register()

@@ -10,15 +10,18 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metate.bench import mixture
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.low_bit import stored_weight
-from metate.op import Case
+from metate.op import Args, Case
 from metate.ops.moe.grouped import linear_op, outer_op, quant_linear_op
 from metate.ops.moe.reference import gather
 
+BALANCED = [dict(linear_op.domain.sweep[0], T=T, N=N, K=K, gathered=False)
+            for N, K in ((7168, 1024), (1024, 3584)) for T in (256, 1024)]  # fmt: skip
 _STACKED = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets")
 
 
@@ -29,6 +32,8 @@ def workloads(compile: bool) -> list[Workload]:
         *mixture.layers(),
         Workload("grouped linear", linear_op, linear_op.domain.sweep, rivals, call_op, linear_op.flops, label=label,
                  moved=moved),
+        Workload("grouped linear, balanced", linear_op, BALANCED, {"torch dense product": dense_product}, call_op,
+                 linear_op.flops, label=lambda case: f"{label(case)} balanced", placed=balanced),
         Workload("grouped linear, low-bit", quant_linear_op, quant_linear_op.domain.sweep, rivals, call_op,
                  quant_linear_op.flops, label=label, moved=moved),
         Workload("grouped outer (weight gradient)", outer_op, many,
@@ -39,6 +44,14 @@ def workloads(compile: bool) -> list[Workload]:
 def label(case: Case) -> str:
     form = f" {case['bits']}-bit {case['form']}" if "bits" in case else ""
     return f"T{case['T']}·{case['k']} E{case['E']} N{case['N']} K{case['K']}{form}"
+
+
+def balanced(args: Args) -> Args:
+    """As many rows for every expert, and the same weight: what one dense product of all rows computes, too."""
+    x, w, offsets, *rest = args
+    experts = len(w)
+    even = torch.arange(experts + 1, dtype=offsets.dtype, device=offsets.device) * (len(x) // experts)
+    return x, w[:1].repeat(experts, 1, 1), even, *rest
 
 
 def moved(setup: Setup) -> float:
@@ -111,6 +124,10 @@ def grouped_mm(setup: Setup) -> Run:
         problems(setup),
         lambda x, order, k, w, offsets: torch._grouped_mm(gather(x, order, k), w.mT, offs=offsets[1:]),
     )
+
+
+def dense_product(setup: Setup) -> Run:
+    return _rival([(named["x"], named["w"][0]) for named in setup.named], F.linear)
 
 
 def outer_loop(setup: Setup) -> Run:

@@ -53,20 +53,11 @@ METATE_FN vi spread(const Pair* a) {
 }
 #endif
 
-// The same of half vectors.
+// Columns that are half a vector, of which two rows share one.
 #if defined(METATE_HAS_HALVES)
 constexpr int half = width / 2;
-METATE_FN hf add_product(hf sum, hf a, const float* b) {
-    return fma(a, load_half(b), sum);
-}
-#if defined(METATE_HAS_BF16_DOT)
-METATE_FN hf add_product(hf sum, hi a, const Pair* b) {
-    return dot(sum, a, bit_cast<hi>(load_half(reinterpret_cast<const float*>(b))));
-}
-#endif
 #else
 constexpr int half = 0;
-using hf = vf;
 #endif
 
 // What becomes of the old values of c: lost, added to, or scaled row by row and added to.
@@ -98,18 +89,11 @@ METATE_FN vf combine(const float* c, vf sum, const float* factor, int r) {
     if constexpr (into == Into::add) return load(c) + sum;
     return fma(load(c), splat(factor[r]), sum);
 }
-#if defined(METATE_HAS_HALVES)
-template <Into into>
-METATE_FN hf combine(const float* c, hf sum, const float* factor, int r) {
-    if constexpr (into == Into::set) return sum;
-    if constexpr (into == Into::add) return load_half(c) + sum;
-    return fma(load_half(c), half_of(splat(factor[r])), sum);
-}
-#endif
 
 // Of so many whole vectors of columns and perhaps a half one behind them.
 template <Left left, Into into, int rows, int vectors, bool has_half = false, class Word, class Beside>
 __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside beside) {
+    static_assert(!has_half || (into == Into::add && rows % 2 == 0));
     float* const c = p.c;
     const int64_t c_stride = p.c_stride;
     vf sum[rows][vectors];
@@ -120,7 +104,7 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside besi
             sum[r][v] = splat(0.0f);
         }
     }
-    hf last[has_half ? rows : 1] = {};
+    vf last[has_half ? rows / 2 : 1] = {};
     // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
     constexpr int bases = (rows + 2) / 3;
     const Word* base[bases];
@@ -129,15 +113,22 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside besi
 #pragma GCC unroll 4
     for (int i = 0; i < bases; ++i) base[i] = p.a + 3 * i * row_stride;
     const Word* b = p.b;
+    const auto a_at = [&](int r, int j) __attribute__((always_inline)) {
+        return spread(base[r / 3] + r % 3 * row_stride + j * step);
+    };
     const auto add_steps = [&]<int n>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < n; ++j) {
 #pragma GCC unroll 12
             for (int r = 0; r < rows; ++r) {
-                const auto a = spread(base[r / 3] + r % 3 * row_stride + j * step);
+                const auto a = a_at(r, j);
 #pragma GCC unroll 2
                 for (int v = 0; v < vectors; ++v) sum[r][v] = add_product(sum[r][v], a, b + j * panel + v * width);
-                if constexpr (has_half) last[r] = add_product(last[r], half_of(a), b + j * panel + vectors * width);
+                if constexpr (has_half) {
+                    if (r % 2 == 0) continue;
+                    const auto columns = reinterpret_cast<const float*>(b + j * panel + vectors * width);
+                    last[r / 2] = add_product(last[r / 2], join_halves(a_at(r - 1, j), a), repeat<half>(columns));
+                }
             }
         }
 #pragma GCC unroll 4
@@ -162,8 +153,11 @@ __attribute__((noinline)) void multiply_tile(const Product<Word>& p, Beside besi
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v)
             store(c + r * c_stride + v * width, combine<into>(c + r * c_stride + v * width, sum[r][v], p.factor, r));
-        float* const behind = c + r * c_stride + vectors * width;
-        if constexpr (has_half) store(behind, combine<into>(behind, last[r], p.factor, r));
+        if constexpr (has_half) {
+            if (r % 2 == 0) continue;
+            const auto below = p.c + r * c_stride + vectors * width, above = below - c_stride;
+            store_halves(above, below, load_halves(above, below) + last[r / 2]);
+        }
     }
 }
 

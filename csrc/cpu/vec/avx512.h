@@ -72,23 +72,19 @@ METATE_FN vf fma(vf a, vf b, vf c) {
 }
 
 #define METATE_HAS_HALVES 1
-// The first half of a vector's lanes: processors that cut vectors in two take half the time for it.
-using hf = __m256;
-using hi = __m256i;
-METATE_FN hf half_of(vf x) {
-    return _mm512_castps512_ps256(x);
+// The first half of the lanes of a and the second half of those of b.
+METATE_FN vf join_halves(vf a, vf b) {
+    return _mm512_mask_blend_ps(0xff00, a, b);
 }
-METATE_FN hi half_of(vi x) {
-    return _mm512_castsi512_si256(x);
+METATE_FN vi join_halves(vi a, vi b) {
+    return _mm512_mask_blend_epi32(0xff00, a, b);
 }
-METATE_FN hf load_half(const float* p) {
-    return _mm256_loadu_ps(p);
+METATE_FN vf load_halves(const float* a, const float* b) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
 }
-METATE_FN void store(float* p, hf x) {
-    _mm256_storeu_ps(p, x);
-}
-METATE_FN hf fma(hf a, hf b, hf c) {
-    return _mm256_fmadd_ps(a, b, c);
+METATE_FN void store_halves(float* a, float* b, vf x) {
+    _mm256_storeu_ps(a, _mm512_castps512_ps256(x));
+    _mm256_storeu_ps(b, _mm512_extractf32x8_ps(x, 1));
 }
 
 METATE_FN vf max(vf a, vf b) {
@@ -605,9 +601,6 @@ METATE_FN vf dot(vf sum, vi a, vi b) {
     const vf a0 = flush(as_float(_mm512_slli_epi32(a, 16))), b0 = flush(as_float(_mm512_slli_epi32(b, 16)));
     return flush(fma(a0, b0, flush(fma(a1, b1, flush(sum)))));
 }
-METATE_FN hf dot(hf sum, hi a, hi b) {
-    return half_of(dot(_mm512_castps256_ps512(sum), _mm512_castsi256_si512(a), _mm512_castsi256_si512(b)));
-}
 // The floats of low, then those of high, as 2·width bfloat16.
 METATE_FN vi narrow_pairs(vf low, vf high) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(flush(low))), narrow_bf16(flush(high)), 1);
@@ -615,9 +608,6 @@ METATE_FN vi narrow_pairs(vf low, vf high) {
 #else
 METATE_FN vf dot(vf sum, vi a, vi b) {
     return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
-}
-METATE_FN hf dot(hf sum, hi a, hi b) {
-    return _mm256_dpbf16_ps(sum, bit_cast<__m256bh>(a), bit_cast<__m256bh>(b));
 }
 METATE_FN vi narrow_pairs(vf low, vf high) {
     return bit_cast<vi>(_mm512_cvtne2ps_pbh(high, low));

@@ -113,24 +113,15 @@ struct Region {
     const int64_t (&at)[width];  // of a lane
 };
 
-// Part `i` of `parts` of the lines of chains of `columns`, one chain after another.
-template <int64_t columns, int64_t parts, class T>
-METATE_FN void fetch_part(const T* from, const int64_t (&at)[width], int64_t i) {
-    constexpr int64_t line = 64 / sizeof(T), lines = columns / line, count = width * lines / parts;
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < count; ++j) {
-        const int64_t number = i * count + j;
-        __builtin_prefetch(from + at[number / lines] + number % lines * line);
-    }
-}
-
 template <int spread, int rows, class T, class Word>
 METATE_FN void multiply_region(const Region<T>& region, const Word* x, int64_t pitch, vf (&sum)[rows]) {
     constexpr int64_t unit = width * elements_of<Word>, squares = depth / width;
+    constexpr int64_t line = 64 / sizeof(T), lines = depth * elements_of<Word> / line;  // of a chain
+    constexpr int64_t fetches = width * lines / squares, every = width / fetches;
+    static_assert(fetches * squares == width * lines && fetches * every == width);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) sum[r] = splat(0.0f);
     for (int64_t i = 0; i < squares; ++i, x += width * spread) {
-        fetch_part<depth * elements_of<Word>, squares>(region.next, region.at, i);
         vf square[width];
 #pragma GCC unroll 16
         for (int lane = 0; lane < width; ++lane)
@@ -138,6 +129,9 @@ METATE_FN void multiply_region(const Region<T>& region, const Word* x, int64_t p
         transpose(square);
 #pragma GCC unroll 16
         for (int j = 0; j < width; ++j) {
+            // One at a time: a burst of them would hold up the loads behind it.
+            const int64_t number = i * fetches + j / every;
+            if (j % every == 0) __builtin_prefetch(region.next + region.at[number / lines] + number % lines * line);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const float* const words = reinterpret_cast<const float*>(x + r * pitch + j * spread);

@@ -44,7 +44,7 @@ struct Tile {
     }
     METATE_FN void copy() {
         constexpr int64_t unit = width * elements_of<Word>;
-        __builtin_prefetch(later + at, 0, 2);
+        __builtin_prefetch(later + at);
         store_words(to + at / elements_of<Word>, load_words(from + at, smaller(unit, columns - at), to));
         at += unit;
         if (at < columns) return;
@@ -274,7 +274,7 @@ void run(const GroupedLinear& call, const Runtime& runtime) {
         return p.lies_in_rows() && n + width <= N ? p.weight(list[at].expert, n, 0) : nullptr;
     };
     constexpr int64_t parts = rows_at_once / panel;
-    for_pieces(worth(runtime, rows * p.columns()), spans * parts,
+    for_pieces(worth(runtime, p.rows.count() * p.columns()), spans * parts,
                [&](int, int64_t piece) { copy_rows(p, list[piece / parts], piece % parts); });
     for_pieces(workers, p.pieces[spans], [&](int worker, int64_t piece) {
         const int64_t at = run_of(p.pieces, spans, piece);

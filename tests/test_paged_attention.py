@@ -105,6 +105,8 @@ CASCADES = [
     dict(tree_mask=TREE, causal=False, window=(44, -1)),
     dict(left_pad=torch.tensor([5, 40], dtype=torch.int32)),
     dict(left_pad=torch.tensor([34, 50], dtype=torch.int32), sinks=torch.tensor([0.3, -1.0, 2.0, 5.0])),
+    dict(left_pad=torch.tensor([5, 0, 52], dtype=torch.int32), window=(40, 0)),
+    dict(left_pad=torch.tensor([33, 47, 3], dtype=torch.int32), alibi_slopes=torch.linspace(0.02, 0.5, 12).view(3, 4)),
 ]
 
 
@@ -128,7 +130,7 @@ def test_cascade_equals_whole_sequences(device, backend, form, options):
     with metate.use(backend):
         got = metate.cascade_attention(q, *caches, *map(place, (*prefix, *own)), **options, **more)
         plain = metate.cascade_attention(q, *caches, *map(place, (*prefix, *own)), cu_seqlens_q=place(cu), **options)
-    if "left_pad" in options:
+    if "left_pad" in options and len(options["left_pad"]) == 2:  # of groups
         options["left_pad"] = options["left_pad"][[0, 1, 1]]
     with metate.use("reference"):
         wide = [x.double() for x in (q, *caches)]
@@ -389,6 +391,14 @@ def test_cascade_refuses_slopes_and_sinks_of_others(name, shape):
         metate.cascade_attention(
             torch.randn(2, 4, 24), k_cache, v_cache, *prefix, table, lens, **{name: torch.rand(shape)}
         )
+
+
+def test_cascade_refuses_padding_of_others():
+    k_cache, v_cache, table, lens = paged([20, 33], 16, 2, 24, 16)
+    prefix = table[:1, :1], torch.tensor([16], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    pads = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"metate\.cascade_attention: left_pad is of shape \(3,\).*\(1,\) or \(2,\)"):
+        metate.cascade_attention(torch.randn(2, 4, 24), k_cache, v_cache, *prefix, table, lens, left_pad=pads)
 
 
 @pytest.mark.parametrize("groups", [[0, 1], [0, 3], [1, 2], [0, 2, 1], None, [0.0, 2.0]])

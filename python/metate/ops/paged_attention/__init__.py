@@ -123,8 +123,9 @@ def cascade_attention(
         prefix_table: (groups, max_prefix_pages) int32, prefix_lens: (groups) int32: the keys that a group shares.
         cu_groups: (groups + 1) int32, from 0 to batch: group g is the sequences cu_groups[g] … cu_groups[g+1]-1.
         block_table, seq_lens: what each sequence has behind its prefix, its own queries included.
-        alibi_slopes: (heads), or (batch, heads): then a prefix is read for each of its sequences. sinks: (heads).
-            left_pad: (groups) int32: so many of the first keys of its sequences are padding.
+        left_pad: (groups) or (batch) int32: so many of the first keys of a sequence are padding; of groups where there
+            are as many of them as sequences. alibi_slopes: (heads) or (batch, heads). sinks: (heads). Where padding or
+            slopes are of sequences, a prefix is read for each of its sequences.
         return_column_sums: also return Σ_i probability[i, j] of the prefixes' keys, over all queries of a group,
             (groups, heads, max_prefix_pages · page_size), and of the sequences' own, (batch, heads, max_pages ·
             page_size). Own keys are read twice then.
@@ -142,15 +143,18 @@ def cascade_attention(
     left, right = window_sides("cascade_attention", window, causal)
     x = q if packed or dims == 4 else q.unsqueeze(1)
     _check_groups(cu_groups, prefix_table, prefix_lens, k_cache)
-    _check_own(seq_lens, cu_seqlens_q, left_pad, prefix_lens.shape[0], x.shape[1], tree_mask is not None)
-    _check_all_have_groups(cu_groups, seq_lens.shape[0] if packed else x.shape[0])
-    batch, groups = seq_lens.shape[0], prefix_lens.shape[0]
+    groups = prefix_lens.shape[0]
+    _check_own(seq_lens, cu_seqlens_q, left_pad, groups, x.shape[1], tree_mask is not None)
+    batch = seq_lens.shape[0]
+    _check_all_have_groups(cu_groups, batch if packed else x.shape[0])
     _check_heads(batch, alibi_slopes, sinks)
     numbers = torch.arange(batch + 1, dtype=torch.int32, device=seq_lens.device)
     owner = group = _owners(cu_groups, numbers[:-1])
-    if alibi_slopes is not None and alibi_slopes.dim() == 2:  # queries of a group differ: each sequence is a group
+    pads_sequences = left_pad is not None and left_pad.shape[0] != groups
+    if pads_sequences or (alibi_slopes is not None and alibi_slopes.dim() == 2):
+        # Queries of a group differ: each sequence is a group.
         prefix_table, prefix_lens = prefix_table[owner], prefix_lens[owner]
-        left_pad = left_pad if left_pad is None else left_pad[owner]
+        left_pad = left_pad if left_pad is None or pads_sequences else left_pad[owner]
         cu_groups, group = numbers, numbers[:-1]
     positions = None
     if left >= 0 or alibi_slopes is not None:
@@ -340,9 +344,10 @@ def _check_own(
         if not isinstance(x, Tensor) or x.dtype != torch.int32:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise fail(op, name, got, "an int32 tensor", error=TypeError)
-        size = {"cu_seqlens_q": seq_lens.shape[0] + 1, "left_pad": groups}.get(name, x.numel())
-        if x.shape != (size,):
-            raise fail(op, name, f"of shape {tuple(x.shape)}", f"({size},)")
+        batch = seq_lens.numel()
+        sizes = {"cu_seqlens_q": {batch + 1}, "left_pad": {groups, batch}}.get(name, {x.numel()})
+        if x.dim() != 1 or x.shape[0] not in sizes:
+            raise fail(op, name, f"of shape {tuple(x.shape)}", " or ".join(f"({size},)" for size in sorted(sizes)))
     if seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     n = torch.full_like(seq_lens, queries) if cu_seqlens_q is None else cu_seqlens_q.diff()

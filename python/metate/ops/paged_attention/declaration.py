@@ -77,13 +77,14 @@ SWEEP = [
 
 
 def draw(rng: Random) -> Case:
-    """Any legal combination, small."""
-    heads, store = rng.choice([1, 2, 3]), rng.choice([None, None, *STORED])
+    """Any legal combination, small: of few queries and keys where heads are wide."""
+    heads, store, wide = rng.choice([1, 2, 3]), rng.choice([None, None, *STORED]), rng.random() < 0.1
     even = 2 if store == "int4" else 1
-    D, Dv = even * rng.randint(1, 140 // even), even * rng.randint(1, 140 // even)
+    D, Dv = (even * rng.randint(1, most // even) for most in ((576, 512) if wide else (140, 140)))
     page_size = rng.choice([1, 3, 8, 16, 64])
+    queries, keys = ([1, 1, 2, 5, 17], 100) if wide else ([0, 1, 1, 2, 5, 17, 64, 90], 400)
     case = _case(
-        rng.randint(0, 3), rng.choice([0, 1, 1, 2, 5, 17, 64, 90]), rng.randint(0, 400 // page_size), page_size,
+        rng.randint(0, 3), rng.choice(queries), rng.randint(0, keys // page_size), page_size,
         heads * rng.choice([1, 2, 4, 8]), heads, D, min(D, Dv) if (shared := rng.random() < 0.2) else Dv,
     )  # fmt: skip
     case.update(cache=store, shared=shared, return_column_sums=rng.random() < 0.3)
@@ -260,11 +261,11 @@ APPEND_SWEEP = [
 
 def draw_append(rng: Random) -> Case:
     store = rng.choice([None, None, *STORED])
-    even = 2 if store == "int4" else 1
-    D = even * rng.randint(1, 140 // even)
+    even, most = 2 if store == "int4" else 1, 576 if rng.random() < 0.1 else 140
+    D = even * rng.randint(1, most // even)
     case = _append_case(
         rng.choice([0, 1, 2, 17, 64]), rng.randint(2, 9), rng.choice([1, 3, 16]), rng.choice([1, 2, 3]), D,
-        even * rng.randint(0, 140 // even), skip=rng.random() < 0.5,
+        even * rng.randint(0, min(most, 512) // even), skip=rng.random() < 0.5,
     )  # fmt: skip
     case.update(cache=store, keys_only=rng.random() < 0.2)
     if rng.random() < 0.4 and D > 1 and store not in ("int4", "fp8", "scaled fp8"):  # there a tie moves many bits

@@ -132,18 +132,16 @@ void add_seen_values(const Shape& s, const Piece& piece, int64_t h, int64_t r, c
             if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
         }
         if constexpr (is_whole<W>) step = to_whole<S>(weight, tile_keys);
-        const Result to{piece.state.o + (h * piece.pitch() + r) * s.o_stride, s.o_stride, factor, &step};
-        multiply_all_values<W, 1>(seen, values.offset, tile.count, weight, p_stride, s.dv, to, *my.ahead);
+        const Result to{piece.state.o + (h * piece.pitch() + r) * s.o_stride, 0, 0, 0, factor, &step};
+        multiply_values<W, 1>({seen, values.offset}, 0, 1, tile.count, tile_keys, weight, 0, s.dv, to, *my.ahead);
     });
 }
-
-constexpr float as_it_is[4] = {1, 1, 1, 1};
 
 // Adds the values of a tile to the rows of a piece.
 template <class S>
 void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
-    const int64_t together = keys_together<S>(s, piece), pitch = piece.pitch();
+    const int64_t together = in_order(s, piece) ? few_keys : tile_keys, pitch = piece.pitch();
     uint32_t done = 0;
     for (int64_t h = 0; h < piece.heads; ++h) {
         if (has_unsafe_values<S>(s, piece, h, tile, my)) {
@@ -157,21 +155,23 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
                 my.p_step[row] = to_whole<S>(my.p + row * p_stride, tile_keys);
         }
     }
-    for (int64_t first = 0; first < tile.count; first += together) {
-        for (int64_t h = 0; h < piece.heads; ++h) {
-            if (done >> h & 1) continue;
-            const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, first, together, my.rows, copies);
-            with_row_products<S>(s, [&]<class W>() {
-                for_row_tiles<W>(piece.rows, [&]<int n>(int64_t r) {
-                    const int64_t row = h * pitch + r;
-                    const Result to{piece.state.o + row * s.o_stride, s.o_stride, first ? as_it_is : my.factor + row,
-                                    my.p_step + row};
-                    const float* p = my.p + row * p_stride + first / elements_of_word<W>;
-                    multiply_all_values<W, n>(values.at, values.offset, smaller(tile.count - first, together), p,
-                                              p_stride, s.dv, to, *my.ahead);
-                });
+    const int64_t heads = in_order(s, piece) && s.a.v_cache.stride[3] == 1 && !done ? piece.heads : 1;
+    for (int64_t h = 0; h < piece.heads; h += heads) {
+        if (done >> h & 1) continue;
+        const Lines values = lines_of<S>(s.a.v_cache, tile.v, h, 0, tile_keys, my.rows, copies);
+        with_row_products<S>(s, [&]<class W>() {
+            for_row_tiles<W>(piece.rows, [&]<int n>(int64_t r) {
+                const int64_t row = h * pitch + r;
+                const Result to{piece.state.o + row * s.o_stride,
+                                pitch * s.o_stride,
+                                s.o_stride,
+                                pitch,
+                                my.factor + row,
+                                my.p_step + row};
+                multiply_values<W, n>(values, tile.v.next_head, heads, tile.count, together, my.p + row * p_stride,
+                                      pitch * p_stride, s.dv, to, *my.ahead);
             });
-        }
+        });
     }
 }
 

@@ -13,11 +13,14 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t split_keys = 512, piece_rows = 16, line_floats = 16;
+constexpr int64_t split_keys = 512, piece_rows = 16;
 constexpr int64_t packed_rows = 128;   // of a packed piece, which has one head
 constexpr int64_t packed_tiles = 4;    // at most, of the keys that are packed together: a block
 constexpr int64_t piece_bytes = 2048;  // of neighbouring heads in a row of keys: long enough to stream
 constexpr int max_heads = 8;
+// How far ahead rows are asked for that are read in their order: what is asked for earlier leaves the first cache level
+// before it is read, for lack of room, and is fetched twice.
+constexpr int64_t lead_bytes = 8192;
 static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0 && packed_rows % 16 == 0);
 
 // Of a row: probability = 2^(logit - largest) · share, with logits in powers of 2; a share of 0 where it sees no key. A
@@ -99,6 +102,13 @@ struct Piece {
     int64_t pitch() const { return round_up(rows, 4); }
 };
 
+// Whether a piece reads a tile's rows in their order, as memory gives them: a few keys of all heads, then the next.
+// Many rows read a head's at once, and so do those that wait for arithmetic: of quantised caches, or by short vectors.
+inline bool in_order(const Shape& s, const Piece& piece) {
+    const View<4>& cache = s.a.v_cache;
+    return width == 16 && piece.rows <= 4 && piece.heads * cache.size[3] * bytes_of(cache.dtype) > piece_bytes / 2;
+}
+
 // How much of a sequence is a piece: never by the number of workers or what else is in the batch. Few rows take some
 // heads together, which lie side by side; very many are pieces enough without a split of the keys.
 struct Cut {
@@ -138,8 +148,7 @@ struct Scratch {
     float *keys, *values;  // packed, of a block
 };
 
-// From row to row of logits, and of the weights that take their place: of a tile, or a block.
-constexpr int64_t p_stride = tile_keys + line_floats;
+// p_stride of a block.
 METATE_FN int64_t packed_stride(const Shape& s) {
     return s.tiles * tile_keys + line_floats;
 }
@@ -219,7 +228,7 @@ inline Scratch take_scratch(const Shape& s, Arena& arena) {
     my.rows = arena.take<uint8_t>(tile_keys * max_key_dim * 4);
     my.tile = arena.take<Tile>(2 * tiles);
     my.row = arena.take<Row>(rows);
-    my.runs = arena.take<Run>(tile_keys * larger(s.heads, 2 * tiles));
+    my.runs = arena.take<Run>(tile_keys * 2 * larger(s.heads, tiles));
     my.ahead = arena.take<Prefetch>(1);
     if (s.packs) my.keys = arena.take<float>(tiles * tile_keys * s.q_stride);
     if (s.packs) my.values = arena.take<float>(tiles * tile_keys * s.o_stride);
@@ -469,8 +478,23 @@ inline Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, 
     return to;
 }
 
-// Tiles one after the other, or blocks of them: the values of a tile are asked for while its keys are computed, the
-// next keys while its values are. What is packed is asked for at once.
+// Drops the first `bytes` of some runs: returns what is left of them.
+inline Run* drop(Run* runs, const Run* end, int64_t bytes) {
+    for (; runs != end && bytes >= runs->end - runs->at; ++runs) bytes -= runs->end - runs->at;
+    if (runs != end) runs->at += bytes;
+    return runs;
+}
+// Keeps the first `bytes` of some runs: returns their end.
+inline Run* keep(Run* runs, Run* end, int64_t bytes) {
+    for (; runs != end && bytes > 0; ++runs) {
+        if (bytes < runs->end - runs->at) runs->end = runs->at + bytes;
+        bytes -= runs->end - runs->at;
+    }
+    return runs;
+}
+
+// Tiles one after the other, or blocks of them, of which keys are read, then values. What is packed is asked for at
+// once, while what comes before it is computed.
 struct Stream {
     const Tile *tile, *next;
     int64_t tiles;
@@ -478,13 +502,21 @@ struct Stream {
 
     // Starts to ask, in `steps` steps, for what is read after the keys of a tile, or after its values.
     void advance(const Shape& s, const Piece& piece, bool after_values, int64_t steps, const Scratch& my) const {
-        Run* end = my.runs;
+        Run *begin = my.runs, *end = my.runs;
+        const bool ordered = in_order(s, piece);
+        const int64_t lead = ordered ? lead_bytes : INT64_MAX;
+        if (ordered) {
+            end = after_values ? runs_of(s.a.v_cache, tile->v, piece, *tile, end)
+                               : runs_of(s.a.k_cache, tile->k, piece, *tile, end);
+            begin = drop(begin, end, lead);
+        }
+        Run* const following = end;
         for (int64_t t = 0; t < tiles && (after_values || !has_values); ++t) {
             end = runs_of(s.a.k_cache, next[t].k, piece, next[t], end);
             if (piece.packed && has_values) end = runs_of(s.a.v_cache, next[t].v, piece, next[t], end);
         }
         if (!after_values && has_values) end = runs_of(s.a.v_cache, tile->v, piece, *tile, end);
-        my.ahead->begin(my.runs, end, steps);
+        my.ahead->begin(begin, keep(following, end, lead), steps);
     }
 };
 

@@ -8,7 +8,9 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 constexpr int tile_keys = 64;
-constexpr int group_keys = 16;  // rows of a cache that are written out in products
+constexpr int group_keys = 16, few_keys = 8;  // rows of a cache that are written out in products
+// From row to row of a tile's logits, and of the weights that take their place.
+constexpr int64_t line_floats = 16, p_stride = tile_keys + line_floats;
 
 // Memory that will be read, in its order.
 struct Run {
@@ -16,7 +18,7 @@ struct Run {
 };
 
 // Asks for what will be read next, a few lines at a time between products: a core waits once more than a dozen lines
-// are on their way. It asks the first cache level, though the second will have to keep them: asked alone, that one
+// are on their way. It asks the first cache level, though the second may have to keep them: asked alone, that one
 // brought up to a third fewer a second (Zen 5).
 class Prefetch {
   public:
@@ -178,64 +180,64 @@ __attribute__((noinline)) void multiply_keys_by_lanes(const Lines& keys, int64_t
 }
 #endif
 
-// What becomes of sums over the keys of a tile: o = o · factor + sum · step, where whole numbers have a step.
+// What becomes of sums over some keys: o = o · factor + sum · step, where whole numbers have a step. Row r of head h
+// has its results at o + h · head + r · row, its factor and step at h · pitch + r.
 struct Result {
     float* o;
-    int64_t stride;  // from row to row
+    int64_t head, row, pitch;
     const float *factor, *step;
 };
+constexpr float as_it_is[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 
-// Adds Σ_key p[r · stride + key] v_key for `blocks` blocks of columns from `at` on, `n` columns of them real; p is in
-// words.
+// Adds Σ_key p[r · p_stride + key] v_key over `count` keys for `blocks` blocks of columns, `n` columns of them real; p
+// is in words.
 template <class S, int rows, int blocks, bool whole_blocks>
-__attribute__((noinline)) void multiply_values(const uint8_t* const* values, int64_t offset, int64_t count,
-                                               const float* p, int64_t stride, int64_t at, int64_t n, const Result& to,
-                                               Prefetch& shared) {
+METATE_FN void multiply_columns(const uint8_t* const* values, int64_t offset, int64_t count, const float* p, int64_t n,
+                                float* o, int64_t o_stride, const float* factors, const float* steps, Prefetch& ahead) {
     constexpr int each = elements_of_word<S>, columns = block_of<S>, vectors = columns / width;
-    Prefetch ahead = shared;
+    constexpr bool stored = !(quantised<S> || is_whole<S> || is_pairs<S>);
+    constexpr int group = width == 16 && rows <= 4 && stored ? few_keys : group_keys;
     Sum<S> sums[rows][vectors * blocks];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (int i = 0; i < vectors * blocks; ++i) sums[r][i] = Sum<S>{};
     }
-    offset += bytes_before<S>(at);
-    const auto add_key = [&](int64_t k, bool has_next) __attribute__((always_inline)) {
+    const auto add_key = [&](int i, bool has_next) __attribute__((always_inline)) {
         ahead.fetch();
-        const uint8_t *v = values[k] + offset, *next = row_of_zeros;
-        if (each == 2 && has_next) next = values[k + 1] + offset;
+        const uint8_t *v = values[i] + offset, *next = row_of_zeros;
+        if (each == 2 && has_next) next = values[i + 1] + offset;
         Words<S> weight[rows];
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) weight[r] = as_words<S>(splat(p[r * stride + k / each]));
+        for (int r = 0; r < rows; ++r) weight[r] = as_words<S>(splat(p[r * p_stride + i / each]));
 #pragma GCC unroll 4
-        for (int i = 0; i < blocks; ++i) {
+        for (int b = 0; b < blocks; ++b) {
             Words<S> x[vectors];
-            take_values<S>(v + bytes_before<S>(i * columns), next + bytes_before<S>(i * columns),
+            take_values<S>(v + bytes_before<S>(b * columns), next + bytes_before<S>(b * columns),
                            whole_blocks ? columns : n, x);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
                 for (int j = 0; j < vectors; ++j)
-                    sums[r][vectors * i + j] = add_product(sums[r][vectors * i + j], x[j], weight[r]);
+                    sums[r][vectors * b + j] = add_product(sums[r][vectors * b + j], x[j], weight[r]);
             }
         }
     };
-    int64_t k = 0;
-    for (; k + group_keys <= count; k += group_keys) {  // written out, or one load would step from row to row
+    // Written out, or one load would step from row to row.
+    for (; count >= group; count -= group, values += group, p += group / each) {
 #pragma GCC unroll 16
-        for (int i = 0; i < group_keys; i += each) add_key(k + i, true);
+        for (int i = 0; i < group; i += each) add_key(i, true);
     }
-    for (; k < count; k += each) add_key(k, k + 1 < count);
-    shared = ahead;
+    for (; count > 0; count -= each, values += each, ++p) add_key(0, count > 1);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-        const vf factor = splat(to.factor[r]);
+        const vf factor = splat(factors[r]);
 #pragma GCC unroll 8
         for (int i = 0; i < vectors * blocks; ++i) {
-            float* const o = to.o + r * to.stride + at + i * width;
+            float* const to = o + r * o_stride + i * width;
             vf sum = value_of(sums[r][i]);
-            if constexpr (is_whole<S>) sum = sum * splat(to.step[r]);
-            store(o, fma(load(o), factor, sum));
+            if constexpr (is_whole<S>) sum = sum * splat(steps[r]);
+            store(to, fma(load(to), factor, sum));
         }
     }
 }
@@ -244,19 +246,35 @@ __attribute__((noinline)) void multiply_values(const uint8_t* const* values, int
 template <class S, int rows>
 constexpr int blocks_of = width == 16 && rows < 8 ? (rows == 4 ? 2 : 4) * block / block_of<S> : 1;
 
-// The same for all dv columns.
+// Adds Σ_key p(h, r)[key] v_key,h to the results of `heads` heads, whose values are next_head bytes apart, `rows` rows
+// of words and `count` keys. All heads of `together` keys come before the next keys.
 template <class S, int rows>
-METATE_FN void multiply_all_values(const uint8_t* const* values, int64_t offset, int64_t count, const float* p,
-                                   int64_t stride, int64_t dv, const Result& to, Prefetch& ahead) {
+__attribute__((noinline)) void multiply_values(const Lines& values, int64_t next_head, int64_t heads, int64_t count,
+                                               int64_t together, const float* p, int64_t p_head, int64_t dv,
+                                               const Result& to, Prefetch& shared) {
     constexpr int blocks = blocks_of<S, rows>, columns = block_of<S>;
-    int64_t at = 0;
-    for (; at + blocks * columns <= dv; at += blocks * columns) {
-        multiply_values<S, rows, blocks, true>(values, offset, count, p, stride, at, blocks * columns, to, ahead);
+    Prefetch ahead = shared;
+    for (int64_t first = 0; first < count; first += together) {
+        const int64_t keys = smaller(count - first, together);
+        for (int64_t h = 0; h < heads; ++h) {
+            const uint8_t* const* v = values.at + first;
+            const int64_t offset = values.offset + h * next_head;
+            const float *x = p + h * p_head + first / elements_of_word<S>, *step = to.step + h * to.pitch;
+            const float* factor = first ? as_it_is : to.factor + h * to.pitch;
+            float* const o = to.o + h * to.head;
+            int64_t at = 0;
+            for (; at + blocks * columns <= dv; at += blocks * columns)
+                multiply_columns<S, rows, blocks, true>(v, offset + bytes_before<S>(at), keys, x, blocks * columns,
+                                                        o + at, to.row, factor, step, ahead);
+            for (; blocks > 1 && at + columns <= dv; at += columns)
+                multiply_columns<S, rows, 1, true>(v, offset + bytes_before<S>(at), keys, x, columns, o + at, to.row,
+                                                   factor, step, ahead);
+            if (at < dv)
+                multiply_columns<S, rows, 1, false>(v, offset + bytes_before<S>(at), keys, x, dv - at, o + at, to.row,
+                                                    factor, step, ahead);
+        }
     }
-    for (; blocks > 1 && at + columns <= dv; at += columns) {
-        multiply_values<S, rows, 1, true>(values, offset, count, p, stride, at, columns, to, ahead);
-    }
-    if (at < dv) multiply_values<S, rows, 1, false>(values, offset, count, p, stride, at, dv - at, to, ahead);
+    shared = ahead;
 }
 
 // Calls run<n>(r) for tiles of n = 8, where there are registers for them, 4, 2 or 1 rows from r on; rows are readable

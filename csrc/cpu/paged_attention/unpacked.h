@@ -6,13 +6,6 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// Keys of a tile whose values are read head after head before those of the next keys: as many as are near each other,
-// unless several tiles of rows read them anyway.
-template <class S>
-int64_t keys_together(const Shape& s, const Piece& piece) {
-    return piece.rows <= 4 && piece.heads * bytes_before<S>(s.dv) > piece_bytes / 2 ? tile_keys / 2 : tile_keys;
-}
-
 // How often the products of the keys of a tile, or of its values, ask for lines that will be read.
 template <class S>
 int64_t steps_of(const Shape& s, const Piece& piece, const Tile& tile, bool values) {

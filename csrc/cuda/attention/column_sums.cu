@@ -1,6 +1,6 @@
-// Column sums of the probabilities. One kernel finds the softmax of 64 rows at a time, from the same logits: where they
-// are large, an lse would have been rounded too much. In the other a block keeps 64 keys of one query head and walks
-// over the queries that see them.
+// Column sums of the probabilities, in two passes of one kernel. In the first a block finds the softmax of 64 rows,
+// from the same logits: where they are large, an lse would have been rounded too much. In the second it keeps 64 keys
+// of one query head and walks over the queries that see them.
 #include <math.h>
 
 #include "chunked.h"
@@ -15,13 +15,11 @@ struct ColumnSums {
     View<3> largest, share;  // probability = 2^(logit - largest) · share, with binary logits
     View<3> sums;
     int tiles;
-    bool vector_q, vector_k;
+    bool vector_q, vector_k, first_pass;
 };
 
 template <typename T>
-METATE_KERNEL(chunk_threads, 2)
-row_softmax_kernel(METATE_PARAMETER(ColumnSums, f)) {
-    METATE_SHARED(unsigned char, shared);
+METATE_DEVICE void find_softmax(const ColumnSums& f, unsigned char* shared) {
     const Problem& p = f.problem;
     const Place place = locate(p, false, 64, f.tiles, p.heads, p.right >= 0);
     const Sequence& sequence = place.sequence;
@@ -59,9 +57,7 @@ row_softmax_kernel(METATE_PARAMETER(ColumnSums, f)) {
 }
 
 template <typename T>
-METATE_KERNEL(chunk_threads, 2)
-column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
-    METATE_SHARED(unsigned char, shared);
+METATE_DEVICE void add_columns(const ColumnSums& f, unsigned char* shared) {
     const Problem& p = f.problem;
     const Place place = locate(p, true, 64, f.tiles, p.heads, false);
     const Sequence& sequence = place.sequence;
@@ -112,6 +108,13 @@ column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
     cp_async_wait<0>();
 }
 
+template <typename T>
+METATE_KERNEL(chunk_threads, 2)
+column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
+    METATE_SHARED(unsigned char, shared);
+    f.first_pass ? find_softmax<T>(f, shared) : add_columns<T>(f, shared);
+}
+
 }  // namespace
 }  // namespace metate::cuda::flash
 
@@ -128,16 +131,20 @@ void attention_column_sums(const AttentionColumnSums& a, const Device& device) {
         scratch + bytes, DType::f32, {p.a.q.size[0], heads, p.queries}, {heads * p.queries, p.queries, 1}};
     View<3> share = largest;
     share.data = static_cast<float*>(largest.data) + rows;
-    ColumnSums sums{
-        p, largest, share, a.sums, slots_of(p, false, 64), moves_vectors(a.problem.q), moves_vectors(a.problem.k)};
-    for_dtype(a.problem.q.dtype, [&]<typename T>() {
-        const auto start = [&](const auto& kernel) {
-            launch(kernel, {grid_of(p, sums.tiles, heads)}, chunk_threads, chunked_shared_bytes, device.stream, sums);
-        };
-        start(row_softmax_kernel<T>);
-        sums.tiles = slots_of(p, true, 64);
-        start(column_sums_kernel<T>);
-    });
+    for (const bool first : {true, false}) {
+        const ColumnSums f{p,
+                           largest,
+                           share,
+                           a.sums,
+                           slots_of(p, !first, 64),
+                           moves_vectors(a.problem.q),
+                           moves_vectors(a.problem.k),
+                           first};
+        for_dtype(a.problem.q.dtype, [&]<typename T>() {
+            launch(column_sums_kernel<T>, {grid_of(p, f.tiles, heads)}, chunk_threads, chunked_shared_bytes,
+                   device.stream, f);
+        });
+    }
 }
 
 }  // namespace metate::cuda

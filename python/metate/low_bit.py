@@ -232,7 +232,7 @@ def reading_rows(**refuses: Callable[..., str | None]) -> dict[str, Callable[...
     def refusal(backend: str) -> Callable[..., str | None]:
         def refuse(x: Tensor, codes: Tensor, *rest: Any) -> str | None:
             if codes.dtype == TILES:
-                return "codes in tiles, which a CPU reads: QuantizedWeight.in_rows has them as rows of bytes"
+                return "codes in tiles: in rows (QuantizedWeight.in_rows)"
             return refuses[backend](x, codes, *rest) if backend in refuses else None
 
         return refuse

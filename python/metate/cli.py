@@ -485,10 +485,12 @@ def _operator_lines(op: Op) -> list[str]:
 
 
 def _support(op: Op, backend: str, dtype: torch.dtype) -> str:
-    """Whether a backend takes the declared cases at a dtype, or its refusals."""
-    examples = [op.example(case, dtype) for case in op.domain.cases]
-    refusals = dict.fromkeys(reason for args in examples if (reason := op.refusal(backend, args)))
-    return "; ".join(refusals) or "✓"
+    """Whether a backend takes the declared cases at a dtype, and its refusals."""
+    answers = dict.fromkeys(op.refusal(backend, op.example(case, dtype)) for case in op.domain.cases)
+    refusals = "; ".join(reason for reason in answers if reason)
+    if not refusals:
+        return "✓"
+    return f"✓, but not {refusals}" if None in answers else refusals
 
 
 if __name__ == "__main__":

@@ -117,8 +117,8 @@ template <int spread, int rows, class T, class Word>
 METATE_FN void multiply_region(const Region<T>& region, const Word* x, int64_t pitch, vf (&sum)[rows]) {
     constexpr int64_t unit = width * elements_of<Word>, squares = depth / width;
     constexpr int64_t line = 64 / sizeof(T), lines = depth * elements_of<Word> / line;  // of a chain
-    constexpr int64_t fetches = width * lines / squares, every = width / fetches;
-    static_assert(fetches * squares == width * lines && fetches * every == width);
+    constexpr int64_t every = squares / lines;                                          // products to a line
+    static_assert(every * lines == squares);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) sum[r] = splat(0.0f);
     for (int64_t i = 0; i < squares; ++i, x += width * spread) {
@@ -130,8 +130,8 @@ METATE_FN void multiply_region(const Region<T>& region, const Word* x, int64_t p
 #pragma GCC unroll 16
         for (int j = 0; j < width; ++j) {
             // One at a time: a burst of them would hold up the loads behind it.
-            const int64_t number = i * fetches + j / every;
-            if (j % every == 0) __builtin_prefetch(region.next + region.at[number / lines] + number % lines * line);
+            const int64_t step = i * width + j, number = step / every;
+            if (step % every == 0) __builtin_prefetch(region.next + region.at[number / lines] + number % lines * line);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const float* const words = reinterpret_cast<const float*>(x + r * pitch + j * spread);

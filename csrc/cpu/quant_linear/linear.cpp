@@ -412,6 +412,7 @@ void compute_tiles(const Problem& p, const Workspace& at, int64_t first, int64_t
     const vi pairs = p.pairs ? table_of(p) : splat(0);
     const int halves = p.in_digits() && !w.in_tiles() ? 2 : halves_beside(p.x.rows);
     const bool is_stream = w.in_tiles() && halves * width == rows_of_tile;  // read from end to end
+    const int64_t step = w.in_tiles() || halves > 1 ? span : span / 2;  // codes of few rows do not wait for many
     Ahead ahead(codes_at(w, first, 0), codes_at(w, last, 0), after);
     for (int64_t row = first, next = 0; row < last; row = next) {
         next = row + halves * width;
@@ -429,8 +430,10 @@ void compute_tiles(const Problem& p, const Workspace& at, int64_t first, int64_t
             const int64_t end = smaller(k + span, p.blocks);
             for (; halves == 1 && r * p.blocks < width * end; ++r) levels.fetch(r);
             load_window(p, at, 0, row - v * width, k, end, halves == 2 ? 3 : 1 << v);
-            enter_blocks(tile, p, k, end, at.first_group[0]);
-            multiply_tiles(p, at, tile, row, k, halves, pairs, ahead);
+            for (int64_t i = k; i < end; i += step) {
+                enter_blocks(tile, p, i, smaller(i + step, end), at.first_group[0]);
+                multiply_tiles(p, at, tile, row, i, halves, pairs, ahead);
+            }
             end_span(at, p.x.rows * panel);
         }
         if (next % panel == 0 || next >= last) finish<T>(p, at, row / panel, 1, 0, p.x.rows);

@@ -58,6 +58,7 @@ def test_bits_do_not_depend_on_batch_neighbours(op, device, backend):
             or case.get("dropout_p")
             or case.get("alibi") == 2
             or "lengths" in case
+            or (case.get("tiles") and axis == "N")  # of whose rows 16 stand together
             or any(name.startswith("need_d") for name in op.parameters)
             or op.writes
         ):

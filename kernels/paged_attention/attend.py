@@ -235,8 +235,8 @@ def merge_kernel(out, lse, peaks, shares, partial_acc, partial_total, partial_pe
         peak = tl.full((1,), -float("inf"), tl.float32)
         for s0 in range(0, splits, BLOCK_S):
             entry = (entries + (s0 + at).to(tl.int64) * span[4] * group) * kv_heads + span[2]
-            peaks = tl.load(partial_peak + entry, mask=s0 + at < splits, other=-float("inf"))
-            peak = tl.maximum(peak, tl.max(peaks, 0))
+            tops = tl.load(partial_peak + entry, mask=s0 + at < splits, other=-float("inf"))
+            peak = tl.maximum(peak, tl.max(tops, 0))
         base = tl.where(peak == -float("inf"), 0.0, peak)
         acc = tl.zeros((1, BLOCK_V), tl.float32)
         total = tl.zeros((1,), tl.float32)

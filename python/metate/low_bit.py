@@ -77,6 +77,11 @@ def rows_of(codes: Tensor) -> Tensor:
     return tiles.reshape(codes.shape).contiguous().view(torch.uint8)
 
 
+def are_tiles(codes: Any) -> bool:
+    """Whether codes, or what DTensor's rules see of them, are in tiles."""
+    return bool(getattr(codes, "tensor_meta", codes).dtype == TILES)
+
+
 TILES_NEED = "uint8; int32 is for 4 bits, 16 · n rows, 32 · n columns and groups of 32 · n or whole rows"
 
 

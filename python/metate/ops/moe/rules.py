@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
-from metate.low_bit import TILES, level_gradients, validate_weight
+from metate.low_bit import are_tiles, level_gradients, validate_weight
 from metate.op import REGISTRY, Op, loop_vmap
 
 Args = tuple[Any, ...]
@@ -438,7 +438,7 @@ def shard_low_bit(**arguments: int) -> Callable[[Op, Args], Splits]:
     """The same of low-bit weights; tiles are not cut."""
 
     def shard(op: Op, args: Args) -> Splits:
-        return shard_nothing(op, args) if args[1].dtype == TILES else shard_columns(**arguments)(op, args)
+        return shard_nothing(op, args) if are_tiles(args[1]) else shard_columns(**arguments)(op, args)
 
     return shard
 

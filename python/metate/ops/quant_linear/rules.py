@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metate.errors import fail
-from metate.low_bit import TILES, level_gradients, validate_weight
+from metate.low_bit import are_tiles, level_gradients, validate_weight
 from metate.op import Op, loop_vmap
 
 Args = tuple[Any, ...]
@@ -143,7 +143,7 @@ BY_ROWS = ("codes", "scales", "super_scales", "zeros", "offsets", "super_offsets
 def shard_linear(op: Op, args: Args) -> Splits:
     """Over the rows of x, or over those of W; tiles are not cut."""
     named = dict(zip(op.parameters, args, strict=False))
-    if named["codes"].dtype == TILES:
+    if are_tiles(named["codes"]):
         return [({"out": 0}, {"x": 0})]
     return [({"out": 0}, {"x": 0}), ({"out": 1}, {name: 0 for name in BY_ROWS if named[name] is not None})]
 
@@ -155,7 +155,7 @@ def refuse_vmap(op: Op, info: Any, in_dims: Args, args: Args) -> Any:
 def shard_dequantize(op: Op, args: Args) -> Splits:
     """Over the rows of W; tiles are not cut."""
     named = dict(zip(op.parameters, args, strict=False))
-    if named["codes"].dtype == TILES:
+    if are_tiles(named["codes"]):
         return []
     return [({}, {name: 0 for name in ("out", *BY_ROWS[:-1]) if named[name] is not None})]
 

@@ -236,6 +236,7 @@ def test_compiles_without_a_gpu(capability, everything, tmp_path):
         "delta_kernel",
         "keys_kernel",
         "queries_kernel",
+        "rows_kernel",
         "columns_kernel",
         "merge_kernel",
         "attend_kernel",

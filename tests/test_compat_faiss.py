@@ -644,6 +644,35 @@ def test_installed_under_its_name():
         compat.uninstall("faiss")
 
 
+def test_vectors_by_themselves_are_tensors_once_torch_utils_is_imported(monkeypatch):
+    index, lists = faiss.IndexFlatL2(D), faiss.index_factory(D, "IVF3,PQ2x4")
+    lists.train(X)
+    lists.make_direct_map()
+    mapped, refined = faiss.IndexIDMap2(faiss.IndexFlatL2(D)), faiss.IndexRefineFlat(faiss.IndexFlatL2(D))
+    indexes = index, lists, mapped, refined
+    for one in (index, lists, refined):
+        one.add(X)
+    mapped.add_with_ids(X, np.arange(len(X)))
+    before = [(one.reconstruct(3), one.reconstruct_n(0, 5)) for one in indexes]
+    assert all(isinstance(array, np.ndarray) for pair in before for array in pair)
+    monkeypatch.setattr(faiss.Index, "by_themselves", staticmethod(faiss.Index.by_themselves))  # restored at the end
+    compat.install("faiss", force=True)
+    try:
+        assert isinstance(index.reconstruct(3), np.ndarray), "installing alone changes nothing"
+        importlib.import_module("faiss.contrib.torch_utils")
+    finally:
+        compat.uninstall("faiss")
+    for one, (row, rows) in zip(indexes, before, strict=True):
+        for found, expected in ((one.reconstruct(3), row), (one.reconstruct_n(0, 5), rows)):
+            assert isinstance(found, torch.Tensor) and np.array_equal(found.numpy(), expected)
+        for room in (np.empty(D, np.float32), torch.empty(D)):
+            assert one.reconstruct(3, room) is room and np.array_equal(np.asarray(room), row)
+        for room in (np.empty((5, D), np.float32), torch.empty(5, D)):
+            assert one.reconstruct_n(0, 5, room) is room and np.array_equal(np.asarray(room), rows)
+        assert isinstance(one.reconstruct_batch(np.arange(5)), np.ndarray), "its ids say the kind"
+        assert isinstance(one.compute_residual(X[0], 3), np.ndarray)
+
+
 def test_indexes_are_written_to_memory_and_functions():
     index = faiss.index_factory(D, "IVF3,PQ2x4")
     index.train(X)

@@ -24,6 +24,7 @@ __all__ = ["install", "uninstall"]
 
 # What `install` knows: name to import -> name of its distribution.
 PACKAGES = {"flash_attn": "flash-attn", "bitsandbytes": "bitsandbytes", "faiss": "faiss-cpu"}
+_CHOSEN = {"metate.compat.faiss.contrib.torch_utils"}  # modules whose import changes something: their users import them
 _installed: dict[str, _Alias] = {}
 
 
@@ -84,7 +85,8 @@ class _Alias(importlib.metadata.DistributionFinder):
         self.name, self.distribution = name, distribution
         source = f"{__name__}.{name}"
         package = importlib.import_module(source)
-        names = [source, *(info.name for info in pkgutil.walk_packages(package.__path__, source + "."))]
+        within = {info.name for info in pkgutil.walk_packages(package.__path__, source + ".")}
+        names = [source, *sorted(within - _CHOSEN)]
         modules = {name + inner.removeprefix(source): importlib.import_module(inner) for inner in names}
         self.before = {key: sys.modules.pop(key) for key in list(sys.modules) if _within(key, name)}
         sys.modules.update(modules)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from metate.compat.faiss.distances import METRIC_L2, between, metric_name
@@ -19,6 +20,8 @@ MOST = float(np.finfo(np.float32).max)  # the distance of what is not there
 
 class Index(Owned):
     """What all indexes have; subclasses give `_search` and `_range` over arrays."""
+
+    by_themselves: Callable[[Any], Any] = staticmethod(as_array)  # vectors that no argument says the kind of
 
     def __init__(self, d: int, metric: int = METRIC_L2) -> None:
         self.d, self.metric_type, self.metric_arg = int(d), int(metric), 0.0
@@ -50,10 +53,10 @@ class Index(Owned):
     def reset(self) -> None:
         raise NotImplementedError
 
-    def reconstruct_batch(self, keys: Any) -> Any:
+    def reconstruct_batch(self, keys: Any, x: Any = None) -> Any:
         """The vectors of ids; of an index of lists once it has a direct map."""
         self._may_reconstruct()
-        return self._vectors_of(keys)
+        return given((self._vectors_of(keys), x))[0]
 
     def _may_reconstruct(self) -> None:
         """Raises where ids alone do not lead to vectors, as faiss has it."""
@@ -118,13 +121,13 @@ class Index(Owned):
         return distances, ids, given((like(x, found), R))[0]
 
     def reconstruct(self, key: int, x: Any = None) -> Any:
-        return given((self.reconstruct_batch(np.array([key], np.int64))[0], x))[0]
+        return given((self.by_themselves(self.reconstruct_batch(np.array([key], np.int64))[0]), x))[0]
 
     def reconstruct_n(self, n0: int = 0, ni: int = -1, x: Any = None) -> Any:
         count = self.ntotal - n0 if ni == -1 else ni
         if n0 < 0 or count < 0 or n0 + count > self.ntotal:
             raise RuntimeError(f"reconstruct_n: {n0} and the next {ni}, expected within {self.ntotal} vectors")
-        return given((self._vectors_of(np.arange(n0, n0 + count)), x))[0]
+        return given((self.by_themselves(self._vectors_of(np.arange(n0, n0 + count))), x))[0]
 
     def sa_encode(self, x: Any, codes: Any = None) -> Any:
         """The bytes of vectors, (n, sa_code_size())."""
@@ -152,7 +155,7 @@ class Index(Owned):
         return DistanceComputer(self)
 
     def compute_residual(self, x: Any, key: int) -> Any:
-        return x - self.reconstruct(int(key))
+        return x - like(x, self.reconstruct_batch(np.array([key], np.int64))[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle and copy.deepcopy: the bytes of its file."""
@@ -190,7 +193,7 @@ def given(*pairs: tuple[Any, Any]) -> tuple[Any, ...]:
         if array is not None:
             if array.shape != found.shape:
                 raise AssertionError(f"results are of shape {found.shape}, expected room for them, not {array.shape}")
-            array[...] = found
+            array[...] = torch.as_tensor(found) if isinstance(array, Tensor) else found
     return tuple(found if array is None else array for found, array in pairs)
 
 

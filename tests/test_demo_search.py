@@ -32,6 +32,20 @@ def test_answers_from_docstrings(tmp_path, capsys, monkeypatch):
     assert plan.plot.exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
+def test_questions_are_typed_at_a_terminal(tmp_path, capsys, monkeypatch):
+    typed = iter(["serialise an object to a JSON document", " "])
+    monkeypatch.setattr(search, "installed_model", lambda: None)
+    monkeypatch.setattr(search, "QUESTIONS", ("decode a document",))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda *_: next(typed))
+    assert search.play(Console(width=80), (), small(tmp_path))
+    shown = capsys.readouterr().out
+    asked = [line for line in shown.splitlines() if line.startswith("your question")]
+    assert len(asked) == 2 and "encoder.JSONEncoder" in shown.partition("your question")[2]
+    table = [line for line in shown.splitlines() if line.startswith(("exact", "PQ", "OPQ", "IVF-PQ"))]
+    assert [line.split()[-4] for line in table] == ["256", "4", "68", "76", "76"], "bytes of a vector, a line each"
+
+
 class SentenceTransformer:
     """Its interface: vectors of 12 dimensions."""
 

@@ -12,11 +12,13 @@ import importlib
 import importlib.util
 import math
 import os
+import sys
 import sysconfig
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -176,11 +178,10 @@ def play(console: Console, questions: tuple[str, ...] = (), plan: Plan | None = 
     exact.add(x)
     rows = [_measured("exact", exact, queries, None, exact)]
     nlist, M = min(plan.nlist, len(entries) // 4), math.gcd(plan.M, dim)
-    size = M * plan.bits // 8
     for name, index in {
-        f"PQ, {size} bytes": PQIndex(dim, M, plan.bits, "cosine"),
-        f"OPQ, {size} bytes, refined": PQIndex(dim, M, plan.bits, "cosine", opq=True, refine="sq8"),
-        f"IVF-PQ, {size} bytes": IVFPQIndex(dim, nlist, M, plan.bits, "cosine", refine="sq8"),
+        "PQ": PQIndex(dim, M, plan.bits, "cosine"),
+        "OPQ, refined": PQIndex(dim, M, plan.bits, "cosine", opq=True, refine="sq8"),
+        "IVF-PQ, refined": IVFPQIndex(dim, nlist, M, plan.bits, "cosine", refine="sq8"),
     }.items():
         with console.status(f"{name}: training and adding"):
             index.train(x, progress=False)
@@ -190,7 +191,7 @@ def play(console: Console, questions: tuple[str, ...] = (), plan: Plan | None = 
             rows.append(_measured(label, index, queries, nprobe, exact))
     _show(console, rows, plan)
     best = exact.search(x[: plan.queries], 1)[0]
-    for question in questions or QUESTIONS:
+    for question in questions or chain(QUESTIONS, _typed(console)):
         _answer(console, question, embed, exact, entries)
     return bool((best > 0.999).all())
 
@@ -214,6 +215,7 @@ class Measured:
     """One way of searching: the share of the ten exact neighbours that it found, and its speed."""
 
     name: str
+    bytes: int  # of a vector
     recall: float
     one: float  # queries a second, one by one
     many: float  # all at once
@@ -230,15 +232,16 @@ def _measured(name: str, index: Index, queries: Floats, nprobe: int | None, exac
     one = len(few) / (time.perf_counter() - began)
     truth = exact.search(queries, 10)[1]
     recall = float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)]))
-    return Measured(name, recall, one, many)
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in index.column_types().values())
+    return Measured(name, size, recall, one, many)
 
 
 def _show(console: Console, rows: list[Measured], plan: Plan) -> None:
     table = Table(box=None, pad_edge=False)
-    for title in ("search", "recall of 10", "queries/s, one by one", "all at once"):
+    for title in ("search", "bytes", "recall of 10", "queries/s", "in a batch"):
         table.add_column(title, justify="left" if title == "search" else "right")
     for row in rows:
-        table.add_row(row.name, f"{row.recall:.3f}", f"{row.one:.0f}", f"{row.many:.0f}")
+        table.add_row(row.name, str(row.bytes), f"{row.recall:.3f}", f"{row.one:.0f}", f"{row.many:.0f}")
     console.print(table)
     console.print(f"on {torch.get_num_threads()} threads", highlight=False)
     if importlib.util.find_spec("matplotlib") is not None:
@@ -257,6 +260,18 @@ def _plot(rows: list[Measured], path: Path) -> None:
     axes.set(xlabel="recall of the 10 exact neighbours", ylabel="queries a second", yscale="log")
     axes.margins(x=0.25, y=0.15)
     figure.savefig(path, dpi=120)
+
+
+def _typed(console: Console) -> Iterator[str]:
+    """Questions from a terminal, until an empty one."""
+    while sys.stdin.isatty():
+        try:
+            question = console.input("\nyour question (nothing ends): ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not question:
+            return
+        yield question
 
 
 def _answer(console: Console, question: str, embed: Embed, index: Index, entries: list[Entry]) -> None:

@@ -164,7 +164,8 @@ def test_continuous_batching_generates_the_tokens_of_eager(name):
     prompts = [torch.randint(2, 90, (length,)).tolist() for length in (5, 3, 20)]
     greedy = hf.GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=96, pad_token_id=0)
     want = [eager.generate(torch.tensor([p]), generation_config=greedy)[0, len(p) :].tolist() for p in prompts]
-    batch = metate.generate_batch(inputs=prompts, generation_config=greedy)
+    room = hf.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)  # else most of this machine's memory
+    batch = metate.generate_batch(inputs=prompts, generation_config=greedy, continuous_batching_config=room)
     assert metate.config._attn_implementation == "metate"
     assert [batch[f"req_{i}"].generated_tokens for i in range(3)] == want
 
@@ -368,3 +369,10 @@ def test_a_causal_mask_of_several_queries_is_written_out():
     want = metate.attention(*(q.transpose(1, 2),) * 3, causal=True)
     assert torch.equal(route._attention(layer, q, q, q, mask)[0], want)
     assert route._mask(2, 1, 7, 6) is None
+
+
+def test_a_missing_transformers_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for call in (route.enable, route.enable_quantised):
+        with pytest.raises(ModuleNotFoundError, match=rf"{call.__name__}: transformers is not installed; `pip install"):
+            call()

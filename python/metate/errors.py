@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Collection
 
@@ -18,6 +19,12 @@ class FormatError(ValueError):
 def fail(op: str, argument: str, got: object, expected: str, *, error: type[Exception] = ValueError) -> Exception:
     """The exception to raise: `metate.attention: q is float8, expected float32, bfloat16 or float16`."""
     return error(f"metate.{op}: {argument} is {got}, expected {expected}")
+
+
+def require_package(route: str, name: str, wanted: str) -> None:
+    """ModuleNotFoundError where a package that a part of metate reaches into is missing; `wanted` as pip takes it."""
+    if importlib.util.find_spec(name) is None:
+        raise ModuleNotFoundError(f"metate.{route}: {name} is not installed; `pip install '{wanted}'`")
 
 
 def require_dense(op: str, argument: str, x: object, expected: str = "a torch.Tensor") -> None:

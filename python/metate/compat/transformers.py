@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from metate.compat import experts
 from metate.compat.experts import quantize_experts, use_experts
-from metate.errors import fail
+from metate.errors import fail, require_package
 from metate.generate import Batch, CacheLayout
 from metate.masks import AttentionMask
 from metate.ops.attention import attention, attention_varlen
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _NAME = "metate"
+_PACKAGE = "transformers", "transformers>=5"
 _FAR = 2**30  # beyond any position
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 _UNSERVED = ("indices", "block_indices", "sinks")  # arguments of some models that change the result
@@ -52,7 +53,11 @@ def enable() -> None:
     model that does not ask for them. A model whose code computes attention by itself (Bloom, Falcon) is then refused.
 
     Continuous batching (`model.generate_batch`) takes the attention too.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
     """
+    require_package("compat.transformers.enable", *_PACKAGE)
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     experts.register()
@@ -134,7 +139,11 @@ def enable_quantised() -> None:
     those of Llama, Mistral, Mixtral (with config=), Qwen 2 and 3 (with experts too), Gemma 2 and 3 are read, embeddings
     and experts dequantised. A BitsAndBytesConfig given for a dense checkpoint quantises it. A model so loaded keeps its
     layers when this is disabled; `save_pretrained` refuses it, `metate.quant.save_quantized` writes it.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
     """
+    require_package("compat.transformers.enable_quantised", *_PACKAGE)
     from metate.compat import quantised_loading
 
     quantised_loading.enable()

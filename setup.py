@@ -63,13 +63,25 @@ def available_gigabytes() -> float:
     for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
         if line.startswith("MemAvailable:"):
             limits.append(int(line.split()[1]) * 1024)
-    for folder in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
+    for folder in control_groups():
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             try:
-                limits.append(int(Path(folder, limit).read_text()) - int(Path(folder, usage).read_text()))
+                limits.append(int((folder / limit).read_text()) - int((folder / usage).read_text()))
             except (OSError, ValueError):
                 continue  # no such control group, or no limit
     return min(limits, default=4 << 30) / 2**30
+
+
+def control_groups() -> set[Path]:
+    """Where limits of this process' memory may stand: its own group and those around it; in a container the root."""
+    roots = {"": Path("/sys/fs/cgroup"), "memory": Path("/sys/fs/cgroup/memory")}
+    folders, own = set(roots.values()), Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        for name in roots.keys() & controllers.split(","):
+            folder = roots[name] / path.lstrip("/")
+            folders |= {folder, *(parent for parent in folder.parents if parent.is_relative_to(roots[name]))}
+    return folders
 
 
 def jobs() -> int:

@@ -15,8 +15,8 @@ JOBS ?= $(shell nproc)
 NVCC := $(firstword $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test long bench lint format native sanitize sanitize-emulator clean install gpu gpu-build gpu-record \
-  gpu-python gpu-test gpu-test-cuda gpu-test-triton gpu-test-rest gpu-sanitize gpu-bench
+.PHONY: demo test soak suite long bench lint format programs native sanitize sanitize-emulator clean install gpu gpu-build \
+  gpu-record gpu-python gpu-test gpu-test-cuda gpu-test-triton gpu-test-rest gpu-sanitize gpu-bench
 .DELETE_ON_ERROR:
 
 # Environments.
@@ -54,9 +54,11 @@ build/sanitize/CMakeCache.txt: $(VENV)/requirements
 	  -DMETATE_ARCHS= -DMETATE_SANITIZE=address$(comma)undefined
 
 # Beside the kernels that the installation built, of which they are made.
-native: install
+programs: install
 	$(BIN)/cmake -S . -B build/kernels -DMETATE_TESTS=ON -DMETATE_TORCH="$$($(TORCH))"
 	$(BIN)/cmake --build build/kernels -j$(JOBS)
+
+native: programs
 	$(BIN)/ctest --test-dir build/kernels --output-on-failure -j$(JOBS)
 
 sanitize: build/sanitize/CMakeCache.txt
@@ -68,22 +70,23 @@ sanitize-emulator: build/sanitize/CMakeCache.txt
 	$(BIN)/cmake --build build/sanitize -j$(JOBS) --target emulator_tests
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j$(JOBS) -R "^(cuda|emulator)"
 
-# The instruction sets of this machine but the best, which all else runs on.
-LESSER_ISAS := $(BIN)/python -c "from metate import library; print(*library.isas()[:0:-1])"
+# 32 threads in an index under ThreadSanitizer for two minutes, with what the others leave of the processors.
+test: programs
+	$(MAKE) --no-print-directory -j2 soak suite
 
-# Two minutes of 32 threads in an index, natively and from Python, beside the other tests.
-test long: export METATE_TEST_SOAK = 120
+soak:
+	METATE_TEST_SOAK=120 nice -n 19 $(BIN)/ctest --test-dir build/kernels --output-on-failure -R "^threads"
 
-test: install native sanitize-emulator
-	isas=$$($(LESSER_ISAS)) || exit; for isa in $$isas; do \
-	  METATE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_ops.py -k "parity and cpu-cpu" || exit; \
-	done
-	$(BIN)/python -m pytest -q -n 2 --durations=25 tests
+suite:
+	$(BIN)/ctest --test-dir build/kernels --output-on-failure -j$(JOBS) -E "^threads"
+	$(MAKE) --no-print-directory sanitize-emulator
+	METATE_TEST_SOAK=30 $(BIN)/python -m pytest -q -n 2 --durations=25 tests
 
 # The same with far more random configurations, reruns and malformed calls, a line a test as it ends. A draw takes from
 # a millisecond to seconds, by operator and backend, so these have a time instead of a number: at most FUZZ_SECONDS each
 # (about 130 of them, two at a time: two hours on 2 cores), or 20,000 draws; all else comes on top.
 FUZZ_SECONDS ?= 120
+long: export METATE_TEST_SOAK = 120
 long: install native sanitize
 	METATE_TEST_FUZZ=20000 METATE_TEST_SECONDS=$(FUZZ_SECONDS) METATE_TEST_RERUNS=10000 METATE_TEST_MALFORMED=1000000 \
 	  METATE_TEST_BLOCKS=10000000 $(BIN)/python -m pytest -v -n 2 --durations=50 tests

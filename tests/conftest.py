@@ -48,7 +48,7 @@ SIMULATED = {("cpu", "triton"), ("cpu", "cuda")}  # an interpreter or an emulato
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first: one that begins last keeps a single processor busy."""
-    first = "test_compiles_without_a_gpu", "test_threads_search_add_and_remove"
+    first = "test_compiles_without_a_gpu", "test_threads_search_add_and_remove", "test_parity_of_lesser"
     items.sort(key=lambda item: not item.name.startswith(first))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -40,6 +42,16 @@ def test_parity(op, device, backend, dtype):
     if not ran:
         assert op.refusal(backend, op.example(op.domain.cases[0], dtype, device)), "no case reaches this backend"
         pytest.skip(f"{backend} refuses {dtype}")
+
+
+@pytest.mark.parametrize("isa", library.isas()[1:])
+def test_parity_of_lesser_instruction_sets(isa):
+    """All that test_parity calls of the CPU's kernels, once more; a process reads METATE_ISA once."""
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**alone, "METATE_ISA": isa, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "metate.cli", "verify", "--backend", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "none wrong" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("op,device,backend", BACKENDS)

@@ -118,6 +118,12 @@ def test_no_flag_ties_the_build_to_its_machine():
                 assert not re.search(r"-march=native|-mtune=native|-ffast-math|-Ofast", code), f"{path}: {line}"
 
 
+def test_cuda_objects_do_not_depend_on_where_cmake_lies(tree):
+    """pip's lies in another folder every time: what names it would be compiled again, for minutes."""
+    commands = re.findall(r"^  COMMAND = (.* -gencode .*)", (OBJECTS.parent / "build.ninja").read_text(), re.MULTILINE)
+    assert not [command for command in commands if "cmake_transform_depfile" in command]
+
+
 @pytest.mark.parametrize("log", PTXAS_LOGS, ids=name_of)
 def test_gpu_kernels_do_not_spill(log):
     """Up to head_dim 128; beyond, a few bytes outside the inner loop are the price of the wider tile."""

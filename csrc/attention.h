@@ -12,6 +12,10 @@
 // A row without a key: out 0, lse -inf (sinks[h] with sinks), gradients 0. A masked key never touches a row, not even
 // with NaN in k or v.
 //
+// The passes behind the forward weigh by exp(s - lse). An lse is a rounded number, and what a large one lost is in
+// every weight: of n equal keys each would get all of the row. So where |lse| > largest_lse(dtype of the results), they
+// find the softmax of the row from its logits, sinks included.
+//
 // Dropout keeps an element when word (j >> 4 & 3) of Philox4x32-10 with key {seed lo, seed hi} and counter
 // {(j >> 6) * 16 + (j & 15), i, b * Hq + h, offset} is >= dropout_threshold, and scales it by 1 / (1 - p).
 // lse and column sums are those of the probabilities before dropout. b, i and j count within the sequence batch, the
@@ -60,20 +64,26 @@ struct AttentionDelta {
     View<3> delta;          // like grad_lse
 };
 
+// For 16-bit results, which are rounded by 2^-9 or 2^-12 themselves, an lse may lose 2^-16, for others 2^-20.
+constexpr double largest_lse(DType results) {
+    return results == DType::bf16 || results == DType::f16 ? 512 : 32;
+}
+
 struct AttentionBackward {
     Attention problem;
     View<4> grad_out;       // like out
     View<3> lse;            // of the forward
+    bool partial;           // lse is over more keys than these, so that it alone tells the weights
     View<3> delta;          // (B, Hq, Sq), like lse: see AttentionDelta
     View<4> dq, dk, dv;     // like q, k, v
     View<4> dbias;          // (B, Hq, Sq, Sk) f32 (f64), stride 0 where the bias is broadcast: sums over it; or absent
     View<2> dalibi_slopes;  // (B, Hq) f32 (f64), or absent
 };
 
-// Column sums of the probabilities: sums[b, h, j] = Σ_i exp(s_ij) / Σ_j' exp(s_ij'), sinks in the denominator. Where
-// logits are large, an lse that is rounded would be felt, and no lse is taken.
+// Column sums of the probabilities: sums[b, h, j] = Σ_i exp(s_ij - lse_i).
 struct AttentionColumnSums {
     Attention problem;  // v unused
+    View<3> lse;        // of the forward
     View<3> sums;       // (B, Hq, Sk), f32 (f64 where q is)
 };
 

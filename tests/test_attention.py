@@ -119,9 +119,9 @@ def test_a_single_key_has_the_whole_probability(name, dtype):
 def test_second_derivatives_take_a_few_queries_at_a_time(case, monkeypatch):
     """They are those that the whole formula gives; nothing of the size of all scores is made."""
     args = list(backward_op.example(CASES[case], torch.float64))
-    leaves = [x.detach().requires_grad_() for x in args[:8] if x is not None]
+    leaves = [x.detach().requires_grad_() for x in args[:9] if x is not None]
     rest = iter(leaves)
-    outs = backward_op(*(next(rest) if x is not None else None for x in args[:8]), *args[8:])
+    outs = backward_op(*(next(rest) if x is not None else None for x in args[:9]), *args[9:])
     weights = [torch.randn(x.shape, dtype=x.dtype) for x in outs]
     sizes = []
     scores = reference._Scores.__init__
@@ -258,6 +258,34 @@ def test_equal_keys_share_a_row_however_large_their_logits(device, backend, scal
     close(out, v.float().mean(1, keepdim=True).expand_as(out), 1e-2)
     close(sums, torch.full_like(sums, 5 / 40), 1e-6)
     close(merged, v[0, :3].float().mean(0)[None, None], 1e-2)
+
+
+@everywhere
+@pytest.mark.parametrize("scale", [1.0, 300.0, 1e9, 1e20])
+def test_equal_keys_share_a_gradient_however_large_their_logits(device, backend, scale):
+    """Each would get all of it where a rounded log-sum-exp has lost among how many."""
+    keys = 40
+    q, v = random(1, 5, 4, 32, device=device), random(1, keys, 2, 16, device=device, seed=1)
+    k = torch.full((1, keys, 2, 32), -7, dtype=q.dtype, device=device)
+    sinks = torch.tensor([1.0, -math.inf, 1.0, 1e3], device=device)
+    grad_out = random(1, 5, 4, 16, device=device, seed=2)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with metate.use(backend):
+        metate.attention(*leaves, scale=scale, sinks=sinks).backward(grad_out)
+    q, k, v, grad_out = (x.double() for x in (q, k, v, grad_out))
+    k, v = (x.repeat_interleave(2, 2) for x in (k, v))
+    logit = scale * (q * k[:, :1]).sum(-1).transpose(1, 2)  # of all keys
+    top = torch.maximum(logit, sinks.double()[None, :, None])
+    p = ((logit - top).exp() / (keys * (logit - top).exp() + (sinks.double()[:, None] - top).exp()))[..., None]
+    dp = torch.einsum("bihd,bjhd->bhij", grad_out, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dk = scale * torch.einsum("bhij,bihd->bjhd", ds, q)
+    dv = torch.einsum("bhij,bihd->bjhd", p.expand_as(dp), grad_out)
+    got = [x.grad.double() for x in leaves]
+    torch.testing.assert_close(got[1], dk.unflatten(2, (2, 2)).sum(3), rtol=0, atol=1e-2 * scale)
+    torch.testing.assert_close(got[2], dv.unflatten(2, (2, 2)).sum(3), rtol=0, atol=1e-2)
+    dq = scale * torch.einsum("bhij,bjhd->bihd", ds, k)  # 0 but for sinks, and for what rounding took of `out`
+    torch.testing.assert_close(got[0], dq, rtol=0, atol=4e-2 * scale)
 
 
 @everywhere

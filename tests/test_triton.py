@@ -103,8 +103,9 @@ def compile_attention(everything: bool) -> None:
     sinks = tensor(heads) if everything else None
     kernels.attention(q, k, k, *terms, sinks, *masks, *scores, *noise, 128, 128)
     kernels.attention_delta(q, q, lse if everything else None)
-    kernels.attention_backward(q, q, k, k, lse, lse, *terms, *masks, *scores, *noise, 128, 128, everything, everything)
-    kernels.attention_column_sums(q, k, *terms, sinks, *masks, *scores, 128, 128)
+    gradients = *terms, sinks, *masks, *scores, *noise, 128, 128, False, everything, everything
+    kernels.attention_backward(q, q, k, k, lse, lse, *gradients)
+    kernels.attention_column_sums(q, k, lse, *terms, sinks, *masks, *scores, 128, 128)
     kernels.merge_attention_states(tensor(3, *q.shape, dtype=dtype), tensor(3, *lse.shape))
 
 
@@ -322,7 +323,8 @@ def forward_and_backward(kernels: Any, dropout_p: float, spoil: int | None = Non
             x[:, spoil] = torch.nan
     out, lse = kernels.attention(q, k, v, None, None, None, *rest)
     delta = (out * grad).sum(-1).transpose(1, 2)
-    return [out, *kernels.attention_backward(grad, q, k, v, lse, delta, None, None, *rest, False, False)[:3]]
+    saved = lse, delta, None, None, None
+    return [out, *kernels.attention_backward(grad, q, k, v, *saved, *rest, False, False, False)[:3]]
 
 
 def test_dropout_does_not_depend_on_the_tile(kernels, monkeypatch):
@@ -353,8 +355,9 @@ def row_by_row(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[list[Tens
         out, lse[..., row] = reference.attention(q[:, row], k[:, seen], v[:, seen], None, *rest)
         delta[..., row] = (out * grad[:, row]).sum(-1).transpose(1, 2)
         gradients = reference.attention_backward(
-            grad[:, row], q[:, row], k[:, seen], v[:, seen], lse[..., row], delta[..., row], *rest, False, False
-        )
+            grad[:, row], q[:, row], k[:, seen], v[:, seen], lse[..., row], delta[..., row], None, *rest,
+            False, False, False,
+        )  # fmt: skip
         for whole, part, at in zip(total, (out, *gradients[:3]), (row, row, seen, seen), strict=True):
             whole[:, at] += part
     return total, lse, delta
@@ -369,7 +372,7 @@ def test_one_element_spoils_what_it_is_multiplied_with(kernels, spoilt):
     expected, lse, delta = row_by_row(*(x.cpu() for x in (q, k, v, grad)))
     out, _ = kernels.attention(q, k, v, None, None, None, *rest)
     saved = (x.to(q.device) for x in (lse, delta))
-    got = [out, *kernels.attention_backward(grad, q, k, v, *saved, None, None, *rest, False, False)[:3]]
+    got = [out, *kernels.attention_backward(grad, q, k, v, *saved, None, None, None, *rest, False, False, False)[:3]]
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         torch.testing.assert_close(
             a.cpu(), b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"

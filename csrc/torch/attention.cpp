@@ -115,10 +115,11 @@ Tensor attention_delta(const Tensor& out, const Tensor& grad_out, const Optional
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse, const Tensor& delta,
-    const Optional& bias, const Optional& alibi_slopes, const Optional& intervals, const Optional& blocks,
-    const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k, double scale, int64_t window_left,
-    int64_t window_right, bool top_left, double softcap, double dropout_p, int64_t seed, int64_t offset,
-    int64_t block_m, int64_t block_n, bool need_dbias, bool need_dalibi_slopes) {
+    const Optional& bias, const Optional& alibi_slopes, const Optional& sinks, const Optional& intervals,
+    const Optional& blocks, const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
+    double scale, int64_t window_left, int64_t window_right, bool top_left, double softcap, double dropout_p,
+    int64_t seed, int64_t offset, int64_t block_m, int64_t block_n, bool partial, bool need_dbias,
+    bool need_dalibi_slopes) {
     need_dbias = need_dbias && bias;
     need_dalibi_slopes = need_dalibi_slopes && alibi_slopes;
     if (need_dalibi_slopes) (void)q.handle();  // the sum below is torch's
@@ -130,10 +131,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const int64_t entries = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
     Tensor dslopes = need_dalibi_slopes ? empty(q, {entries, q.size(2)}, wide(q)) : empty(q, {0}, wide(q));
     AttentionBackward backward{
-        problem(q, k, v, bias, alibi_slopes, {}, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
+        problem(q, k, v, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
                 {scale, window_left, window_right, top_left, softcap, block_m, block_n}, {dropout_p, seed, offset}),
         view<4>(grad_out),
         view<3>(lse),
+        partial,
         view<3>(delta),
         view<4>(dq),
         view<4>(dk),
@@ -150,18 +152,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     return {dq, dk, dv, dbias, dslopes};
 }
 
-Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Optional& bias, const Optional& alibi_slopes,
-                             const Optional& sinks, const Optional& intervals, const Optional& blocks,
-                             const Optional& bits, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
-                             double scale, int64_t window_left, int64_t window_right, bool top_left, double softcap,
-                             int64_t block_m, int64_t block_n) {
+Tensor attention_column_sums(const Tensor& q, const Tensor& k, const Tensor& lse, const Optional& bias,
+                             const Optional& alibi_slopes, const Optional& sinks, const Optional& intervals,
+                             const Optional& blocks, const Optional& bits, const Optional& cu_seqlens_q,
+                             const Optional& cu_seqlens_k, double scale, int64_t window_left, int64_t window_right,
+                             bool top_left, double softcap, int64_t block_m, int64_t block_n) {
     Tensor sums =
         q.dim() == 3 ? empty(q, {q.size(1), k.size(0)}, wide(q)) : empty(q, {q.size(0), q.size(2), k.size(1)}, wide(q));
     METATE_LAUNCH(attention_column_sums, q,
                   AttentionColumnSums{
                       problem(q, k, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
                               {scale, window_left, window_right, top_left, softcap, block_m, block_n}),
-                      view_with<3>(sums, 0)});
+                      view_with<3>(lse, 0), view_with<3>(sums, 0)});
     return sums;
 }
 
@@ -176,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_and_column_sums(
         attention(q, k, v, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
                   window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n);
     return {out, lse,
-            attention_column_sums(q, k, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
-                                  scale, window_left, window_right, top_left, softcap, block_m, block_n)};
+            attention_column_sums(q, k, lse, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q,
+                                  cu_seqlens_k, scale, window_left, window_right, top_left, softcap, block_m, block_n)};
 }
 #endif
 

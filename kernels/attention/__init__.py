@@ -142,6 +142,14 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def _find_softmax(problem: dict[str, Any], lse: Tensor, sinks: Tensor | None, limit: float) -> None:
+    """Adds what the kernels behind the forward weigh by: see `rows_kernel`."""
+    problem["peaks"], problem["rests"] = lse.new_empty(2, *lse.shape, dtype=torch.float32)
+    if lse.numel():
+        rows = {"lse": lse.contiguous(), "limit": limit, "sinks": None if sinks is None else sinks.contiguous()}
+        _launch(rows_kernel, "M", lse.shape[1], problem | rows)
+
+
 def attention_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     batch, tokens, heads, dim = out.shape
     delta = out.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -157,12 +165,14 @@ def attention_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> T
 
 
 def attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = ("grad_out", "q", "k", "v", "lse", "delta", *_TERMS, *_MASKS, *_SCORES, *_DROPOUT, *_BLOCKS)
-    call = _call(arguments, *given, "need_dbias", "need_dalibi_slopes")
+    given = ("grad_out", "q", "k", "v", "lse", "delta", *_TERMS, "sinks", *_MASKS, *_SCORES, *_DROPOUT, *_BLOCKS)
+    call = _call(arguments, *given, "partial", "need_dbias", "need_dalibi_slopes")
     q, k, v, lse = call.q, call.k, call.v, call.lse
     problem = _problem(call) | _value(call)
     problem |= {"grad_out": call.grad_out, "grad_strides": call.grad_out.stride()}
-    problem |= {"lse": lse.contiguous(), "delta": call.delta.contiguous()}
+    problem["delta"] = call.delta.contiguous()
+    coarse = 32.0 if q.dtype == torch.float32 else 512.0
+    _find_softmax(problem, lse, call.sinks, math.inf if call.partial else coarse)
     empty = q.new_zeros if call.cu_seqlens_q is not None else q.new_empty  # tokens of no sequence have gradient 0
     dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
     rows = lse.new_empty(lse.shape, dtype=torch.float32) if call.need_dalibi_slopes else None
@@ -203,16 +213,13 @@ def _slopes_gradient(alibi_slopes: Tensor, rows: Tensor, problem: dict[str, Any]
 
 
 def attention_column_sums(*arguments: Any) -> Tensor:
-    call = _call(arguments, "q", "k", *_TERMS, "sinks", *_MASKS, *_SCORES, *_BLOCKS)
+    call = _call(arguments, "q", "k", "lse", *_TERMS, "sinks", *_MASKS, *_SCORES, *_BLOCKS)
     q, k = call.q, call.k
     empty = torch.empty if call.cu_seqlens_k is None else torch.zeros
     sums = empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32, device=q.device)
     if sums.numel():
-        softmax = sums.new_empty(2, q.shape[0], q.shape[2], q.shape[1])  # of each row its largest logit and its share
-        problem = _problem(call) | {"peaks": softmax[0], "shares": softmax[1], "sums": sums}
-        problem |= {"sinks": None if call.sinks is None else call.sinks.contiguous()}
-        if softmax.numel():
-            _launch(rows_kernel, "M", q.shape[2], problem)
+        problem = _problem(call) | {"sums": sums}
+        _find_softmax(problem, call.lse, call.sinks, 32.0)
         _launch(columns_kernel, "N", q.shape[2], problem)
     return sums
 

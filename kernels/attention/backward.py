@@ -1,5 +1,6 @@
-"""Gradients of attention, recomputed tile by tile from the saved lse: one kernel owns blocks of keys (dk, dv), one
-blocks of queries (dq and the rows of the slopes' gradient). No atomics: every sum has one owner and one order."""
+"""Gradients of attention, recomputed tile by tile from the softmax of every row: one kernel owns blocks of keys (dk,
+dv), one blocks of queries (dq and the rows of the slopes' gradient). No atomics: every sum has one owner and one
+order."""
 
 import triton
 import triton.language as tl
@@ -13,13 +14,14 @@ from .tiles import (
     block_is_live,
     distance,
     edge_is_live,
-    exponential,
     head_of,
     kept,
     load_rows,
+    load_values,
     locate,
     make_span,
     pair,
+    probability,
     row_offset,
     row_products,
     slots,
@@ -30,28 +32,24 @@ from .tiles import (
 
 
 @triton.jit
-def load_lse(lse, m0, span, terms, BLOCK_M: tl.constexpr):
-    """lse in the scores' unit; +inf, which makes every probability 0, for rows without a key and rows past the end."""
-    i = tl.arange(0, BLOCK_M)
-    row = tl.load(lse + row_offset(span) + m0 + i, mask=i < span[4] - m0, other=float("inf")).to(tl.float32)
-    return tl.where(row == -float("inf"), float("inf"), row * terms[4])
+def load_rows_of(states, m0, span, AXIS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(peak, rest, delta) of a block of queries, to broadcast against a tile that has them along AXIS."""
+    peaks, rests, delta = states
+    peak = load_values(peaks, m0, span, 0.0, BLOCK_M)
+    rest = load_values(rests, m0, span, float("inf"), BLOCK_M)
+    delta = load_values(delta, m0, span, 0.0, BLOCK_M)
+    return tl.expand_dims(peak, 1 - AXIS), tl.expand_dims(rest, 1 - AXIS), tl.expand_dims(delta, 1 - AXIS)
 
 
 @triton.jit
-def load_delta(delta, m0, span, BLOCK_M: tl.constexpr):
-    i = tl.arange(0, BLOCK_M)
-    return tl.load(delta + row_offset(span) + m0 + i, mask=i < span[4] - m0, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def score_gradient(s, dp, lse, delta, m0, n0, span, window, terms, noise, dropout_scale, allowed,
+def score_gradient(s, dp, rows, m0, n0, span, window, terms, noise, dropout_scale, allowed,
                    CAP: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                    TRANSPOSED: tl.constexpr):  # fmt: skip
     """From raw products q·k and grad_out·v: the probabilities that met v, the gradient of the scores, and that of the
-    raw products up to `scale`. `lse` and `delta` broadcast against the tile; `allowed` is None where nothing is
-    masked."""
+    raw products up to `scale`. `rows` are of `load_rows_of`; `allowed` is None where nothing is masked."""
     s, bent = bend(s, m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, TRANSPOSED)
-    p = exponential(s - lse, terms)
+    peak, rest, delta = rows
+    p = probability(s, peak, rest, terms)
     used = p
     if DROPOUT:
         keep = kept(m0, n0, span, noise, BLOCK_M, BLOCK_N, TRANSPOSED)
@@ -69,8 +67,8 @@ def score_gradient(s, dp, lse, delta, m0, n0, span, window, terms, noise, dropou
 
 
 @triton.jit
-def keys_tile(dk, dv, q, grad_out, keys, values, lse, delta, q_strides, grad_strides, m0, n0, span, window, terms,
-              noise, dropout_scale, allowed, sound, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
+def keys_tile(dk, dv, q, grad_out, keys, values, states, q_strides, grad_strides, m0, n0, span, window, terms, noise,
+              dropout_scale, allowed, sound, CAP: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
               VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):  # fmt: skip
     """Adds what one tile of queries, or a single query, contributes to dk (without `scale`) and dv. `allowed` is None
@@ -79,20 +77,19 @@ def keys_tile(dk, dv, q, grad_out, keys, values, lse, delta, q_strides, grad_str
     rows = load_rows(q, q_strides, m0, span[4], sound, BLOCK_M, DIM, BLOCK_D, edge)
     grads = load_rows(grad_out, grad_strides, m0, span[4], sound, BLOCK_M, VALUE_DIM, BLOCK_V, edge)
     used, _, raw = score_gradient(
-        row_products(keys, rows), row_products(values, grads),
-        load_lse(lse, m0, span, terms, BLOCK_M)[None, :], load_delta(delta, m0, span, BLOCK_M)[None, :], m0, n0, span,
-        window, terms, noise, dropout_scale, allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, True)  # fmt: skip
+        row_products(keys, rows), row_products(values, grads), load_rows_of(states, m0, span, 1, BLOCK_M), m0, n0,
+        span, window, terms, noise, dropout_scale, allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, True)  # fmt: skip
     return add_product(dk, raw, rows, allowed), add_product(dv, used, grads, allowed)
 
 
 @tuned("keys")
 @triton.jit(do_not_specialize=RUNTIME)
-def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_strides, grad_strides, bias, slopes,
-                intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left,
-                right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo, seed_hi, offset, threshold,
-                dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
-                VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def keys_kernel(q, k, v, grad_out, peaks, rests, delta, dk, dv, q_strides, k_strides, v_strides, grad_strides, bias,
+                slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads,
+                group, left, right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo, seed_hi, offset,
+                threshold, dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
+                DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK_N)
     kv_head = tl.program_id(0) // per_head
     sequence, n0 = locate(tl.program_id(0) % per_head, cu_seqlens_k, sequences, tokens_k, BLOCK_N)
@@ -104,6 +101,7 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
     masks = (intervals, blocks, bits, block_m, block_n)
     terms = (bias, slopes, inner, outer, unit_of(NATURAL))
     noise = (seed_lo, seed_hi, offset, threshold)
+    states = (peaks, rests, delta)
     k = head_of(k, k_strides, batch, first_k, kv_head)
     v = head_of(v, v_strides, batch, first_k, kv_head)
     keys = load_rows(k, k_strides, n0, size_k, None, BLOCK_N, DIM, BLOCK_D, True)
@@ -119,7 +117,7 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
         start, whole_start, whole_stop, stop = queries_of(n0, span, window, masks, BLOCK_M, BLOCK_N)
         for m0 in range(whole_start, whole_stop, BLOCK_M):
             if block_is_live(m0, n0, span, masks):
-                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, lse, delta, q_strides,
+                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, states, q_strides,
                                            grad_strides, m0, n0, span, window, terms, noise, dropout_scale, None, None,
                                            CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M,
                                            BLOCK_N)  # fmt: skip
@@ -132,7 +130,7 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
                 sound = sound_rows(q_head, q_strides, m0, size_q, BLOCK_M, DIM, BLOCK_D)
                 sound &= sound_rows(grad_head, grad_strides, m0, size_q, BLOCK_M, VALUE_DIM, BLOCK_V)
                 unsound |= ~sound
-                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, lse, delta, q_strides,
+                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, keys, values, states, q_strides,
                                            grad_strides, m0, n0, span, window, terms, noise, dropout_scale,
                                            allowed & sound[None, :], sound, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D,
                                            BLOCK_V, BLOCK_M, BLOCK_N)  # fmt: skip
@@ -144,7 +142,7 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
                 same_keys = load_rows(k, k_strides, n0, size_k, None, BLOCK_N, DIM, BLOCK_D, True)
                 same_values = load_rows(v, v_strides, n0, size_k, None, BLOCK_N, VALUE_DIM, BLOCK_V, True)
                 allowed = allowed_pairs(m0, n0, span, window, masks, 1, BLOCK_N, True)
-                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, same_keys, same_values, lse, delta,
+                dk_sum, dv_sum = keys_tile(dk_sum, dv_sum, q_head, grad_head, same_keys, same_values, states,
                                            q_strides, grad_strides, m0, n0, span, window, terms, noise, dropout_scale,
                                            allowed, None, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, 1,
                                            BLOCK_N)  # fmt: skip
@@ -155,7 +153,7 @@ def keys_kernel(q, k, v, grad_out, lse, delta, dk, dv, q_strides, k_strides, v_s
 
 
 @triton.jit
-def queries_tile(dq, slope_rows, q, grads, k, v, lse, delta, k_strides, v_strides, m0, n0, span, window, terms, noise,
+def queries_tile(dq, slope_rows, q, grads, k, v, state, k_strides, v_strides, m0, n0, span, window, terms, noise,
                  dropout_scale, allowed, sound, SLOPES: tl.constexpr, CAP: tl.constexpr, DROPOUT: tl.constexpr,
                  DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -164,8 +162,8 @@ def queries_tile(dq, slope_rows, q, grads, k, v, lse, delta, k_strides, v_stride
     keys = load_rows(k, k_strides, n0, span[6], sound, BLOCK_N, DIM, BLOCK_D, edge)
     values = load_rows(v, v_strides, n0, span[6], None, BLOCK_N, VALUE_DIM, BLOCK_V, edge)
     _, ds, raw = score_gradient(
-        row_products(q, keys), row_products(grads, values), lse[:, None], delta[:, None], m0, n0, span,
-        window, terms, noise, dropout_scale, allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
+        row_products(q, keys), row_products(grads, values), state, m0, n0, span, window, terms, noise, dropout_scale,
+        allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
     dq = add_product(dq, raw, keys, allowed)
     if SLOPES:
         i, j = pair(m0, n0, BLOCK_M, BLOCK_N, False)
@@ -175,12 +173,13 @@ def queries_tile(dq, slope_rows, q, grads, k, v, lse, delta, k_strides, v_stride
 
 @tuned("queries")
 @triton.jit(do_not_specialize=RUNTIME)
-def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_strides, v_strides, grad_strides, bias,
-                   slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads,
-                   group, left, right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo, seed_hi, offset,
-                   threshold, dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
-                   DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                   SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def queries_kernel(q, k, v, grad_out, peaks, rests, delta, dq, dslope_rows, q_strides, k_strides, v_strides,
+                   grad_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, sequences, tokens_q,
+                   tokens_k, heads, group, left, right, bottom_right, block_m, block_n, inner, outer, scale, seed_lo,
+                   seed_hi, offset, threshold, dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr,
+                   DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_V: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr):  # fmt: skip
     per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
     head = tl.program_id(0) // per_head
     sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
@@ -198,8 +197,7 @@ def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_
     grads = load_rows(grad_out, grad_strides, m0, size_q, None, BLOCK_M, VALUE_DIM, BLOCK_V, True)
     k = head_of(k, k_strides, batch, first_k, head // group)
     v = head_of(v, v_strides, batch, first_k, head // group)
-    row_lse = load_lse(lse, m0, span, terms, BLOCK_M)
-    row_delta = load_delta(delta, m0, span, BLOCK_M)
+    state = load_rows_of((peaks, rests, delta), m0, span, 0, BLOCK_M)
 
     SLOPES: tl.constexpr = dslope_rows is not None
     dq_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -207,7 +205,7 @@ def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_
     start, whole_start, whole_stop, stop = keys_of(m0, span, window, masks, BLOCK_M, BLOCK_N)
     for n0 in range(whole_start, whole_stop, BLOCK_N):
         if block_is_live(m0, n0, span, masks):
-            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, rows, grads, k, v, row_lse, row_delta, k_strides,
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, rows, grads, k, v, state, k_strides,
                                               v_strides, m0, n0, span, window, terms, noise, dropout_scale, None,
                                               None, SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
                                               BLOCK_M, BLOCK_N)  # fmt: skip
@@ -219,7 +217,7 @@ def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_
         if edge_is_live(allowed, masks):
             sound = sound_rows(k, k_strides, n0, size_k, BLOCK_N, DIM, BLOCK_D)
             unsound |= ~sound
-            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, rows, grads, k, v, row_lse, row_delta, k_strides,
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, rows, grads, k, v, state, k_strides,
                                               v_strides, m0, n0, span, window, terms, noise, dropout_scale,
                                               allowed & sound[None, :], sound, SLOPES, CAP, DROPOUT, DIM, VALUE_DIM,
                                               BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N)  # fmt: skip
@@ -229,7 +227,7 @@ def queries_kernel(q, k, v, grad_out, lse, delta, dq, dslope_rows, q_strides, k_
             same_rows = load_rows(q, q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
             same_grads = load_rows(grad_out, grad_strides, m0, size_q, None, BLOCK_M, VALUE_DIM, BLOCK_V, True)
             allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, 1, False)
-            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, same_rows, same_grads, k, v, row_lse, row_delta,
+            dq_sum, slope_rows = queries_tile(dq_sum, slope_rows, same_rows, same_grads, k, v, state,
                                               k_strides, v_strides, m0, n0, span, window, terms, noise, dropout_scale,
                                               allowed, None, SLOPES, CAP, DROPOUT, DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
                                               BLOCK_M, 1)  # fmt: skip

@@ -1,17 +1,18 @@
 """Sums over attention's matrices that are never stored: column sums of the probabilities, the gradient of the bias
 over the dimensions it is broadcast along, the gradient of the ALiBi slopes over a sequence.
 
-Column sums take two passes over the same scores: one finds the softmax of every row, for an lse would be rounded, which
-large scores show."""
+Before them and before the gradients one kernel finds the softmax of every row: from its lse, or from the same scores
+where a large lse would show what it was rounded by."""
 
 import triton
 import triton.language as tl
 
 from ..shared import product
-from .backward import load_delta, load_lse, score_gradient
+from .backward import load_rows_of, score_gradient
 from .configs import RUNTIME, tuned
 from .ranges import edge_tile, edge_tiles, keys_of, queries_of
 from .tiles import (
+    LOG2E,
     allowed_pairs,
     bend,
     block_is_live,
@@ -19,8 +20,10 @@ from .tiles import (
     exponential,
     head_of,
     load_rows,
+    load_values,
     locate,
     make_span,
+    probability,
     row_offset,
     row_products,
     slots,
@@ -42,12 +45,12 @@ def rows_tile(total, peak, rows, k, k_strides, m0, n0, span, window, terms, allo
 
 @tuned("columns")
 @triton.jit(do_not_specialize=RUNTIME)
-def rows_kernel(q, k, sinks, peaks, shares, q_strides, k_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q,
-                cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right, block_m,
-                block_n, inner, outer, CAP: tl.constexpr, NATURAL: tl.constexpr, DIM: tl.constexpr,
-                BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_N: tl.constexpr):  # fmt: skip
-    """probability = exp(s - peak) · share: each program owns a block of queries. Tiles lie as in `columns_kernel`."""
+def rows_kernel(q, k, lse, limit, sinks, peaks, rests, q_strides, k_strides, bias, slopes, intervals, blocks, bits,
+                cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right,
+                block_m, block_n, inner, outer, CAP: tl.constexpr, NATURAL: tl.constexpr, DIM: tl.constexpr,
+                BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """probability = exp(s - peak - rest), in the scores' unit: each program owns a block of queries. A peak is 0 where
+    |lse| <= limit, a rest +inf where a row sees no key. Tiles lie as in `columns_kernel`."""
     per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
     head = tl.program_id(0) // per_head
     sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
@@ -58,6 +61,14 @@ def rows_kernel(q, k, sinks, peaks, shares, q_strides, k_strides, bias, slopes, 
     window = ((size_k - size_q) * bottom_right, left, right)
     masks = (intervals, blocks, bits, block_m, block_n)
     terms = (bias, slopes, inner, outer, unit_of(NATURAL))
+    i = m0 + tl.arange(0, BLOCK_M)
+    row_lse = load_values(lse, m0, span, -float("inf"), BLOCK_M)
+    coarse = ~(tl.abs(row_lse) <= limit) & (row_lse != -float("inf"))
+    rest = tl.where(row_lse == -float("inf"), float("inf"), row_lse * terms[4])
+    tl.store(peaks + row_offset(span) + i, tl.zeros((BLOCK_M,), tl.float32), mask=(i < size_q) & ~coarse)
+    tl.store(rests + row_offset(span) + i, rest, mask=(i < size_q) & ~coarse)
+    if tl.max(coarse.to(tl.int32), 0) == 0:
+        return
     q = head_of(q, q_strides, batch, first_q, head)
     k = head_of(k, k_strides, batch, first_k, head // group)
     rows = load_rows(q, q_strides, m0, size_q, None, BLOCK_M, DIM, BLOCK_D, True)
@@ -81,21 +92,18 @@ def rows_kernel(q, k, sinks, peaks, shares, q_strides, k_strides, bias, slopes, 
     total *= exponential(peak - base, terms)
     if sinks is not None:
         total += exponential(tl.load(sinks + head).to(tl.float32) * terms[4] - base, terms)
-    i = m0 + tl.arange(0, BLOCK_M)
-    tl.store(peaks + row_offset(span) + i, base, mask=i < size_q)
-    tl.store(shares + row_offset(span) + i, tl.where(total == 0.0, 0.0, 1.0 / total), mask=i < size_q)
+    rest = tl.where(total == 0.0, float("inf"), tl.log2(total) * (terms[4] / LOG2E))
+    tl.store(peaks + row_offset(span) + i, base, mask=(i < size_q) & coarse)
+    tl.store(rests + row_offset(span) + i, rest, mask=(i < size_q) & coarse)
 
 
 @triton.jit
-def columns_tile(total, q, keys, peaks, shares, q_strides, m0, n0, span, window, terms, allowed, CAP: tl.constexpr,
+def columns_tile(total, q, keys, peaks, rests, q_strides, m0, n0, span, window, terms, allowed, CAP: tl.constexpr,
                  DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     rows = load_rows(q, q_strides, m0, span[4], None, BLOCK_M, DIM, BLOCK_D, allowed is not None)
     s, _ = bend(row_products(keys, rows), m0, n0, span, window, terms, CAP, BLOCK_M, BLOCK_N, True)
-    peak = load_delta(peaks, m0, span, BLOCK_M)
-    share = load_delta(shares, m0, span, BLOCK_M)  # 0 for rows without a key and rows past the end
-    # A tile of another shape may have rounded the largest score another way.
-    ahead = s - peak[None, :]
-    p = exponential(tl.where(ahead > 0.0, 0.0, ahead), terms) * share[None, :]
+    peak = load_values(peaks, m0, span, 0.0, BLOCK_M)[None, :]
+    p = probability(s, peak, load_values(rests, m0, span, float("inf"), BLOCK_M)[None, :], terms)
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)
     return total + tl.sum(p, 1)
@@ -103,7 +111,7 @@ def columns_tile(total, q, keys, peaks, shares, q_strides, m0, n0, span, window,
 
 @tuned("columns")
 @triton.jit(do_not_specialize=RUNTIME)
-def columns_kernel(q, k, peaks, shares, sums, q_strides, k_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q,
+def columns_kernel(q, k, peaks, rests, sums, q_strides, k_strides, bias, slopes, intervals, blocks, bits, cu_seqlens_q,
                    cu_seqlens_k, sequences, tokens_q, tokens_k, heads, group, left, right, bottom_right, block_m,
                    block_n, inner, outer, CAP: tl.constexpr, NATURAL: tl.constexpr, DIM: tl.constexpr,
                    BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -127,13 +135,13 @@ def columns_kernel(q, k, peaks, shares, sums, q_strides, k_strides, bias, slopes
     start, whole_start, whole_stop, stop = queries_of(n0, span, window, masks, BLOCK_M, BLOCK_N)
     for m0 in range(whole_start, whole_stop, BLOCK_M):
         if block_is_live(m0, n0, span, masks):
-            total = columns_tile(total, q, keys, peaks, shares, q_strides, m0, n0, span, window, terms, None, CAP, DIM,
+            total = columns_tile(total, q, keys, peaks, rests, q_strides, m0, n0, span, window, terms, None, CAP, DIM,
                                  BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
     for t in range(edge_tiles(start, whole_start, whole_stop, stop, BLOCK_M)):
         m0 = edge_tile(t, start, whole_start, whole_stop, BLOCK_M)
         allowed = allowed_pairs(m0, n0, span, window, masks, BLOCK_M, BLOCK_N, True)
         if edge_is_live(allowed, masks):
-            total = columns_tile(total, q, keys, peaks, shares, q_strides, m0, n0, span, window, terms, allowed, CAP,
+            total = columns_tile(total, q, keys, peaks, rests, q_strides, m0, n0, span, window, terms, allowed, CAP,
                                  DIM, BLOCK_D, BLOCK_M, BLOCK_N)  # fmt: skip
 
     j = n0 + tl.arange(0, BLOCK_N)
@@ -143,10 +151,10 @@ def columns_kernel(q, k, peaks, shares, sums, q_strides, k_strides, bias, slopes
 
 @tuned("bias")
 @triton.jit(do_not_specialize=[*RUNTIME, "bias_batches", "bias_heads"])
-def bias_kernel(q, k, v, grad_out, lse, delta, dbias, q_strides, k_strides, v_strides, grad_strides, bias, slopes,
-                intervals, blocks, bits, sequences, tokens_q, tokens_k, heads, group, bias_batches, bias_heads, left,
-                right, bottom_right, block_m, block_n, inner, outer, seed_lo, seed_hi, offset, threshold, dropout_scale,
-                CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, ONE_ROW: tl.constexpr,
+def bias_kernel(q, k, v, grad_out, peaks, rests, delta, dbias, q_strides, k_strides, v_strides, grad_strides, bias,
+                slopes, intervals, blocks, bits, sequences, tokens_q, tokens_k, heads, group, bias_batches, bias_heads,
+                left, right, bottom_right, block_m, block_n, inner, outer, seed_lo, seed_hi, offset, threshold,
+                dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, ONE_ROW: tl.constexpr,
                 ONE_COLUMN: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_V: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Each program owns one tile of dbias, of the bias' own shape, and walks over all tiles of scores that share it."""
@@ -180,15 +188,14 @@ def bias_kernel(q, k, v, grad_out, lse, delta, dbias, q_strides, k_strides, v_st
                              BLOCK_D, True)  # fmt: skip
             keys = load_rows(head_of(k, k_strides, batch, first, head // group), k_strides, n0, tokens_k, None, BLOCK_N,
                              DIM, BLOCK_D, True)  # fmt: skip
-            s = product(rows, tl.trans(keys))
             grads = load_rows(head_of(grad_out, grad_strides, batch, first, head), grad_strides, m0, tokens_q, None,
                               BLOCK_M, VALUE_DIM, BLOCK_V, True)  # fmt: skip
             values = load_rows(head_of(v, v_strides, batch, first, head // group), v_strides, n0, tokens_k, None,
                                BLOCK_N, VALUE_DIM, BLOCK_V, True)  # fmt: skip
             _, ds, _ = score_gradient(
-                s, product(grads, tl.trans(values)), load_lse(lse, m0, span, terms, BLOCK_M)[:, None],
-                load_delta(delta, m0, span, BLOCK_M)[:, None], m0, n0, span, window, terms, noise, dropout_scale,
-                allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
+                row_products(rows, keys), product(grads, tl.trans(values)),
+                load_rows_of((peaks, rests, delta), m0, span, 0, BLOCK_M), m0, n0, span, window, terms, noise,
+                dropout_scale, allowed, CAP, DROPOUT, BLOCK_M, BLOCK_N, False)  # fmt: skip
             total += ds
 
     i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -213,5 +220,5 @@ def slopes_kernel(dslope_rows, dslopes, cu_seqlens_q, sequences, tokens_q, heads
     span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_q, tokens_q, tokens_q, heads)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for m0 in range(0, span[4], BLOCK_M):
-        total += load_delta(dslope_rows, m0, span, BLOCK_M)
+        total += load_values(dslope_rows, m0, span, 0.0, BLOCK_M)
     tl.store(dslopes + tl.program_id(0), tl.sum(total, 0))

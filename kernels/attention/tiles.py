@@ -132,6 +132,13 @@ def row_offset(span):
 
 
 @triton.jit
+def load_values(tensor, m0, span, other, BLOCK_M: tl.constexpr):
+    """Of the queries m0 … of a sequence, from a contiguous (batch, head, token) tensor."""
+    i = tl.arange(0, BLOCK_M)
+    return tl.load(tensor + row_offset(span) + m0 + i, mask=i < span[4] - m0, other=other).to(tl.float32)
+
+
+@triton.jit
 def pair(m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Query and key positions of a tile, ready to broadcast against each other."""
     i = m0 + tl.arange(0, BLOCK_M)
@@ -216,6 +223,15 @@ def unit_of(NATURAL: tl.constexpr):
 @triton.jit
 def exponential(x, terms):
     return tl.exp2(x * (LOG2E / terms[4]))
+
+
+@triton.jit
+def probability(s, peak, rest, terms):
+    """exp(s - peak - rest); a peak that is not 0 is the largest score of its row, which another tile's shape may have
+    rounded another way."""
+    ahead = s - peak
+    ahead = tl.where(ahead > tl.where(peak == 0.0, float("inf"), 0.0), 0.0, ahead)
+    return exponential(ahead - rest, terms)
 
 
 @triton.jit

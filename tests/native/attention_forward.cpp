@@ -453,7 +453,7 @@ Result run(const Pass& pass, const Drawn& c, int threads, Layout how) {
     r.lse = make<3>(wide, {c.batch, c.heads, c.queries}, how);
     r.sums = make<3>(wide, {c.batch, c.heads, c.keys}, how);
     pass.attention({c.a, r.out.view, r.lse.view}, workers(threads));
-    pass.column_sums({c.a, r.sums.view}, workers(threads));
+    pass.column_sums({c.a, r.lse.view, r.sums.view}, workers(threads));
     return r;
 }
 

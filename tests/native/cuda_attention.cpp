@@ -362,18 +362,21 @@ void check_forward(Case& c, Random& random, int layout) {
 void check_column_sums(Case& c, Random& random, int layout) {
     const Attention& a = c.a;
     Tensor<3> sums(DType::f32, {a.q.size[0], a.q.size[2], a.k.size[1]}, layout, random);
+    Tensor<3> lse(DType::f32, {a.q.size[0], a.q.size[2], a.q.size[1]}, layout, random);
+    lse.each([&](const int64_t (&at)[3]) { lse.set(at, -infinity); });
     Truth<3> truth(sums.view);
     for (const Span& s : spans(c)) {
         for (int64_t h = 0; h < a.q.size[2]; ++h) {
             for (int64_t i = 0; i < s.queries; ++i) {
                 const Row row = row_of(c, s, h, i);
+                lse.set({s.row, h, s.q0 + i}, row.lse);
                 for (size_t n = 0; n < row.key.size(); ++n) truth({s.row, h, s.k0 + row.key[n]}) += row.probability[n];
             }
         }
     }
     Attention without_v = a;
     without_v.v = {};
-    cuda::attention_column_sums({without_v, sums.view}, emulator::device());
+    cuda::attention_column_sums({without_v, lse.view, sums.view}, emulator::device());
     compare(c.text, "column sums", sums, truth, 4, DType::f32);
 }
 
@@ -386,7 +389,7 @@ void check_backward(Case& c, Random& random, int layout) {
     Tensor<2> dalibi;
     Tensor<3> lse(DType::f32, {a.q.size[0], heads, a.q.size[1]}, layout, random);
     Tensor<3> delta(DType::f32, {a.q.size[0], heads, a.q.size[1]}, layout, random);
-    AttentionBackward b{a, c.grad_out.view, lse.view, delta.view, dq.view, dk.view, dv.view, {}, {}};
+    AttentionBackward b{a, c.grad_out.view, lse.view, false, delta.view, dq.view, dk.view, dv.view, {}, {}};
     Truth<4> true_dq(dq.view), true_dk(dk.view), true_dv(dv.view), true_dbias(a.q);
     Truth<2> true_dalibi(View<2>{});
     if (a.bias) {

@@ -42,6 +42,7 @@ struct Plan {
     int32_t* turn;    // the next block of keys to add to a tile of dq
     int32_t* packed;  // what has become of the operands of a tile of queries, see pack_tile
     Rows<Word> shared;
+    Place* place;       // of the rows whose softmax is to be found
     double* bias_sum;   // (batch, head, key) or (batch, head, query)
     double* slope_sum;  // per tile
 };
@@ -50,12 +51,15 @@ template <class Word>
 struct Call {
     const AttentionBackward& args;
     const Attention& a;
-    Scoring scoring;
     Blocking size;
     int64_t group;
     BiasSum bias_sum;
     Plan<Word> plan;
     Workspace<Word>* work;
+    Walk walk;  // where the softmax of rows is to be found
+    RowSoftmax softmax;
+    int64_t places;
+    WalkScratch<Word>* walks;
 };
 
 // Scheduling.
@@ -291,12 +295,12 @@ inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_
     w.groups = ceil_div(w.queries, tile_rows);
     const int64_t row = g * round_up(head.s.queries, tile_rows) + w.first;
     float* const to = rows.dq + row * call.size.depth;
-    const bool is_seen = see(call.args, call.scoring, head.s, h, w);
+    const bool is_seen = see(call.args, call.softmax, head.s, h, w);
     if (is_seen) {
         place_operands(call.size, rows.packed + row * (call.size.depth + call.size.value_depth), w);
         pack_tile<Word, T>(call, head.s, h, call.plan.packed + tile, w);
         if (a.dropout_threshold) draw_dropout(a, head.s, h, w);
-        differentiate_tile(a, call.scoring, head.s, call.size, w);
+        differentiate_tile(a, call.softmax.scoring, head.s, call.size, w);
     }
     if (call.bias_sum == BiasSum::elements) {
         if (!is_seen) __builtin_memset(w.ds, 0, static_cast<size_t>(w.queries * call.size.line) * sizeof(float));
@@ -323,7 +327,7 @@ inline void run_tile(const Call<Word>& call, const Head& head, int64_t g, int64_
     if (is_seen) add_query_gradient(call.size, a.q.size[3], w, to);
     if (block + 1 == range.end) {
         store_gradient<T>(call.args.dq, head.s.batch, head.s.q0 + w.first, w.queries, h, to, call.size.depth,
-                          call.scoring.scale);
+                          call.softmax.scoring.scale);
     }
     __atomic_store_n(call.plan.turn + tile, static_cast<int32_t>(block + 1), __ATOMIC_RELEASE);
 }
@@ -363,7 +367,7 @@ inline void run_piece(const Call<Word>& call, const Work& piece, Workspace<Word>
         }
         const int64_t first = head.s.k0 + w.key;
         store_gradient<T>(call.args.dk, head.s.batch, first, w.keys, head.kv, w.dk, call.size.depth,
-                          call.scoring.scale);
+                          call.softmax.scoring.scale);
         store_gradient<T>(call.args.dv, head.s.batch, first, w.keys, head.kv, w.dv, call.size.value_depth, 1.0f);
     }
 }
@@ -394,7 +398,16 @@ inline void lay_out(Arena& arena, Call<Word>& call, int workers) {
     plan.bias_sum =
         has_sums ? arena.take<double>(heads * (call.bias_sum == BiasSum::rows ? a.q.size[1] : a.k.size[1])) : nullptr;
     plan.slope_sum = call.args.dalibi_slopes ? arena.take<double>(plan.tiles) : nullptr;
+    if (call.places) {
+        plan.place = arena.take<Place>(call.places);
+        call.softmax.found = arena.take<Softmax>(heads * a.q.size[1]);
+        call.walks = arena.take<WalkScratch<Word>>(workers);
+    }
     for (int n = 0; n < workers; ++n) {
+        if (call.places) {
+            const WalkScratch<Word> walk = take_walk<Word>(call.walk, arena);
+            if (arena.base) call.walks[n] = walk;
+        }
         Workspace<Word> counted;
         lay_out(arena, call.size, a.softcap > 0, plan.own_rows, arena.base ? call.work[n] : counted);
     }
@@ -404,10 +417,13 @@ template <class Word, class T>
 void run(const AttentionBackward& args, const Runtime& runtime) {
     const Attention& a = args.problem;
     const int64_t group = a.k.size[2] ? a.q.size[2] / a.k.size[2] : 0;
-    Call<Word> call{args, a, scoring_of(a), blocking_of(a), group, bias_sum_of(args.dbias), {}, nullptr};
+    const RowSoftmax softmax{scoring_of(a), args.lse, static_cast<float>(largest_lse(a.q.dtype)), nullptr};
+    Call<Word> call{args,    a, blocking_of(a), group, bias_sum_of(args.dbias), {}, nullptr, walk_of<Word>(a),
+                    softmax, 0, nullptr};
+    if (!args.partial && has_coarse(args.lse, softmax.limit)) call.places = places_of(call.walk, nullptr);
     count_plan(call, runtime.threads);
     Plan<Word>& plan = call.plan;
-    const int workers = workers_of(runtime, plan.work);
+    const int workers = workers_of(runtime, larger(plan.work, call.places * a.k.size[2]));
     Arena arena;
     lay_out(arena, call, workers);
     arena = {static_cast<char*>(runtime.scratch(arena.used)), 0};
@@ -418,6 +434,11 @@ void run(const AttentionBackward& args, const Runtime& runtime) {
     for (int64_t n = 0; plan.bias_sum && n < heads * length; ++n) plan.bias_sum[n] = 0;
     for (int64_t n = 0; plan.slope_sum && n < plan.tiles; ++n) plan.slope_sum[n] = 0;
     for_pieces(runtime, plan.heads, [&](int, int64_t n) { find_ranges(call, plan.head[n]); });
+    if (call.places) {
+        places_of(call.walk, plan.place);
+        find_softmaxes<T, Word>(runtime, call.walk, call.softmax, plan.place, call.places,
+                                [&](int worker) { return call.walks[worker]; });
+    }
     for_pieces(runtime, plan.work,
                [&](int worker, int64_t n) { run_piece<Word, T>(call, plan.piece[n], call.work[worker]); });
     if (a.cu_seqlens_q) {

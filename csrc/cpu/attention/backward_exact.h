@@ -23,6 +23,30 @@ inline void clear(const View<N>& view) {
     }
 }
 
+// The largest logit of a row whose lse is coarse, and log Σ exp(logit - that); else lse and 0.
+struct SoftmaxExact {
+    double reference, rest;
+};
+
+inline SoftmaxExact softmax_exact(const AttentionBackward& args, const Sequence& s, const Row& row) {
+    const Attention& a = args.problem;
+    const double lse = *value_at<double>(args.lse, s.batch, row.head, s.q0 + row.query);
+    if (args.partial || fabs(lse) <= largest_lse(DType::f64) || lse == -INFINITY) return {lse, 0};
+    const int64_t kv = row.head / (a.q.size[2] / a.k.size[2]);
+    const auto logit = [&](int64_t j) {
+        const double *q = row_at<double>(a.q, s.batch, s.q0 + row.query, row.head),
+                     *k = row_at<double>(a.k, s.batch, s.k0 + j, kv);
+        return sees(a, row, j) ? logit_exact(a, s, row, j, dot_exact(q, a.q.stride[3], k, a.k.stride[3], a.q.size[3]))
+                               : -static_cast<double>(INFINITY);
+    };
+    const double sink = a.sinks ? static_cast<const double*>(a.sinks.data)[row.head * a.sinks.stride[0]]
+                                : -static_cast<double>(INFINITY);
+    double largest = sink, powers = 0;
+    for (int64_t j = row.begin; j < row.end; ++j) largest = fmax(largest, logit(j));
+    for (int64_t j = row.begin; j < row.end; ++j) powers += exp(logit(j) - largest);
+    return {largest, log(powers + exp(sink - largest))};
+}
+
 METATE_FN void add_scaled(double* to, int64_t to_stride, double factor, const double* x, int64_t stride, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i * to_stride] += factor * x[i * stride];
 }
@@ -34,6 +58,7 @@ inline void backward_row_exact(const AttentionBackward& args, const Sequence& s,
     const double lse = *value_at<double>(args.lse, s.batch, head, at);
     const double delta = *value_at<double>(args.delta, s.batch, head, at);
     if (lse == -INFINITY) return;
+    const SoftmaxExact softmax = softmax_exact(args, s, row);
     const double* const q = row_at<double>(a.q, s.batch, at, head);
     const double* const dout = row_at<double>(args.grad_out, s.batch, at, head);
     double slope_sum = 0;
@@ -43,7 +68,7 @@ inline void backward_row_exact(const AttentionBackward& args, const Sequence& s,
         const double* const v = row_at<double>(a.v, s.batch, s.k0 + j, kv);
         double derivative;
         const double product = dot_exact(q, a.q.stride[3], k, a.k.stride[3], d);
-        const double p = exp(logit_exact(a, s, row, j, product, &derivative) - lse);
+        const double p = exp(logit_exact(a, s, row, j, product, &derivative) - softmax.reference - softmax.rest);
         const double z = !a.dropout_threshold ? 1 : keeps(a, s, row, j) ? a.dropout_scale : 0;
         const double dp = z == 0 ? 0 : z * dot_exact(dout, args.grad_out.stride[3], v, a.v.stride[3], dv);
         const double ds = p * (dp - delta), product_gradient = ds * derivative * a.scale;

@@ -1,11 +1,11 @@
 // One tile of the backward pass: a few dozen queries of one head against one block of keys.
 //
-// P is recomputed from the logits and lse; the five products of the tile run on the packed operands of gemm.h. Parts of
-// the tile that no query sees are neither computed nor read: products end where the windows of their rows end.
+// P is recomputed from the logits and the softmax of the rows; the five products of the tile run on the packed operands
+// of gemm.h. Parts of the tile that no query sees are neither computed nor read: products end where the windows of
+// their rows end.
 #pragma once
 
-#include "../parallel.h"
-#include "score.h"
+#include "softmax.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -58,7 +58,8 @@ struct Workspace {
     Row row[max_tile_queries];
     Group group[max_groups];
     uint32_t kept[max_tile_queries][max_chunks];  // by dropout
-    float lse[max_tile_queries], delta[max_tile_queries];
+    Softmax softmax[max_tile_queries];
+    float delta[max_tile_queries];
     bool finite_keys, finite_queries, finite_gradients;
     // The tile: queries first … first + queries - 1 of the sequence and keys key … key + keys - 1.
     int64_t first, queries, groups, key, keys;
@@ -99,9 +100,10 @@ METATE_FN int rows_of_group(const Workspace<Word>& w, int64_t g) {
 
 // The rows of the tile and what each sees. Returns whether any of them sees a key of the block.
 template <class Word>
-inline bool see(const AttentionBackward& args, const Scoring& scoring, const Sequence& s, int64_t head,
+inline bool see(const AttentionBackward& args, const RowSoftmax& softmax, const Sequence& s, int64_t head,
                 Workspace<Word>& w) {
     const Attention& a = args.problem;
+    const Scoring& scoring = softmax.scoring;
     const int chunks = static_cast<int>(ceil_div(w.keys, chunk));
     uint32_t allowed = 0, forbidden = 0;
     for (int64_t m = w.first; a.blocks && m < w.first + w.queries; m = (m / a.block_m + 1) * a.block_m)
@@ -109,9 +111,8 @@ inline bool see(const AttentionBackward& args, const Scoring& scoring, const Seq
     if (a.blocks && !allowed) return false;
     bool has_dead_row = false;
     for (int64_t r = 0; r < w.queries; ++r) {
-        const float lse = *value_at<float>(args.lse, s.batch, head, s.q0 + w.first + r);
-        has_dead_row |= lse == -__builtin_inff();
-        w.lse[r] = lse;
+        w.softmax[r] = softmax.of(s, head, w.first + r);
+        has_dead_row |= w.softmax[r].rest == -INFINITY;
         w.delta[r] = *value_at<float>(args.delta, s.batch, head, s.q0 + w.first + r);
     }
     w.plain = scoring.plain && !a.dropout_threshold;
@@ -124,7 +125,7 @@ inline bool see(const AttentionBackward& args, const Scoring& scoring, const Seq
     for (int64_t r = 0; r < w.groups * tile_rows; ++r) {
         Row row{};
         if (r < w.queries) row = row_of(a, s, w.first + r, head);
-        if (r < w.queries && w.lse[r] == -__builtin_inff()) row.begin = row.end = 0;
+        if (r < w.queries && w.softmax[r].rest == -INFINITY) row.begin = row.end = 0;
         w.row[r] = row;
     }
     if (w.whole) return true;

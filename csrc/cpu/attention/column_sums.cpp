@@ -1,188 +1,52 @@
 // Column sums of attention probabilities: for each key and head, how much all queries look at it.
 //
-// Two passes make the same logits. The first finds the softmax of every row; a piece of its work is some rows of one
-// key head, which walk over the blocks of keys. The second adds up: a piece is a block of keys, and every tile of
-// queries that sees it passes by, in ascending order. (The forward's lse would save the first pass. But where logits
-// are large, what it was rounded by is in every probability, and 10^20 leaves no room for the logarithm of how many
-// keys there are.)
+// A piece of work is a block of keys, and every tile of queries that sees it passes by, in ascending order. Where the
+// lse of rows is coarse, their softmax is found first.
 #include <math.h>
 #include <string.h>
 
 #include "../parallel.h"
 #include "exact.h"
+#include "softmax.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// Of a row: probability = 2^(exponent · (x - largest)) · share, x as in Scoring; a share of 0 where it sees no key.
-struct Softmax {
-    float largest, share;
-};
-
-constexpr int64_t piece_rows = 16 * tile_rows;  // of the first pass: enough to pay for packing the keys
-
 struct Shape {
     const AttentionColumnSums& call;
-    const Attention& a;
-    Scoring scoring;
-    int64_t group, d, d_words, q_stride;
-    int64_t block;     // keys of a piece
-    int64_t s_stride;  // floats from row to row of a tile of logits
-    Softmax* softmax;  // (batch, head, query)
-
-    Softmax& softmax_at(const Sequence& seq, const Row& row) const {
-        return softmax[(seq.batch * a.q.size[2] + row.head) * a.q.size[1] + seq.q0 + row.query];
-    }
+    Walk walk;
+    RowSoftmax softmax;
 };
 
 template <class Word>
 struct Scratch {
-    Word *q, *k;
-    float *s, *partial, *total, *carry;  // partial, total and carry: (group, block)
-    float *largest, *powers;             // of the rows of the first pass, and the sum of powers relative to it
+    WalkScratch<Word> walk;
+    float *partial, *total, *carry;  // (group, block)
 };
 
 template <class Word>
-Shape shape_of(const AttentionColumnSums& call) {
-    const Attention& a = call.problem;
-    Shape s{call, a, scoring_of(a), 1, a.q.size[3], steps_of<Word>(a.q.size[3]), 0, 0, 0, nullptr};
-    if (a.k.size[2]) s.group = a.q.size[2] / a.k.size[2];
-    constexpr int64_t line = 16, words_of_keys = 32768;
-    s.q_stride = round_up(s.d_words, 16) + line;
-    s.block = clamp(words_of_keys / (s.d_words + 1) / 64 * 64, 64, 256);
-    s.s_stride = s.block + line;
-    return s;
-}
-
-template <class Word>
-Scratch<Word> take_scratch(const Shape& s, Arena& arena) {
-    return {arena.take<Word>(tile_rows * s.q_stride),
-            arena.take<Word>(s.block * s.d_words),
-            arena.take<float>(tile_rows * s.s_stride),
-            arena.take<float>(s.group * s.block),
-            arena.take<float>(s.group * s.block),
-            arena.take<float>(s.group * s.block),
-            arena.take<float>(piece_rows),
-            arena.take<float>(piece_rows)};
-}
-
-// Calls body(at, x) for what row r of a tile sees: vectors of x from column `at` on, -inf where it does not see.
-template <class Body>
-METATE_FN void for_seen(const TileMask& mask, int r, const float* x, const Body& body) {
-    for (uint32_t left = mask.any; left; left &= left - 1) {
-        const int c = __builtin_ctz(left);
-        for (int v = 0; v < chunk / width; ++v) {
-            const int64_t at = c * chunk + v * width;
-            const vf y = load(x + at);
-            body(at, mask.all >> c & 1 ? y : keep(mask.words[r][c], v, y, splat(-INFINITY)));
-        }
-    }
-}
-
-// Takes row r of a tile into the largest logit of that row and the sum of its powers.
-METATE_FN void take_row(const Shape& s, const TileMask& mask, int r, const float* x, float& largest, float& powers) {
-    vf top = splat(largest);
-    for_seen(mask, r, x, [&](int64_t, vf y) { top = max(y, top); });
-    const float highest = METATE_ISA::largest(top);
-    const float reference = highest == -INFINITY ? 0.0f : highest;
-    vf total = splat(0.0f);
-    for_seen(mask, r, x,
-             [&](int64_t, vf y) { total = total + exp2((y - splat(reference)) * splat(s.scoring.exponent)); });
-    powers = powers * exp2f((largest - reference) * s.scoring.exponent) + sum(total);
-    largest = highest;
-}
-
-// The softmax of a row that has met all its keys; a sink is one more logit in the denominator.
-Softmax softmax_of(const Shape& s, const Row& row, float largest, float powers) {
-    if (powers == 0.0f) return {0.0f, 0.0f};
-    if (!s.a.sinks) return {largest, 1 / powers};
-    const float sink = static_cast<const float*>(s.a.sinks.data)[row.head * s.a.sinks.stride[0]] * log2_e;
-    const float top = largest * s.scoring.exponent, base = sink > top ? sink : top, weight = exp2f(top - base);
-    return {largest, weight / (powers * weight + exp2f(sink - base))};
+Scratch<Word> take_scratch(const Walk& walk, Arena& arena) {
+    const int64_t sums = walk.group * walk.block;
+    return {take_walk<Word>(walk, arena), arena.take<float>(sums), arena.take<float>(sums), arena.take<float>(sums)};
 }
 
 // Adds the probabilities of row r of a tile to the partial sums of its head.
-METATE_FN void add_row(const Shape& s, const Softmax& of, const TileMask& mask, int r, const float* x, float* partial) {
-    if (of.share == 0.0f) return;
+METATE_FN void add_row(float exponent, const Softmax& of, const TileMask& mask, int r, const float* x, float* partial) {
+    if (of.rest == -INFINITY) return;
     for_seen(mask, r, x, [&](int64_t at, vf y) {
-        const vf p = exp2((y - splat(of.largest)) * splat(s.scoring.exponent)) * splat(of.share);
+        const vf p = exp2(fma(y - splat(of.reference), splat(exponent), splat(of.rest)));
         store(partial + at, load(partial + at) + p);
     });
 }
 
 // Adds the partial sums to the totals, with what rounding lost carried over (Kahan), and begins new ones.
 template <class Word>
-void put_away(const Shape& s, const Scratch<Word>& my) {
-    for (int64_t i = 0; i < s.group * s.block; i += width) {
+void put_away(const Walk& walk, const Scratch<Word>& my) {
+    for (int64_t i = 0; i < walk.group * walk.block; i += width) {
         const vf old = load(my.total + i), more = load(my.partial + i) - load(my.carry + i), sum = old + more;
         store(my.carry + i, (sum - old) - more);
         store(my.total + i, sum);
         store(my.partial + i, splat(0.0f));
-    }
-}
-
-// Calls body(row, mask, r, x) for the rows, a tile, that start at row `first` of the group, with their logits x, unless
-// none of them sees a key.
-template <class T, class Word, class Body>
-void for_rows(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key, int chunks, int64_t first, int rows,
-              const Scratch<Word>& my, const Body& body) {
-    Row row[tile_rows];
-    for (int r = 0; r < rows; ++r) {
-        row[r] = row_of(s.a, seq, (first + r) / s.group, kv_head * s.group + (first + r) % s.group);
-    }
-    TileMask mask;
-    mask_tile(s.a, span_of(row, rows), row, key, chunks, mask);
-    if (!mask.any) return;
-    for (int r = 0; r < rows; ++r) {
-        pack_row(my.q + r * s.q_stride, round_up(s.d_words, width),
-                 row_at<T>(s.a.q, seq.batch, seq.q0 + row[r].query, row[r].head), s.a.q.stride[3], s.d);
-    }
-    multiply_keys<short_chain>(rows, mask, Product<Word>{my.q, s.q_stride, my.k, s.d_words, my.s, s.s_stride, nullptr});
-    for (int r = 0; r < rows; ++r) {
-        float* const x = my.s + r * s.s_stride;
-        if (!s.scoring.plain) to_logits(s.a, s.scoring, seq, row[r], key, mask.any, x);
-        body(row[r], mask, r, x);
-    }
-}
-
-// Packs the keys of the block at `key`; returns how many there are.
-template <class T, class Word>
-int64_t pack_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key, const Scratch<Word>& my) {
-    const int64_t keys = smaller(seq.keys - key, s.block);
-    pack_transposed(my.k, row_at<T>(s.a.k, seq.batch, seq.k0 + key, kv_head), s.a.k.stride[1], s.a.k.stride[3], keys,
-                    s.d);
-    return keys;
-}
-
-// The first pass over the rows of a group from `first` on.
-template <class T, class Word>
-void find_softmax(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t first, const Scratch<Word>& my) {
-    const int64_t rows = smaller(seq.queries * s.group - first, piece_rows);
-    const auto row_at_place = [&](int64_t r) {
-        return row_of(s.a, seq, (first + r) / s.group, kv_head * s.group + (first + r) % s.group);
-    };
-    int64_t begin = seq.keys, end = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-        const Row row = row_at_place(r);
-        my.largest[r] = -INFINITY;
-        my.powers[r] = 0.0f;
-        if (row.begin >= row.end) continue;
-        begin = smaller(begin, row.begin);
-        end = larger(end, row.end);
-    }
-    for (int64_t key = begin / s.block * s.block; key < end; key += s.block) {
-        const int chunks = static_cast<int>(ceil_div(pack_block<T>(s, seq, kv_head, key, my), chunk));
-        for (int64_t at = 0; at < rows; at += tile_rows) {
-            const int live = static_cast<int>(smaller(rows - at, tile_rows));
-            for_rows<T>(s, seq, kv_head, key, chunks, first + at, live, my,
-                        [&](const Row&, const TileMask& mask, int r, const float* x) {
-                            take_row(s, mask, r, x, my.largest[at + r], my.powers[at + r]);
-                        });
-        }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        const Row row = row_at_place(r);
-        s.softmax_at(seq, row) = softmax_of(s, row, my.largest[r], my.powers[r]);
     }
 }
 
@@ -192,32 +56,32 @@ void queries_of(const Attention& a, const Sequence& seq, int64_t key, int64_t ke
     end = a.window_left >= 0 ? clamp(key + keys + a.window_left - seq.diagonal, 0, seq.queries) : seq.queries;
 }
 
-// The second pass over a block of keys.
 template <class T, class Word>
 void run_block(const Shape& s, const Sequence& seq, int64_t kv_head, int64_t key, const Scratch<Word>& my) {
-    const Attention& a = s.a;
-    const int64_t keys = smaller(seq.keys - key, s.block);
+    const Walk& walk = s.walk;
+    const int64_t keys = smaller(seq.keys - key, walk.block), group = walk.group;
     float* const sums[] = {my.partial, my.total, my.carry};
-    for (float* zero : sums) memset(zero, 0, static_cast<size_t>(s.group * s.block) * sizeof(float));
+    for (float* zero : sums) memset(zero, 0, static_cast<size_t>(group * walk.block) * sizeof(float));
     int64_t begin, end;
-    queries_of(a, seq, key, keys, begin, end);
+    queries_of(walk.a, seq, key, keys, begin, end);
     if (begin < end) {
-        const int chunks = static_cast<int>(ceil_div(pack_block<T>(s, seq, kv_head, key, my), chunk));
-        const int64_t rows = seq.queries * s.group;
-        for (int64_t r = begin * s.group / tile_rows * tile_rows; r < end * s.group; r += tile_rows) {
+        const int chunks = pack_block<T>(walk, seq, kv_head, key, my.walk);
+        const int64_t rows = seq.queries * group;
+        for (int64_t r = begin * group / tile_rows * tile_rows; r < end * group; r += tile_rows) {
             const int live = static_cast<int>(smaller(rows - r, tile_rows));
-            for_rows<T>(s, seq, kv_head, key, chunks, r, live, my,
+            for_rows<T>(walk, seq, kv_head, key, chunks, r, live, my.walk,
                         [&](const Row& row, const TileMask& mask, int i, const float* x) {
-                            add_row(s, s.softmax_at(seq, row), mask, i, x, my.partial + row.head % s.group * s.block);
+                            add_row(walk.scoring.exponent, s.softmax.of(seq, row.head, row.query), mask, i, x,
+                                    my.partial + row.head % group * walk.block);
                         });
-            if ((r / tile_rows + 1) % s.group == 0) put_away(s, my);  // a tile of rows of each head at a time
+            if ((r / tile_rows + 1) % group == 0) put_away(walk, my);  // a tile of rows of each head at a time
         }
-        put_away(s, my);
+        put_away(walk, my);
     }
-    for (int64_t g = 0; g < s.group; ++g) {
+    for (int64_t g = 0; g < group; ++g) {
         for (int64_t j = 0; j < keys; ++j) {
-            *value_at<float>(s.call.sums, seq.batch, kv_head * s.group + g, seq.k0 + key + j) =
-                my.total[g * s.block + j];
+            *value_at<float>(s.call.sums, seq.batch, kv_head * group + g, seq.k0 + key + j) =
+                my.total[g * walk.block + j];
         }
     }
 }
@@ -231,44 +95,36 @@ Sequence keys_of(const Attention& a, int64_t n) {
     return {-1, 0, 0, begin, 0, end - begin, 0};
 }
 
-// The first row, or key, of a piece.
-struct Place {
-    int64_t sequence, first;
-};
-
 template <class T, class Word>
 void run(const AttentionColumnSums& call, const Runtime& runtime) {
-    Shape s = shape_of<Word>(call);
-    const int64_t heads = s.a.k.size[2], sequences = sequences_of(s.a), ranges = sequences + (s.a.cu_seqlens_k ? 2 : 0);
-    int64_t blocks = 0, row_blocks = 0;
-    for (int64_t n = 0; n < ranges; ++n) blocks += ceil_div(keys_of(s.a, n).keys, s.block);
-    for (int64_t n = 0; n < sequences; ++n) row_blocks += ceil_div(sequence_of(s.a, n).queries * s.group, piece_rows);
+    const Attention& a = call.problem;
+    Shape s{call, walk_of<Word>(a), {scoring_of(a), call.lse, largest_lse(DType::f32), nullptr}};
+    const int64_t heads = a.k.size[2], sequences = sequences_of(a), ranges = sequences + (a.cu_seqlens_k ? 2 : 0);
+    int64_t blocks = 0;
+    for (int64_t n = 0; n < ranges; ++n) blocks += ceil_div(keys_of(a, n).keys, s.walk.block);
     if (blocks * heads == 0) return;
+    const int64_t rows = has_coarse(call.lse, s.softmax.limit) ? places_of(s.walk, nullptr) : 0;
     Place *piece = nullptr, *row_piece = nullptr;
     const auto scratch_of = lay_out(
-        runtime, larger(blocks, row_blocks) * heads,
+        runtime, larger(blocks, rows) * heads,
         [&](Arena& arena) {
             piece = arena.take<Place>(blocks);
-            row_piece = arena.take<Place>(row_blocks);
-            s.softmax = arena.take<Softmax>(s.a.q.size[0] * s.a.q.size[2] * s.a.q.size[1]);
+            row_piece = arena.take<Place>(rows);
+            if (rows) s.softmax.found = arena.take<Softmax>(a.q.size[0] * a.q.size[2] * a.q.size[1]);
         },
-        [&](Arena& arena) { return take_scratch<Word>(s, arena); });
+        [&](Arena& arena) { return take_scratch<Word>(s.walk, arena); });
     for (int64_t n = 0, i = 0; n < ranges; ++n) {
         // With a causal mask the first keys have the most queries.
-        for (int64_t key = 0; key < keys_of(s.a, n).keys; key += s.block) piece[i++] = {n, key};
+        for (int64_t key = 0; key < keys_of(a, n).keys; key += s.walk.block) piece[i++] = {n, key};
     }
-    for (int64_t n = sequences - 1, i = 0; n >= 0; --n) {
-        // And the last queries the most keys.
-        const int64_t rows = sequence_of(s.a, n).queries * s.group;
-        for (int64_t r = ceil_div(rows, piece_rows); r-- > 0;) row_piece[i++] = {n, r * piece_rows};
+    if (rows) {
+        places_of(s.walk, row_piece);
+        find_softmaxes<T, Word>(runtime, s.walk, s.softmax, row_piece, rows,
+                                [&](int worker) { return scratch_of(worker).walk; });
     }
-    for_pieces(runtime, row_blocks * heads, [&](int worker, int64_t i) {
-        const Place& at = row_piece[i / heads];
-        find_softmax<T, Word>(s, sequence_of(s.a, at.sequence), i % heads, at.first, scratch_of(worker));
-    });
     for_pieces(runtime, blocks * heads, [&](int worker, int64_t i) {
         const Place& at = piece[i / heads];
-        run_block<T, Word>(s, keys_of(s.a, at.sequence), i % heads, at.first, scratch_of(worker));
+        run_block<T, Word>(s, keys_of(a, at.sequence), i % heads, at.first, scratch_of(worker));
     });
 }
 

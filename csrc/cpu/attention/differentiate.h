@@ -26,17 +26,21 @@ METATE_FN void exp2_of(vf (&x)[n]) {
     }
 }
 
-// Rows of a chunk where logits are scaled products: p = exp(s - lse), ds = p (dp - delta), 0 where the row's word says
-// so (no words: nowhere).
+// log2 of the probabilities of a row from its products, or logits.
+METATE_FN vf powers_of(vf x, const Softmax& of, float exponent) {
+    return fma(x - splat(of.reference), splat(exponent), splat(of.rest));
+}
+
+// Rows of a chunk where logits are scaled products: p, ds = p (dp - delta), 0 where the row's word says so (no words:
+// nowhere).
 template <class Word, bool is_whole, int rows>
-METATE_FN void differentiate_rows(float scale, const float* lse, const float* delta, const uint32_t* words,
+METATE_FN void differentiate_rows(float exponent, const Softmax* of, const float* delta, const uint32_t* words,
                                   int64_t line, const float* s, const float* dp, vf (&p)[rows * vectors_of_chunk],
                                   vf (&ds)[rows * vectors_of_chunk]) {
     constexpr int n = vectors_of_chunk;
 #pragma GCC unroll 8
     for (int i = 0; i < rows * n; ++i) {
-        const vf products = load(s + i / n * line + i % n * width);
-        p[i] = fma(products, splat(scale), splat(-lse[i / n])) * splat(log2_e);
+        p[i] = powers_of(load(s + i / n * line + i % n * width), of[i / n], exponent);
     }
     exp2_of<Word>(p);
 #pragma GCC unroll 8
@@ -51,13 +55,13 @@ METATE_FN void differentiate_rows(float scale, const float* lse, const float* de
 
 // tile_rows rows from `first` on of the chunk at key j.
 template <bool is_whole>
-__attribute__((noinline)) void differentiate_plain(float scale, int64_t first, int64_t j, const uint32_t* words,
+__attribute__((noinline)) void differentiate_plain(float exponent, int64_t first, int64_t j, const uint32_t* words,
                                                    int64_t line, Workspace<float>& w) {
     float *p = w.p + first * line + j, *ds = w.ds + first * line + j;
     for (int r = 0; r < tile_rows; ++r, p += line, ds += line) {
         vf x[vectors_of_chunk], y[vectors_of_chunk];
-        differentiate_rows<float, is_whole, 1>(scale, w.lse + first + r, w.delta + first + r, words + r, line, p, ds, x,
-                                               y);
+        differentiate_rows<float, is_whole, 1>(exponent, w.softmax + first + r, w.delta + first + r, words + r, line, p,
+                                               ds, x, y);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors_of_chunk; ++v) {
             store(p + v * width, x[v]);
@@ -80,26 +84,28 @@ METATE_FN void narrow_rows(const vf (&p)[4], const vf (&ds)[4], int64_t row, int
 }
 
 template <bool is_whole>
-__attribute__((noinline)) void differentiate_plain(float scale, int64_t first, int64_t j, const uint32_t* words,
+__attribute__((noinline)) void differentiate_plain(float exponent, int64_t first, int64_t j, const uint32_t* words,
                                                    int64_t line, Workspace<Pair>& w) {
     for (int r = 0; r < tile_rows; r += 2) {
         const int64_t row = first + r, at = row * line + j;
         vf p[4], ds[4];
-        differentiate_rows<Pair, is_whole, 2>(scale, w.lse + row, w.delta + row, words + r, line, w.p + at, w.ds + at,
-                                              p, ds);
+        differentiate_rows<Pair, is_whole, 2>(exponent, w.softmax + row, w.delta + row, words + r, line, w.p + at,
+                                              w.ds + at, p, ds);
         narrow_rows(p, ds, row, j, line, w);
     }
 }
 #endif
 
-// A row with a single key, which the chunk holds: its p is 1 where lse is the logit but for rounding. Sums of 16-bit
+// A row with a single key, which the chunk holds: its p is 1 if it is so but for rounding. Sums of 16-bit
 // gradients are then often exact, and the last bit of their rounding would show it.
 template <class Word>
-METATE_FN void settle(const Attention& a, float scale, int64_t r, int64_t line, Workspace<Word>& w) {
+METATE_FN void settle(const Attention& a, float exponent, int64_t r, int64_t line, Workspace<Word>& w) {
     const Row& row = w.row[r];
     if (w.whole || row.end - row.begin != 1 || a.q.dtype == DType::f32) return;
-    float &logit = w.p[r * line + row.begin - w.key], &lse = w.lse[r];
-    if (__builtin_fabsf(logit * scale - lse) < 0x1p-20f * (16 + __builtin_fabsf(lse))) logit = lse = 0.0f;
+    float& x = w.p[r * line + row.begin - w.key];
+    Softmax& of = w.softmax[r];
+    const float power = fmaf(x - of.reference, exponent, of.rest);
+    if (fabsf(power) < 0x1p-20f * (24 + fabsf(of.reference * exponent))) x = of.reference = of.rest = 0.0f;
 }
 
 // The same with everything between product and probability; dropout scales dp and the p that multiplies dout.
@@ -111,12 +117,11 @@ inline void differentiate(const Attention& a, const Scoring& scoring, const Sequ
     if (!scoring.plain) {
         to_logits(a, scoring, s, w.row[r], w.key, 1u << c, p, w.derivative ? w.derivative + r * line : nullptr);
     }
-    const float scale = scoring.plain ? scoring.scale : 1.0f;
-    settle(a, scale, r, line, w);
+    settle(a, scoring.exponent, r, line, w);
     const vf dropout_scale = splat(static_cast<float>(a.dropout_scale)), zero = splat(0.0f);
     for (int v = 0; v < chunk / width; ++v) {
         const int64_t j = c * chunk + v * width;
-        const vf x = keep(word, v, probability(fma(load(p + j), splat(scale), splat(-w.lse[r]))), zero);
+        const vf x = keep(word, v, exp2(powers_of(load(p + j), w.softmax[r], scoring.exponent)), zero);
         vf shown = x, y = load(ds + j);
         if (a.dropout_threshold) {
             const vm kept = mask_of(w.kept[r][c] >> v * width);
@@ -166,7 +171,7 @@ inline void differentiate_group(const Attention& a, const Scoring& scoring, cons
     const int64_t first = g * tile_rows, at = first * line + c * chunk;
     if constexpr (width < 16) {
         if (w.plain && is_full(g, c, w))
-            return differentiate_plain<true>(scoring.scale, first, c * chunk, nullptr, line, w);
+            return differentiate_plain<true>(scoring.exponent, first, c * chunk, nullptr, line, w);
     }
     uint32_t words[tile_rows];
     for (int64_t i = 0; i < tile_rows; ++i) {
@@ -176,9 +181,9 @@ inline void differentiate_group(const Attention& a, const Scoring& scoring, cons
     }
     if (w.plain) {
         for (int64_t i = 0; i < tile_rows; ++i) {
-            if (words[i]) settle(a, scoring.scale, first + i, line, w);
+            if (words[i]) settle(a, scoring.exponent, first + i, line, w);
         }
-        return differentiate_plain<false>(scoring.scale, first, c * chunk, words, line, w);
+        return differentiate_plain<false>(scoring.exponent, first, c * chunk, words, line, w);
     }
     for (int64_t i = 0; i < tile_rows; ++i) {
         if (words[i]) {
@@ -188,8 +193,6 @@ inline void differentiate_group(const Attention& a, const Scoring& scoring, cons
         }
     }
 }
-
-constexpr int64_t shortest_chain = 8;  // where scores are few
 
 template <class Word>
 __attribute__((noinline)) void multiply_in_short_chains(int rows, int64_t columns, const Product<Word>& whole) {
@@ -279,7 +282,7 @@ METATE_FN void store_half(const vf (&p)[half_group][2], const vf (&ds)[half_grou
 
 // p and ds of group g, all rows of which see all keys of the chunk at j.
 template <class Word>
-__attribute__((noinline)) void differentiate_whole(const Attention& a, float scale, const Blocking& size, int64_t g,
+__attribute__((noinline)) void differentiate_whole(const Attention& a, float exponent, const Blocking& size, int64_t g,
                                                    int64_t j, const Workspace<Word>& w) {
     constexpr bool in_panels = elements_of<Word> == 1;
     const int64_t steps = steps_of<Word>(a.q.size[3]), value_steps = steps_of<Word>(a.v.size[3]);
@@ -296,8 +299,7 @@ __attribute__((noinline)) void differentiate_whole(const Attention& a, float sca
         for (int r = 0; r < half_group; r += 2) {
             vf x[4];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i)
-                x[i] = fma(p[r + i / 2][i % 2], splat(scale), splat(-w.lse[row + r + i / 2])) * splat(log2_e);
+            for (int i = 0; i < 4; ++i) x[i] = powers_of(p[r + i / 2][i % 2], w.softmax[row + r + i / 2], exponent);
             exp2_of<Word>(x);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) p[r + i / 2][i % 2] = x[i];
@@ -325,7 +327,7 @@ inline void differentiate_tile(const Attention& a, const Scoring& scoring, const
             }
             if constexpr (width == 16) {
                 if (w.plain && is_full(g, c, w) && !are_few) {
-                    differentiate_whole(a, scoring.scale, size, g, c * chunk, w);
+                    differentiate_whole(a, scoring.exponent, size, g, c * chunk, w);
                     continue;
                 }
             }

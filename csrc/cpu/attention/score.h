@@ -221,11 +221,6 @@ METATE_FN vf keep(uint32_t word, int v, vf x, vf other) {
 
 // Logits.
 
-// exp(x): of a difference of logits, so that the large probabilities are the most exact.
-METATE_FN vf probability(vf x) {
-    return exp2(x * splat(log2_e));
-}
-
 struct Scoring {
     float scale, softcap;
     bool plain;      // logits are products times scale > 0 and nothing else: then to_logits is not called

@@ -1,22 +1,40 @@
-// Column sums of the probabilities, in two passes of one kernel. In the first a block finds the softmax of 64 rows,
-// from the same logits: where they are large, an lse would have been rounded too much. In the second it keeps 64 keys
-// of one query head and walks over the queries that see them.
+// Column sums of the probabilities, and what they and the backward need before: the softmax of every row. Both are
+// passes of one kernel. In the first a block has 64 rows of one query head, in the second 64 keys and walks over the
+// queries that see them.
 #include <math.h>
 
 #include "chunked.h"
-#include "host.h"
-#include "softmax.h"
+#include "rows.h"
 
 namespace metate::cuda::flash {
 namespace {
 
 struct ColumnSums {
     Problem problem;
-    View<3> largest, share;  // probability = 2^(logit - largest) · share, with binary logits
+    View<3> lse;
+    float limit;  // of |lse|, beyond which it does not tell the softmax
+    Rows rows;
     View<3> sums;
     int tiles;
     bool vector_q, vector_k, first_pass;
 };
+
+// The largest score of each row and the sum of powers relative to it, from 64 keys more.
+METATE_DEVICE void take_scores(const float (&s)[1][8][4], float unit, float (&largest)[2], float (&sum)[2]) {
+    METATE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        float top = largest[r];
+        METATE_UNROLL
+        for (int c = 0; c < 16; ++c) top = fmaxf(top, s[0][c / 2][r * 2 + c % 2]);
+        top = fmaxf(top, shuffle_xor(top, 1));
+        top = fmaxf(top, shuffle_xor(top, 2));
+        const float base = top == -infinite() ? 0.f : top;
+        sum[r] *= fast_exp2((largest[r] - base) * unit);
+        largest[r] = top;
+        METATE_UNROLL
+        for (int c = 0; c < 16; ++c) sum[r] += fast_exp2((s[0][c / 2][r * 2 + c % 2] - base) * unit);
+    }
+}
 
 template <typename T>
 METATE_DEVICE void find_softmax(const ColumnSums& f, unsigned char* shared) {
@@ -24,34 +42,50 @@ METATE_DEVICE void find_softmax(const ColumnSums& f, unsigned char* shared) {
     const Place place = locate(p, false, 64, f.tiles, p.heads, p.right >= 0);
     const Sequence& sequence = place.sequence;
     if (place.first >= sequence.queries) return;
-    const Scorer<true> scorer(p, sequence, place.head);
-    const Matrix q = queries_of(p, p.a.q, f.vector_q, sequence, place.head);
-    const Matrix k = keys_of(p, p.a.k, f.vector_k, sequence, place.head / p.group);
-    float largest[2] = {-infinite(), -infinite()}, sum[2] = {}, no_values[1][1][4] = {};
-    for (KeyTiles<true, 64, 64> keys(scorer, place); !keys.at_end(); keys.find(keys.tile + 1)) {
-        float s[1][8][4];
-        multiply_chunks<T>(s, q, place.first, k, keys.first_key(), shared);
-        const Lines<false, 1, 8> lines(place.first, keys.first_key(), warp());
-        make_logits<T, false>(s, s, scorer, lines);
-        mask(s, scorer, lines);
-        softmax<false>(s, largest, sum, no_values, 1.f);
+    const Lines<false, 1, 8> rows(place.first, 0, warp());
+    float lse[2], largest[2] = {-infinite(), -infinite()}, sum[2] = {};
+    bool coarse[2];
+    METATE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        const int i = rows.query(r);
+        lse[r] = i < sequence.queries
+                   ? load_global<float>(row_values(p, f.lse, sequence, place.head) + i * f.lse.stride[2])
+                   : -infinite();
+        coarse[r] = !(fabsf(lse[r]) <= f.limit) && lse[r] != -infinite();
+    }
+    if (sync_threads_or(coarse[0] || coarse[1])) {
+        const Scorer<true> scorer(p, sequence, place.head);
+        const Matrix q = queries_of(p, p.a.q, f.vector_q, sequence, place.head);
+        const Matrix k = keys_of(p, p.a.k, f.vector_k, sequence, place.head / p.group);
+        for (KeyTiles<true, 64, 64> keys(scorer, place); !keys.at_end(); keys.find(keys.tile + 1)) {
+            float s[1][8][4];
+            multiply_chunks<T>(s, q, place.first, k, keys.first_key(), shared);
+            const Lines<false, 1, 8> lines(place.first, keys.first_key(), warp());
+            if (p.unit == 1.f) make_logits<T, false>(s, s, scorer, lines);
+            mask(s, scorer, lines);
+            take_scores(s, p.unit, largest, sum);
+        }
     }
 
     float sink = -infinite();  // one more logit in the denominator
     if (p.a.sinks)
         sink =
             load_global<float>(static_cast<const float*>(p.a.sinks.data) + place.head * p.a.sinks.stride[0]) * log2_e;
-    const Lines<false, 1, 8> lines(place.first, 0, warp());
     METATE_UNROLL
     for (int r = 0; r < 2; ++r) {
         sum[r] += shuffle_xor(sum[r], 1);
         sum[r] += shuffle_xor(sum[r], 2);
-        const int i = lines.query(r);
+        const int i = rows.query(r);
         if ((lane() & 3) != 0 || i >= sequence.queries) continue;
-        const float top = fmaxf(largest[r], sink), base = top == -infinite() ? 0.f : top;
-        const float total = sum[r] * fast_exp2(largest[r] - base) + fast_exp2(sink - base);
-        store_global(row_values(p, f.largest, sequence, place.head) + i, base);
-        store_global(row_values(p, f.share, sequence, place.head) + i, total == 0.f ? 0.f : 1.f / total);
+        float base = 0.f, rest = lse[r] == -infinite() ? infinite() : lse[r] * log2_e;
+        if (coarse[r]) {
+            base = largest[r] == -infinite() ? 0.f : largest[r];
+            const float ahead = sink - base * p.unit, above = fmaxf(ahead, 0.f);
+            rest =
+                sum[r] == 0.f ? infinite() : above + fast_log2(sum[r] * fast_exp2(-above) + fast_exp2(ahead - above));
+        }
+        store_global(row_values(p, f.rows.largest, sequence, place.head) + i, base);
+        store_global(row_values(p, f.rows.lse, sequence, place.head) + i, rest);
     }
     cp_async_wait<0>();
 }
@@ -65,8 +99,8 @@ METATE_DEVICE void add_columns(const ColumnSums& f, unsigned char* shared) {
     const Scorer<true> scorer(p, sequence, place.head);
     const Matrix q = queries_of(p, p.a.q, f.vector_q, sequence, place.head);
     const Matrix k = keys_of(p, p.a.k, f.vector_k, sequence, place.head / p.group);
-    const float* const largest = row_values(p, f.largest, sequence, place.head);
-    const float* const share = row_values(p, f.share, sequence, place.head);
+    const float* const largest = row_values(p, f.rows.largest, sequence, place.head);
+    const float* const lse = row_values(p, f.rows.lse, sequence, place.head);
 
     float sums[2] = {};
     const int slot = p.packed && p.a.intervals ? packed_slot(p.a.cu_seqlens_q, sequence.batch + 1, p.queries, 64) : 0;
@@ -86,10 +120,10 @@ METATE_DEVICE void add_columns(const ColumnSums& f, unsigned char* shared) {
         for (int line = 0; line < lines.lines; ++line) {
             const int i = lines.query(line);
             if (i >= sequence.queries) continue;
-            const float base = load_global<float>(largest + i), weight = load_global<float>(share + i);
+            const float base = load_global<float>(largest + i), rest = load_global<float>(lse + i);
             METATE_UNROLL
             for (int place_ = 0; place_ < lines.places; ++place_) {
-                sums[place_] += fast_exp2(lines.at(s, line, place_) - base) * weight;
+                sums[place_] += fast_exp2(lines.at(s, line, place_) - base - rest);
             }
         }
     }
@@ -115,7 +149,35 @@ column_sums_kernel(METATE_PARAMETER(ColumnSums, f)) {
     f.first_pass ? find_softmax<T>(f, shared) : add_columns<T>(f, shared);
 }
 
+template <bool first_pass>
+void run_pass(ColumnSums f, const Device& device) {
+    const Problem& p = f.problem;
+    f.first_pass = first_pass;
+    f.tiles = slots_of(p, !first_pass, 64);
+    for_dtype(p.a.q.dtype, [&]<typename T>() {
+        launch(column_sums_kernel<T>, {grid_of(p, f.tiles, p.heads)}, chunk_threads, chunked_shared_bytes,
+               device.stream, f);
+    });
+}
+
+ColumnSums passes_of(const Problem& p, const View<3>& lse, double limit, const Rows& rows) {
+    return {p, lse, static_cast<float>(limit), rows, {}, 0, moves_vectors(p.a.q), moves_vectors(p.a.k), false};
+}
+
 }  // namespace
+
+Rows rows_in(const Problem& p, void* memory) {
+    const int64_t batch = p.a.q.size[0], heads = p.heads, queries = p.queries;
+    Rows rows{{memory, DType::f32, {batch, heads, queries}, {heads * queries, queries, 1}}, {}};
+    rows.lse = rows.largest;
+    rows.lse.data = static_cast<float*>(memory) + batch * heads * queries;
+    return rows;
+}
+
+void find_softmax(const Problem& p, const View<3>& lse, double limit, const Rows& rows, const Device& device) {
+    run_pass<true>(passes_of(p, lse, limit, rows), device);
+}
+
 }  // namespace metate::cuda::flash
 
 namespace metate::cuda {
@@ -123,28 +185,13 @@ namespace metate::cuda {
 void attention_column_sums(const AttentionColumnSums& a, const Device& device) {
     using namespace flash;
     Problem p = problem_of(a.problem, true);
-    const int64_t heads = p.heads, rows = p.a.q.size[0] * heads * p.queries;
     const size_t bytes = summary_bytes(p, 64);
-    auto* const scratch = static_cast<unsigned char*>(device.scratch(bytes + 2 * rows * sizeof(float), device.context));
+    auto* const scratch = static_cast<unsigned char*>(device.scratch(bytes + rows_bytes(p), device.context));
     if (bytes) summarise(p, 64, scratch, device);
-    const View<3> largest{
-        scratch + bytes, DType::f32, {p.a.q.size[0], heads, p.queries}, {heads * p.queries, p.queries, 1}};
-    View<3> share = largest;
-    share.data = static_cast<float*>(largest.data) + rows;
-    for (const bool first : {true, false}) {
-        const ColumnSums f{p,
-                           largest,
-                           share,
-                           a.sums,
-                           slots_of(p, !first, 64),
-                           moves_vectors(a.problem.q),
-                           moves_vectors(a.problem.k),
-                           first};
-        for_dtype(a.problem.q.dtype, [&]<typename T>() {
-            launch(column_sums_kernel<T>, {grid_of(p, f.tiles, heads)}, chunk_threads, chunked_shared_bytes,
-                   device.stream, f);
-        });
-    }
+    ColumnSums f = passes_of(p, a.lse, largest_lse(DType::f32), rows_in(p, scratch + bytes));
+    f.sums = a.sums;
+    run_pass<true>(f, device);
+    run_pass<false>(f, device);
 }
 
 }  // namespace metate::cuda

@@ -47,7 +47,7 @@ METATE_INLINE constexpr Config choose(Pass pass, int head, bool general) {
 constexpr size_t shared_bytes(Pass pass, Config c) {
     const size_t row = static_cast<size_t>(c.head) * 2;
     return pass == Pass::forward ? row * (c.rows() + 2 * c.step)
-                                 : row * (2 * c.rows() + 4 * c.step) + (pass == Pass::grad_keys ? 16 * c.step : 0);
+                                 : row * (2 * c.rows() + 4 * c.step) + (pass == Pass::grad_keys ? 24 * c.step : 0);
 }
 
 }  // namespace metate::cuda::flash

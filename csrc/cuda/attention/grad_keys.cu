@@ -63,15 +63,15 @@ struct KeyBlock {
         return queries_of(p, b.grad_out, b.vector_grad_out, place.sequence, head);
     }
 
-    // Starts the copy of a step's queries and gradients. What the forward left of its rows comes back in registers:
-    // lse of row r in thread r, its delta in thread step + r.
+    // Starts the copy of a step's queries and gradients. The states of its rows come back in registers: the largest
+    // score of row r in thread r, its lse in thread step + r, its delta in thread 2 · step + r.
     METATE_DEVICE float load(const Step& to, unsigned char* tiles) const {
         load_tile<step, c.head, c.threads()>(tiles, queries(to.head), to.tile * step);
         load_tile<step, c.head, c.threads()>(tiles + step * pitch, gradients(to.head), to.tile * step);
         const int i = to.tile * step + thread_index() % step;
-        if (thread_index() >= 2 * step || i >= place.sequence.queries) return 0.f;
+        if (thread_index() >= 3 * step || i >= place.sequence.queries) return 0.f;
         const RowState state = row_state(b, place.sequence, to.head, i);
-        return thread_index() < step ? state.lse : state.delta;
+        return thread_index() < step ? state.largest : thread_index() < 2 * step ? state.lse : state.delta;
     }
 
     // Starts the copies of the keys and values, and of the first step with what the forward left of it.
@@ -82,7 +82,7 @@ struct KeyBlock {
         load_tile<rows, c.head, c.threads()>(v_tile, keys_of(p, p.a.v, b.vector_v, place.sequence, place.head),
                                              place.first);
         const float fetched = load(first, steps);
-        if (thread_index() < 2 * step) store_shared(states + thread_index() * 4, fetched);
+        if (thread_index() < 3 * step) store_shared(states + thread_index() * 4, fetched);
     }
 
     // Writes the gradients, through the places of keys and values.
@@ -133,7 +133,7 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
         // This step is there, and everybody is done with the one before: fetch the next into its place.
         unsigned char* const q_tile = steps + stage * 2 * step * pitch;
         unsigned char* const grad_tile = q_tile + step * pitch;
-        unsigned char* const row_states = states + stage * step * 8;
+        unsigned char* const row_states = states + stage * step * 12;
         const Step now = at;
         cp_async_wait<0>();
         sync_threads();
@@ -155,7 +155,8 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
         const TileKind kind = general ? now.kind : block.kind_of(scorer, now.tile, 0);
         differentiate<T, true>(s, error, scorer, lines, kind, [&](int line) {
             const unsigned char* const row = row_states + (lines.query(line) - now.tile * step) * 4;
-            return RowState{load_shared<float>(row), load_shared<float>(row + step * 4)};
+            return RowState{load_shared<float>(row), load_shared<float>(row + step * 4),
+                            load_shared<float>(row + step * 8)};
         });
 
         // Their products with the gradients and the queries. A query that sees nothing may be NaN.
@@ -172,7 +173,7 @@ grad_keys_kernel(METATE_PARAMETER(Backward, b)) {
         pack_left<T>(left, error);
         multiply<T, c.head, c.parts>(dk, left, q_tile, part);
         if (poisoned) add_nonfinite<T, c.parts>(dk, left, block.queries(now.head), now.tile * step, part);
-        if (more && thread_index() < 2 * step) store_shared(states + (stage * 2 * step + thread_index()) * 4, fetched);
+        if (more && thread_index() < 3 * step) store_shared(states + (stage * 3 * step + thread_index()) * 4, fetched);
     }
 
     // (Which block this is was not worth a register through the loop.)

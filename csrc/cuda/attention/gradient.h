@@ -2,30 +2,30 @@
 // probability and to the gradient of the scaled dot product. Also the parameters of those passes.
 #pragma once
 
-#include "host.h"
+#include "rows.h"
 
 namespace metate::cuda::flash {
 
 struct Backward {
     Problem problem;
     View<4> grad_out;
-    View<3> lse, delta;
+    Rows rows;
+    View<3> delta;
     View<4> dq, dk, dv;
     int tiles;
     bool vector_q, vector_k, vector_v, vector_grad_out, vector_dq, vector_dk, vector_dv;
 };
 
-// What the forward left of a row: lse as a binary logarithm, and delta. A row that saw nothing gets +inf, so that all
-// its probabilities are 0, and a delta of 0, whatever its gradient was.
+// Of a row: its softmax as in Rows, and delta: 0 if it saw nothing, whatever its gradient was.
 struct RowState {
-    float lse, delta;
+    float largest, lse, delta;
 };
 
 METATE_DEVICE RowState row_state(const Backward& b, const Sequence& s, int head, int i) {
-    const float lse = load_global<float>(row_values(b.problem, b.lse, s, head) + i * b.lse.stride[2]);
+    const float largest = load_global<float>(row_values(b.problem, b.rows.largest, s, head) + i);
+    const float lse = load_global<float>(row_values(b.problem, b.rows.lse, s, head) + i);
     const float delta = load_global<float>(row_values(b.problem, b.delta, s, head) + i * b.delta.stride[2]);
-    const bool empty = lse == -infinite();
-    return {empty ? infinite() : lse * log2_e, empty ? 0.f : delta};
+    return {largest, lse, lse == infinite() ? 0.f : delta};
 }
 
 // s: dot products into probabilities, after dropout, but for its factor. error: dO·v into gradients of the scaled dot
@@ -57,11 +57,11 @@ METATE_DEVICE void differentiate(float (&s)[m][n][4], float (&error)[m][n][4], c
     }
     METATE_UNROLL
     for (int line = 0; line < L::lines; ++line) {
-        const float lse = rows(line).lse;
+        const RowState row = rows(line);
         METATE_UNROLL
         for (int place = 0; place < L::places; ++place) {
             float& x = lines.at(s, line, place);
-            x = fast_exp2(x * p.unit - lse);
+            x = fast_exp2((x - row.largest) * p.unit - row.lse);
             lines.at(error, line, place) *= x;
         }
     }

@@ -174,8 +174,8 @@ def _backward(
         grad_out, q, k, v = (x.transpose(1, 2) for x in (grad_out, q, k, v))
         dq, dk, dv, _, _ = backward_op(
             grad_out, q, k, v, lse, delta, _bias(mask, q.transpose(1, 2), k.transpose(1, 2)), None, None, None, None,
-            None, None, q.shape[-1] ** -0.5 if scale is None else scale, -1, 0 if is_causal else -1, True, 0.0, 0.0, 0,
-            0, 1, 1, False, False,
+            None, None, None, q.shape[-1] ** -0.5 if scale is None else scale, -1, 0 if is_causal else -1, True, 0.0,
+            0.0, 0, 0, 1, 1, False, False, False,
         )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 

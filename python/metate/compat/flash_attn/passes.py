@@ -106,21 +106,23 @@ def _flash_attn_varlen_backward(
 def gradients(
     tensors: list[Tensor], cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, dropout_p: float,
     scale: float | None, causal: bool, window: tuple[int, int], softcap: float, alibi_slopes: Tensor | None, seed: int,
+    partial: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv and Σ out dout of `attention`'s operator.
 
     tensors: dout, q, k, v, out and the softmax_lse, with a batch dimension; the last is +inf where no key is seen.
+    partial: it may be over more keys than k has, as where a ring of devices passes keys on.
     """
     dout, q, k, v, out, lse = tensors
     left, right = window
     scalars = (
         q.shape[-1] ** -0.5 if scale is None else scale, left, 0 if causal else right, False, max(softcap, 0.0),
-        dropout_p, seed, 0, 1, 1, False, False,
+        dropout_p, seed, 0, 1, 1, partial, False, False,
     )  # fmt: skip
     with torch.no_grad():
         lse = lse.masked_fill(lse == torch.inf, -torch.inf)
         delta = delta_op(out, dout, None)
-        masks = (None, alibi_slopes, None, None, None, cu_seqlens_q, cu_seqlens_k)
+        masks = (None, alibi_slopes, None, None, None, None, cu_seqlens_q, cu_seqlens_k)
         dq, dk, dv, *_ = backward_op(dout, q, k, v, lse, delta, *masks, *scalars)
     return dq, dk, dv, delta
 

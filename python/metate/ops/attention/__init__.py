@@ -202,7 +202,7 @@ def _one_by_one(args: tuple[Any, ...], backend: str | None) -> tuple[Tensor, Ten
     """out, lse and column sums."""
     out, lse = attention_op.call(args, backend=backend)
     q, k, _, *terms, _, _, _, block_m, block_n = args
-    given = q, k, *terms, block_m, block_n
+    given = q, k, lse, *terms, block_m, block_n
     return out, lse, column_sums_op.call(given, backend=backend)
 
 

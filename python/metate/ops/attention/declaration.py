@@ -64,6 +64,9 @@ CASES = [
     _case(1, 1, 300, 8, 1, 128),
     _case(1, 65, 3, 2, 2, 100, 8),  # a long product of few scores
     _case(1, 150, 200, 4, 2, 32, mask="blocks of heads"),
+    _case(2, 75, 140, 4, 2, 48, causal=True, scale=3.0, sinks=True),  # an lse beyond what it may be
+    _case(1, 70, 70, 2, 1, 130, scale=1.0, softcap=40.0, bias=(1, 2, 70, 70), dropout_p=0.2, mask="documents"),
+    _case(1, 60, 90, 2, 2, 24, scale=9.0, partial=True),
     _case(0, 4, 4, 2, 1, 8),
     _case(2, 0, 4, 2, 1, 8),
     _case(2, 4, 0, 2, 1, 8),
@@ -78,12 +81,14 @@ BACKWARD_SWEEP = [_case(2, 1024, 1024, 12, 12, 64, causal=True), _case(1, 2048, 
 
 
 def draw(rng: Random) -> Case:
-    """Any legal combination, small."""
-    heads = rng.choice([1, 2, 3])
-    q, k = rng.choice([0, 1, 2, 17, 63, 64, 65, 130]), rng.choice([0, 1, 3, 31, 64, 65, 127, 200])
-    case = _case(
-        rng.randint(0, 3), q, k, heads * rng.choice([1, 2, 4]), heads, rng.randint(1, 140), rng.randint(1, 140)
-    )
+    """Any legal combination, small: of fewer queries and keys where heads are wide."""
+    heads, wide = rng.choice([1, 2, 3]), rng.random() < 0.1
+    q = rng.choice([1, 2, 17, 50] if wide else [0, 1, 2, 17, 63, 64, 65, 130])
+    k = rng.choice([1, 3, 31, 70] if wide else [0, 1, 3, 31, 64, 65, 127, 200])
+    D, Dv = (rng.randint(1, 512 if wide else 140) for _ in range(2))
+    case = _case(rng.randint(0, 3), q, k, heads * rng.choice([1, 2, 4]), heads, D, Dv)
+    if rng.random() < 0.1:
+        case["scale"] = 20 / D**0.5  # for an lse beyond what it may be
     case["causal"] = rng.random() < 0.5
     case["top_left"] = rng.random() < 0.2
     if rng.random() < 0.3:
@@ -115,7 +120,7 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[
     named: dict[str, Any] = dict(
         q=normal(B, Sq, Hq, D).to(dtype), k=normal(B, Sk, Hkv, D).to(dtype), v=normal(B, Sk, Hkv, Dv).to(dtype),
         grad_out=normal(B, Sq, Hq, Dv).to(dtype), bias=None, alibi_slopes=None, sinks=None,
-        cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_q=None, cu_seqlens_k=None, partial=case.get("partial", False),
     )  # fmt: skip
     if "lengths_q" in case:
         for name in "qk":
@@ -131,8 +136,8 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> dict[
     mask = _mask(case, generator)
     left, right = case.get("window", (-1, -1))
     named.update(
-        intervals=mask.intervals, blocks=mask.blocks, bits=mask.bits, scale=D**-0.5, window_left=left,
-        window_right=(0 if right < 0 else min(right, 0)) if case.get("causal") else right,
+        intervals=mask.intervals, blocks=mask.blocks, bits=mask.bits, scale=case.get("scale", D**-0.5),
+        window_left=left, window_right=(0 if right < 0 else min(right, 0)) if case.get("causal") else right,
         top_left=case.get("top_left", False),
         softcap=case.get("softcap", 0.0), dropout_p=case.get("dropout_p", 0.0), seed=1234567890123, offset=7,
         block_m=mask.block_size[0], block_n=mask.block_size[1],
@@ -271,8 +276,24 @@ delta_op = Op(
 backward_op = Op(
     "attention_backward",
     reference.attention_backward,
-    axes={"grad_out": "B Sq Hq Dv", **_QKV, "lse": "B Hq Sq", "delta": "B Hq Sq", **_SCORES, **_MASKS},
-    dtypes={"grad_out": ("q",), **_QKV_DTYPES, "lse": _WIDE, "delta": _WIDE, **_SCORE_DTYPES, **_MASK_DTYPES},
+    axes={
+        "grad_out": "B Sq Hq Dv",
+        **_QKV,
+        "lse": "B Hq Sq",
+        "delta": "B Hq Sq",
+        **_SCORES,
+        "sinks": "Hq",
+        **_MASKS,
+    },
+    dtypes={
+        "grad_out": ("q",),
+        **_QKV_DTYPES,
+        "lse": _WIDE,
+        "delta": _WIDE,
+        **_SCORE_DTYPES,
+        "sinks": _WIDE,
+        **_MASK_DTYPES,
+    },
     outputs={"dq": "q", "dk": "q", "dv": "q", "dbias": torch.float32, "dalibi_slopes": torch.float32},
     shapes=rules.backward_shapes,
     domain=Domain(
@@ -293,12 +314,12 @@ backward_op = Op(
 column_sums_op = Op(
     "attention_column_sums",
     reference.attention_column_sums,
-    axes={"q": _QKV["q"], "k": _QKV["k"], **_SCORES, "sinks": "Hq", **_MASKS},
-    dtypes={"q": FLOATS, "k": ("q",), **_SCORE_DTYPES, "sinks": _WIDE, **_MASK_DTYPES},
+    axes={"q": _QKV["q"], "k": _QKV["k"], "lse": "B Hq Sq", **_SCORES, "sinks": "Hq", **_MASKS},
+    dtypes={"q": FLOATS, "k": ("q",), "lse": _WIDE, **_SCORE_DTYPES, "sinks": _WIDE, **_MASK_DTYPES},
     outputs={"sums": torch.float32},
     shapes=lambda q, k, *_: ((q.shape[0], q.shape[2], k.shape[1]),),
     domain=Domain(_make(*_parameters(reference.attention_column_sums)), CASES, SWEEP[:1], draw, ("B", "Sq", "Sk"), "B"),
-    flops=_products(2, 0),
+    flops=_products(1, 0),
     sizes=_sizes,
     autocast=("q", "k"),
     vmap=rules.fold_vmap,

@@ -37,6 +37,7 @@ def _positions(
 
 
 _ALL = slice(None)
+LARGEST_LSE = 32.0  # a float32 of that size is wrong by up to 2**-20, and so is exp of it
 
 
 class _Scores:
@@ -111,8 +112,14 @@ class _Scores:
         p, lse = shares(s)
         return p[..., : self.s.shape[-1]], lse
 
-    def probabilities(self, lse: Tensor) -> Tensor:
-        return torch.exp(self.s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    def probabilities(self, lse: Tensor, sinks: Tensor | None, partial: bool = False) -> Tensor:
+        """exp(s - lse), or the softmax where an lse is too large to tell it; `partial`: it is over more keys."""
+        if partial:
+            return torch.exp(self.s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+        coarse = ((lse.abs() > LARGEST_LSE) & (lse != -math.inf))[..., None]
+        lse = lse.masked_fill(lse == -math.inf, 0.0)[..., None]
+        p = torch.exp((self.s - lse).masked_fill(coarse, 0.0))
+        return torch.where(coarse, self.shares(sinks)[0], p)
 
     def dropout(self, p: float, seed: int, offset: int) -> Tensor:
         """0 or 1 / (1 - p) for every score."""
@@ -168,6 +175,7 @@ def attention_backward(
     delta: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     intervals: Tensor | None,
     blocks: Tensor | None,
     bits: Tensor | None,
@@ -183,22 +191,23 @@ def attention_backward(
     offset: int,
     block_m: int,
     block_n: int,
+    partial: bool,
     need_dbias: bool,
     need_dalibi_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return backward_of_rows(
-        _ALL, grad_out, q, k, v, lse, delta, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k,
-        scale, window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n, need_dbias,
-        need_dalibi_slopes,
+        _ALL, grad_out, q, k, v, lse, delta, bias, alibi_slopes, sinks, intervals, blocks, bits, cu_seqlens_q,
+        cu_seqlens_k, scale, window_left, window_right, top_left, softcap, dropout_p, seed, offset, block_m, block_n,
+        partial, need_dbias, need_dalibi_slopes,
     )  # fmt: skip
 
 
 def backward_of_rows(
     taken: slice, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, bias: Tensor | None,
-    alibi_slopes: Tensor | None, intervals: Tensor | None, blocks: Tensor | None, bits: Tensor | None,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, window_left: int, window_right: int,
-    top_left: bool, softcap: float, dropout_p: float, seed: int, offset: int, block_m: int, block_n: int,
-    need_dbias: bool, need_dalibi_slopes: bool,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, intervals: Tensor | None, blocks: Tensor | None,
+    bits: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, window_left: int,
+    window_right: int, top_left: bool, softcap: float, dropout_p: float, seed: int, offset: int, block_m: int,
+    block_n: int, partial: bool, need_dbias: bool, need_dalibi_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What some of the queries give to the gradients: their rows of dq and of a dbias that has rows, their part of the
     others."""
@@ -207,7 +216,7 @@ def backward_of_rows(
     lse, delta = lse[..., taken], delta[..., taken]
     alive = (lse != -math.inf)[..., None]
     go = grad_out[:, taken].transpose(1, 2).where(alive, 0)
-    p = scores.probabilities(lse)
+    p = scores.probabilities(lse, sinks, partial)
     dp = go @ scores.clean_keys(v).transpose(-1, -2)
     kept = p
     if dropout_p > 0:
@@ -232,6 +241,7 @@ def backward_of_rows(
 def attention_column_sums(
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
@@ -250,7 +260,7 @@ def attention_column_sums(
 ) -> Tensor:
     scores = _Scores(q, k, bias, alibi_slopes, intervals, blocks, bits, cu_seqlens_q, cu_seqlens_k, scale,
                      window_left, window_right, top_left, softcap, block_m, block_n)  # fmt: skip
-    return scores.shares(sinks)[0].sum(-2)
+    return scores.probabilities(lse, sinks).sum(-2)
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

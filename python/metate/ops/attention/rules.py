@@ -28,18 +28,18 @@ def validate_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
 def validate_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: Any
 ) -> None:
-    bias, slopes, *masks = rest[:7]
-    scale, left, right, _, softcap, p, seed, offset, *block_size = rest[7:-2]
+    bias, slopes, sinks, *masks = rest[:8]
+    scale, left, right, _, softcap, p, seed, offset, *block_size = rest[8:-3]
     _validate("attention_backward", q, k, v, bias, slopes, masks, scale, left, right, softcap, block_size)
-    _validate_wide("attention_backward", q, alibi_slopes=slopes, lse=lse, delta=delta)
+    _validate_wide("attention_backward", q, alibi_slopes=slopes, sinks=sinks, lse=lse, delta=delta)
     _validate_dropout("attention_backward", p, seed, offset)
 
 
-def validate_column_sums(q: Tensor, k: Tensor, *rest: Any) -> None:
+def validate_column_sums(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> None:
     bias, slopes, sinks, *masks = rest[:8]
     scale, left, right, _, softcap, *block_size = rest[8:]
     _validate("attention_column_sums", q, k, k, bias, slopes, masks, scale, left, right, softcap, block_size)
-    _validate_wide("attention_column_sums", q, alibi_slopes=slopes, sinks=sinks)
+    _validate_wide("attention_column_sums", q, alibi_slopes=slopes, sinks=sinks, lse=lse)
 
 
 def refused_by_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -135,10 +135,10 @@ def check_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
 
 
 def check_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *rest: Any) -> None:
-    _check_cu_seqlens(q, k, *rest[5:7])
+    _check_cu_seqlens(q, k, *rest[6:8])
 
 
-def check_column_sums(q: Tensor, k: Tensor, *rest: Any) -> None:
+def check_column_sums(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> None:
     _check_cu_seqlens(q, k, *rest[6:8])
 
 
@@ -190,8 +190,10 @@ def _backward(
         delta,
         bias,
         slopes,
+        sinks,
         *masks,
         *ctx.flags,
+        False,
         needed[3] and bias is not None,
         needed[4] and slopes is not None,
     )
@@ -216,8 +218,8 @@ def backward_delta(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 def save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:13])
-    ctx.flags = inputs[13:]
+    ctx.save_for_backward(*inputs[:14])
+    ctx.flags = inputs[14:]
 
 
 SCORES_AT_ONCE = 1 << 21  # of second derivatives, in several tensors of float32
@@ -229,7 +231,7 @@ def double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     So memory stays linear in the lengths; where third derivatives may follow, torch keeps all (B, Hq, Sq, Sk) scores.
     """
     inputs = ctx.saved_tensors
-    differentiable = [i for i in range(8) if inputs[i] is not None and ctx.needs_input_grad[i]]
+    differentiable = [i for i in range(9) if inputs[i] is not None and ctx.needs_input_grad[i]]
     wide = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     with torch.enable_grad():
         # New nodes: lse and delta depend on q, k, v in the outer graph, which must not be walked here.

@@ -137,7 +137,7 @@ class Kernels:
     def cuda(self, nvcc: str | None) -> tuple[str | None, str]:
         """The CUDA library, and why there is none. An architecture that was asked for by name must compile."""
         if not archs():
-            return None, "METATE_ARCHS is empty"
+            return None, "METATE_ARCHS was empty: reinstall without it"
         if not nvcc:
             return None, "no nvcc: install the CUDA toolkit, or `pip install nvidia-cuda-nvcc`, then reinstall"
         try:

@@ -174,6 +174,8 @@ def test_a_stopped_bench_keeps_what_it_has_measured(monkeypatch, tmp_path):
 
 
 def test_bench_names_what_it_does_not_know():
+    shown = metate("bench", "--help")
+    assert all(family in shown for family in run.families())
     assert "'atention' is not one of attention" in metate("bench", "atention", code=2).replace("│", " ")
     assert "no case is that small" in metate("bench", "--largest", "1", code=2)
 

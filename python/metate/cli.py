@@ -98,7 +98,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     machine, build = facts["machine"], facts["build"]
     quota = f", quota {machine['cpu_quota']:g} cores" if machine["cpu_quota"] else ""
     caches = " · ".join(f"{name} {size >> 10} KiB" for name, size in machine["caches"].items())
-    isa = [f"[green]{machine['isa'][0]}[/]", *machine["isa"][1:]] if machine["isa"] else ["no compiled kernels"]
+    isa = (
+        [f"[green]{machine['isa'][0]}[/] (in use)", *machine["isa"][1:]] if machine["isa"] else ["no compiled kernels"]
+    )
     lines = [
         ("processor", f"{escape(machine['cpu'])}, {machine['cores']} cores, {machine['threads']} threads used{quota}"),
         ("memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB; {caches}"),
@@ -126,9 +128,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 @app.command()
 def verify(
     op: Annotated[str | None, typer.Option(help="one operator; default: all")] = None,
-    backend: Annotated[str | None, typer.Option(help=" | ".join(BACKENDS))] = None,
-    device: Annotated[str | None, typer.Option(help="cpu | cuda; default: every one that is here")] = None,
-    dtype: Annotated[str | None, typer.Option(help=" | ".join(DTYPES))] = None,
+    backend: Annotated[str | None, typer.Option(help=f"{' | '.join(BACKENDS)}; default: all that are here")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu | cuda; default: all that are here")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{' | '.join(DTYPES)}; default: all")] = None,
     case: Annotated[int | None, typer.Option(help="one declared case, by number")] = None,
     fuzz: Annotated[int, typer.Option(help="configurations to draw for every operator", min=0)] = 0,
     seed: Annotated[
@@ -234,14 +236,14 @@ def _name(dtype: torch.dtype) -> str:
 @app.command()
 def bench(
     family: Annotated[
-        str | None, typer.Argument(help="as in attention, or calls; another word lists all; default: all")
+        str | None, typer.Argument(help="attention, calls, moe, paged_attention, pq or quant_linear; default: all")
     ] = None,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", help="where the record goes, HTML and PNG beside it; default: metate-bench/bench.json"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="small shapes, few repetitions, nothing to compile")] = False,
-    largest: Annotated[float | None, typer.Option(help="only cases of at most so many operations")] = None,
+    largest: Annotated[float | None, typer.Option(help="only cases of at most so many operations, say 1e9")] = None,
 ) -> None:
     """Measure this machine's ceilings, then every operator beside its rivals; write JSON, an HTML report and a PNG."""
     from metate.bench import run

@@ -14,6 +14,10 @@ TEXT = (Path(__file__).resolve().parent.parent / "docs/compat.md").read_text()
 EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", TEXT, re.S | re.M))
 
 
+def test_no_example_is_left_out():
+    assert len(EXAMPLES) == TEXT.count("```python")
+
+
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_example(title):
     if "transformers" in title:

@@ -412,7 +412,7 @@ void compute_tiles(const Problem& p, const Workspace& at, int64_t first, int64_t
     const vi pairs = p.pairs ? table_of(p) : splat(0);
     const int halves = p.in_digits() && !w.in_tiles() ? 2 : halves_beside(p.x.rows);
     const bool is_stream = w.in_tiles() && halves * width == rows_of_tile;  // read from end to end
-    const int64_t step = w.in_tiles() || halves > 1 ? span : span / 2;  // codes of few rows do not wait for many
+    const int64_t step = w.in_tiles() || halves > 1 ? span : span / 2;      // codes of few rows do not wait for many
     Ahead ahead(codes_at(w, first, 0), codes_at(w, last, 0), after);
     for (int64_t row = first, next = 0; row < last; row = next) {
         next = row + halves * width;

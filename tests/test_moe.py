@@ -346,10 +346,10 @@ def test_rows_of_no_expert_are_zeros_and_never_read(device, backend):
 @pytest.mark.parametrize("columns", [301, 192, 512, 768, 2304, 3584])  # from 512 on: lanes of chains
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_have_the_same_bits_however_many_and_however_the_weight_lies(dtype, columns):
-    x, w = random(70, columns).to(dtype), random(2, 150, columns, seed=1).to(dtype)
+    x, w = random(210, columns).to(dtype), random(2, 150, columns, seed=1).to(dtype)
     for weight in (w, w.mT.contiguous().mT):
-        many = metate.grouped_linear(x, weight, torch.tensor([0, 70, 70], dtype=torch.int32))
-        for rows in range(1, 70) if columns == 301 else (1, 2, 3, 4, 5, 13):
+        many = metate.grouped_linear(x, weight, torch.tensor([0, 210, 210], dtype=torch.int32))
+        for rows in range(1, 210) if columns == 301 else (1, 2, 3, 4, 5, 13, 48, 72, 97, 104):
             few = metate.grouped_linear(x[:rows], weight, torch.tensor([0, rows, rows], dtype=torch.int32))
             assert torch.equal(few, many[:rows]), rows
 

@@ -66,12 +66,13 @@ struct Problem {
         return per_lane<T> == elements_of<Word> && takes_few(span) && span.rows <= lane_rows && lanes.chains > 0;
     }
     bool takes_tiles(const Span& span) const { return lies_in_rows() && span.rows > few; }
-    // The first row of a panel of many. A panel of half a vector's rows would wait for its loads: the one before it
-    // leaves it some of its own.
+    // The first row of a panel. Panels of many rows are whole, or where rows are fewer half a vector shorter: those of
+    // one vector, of which there is one where nothing else fits, wait for their loads.
     int64_t first_of(const Span& span, int64_t number) const {
-        const bool is_last = number > 0 && number == (span.rows - 1) / panel;
-        const bool is_small = is_last && takes_tiles(span) && (span.rows - 1) % panel < half;
-        return smaller(number * panel, span.rows) - (is_small ? half : 0);
+        const int64_t panels = ceil_div(span.rows, panel);
+        if (half == 0 || !takes_tiles(span)) return smaller(number * panel, span.rows);
+        const int64_t shorter = (panels * panel - span.rows) / larger(half, 1);
+        return smaller(number * panel - larger(number - larger(panels - shorter, 0), 0) * half, span.rows);
     }
     bool takes_strips(const Span& span) const {
         return !lies_in_rows() && call.w.stride[1] == 1 && span.rows <= strip_rows;
@@ -90,9 +91,12 @@ template <class T, class Word, class Visit>
 void for_spans(const Problem<T, Word>& p, const Visit& visit) {
     Span span{0, 0, 0, 0};
     for (; span.expert + 1 < p.call.offsets.size[0]; ++span.expert) {
-        const int64_t end = index_at(p.call.offsets, span.expert + 1);
-        for (span.first = index_at(p.call.offsets, span.expert); span.first < end; span.first += rows_at_once) {
-            span.rows = smaller(rows_at_once, end - span.first);
+        const int64_t begin = index_at(p.call.offsets, span.expert), end = index_at(p.call.offsets, span.expert + 1);
+        // Even parts: a short one would cost as much of the weight as a whole one.
+        const int64_t parts = ceil_div(end - begin, rows_at_once);
+        const int64_t most = parts > 1 ? round_up(ceil_div(end - begin, parts), width / 2) : rows_at_once;
+        for (span.first = begin; span.first < end; span.first += most) {
+            span.rows = smaller(most, end - span.first);
             visit(span);
             span.place += p.takes_tiles(span) ? round_up(span.rows, panel) : span.rows;
         }

@@ -61,8 +61,11 @@ inline int64_t rows_of(const Attention& a, int64_t queries) {
 // Queries in a piece: enough rows to pay for packing the keys, few enough for all workers to find work. This alone may
 // follow the number of workers, for no row's result depends on the rows beside it.
 inline int64_t queries_of_piece(const Attention& a, int threads) {
-    constexpr int64_t least = 192, most = 4096, pieces_of_worker = 4;
-    const int64_t group = a.q.size[2] / a.k.size[2];
+    constexpr int64_t least = 192, pieces_of_worker = 4;
+    // Where a window is limited, rows meet few blocks of keys: fewer rows are still in the cache when the next block
+    // comes.
+    const bool is_narrow = a.window_left >= 0 && a.window_right >= 0;
+    const int64_t most = is_narrow ? 1024 : 4096, group = a.q.size[2] / a.k.size[2];
     const int64_t rows = clamp(a.q.size[0] * a.q.size[1] * a.q.size[2] / (pieces_of_worker * threads), least, most);
     int64_t unit = 1;  // queries that fill whole tiles
     while (rows_of(a, unit) % tile_rows || (has_masks_of_heads(a) && unit % tile_rows)) ++unit;

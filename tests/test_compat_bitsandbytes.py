@@ -1,12 +1,14 @@
 """bitsandbytes' interface: bits that the library itself computed, its states, its layers, and standing in for it."""
 
 import copy
+import gc
 import hashlib
 import importlib.metadata
 import json
 import subprocess
 import sys
 import textwrap
+import weakref
 from functools import partial
 
 import pytest
@@ -256,6 +258,50 @@ def test_copies_keep_what_a_weight_is(kind, tmp_path):
         assert torch.equal(other(x), expected)
         other.weight.data.zero_()
         assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_layers_are_packed_once_by_their_first_call(storage, tmp_path):
+    layer = bnb.nn.Linear4bit(128, 48, bias=False, quant_type="nf4", quant_storage=storage).to("cpu")
+    rows, x = layer.weight.data, torch.randn(3, 128)
+    kept = rows.clone()
+    expected = layer(x)
+    assert layer.weight.data_ptr() == rows.data_ptr(), "packed in training"
+    layer.eval()
+    assert torch.equal(layer(x), expected)
+    tiles = layer.weight.data_ptr()
+    assert layer.weight.dtype == storage and layer.weight.nbytes == rows.nbytes and tiles != rows.data_ptr()
+    alive = weakref.ref(rows)
+    del rows
+    gc.collect()
+    assert alive() is None, "keeps the rows beside the tiles"
+    layer(x)
+    assert layer.weight.data_ptr() == tiles == layer.weight.quant_state.lower(layer.weight).codes.data_ptr()
+    # Whoever reads the weight of a layer reads it in tiles too.
+    state = layer.weight.quant_state
+    assert torch.equal(F.dequantize_4bit(layer.weight.data, state), F.dequantize_4bit(kept, state))
+    for call in (partial(F.gemv_4bit, state=state), partial(bnb.matmul_4bit, quant_state=state)):
+        assert torch.equal(call(x, layer.weight), expected)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, F.dequantize_4bit(kept, state).sum(0).expand(3, 128), rtol=1e-4, atol=1e-5)
+    # What leaves it are rows.
+    for unpacked in (F.unpack_tiles(layer.weight.data), layer.state_dict()["weight"]):
+        assert torch.equal(unpacked.view(torch.uint8), kept.view(torch.uint8))
+    torch.save(layer, tmp_path / "layer.pt")
+    fresh = bnb.nn.LinearNF4(128, 48, bias=False, quant_storage=storage)
+    fresh.load_state_dict(layer.state_dict())
+    layer.load_state_dict(fresh.state_dict())
+    for other in (layer, fresh, copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+        assert torch.equal(other(x), expected)
+
+
+def test_weights_that_make_no_tiles_stay_rows():
+    for columns, rows in ((128, 24), (96, 48), (33, 16)):
+        layer = bnb.nn.LinearNF4(columns, rows).to("cpu").eval()
+        packed = layer.weight.data_ptr()
+        layer(torch.randn(2, columns))
+        assert layer.weight.data_ptr() == packed
 
 
 def test_computes_in_the_dtype_asked_for():

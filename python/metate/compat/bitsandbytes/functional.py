@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from metate.errors import fail
+from metate.low_bit import ROWS_OF_TILE, TILES, fit_tiles, rows_of, tiles_of
 from metate.ops.quant_linear import QuantizedWeight, quant_linear
 from metate.quant import bitsandbytes as format
 from metate.quant.settings import Settings, parse_json
@@ -72,8 +73,8 @@ class QuantState:
     def lower(self, packed: Tensor) -> QuantizedWeight:
         """The canonical form of a packed 4-bit weight (out_features, in_features), made once.
 
-        Rows of whole bytes are taken as they are: a byte holds an even column in its high nibble, hence the pairs of
-        columns change places.
+        Rows of whole bytes, and tiles, are taken as they are: a byte holds an even column in its high nibble, hence the
+        pairs of columns change places.
         """
         if self._lowered is not None and is_dynamo_compiling():  # see _same_memory
             return self._lowered[1]
@@ -90,8 +91,9 @@ class QuantState:
                 weight = state.lower()
             else:
                 swapped = torch.arange(columns, dtype=torch.int32, device=data.device) ^ 1
+                codes = (data.view(TILES) if packed.dim() == IN_TILES else data).view(rows, -1)
                 weight = QuantizedWeight(
-                    (rows, columns), 4, block_size, data.view(rows, columns // 2), self.scales().view(rows, -1),
+                    (rows, columns), 4, block_size, codes, self.scales().view(rows, -1),
                     codebook=format.codebook(quant_type).to(data.device), permutation=swapped,
                 )  # fmt: skip
             self._lowered = key, weight
@@ -186,6 +188,31 @@ def _bytes(packed: Tensor) -> Tensor:
     return packed.detach().contiguous().flatten().view(torch.uint8)
 
 
+# Layers have packed weights in tiles on a CPU, which makes them (out_features / 16, in_features / 8, 64 bytes): as much
+# memory, told by its shape, and the same results from the fastest read.
+IN_TILES = 3
+
+
+def pack_tiles(packed: Tensor, state: QuantState) -> Tensor:
+    """A packed 4-bit weight in tiles, where it can be; as it is otherwise."""
+    shape = state.shape
+    if packed.dim() == IN_TILES or packed.device.type != "cpu" or shape is None or len(shape) != 2:
+        return packed
+    rows, columns = shape
+    if columns % int(state.blocksize or 1) or not fit_tiles(rows, columns, 4, int(state.blocksize or 1)):
+        return packed
+    tiles = tiles_of(_bytes(packed).view(rows, columns // 2))
+    return tiles.view(packed.dtype).view(rows // ROWS_OF_TILE, columns // 8, -1)
+
+
+def unpack_tiles(packed: Tensor) -> Tensor:
+    """The rows of a packed 4-bit weight that may be in tiles, (…, 1)."""
+    if packed.dim() != IN_TILES:
+        return packed
+    tiles = _bytes(packed).view(TILES).view(ROWS_OF_TILE * packed.shape[0], packed.shape[1])
+    return rows_of(tiles).view(packed.dtype).view(-1, 1)
+
+
 def _floating(op: str, A: Tensor) -> None:
     if A.dtype not in _DTYPES.values():
         raise fail(op, "A", A.dtype, "float32, bfloat16 or float16")
@@ -238,6 +265,7 @@ def dequantize_4bit(
     shape, block_size, dtype = quant_state.shape, quant_state.blocksize, quant_state.dtype
     if shape is None or dtype is None or block_size not in format.BLOCK_SIZES:
         raise fail("dequantize_4bit", "quant_state", quant_state.as_dict(), "a shape, dtype and blocksize")
+    A = unpack_tiles(A)
     flat = torch.empty(shape.numel() + shape.numel() % 2, dtype=dtype, device=A.device)
     _dequantize_blocks(flat, _bytes(A), quant_state.scales().float(), str(quant_state.quant_type), block_size, shape)
     result = flat[: shape.numel()].view(shape) if out is None else out.copy_(flat[: shape.numel()].view(shape))
@@ -290,7 +318,7 @@ def matmul_4bit(
     if shape is not None and len(shape) == 2 and A.shape[-1] == shape[0] != shape[1]:
         text = f"matmul_4bit: quant_state.shape is {tuple(shape)}; quantize the weight as (out_features, in_features)"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
-        weight = dequantize_4bit(B.view(-1, 1), quant_state).to(A.dtype)
+        weight = dequantize_4bit(unpack_tiles(B).view(-1, 1), quant_state).to(A.dtype)
         result = torch.nn.functional.linear(A, weight.t(), bias)
     else:
         result = quant_linear(A, quant_state.lower(B), bias)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from metate.compat.bitsandbytes import functional
 from metate.compat.bitsandbytes.functional import MatmulLtState, QuantState
@@ -51,7 +52,7 @@ class _Params(nn.Parameter):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if self._is_quantized():
-            moved = self.data.to(device=device, non_blocking=non_blocking)  # codes are not numbers to convert
+            moved = self._codes_for(device).to(device=device, non_blocking=non_blocking)  # no numbers to convert
         elif device is not None and device.type != "meta":
             return self._quantize(device)
         else:
@@ -63,6 +64,10 @@ class _Params(nn.Parameter):
 
     def _is_quantized(self) -> bool:
         raise NotImplementedError
+
+    def _codes_for(self, device: torch.device | None) -> Tensor:
+        """The codes as they are understood there."""
+        return self.data
 
     def _quantize(self, device: torch.device) -> Any:
         raise NotImplementedError
@@ -131,6 +136,14 @@ class Params4bit(_Params):
     def _is_quantized(self) -> bool:
         return self.bnb_quantized
 
+    def _codes_for(self, device: torch.device | None) -> Tensor:
+        return self.data if device is None or device.type == "cpu" else functional.unpack_tiles(self.data)
+
+    def pack(self) -> None:
+        """Puts the codes in tiles, on a CPU and where they can be."""
+        if self.quant_state is not None and self.dim() != functional.IN_TILES:
+            self.data = functional.pack_tiles(self.data, self.quant_state)
+
     def _quantize(self, device: torch.device) -> Params4bit:
         self.data, self.quant_state = functional.quantize_4bit(
             self.data.to(device), blocksize=self.blocksize, compress_statistics=self.compress_statistics,
@@ -154,7 +167,9 @@ class Params4bit(_Params):
 class Linear4bit(nn.Linear):
     """nn.Linear whose weight becomes NF4 or FP4 when the layer is moved to a device, and stays frozen.
 
-    Computes in `compute_dtype`: by default in the dtype of the first input, in float32 for a float16 one.
+    Computes in `compute_dtype`: by default in the dtype of the first input, in float32 for a float16 one. On a CPU the
+    first call outside of training puts the codes in tiles (`QuantizedWeight.in_tiles`), in which `functional` reads
+    them too; states have rows.
     """
 
     weight: Params4bit
@@ -180,6 +195,8 @@ class Linear4bit(nn.Linear):
         state = self.weight.quant_state
         if state is None:
             raise RuntimeError("metate.Linear4bit: weight is not quantised yet, call .to(device)")
+        if not self.training and not is_dynamo_compiling():
+            self.weight.pack()
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return functional.matmul_4bit(x.to(dtype), self.weight, state, bias=bias).to(x.dtype)
@@ -187,6 +204,7 @@ class Linear4bit(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.quant_state is not None:
+            destination[f"{prefix}weight"] = functional.unpack_tiles(destination[f"{prefix}weight"])
             for name, tensor in self.weight.quant_state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()
 

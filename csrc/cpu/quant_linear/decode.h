@@ -177,16 +177,18 @@ inline void decode_pairs(float* to, int64_t stride, const int32_t* words, int64_
     }
 }
 
-// The same of a whole block of `width` rows, as their codes lie: what fills the time in which rows come from memory.
-// Adds the centers of whole numbers: a vector of pairs for every dword of codes.
-template <bool has_centers>
-[[gnu::noinline]] void decode_square(float* to, const uint8_t* from, int64_t row_bytes, int64_t ahead, vi table,
+// The same of a whole block of `width` rows, as their codes lie, one row after another or in a tile, `pitch` bytes from
+// one row or dword to the next: what fills the time in which they come from memory. Adds the centers of whole numbers:
+// a vector of pairs for every dword of codes.
+template <bool in_tile, bool has_centers>
+[[gnu::noinline]] void decode_square(float* to, const uint8_t* from, int64_t pitch, int64_t ahead, vi table,
                                      [[maybe_unused]] const int32_t* centers) {
     vf square[width];
-    for (int i = 0; i < width; ++i) __builtin_prefetch(from + ahead + i * row_bytes, 0, 2);
-    load_transposed(square, from, row_bytes);
+    for (int i = 0; i < width; ++i) __builtin_prefetch(from + ahead + i * pitch, 0, 2);
+    if constexpr (!in_tile) load_transposed(square, from, pitch);
 #pragma GCC unroll 16
     for (int i = 0; i < width; ++i) {
+        if constexpr (in_tile) square[i] = load(reinterpret_cast<const float*>(from + i * pitch));
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             vi pairs = lookup_pairs(table, as_int(square[i]), 4 * j);
@@ -197,7 +199,7 @@ template <bool has_centers>
 }
 #else
 inline void decode_pairs(float*, int64_t, const int32_t*, int64_t, vi) {}
-template <bool has_centers>
+template <bool in_tile, bool has_centers>
 void decode_square(float*, const uint8_t*, int64_t, int64_t, vi, const int32_t*) {}
 #endif
 

@@ -19,24 +19,30 @@ vi table_of([[maybe_unused]] const Problem& p) {
 #endif
 }
 
+// A whole block of `width` rows as pairs; `centers` as in spread_centers, or null.
+void decode_square_of(const Problem& p, int64_t row, int64_t k, const int32_t* centers, float* to) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t pitch = w.in_tiles() ? rows_of_tile * 4 : w.row_bytes(), ahead = bytes_ahead(w, k);
+    const auto as = w.in_tiles() ? centers ? decode_square<true, true> : decode_square<true, false>
+                  : centers      ? decode_square<false, true>
+                                 : decode_square<false, false>;
+    as(to, codes_at(w, row, k), pitch, ahead, table_of(p), centers);
+}
+
 void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, float* to) {
     const LowBitMatrix& w = p.call.w;
-    const int64_t columns = smaller(block, w.columns - k * block), stride = w.row_bytes();
+    const int64_t columns = smaller(block, w.columns - k * block);
     for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
         float* const values = to + v * width;
-        const int64_t passed = p.plans[k].first_group - at.first_group[panel_number];
+        const int64_t first = row + v * width, passed = p.plans[k].first_group - at.first_group[panel_number];
         const int64_t offset = (panel_number * p.window + passed) * panel + v * width;
         const bool has_centers = p.whole_pairs && at.centers;
         int32_t centers[block / unit_columns * width];
         if (has_centers) spread_centers(centers, p.plans[k], at.centers + offset);
-        if (p.x.unit != Unit::floats && w.bits == 4 && columns == block && row + (v + 1) * width <= w.rows &&
-            !w.in_tiles()) {
-            const uint8_t* const codes = static_cast<const uint8_t*>(w.codes.data) + (row + v * width) * stride;
-            const int64_t ahead = bytes_ahead(w, k);
-            has_centers ? decode_square<true>(values, codes + k * block / 2, stride, ahead, table_of(p), centers)
-                        : decode_square<false>(values, codes + k * block / 2, stride, ahead, table_of(p), nullptr);
+        if (p.x.unit != Unit::floats && w.bits == 4 && columns == block && first + width <= w.rows) {
+            decode_square_of(p, first, k, has_centers ? centers : nullptr, values);
         } else {
-            transpose_words(at.words, w, row + v * width, k, bytes_ahead(w, k));
+            transpose_words(at.words, w, first, k, bytes_ahead(w, k));
             if (p.x.unit == Unit::floats)
                 decode(values, panel, at.words, columns, w.bits, p.values);
             else if (w.bits == 4)
@@ -355,14 +361,14 @@ void multiply_tiles(const Problem& p, Tile tile, int64_t k, int64_t first, int64
 
 #if defined(METATE_HAS_VNNI_FORMS)
 void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t first, int64_t end, int64_t blocks,
-                     const PanelWords& words, int64_t halves, Ahead& ahead) {
+                     PanelWords words, int64_t halves, Ahead& ahead) {
     tile.x = p.integers.line(k, first);
-    tile.total += first * panel;
     const auto multiply = [&]<int digits>() {
-        for (int64_t v = 0; v < halves; ++v) {
+        const int beside = halves_of_digits(static_cast<int>(end - first), digits);
+        for (int64_t v = 0; v < halves; v += beside) {
             multiply_digits<digits>(end - first, tile, p.integer_plans + k, blocks,
-                                    p.integers.line(1, 0) - p.integers.lines, words.halves[v], p.arithmetic.table,
-                                    ahead);
+                                    p.integers.line(1, 0) - p.integers.lines, words, p.arithmetic.table, ahead);
+            words.halves[0] = words.halves[1];
             tile.scales += width;
             if (tile.corrections) tile.corrections += width;
             if (tile.centers) tile.centers += width;
@@ -386,15 +392,16 @@ void multiply_tiles(const Problem& p, const Workspace& at, const Tile& tile, int
     const int64_t parts = ceil_div(p.x.rows, p.in_digits() ? most_digit_rows(p.arithmetic.digits) : most_tiled_rows);
     const PanelWords words = words_of(w, row, k, tile.blocks, halves, at.room);
     IntegerTile integers = integer_tile(p, at, 0, tile);
-    integers.first_group = tile.first_group;
     if (integers.centers) integers.centers += row % panel;
-    Ahead here(codes_at(w, row, k), tile.blocks * block / 2, w.row_bytes());
+    Ahead here = at_hand(words, tile.blocks);
     for (int64_t i = 0; i < parts; ++i) {
         const int64_t first = p.x.rows * i / parts, end = p.x.rows * (i + 1) / parts;
         Ahead& later = i == 0 ? ahead : here;
+        IntegerTile part = integers;
+        part.total += first * panel;
         if (p.in_digits())
-            multiply_digits(p, integers, k, first, end, tile.blocks, words,
-                            smaller(halves, ceil_div(w.rows - row, width)), later);
+            multiply_digits(p, part, k, first, end, tile.blocks, words, smaller(halves, ceil_div(w.rows - row, width)),
+                            later);
         else if (p.pairs)
             multiply_tiles<Unit::pairs, Values::table>(p, tile, k, first, end, words, pairs, later);
         else if (p.values.kind == Values::table)

@@ -25,6 +25,11 @@ inline Cut cut_of(int64_t rows, int64_t n) {
     return {panels, ceil_div(all, panels)};
 }
 
+// Of x, up to which codes are looked up again for every few rows: decoded once, they would leave the first-level cache.
+METATE_FN constexpr int64_t most_rows_in_tiles(bool pairs, int digits) {
+    return (pairs ? 16 : digits == 1 ? 8 : digits == 0 && width == 16 ? 4 : 1) * most_tiled_rows;
+}
+
 // What a worker needs for one piece.
 struct Workspace {
     int32_t* words;
@@ -39,8 +44,6 @@ struct Workspace {
     int32_t* room;                // where codes become tiles, for a span of both halves of a panel
 };
 
-constexpr int64_t short_group = 64;  // below, whole numbers are scaled so often that pairs are faster
-
 #if defined(METATE_HAS_BF16_DOT)
 // Whether bfloat16 is multiplied in pairs. Entries of codebooks are rounded to it then: less than results are.
 inline bool takes_pairs(const QuantLinear& c, const Values& values) {
@@ -51,7 +54,7 @@ inline bool takes_pairs(const QuantLinear& c, const Values& values) {
     for (int i = 0; i < 16; ++i) is_exact &= to_float(from_float<bf16>(values.entries[i])) == values.entries[i];
     const bool in_integers = arithmetic_of(c, values, small_group).digits > 0;
     if (c.int8_activations) return !in_integers && c.w.codebook;
-    return in_integers ? is_exact && group < short_group : is_exact || c.w.codebook;
+    return is_exact || c.w.codebook;
 }
 #else
 inline bool takes_pairs(const QuantLinear&, const Values&) {
@@ -101,7 +104,7 @@ struct Problem {
           can_sum(!call.w.in_tiles() && width < 16 && !arithmetic.digits && can_sum_chunks(call.w)),
           can_tile(can_take_tiles(call.w, arithmetic)),
           takes_tiles(can_tile && call.x.size[0] >= (can_dot ? 2 : 1) &&
-                      call.x.size[0] <= (pairs || arithmetic.digits == 1 ? 2 : 1) * most_tiled_rows),
+                      call.x.size[0] <= most_rows_in_tiles(pairs, arithmetic.digits)),
           dots_rows(can_dot && !takes_tiles && call.x.size[0] <= few_rows),
           sums_chunks(can_sum && call.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / call.w.group_size + 2);

@@ -53,6 +53,11 @@ inline PanelWords words_of(const LowBitMatrix& w, int64_t row, int64_t k, int64_
     return words;
 }
 
+// What products with codes that are at hand ask for: those codes, again and again.
+inline Ahead at_hand(const PanelWords& words, int64_t blocks) {
+    return Ahead(reinterpret_cast<const uint8_t*>(words.halves[0]), blocks * words_of_block * 4, 0);
+}
+
 // Finds word j of those that a dword of codes stands for.
 template <Unit unit, Values::Kind kind>
 struct WordFinder {
@@ -175,10 +180,26 @@ METATE_FN void multiply_tiles(int64_t n, const Tile& tile, const PanelWords& wor
 
 #if defined(METATE_HAS_VNNI_FORMS)
 
-// Adds a block to the totals of one half of a panel, in whole numbers: what multiply_segments does.
-template <int rows, int digits, int used, bool has_table>
-METATE_FN void multiply_digit_tile(const IntegerTile& t, const int32_t* words, vi entries, Ahead& ahead) {
-    constexpr int dwords = longest / unit_columns, together = used == 1 && rows <= 4 ? 2 : 1;
+// What codes stand for in whole numbers.
+enum class Found {
+    centered,      // themselves, less a center that all have
+    own_centered,  // less one for every row and group
+    bytes,         // those of a table
+};
+
+// Of x, at once, with so many digits; and halves of a panel beside each other. More than fill the registers are split.
+METATE_FN constexpr int most_digit_rows(int digits) {
+    return digits == 3 ? 4 : static_cast<int>(most_tiled_rows);
+}
+METATE_FN constexpr int halves_of_digits(int rows, int digits) {
+    return digits == 3 ? 1 : halves_beside(rows);
+}
+
+// Adds a block to the totals of a panel or of one of its halves, in whole numbers: what multiply_segments does.
+template <int rows, int digits, int used, Found found>
+METATE_FN void multiply_digit_tile(const IntegerTile& t, const PanelWords& words, vi entries, Ahead& ahead) {
+    constexpr int dwords = longest / unit_columns, halves = halves_of_digits(rows, digits);
+    constexpr int together = used == 1 && rows <= 4 ? 2 : 1;
     constexpr int last = used > 1 ? 1 : 0;  // of the digits whose sums are joined as whole numbers
     const vi mask = splat(0x0f0f0f0f);
     const int32_t* x[rows];
@@ -187,38 +208,59 @@ METATE_FN void multiply_digit_tile(const IntegerTile& t, const int32_t* words, v
         x[r] = t.x + r * t.stride;
         asm("" : "+r"(x[r]));  // as in multiply_tile_blocks
     }
-    vi sum[used][together][rows];
+    vi sum[used][together][rows][halves];
     int64_t at = 0, digit_at[used];
     const auto begin = [&](int s) __attribute__((always_inline)) {
         const Segment& segment = t.segments[s];
         at = (segment.group - t.first_group) * panel;
+        vi center[halves] = {};
+#pragma GCC unroll 2
+        for (int v = 0; found == Found::own_centered && v < halves; ++v) center[v] = load(t.centers + at + v * width);
 #pragma GCC unroll 3
         for (int d = 0; d < used; ++d) {
             digit_at[d] = segment.offset * digits + d * segment.quads - segment.first_quad;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
+                const vi start = d < last ? splat(0) : splat(x[r][t.starts_at + 2 * s + d - last]);
 #pragma GCC unroll 2
-                for (int i = 0; i < together; ++i) sum[d][i][r] = splat(0);
-                if (d < last) continue;
-                const vi start = splat(x[r][t.starts_at + 2 * s + d - last]);
-                sum[d][0][r] = t.centers ? multiply(load(t.centers + at), start) : start;
+                for (int v = 0; v < halves; ++v) {
+#pragma GCC unroll 2
+                    for (int i = 1; i < together; ++i) sum[d][i][r][v] = splat(0);
+                    sum[d][0][r][v] = found == Found::own_centered && d >= last ? multiply(center[v], start) : start;
+                }
             }
         }
     };
     const auto end = [&](int s) __attribute__((always_inline)) {
-        const vf scale = load(t.scales + at);
+        vf scale[halves], correction[halves];
+#pragma GCC unroll 2
+        for (int v = 0; v < halves; ++v) scale[v] = load(t.scales + at + v * width);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            vi whole = sum[last][0][r];
-            if (together > 1) whole = add(whole, sum[last][together - 1][r]);
-            if (last) whole = add(shift_left(sum[0][0][r], 8), whole);
-            vf step = splat(bit_cast<float>(x[r][t.steps_at + s])), value = to_float(whole);
+            vf step = splat(bit_cast<float>(x[r][t.steps_at + s]));
             if (used < digits) step = step * splat(t.radix);
-            if (used == 3) value = fma(value, splat(t.radix), to_float(sum[used - 1][0][r]));
-            vf total = fma(value * step, scale, load(t.total + r * panel));
-            if (t.corrections)
-                total = fma(splat(bit_cast<float>(x[r][t.totals_at + s])), load(t.corrections + at), total);
-            store(t.total + r * panel, total);
+#pragma GCC unroll 2
+            for (int v = 0; v < halves; ++v) {
+                vi whole = sum[last][0][r][v];
+                if (together > 1) whole = add(whole, sum[last][together - 1][r][v]);
+                if (last) whole = add(shift_left(sum[0][0][r][v], 8), whole);
+                vf value = to_float(whole);
+                if (used == 3) value = fma(value, splat(t.radix), to_float(sum[used - 1][0][r][v]));
+                float* const total = t.total + r * panel + v * width;
+                store(total, fma(value * step, scale[v], load(total)));
+            }
+        }
+        if (!t.corrections) return;
+#pragma GCC unroll 2
+        for (int v = 0; v < halves; ++v) correction[v] = load(t.corrections + at + v * width);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const vf x_sum = splat(bit_cast<float>(x[r][t.totals_at + s]));
+#pragma GCC unroll 2
+            for (int v = 0; v < halves; ++v) {
+                float* const total = t.total + r * panel + v * width;
+                store(total, fma(x_sum, correction[v], load(total)));
+            }
         }
     };
     int s = 0;
@@ -227,15 +269,22 @@ METATE_FN void multiply_digit_tile(const IntegerTile& t, const int32_t* words, v
     for (int c = 0; c < block / longest; ++c) {
 #pragma GCC unroll 8
         for (int q = c * dwords * 2; q < (c + 1) * dwords * 2; ++q) {
-            const vi word = load(words + q / 2 * rows_of_tile);
-            vi codes = bit_and(q % 2 ? shift_right(word, 4) : word, mask);
-            if (has_table) codes = lookup_bytes(entries, codes);
-            if (q % 2) ahead.fetch();
+            vi codes[halves];
+#pragma GCC unroll 2
+            for (int v = 0; v < halves; ++v) {
+                const vi word = load(words.halves[v] + q / 2 * rows_of_tile);
+                codes[v] = bit_and(q % 2 ? shift_right(word, 4) : word, mask);
+                if (found == Found::bytes) codes[v] = lookup_bytes(entries, codes[v]);
+                if (q % 2) ahead.fetch();
+            }
 #pragma GCC unroll 3
             for (int d = 0; d < used; ++d) {
 #pragma GCC unroll 8
-                for (int r = 0; r < rows; ++r)
-                    vnni_add_dot(sum[d][q % together][r], codes, splat(x[r][digit_at[d] + q]));
+                for (int r = 0; r < rows; ++r) {
+                    const vi a = splat(x[r][digit_at[d] + q]);
+#pragma GCC unroll 2
+                    for (int v = 0; v < halves; ++v) vnni_add_dot(sum[d][q % together][r][v], codes[v], a);
+                }
             }
         }
         if (t.segments[s].end > (c + 1) * longest) continue;
@@ -246,40 +295,35 @@ METATE_FN void multiply_digit_tile(const IntegerTile& t, const int32_t* words, v
 }
 
 // The same of some blocks, whose lines of x are `apart` dwords apart.
-template <int rows, int digits, bool has_table>
+template <int rows, int digits, Found found>
 __attribute__((noinline)) void multiply_digits_as(IntegerTile t, const IntegerPlan* plan, int64_t blocks, int64_t apart,
-                                                  const int32_t* words, const ByteTable& table, Ahead& later) {
+                                                  PanelWords words, const ByteTable& table, Ahead& later) {
     Ahead ahead = later;  // in registers
     const vi entries = table_of_bytes(table.bytes);
-    for (const IntegerPlan* const end = plan + blocks; plan < end; ++plan, t.x += apart, words += words_of_block) {
+    for (const IntegerPlan* const end = plan + blocks; plan < end; ++plan, t.x += apart) {
         t.segments = plan->segments;
         t.count = plan->count;
-        if constexpr (digits == 3) {
-            bool has_last = false;
-            for (int r = 0; r < rows; ++r) has_last |= t.x[r * t.stride + t.used_at] == 3;
-            if (!has_last) {
-                multiply_digit_tile<rows, 3, 2, has_table>(t, words, entries, ahead);
-                continue;
-            }
-        }
-        multiply_digit_tile<rows, digits, digits, has_table>(t, words, entries, ahead);
+        bool has_last = digits == 1;
+        for (int r = 0; digits == 3 && r < rows; ++r) has_last |= t.x[r * t.stride + t.used_at] == 3;
+        has_last ? multiply_digit_tile<rows, digits, digits, found>(t, words, entries, ahead)
+                 : multiply_digit_tile<rows, digits, (digits == 3 ? 2 : 1), found>(t, words, entries, ahead);
+        for (const int32_t*& half : words.halves) half += words_of_block;
     }
     later = ahead;
 }
 
-// Of x, at once, with so many digits.
-METATE_FN constexpr int most_digit_rows(int digits) {
-    return digits == 3 ? 4 : static_cast<int>(most_tiled_rows);
-}
-
 template <int digits, int rows = most_digit_rows(digits)>
 METATE_FN void multiply_digits(int64_t n, const IntegerTile& tile, const IntegerPlan* plan, int64_t blocks,
-                               int64_t apart, const int32_t* words, const ByteTable& table, Ahead& ahead) {
+                               int64_t apart, const PanelWords& words, const ByteTable& table, Ahead& ahead) {
     if constexpr (rows > 1) {
         if (n < rows) return multiply_digits<digits, rows - 1>(n, tile, plan, blocks, apart, words, table, ahead);
     }
-    table.unit ? multiply_digits_as<rows, digits, true>(tile, plan, blocks, apart, words, table, ahead)
-               : multiply_digits_as<rows, digits, false>(tile, plan, blocks, apart, words, table, ahead);
+    if (table.unit)
+        multiply_digits_as<rows, digits, Found::bytes>(tile, plan, blocks, apart, words, table, ahead);
+    else if (tile.centers)
+        multiply_digits_as<rows, digits, Found::own_centered>(tile, plan, blocks, apart, words, table, ahead);
+    else
+        multiply_digits_as<rows, digits, Found::centered>(tile, plan, blocks, apart, words, table, ahead);
 }
 
 #endif

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import io
 import json
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,11 @@ from metate.quant import (
 )
 
 HIDDEN, INNER, EXPERTS = 12, 20, 5
+
+
+def has_large_pages():
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return enabled.exists() and "[never]" not in enabled.read_text()
 
 
 def build(**options):
@@ -364,3 +371,26 @@ def test_a_route_is_replayed():
     moe(x, experts=chosen).sum().backward()
     assert torch.equal(moe.route.experts, chosen) and moe.router.weight.grad.abs().sum() > 0
     assert not torch.equal(moe.route.experts, (moe(x), moe.route.experts)[1])
+
+
+def large_pages_of(tensor):
+    """Bytes of the mappings in which a tensor lies that stand in large pages."""
+    begin, end, counts, found = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            counts = int(span[1], 16) < end and int(span[2], 16) > begin
+        elif counts and line.startswith("AnonHugePages:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not has_large_pages(), reason="this system gives no large pages to those who ask")
+def test_experts_lie_in_large_pages():
+    """As they are made and after `to`; with the values that they had, and as storage that torch may resize."""
+    layer = GroupedLinear(8, 512, 2048)
+    assert large_pages_of(layer.weight) > layer.weight.nbytes // 2
+    values = layer.weight.detach().bfloat16()
+    layer.bfloat16()
+    assert torch.equal(layer.weight, values)
+    assert large_pages_of(layer.weight) > layer.weight.nbytes // 2
+    assert layer.weight.untyped_storage().resizable()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metate.bench.run import Run, Skip
 from metate.low_bit import unpack_codes
+from metate.memory import prefer_large_pages
 
 F32, F16, Q4_0, I32, BF16 = 0, 1, 2, 26, 30  # enum ggml_type
 _MEMORY = 16 << 20  # for the descriptions of tensors; their data lie in buffers of the backend
@@ -96,6 +97,8 @@ class Graphs:
         weights = repack and self._repacking()
         for context, kind in zip(self.contexts, (plain, weights or plain), strict=True):
             self.buffers.append(_call("backend_alloc_ctx_tensors_from_buft", context, kind))
+            begin, size = (_call(f"backend_buffer_get_{what}", self.buffers[-1]) for what in ("base", "size"))
+            prefer_large_pages(begin, size)  # as ours lie: small ones take longer to look up
 
     def _repacking(self) -> int:
         name = ctypes.c_char_p(b"ggml_backend_dev_get_extra_bufts")

@@ -2,6 +2,7 @@
 
 The route is given: every contender takes the tokens, their experts and the weights of these. A set of inputs holds
 several problems for the same weights, so that few tokens come round to all experts and no cache serves the next call.
+Weights lie in large pages of the system, as layers of metate.nn hold them, for every contender.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from metate import QuantizedExperts, QuantizedWeight
 from metate.bench import ggml
 from metate.bench.run import Run, Setup, Skip, Workload
 from metate.low_bit import int8_activations
+from metate.memory import in_large_pages
 from metate.op import REGISTRY, Args, Case
 from metate.ops.moe import Route
 from metate.quant import quantize_nf4
@@ -108,7 +110,7 @@ class Layer:
             draw(case["form"], generator, E, 2 * case["N"], K), draw(case["form"], generator, E, K, case["N"]),
         )  # fmt: skip
         moved = (a.to(dtype) if isinstance(a, Tensor) and a.dim() == 3 and a.shape[0] == E else a for a in args)
-        return tuple(a.to(device) for a in moved)
+        return tuple(in_large_pages(a.to(device)) if isinstance(a, Tensor) else a.to(device) for a in moved)
 
     def implementations(self, device: str) -> dict[str, Any]:
         return REGISTRY["grouped_linear"].implementations(device)

@@ -279,6 +279,20 @@ def test_cancel_frees_everything(model):
         assert cache.manager.available() == 50 and cache.manager.statistics()["sequences"] == 0
     with pytest.raises(ValueError, match="number is 3, expected one that add returned"):
         scheduler.cancel(3)
+    with pytest.raises(TypeError, match="number is '0', expected one that add returned"):
+        scheduler.cancel("0")
+
+
+def test_a_request_whose_number_is_taken_waits(model):
+    cache = PagedKVCache(model.cache_layout, 50, 4)
+    cache.manager.allocate(0, [1, 2])
+    scheduler, text = Scheduler(model, cache), prompts(1)[0]
+    scheduler.add(text, max_new_tokens=3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sequence is 0, which is allocated already"):
+            scheduler.step()
+    cache.manager.free(0)
+    assert [event.token for event in scheduler] == metate.generate(model, [text], max_new_tokens=3)[0].tokens
 
 
 def test_a_loop_may_cancel_and_be_taken_up_again(model):

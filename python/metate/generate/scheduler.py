@@ -210,7 +210,15 @@ class Scheduler:
         return request.number
 
     def cancel(self, number: int) -> bool:
-        """Ends a request and frees its blocks, no event of it comes any more; False where it had ended already."""
+        """Ends a request and frees its blocks, no event of it comes any more; False where it had ended already.
+
+        Raises:
+            ValueError, TypeError: `add` has returned no such number.
+        """
+        try:
+            number = operator.index(number)
+        except TypeError:
+            raise fail("Scheduler.cancel", "number", repr(number), "one that add returned", error=TypeError) from None
         for requests in (self.waiting, self.running):
             for request in requests:
                 if request.number == number:
@@ -363,8 +371,9 @@ class Scheduler:
 
     def _admit(self, budget: int) -> _Work | None:
         """Lets the first who waits run; None where it ended at once, or grew too long by tokens without a choice."""
-        request = self.waiting.pop(0)
-        request.computed = self.cache.manager.allocate(request.number, request.tokens)
+        request = self.waiting[0]
+        request.computed = self.cache.manager.allocate(request.number, request.tokens)  # may be somebody else's number
+        self.waiting.pop(0)
         bisect.insort(self.running, request)
         try:
             self._force(request)

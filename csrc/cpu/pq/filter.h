@@ -112,19 +112,9 @@ void round_tables(Filter& f, const Scan& scan, double inverse) {
     for (uint8_t* const end = f.entries + bytes_of_tables<form>(scan.M); to < end; ++to) *to = 0;
 }
 
-// Who wants the rows that a filter leaves: with 4 bits whole blocks cost no more, with 8 bits a few are summed at a
-// time.
+// Sums the rows that a filter leaves, some at a time, and offers them.
 template <int bits>
 struct Survivors {
-    const Scan* scan;
-    Asked asked;
-    Best* best;
-
-    void flush() {}
-};
-
-template <>
-struct Survivors<8> {
     const Scan* scan;
     Asked asked;
     Best* best;
@@ -142,7 +132,7 @@ struct Survivors<8> {
         }
         float sum[rows_together];
         add_entries(sum, *scan, scan->table(asked.q),
-                    [&](int i, int64_t m) { return code_in<8>(blocks[i], places[i], m); });
+                    [&](int i, int64_t m) { return code_in<bits>(blocks[i], places[i], m); });
         const float limit = best->limit();
         for (int i = 0; i < count; ++i) scan->offer(sum[i], rows[i], asked, limit, *best);
         count = 0;
@@ -152,6 +142,16 @@ struct Survivors<8> {
         if (scan->call.search.ids) __builtin_prefetch(static_cast<const int64_t*>(scan->call.search.ids.data) + row);
         rows[count++] = row;
         if (count == rows_together) flush();
+    }
+    // Those of a block that `near` has a bit for: of 4 bits, the whole block costs no more than some of its rows.
+    METATE_FN void add_block(int64_t row, uint32_t near) {
+        constexpr int most = 6;
+        if (bits == 4 && __builtin_popcount(near) > most) return offer_block<bits>(*scan, asked, row, near, *best);
+        for (; near; near &= near - 1) add(row + __builtin_ctz(near));
+    }
+    METATE_FN void add_blocks(int64_t row, uint64_t near) {
+        if (const auto first = static_cast<uint32_t>(near)) add_block(row, first);
+        if (const auto second = static_cast<uint32_t>(near >> 32)) add_block(row + block_codes, second);
     }
 };
 
@@ -224,48 +224,6 @@ METATE_FN float inverse_of(const Filter& f) {
     return static_cast<float>(f.inverse * (1 - 0x1p-18));
 }
 
-// For `queries` queries: what codes have to be taken apart for is done once.
-template <int queries>
-METATE_FN void scan_nibbles(const Chunk& c, Filter* const* filters, Survivors<4>* const* found) {
-    constexpr int at_once = width / 4;
-    const vi halves = splat(0x0f0f0f0f);
-    const int64_t M = c.scan.M, whole = M / at_once * at_once;
-    uint8_t terms[queries][2 * block_codes] = {};
-    const uint8_t* tables[queries];
-    for (int q = 0; q < queries; ++q) tables[q] = filters[q]->entries;
-    for (int64_t row = c.begin(); row < c.rows.last; row += block_codes) {
-        const uint8_t* const block = c.scan.block(row);
-        for (int64_t i = 0; i < M; i += 4) __builtin_prefetch(block + 64 * lines_ahead + 16 * i);
-        vi low[queries], high[queries];
-#pragma GCC unroll 4
-        for (int q = 0; q < queries; ++q) low[q] = high[q] = splat(0);
-        const auto add = [&](int64_t m, int64_t bytes) __attribute__((always_inline)) {
-            const vi codes = load_bytes(block + 16 * m, bytes), lower = bit_and(codes, halves);
-            const vi upper = bit_and(shift_right_words(codes, 4), halves);
-#pragma GCC unroll 4
-            for (int q = 0; q < queries; ++q) {
-                const vi table = load_bytes(tables[q] + 16 * m, 64);
-                low[q] = add_clipped_bytes(low[q], lookup_bytes(table, lower));
-                high[q] = add_clipped_bytes(high[q], lookup_bytes(table, upper));
-            }
-        };
-#pragma GCC unroll 2
-        for (int64_t m = 0; m < whole; m += at_once) add(m, 64);
-        if (whole < M) add(whole, 16 * (M - whole));
-        const int64_t begin = row < c.rows.first ? c.rows.first - row : 0;
-#pragma GCC unroll 4
-        for (int q = 0; q < queries; ++q) {
-            if (c.terms.bias)
-                round_terms(terms[q] + begin, c.terms, row + begin, c.rows.last, block_codes - begin,
-                            inverse_of(*filters[q]));
-            uint32_t near = below_clip(fold_clipped_bytes(low[q], high[q]), terms[q]);
-            near &= inside(row, c.rows.first, c.rows.last);
-            if (near != 0) offer_block<4>(c.scan, found[q]->asked, row, near, *found[q]->best);
-        }
-    }
-}
-
-#if defined(METATE_HAS_WORD_SHUFFLES)
 // Bit i: row i of the two blocks that begin with `row` is one of the chunk's.
 METATE_FN uint64_t inside_both(const Chunk& c, int64_t row) {
     const int64_t next = row + block_codes;
@@ -273,6 +231,59 @@ METATE_FN uint64_t inside_both(const Chunk& c, int64_t row) {
     return second << 32 | inside(row, c.rows.first, c.rows.last);
 }
 
+// For `queries` queries: what codes have to be taken apart for is done once.
+template <int queries>
+METATE_FN void scan_nibbles(const Chunk& c, Filter* const* filters, Survivors<4>* const* found) {
+    constexpr int at_once = width / 4, blocks = clip_pairs;
+    constexpr int64_t together = blocks * block_codes;
+    const vi halves = splat(0x0f0f0f0f);
+    const int64_t M = c.scan.M, whole = M / at_once * at_once, last = c.rows.last;
+    uint8_t terms[queries][together + block_codes] = {};
+    const uint8_t* tables[queries];
+    for (int q = 0; q < queries; ++q) tables[q] = filters[q]->entries;
+    for (int64_t row = c.begin(); row < last; row += together) {
+        const uint8_t* const block = c.scan.block(row);
+        const int64_t next = row + block_codes < last ? 16 * M : 0;  // bytes; where no second block is, the first again
+        for (int64_t i = 0; i < blocks * M; i += 4) __builtin_prefetch(block + 64 * lines_ahead + 16 * i);
+        vi low[queries][blocks], high[queries][blocks];
+#pragma GCC unroll 4
+        for (int q = 0; q < queries; ++q)
+            for (int b = 0; b < blocks; ++b) low[q][b] = high[q][b] = splat(0);
+        const auto add = [&](int64_t m, int64_t bytes) __attribute__((always_inline)) {
+            vi lower[blocks], upper[blocks];
+#pragma GCC unroll 2
+            for (int b = 0; b < blocks; ++b) {
+                const vi codes = load_bytes(block + b * next + 16 * m, bytes);
+                lower[b] = bit_and(codes, halves);
+                upper[b] = bit_and(shift_right_words(codes, 4), halves);
+            }
+#pragma GCC unroll 4
+            for (int q = 0; q < queries; ++q) {
+                const vi table = load_bytes(tables[q] + 16 * m, 64);
+#pragma GCC unroll 2
+                for (int b = 0; b < blocks; ++b) {
+                    low[q][b] = add_clipped_bytes(low[q][b], lookup_bytes(table, lower[b]));
+                    high[q][b] = add_clipped_bytes(high[q][b], lookup_bytes(table, upper[b]));
+                }
+            }
+        };
+        for (int64_t m = 0; m < whole; m += at_once) add(m, 64);
+        if (whole < M) add(whole, 16 * (M - whole));
+        if (c.terms.bias) {
+            const int64_t begin = row < c.rows.first ? c.rows.first - row : 0;
+            for (int q = 0; q < queries; ++q)
+                round_terms(terms[q] + begin, c.terms, row + begin, last, together - begin, inverse_of(*filters[q]));
+        }
+        uint64_t near[queries], any = 0;
+#pragma GCC unroll 4
+        for (int q = 0; q < queries; ++q) any |= near[q] = below_clip(low[q], high[q], terms[q]);
+        if (__builtin_expect(any == 0, 1)) continue;
+        const uint64_t rows = inside_both(c, row);
+        for (int q = 0; q < queries; ++q) found[q]->add_blocks(row, near[q] & rows);
+    }
+}
+
+#if defined(METATE_HAS_WORD_SHUFFLES)
 constexpr int byte_vectors = 4;  // pairs of blocks that share the loads of tables
 
 void scan_bytes(const Chunk& c, const Filter& f, Survivors<8>& found) {

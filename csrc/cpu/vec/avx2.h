@@ -217,14 +217,13 @@ METATE_FN vi add_clipped_bytes(vi a, vi b) {  // unsigned
 METATE_FN vi shift_right_words(vi a, int n) {
     return _mm256_srli_epi16(a, n);
 }
-// The sums over all 16 bytes of a, then those of b.
-METATE_FN __m256i fold_clipped_bytes(vi a, vi b) {
-    return add_clipped_bytes(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-}
-// Bit i: byte i of a + b is below 255.
-METATE_FN uint32_t below_clip(__m256i a, const uint8_t* b) {
-    const __m256i sum = add_clipped_bytes(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
-    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(sum, _mm256_set1_epi8(-1))));
+constexpr int clip_pairs = 1;
+// Bit i: byte i of the sums over all 16 bytes of a[0], then of b[0], and of `more` is below 255.
+METATE_FN uint64_t below_clip(const vi (&a)[clip_pairs], const vi (&b)[clip_pairs], const uint8_t* more) {
+    const vi sums =
+        add_clipped_bytes(_mm256_permute2x128_si256(a[0], b[0], 0x20), _mm256_permute2x128_si256(a[0], b[0], 0x31));
+    const vi all = add_clipped_bytes(sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(more)));
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(all, _mm256_set1_epi8(-1))));
 }
 
 // Sixteen floats, looked up by the low four bits of each lane.

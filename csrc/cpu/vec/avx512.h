@@ -223,16 +223,15 @@ METATE_FN vi add_clipped_bytes(vi a, vi b) {  // unsigned
 METATE_FN vi shift_right_words(vi a, int n) {
     return _mm512_srli_epi16(a, static_cast<unsigned>(n));
 }
-// The sums over all 16 bytes of a, then those of b.
-METATE_FN __m256i fold_clipped_bytes(vi a, vi b) {
-    const vi halves = add_clipped_bytes(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee));
-    return _mm512_castsi512_si256(
-        add_clipped_bytes(_mm512_shuffle_i64x2(halves, halves, 0x88), _mm512_shuffle_i64x2(halves, halves, 0xdd)));
-}
-// Bit i: byte i of a + b is below 255.
-METATE_FN uint32_t below_clip(__m256i a, const uint8_t* b) {
-    const __m256i more = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-    return _mm256_cmpneq_epi8_mask(_mm256_adds_epu8(a, more), _mm256_set1_epi8(-1));
+constexpr int clip_pairs = 2;
+// Bit i: byte i of the sums over all 16 bytes of a[0], then of b[0], a[1] and b[1], and of `more` is below 255.
+METATE_FN uint64_t below_clip(const vi (&a)[clip_pairs], const vi (&b)[clip_pairs], const uint8_t* more) {
+    vi halves[clip_pairs];
+    for (int i = 0; i < clip_pairs; ++i)
+        halves[i] = add_clipped_bytes(_mm512_shuffle_i64x2(a[i], b[i], 0x44), _mm512_shuffle_i64x2(a[i], b[i], 0xee));
+    const vi sums = add_clipped_bytes(_mm512_shuffle_i64x2(halves[0], halves[1], 0x88),
+                                      _mm512_shuffle_i64x2(halves[0], halves[1], 0xdd));
+    return _mm512_cmpneq_epi8_mask(add_clipped_bytes(sums, _mm512_loadu_si512(more)), _mm512_set1_epi8(-1));
 }
 
 #define METATE_HAS_WORD_SHUFFLES 1

@@ -33,6 +33,7 @@ namespace kernels = metate::cpu::METATE_ISA;
 namespace {
 
 constexpr int64_t D = 24, M = 6, block = 32, capacity = 1 << 14, encoded = 300;
+constexpr int64_t coded = 8;  // rows of codes for each of vectors: scans of many begin with a sample
 constexpr int writers = 6, readers = 26;
 
 template <int N>
@@ -61,12 +62,14 @@ const cpu::Runtime alone{1, in_threads, scratch}, together{3, in_threads, scratc
 
 // Rows in the layouts that scans read; those before a snapshot's n never change.
 struct Rows {
-    std::vector<float> vectors = std::vector<float>(capacity * D), bias = std::vector<float>(capacity);
-    std::vector<uint8_t> nibbles = std::vector<uint8_t>(capacity / 2 * M), bytes = std::vector<uint8_t>(capacity * M);
+    std::vector<float> vectors = std::vector<float>(capacity * D), bias = std::vector<float>(coded * capacity);
+    std::vector<uint8_t> bytes = std::vector<uint8_t>(coded * capacity * M),
+                         nibbles = std::vector<uint8_t>(bytes.size() / 2);
 
     // Whole blocks, whose bytes nobody reads yet.
     void fill(int64_t first, int64_t last, std::minstd_rand& random) {
         for (int64_t i = first * D; i < last * D; ++i) vectors[i] = static_cast<float>(random() % 1024) / 512 - 1;
+        first *= coded, last *= coded;
         for (int64_t i = first; i < last; ++i) bias[i] = static_cast<float>(random() % 64) / 64;
         for (int64_t i = first / 2 * M; i < last / 2 * M; ++i) nibbles[i] = static_cast<uint8_t>(random() >> 8);
         for (int64_t i = first * M; i < last * M; ++i) bytes[i] = static_cast<uint8_t>(random() >> 8);
@@ -110,7 +113,7 @@ void change(std::minstd_rand& random) {
         next.n = last;
     } else {
         auto keep = next.keep ? std::make_shared<std::vector<uint8_t>>(*next.keep)
-                              : std::make_shared<std::vector<uint8_t>>(capacity / 8, 255);
+                              : std::make_shared<std::vector<uint8_t>>(coded * capacity / 8, 255);
         for (int i = 0; i < 100; ++i) (*keep)[random() % keep->size()] &= static_cast<uint8_t>(random() >> 8);
         next.keep = keep;
     }
@@ -151,10 +154,10 @@ struct Task {
 
     Result run(const cpu::Runtime& runtime) {
         Result result{std::vector<float>(2 * Q * k), std::vector<int64_t>(2 * Q * k), {}};
-        const auto search = [&](int which) {
-            Search s{seen.n, {}, {}, {}, k, false, {}, {}};
+        const auto search = [&](int which, int64_t n) {
+            Search s{n, {}, {}, {}, k, false, {}, {}};
             if (!ranges.empty()) s.ranges = view_of<3>(ranges.data(), DType::i64, {Q, 2, 2});
-            if (seen.keep) s.keep = view_of<1>(seen.keep->data(), DType::u8, {seen.n / 8});
+            if (seen.keep) s.keep = view_of<1>(seen.keep->data(), DType::u8, {n / 8});
             s.distances = view_of<2>(result.distances.data() + which * Q * k, DType::f32, {Q, k});
             s.found = view_of<2>(result.found.data() + which * Q * k, DType::i64, {Q, k});
             return s;
@@ -168,14 +171,18 @@ struct Task {
         kernels::pq_scan({table,
                           bits,
                           {},
-                          view_of<3>(codes, DType::u8, {seen.n / block, M, 4 * bits}),
+                          view_of<3>(codes, DType::u8, {coded * seen.n / block, M, 4 * bits}),
                           {},
-                          view_of<1>(seen.rows->bias.data(), DType::f32, {seen.n}),
-                          search(0)},
+                          view_of<1>(seen.rows->bias.data(), DType::f32, {coded * seen.n}),
+                          search(0, coded * seen.n)},
                          runtime);
-        kernels::topk_distances(
-            {asked, view_of<2>(seen.rows->vectors.data(), DType::f32, {seen.n, D}), {}, {}, Metric::l2, search(1)},
-            runtime);
+        kernels::topk_distances({asked,
+                                 view_of<2>(seen.rows->vectors.data(), DType::f32, {seen.n, D}),
+                                 {},
+                                 {},
+                                 Metric::l2,
+                                 search(1, seen.n)},
+                                runtime);
         result.codes.resize(encoded * M);
         kernels::pq_encode({view_of<2>(seen.rows->vectors.data(), DType::f32, {encoded, D}), codebooks, bits,
                             view_of<2>(result.codes.data(), DType::u8, {encoded, (M * bits + 7) / 8})},

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metate
-from metate import library
 from metate.bench import ggml
 from metate.bench.onnx_session import session
+from metate.bench.openvino_request import opset, request
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
 from metate.op import Case
 from metate.ops.attention.declaration import attention_op, backward_op, column_sums_op, delta_op, merge_op
@@ -268,31 +268,17 @@ def openvino(setup: Setup) -> Run:
 
 def scaled_products(sets: Sets, dtype: torch.dtype, causal: bool) -> Run:
     """OpenVINO's ScaledDotProductAttention, computed in a dtype."""
-    if importlib.util.find_spec("openvino") is None:
-        raise Skip("needs openvino")
-    if dtype == torch.bfloat16 and "avx512bf16" not in library.isas():
-        raise Skip("emulates bfloat16 on this processor")
-    import openvino as ov
-    from openvino import opset13
-
-    parameters = [opset13.parameter(list(t.shape), ov.Type.f32) for t in sets[0]]
-    out = opset13.scaled_dot_product_attention(*parameters, causal=causal)
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-    model = ov.Model([opset13.result(out)], parameters, "attention")
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    ov, operators = opset()
+    parameters = [operators.parameter(list(t.shape), ov.Type.f32) for t in sets[0]]
+    out = operators.scaled_dot_product_attention(*parameters, causal=causal)
+    called = request(out, parameters, dtype)
     tensors = [[ov.Tensor(t.contiguous().numpy(), shared_memory=True) for t in tensors] for tensors in sets]
 
     def run(i: int) -> Tensor:
         for index, tensor in enumerate(tensors[i % len(tensors)]):
-            request.set_input_tensor(index, tensor)
-        request.infer()
-        return torch.from_numpy(request.get_output_tensor(0).data)
+            called.set_input_tensor(index, tensor)
+        called.infer()
+        return torch.from_numpy(called.get_output_tensor(0).data)
 
     return run
 

@@ -1,9 +1,10 @@
-"""Low-bit linear layers and dequantised weights beside PyTorch, bitsandbytes, ONNX Runtime, ggml and gguf.
+"""Low-bit linear layers and dequantised weights beside PyTorch, bitsandbytes, ONNX Runtime, OpenVINO, ggml and gguf.
 
 Every contender computes with the same dequantised weights up to the rounding of its own scales; packing is outside the
-timing. Codebooks of 4 bits are NF4's. torch's 4-bit kernel takes bfloat16 only, asymmetric groups of 32 to 256 columns;
-bitsandbytes bfloat16 and NF4; ONNX Runtime and ggml take float32 and symmetric weights, as GGUF's Q4_0 has them. Who
-rounds activations to 8 bits, each in its own way, is judged by the exact product.
+timing. Codebooks of 4 bits are NF4's, and zeros have 4 bits. torch's 4-bit kernel takes bfloat16 only, asymmetric
+groups of 32 to 256 columns; bitsandbytes bfloat16 and NF4; ONNX Runtime takes float32, OpenVINO zeros, and ggml float32
+and symmetric weights, as GGUF's Q4_0 has them. Who rounds activations to 8 bits, each in its own way, is judged by the
+exact product.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor
 import metate
 from metate.bench import ggml
 from metate.bench.onnx_session import session
+from metate.bench.openvino_request import opset, request
 from metate.bench.run import Run, Setup, Skip, Workload, call_op
-from metate.low_bit import QuantizedWeight, arranged, rows_of, stored_weight, unpack_codes
+from metate.low_bit import QuantizedWeight, arranged, pack_codes, rows_of, stored_weight, unpack_codes
 from metate.memory import allocate
 from metate.op import Args, Case
 from metate.ops.quant_linear.declaration import dequantize_op, int8_op, linear_op, matmul_op, weight_case
@@ -34,9 +36,12 @@ Q4_0 = [weight_case(M, 4096, 4096, 4, 32, "symmetric", scales="float16") for M i
 def workloads(compile: bool) -> list[Workload]:
     exact = {
         "torch dense": dense, "torch int4pack": int4pack, "bitsandbytes NF4": bitsandbytes,
-        "onnxruntime MatMulNBits": lambda setup: onnx(setup, 1),
+        "onnxruntime MatMulNBits": lambda setup: onnx(setup, 1), "openvino": openvino,
     }  # fmt: skip
-    rounded = {"onnxruntime MatMulNBits, level 4": lambda setup: onnx(setup, 4), "ggml mul_mat": mul_mat}
+    rounded = {
+        "onnxruntime MatMulNBits, level 4": lambda setup: onnx(setup, 4), "ggml mul_mat": mul_mat,
+        "openvino, dynamic quantization": lambda setup: openvino(setup, rounded=32),
+    }  # fmt: skip
     cases = [*Q4_0, *linear_op.domain.sweep]
     return [
         Workload("low-bit linear", linear_op, cases, exact, call_op, linear_op.flops, label=label, placed=arranged_too),
@@ -68,14 +73,14 @@ def label(case: Case) -> str:
 
 
 def placed(args: Args) -> Args:
-    """Codes lie where those of a quantised model do; codebooks of 16 entries become NF4's."""
-    x, codes = args[0], args[1]
-    own = allocate(codes.shape, codes.dtype, codes.device).copy_(codes)
-    at = linear_op.parameters.index("codebook")
-    table = args[at]
-    if table is not None and len(table) == 16:
-        table = codebook("nf4").to(table)
-    return (x, own, *args[2:at], table, *args[at + 1 :])
+    """Codes lie where those of a quantised model do; codebooks of 16 entries become NF4's, zeros those of 4 bits."""
+    found, (zeros, table) = list(args), map(linear_op.parameters.index, ("zeros", "codebook"))
+    found[1] = allocate(args[1].shape, args[1].dtype, args[1].device).copy_(args[1])
+    if args[zeros] is not None:
+        found[zeros] = args[zeros].clamp(max=15)
+    if args[table] is not None and len(args[table]) == 16:
+        found[table] = codebook("nf4").to(args[table])
+    return tuple(found)
 
 
 def arranged_too(args: Args) -> Args:
@@ -201,8 +206,8 @@ def bitsandbytes(setup: Setup) -> Run:
 def onnx(setup: Setup, level: int) -> Run:
     """Computes in float32 (level 1), or rounds activations to 8 bits (level 4)."""
     case = setup.case
-    if setup.device != "cpu" or case["form"] != "symmetric":
-        raise Skip("symmetric codes on a CPU only")
+    if setup.device != "cpu" or case["form"] not in ("symmetric", "zeros"):
+        raise Skip("symmetric codes and those with zeros on a CPU only")
     M, N, K, bits, group = (case[name] for name in ("M", "N", "K", "bits", "group"))
     inputs, outputs = {"x": ((M, K), np.float32)}, {"y": ((M, N), np.float32)}
     bound = []
@@ -211,6 +216,8 @@ def onnx(setup: Setup, level: int) -> Run:
             "codes": rows_of(named["codes"]).view(N, K // group, -1).numpy(),
             "scales": named["scales"].float().flatten().numpy(),
         }
+        if named["zeros"] is not None:
+            weights["zero_points"] = pack_codes(named["zeros"], bits).flatten().numpy()
         attributes = {"N": N, "K": K, "bits": bits, "block_size": group, "accuracy_level": level}
         layer = session("MatMulNBits", inputs, outputs, weights, **attributes)
         x, out, binding = named["x"].float().numpy(), torch.empty(M, N), layer.io_binding()
@@ -222,6 +229,43 @@ def onnx(setup: Setup, level: int) -> Run:
         layer, binding, out, _ = bound[i % len(bound)]
         layer.run_with_iobinding(binding)
         return out
+
+    return run
+
+
+def openvino(setup: Setup, rounded: int = 0) -> Run:
+    """float16 scales. rounded: columns whose activations share a step of 8 bits, 0 for activations as they are."""
+    case = setup.case
+    if setup.device != "cpu" or (case["bits"], case["form"]) != (4, "zeros"):
+        raise Skip("4-bit codes with zeros on a CPU only")
+    ov, operators = opset()
+    M, N, K, group = (case[name] for name in ("M", "N", "K", "group"))
+    calls: list[tuple[Any, list[Any]]] = []
+    kept: list[Any] = []
+    for named in setup.named:
+
+        def constant(codes: Tensor, columns: int) -> Any:
+            kept.append(codes.flatten().numpy())
+            shape = ov.Shape([N, K // group, columns])
+            return operators.constant(ov.Tensor(kept[-1], shape, ov.Type.u4))
+
+        x = operators.parameter([M, K], ov.Type.f32)
+        both = constant(rows_of(named["codes"]), group), constant(pack_codes(named["zeros"], 4), 1)
+        whole = operators.subtract(*(operators.convert(one, ov.Type.f16) for one in both))
+        scales = operators.constant(named["scales"].half()[..., None].numpy())
+        weight = operators.reshape(operators.multiply(whole, scales), operators.constant(np.array([N, K])), False)
+        product = operators.matmul(x, operators.convert(weight, ov.Type.f32), False, True)
+        # Rounded activations are rounded from float32, to which bfloat16 would be rounded once more.
+        dtype = torch.float32 if rounded else setup.dtype
+        called = request(product, [x], dtype, DYNAMIC_QUANTIZATION_GROUP_SIZE=rounded)
+        kept.append(named["x"].float().numpy())
+        called.set_input_tensor(0, ov.Tensor(kept[-1], shared_memory=True))
+        calls.append((called, kept))  # it reads arrays where they are
+
+    def run(i: int) -> Tensor:
+        called, _ = calls[i % len(calls)]
+        called.infer()
+        return torch.from_numpy(called.get_output_tensor(0).data)
 
     return run
 

@@ -327,6 +327,20 @@ def test_bits_do_not_depend_on_pages_batch_or_threads(queries, dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_bits_do_not_depend_on_how_much_a_batch_reads(group, dtype):
+    """Rows of many heads are read in their order, those of small and of large batches in steps of their own."""
+    k_cache, v_cache, table, lens = paged([1500, 64, 700, 3], 16, 8, 128, 128)
+    k_cache, v_cache, q = k_cache.to(dtype), v_cache.to(dtype), torch.randn(4, 1, 8 * group, 128).to(dtype)
+    expected = metate.paged_attention(q, k_cache, v_cache, table, lens)
+    many = [x.repeat(9, *[1] * (x.dim() - 1)) for x in (q, table, lens)]
+    assert int(many[2].sum()) * 8 * 256 * 2 > 64 << 20
+    assert torch.equal(metate.paged_attention(many[0], k_cache, v_cache, *many[1:]).view(9, *q.shape)[8], expected)
+    other = repaged(k_cache, v_cache, table, lens, 3, 1)
+    assert torch.equal(metate.paged_attention(q, *other), expected)
+
+
 @pytest.mark.parametrize("kibibytes,width", [(99, 256), (99, 576), (163, 576), (227, 576)])
 def test_wide_heads_need_a_gpu_with_much_shared_memory(kibibytes, width, monkeypatch):
     gpu = SimpleNamespace(shared_memory_per_block_optin=kibibytes * 1024)

@@ -133,7 +133,7 @@ void add_seen_values(const Shape& s, const Piece& piece, int64_t h, int64_t r, c
         }
         if constexpr (is_whole<W>) step = to_whole<S>(weight, tile_keys);
         const Result to{piece.state.o + (h * piece.pitch() + r) * s.o_stride, 0, 0, 0, factor, &step};
-        multiply_values<W, 1>({seen, values.offset}, 0, 1, tile.count, tile_keys, weight, 0, s.dv, to, *my.ahead);
+        multiply_values<W, 1, 0>({seen, values.offset}, 0, 1, tile.count, weight, 0, s.dv, to, *my.ahead);
     });
 }
 
@@ -141,7 +141,7 @@ void add_seen_values(const Shape& s, const Piece& piece, int64_t h, int64_t r, c
 template <class S>
 void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scratch& my) {
     const uint8_t* copies[tile_keys];
-    const int64_t together = in_order(s, piece) ? few_keys : tile_keys, pitch = piece.pitch();
+    const int64_t pitch = piece.pitch();
     uint32_t done = 0;
     for (int64_t h = 0; h < piece.heads; ++h) {
         if (has_unsafe_values<S>(s, piece, h, tile, my)) {
@@ -168,8 +168,10 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
                                 pitch,
                                 my.factor + row,
                                 my.p_step + row};
-                multiply_values<W, n>(values, tile.v.next_head, heads, tile.count, together, my.p + row * p_stride,
-                                      pitch * p_stride, s.dv, to, *my.ahead);
+                with_order<W, n>(s, piece, [&]<int few>() {
+                    multiply_values<W, n, few>(values, tile.v.next_head, heads, tile.count, my.p + row * p_stride,
+                                               pitch * p_stride, s.dv, to, *my.ahead);
+                });
             });
         });
     }
@@ -203,7 +205,7 @@ void add_seen_block(const Shape& s, const Piece& piece, int64_t first, int64_t r
             const Tile& tile = block.tile[t];
             if (!tile.some || !tile.mask[first + r]) continue;
             add_seen_values<S>(s, piece, 0, first + r, tile, weights, factor, of_tile(s, t, my));
-            factor = as_it_is;
+            factor = nullptr;
         }
     }
 }
@@ -373,6 +375,7 @@ void paged_attention(const PagedAttention& a, const Runtime& all_threads) {
         count += blocks * splits_of(seq, cut);
         merge_count += seq.keys ? blocks : 0;
         logits += seq.keys * seq.queries * a.q.size[2];
+        s.bytes += seq.keys * a.k_cache.size[2] * (a.k_cache.size[3] + a.v_cache.size[3]) * bytes_of(a.k_cache.dtype);
     }
     const Runtime runtime = worth(all_threads, logits * (s.d + s.dv) / 8);
     Piece* pieces = nullptr;

@@ -18,9 +18,11 @@ constexpr int64_t packed_rows = 128;   // of a packed piece, which has one head
 constexpr int64_t packed_tiles = 4;    // at most, of the keys that are packed together: a block
 constexpr int64_t piece_bytes = 2048;  // of neighbouring heads in a row of keys: long enough to stream
 constexpr int max_heads = 8;
-// How far ahead rows are asked for that are read in their order: what is asked for earlier leaves the first cache level
+// How far ahead rows are asked for that are read in their order: by more than the keys that are read in turn, or the
+// last of them would be read before they are asked for. What is asked for much earlier leaves the first cache level
 // before it is read, for lack of room, and is fetched twice.
-constexpr int64_t lead_bytes = 8192;
+constexpr int64_t lead_bytes = 24576, short_lead_bytes = 8192;
+constexpr int64_t most_cached = 64 << 20;  // bytes of keys and values, of which a last cache may hold a good part
 static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0 && packed_rows % 16 == 0);
 
 // Of a row: probability = 2^(logit - largest) · share, with logits in powers of 2; a share of 0 where it sees no key. A
@@ -41,6 +43,7 @@ struct Shape {
     int64_t tiles;               // of a block
     float scale, softcap;        // exp(logit) = 2^(scale · product) if plain
     Softmax* softmax;            // (batch, head, query), where sums are asked for
+    int64_t bytes;               // of the keys and values of all sequences
 };
 
 // One query of one head.
@@ -106,7 +109,15 @@ struct Piece {
 // Many rows read a head's at once, and so do those that wait for arithmetic: of quantised caches, or by short vectors.
 inline bool in_order(const Shape& s, const Piece& piece) {
     const View<4>& cache = s.a.v_cache;
-    return width == 16 && piece.rows <= 4 && piece.heads * cache.size[3] * bytes_of(cache.dtype) > piece_bytes / 2;
+    const int64_t element = bytes_of(cache.dtype);
+    return width == 16 && piece.rows <= 4 && element > 1 && piece.heads * cache.size[3] * element > piece_bytes / 2;
+}
+
+// Whether the rows of a page follow each other, with none of another piece between them: where some are, these have a
+// part of the first cache level alone, whose lines addresses choose.
+inline bool fill_pages(const Shape& s, const Piece& piece) {
+    const View<4>& cache = s.a.v_cache;
+    return cache.stride[1] == piece.heads * cache.size[3];
 }
 
 // How much of a sequence is a piece: never by the number of workers or what else is in the batch. Few rows take some
@@ -121,10 +132,12 @@ Cut cut_of(const Shape& s, const Sequence& seq) {
     const int64_t keys = blocks > 2 ? round_up(larger(seq.keys, 1), split_keys) : 4 * split_keys;
     return {1, round_up(ceil_div(rows, blocks), 4), keys, true};
 }
-// Where the rows of a tile lie: of the piece's first head, and the bytes to the next head.
+// Where the rows of a tile lie: of the piece's first head, and the bytes to the next head; and the memory that those of
+// all heads are.
 struct Rows {
     const uint8_t* at[tile_keys];
     int64_t next_head;
+    Run *runs, *end;
 };
 
 // The keys of a tile.
@@ -184,6 +197,18 @@ METATE_FN void with_products(const Shape& s, const Piece& piece, const Run& run)
     piece.packed ? with_packed_products<S>(run) : with_row_products<S>(s, run);
 }
 
+// Calls run<few>() for products of `rows` rows: how many values are read in turn, and about half as many keys; 0 where
+// rows are not read in order. Fewer are read nearer to their order and cost more arithmetic: from memory that is
+// faster, from a cache slower. Results are the same.
+template <class W, int rows, class Run>
+METATE_FN void with_order(const Shape& s, const Piece& piece, const Run& run) {
+    if constexpr (width == 16 && rows <= 4 && !quantised<W> && !is_whole<W> && !is_pairs<W>) {
+        const bool from_memory = s.bytes > most_cached && fill_pages(s, piece);
+        if (in_order(s, piece)) return from_memory ? run.template operator()<4>() : run.template operator()<8>();
+    }
+    run.template operator()<0>();
+}
+
 inline Shape shape_of(const PagedAttention& a) {
     Shape s{a,
             1,
@@ -198,7 +223,8 @@ inline Shape shape_of(const PagedAttention& a) {
             1,
             static_cast<float>(a.scale),
             static_cast<float>(a.softcap),
-            nullptr};
+            nullptr,
+            0};
     s.group = a.q.size[2] / a.k_cache.size[2];
     s.plain = !(s.softcap > 0) && !a.alibi_slopes;
     with_cache(a, [&]<class S>() {
@@ -227,8 +253,14 @@ inline Scratch take_scratch(const Shape& s, Arena& arena) {
     my.v_scale = arena.take<float>(larger(s.heads, tiles) * tile_keys);
     my.rows = arena.take<uint8_t>(tile_keys * max_key_dim * 4);
     my.tile = arena.take<Tile>(2 * tiles);
+    const int64_t most_runs = tile_keys * s.heads;  // of the keys of a tile, or its values
+    Run* runs = arena.take<Run>(4 * tiles * most_runs);
+    for (int64_t i = 0; arena.base && i < 2 * tiles; ++i) {
+        my.tile[i].k.runs = my.tile[i].k.end = runs + 2 * i * most_runs;
+        my.tile[i].v.runs = my.tile[i].v.end = runs + (2 * i + 1) * most_runs;
+    }
+    my.runs = arena.take<Run>(2 * tiles * most_runs);
     my.row = arena.take<Row>(rows);
-    my.runs = arena.take<Run>(tile_keys * 2 * larger(s.heads, tiles));
     my.ahead = arena.take<Prefetch>(1);
     if (s.packs) my.keys = arena.take<float>(tiles * tile_keys * s.q_stride);
     if (s.packs) my.values = arena.take<float>(tiles * tile_keys * s.o_stride);
@@ -276,9 +308,26 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
 
 // Tiles.
 
-METATE_FN void place_rows(const View<4>& cache, int64_t head, const Tile& tile, Rows& rows) {
-    for (int64_t j = 0; j < tile_keys; ++j) rows.at[j] = row_of(cache, tile.slot[j], head);
+// Rows and heads that lie beside each other are one run.
+METATE_FN void place_rows(const View<4>& cache, const Piece& piece, const Tile& tile, Rows& rows) {
+    for (int64_t j = 0; j < tile_keys; ++j) rows.at[j] = row_of(cache, tile.slot[j], piece.head);
     rows.next_head = cache.stride[2] * bytes_of(cache.dtype);
+    const int64_t bytes = cache.size[3] * bytes_of(cache.dtype);
+    const bool beside = cache.stride[3] == 1 && cache.stride[2] == cache.size[3];
+    const int64_t heads = beside ? 1 : piece.heads, length = beside ? piece.heads * bytes : bytes;
+    Run* to = rows.runs;
+    const uint8_t* end = nullptr;
+    for (uint64_t left = tile.some; left; left &= left - 1) {
+        for (int64_t h = 0; h < heads; ++h) {
+            const uint8_t* at = rows.at[__builtin_ctzll(left)] + h * rows.next_head;
+            if (at == end)
+                to[-1].end += length;
+            else
+                *to++ = {at, at + length};
+            end = at + length;
+        }
+    }
+    rows.end = to;
 }
 
 // Of the keys of a piece those that some row sees, and those that all rows see.
@@ -306,6 +355,8 @@ inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, cons
     tile.key = key;
     tile.count = smaller(range.end - key, tile_keys);
     tile.some = 0;
+    tile.k.end = tile.k.runs;
+    tile.v.end = tile.v.runs;
     if (tile.count <= 0) return;
     const bool all = range.all_begin <= key && key + tile_keys <= range.all_end;
     for (int64_t r = 0; r < piece.rows; ++r)
@@ -324,8 +375,8 @@ inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, cons
     for (int64_t j = 0; j < tile_keys; ++j) {
         if (!(tile.some >> j & 1)) tile.slot[j] = tile.slot[seen];
     }
-    place_rows(s.a.k_cache, piece.head, tile, tile.k);
-    place_rows(s.a.v_cache, piece.head, tile, tile.v);
+    place_rows(s.a.k_cache, piece, tile, tile.k);
+    place_rows(s.a.v_cache, piece, tile, tile.v);
     if (!s.a.k_scale) return;
     const View<3>* const caches[] = {&s.a.k_scale, &s.a.v_scale};
     for (const View<3>* scales : caches) {
@@ -458,39 +509,15 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
     }
 }
 
-// The keys of a tile, or its values, as runs of memory: rows and heads that lie beside each other are one. Returns the
-// end of the runs.
-inline Run* runs_of(const View<4>& cache, const Rows& rows, const Piece& piece, const Tile& tile, Run* to) {
-    const int64_t bytes = cache.size[3] * bytes_of(cache.dtype);
-    const bool beside = cache.stride[3] == 1 && cache.stride[2] == cache.size[3];
-    const int64_t heads = beside ? 1 : piece.heads, length = beside ? piece.heads * bytes : bytes;
-    const uint8_t* end = nullptr;
-    for (uint64_t left = tile.some; left; left &= left - 1) {
-        for (int64_t h = 0; h < heads; ++h) {
-            const uint8_t* at = rows.at[__builtin_ctzll(left)] + h * rows.next_head;
-            if (at == end)
-                to[-1].end += length;
-            else
-                *to++ = {at, at + length};
-            end = at + length;
-        }
+// Copies what some runs have from byte `first` to byte `last`; returns the end.
+inline Run* cut(const Rows& rows, int64_t first, int64_t last, Run* to) {
+    for (const Run* run = rows.runs; run != rows.end && last > 0; ++run) {
+        const int64_t bytes = run->end - run->at;
+        if (first < bytes) *to++ = {run->at + larger(first, 0), run->at + smaller(last, bytes)};
+        first -= bytes;
+        last -= bytes;
     }
     return to;
-}
-
-// Drops the first `bytes` of some runs: returns what is left of them.
-inline Run* drop(Run* runs, const Run* end, int64_t bytes) {
-    for (; runs != end && bytes >= runs->end - runs->at; ++runs) bytes -= runs->end - runs->at;
-    if (runs != end) runs->at += bytes;
-    return runs;
-}
-// Keeps the first `bytes` of some runs: returns their end.
-inline Run* keep(Run* runs, Run* end, int64_t bytes) {
-    for (; runs != end && bytes > 0; ++runs) {
-        if (bytes < runs->end - runs->at) runs->end = runs->at + bytes;
-        bytes -= runs->end - runs->at;
-    }
-    return runs;
 }
 
 // Tiles one after the other, or blocks of them, of which keys are read, then values. What is packed is asked for at
@@ -502,21 +529,19 @@ struct Stream {
 
     // Starts to ask, in `steps` steps, for what is read after the keys of a tile, or after its values.
     void advance(const Shape& s, const Piece& piece, bool after_values, int64_t steps, const Scratch& my) const {
-        Run *begin = my.runs, *end = my.runs;
-        const bool ordered = in_order(s, piece);
-        const int64_t lead = ordered ? lead_bytes : INT64_MAX;
-        if (ordered) {
-            end = after_values ? runs_of(s.a.v_cache, tile->v, piece, *tile, end)
-                               : runs_of(s.a.k_cache, tile->k, piece, *tile, end);
-            begin = drop(begin, end, lead);
+        Run* end = my.runs;
+        if (in_order(s, piece)) {
+            const int64_t lead = fill_pages(s, piece) ? lead_bytes : short_lead_bytes;
+            end = cut(after_values ? tile->v : tile->k, lead, INT64_MAX, end);
+            end = cut(after_values || !has_values ? next->k : tile->v, 0, lead, end);
+            return my.ahead->begin(my.runs, end, steps);
         }
-        Run* const following = end;
         for (int64_t t = 0; t < tiles && (after_values || !has_values); ++t) {
-            end = runs_of(s.a.k_cache, next[t].k, piece, next[t], end);
-            if (piece.packed && has_values) end = runs_of(s.a.v_cache, next[t].v, piece, next[t], end);
+            end = cut(next[t].k, 0, INT64_MAX, end);
+            if (piece.packed && has_values) end = cut(next[t].v, 0, INT64_MAX, end);
         }
-        if (!after_values && has_values) end = runs_of(s.a.v_cache, tile->v, piece, *tile, end);
-        my.ahead->begin(begin, keep(following, end, lead), steps);
+        if (!after_values && has_values) end = cut(tile->v, 0, INT64_MAX, end);
+        my.ahead->begin(my.runs, end, steps);
     }
 };
 

@@ -8,7 +8,7 @@ namespace metate::cpu::METATE_ISA {
 namespace {
 
 constexpr int tile_keys = 64;
-constexpr int group_keys = 16, few_keys = 8;  // rows of a cache that are written out in products
+constexpr int group_keys = 16;  // rows of a cache that are written out in products
 // From row to row of a tile's logits, and of the weights that take their place.
 constexpr int64_t line_floats = 16, p_stride = tile_keys + line_floats;
 
@@ -79,54 +79,69 @@ constexpr int64_t lane_words = 4, most_lane_words = 128;
 
 // c(h, r)[key] = q(h, r) · k_key,h for `heads` heads, whose keys are next_head bytes apart, `rows` rows of words and
 // `count` keys: pointers to rows, readable up to a multiple of width. All heads of a few keys come before the next
-// keys: so each load of the innermost loop walks on from line to line. Steps from row to row would be taken for a
-// pattern, and what lies behind a page be fetched.
-template <class S, int rows>
+// keys, `beside` heads at a time: so each load of the innermost loop walks on from line to line. Steps from row to row
+// would be taken for a pattern, and what lies behind a page be fetched.
+template <class S, int rows, int beside>
 __attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_head, int64_t heads, int64_t count,
-                                             const Matrix& q, int64_t d, const Matrix& c, Prefetch& shared) {
-    constexpr int together = width / rows;  // keys whose sums fill the accumulators
+                                             Matrix q, int64_t d, Matrix c, Prefetch& shared) {
+    constexpr int together = width / rows / beside, columns = block_of<S>;  // keys whose sums fill the accumulators
     Prefetch ahead = shared;
     for (int64_t first = 0; first < count; first += together) {
         const uint8_t* key[together];
 #pragma GCC unroll 16
         for (int k = 0; k < together; ++k) key[k] = keys.at[first + k] + keys.offset;
-        for (int64_t h = 0; h < heads; ++h) {
-            const float* x_of = q.at + h * q.head;
+        for (int64_t h = 0; h < heads; h += beside) {
             Sum<S> sums[width];
 #pragma GCC unroll 16
             for (int i = 0; i < width; ++i) sums[i] = Sum<S>{};
-            const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
-                ahead.fetch();
-                constexpr int vectors = vectors_of_block<S>;
-                Words<S> x[rows][vectors];
-#pragma GCC unroll 8
-                for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-                    for (int v = 0; v < vectors; ++v)
-                        x[r][v] = as_words<S>(load(x_of + r * q.row + at / elements_of_word<S> + v * width));
-                }
-#pragma GCC unroll 16
-                for (int k = 0; k < together; ++k) {
-                    Words<S> y[vectors];
-                    take_key<S>(key[k] + bytes_before<S>(at), n, y);
-#pragma GCC unroll 2
-                    for (int v = 0; v < vectors; ++v) {
+            for (int b = 0; b < beside; ++b) {
+                const float* x_of = q.at + (h + b) * q.head;
+                const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+                    constexpr int vectors = vectors_of_block<S>;
+                    Words<S> x[rows][vectors];
 #pragma GCC unroll 8
-                        for (int r = 0; r < rows; ++r)
-                            sums[r * together + k] = add_product(sums[r * together + k], y[v], x[r][v]);
+                    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+                        for (int v = 0; v < vectors; ++v)
+                            x[r][v] = as_words<S>(load(x_of + r * q.row + at / elements_of_word<S> + v * width));
                     }
-                }
-            };
-            int64_t at = 0;
-            for (; at + block_of<S> <= d; at += block_of<S>) step(at, block_of<S>);
-            if (at < d) step(at, d - at);
 #pragma GCC unroll 16
-            for (int k = 0; k < together; ++k) key[k] += next_head;
+                    for (int k = 0; k < together; ++k) {
+                        Words<S> y[vectors];
+                        take_key<S>(key[k] + bytes_before<S>(at), n, y);
+#pragma GCC unroll 2
+                        for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 8
+                            for (int r = 0; r < rows; ++r) {
+                                Sum<S>& sum = sums[(b * rows + r) * together + k];
+                                sum = add_product(sum, y[v], x[r][v]);
+                            }
+                        }
+                    }
+                };
+                int64_t at = 0;
+                for (; at + columns * beside <= d; at += columns * beside) {
+                    ahead.fetch();
+#pragma GCC unroll 2
+                    for (int i = 0; i < beside; ++i) step(at + i * columns, columns);
+                }
+                for (; at < d; at += columns) {
+                    ahead.fetch();
+                    step(at, smaller(d - at, columns));
+                }
+#pragma GCC unroll 16
+                for (int k = 0; k < together; ++k) key[k] += next_head;
+            }
             float line[width];
             store(line, value_of(sum_rows(sums)));
+#pragma GCC unroll 2
+            for (int b = 0; b < beside; ++b) {
+                float* to = c.at + (h + b) * c.head + first;
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r)
-                __builtin_memcpy(c.at + h * c.head + r * c.row + first, line + r * together, together * sizeof(float));
+                for (int r = 0; r < rows; ++r, to += c.row)
+                    __builtin_memcpy(to, line + (b * rows + r) * together, together * sizeof(float));
+            }
         }
     }
     shared = ahead;
@@ -180,28 +195,34 @@ __attribute__((noinline)) void multiply_keys_by_lanes(const Lines& keys, int64_t
 }
 #endif
 
-// What becomes of sums over some keys: o = o · factor + sum · step, where whole numbers have a step. Row r of head h
-// has its results at o + h · head + r · row, its factor and step at h · pitch + r.
+// What becomes of sums over some keys: o = o · factor + sum · step, where whole numbers have a step; without factors o
+// counts as it is. Row r of head h has its results at o + h · head + r · row, its factor and step at h · pitch + r.
 struct Result {
     float* o;
     int64_t head, row, pitch;
     const float *factor, *step;
 };
-constexpr float as_it_is[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 
 // Adds Σ_key p[r · p_stride + key] v_key over `count` keys for `blocks` blocks of columns, `n` columns of them real; p
 // is in words.
-template <class S, int rows, int blocks, bool whole_blocks>
+template <class S, int rows, int blocks, bool whole_blocks, int few>
 METATE_FN void multiply_columns(const uint8_t* const* values, int64_t offset, int64_t count, const float* p, int64_t n,
                                 float* o, int64_t o_stride, const float* factors, const float* steps, Prefetch& ahead) {
     constexpr int each = elements_of_word<S>, columns = block_of<S>, vectors = columns / width;
-    constexpr bool stored = !(quantised<S> || is_whole<S> || is_pairs<S>);
-    constexpr int group = width == 16 && rows <= 4 && stored ? few_keys : group_keys;
+    constexpr int group = few ? few : group_keys;
     Sum<S> sums[rows][vectors * blocks];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-        for (int i = 0; i < vectors * blocks; ++i) sums[r][i] = Sum<S>{};
+        for (int i = 0; i < vectors * blocks; ++i) {
+            if constexpr (is_whole<S>)
+                sums[r][i] = Sum<S>{};
+            else
+                sums[r][i] = load(o + r * o_stride + i * width);
+            if constexpr (!is_whole<S>) {
+                if (factors) sums[r][i] = sums[r][i] * splat(factors[r]);
+            }
+        }
     }
     const auto add_key = [&](int i, bool has_next) __attribute__((always_inline)) {
         ahead.fetch();
@@ -231,13 +252,15 @@ METATE_FN void multiply_columns(const uint8_t* const* values, int64_t offset, in
     for (; count > 0; count -= each, values += each, ++p) add_key(0, count > 1);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-        const vf factor = splat(factors[r]);
 #pragma GCC unroll 8
         for (int i = 0; i < vectors * blocks; ++i) {
             float* const to = o + r * o_stride + i * width;
-            vf sum = value_of(sums[r][i]);
-            if constexpr (is_whole<S>) sum = sum * splat(steps[r]);
-            store(to, fma(load(to), factor, sum));
+            if constexpr (is_whole<S>) {
+                const vf old = factors ? load(to) * splat(factors[r]) : load(to);
+                store(to, fma(value_of(sums[r][i]), splat(steps[r]), old));
+            } else {
+                store(to, sums[r][i]);
+            }
         }
     }
 }
@@ -247,11 +270,13 @@ template <class S, int rows>
 constexpr int blocks_of = width == 16 && rows < 8 ? (rows == 4 ? 2 : 4) * block / block_of<S> : 1;
 
 // Adds Σ_key p(h, r)[key] v_key,h to the results of `heads` heads, whose values are next_head bytes apart, `rows` rows
-// of words and `count` keys. All heads of `together` keys come before the next keys.
-template <class S, int rows>
+// of words and `count` keys. All heads of `few` keys come before the next keys; 0: all keys of a head before the next
+// head. The results are the same.
+template <class S, int rows, int few>
 __attribute__((noinline)) void multiply_values(const Lines& values, int64_t next_head, int64_t heads, int64_t count,
-                                               int64_t together, const float* p, int64_t p_head, int64_t dv,
-                                               const Result& to, Prefetch& shared) {
+                                               const float* p, int64_t p_head, int64_t dv, const Result& to,
+                                               Prefetch& shared) {
+    const int64_t together = few ? few : count;
     constexpr int blocks = blocks_of<S, rows>, columns = block_of<S>;
     Prefetch ahead = shared;
     for (int64_t first = 0; first < count; first += together) {
@@ -260,18 +285,18 @@ __attribute__((noinline)) void multiply_values(const Lines& values, int64_t next
             const uint8_t* const* v = values.at + first;
             const int64_t offset = values.offset + h * next_head;
             const float *x = p + h * p_head + first / elements_of_word<S>, *step = to.step + h * to.pitch;
-            const float* factor = first ? as_it_is : to.factor + h * to.pitch;
+            const float* factor = first || !to.factor ? nullptr : to.factor + h * to.pitch;
             float* const o = to.o + h * to.head;
             int64_t at = 0;
             for (; at + blocks * columns <= dv; at += blocks * columns)
-                multiply_columns<S, rows, blocks, true>(v, offset + bytes_before<S>(at), keys, x, blocks * columns,
-                                                        o + at, to.row, factor, step, ahead);
+                multiply_columns<S, rows, blocks, true, few>(v, offset + bytes_before<S>(at), keys, x, blocks * columns,
+                                                             o + at, to.row, factor, step, ahead);
             for (; blocks > 1 && at + columns <= dv; at += columns)
-                multiply_columns<S, rows, 1, true>(v, offset + bytes_before<S>(at), keys, x, columns, o + at, to.row,
-                                                   factor, step, ahead);
+                multiply_columns<S, rows, 1, true, few>(v, offset + bytes_before<S>(at), keys, x, columns, o + at,
+                                                        to.row, factor, step, ahead);
             if (at < dv)
-                multiply_columns<S, rows, 1, false>(v, offset + bytes_before<S>(at), keys, x, dv - at, o + at, to.row,
-                                                    factor, step, ahead);
+                multiply_columns<S, rows, 1, false, few>(v, offset + bytes_before<S>(at), keys, x, dv - at, o + at,
+                                                         to.row, factor, step, ahead);
         }
     }
     shared = ahead;

@@ -44,7 +44,9 @@ template <class S>
 void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream, const Scratch& my) {
     const Tile& tile = *stream.tile;
     const int64_t pitch = piece.pitch();
-    const int64_t together = s.a.k_cache.stride[3] == 1 ? piece.heads : 1;  // copies are of one head
+    const bool in_place = s.a.k_cache.stride[3] == 1;
+    const int64_t together = in_place ? piece.heads : 1;
+    const int64_t group = in_place && piece.rows <= 4 ? tile_keys : group_keys;  // more rows come back to some keys
     const uint8_t* copies[group_keys];
     stream.advance(s, piece, false, steps_of<S>(s, piece, tile, false), my);
 #if defined(METATE_HAS_BF16_DOT)
@@ -54,16 +56,23 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
         if (each == 2) return multiply_tile_by_lanes<S, 2>(s, piece, tile, my);
     }
 #endif
-    for (int64_t first = 0; first < tile.count; first += group_keys) {
-        const int64_t count = smaller(tile.count - first, group_keys);
+    for (int64_t first = 0; first < tile.count; first += group) {
+        const int64_t count = smaller(tile.count - first, group);
         for (int64_t h = 0; h < piece.heads; h += together) {
-            const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, first, group_keys, my.rows, copies);
+            const Lines keys = lines_of<S>(s.a.k_cache, tile.k, h, first, group, my.rows, copies);
             with_row_products<S>(s, [&]<class W>() {
                 for_row_tiles<W>(piece.rows, [&]<int n>(int64_t r) {
                     const int64_t row = h * pitch + r;
                     const Matrix q{my.q + row * s.q_stride, pitch * s.q_stride, s.q_stride};
                     const Matrix to{my.p + row * p_stride + first, pitch * p_stride, p_stride};
-                    multiply_keys<W, n>(keys, tile.k.next_head, together, count, q, s.d, to, *my.ahead);
+                    with_order<W, n>(s, piece, [&]<int few>() {
+                        if constexpr (few == 4) {
+                            if (together % 2 == 0)
+                                return multiply_keys<W, n, 2>(keys, tile.k.next_head, together, count, q, s.d, to,
+                                                              *my.ahead);
+                        }
+                        multiply_keys<W, n, 1>(keys, tile.k.next_head, together, count, q, s.d, to, *my.ahead);
+                    });
                 });
             });
         }

@@ -62,6 +62,9 @@ CASES = [
     _case(2, 4, 9, 64, 4, 1, 320, positions=True, window=(200, 9), sinks=2, cache="int8"),
     _case(2, 3, 1, 16, 4, 2, 32, positions=True, window=(-1, 4), alibi=2),
     _case(2, 2, 1, 16, 4, 2, 32, positions=True, window=(30, -1)),
+    _case(2, 1, 33, 16, 16, 8, 128),
+    _case(2, 1, 50, 3, 12, 3, 200, 184, window=(90, 0)),
+    _case(1, 2, 9, 16, 16, 8, 72, 80, window=(-1, 0), left_pad=True),
     _case(0, 1, 2, 4, 2, 1, 8),
     _case(2, 0, 2, 4, 2, 1, 8),
     _case(2, 3, 0, 4, 2, 1, 8, sinks=True, return_column_sums=True),
@@ -72,6 +75,7 @@ SWEEP = [
     for cache in (None, "int8", "int4", "fp8")
 ] + [
     _case(8, 1, 512, 16, 32, 1, 576, 512, full=True, shared=True),
+    _case(1, 128, 128, 16, 32, 8, 128, full=True, window=(-1, 0)),
     _case(1, 512, 256, 16, 32, 8, 128, full=True, window=(-1, 0)),
 ]
 

@@ -7,6 +7,7 @@ puts them: in large pages of the system.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,9 +31,15 @@ def workloads(compile: bool) -> list[Workload]:
         rivals["onnxruntime GroupQueryAttention, gathered, float32"] = onnxruntime
         rivals["openvino ScaledDotProductAttention, gathered"] = openvino
         rivals["ggml flash_attn_ext, gathered, float32 or float16"] = flash_attention
-    decoding = [case for case in paged_attention_op.domain.sweep if case["Sq"] == 1]
-    if not compile:
-        decoding = [case for case in decoding if is_quick(case)]
+    chunk_rivals = {"torch SDPA, gathered": sdpa_chunk, "torch naive, gathered": naive_chunk}
+    if not torch.cuda.is_available():
+        chunk_rivals["onnxruntime GroupQueryAttention, gathered, float32"] = onnxruntime_chunk
+        chunk_rivals["ggml flash_attn_ext, gathered, float32 or float16"] = flash_attention_chunk
+    if compile:
+        rivals["torch flex_attention, compiled, gathered"] = flex
+        chunk_rivals["torch flex_attention, compiled, gathered"] = flex_chunk
+    sweep = paged_attention_op.domain.sweep if compile else list(filter(is_quick, paged_attention_op.domain.sweep))
+    decoding = [case for case in sweep if case["Sq"] == 1]
     paging = [case for case in decoding if compile and case["B"] == 8 and not case.get("cache") and case["D"] == 128]
     return [
         Workload(
@@ -46,16 +53,25 @@ def workloads(compile: bool) -> list[Workload]:
             checked=1,
             placed=in_large_pages,
         ),
-        Workload(
-            "paged attention, one query",
-            paged_attention_op,
-            decoding,
-            rivals,
-            call_op,
-            flops=paged_attention_op.flops,
-            label=label,
-            checked=1,
-            placed=in_large_pages,
+        *(
+            Workload(
+                name,
+                paged_attention_op,
+                cases,
+                others,
+                call_op,
+                flops=paged_attention_op.flops,
+                label=label,
+                checked=1,
+                placed=in_large_pages,
+                sets=sets,
+            )
+            for name, cases, others, sets in (
+                ("paged attention, one query", [case for case in decoding if keys_of(case) <= MOST_KEYS], rivals, 2),
+                # No processor's cache serves a second call of these, and two sets would not fit beside the rivals'.
+                ("paged attention, one query", [case for case in decoding if keys_of(case) > MOST_KEYS], rivals, 1),
+                ("paged attention, a chunk of a prompt", [case for case in sweep if case["Sq"] > 1], chunk_rivals, 2),
+            )
         ),
         Workload(
             "append to a paged cache, rotated",
@@ -82,7 +98,10 @@ def is_quick(case: Case) -> bool:
 
 def label(case: Case) -> str:
     keys = case["max_pages"] * case["page_size"]
-    return f"B{case['B']} keys {keys} H{case['Hq']}/{case['Hkv']} D{case['D']} {case.get('cache') or ''}".strip()
+    queries = f"queries {case['Sq']} " if case["Sq"] > 1 else ""
+    return (
+        f"B{case['B']} {queries}keys {keys} H{case['Hq']}/{case['Hkv']} D{case['D']} {case.get('cache') or ''}".strip()
+    )
 
 
 def large(x: Tensor) -> Tensor:
@@ -123,12 +142,13 @@ def in_pages(page_size: int | None) -> Callable[[Setup], Run]:
     return prepare
 
 
-def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
-    """q, k and v as (batch, kv_heads, rows or keys, dim) of full sequences."""
-    found: list[tuple[Tensor, ...]] | None = setup.shared.get("gathered")
+def gathered(setup: Setup) -> attention.Sets:
+    """q, k and v of full sequences: the one query as (batch, kv_heads, rows, dim), several as (batch, heads, queries,
+    dim)."""
+    found: attention.Sets | None = setup.shared.get("gathered")
     if found is not None:
         return found
-    sets: list[tuple[Tensor, ...]] = []
+    sets: attention.Sets = []
     for named in setup.named:
         q, pages = named["q"], named["block_table"].long()
         if not (named["seq_lens"] == setup.case["max_pages"] * setup.case["page_size"]).all():
@@ -137,7 +157,7 @@ def gathered(setup: Setup) -> list[tuple[Tensor, ...]]:
             decode(named[f"{x}_cache"][pages], scale if scale is None else scale[pages], q.dtype).flatten(1, 2)
             for x, scale in (("k", named["k_scale"]), ("v", named["v_scale"]))
         )
-        rows = q.view(q.shape[0], k.shape[2], -1, q.shape[3])
+        rows = q.view(q.shape[0], k.shape[2], -1, q.shape[3]) if q.shape[1] == 1 else q.transpose(1, 2).contiguous()
         sets.append((rows, large(k.transpose(1, 2)), large(v.transpose(1, 2))))
     setup.shared["gathered"] = sets
     return sets
@@ -160,6 +180,13 @@ def sdpa(setup: Setup) -> Run:
 
 def naive(setup: Setup) -> Run:
     return _rival(setup, lambda q, k, v: (q @ k.transpose(-1, -2) * q.shape[3] ** -0.5).softmax(-1) @ v)
+
+
+def flex(setup: Setup) -> Run:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()  # past a number of recompilations it would run uncompiled
+    return _rival(setup, torch.compile(flex_attention, dynamic=False))
 
 
 def _cast(setup: Setup, dtype: torch.dtype) -> attention.Sets:
@@ -186,6 +213,59 @@ def openvino(setup: Setup) -> Run:
 
 def flash_attention(setup: Setup) -> Run:
     return ggml.flash_attention(_as_one_query(_cast(setup, attention.half_as_float16(setup.dtype))), None)
+
+
+# A chunk of a prompt: causal, its last token is the last key.
+
+
+def _chunk_rival(setup: Setup, call: Callable[..., Tensor]) -> Run:
+    sets = gathered(setup)
+
+    @torch.no_grad()
+    def run(i: int) -> Tensor:
+        out: Tensor = attention.back(call(*sets[i % len(sets)]), setup)
+        return out
+
+    return run
+
+
+def _seen(setup: Setup) -> Tensor:
+    """Which keys each query of a chunk sees."""
+    q, k, _ = gathered(setup)[0]
+    keys = k.shape[2]
+    return torch.ones(q.shape[2], keys, dtype=torch.bool, device=q.device).tril(keys - q.shape[2])
+
+
+def sdpa_chunk(setup: Setup) -> Run:
+    seen = _seen(setup)
+    return _chunk_rival(setup, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True))
+
+
+def naive_chunk(setup: Setup) -> Run:
+    return _chunk_rival(setup, lambda q, k, v: attention.plain(q, k, v, None))
+
+
+def flex_chunk(setup: Setup) -> Run:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()
+    q, k, _ = gathered(setup)[0]
+    queries, keys = q.shape[2], k.shape[2]
+    mask = create_block_mask(lambda b, h, i, j: j <= i + keys - queries, None, None, queries, keys, device=setup.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return _chunk_rival(setup, lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True))
+
+
+def onnxruntime_chunk(setup: Setup) -> Run:
+    return attention.group_queries(_cast(setup, torch.float32), setup.case)
+
+
+def flash_attention_chunk(setup: Setup) -> Run:
+    sets = _cast(setup, attention.half_as_float16(setup.dtype))
+    return ggml.flash_attention(sets, torch.zeros(()).masked_fill(~_seen(setup), -math.inf))
+
+
+# Appending.
 
 
 def append(setup: Setup, backend: str) -> Run:

@@ -142,6 +142,11 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def _largest_lse(results: torch.dtype) -> float:
+    """Half of what it is elsewhere (csrc/attention.h): scores in powers of 2 are rounded once more."""
+    return 16.0 if results == torch.float32 else 256.0
+
+
 def _find_softmax(problem: dict[str, Any], lse: Tensor, sinks: Tensor | None, limit: float) -> None:
     """Adds what the kernels behind the forward weigh by: see `rows_kernel`."""
     problem["peaks"], problem["rests"] = lse.new_empty(2, *lse.shape, dtype=torch.float32)
@@ -171,8 +176,7 @@ def attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor,
     problem = _problem(call) | _value(call)
     problem |= {"grad_out": call.grad_out, "grad_strides": call.grad_out.stride()}
     problem["delta"] = call.delta.contiguous()
-    coarse = 32.0 if q.dtype == torch.float32 else 512.0
-    _find_softmax(problem, lse, call.sinks, math.inf if call.partial else coarse)
+    _find_softmax(problem, lse, call.sinks, math.inf if call.partial else _largest_lse(q.dtype))
     empty = q.new_zeros if call.cu_seqlens_q is not None else q.new_empty  # tokens of no sequence have gradient 0
     dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
     rows = lse.new_empty(lse.shape, dtype=torch.float32) if call.need_dalibi_slopes else None
@@ -219,7 +223,7 @@ def attention_column_sums(*arguments: Any) -> Tensor:
     sums = empty((q.shape[0], q.shape[2], k.shape[1]), dtype=torch.float32, device=q.device)
     if sums.numel():
         problem = _problem(call) | {"sums": sums}
-        _find_softmax(problem, call.lse, call.sinks, 32.0)
+        _find_softmax(problem, call.lse, call.sinks, _largest_lse(torch.float32))
         _launch(columns_kernel, "N", q.shape[2], problem)
     return sums
 

@@ -129,12 +129,13 @@ void find_packed_logits(const Shape& s, int64_t first, int64_t rows, const Block
     const int64_t stride = packed_stride(s);
     with_packed_products<S>([&]<class W>() {
         using Word = WordOf<W>;
+        constexpr int64_t chain = elements_of<Word> == 1 ? short_chain : long_chain;  // pairs are rounded more by far
         const int64_t words = words_of_row<W>(s.d);
         for (int64_t t = block.first; t <= block.last; ++t) {
             const Tile& tile = block.tile[t];
             const Scratch own = of_tile(s, t, my);
             for (int64_t key = 0; tile.some && key < tile_keys; key += panel) {
-                multiply<Left::rows, Into::set>(
+                multiply<Left::rows, Into::set, chain>(
                     static_cast<int>(rows), panel,
                     Product<Word>{reinterpret_cast<Word*>(my.q + first * s.q_stride), s.q_stride,
                                   reinterpret_cast<Word*>(own.keys) + key * words, words, own.p + key, stride, nullptr},

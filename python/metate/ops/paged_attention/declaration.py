@@ -65,6 +65,7 @@ CASES = [
     _case(2, 1, 33, 16, 16, 8, 128),
     _case(2, 1, 50, 3, 12, 3, 200, 184, window=(90, 0)),
     _case(1, 2, 9, 16, 16, 8, 72, 80, window=(-1, 0), left_pad=True),
+    _case(2, 3, 9, 16, 16, 2, 128, window=(-1, 0)),
     _case(0, 1, 2, 4, 2, 1, 8),
     _case(2, 0, 2, 4, 2, 1, 8),
     _case(2, 3, 0, 4, 2, 1, 8, sinks=True, return_column_sums=True),

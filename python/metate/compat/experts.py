@@ -230,7 +230,8 @@ _PATCHES: dict[str, Callable[..., Any]] = {
     "JetMoeParallelExperts": _jetmoe, "Step3p7Experts": experts_forward, "LongcatFlashExperts": _longcat_flash,
 }  # fmt: skip
 _REFUSED = {
-    "NllbMoeExperts": "transformers reads its router's mask as expert numbers: every token takes experts 0 and 1",
+    "NllbMoeExperts": "transformers reads its router's mask as expert numbers: every token takes experts 0 and 1; keep "
+    "experts_implementation='eager' for what transformers computes",
 }
 
 

@@ -96,8 +96,11 @@ class Graphs:
         plain = _call("backend_cpu_buffer_type")
         weights = repack and self._repacking()
         for context, kind in zip(self.contexts, (plain, weights or plain), strict=True):
-            self.buffers.append(_call("backend_alloc_ctx_tensors_from_buft", context, kind))
-            begin, size = (_call(f"backend_buffer_get_{what}", self.buffers[-1]) for what in ("base", "size"))
+            buffer = _call("backend_alloc_ctx_tensors_from_buft", context, kind)
+            if not buffer:  # there are no tensors of this kind
+                continue
+            self.buffers.append(buffer)
+            begin, size = (_call(f"backend_buffer_get_{what}", buffer) for what in ("base", "size"))
             prefer_large_pages(begin, size)  # as ours lie: small ones take longer to look up
 
     def _repacking(self) -> int:

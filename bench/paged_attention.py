@@ -33,7 +33,6 @@ def workloads(compile: bool) -> list[Workload]:
         rivals["ggml flash_attn_ext, gathered, float32 or float16"] = flash_attention
     chunk_rivals = {"torch SDPA, gathered": sdpa_chunk, "torch naive, gathered": naive_chunk}
     if not torch.cuda.is_available():
-        chunk_rivals["onnxruntime GroupQueryAttention, gathered, float32"] = onnxruntime_chunk
         chunk_rivals["ggml flash_attn_ext, gathered, float32 or float16"] = flash_attention_chunk
     if compile:
         rivals["torch flex_attention, compiled, gathered"] = flex
@@ -254,10 +253,6 @@ def flex_chunk(setup: Setup) -> Run:
     mask = create_block_mask(lambda b, h, i, j: j <= i + keys - queries, None, None, queries, keys, device=setup.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return _chunk_rival(setup, lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True))
-
-
-def onnxruntime_chunk(setup: Setup) -> Run:
-    return attention.group_queries(_cast(setup, torch.float32), setup.case)
 
 
 def flash_attention_chunk(setup: Setup) -> Run:

@@ -236,7 +236,8 @@ def _name(dtype: torch.dtype) -> str:
 @app.command()
 def bench(
     family: Annotated[
-        str | None, typer.Argument(help="attention, calls, moe, paged_attention, pq or quant_linear; default: all")
+        str | None,
+        typer.Argument(help=f"calls, {', '.join(sorted({op.family for op in REGISTRY.values()}))}; default: all"),
     ] = None,
     json_path: Annotated[
         Path | None,

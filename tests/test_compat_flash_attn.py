@@ -455,14 +455,16 @@ def test_install(absent):
     exec("from flash_attn.layers.rotary import apply_rotary_emb\nimport flash_attn.bert_padding as b", scope)
     assert scope["apply_rotary_emb"] is rotary.apply_rotary_emb
     assert scope["b"].pad_input is bert_padding.pad_input
+    assert importlib.import_module("flash_attn_2_cuda") is sys.modules["metate.compat.flash_attn.extension"]
     for name in ("flash_attn", "flash-attn"):
         assert importlib.metadata.version(name) == fa.__version__
     assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("flash_attn.losses")
     compat.uninstall("flash_attn")
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("flash_attn")
+    for name in ("flash_attn", "flash_attn_2_cuda"):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(name)
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("flash-attn")
 

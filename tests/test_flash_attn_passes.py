@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metate.compat import flash_attn as fa
+from metate.compat.flash_attn import extension
 from metate.compat.flash_attn import flash_attn_interface as passes
 
 SCALE = 0.3
@@ -140,3 +141,36 @@ def test_refusals(options, error, message):
     given = {"dropout_p": 0.0, "softmax_scale": SCALE, "causal": False, **options}
     with pytest.raises(error, match=message):
         passes._flash_attn_varlen_forward(draw(30, 2, 8), *[draw(30, 2, 8)] * 2, LENGTHS, LENGTHS, 21, 21, **given)
+
+
+def test_extension_is_the_passes():
+    """The positional arguments of the compiled extension: results returned and written where room is given."""
+    q, k, v, dout = draw(2, 12, 4, 16), draw(2, 15, 2, 16), draw(2, 15, 2, 24), draw(2, 12, 4, 24)
+    rest = (0.0, SCALE, True, 5, 0, 2.0)
+    out, grads = torch.empty_like(dout), [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    lse = extension.fwd(q, k, v, out, None, *rest, False, None)[1]
+    given = extension.bwd(dout, q, k, v, out, lse, *grads, None, *rest, True, None, None)
+    made = extension.bwd(dout, q, k, v, out, lse, None, None, None, None, *rest, True)
+    expected = whole(fa.flash_attn_func, (q, k, v), dout, causal=True, window_size=(5, 0), softcap=2.0)
+    assert all(a is b for a, b in zip(given, grads, strict=False))
+    for name, a, b, c in zip(("dq", "dk", "dv"), given, made, expected[1:], strict=False):
+        assert torch.equal(a, b) and torch.equal(a, c), name
+    assert torch.equal(out, expected[0])
+
+
+def test_extension_over_packed_sequences():
+    q, k, v, dout = draw(30, 4, 16), draw(30, 2, 16), draw(30, 2, 24), draw(30, 4, 24)
+    rest = (30, 30, 0.0, SCALE, False, True, -1, -1, 0.0)
+    out, lse, *_ = extension.varlen_fwd(q, k, v, None, LENGTHS, LENGTHS, None, None, None, None, *rest, False, None, 0)
+    dq, dk, dv, _ = extension.varlen_bwd(
+        dout, q, k, v, out, lse, None, None, None, LENGTHS, LENGTHS, None, *rest, True, None, None
+    )
+    expected = whole(fa.flash_attn_varlen_func, (q, k, v), dout, LENGTHS, LENGTHS, 30, 30, causal=True)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), (out, dq, dk, dv), expected, strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_extension_takes_no_generator():
+    q = draw(1, 1, 2, 8)
+    with pytest.raises(RuntimeError, match="`generator` argument is no longer supported, got a Generator"):
+        extension.fwd(q, q, q, None, None, 0.0, SCALE, True, -1, -1, 0.0, False, torch.Generator())

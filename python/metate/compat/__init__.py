@@ -24,6 +24,8 @@ __all__ = ["install", "uninstall"]
 
 # What `install` knows: name to import -> name of its distribution.
 PACKAGES = {"flash_attn": "flash-attn", "bitsandbytes": "bitsandbytes", "faiss": "faiss-cpu"}
+# Their compiled extensions, which some code imports too: name to import -> module of ours.
+EXTENSIONS = {"flash_attn_2_cuda": "flash_attn.extension"}
 _CHOSEN = {"metate.compat.faiss.contrib.torch_utils"}  # modules whose import changes something: their users import them
 _installed: dict[str, _Alias] = {}
 
@@ -88,14 +90,18 @@ class _Alias(importlib.metadata.DistributionFinder):
         within = {info.name for info in pkgutil.walk_packages(package.__path__, source + ".")}
         names = [source, *sorted(within - _CHOSEN)]
         modules = {name + inner.removeprefix(source): importlib.import_module(inner) for inner in names}
-        self.before = {key: sys.modules.pop(key) for key in list(sys.modules) if _within(key, name)}
+        for extension, inner in EXTENSIONS.items():
+            if _within(inner, name):
+                modules[extension] = importlib.import_module(f"{__name__}.{inner}")
+        self.before = {key: sys.modules.pop(key) for key in list(sys.modules) if key in modules or _within(key, name)}
+        self.names = set(modules)
         sys.modules.update(modules)
         self.version = str(package.__version__)
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
         sys.meta_path.remove(self)
-        for key in [key for key in sys.modules if _within(key, self.name)]:
+        for key in [key for key in sys.modules if key in self.names or _within(key, self.name)]:
             del sys.modules[key]
         sys.modules.update(self.before)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metate.compat.flash_attn import extension as flash_attn_gpu
 from metate.compat.flash_attn.passes import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -35,6 +36,7 @@ __all__ = [
     "_flash_attn_varlen_backward",
     "_flash_attn_varlen_forward",
     "flash_attn_func",
+    "flash_attn_gpu",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",

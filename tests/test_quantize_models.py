@@ -1,6 +1,7 @@
 """Whole decoders to low-bit checkpoints: written, read back, resumed, and better with calibration than without."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -98,6 +99,22 @@ def test_a_stopped_run_goes_on(checkpoint, tmp_path):
     other = Llama(CONFIG).initialize(torch.Generator().manual_seed(1))
     with pytest.raises(ValueError, match="of another checkpoint or calibration text"):
         quantize_llama(other, recipe, tokens, store=tmp_path)
+
+
+def test_biases_come_back_when_a_run_goes_on(tmp_path):
+    """AWQ's scales are folded into some of them."""
+    torch.manual_seed(0)
+    dense = Llama(dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True))
+    dense.initialize(torch.Generator().manual_seed(0))
+    for name, parameter in dense.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    tokens = torch.tensor([list(TEXT[:64].encode())])
+    first, again = copy.deepcopy(dense), copy.deepcopy(dense)
+    for model in (first, again):
+        quantize_llama(model, Recipe("awq", 4, 64), tokens, store=tmp_path)
+    assert not torch.equal(first.layers[0].self_attn.v_proj.bias, dense.layers[0].self_attn.v_proj.bias)
+    assert torch.equal(first(tokens), again(tokens))
 
 
 def test_what_is_missing_is_named(checkpoint, tmp_path):

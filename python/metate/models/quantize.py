@@ -145,6 +145,8 @@ def _quantize_layer(layer: Layer, recipe: Recipe, statistics: dict[str, Calibrat
             linear = layer.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             found[name] = _quantize(linear.weight, recipe, statistics.get(first), scales.get(first))
+            if linear.bias is not None:  # AWQ folds scales into some
+                found[f"{name}.bias"] = linear.bias.detach()
     for name in _NORMS:
         found[f"{name}.weight"] = layer.get_parameter(f"{name}.weight").detach()
     return found

@@ -400,15 +400,26 @@ def _stored(packed, dtype):
     return packed.view(-1).view(dtype)[:, None] if packed.numel() % dtype.itemsize == 0 else packed
 
 
-def test_bitsandbytes_writes_rows_of_blocks():
-    weight = torch.randn(6, 256)
+@pytest.mark.parametrize("columns", [256, 96, 100, 80, 65, 1])
+def test_bitsandbytes_writes_blocks_of_rows_and_across_them(columns):
+    weight = torch.randn(7, columns)
     for quantize in (quantize_nf4, quantize_fp4):
-        made = quantize(weight, 64)
-        assert same(bitsandbytes.lower(bitsandbytes.write(made), settings()).dequantize(), made.dequantize())
-    with pytest.raises(metate.FormatError, match="group_size"):
-        bitsandbytes.write(quantize_nf4(weight[:, :100]))
+        for block_size in (32, 64, 1024):
+            made = quantize(weight, block_size)
+            written = bitsandbytes.write(made)
+            assert same(bitsandbytes.lower(written, settings()).dequantize(), made.dequantize())
+            fresh = bitsandbytes.quantize_4bit(weight, bitsandbytes.quant_type(made), block_size).tensors()
+            assert torch.equal(written["weight"], fresh["weight"])
+
+
+def test_bitsandbytes_writes_no_other_groups():
+    made = quantize_nf4(torch.randn(6, 96), 32)
+    other = dict(codebook=made.codebook, codes=made.codes)
+    for size, scales in ((48, torch.rand(6, 2)), (64, torch.rand(6, 2)), (16, torch.rand(6, 6))):
+        with pytest.raises(metate.FormatError, match="group_size"):
+            bitsandbytes.write(QuantizedWeight((6, 96), 4, size, scales=scales, **other))
     with pytest.raises(metate.FormatError, match="NF4 or FP4"):
-        bitsandbytes.write(quantize_rtn(weight))
+        bitsandbytes.write(quantize_rtn(torch.randn(6, 96)))
 
 
 def test_bitsandbytes_int8():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail, require_dense
-from metate.low_bit import QuantizedWeight, pack_codes
+from metate.low_bit import QuantizedWeight, pack_codes, unpack_codes
 from metate.memory import allocate
 from metate.quant.settings import Settings, as_bytes, blocks, complain, parse_json, take
 
@@ -321,16 +321,42 @@ def quant_type(weight: QuantizedWeight) -> str:
 
 
 def write(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The serialised tensors, not nested, of an NF4 or FP4 weight whose blocks are those of its rows."""
+    """The serialised tensors, not nested, of an NF4 or FP4 weight whose groups are parts of blocks of the flat one."""
     kind = quant_type(weight)
     if weight.permutation is not None or weight.scales.dtype != torch.float32 or weight.offsets is not None:
         raise fail("quant.bitsandbytes.write", "weight", weight, "float32 scales alone", error=FormatError)
-    if weight.group_size not in BLOCK_SIZES or weight.in_features % weight.group_size:
-        expected = f"one of {BLOCK_SIZES} that divides in_features"
-        raise fail("quant.bitsandbytes.write", "group_size", weight.group_size, expected, error=FormatError)
+    absmax, block_size = _blocks(weight)
+    return State4bit(_flat_codes(weight), absmax, kind, block_size, weight.shape).tensors()
+
+
+def _blocks(weight: QuantizedWeight) -> tuple[Tensor, int]:
+    """The scales of the smallest blocks that a file may have, and their size."""
+    size, scales = weight.group_size, weight.scales.flatten()
+    for block_size in BLOCK_SIZES if weight.in_features % size == 0 else ():
+        if block_size % size:
+            continue
+        groups = block_size // size
+        last = scales[-1:].expand(-scales.numel() % groups)
+        by_block = torch.cat([scales, last]).view(-1, groups)
+        if torch.equal(by_block.view(torch.int32), by_block[:, :1].expand(-1, groups).contiguous().view(torch.int32)):
+            return by_block[:, 0].contiguous(), block_size
+    expected = f"parts of blocks of {BLOCK_SIZES} elements that share a scale, whole ones in every row"
+    raise fail("quant.bitsandbytes.write", "group_size", size, expected, error=FormatError)
+
+
+def _flat_codes(weight: QuantizedWeight) -> Tensor:
+    """The codes of the flat weight, the even element in the high nibble: (⌈N · K / 2⌉)."""
+    rows, columns = weight.shape
     codes = weight.in_rows().codes
-    packed = (codes << 4 | codes >> 4).flatten()
-    return State4bit(packed, weight.scales.flatten(), kind, weight.group_size, weight.shape).tensors()
+    if columns % 2 == 0:
+        return (codes << 4 | codes >> 4).flatten()
+    packed = torch.empty(-(-rows * columns // 2), dtype=torch.uint8, device=codes.device)
+    nothing = _CODES[quant_type(weight)].index(0)  # fills the last byte
+    for part in blocks(rows, columns, 2):  # an even number of rows begins with a byte
+        nibbles = unpack_codes(codes[part], 4, columns).flatten()
+        pairs = torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2), value=nothing).view(-1, 2)
+        packed[part.start * columns // 2 : -(-part.stop * columns // 2)] = pairs[:, 0] << 4 | pairs[:, 1]
+    return packed
 
 
 def _check_weight(op: str, weight: Tensor) -> None:

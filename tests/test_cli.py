@@ -212,6 +212,8 @@ def test_the_decoder_learns_and_both_attentions_agree():
     before, after = text.split("held-out ")[1].split(" nats")[0].split(" → ")
     assert float(after) < float(before)
     assert "what it writes" in text
+    rows = {line.split()[0]: line.split() for line in text.partition("file, MB")[2].splitlines() if line.strip()}
+    assert {float(rows[name][2]) < float(rows["float32"][2]) for name in ("nf4", "gptq", "awq")} == {True}
     if "cpu" not in REGISTRY["paged_attention"].implementations("cpu"):
         assert "nothing is served: paged attention has no compiled kernel here" in text
         return

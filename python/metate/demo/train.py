@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from metate.generate import PagedKVCache, Scheduler
@@ -305,7 +306,7 @@ def compress(console: Console, plan: Plan, text: Text, trained: Trainer) -> None
 def compare(console: Console, plan: Plan, text: Text, device: str, models: dict[str, Llama]) -> None:
     """Models beside one another: size, loss, speed of writing."""
     table = Table(box=None, pad_edge=False)
-    for name in ("linear layers", "bits a weight", "MB", "held-out loss", "tokens/s, one by one"):
+    for name in ("linear layers", "bits a weight", "file, MB", "held-out loss", "tokens/s, one by one"):
         table.add_column(name, justify="left" if name == "linear layers" else "right")
     for name, model in models.items():
         size, weights = linear_size(model)
@@ -313,7 +314,7 @@ def compare(console: Console, plan: Plan, text: Text, device: str, models: dict[
         complete(model, plan, device)
         speed = plan.written / (time.perf_counter() - began)
         loss = Trainer(plan, model, device).held_out(text)
-        table.add_row(name, f"{8 * size / weights:.2f}", f"{size / 1e6:.2f}", f"{loss:.4f}", f"{speed:.0f}")
+        table.add_row(name, f"{8 * size / weights:.2f}", f"{file_size(model) / 1e6:.2f}", f"{loss:.4f}", f"{speed:.0f}")
     console.print(table)
 
 
@@ -325,6 +326,12 @@ def linear_size(model: Llama) -> tuple[int, int]:
             size += module.weight.nbytes
             weights += math.prod(module.weight.shape)
     return size, weights
+
+
+def file_size(model: Llama) -> int:
+    """Bytes of the whole model as a safetensors file."""
+    state = {tensor.data_ptr(): (name, tensor) for name, tensor in model.state_dict().items()}  # tied weights once
+    return len(save(dict(state.values())))
 
 
 def adapt(model: Llama) -> Llama:

@@ -135,9 +135,25 @@ def test_gptq_follows_its_derivation(layer, calibration, bits, group_size):
 def test_gptq_without_correlation_is_rounding():
     weight, gathered = torch.randn(16, 96), Calibration(96).add(torch.eye(96))
     for options in ({}, {"act_order": True}, {"symmetric": False}, {"mse": True}):
-        plain = {key: value for key, value in options.items() if key != "act_order"}
-        found, truth = quantize_gptq(weight, gathered, 4, 32, **options), quantize_rtn(weight, 4, 32, **plain)
-        assert torch.equal(found.dequantize(), truth.dequantize()), options
+        plain = {key: value for key, value in options.items() if key == "symmetric"}
+        found = quantize_gptq(weight, gathered, 4, 32, **options).dequantize()
+        rounded = [quantize_rtn(weight, 4, 32, mse=mse, **plain).dequantize() for mse in {False, "mse" in options}]
+        error = torch.stack([(other - weight).square().sum(1) for other in rounded]).argmin(0)
+        truth = torch.stack(rounded)[error, torch.arange(16)]
+        assert torch.equal(found, truth), options
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("order", [{}, {"act_order": True}, {"act_order": True, "static_groups": True}], ids=str)
+def test_gptq_shrinks_ranges_where_that_lessens_the_output_error(layer, calibration, bits, symmetric, order):
+    def errors(mse):
+        made = quantize_gptq(layer[0], calibration, bits, 64, symmetric=symmetric, mse=mse, **order)
+        delta = (made.dequantize() - layer[0]).double()
+        return ((delta @ calibration.hessian.double()) * delta).sum(1)
+
+    whole, least = errors(False), errors(True)
+    assert (least <= whole * 1.001).all() and least.sum() < 0.97 * whole.sum()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

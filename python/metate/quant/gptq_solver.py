@@ -42,7 +42,7 @@ def quantize_gptq(
         calibration: what came into the layer, in_features wide.
         act_order: columns of the largest inputs first ("desc_act"): better, at the price of a permutation unless
         static_groups: the ranges of the groups are fixed before the first column, groups are of neighbours.
-        mse: shrink each range to where the rounding error is least.
+        mse: shrink each range to where the rounding error is least, in the rows whose output error that lessens.
         damp: what is added to the diagonal of the Hessian, relative to its mean.
 
     Raises:
@@ -58,14 +58,14 @@ def quantize_gptq(
     unused = hessian.diagonal() == 0
     values[:, unused] = 0
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
-    ranges = _Ranges(grid, mse, group_size)
+    attempts = [_Ranges(grid, shrunk, group_size) for shrunk in ((False, True) if mse else (False,))]
     group = torch.arange(values.shape[1], device=weight.device) // group_size
-    if static_groups:
+    for ranges in attempts if static_groups else ():
         ranges.fix(values)
     if order is not None:
         values, hessian = values[:, order], hessian[order][:, order]
         group = group[order] if static_groups else group
-    codes, scales, zeros = _solve(values.t(), hessian, _inverse_factor(hessian, damp), ranges, group.tolist())
+    codes, scales, zeros = _solve(values.t(), hessian, _inverse_factor(hessian, damp), attempts, group.tolist())
     if order is not None and static_groups:
         codes, order = codes[order.argsort()], None
     rows, columns = weight.shape
@@ -99,30 +99,36 @@ class _Ranges:
 
 
 def _solve(
-    values: Tensor, hessian: Tensor, factor: Tensor, ranges: _Ranges, group: list[int]
+    values: Tensor, hessian: Tensor, factor: Tensor, attempts: list[_Ranges], group: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (K, N), scales and zero points (G, N) of (K, N) weights.
 
     The range of a group can be that of its weights as the block began, or with the errors of its neighbours already
-    spread over them, which may widen it. Neither is always better, so each row keeps the one of the lesser error.
+    spread over them, which may widen it; and it can be shrunk. None is always better, so each row keeps what came to
+    the least error.
     """
-    early, late = replace(ranges, scales=[*ranges.scales], zeros=[*ranges.zeros]), ranges
-    found = _round_columns(values.clone(memory_format=torch.contiguous_format), factor, late, group, early=False)
-    scales, zeros = torch.stack(late.scales), torch.stack(late.zeros)
-    if early.scales or ranges.group_size > _BLOCK // 2:  # fixed, or no group begins within a block
-        return found, scales, zeros
-    other = _round_columns(values.clone(memory_format=torch.contiguous_format), factor, early, group, early=True)
-    others = torch.stack(early.scales), torch.stack(early.zeros)
     taken = torch.tensor(group, device=values.device)
-
-    def error(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        delta = (codes - zeros[taken]) * scales[taken] - values
-        return ((hessian @ delta) * delta).sum(0)
-
-    better = error(other, *others) < error(found, scales, zeros)
-    chosen = ((other, found), (others[0], scales), (others[1], zeros))
-    codes, scales, zeros = (torch.where(better, new, old) for new, old in chosen)
+    best: tuple[Tensor, ...] = ()
+    least = values.new_full(values.shape[1:], torch.inf)
+    for ranges, early in _choices(attempts):
+        codes = _round_columns(values.clone(memory_format=torch.contiguous_format), factor, ranges, group, early)
+        found = codes, torch.stack(ranges.scales), torch.stack(ranges.zeros)
+        delta = (codes - found[2][taken]) * found[1][taken] - values
+        error = ((hessian @ delta) * delta).sum(0)
+        better = error < least
+        best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True)) if best else found
+        least = torch.minimum(error, least)
+    codes, scales, zeros = best
     return codes, scales, zeros
+
+
+def _choices(attempts: list[_Ranges]) -> Iterator[tuple[_Ranges, bool]]:
+    """Ranges to round with, and whether those of groups within a block are taken as the block begins."""
+    for ranges in attempts:
+        fixed = bool(ranges.scales)
+        yield ranges, False
+        if not fixed and ranges.group_size <= _BLOCK // 2:  # groups begin within blocks
+            yield replace(ranges, scales=[], zeros=[]), True
 
 
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:

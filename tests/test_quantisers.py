@@ -204,10 +204,10 @@ def test_awq_beats_rounding(layer, calibration, bits, group_size, symmetric):
 def test_awq_takes_the_best_of_its_grid(layer, calibration):
     """No scale of the grid, made by hand, does better; layers of the same inputs are judged together."""
     weights = [layer[0], layer[0].flip(0) * 3]
-    best = search_awq_scale(weights, calibration, 3, 64)
+    best = search_awq_scale(weights, calibration, 3, 64, clip=False)
 
-    def loss(scale):
-        made = [quantize_awq(weight, calibration, 3, 64, scale=scale, clip=False)[0] for weight in weights]
+    def loss(scale, clip=False):
+        made = [quantize_awq(weight, calibration, 3, 64, scale=scale, clip=clip)[0] for weight in weights]
         return sum(calibration.output_error(m.dequantize() / scale - w) for m, w in zip(made, weights, strict=True))
 
     stacked = torch.cat(weights).abs().unflatten(1, (-1, 64))
@@ -215,8 +215,11 @@ def test_awq_takes_the_best_of_its_grid(layer, calibration):
     magnitude = calibration.mean_magnitude.clamp(min=1e-4)
     for ratio in (0, 0.25, 0.5, 0.75, 0.95):
         tried = (magnitude**ratio / (share ** (1 - ratio) + 1e-4)).clamp(min=1e-4)
-        assert loss(best) <= loss(tried / (tried.max() * tried.min()).sqrt()) * 1.0001
+        for found in (tried, magnitude**ratio):
+            assert loss(best) <= loss(found / (found.max() * found.min()).sqrt()) * 1.0001
     assert loss(best) < loss(torch.ones_like(best))
+    judged = loss(search_awq_scale(weights, calibration, 3, 64), clip=True)
+    assert judged <= min(loss(best, clip=True), loss(torch.ones_like(best), clip=True)) * 1.0001
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ output on the calibration inputs, computed from their second moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from metate.quant.rtn import affine
 from metate.quant.settings import blocks
 
 _STEPS = 20  # exponents of the scale that are tried
+_ROWS = 1024  # of all layers of the same inputs, by which scales are judged
 _CUTS = 10  # ranges that are tried, from the whole one down to a half
 _LEAST = 1e-4
 
@@ -31,13 +32,16 @@ def search_awq_scale(
     group_size: int = 128,
     *,
     symmetric: bool = False,
+    clip: bool = True,
 ) -> Tensor:
     """The scale (K) of the columns of all `weights`, layers of the same inputs, that rounding likes best.
 
-    scale = E|x|**r / mean|w|**(1 - r), the r in [0, 1) of the least output error; all ones where that is better.
+    scale = E|x|**r / mean|w|**(1 - r), or E|x|**r alone, the r in [0, 1) of the least output error; all ones are one of
+    them.
 
     Args:
         weights: one or more of (out_features, K). calibration: of their inputs. Others as in `quantize_awq`.
+        clip: judge them with ranges cut, as `quantize_awq` will: that may do what a scale would have done.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; also for NaN and infinity.
@@ -46,29 +50,32 @@ def search_awq_scale(
     grid = Grid(bits, symmetric).check(op)
     if not isinstance(weights, Sequence) or not weights:
         raise fail(op, "weights", type(weights).__name__, "a list of weights, one or more", error=TypeError)
-    sizes = [checked(op, weight, group_size) for weight in weights]
+    sizes = {checked(op, weight, group_size) for weight in weights}
     for weight in weights:
         check_calibration(op, calibration, weight)
+    (size,) = sizes  # of as many columns each
     device = weights[0].device
     hessian = calibration.hessian.to(device)
     magnitude = calibration.mean_magnitude.to(device).clamp(min=_LEAST)
-    share = _mean_share(weights, sizes)
-    best_scale = torch.ones_like(magnitude)
-    best = _loss(weights, best_scale, hessian, grid, sizes)
+    step = max(1, sum(weight.shape[0] for weight in weights) // _ROWS)
+    judges = [weight[::step].detach().float() for weight in weights]
+    scales = _scales(magnitude, _mean_share(weights, size))
+    return min(scales, key=lambda scale: _loss(judges, scale, hessian, grid, size, clip))
+
+
+def _scales(magnitude: Tensor, share: Tensor) -> Iterator[Tensor]:
+    """The scales that are tried, all ones first."""
     for step in range(_STEPS):
         ratio = step / _STEPS
-        scale = (magnitude**ratio / (share ** (1 - ratio) + _LEAST)).clamp(min=_LEAST)
-        scale = scale / (scale.max() * scale.min()).sqrt()
-        loss = _loss(weights, scale, hessian, grid, sizes)
-        if loss < best:
-            best, best_scale = loss, scale
-    return best_scale
+        for scale in (magnitude**ratio, magnitude**ratio / (share ** (1 - ratio) + _LEAST)):
+            positive = scale.clamp(min=_LEAST)
+            yield positive / (positive.max() * positive.min()).sqrt()
 
 
-def _mean_share(weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def _mean_share(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """Mean over all rows of a column's magnitude, relative to the largest of its group."""
     total, rows = torch.zeros(weights[0].shape[1], device=weights[0].device), 0
-    for weight, group_size in zip(weights, sizes, strict=True):
+    for weight in weights:
         groups = grouped(weight.detach().float().abs(), group_size)
         share = groups / (groups.amax(2, keepdim=True) + 1e-6)
         total += share.flatten(1)[:, : total.numel()].sum(0)
@@ -76,14 +83,16 @@ def _mean_share(weights: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     return total / rows
 
 
-def _loss(weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, grid: Grid, sizes: Sequence[int]) -> float:
+def _loss(
+    weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, grid: Grid, group_size: int, clip: bool
+) -> float:
+    moments = _group_moments(hessian / torch.outer(scale, scale), group_size) if clip else None
     loss = 0.0
-    for weight, group_size in zip(weights, sizes, strict=True):
-        values = weight.detach().float()
-        groups = grouped(values * scale, group_size)
-        fitted, zero = grid.fit(groups)
-        rounded = grid.round_trip(groups, fitted[..., None], zero[..., None]).flatten(1)[:, : values.shape[1]]
-        delta = rounded / scale - values
+    for weight in weights:
+        groups = grouped(weight * scale, group_size)
+        fitted, zero = grid.fit(groups, None if moments is None else _cut(groups, moments, grid))
+        rounded = grid.round_trip(groups, fitted[..., None], zero[..., None]).flatten(1)[:, : weight.shape[1]]
+        delta = rounded / scale - weight
         loss += float(((delta @ hessian) * delta).sum())
     return loss
 
@@ -118,7 +127,7 @@ def quantize_awq(
     check_calibration("quantize_awq", calibration, weight)
     grid = Grid(bits, symmetric, scale_dtype).check("quantize_awq", weight)
     if scale is None:
-        scale = search_awq_scale([weight], calibration, bits, group_size, symmetric=symmetric)
+        scale = search_awq_scale([weight], calibration, bits, group_size, symmetric=symmetric, clip=clip)
     rows, columns = weight.shape
     if not isinstance(scale, Tensor) or tuple(scale.shape) != (columns,) or not bool((scale > 0).all()):
         got = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__

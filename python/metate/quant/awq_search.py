@@ -83,9 +83,7 @@ def _mean_share(weights: Sequence[Tensor], group_size: int) -> Tensor:
     return total / rows
 
 
-def _loss(
-    weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, grid: Grid, group_size: int, clip: bool
-) -> float:
+def _loss(weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, grid: Grid, group_size: int, clip: bool) -> float:
     moments = _group_moments(hessian / torch.outer(scale, scale), group_size) if clip else None
     loss = 0.0
     for weight in weights:

@@ -36,11 +36,12 @@ constexpr bool in_pairs = __is_same(S, bf16) || __is_same(S, nibbles);
 template <class S>
 constexpr bool quantised = __is_same(S, int8_t) || __is_same(S, nibbles) || __is_same(S, e4m3);
 template <class S>
+constexpr bool has_nibbles = __is_same(S, nibbles) || __is_same(S, whole<nibbles>) || __is_same(S, pairs<nibbles>);
+template <class S>
 constexpr float unit = __is_same(S, e4m3) ? e4m3_unit : 1.0f;
 template <class S>
 METATE_FN constexpr int64_t bytes_before(int64_t element) {
-    const bool are_halves = __is_same(S, nibbles) || __is_same(S, whole<nibbles>) || __is_same(S, pairs<nibbles>);
-    return are_halves ? element / 2 : element * static_cast<int64_t>(sizeof(S));
+    return has_nibbles<S> ? element / 2 : element * static_cast<int64_t>(sizeof(S));
 }
 
 constexpr float nibble_values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};

@@ -106,11 +106,11 @@ struct Piece {
 };
 
 // Whether a piece reads a tile's rows in their order, as memory gives them: a few keys of all heads, then the next.
-// Many rows read a head's at once, and so do those that wait for arithmetic: of quantised caches, or by short vectors.
+// Many rows read a head's at once, and so do those that wait for arithmetic: of 4-bit caches, or by short vectors.
 inline bool in_order(const Shape& s, const Piece& piece) {
     const View<4>& cache = s.a.v_cache;
-    const int64_t element = bytes_of(cache.dtype);
-    return width == 16 && piece.rows <= 4 && element > 1 && piece.heads * cache.size[3] * element > piece_bytes / 2;
+    const int64_t bytes = piece.heads * cache.size[3] * bytes_of(cache.dtype);
+    return width == 16 && piece.rows <= 4 && cache.dtype != DType::u8 && bytes >= piece_bytes / 2;
 }
 
 // Whether the rows of a page follow each other, with none of another piece between them: where some are, these have a
@@ -199,12 +199,17 @@ METATE_FN void with_products(const Shape& s, const Piece& piece, const Run& run)
 
 // Calls run<few>() for products of `rows` rows: how many values are read in turn, and about half as many keys; 0 where
 // rows are not read in order. Fewer are read nearer to their order and cost more arithmetic: from memory that is
-// faster, from a cache slower. Results are the same.
+// faster, from a cache slower. Results are the same: sums of whole numbers, which become floats after `few` values,
+// take 16 in either case, and rows of codes are short.
 template <class W, int rows, class Run>
 METATE_FN void with_order(const Shape& s, const Piece& piece, const Run& run) {
-    if constexpr (width == 16 && rows <= 4 && !quantised<W> && !is_whole<W> && !is_pairs<W>) {
+    constexpr bool is_codes = quantised<W> || is_whole<W> || is_pairs<W>;
+    if constexpr (width == 16 && rows <= 4 && !has_nibbles<W>) {
         const bool from_memory = s.bytes > most_cached && fill_pages(s, piece);
-        if (in_order(s, piece)) return from_memory ? run.template operator()<4>() : run.template operator()<8>();
+        if (in_order(s, piece)) {
+            if constexpr (is_codes) return run.template operator()<group_keys>();
+            return from_memory ? run.template operator()<4>() : run.template operator()<8>();
+        }
     }
     run.template operator()<0>();
 }

@@ -39,7 +39,8 @@ def workloads(compile: bool) -> list[Workload]:
         chunk_rivals["torch flex_attention, compiled, gathered"] = flex_chunk
     sweep = paged_attention_op.domain.sweep if compile else list(filter(is_quick, paged_attention_op.domain.sweep))
     decoding = [case for case in sweep if case["Sq"] == 1]
-    paging = [case for case in decoding if compile and case["B"] == 8 and not case.get("cache") and case["D"] == 128]
+    paged = [case for case in decoding if (case["B"], case["D"], case["page_size"]) == (8, 128, 16)]
+    paging = [case for case in paged if compile and not case.get("cache")]
     return [
         Workload(
             "paged attention, shuffled pages of 16 beside others",
@@ -98,9 +99,9 @@ def is_quick(case: Case) -> bool:
 def label(case: Case) -> str:
     keys = case["max_pages"] * case["page_size"]
     queries = f"queries {case['Sq']} " if case["Sq"] > 1 else ""
-    return (
-        f"B{case['B']} {queries}keys {keys} H{case['Hq']}/{case['Hkv']} D{case['D']} {case.get('cache') or ''}".strip()
-    )
+    pages = f"pages of {case['page_size']}" if case["page_size"] != 16 else ""
+    parts = (f"B{case['B']} {queries}keys {keys} H{case['Hq']}/{case['Hkv']} D{case['D']}", case.get("cache"), pages)
+    return " ".join(part for part in parts if part)
 
 
 def large(x: Tensor) -> Tensor:

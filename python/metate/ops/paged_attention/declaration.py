@@ -75,6 +75,8 @@ SWEEP = [
     for B, keys in ((1, 2048), (1, 8192), (8, 8192), (32, 8192))
     for cache in (None, "int8", "int4", "fp8")
 ] + [
+    _case(8, 1, 64, 128, 32, 8, 128, full=True),
+    _case(8, 1, 64, 128, 32, 8, 128, full=True, cache="int8"),
     _case(8, 1, 512, 16, 32, 1, 576, 512, full=True, shared=True),
     _case(1, 128, 128, 16, 32, 8, 128, full=True, window=(-1, 0)),
     _case(1, 512, 256, 16, 32, 8, 128, full=True, window=(-1, 0)),

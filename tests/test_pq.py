@@ -133,10 +133,23 @@ def test_a_table_that_is_no_number_finds_nothing():
 
 
 def test_equal_distances_are_ordered_by_id():
-    base = torch.zeros(100, 4)
-    ids = torch.randperm(100, generator=torch.Generator().manual_seed(1))
-    for k in (1, 7, 100):
+    base = torch.zeros(3000, 4)
+    ids = torch.randperm(3000, generator=torch.Generator().manual_seed(1))
+    for k in (1, 7, 32, 33, 100, 1300, 3000):
         assert metate.topk_distances(torch.ones(2, 4), base, k, ids=ids)[1].tolist() == [list(range(k))] * 2
+
+
+def test_many_results_are_the_first_of_all_sorted():
+    """Gathered and sorted out now and then: near rows early, late, all alike but for a few, and rows found twice."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(5000, generator=generator)
+    for column in (x, x.sort().values, x.sort(descending=True).values, (4 * x).round()):
+        for k in (33, 64, 700):
+            distances, ids = metate.topk_distances(torch.zeros(5, 1), column[:, None], k)
+            expected = column.square().sort(stable=True)
+            assert distances[4].equal(expected.values[:k]) and ids[4].equal(expected.indices[:k])
+            twice = metate.topk_distances(torch.zeros(1, 1), column[:, None], k, ranges=torch.tensor([[[0, 5000]] * 2]))
+            assert twice[1][0].equal(expected.indices.repeat_interleave(2)[:k])
 
 
 def test_distances_near_zero_are_exact():

@@ -112,27 +112,42 @@ void round_tables(Filter& f, const Scan& scan, double inverse) {
     for (uint8_t* const end = f.entries + bytes_of_tables<form>(scan.M); to < end; ++to) *to = 0;
 }
 
-// Sums the rows that a filter leaves, some at a time, and offers them.
+// Sums the rows that a filter leaves, some at a time, and offers them. Codes of 4 bits are copied as rows come, while
+// they are in the nearest cache: row after row has a lane in the vector of each number.
 template <int bits>
 struct Survivors {
+    static constexpr int together = bits == 4 ? width : rows_together;
+
     const Scan* scan;
     Asked asked;
     Best* best;
-    int count = 0;
-    int64_t rows[rows_together] = {};
+    int count;
+    int64_t rows[together];
+    uint8_t codes[bits == 4 ? most_columns<Form::nibbles> : 1][together];
 
+    METATE_FN void begin(const Scan& of, Asked by, Best& found) { scan = &of, asked = by, best = &found, count = 0; }
+    METATE_FN void sum_rows(float (&sum)[together]) const {
+        const float* const table = scan->table(asked.q);
+        if constexpr (bits == 4) {
+            vf all = splat(0.0f);
+            for (int64_t m = 0; m < scan->M; ++m)
+                all = all + lookup(table16(table + 16 * m), load_wide(codes[m], width));
+            store(sum, all);
+        } else {
+            const uint8_t* blocks[together];
+            int64_t places[together];
+            for (int i = 0; i < together; ++i) {
+                const int64_t row = rows[i < count ? i : 0];
+                blocks[i] = scan->block(row);
+                places[i] = row % block_codes;
+            }
+            add_entries(sum, *scan, table, [&](int i, int64_t m) { return code_in<bits>(blocks[i], places[i], m); });
+        }
+    }
     void flush() {
         if (count == 0) return;
-        const uint8_t* blocks[rows_together];
-        int64_t places[rows_together];
-        for (int i = 0; i < rows_together; ++i) {
-            const int64_t row = rows[i < count ? i : 0];
-            blocks[i] = scan->block(row);
-            places[i] = row % block_codes;
-        }
-        float sum[rows_together];
-        add_entries(sum, *scan, scan->table(asked.q),
-                    [&](int i, int64_t m) { return code_in<bits>(blocks[i], places[i], m); });
+        float sum[together];
+        sum_rows(sum);
         const float limit = best->limit();
         for (int i = 0; i < count; ++i) scan->offer(sum[i], rows[i], asked, limit, *best);
         count = 0;
@@ -140,8 +155,14 @@ struct Survivors {
     METATE_FN void add(int64_t row) {
         if (!kept(scan->call.search, row)) return;
         if (scan->call.search.ids) __builtin_prefetch(static_cast<const int64_t*>(scan->call.search.ids.data) + row);
+        if constexpr (bits == 4) {
+            constexpr int64_t half = block_codes / 2;
+            const uint8_t* const block = scan->block(row) + row % half;
+            const int shift = row % block_codes < half ? 0 : 4;
+            for (int64_t m = 0; m < scan->M; ++m) codes[m][count] = static_cast<uint8_t>(block[m * half] >> shift);
+        }
         rows[count++] = row;
-        if (count == rows_together) flush();
+        if (count == together) flush();
     }
     // Those of a block that `near` has a bit for: of 4 bits, the whole block costs no more than some of its rows.
     METATE_FN void add_block(int64_t row, uint32_t near) {
@@ -414,7 +435,7 @@ void scan_filtered(const Scan& scan, Filter* filters, const Turn& turn) {
     Filter* used[together];
     for (int64_t i = 0; i < turn.count; ++i) {
         if (filter_of(i).query != turn.asked[i].q) measure(filter_of(i), scan, turn.asked[i].q);
-        found[i] = {&scan, turn.asked[i], turn.best + i};
+        found[i].begin(scan, turn.asked[i], turn.best[i]);
     }
     Span rows = turn.span;
     constexpr int64_t begin = form == Form::nibbles ? first_rows : 4 * block_codes;

@@ -18,7 +18,7 @@ struct Hit {
 };
 
 METATE_FN bool worse(const Hit& a, const Hit& b) {
-    return a.key > b.key || (a.key == b.key && a.id > b.id);
+    return (a.key > b.key) | ((a.key == b.key) & (a.id > b.id));
 }
 
 METATE_FN void sink(Hit* heap, int64_t count, int64_t at, Hit hit) {
@@ -33,10 +33,72 @@ METATE_FN void sink(Hit* heap, int64_t count, int64_t at, Hit hit) {
     heap[at] = hit;
 }
 
-// The best of one query that one worker has seen: a heap with the worst on top. `shared` bounds what any worker need
-// look at: the least k-th best key of all of them. Which value of it is read changes the work, never the result.
+// Puts the hits of first … last that `goes_first` holds of before the others; returns how far they reach.
+template <class GoesFirst>
+METATE_FN int64_t split(Hit* hits, int64_t first, int64_t last, const GoesFirst& goes_first) {
+    for (int64_t i = first; i < last; ++i) {  // no branch that a processor would have to guess
+        const Hit hit = hits[i];
+        hits[i] = hits[first];
+        hits[first] = hit;
+        first += goes_first(hit);
+    }
+    return first;
+}
+
+// Moves hits so that the k-th best is in its place, better ones before it, and worse ones behind it (Hoare 1961).
+inline void select(Hit* hits, int64_t count, int64_t k) {
+    uint64_t random = 1;
+    for (int64_t first = 0, last = count; last - first > 1;) {
+        Hit some[3];
+        for (Hit& one : some) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            one = hits[first + static_cast<int64_t>((random >> 33) % static_cast<uint64_t>(last - first))];
+        }
+        const bool ascend = worse(some[1], some[0]);
+        const Hit &low = some[!ascend], &high = some[ascend];
+        const Hit pivot = worse(low, some[2]) ? low : worse(some[2], high) ? high : some[2];
+        const int64_t better = split(hits, first, last, [&](const Hit& hit) { return worse(pivot, hit); });
+        if (k <= better) {
+            last = better;
+        } else if (better > first) {
+            first = better;
+        } else {  // the pivot is the best of them: those like it are split off, of which there may be many
+            first = split(hits, first, last, [&](const Hit& hit) { return !worse(hit, pivot); });
+            if (k <= first) return;
+        }
+    }
+}
+
+// Best first.
+inline void sort(Hit* hits, int64_t count) {
+    constexpr int64_t few = 16;
+    while (count > few) {
+        const int64_t half = count / 2;
+        select(hits, count, half);
+        sort(hits + half, count - half);
+        count = half;
+    }
+    for (int64_t i = 1; i < count; ++i) {
+        const Hit hit = hits[i];
+        int64_t at = i;
+        for (; at > 0 && worse(hits[at - 1], hit); --at) hits[at] = hits[at - 1];
+        hits[at] = hit;
+    }
+}
+
+constexpr int64_t most_in_heap = 32;  // results; more are gathered, which moves a hit once and not past many
+
+// Hits that the k best of a query need room for.
+METATE_FN int64_t hits_of(int64_t k) {
+    return k > most_in_heap ? 2 * k : k;
+}
+
+// The best of one query that one worker has seen: a heap with the worst on top, or, where many are wanted, twice as
+// many with the best of them, which are sorted out when there is no more room. `shared` bounds what any worker need
+// look at: the least k-th best key that one of them knows. Which value of it is read changes the work, never the
+// result.
 struct Best {
-    Hit* heap;
+    Hit* hits;
     int64_t k, count;
     uint32_t* shared;
 
@@ -48,18 +110,34 @@ struct Best {
                                                                            __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     }
 
+    void gather(Hit hit) {
+        if (hit.key > limit()) return;
+        hits[count++] = hit;
+        if (count != k && count != 2 * k) return;
+        select(hits, count, k);
+        count = k;
+        lower(hits[k - 1].key);
+    }
+
     void offer(Hit hit) {
         if (!(hit.key - hit.key == 0.0f)) return;  // infinite or NaN
+        if (k > most_in_heap) return gather(hit);
         if (count < k) {
             int64_t at = count++;
-            for (; at > 0 && worse(hit, heap[(at - 1) / 2]); at = (at - 1) / 2) heap[at] = heap[(at - 1) / 2];
-            heap[at] = hit;
+            for (; at > 0 && worse(hit, hits[(at - 1) / 2]); at = (at - 1) / 2) hits[at] = hits[(at - 1) / 2];
+            hits[at] = hit;
             if (count < k) return;
         } else {
-            if (!worse(heap[0], hit)) return;
-            sink(heap, k, 0, hit);
+            if (!worse(hits[0], hit)) return;
+            sink(hits, k, 0, hit);
         }
-        lower(heap[0].key);
+        lower(hits[0].key);
+    }
+
+    // The best first, k at most.
+    void finish() {
+        if (count > k) select(hits, count, k), count = k;
+        sort(hits, count);
     }
 };
 
@@ -81,15 +159,14 @@ METATE_FN int64_t room(const Search& s) {
 void write_best(const Search& s, int64_t q, Best& best) {
     float* const distances = static_cast<float*>(s.distances.data) + q * s.k;
     int64_t* const found = static_cast<int64_t*>(s.found.data) + q * s.k;
+    best.finish();
+    for (int64_t i = 0; i < best.count; ++i) {
+        distances[i] = key_of(s, best.hits[i].key);
+        found[i] = best.hits[i].id;
+    }
     for (int64_t i = best.count; i < s.k; ++i) {
         distances[i] = s.largest ? -infinity : infinity;
         found[i] = -1;
-    }
-    for (int64_t left = best.count; left > 0; --left) {
-        const Hit worst = best.heap[0];
-        sink(best.heap, left - 1, 0, best.heap[left - 1]);
-        distances[left - 1] = key_of(s, worst.key);
-        found[left - 1] = worst.id;
     }
 }
 
@@ -164,7 +241,7 @@ struct Bound {
     alignas(64) uint32_t key;
 };
 
-// The heaps of `queries` queries for each of `workers` workers, and the bound that workers share.
+// The best of `queries` queries for each of `workers` workers, and the bound that workers share.
 struct Heaps {
     Hit* hits;
     int64_t* counts;
@@ -172,7 +249,7 @@ struct Heaps {
     int64_t workers, queries, k;
 
     void take(Arena& arena) {
-        hits = arena.take<Hit>(workers * queries * k);
+        hits = arena.take<Hit>(workers * queries * hits_of(k));
         counts = arena.take<int64_t>(workers * queries);
         shared = arena.take<Bound>(queries);
     }
@@ -182,7 +259,7 @@ struct Heaps {
     }
     Best open(int64_t worker, int64_t q) const {
         const int64_t i = worker * queries + q;
-        return {hits + i * k, k, counts[i], &shared[q].key};
+        return {hits + i * hits_of(k), k, counts[i], &shared[q].key};
     }
     void close(int64_t worker, int64_t q, const Best& best) const { counts[worker * queries + q] = best.count; }
 
@@ -194,7 +271,7 @@ struct Heaps {
                 Best all = open(0, q);
                 for (int64_t worker = 1; worker < workers; ++worker) {
                     const Best one = open(worker, q);
-                    for (int64_t i = 0; i < one.count; ++i) all.offer(one.heap[i]);
+                    for (int64_t i = 0; i < one.count; ++i) all.offer(one.hits[i]);
                 }
                 write_best(s, q, all);
             }
@@ -224,9 +301,10 @@ constexpr int64_t split_room = 1 << 20;   // but only where heaps for every work
 constexpr int most_together = 16;         // queries of a turn
 
 // Which ranges of queries are in which list: those nearest to their queries, list after list, before all others, so
-// that these find good bounds.
+// that these find good bounds. Of lists that are read from memory, the others come along with those nearest: `once`.
 struct Visits {
     int64_t lists, room, rows_alone;
+    bool once;
     int64_t *first, *pieces;  // of the visits of each list, and of the work on them, and one behind the last
     Asked* asked;
 
@@ -253,10 +331,15 @@ struct Visits {
     // Pieces of work, each of up to `together` queries and rows_alone rows.
     int64_t sort(const Search& s, int64_t together) const {
         const int64_t Q = s.distances.size[0], P = spans_of(s);
+        int64_t* const nearest = pieces;  // whether a list is that to a query, until pieces are counted
+        for (int64_t list = 0; list < lists; ++list) nearest[list] = 0;
+        for (int64_t q = 0; once && q < Q; ++q)
+            if (const int64_t list = list_of(s, q, 0); list >= 0) nearest[list] = 1;
         const auto each = [&](const auto& visit) {
-            for (int64_t q = 0; q < Q; ++q)
-                for (int64_t p = 0; p < P; ++p)
-                    if (const int64_t list = list_of(s, q, p); list >= 0) visit(p ? lists + list : list, Asked{q, p});
+            for (int64_t p = 0; p < P; ++p)
+                for (int64_t q = 0; q < Q; ++q)
+                    if (const int64_t list = list_of(s, q, p); list >= 0)
+                        visit(p == 0 || nearest[list] ? list : lists + list, Asked{q, p});
         };
         for (int64_t run = 0; run < 2 * lists + 2; ++run) first[run] = 0;
         each([&](int64_t run, Asked) { ++first[run + 2]; });
@@ -278,7 +361,9 @@ void search_lists(const Search& s, const Runtime& runtime, int64_t rows_alone, i
     const int64_t Q = s.distances.size[0], most = Q * spans_of(s);
     const int workers = workers_of(runtime, most);
     const bool many = most >= enough * together * runtime.threads;
-    Visits visits{s.ranges.size[1], most, many ? longer * rows_alone : rows_alone, nullptr, nullptr, nullptr};
+    const int64_t lists = s.ranges.size[1];
+    Visits visits{lists,   most,   many ? longer * rows_alone : rows_alone, s.n > lists * rows_alone, nullptr,
+                  nullptr, nullptr};
     Heaps heaps{nullptr, nullptr, nullptr, workers, Q, room(s)};
     const auto memory = lay_out(
         runtime, most,

@@ -206,12 +206,13 @@ void offer_all(const TopkDistances& c, const float* query, Span span, Best& best
     });
 }
 
-constexpr int64_t fetched = 8;  // ranges at a time
+constexpr int64_t ranges_ahead = 16;  // that are fetched while others are compared
 
-// Fetches what the ranges `first` … `first` + fetched of a query begin with: candidates lie anywhere.
-void fetch_candidates(const TopkDistances& c, int64_t q, int64_t first) {
+// Fetches what ranges first … last of a query begin with: candidates lie anywhere. Inlined: a call of a function that
+// does nothing but fetch is dropped.
+METATE_FN void fetch_candidates(const TopkDistances& c, int64_t q, int64_t first, int64_t last) {
     const int64_t bytes = bytes_of(c.base.dtype);
-    for (int64_t p = first; p < smaller(first + fetched, spans_of(c.search)); ++p) {
+    for (int64_t p = first; p < smaller(last, spans_of(c.search)); ++p) {
         const Span span = span_of(c.search, q, p);
         const char* const row = static_cast<const char*>(c.base.data) + span.first * c.base.stride[0] * bytes;
         for (int64_t i = 0; span.first < span.last && i < c.base.size[1] * bytes; i += 64) __builtin_prefetch(row + i);
@@ -229,8 +230,8 @@ void by_rows(const TopkDistances& c, const Runtime& runtime) {
         [&](char*, const Turn& turn) {
             if (turn.span.last - turn.span.first <= few_rows) {  // candidates, likely, each a range
                 const Asked asked = turn.asked[0];
-                if (asked.p == 0) fetch_candidates(c, asked.q, 0);
-                if (asked.p % fetched == 0) fetch_candidates(c, asked.q, asked.p + fetched);
+                const int64_t next = asked.p + ranges_ahead;
+                fetch_candidates(c, asked.q, asked.p ? next : 0, next + 1);
                 for (int64_t i = 0; i < turn.count; ++i)
                     offer_all(c, query_of(c, turn.asked[i].q), turn.span, turn.best[i]);
                 return;

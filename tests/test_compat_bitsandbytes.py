@@ -345,6 +345,19 @@ def test_fsdp_finds_what_it_looks_for(nested):
     assert not hasattr(layer.weight.quant_state, "bitsandbytes__fp4")
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_parts_of_a_weight_keep_what_is_known_of_it(quantised):
+    """FSDP2 cuts parameters with these."""
+    whole = bnb.nn.Params4bit(torch.randn(8, 64), quant_type="nf4", blocksize=32, requires_grad=False)
+    whole = whole.to("cpu") if quantised else whole
+    for parts in (torch.chunk(whole, 2), torch.split(whole, whole.shape[0] // 2, dim=0)):
+        assert torch.equal(torch.cat([part.data for part in parts]), whole.data)
+        for part in parts:
+            assert type(part) is bnb.nn.Params4bit and not part.requires_grad
+            assert (part.quant_type, part.blocksize, part.bnb_quantized) == ("nf4", 32, quantised)
+            assert part.quant_state is whole.quant_state
+
+
 def test_a_weight_tied_to_another_layer_s_stays_dense():
     layer = bnb.nn.Linear8bitLt(8, 4, bias=False, has_fp16_weights=False)
     layer.weight = torch.nn.Parameter(torch.randn(4, 8))

@@ -133,6 +133,15 @@ class Params4bit(_Params):
         made._lower()
         return made
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Parts of a weight keep what is known of it: FSDP2 cuts its parameters."""
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        if func not in (torch.chunk, torch.split):
+            return result
+        whole = args[0]
+        return tuple(_rebuilt(cls, part, whole.requires_grad, whole.__dict__) for part in result)
+
     def _is_quantized(self) -> bool:
         return self.bnb_quantized
 

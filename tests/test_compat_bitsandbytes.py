@@ -157,12 +157,29 @@ def test_states_are_those_of_checkpoints(nested):
 
 @pytest.mark.parametrize("changes", [
     {"dtype": "compile"}, {"dtype": 3}, {"blocksize": 0}, {"blocksize": "64"}, {"quant_type": "nf5"},
-    {"shape": [4, -1]}, {"nested_offset": "NaN"}, {"nested_blocksize": 0},
+    {"shape": [4, -1]}, {"shape": None}, {"shape": 64}, {"nested_offset": "NaN"}, {"nested_blocksize": 0},
 ])  # fmt: skip
 def test_hostile_states_are_refused(changes):
     _, state = F.quantize_4bit(torch.randn(16, 64), compress_statistics=True)
     with pytest.raises(metate.FormatError, match=next(iter(changes))):
         F.QuantState.from_dict({**state.as_dict(), **changes}, "cpu")
+
+
+@pytest.mark.parametrize("name", ["absmax", "quant_map", "dtype"])
+def test_states_that_lack_an_entry_are_refused(name):
+    _, state = F.quantize_4bit(torch.randn(16, 64))
+    given = state.as_dict()
+    del given[name]
+    with pytest.raises(metate.FormatError, match=f"{name} is missing"):
+        F.QuantState.from_dict(given, "cpu")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_states_of_8_bits_come_back(nested):
+    index, state = F.quantize_blockwise(torch.randn(40, 30), blocksize=16, nested=nested)
+    again = F.QuantState.from_dict(state.as_dict(), "cpu")
+    assert again == state
+    assert torch.equal(F.dequantize_blockwise(index, again), F.dequantize_blockwise(index, state))
 
 
 def test_a_weight_of_columns_is_unpacked():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from metate.errors import fail
+from metate.errors import FormatError, fail
 from metate.low_bit import ROWS_OF_TILE, TILES, fit_tiles, rows_of, tiles_of
 from metate.ops.quant_linear import QuantizedWeight, quant_linear
 from metate.quant import bitsandbytes as format
@@ -110,6 +110,9 @@ class QuantState:
                 raise fail("QuantState.from_dict", "quant_state.bitsandbytes__*", got, "one, or unpacked members")
             text = given.pop(packed[0]).cpu().numpy().tobytes()
             given |= parse_json(text, "quant_state", 1 << 16)
+        missing = next((name for name in ("absmax", "quant_map", "dtype") if name not in given), None)
+        if missing is not None:
+            raise fail("QuantState.from_dict", missing, "missing", "an entry", error=FormatError)
         numbers = Settings("quant_state", {name: _plain(value) for name, value in given.items()})
         kind = numbers.text("quant_type", None, "nf4", "fp4")
         dtype = _DTYPES[numbers.text("dtype", "float32", *_DTYPES) or "float32"]
@@ -121,10 +124,9 @@ class QuantState:
                 given["nested_absmax"].to(device), code=given["nested_quant_map"].to(device),
                 blocksize=numbers.integer("nested_blocksize", None, 1, 2**31), dtype=torch.float32,
             )  # fmt: skip
-        sizes = Settings("quant_state shape", dict(enumerate(given["shape"])))  # type: ignore[arg-type]
         return cls(
-            given["absmax"].to(device), torch.Size(sizes.integer(i, None, 0, 2**40) for i in sizes.values),
-            given["quant_map"].to(device), numbers.integer("blocksize", None, 32, 4096), kind, dtype, offset, second,
+            given["absmax"].to(device), _shape(given.get("shape"), kind), given["quant_map"].to(device),
+            numbers.integer("blocksize", None, 32 if kind else 1, 4096 if kind else 2**31), kind, dtype, offset, second,
         )  # fmt: skip
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
@@ -169,6 +171,16 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6)
+
+
+def _shape(given: Any, kind: str | None) -> torch.Size | None:
+    """The shape in a state; states of 8 bits, which have no kind, need none."""
+    if given is None and kind is None:
+        return None
+    if not isinstance(given, (list, tuple)):
+        raise fail("QuantState.from_dict", "shape", repr(given)[:60], "a list of sizes", error=FormatError)
+    sizes = Settings("quant_state shape", dict(enumerate(given)))  # type: ignore[arg-type]
+    return torch.Size(sizes.integer(i, None, 0, 2**40) for i in sizes.values)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

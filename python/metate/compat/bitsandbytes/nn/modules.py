@@ -136,7 +136,7 @@ class Params4bit(_Params):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Parts of a weight keep what is known of it: FSDP2 cuts its parameters."""
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if func not in (torch.chunk, torch.split):
             return result
         whole = args[0]

@@ -188,6 +188,34 @@ def test_training_finds_structure():
     assert torch.equal(a._state.model["codebooks"], b._state.model["codebooks"])
 
 
+def test_codes_are_finest_where_vectors_are_close():
+    """Distances tell more of near neighbours there, products do not; lengths do not matter, nor vectors all alike."""
+    random = np.random.default_rng(4)
+    x = random.standard_normal((8000, 16)).astype(np.float32)
+    x[4000:] *= 6
+    x, queries = x[random.permutation(8000)], 0.7 * random.standard_normal((200, 16)).astype(np.float32)
+    exact = FlatIndex(16)
+    exact.add(x)
+    truth = exact.search(queries, 10)[1]
+    found = {}
+    for lists in (None, 4):
+        for metric in ("l2", "inner_product"):
+            index = PQIndex(16, 4, 4, metric) if lists is None else IVFPQIndex(16, lists, 4, 4, metric)
+            index.train(x, progress=False)
+            judge = PQIndex(16, 4, 4) if lists is None else IVFPQIndex(16, lists, 4, 4)
+            judge.set_trained(index.trained())
+            judge.add(x)
+            ids = judge.search(queries, 10, **({} if lists is None else {"nprobe": lists}))[1]
+            found[lists, metric] = np.mean([np.isin(a, b).mean() for a, b in zip(ids, truth, strict=True)])
+        assert found[lists, "l2"] > 1.1 * found[lists, "inner_product"]
+    small, large = PQIndex(16, 4, 4), PQIndex(16, 4, 4)
+    small.train(x, progress=False)
+    large.train(1024 * x, progress=False)
+    assert torch.equal(1024 * small.trained()["codebooks"], large.trained()["codebooks"])
+    small.train(np.ones((20, 16), np.float32), progress=False)
+    assert float((small.trained()["codebooks"] - 1).abs().max()) < 0.01
+
+
 def test_rotation_of_small_vectors():
     """Variances below 1, of which few matter: their axes are dealt out to all parts."""
     random = np.random.default_rng(2)

@@ -55,7 +55,7 @@ class Vectors:
         """Columns as scans read them fastest."""
         return dict(columns)
 
-    def fit(self, x: Tensor, seed: int, tick: Callable[[], None]) -> dict[str, Tensor]:
+    def fit(self, x: Tensor, seed: int, tick: Callable[[], None], among: Tensor | None = None) -> dict[str, Tensor]:
         if not self.trained:
             return {}
         low, high = x.amin(0), x.amax(0)
@@ -126,8 +126,9 @@ class Product:
             return dict(columns)
         return {**columns, "codes": Interleaved.of(columns["codes"], self.M, self.bits)}
 
-    def fit(self, x: Tensor, seed: int, tick: Callable[[], None]) -> dict[str, Tensor]:
-        return {"codebooks": train_codebooks(x, self.M, self.bits, seed, tick=tick)}
+    def fit(self, x: Tensor, seed: int, tick: Callable[[], None], among: Tensor | None = None) -> dict[str, Tensor]:
+        """`among`: where the vectors lie, if errors are to be small where they are close; x may be their residuals."""
+        return {"codebooks": train_codebooks(x, self.M, self.bits, seed, tick=tick, among=among)}
 
     def encode(self, model: Model, x: Tensor, centroids: Tensor | None = None) -> dict[str, Tensor]:
         """Of vectors, or of residuals with the centroids that were subtracted."""

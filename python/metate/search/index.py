@@ -99,9 +99,10 @@ class Index(Searching):
                     x, self.nlist, "sample", LIST_ITERATIONS, self.seed, self.largest, self.largest
                 )[0]
                 steps.advance()
+            among = None if self.metric == "inner_product" else x  # the longest have the largest products anyway
             if isinstance(self.codec, Product) and self.codec.residual:
                 x = x - model["centroids"][self._assign(model, x)]
-            model.update(self.codec.fit(x, self.seed, steps.advance))
+            model.update(self.codec.fit(x, self.seed, steps.advance, among))
         return model
 
     def set_trained(self, tensors: Mapping[str, Array]) -> None:

@@ -83,9 +83,11 @@ def fit_centroids(
     return centroids, torch.tensor(objective, dtype=torch.float64)
 
 
-def fit_codebooks(x: Tensor, M: int, levels: int, iterations: int, begin: torch.Generator | Tensor) -> Tensor:
+def fit_codebooks(
+    x: Tensor, M: int, levels: int, iterations: int, begin: torch.Generator | Tensor, weights: Tensor | None = None
+) -> Tensor:
     """(M, levels, D/M): k-means of every sub-vector by itself, all at once, from points taken at random, or those of
-    these rows."""
+    these rows. `weights` (n): how much each row counts."""
     _check(x, levels, "sample", iterations, None, None)
     if isinstance(begin, Tensor):
         rows = begin.expand(M, levels).to(x.device)
@@ -93,22 +95,23 @@ def fit_codebooks(x: Tensor, M: int, levels: int, iterations: int, begin: torch.
         rows = torch.stack([sample_rows(x.shape[0], levels, begin) for _ in range(M)]).to(x.device)
     parts = x.view(x.shape[0], M, x.shape[1] // M)
     books = parts[rows, torch.arange(M, device=x.device)[:, None]]
-    codes = None
+    codes, weighted = None, x
+    if weights is not None:
+        weighted, weights = x * weights[:, None], weights.repeat_interleave(M)
     for _ in range(iterations):
         last, codes = codes, encode_op(x, books)
         if last is not None and torch.equal(codes, last):  # nothing moves any more
             break
-        books = move_codebooks(x, codes, books)
+        books = move_codebooks(weighted, codes, books, weights)
     return books
 
 
-def move_codebooks(x: Tensor, codes: Tensor, books: Tensor) -> Tensor:
-    """The means of the sub-vectors that have the same code."""
+def move_codebooks(x: Tensor, codes: Tensor, books: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The means of the sub-vectors that have the same code; x (n, D) is multiplied by the weights (n M) already."""
     M, levels, width = books.shape
     numbers = unpack_codes(codes, M, bits_of("kmeans", "codebooks", levels)).long()
     numbers = (numbers + levels * torch.arange(M, device=x.device)).flatten()
-    points = x.reshape(-1, width)
-    return _move(points, None, numbers, M * levels, levels).view(books.shape)
+    return _move(x.reshape(-1, width), weights, numbers, M * levels, levels).view(books.shape)
 
 
 def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | None, weights: Tensor | None) -> None:

@@ -110,11 +110,24 @@ METATE_FN vi word_of(vf x, const Pair*) {
 template <class T>
 struct Region {
     const T *from, *next;
-    const int64_t (&at)[width];  // of a lane
+};
+
+// Chain c of row r of a region stands in lane r · spread + c. Lanes without a chain and rows that there are not read
+// what is there anyway.
+struct Places {
+    int64_t at[width];
+
+    Places(const Lanes& lanes, int64_t rows, int64_t stride, int64_t chain) {
+        for (int64_t lane = 0; lane < width; ++lane) {
+            const int64_t row = lane / lanes.spread, c = lane % lanes.spread;
+            at[lane] = row < rows && c < lanes.used ? row * stride + c * chain : 0;
+        }
+    }
 };
 
 template <int spread, int rows, class T, class Word>
-METATE_FN void multiply_region(const Region<T>& region, const Word* x, int64_t pitch, vf (&sum)[rows]) {
+METATE_FN void multiply_region(const Region<T>& region, const Places& places, const Word* x, int64_t pitch,
+                               vf (&sum)[rows]) {
     constexpr int64_t unit = width * elements_of<Word>, squares = depth / width;
     constexpr int64_t line = 64 / sizeof(T), lines = depth * elements_of<Word> / line;  // of a chain
     constexpr int64_t every = squares / lines;                                          // products to a line
@@ -125,13 +138,13 @@ METATE_FN void multiply_region(const Region<T>& region, const Word* x, int64_t p
         vf square[width];
 #pragma GCC unroll 16
         for (int lane = 0; lane < width; ++lane)
-            square[lane] = load_words(region.from + region.at[lane] + i * unit, unit, x);
+            square[lane] = load_words(region.from + places.at[lane] + i * unit, unit, x);
         transpose(square);
 #pragma GCC unroll 16
         for (int j = 0; j < width; ++j) {
             // One at a time: a burst of them would hold up the loads behind it.
             const int64_t step = i * width + j, number = step / every;
-            if (step % every == 0) __builtin_prefetch(region.next + region.at[number / lines] + number % lines * line);
+            if (step % every == 0) __builtin_prefetch(region.next + places.at[number / lines] + number % lines * line);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const float* const words = reinterpret_cast<const float*>(x + r * pitch + j * spread);
@@ -156,28 +169,25 @@ void compute_lanes(const Problem<T, Word>& p, const Span& span, int64_t n, int64
     }
     constexpr int64_t at_once = width / spread;  // rows of the weight
     const Lanes& lanes = p.lanes;
-    const int64_t part_words = p.chain_words() * spread;
+    const int64_t stride = p.call.w.stride[1], columns = lanes.used * p.chain();  // of a part
+    const Places whole(lanes, at_once, stride, p.chain()), rest(lanes, (end - n) % at_once, stride, p.chain());
+    const auto place = [&](int64_t row, int64_t part) {
+        const T* const first = row < end ? p.weight(span.expert, row, 0) : after ? after : p.weight(span.expert, n, 0);
+        return first + part * columns;
+    };
     for (; n < end; n += width) {
         const int64_t count = smaller(width, end - n);
         float totals[rows][width] = {};
         for (int64_t i = 0; i < count; i += at_once) {
             const int64_t there = smaller(at_once, count - i);
-            int64_t at[width];
-            for (int64_t lane = 0; lane < width; ++lane) {
-                const int64_t row = lane / spread, chain = lane % spread;
-                at[lane] = row < there && chain < lanes.used ? row * p.call.w.stride[1] + chain * p.chain() : 0;
-            }
             for (int64_t part = 0; part < lanes.parts; ++part) {
-                const int64_t first = part * lanes.used, k = first * p.chain();
-                const T* const next = part + 1 < lanes.parts ? p.weight(span.expert, n + i, k + lanes.used * p.chain())
-                                    : n + i + at_once < end  ? p.weight(span.expert, n + i + at_once, 0)
-                                    : after                  ? after
-                                                             : p.weight(span.expert, n, 0);
+                const bool is_last = part + 1 == lanes.parts;
+                const T* const next = is_last ? place(n + i + at_once, 0) : place(n + i, part + 1);
                 vf sum[rows];
-                multiply_region<spread>(Region<T>{p.weight(span.expert, n + i, k), next, at},
-                                        p.words_of(span) + part * part_words, p.pitch, sum);
-                for (int r = 0; r < rows; ++r)
-                    add_lanes(totals[r] + i, sum[r], there, spread, smaller(lanes.used, lanes.chains - first));
+                multiply_region<spread>(Region<T>{place(n + i, part), next}, there < at_once ? rest : whole,
+                                        p.words_of(span) + part * p.chain_words() * spread, p.pitch, sum);
+                const int64_t chains = smaller(lanes.used, lanes.chains - part * lanes.used);
+                for (int r = 0; r < rows; ++r) add_lanes(totals[r] + i, sum[r], there, spread, chains);
             }
         }
         const vf bias = bias_at<T>(p.call, span.expert, n, count);

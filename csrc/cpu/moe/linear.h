@@ -13,7 +13,7 @@ constexpr int64_t rows_at_once = 3 * panel;
 static_assert(rows_at_once % tile_rows == 0);
 constexpr int few = width == 16 ? 12 : 4;  // rows whose sums fit the registers beside a square of the weight
 constexpr int strip_rows = 4;              // and beside strips of a transposed one
-constexpr int64_t few_bytes = 1 << 19;     // of the weight in a piece of few rows
+constexpr int64_t few_bytes = 1 << 20;     // of the weight in a piece of few rows
 constexpr int lane_rows = 2;               // rows whose chains stand side by side in lanes
 
 // What a lane holds while rows of the weight are transposed: a number, or two bfloat16 side by side.

@@ -652,6 +652,20 @@ def test_one_broken_module_does_not_hide_the_others(tmp_path):
         read["bad"]
 
 
+def test_what_to_do_about_a_broken_module_is_said_in_full(tmp_path):
+    tensors, _ = gptq_state(rng(), 32, 64, 4, 32, symmetric=False)
+    save_file(
+        {f"model.layers.0.proj.{k}": v.clone().contiguous() for k, v in tensors.items()}, tmp_path / "m.safetensors"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(
+        metate.FormatError, match=r"'model.layers.0.proj' is unreadable: .* pass checkpoint_format=\"gptq"
+    ):
+        metate.load_quantized(tmp_path)["model.layers.0.proj"]
+    read = metate.load_quantized(tmp_path, checkpoint_format="gptq")
+    assert read["model.layers.0.proj"].shape == (32, 64)
+
+
 def test_what_cannot_be_written_says_so(tmp_path):
     weight = torch.randn(32, 64)
     with pytest.raises(metate.FormatError, match="multiples of 32"):

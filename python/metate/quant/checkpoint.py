@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metate.errors import fail
+from metate.errors import FormatError, fail
 from metate.low_bit import QuantizedWeight
 from metate.ops.moe import QuantizedExperts
 from metate.quant import awq, bitsandbytes, canonical, fp8, gptq
@@ -129,7 +129,8 @@ class QuantizedCheckpoint(Mapping[str, "QuantizedWeight | QuantizedExperts | Ten
         try:
             return self._lower(name, tensors)
         except ValueError as error:
-            raise complain(f"module {name!r}", f"unreadable: {error}", "a consistent state") from None
+            got = f"unreadable: {str(error).removeprefix('metate.load_quantized: ')}"
+            raise fail("load_quantized", f"module {name!r}", got, "a consistent state", error=FormatError) from None
 
     def _lower(self, module: str, tensors: dict[str, Tensor]) -> QuantizedWeight | QuantizedExperts:
         if "qweight" not in tensors:

@@ -341,6 +341,33 @@ def test_bits_do_not_depend_on_how_much_a_batch_reads(group, dtype):
     assert torch.equal(metate.paged_attention(q, *other), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("store", [torch.int8, torch.float8_e4m3fn])
+def test_bits_over_codes_do_not_depend_on_pages_or_batch(store, dtype):
+    """Rows of many heads, which are read in their order, beside NaN scales."""
+    k_cache, v_cache, table, lens = paged([700, 64, 37, 3], 16, 8, 128, 128)
+    unused = k_cache.isnan().any(-1)
+    (k, k_scale), (v, v_scale) = (reference.quantise(x.nan_to_num(), store, True) for x in (k_cache, v_cache))
+    scales = [x.masked_fill(unused, float("nan")) for x in (k_scale, v_scale)]
+    q = torch.randn(4, 1, 32, 128).to(dtype)
+
+    def attend(q, table, lens, k=k, v=v, scales=scales):
+        return metate.paged_attention(q, k, v, table, lens, k_scale=scales[0], v_scale=scales[1])
+
+    expected = attend(q, table, lens)
+    assert expected.isfinite().all()
+    many = [x.repeat(42, *[1] * (x.dim() - 1)) for x in (q, table, lens)]
+    assert int(many[2].sum()) * 8 * 256 > 64 << 20
+    assert torch.equal(attend(*many).view(42, *q.shape)[41], expected)
+    for b in range(4):
+        one = slice(b, b + 1)
+        assert torch.equal(attend(q[one], table[one], lens[one]), expected[one])
+    for page_size in (1, 3, 128):
+        *codes, other, lens = repaged(k.float(), v.float(), table, lens, page_size, page_size)
+        moved = repaged(*scales, table, lens, page_size, page_size)[:2]
+        assert torch.equal(attend(q, other, lens, *(x.nan_to_num().to(store) for x in codes), moved), expected)
+
+
 @pytest.mark.parametrize("kibibytes,width", [(99, 256), (99, 576), (163, 576), (227, 576)])
 def test_wide_heads_need_a_gpu_with_much_shared_memory(kibibytes, width, monkeypatch):
     gpu = SimpleNamespace(shared_memory_per_block_optin=kibibytes * 1024)

@@ -63,6 +63,8 @@ CASES = [
     _case(2, 3, 1, 16, 4, 2, 32, positions=True, window=(-1, 4), alibi=2),
     _case(2, 2, 1, 16, 4, 2, 32, positions=True, window=(30, -1)),
     _case(2, 1, 33, 16, 16, 8, 128),
+    _case(2, 2, 11, 16, 16, 8, 128, cache="int8", window=(60, 0)),
+    _case(2, 1, 9, 16, 24, 8, 128, cache="scaled fp8", left_pad=True),
     _case(2, 1, 50, 3, 12, 3, 200, 184, window=(90, 0)),
     _case(1, 2, 9, 16, 16, 8, 72, 80, window=(-1, 0), left_pad=True),
     _case(2, 3, 9, 16, 16, 2, 128, window=(-1, 0)),

@@ -236,11 +236,49 @@ float write_digits(int32_t* to, int32_t* sums, const int32_t* q, const Segment& 
     return total;
 }
 
+// A segment of one digit and `longest` columns, which most are, without what others need. False where a number is not
+// finite, and then nothing is written.
+METATE_FN bool pack_chunk(int32_t* line, const IntegerRows& to, const float* x, const Segment& segment, int number,
+                          const Order& order, float unit, int center) {
+    constexpr int vectors = longest / width;
+    vf most = splat(0.0f), poison = splat(0.0f);
+    for (int v = 0; v < vectors; ++v) {
+        const vf part = load(x + v * width);
+        most = max(abs(part), most);
+        poison = fma(part, splat(0.0f), poison);
+    }
+    if (bits_of(is_nan(poison))) return false;
+    const float size = largest(most), ratio = 127 / size;
+    const vf inverse = splat(size > 0 && ratio < __builtin_inff() ? ratio : 0);
+    int32_t q[longest];
+    vi sums = splat(0);
+    for (int v = 0; v < vectors; ++v) {
+        const vi part = to_int(load(x + v * width) * inverse);
+        store(q + v * width, part);
+        sums = add(sums, part);
+    }
+    uint8_t* const bytes = reinterpret_cast<uint8_t*>(line + segment.offset);
+    for (int i = 0; i < longest; i += width) {
+        const Table16 columns = table16(reinterpret_cast<const float*>(q + i / 16 * 16));
+        store_bytes(bytes + i, as_int(lookup(columns, load(order.column + i % 16))));
+    }
+    const float total = sum(to_float(sums)), step = size / 127;
+    line[to.sums_at() + number] = static_cast<int32_t>(total) & 0xffff;
+    line[to.starts_at() + number * 2] = static_cast<int32_t>(total) * center;
+    line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
+    line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
+    return true;
+}
+
 template <int digits>
 void pack_segment(int32_t* line, const IntegerRows& to, const float* x, const Segment& segment, int number,
                   const Order& order, const Arithmetic& arithmetic, int center, float enough) {
-    int32_t q[block + 32] = {};
+    const float unit = arithmetic.table.unit ? arithmetic.table.unit : 1.0f;
     const int begin = segment.begin - segment.first_quad * 4, n = segment.end - segment.begin;
+    if (digits == 1 && n == longest && 4 * segment.quads == n &&
+        pack_chunk(line, to, x + segment.begin, segment, number, order, unit, center))
+        return;
+    int32_t q[block + 32] = {};
     const float step = digits == 3 ? round_floats(q + begin, line[to.used_at()], x + segment.begin, n, enough)
                                    : round_to_int8(q + begin, x + segment.begin, n);
     const float total = write_digits<digits>(line + segment.offset * digits, line + to.sums_at() + number * digits, q,
@@ -252,7 +290,6 @@ void pack_segment(int32_t* line, const IntegerRows& to, const float* x, const Se
             start = start * static_cast<int32_t>(arithmetic.radix) + static_cast<int16_t>(sums[d++]);
         line[to.starts_at() + number * 2 + part] = start * center;
     }
-    const float unit = arithmetic.table.unit ? arithmetic.table.unit : 1.0f;
     line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
     line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
 }

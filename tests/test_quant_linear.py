@@ -35,6 +35,9 @@ def weight(N: int = 40, K: int = 200, bits: int = 4, group: int = 64, form: str 
     named = {"codebook": random(2**bits).sort().values} if form == "codebook" else {}
     if form == "zeros":
         named = {"zeros": torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)}
+    if form == "far":  # zero points beyond the codes, which some rows have further away than a signed byte reaches
+        named = {"zeros": torch.randint(0, 256, shape, generator=generator).to(torch.uint8)}
+        named["zeros"][: N // 2] %= 129
     if form == "shifted":
         named = {"offsets": 0.01 * random(*shape, seed=2)}
     if form == "whole":
@@ -71,7 +74,8 @@ def test_equals_the_dense_product(device, backend, form):
 @pytest.mark.parametrize("activation", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "form,bits,group", [("codebook", 4, 64), ("zeros", 4, 128), ("zeros", 3, 20), ("zeros", 8, 32)]
+    "form,bits,group",
+    [("codebook", 4, 64), ("zeros", 4, 128), ("zeros", 3, 20), ("zeros", 8, 32), ("far", 4, 32), ("far", 4, 36)],
 )
 def test_a_row_does_not_depend_on_their_number(activation, dtype, form, bits, group):
     """Matrix-vector and matrix-matrix kernels add in one order."""

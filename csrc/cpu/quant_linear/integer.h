@@ -106,7 +106,10 @@ inline int segments_of(Segment* to, const LowBitMatrix& w, int64_t k, bool int8_
 // numbers as floats; at the end, the number of digits that are not 0 throughout the block.
 //
 // Codes are not centered: where all have one center, sums start from -center times those of the digits, the first two
-// digits together and the last. Where centers differ, from the sums of the digits, for each center to multiply.
+// digits together and the last. Where centers differ, from the sums of the digits, for each center to multiply; of one
+// digit, also from -common_center times those, for codes that were moved to that center.
+constexpr int common_center = 128;
+
 struct IntegerRows {
     int32_t* lines;
     int64_t rows, most_quads, most_segments;
@@ -265,6 +268,7 @@ METATE_FN bool pack_chunk(int32_t* line, const IntegerRows& to, const float* x, 
     const float total = sum(to_float(sums)), step = size / 127;
     line[to.sums_at() + number] = static_cast<int32_t>(total) & 0xffff;
     line[to.starts_at() + number * 2] = static_cast<int32_t>(total) * center;
+    line[to.starts_at() + number * 2 + 1] = static_cast<int32_t>(total) * -common_center;
     line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
     line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
     return true;
@@ -289,6 +293,7 @@ void pack_segment(int32_t* line, const IntegerRows& to, const float* x, const Se
         if (part == 0 && d < digits)
             start = start * static_cast<int32_t>(arithmetic.radix) + static_cast<int16_t>(sums[d++]);
         line[to.starts_at() + number * 2 + part] = start * center;
+        if (digits == 1) line[to.starts_at() + number * 2 + 1] = start * -common_center;
     }
     line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
     line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
@@ -414,6 +419,38 @@ inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, int
         transpose(lines);
         for (int j = 0; j < smaller(n - g, width); ++j) store(to + (g + j) * stride, sub(splat(0), as_int(lines[j])));
     }
+}
+
+// Codes of a block with their own centers become bytes with one: code + common_center - center. False where a byte
+// could not hold that, or quads have columns of two segments; then nothing is written.
+inline bool join_centers([[maybe_unused]] int32_t* codes, [[maybe_unused]] const IntegerPlan& plan,
+                         [[maybe_unused]] const int32_t* centers, [[maybe_unused]] int64_t first_group,
+                         [[maybe_unused]] int64_t bits, [[maybe_unused]] int64_t rows) {
+#if defined(METATE_HAS_VNNI_FORMS)
+    const vi common = splat(common_center), many = splat(257 - (1 << bits));
+    vm all = first(width);
+    for (int s = 0; s < plan.count; ++s) {
+        const Segment& segment = plan.segments[s];
+        if (segment.begin != 4 * segment.first_quad) return false;
+        for (int64_t v = 0; v < rows; v += width) {
+            const vi move = add(load(centers + (segment.group - first_group) * panel + v), common);
+            all = static_cast<vm>(all & below_unsigned(move, many));
+        }
+    }
+    if (bits_of(all) != bits_of(first(width))) return false;
+    for (int s = 0; s < plan.count; ++s) {
+        const Segment& segment = plan.segments[s];
+        for (int64_t v = 0; v < rows; v += width) {
+            const vi move = add(load(centers + (segment.group - first_group) * panel + v), common);
+            const vi bytes = multiply(move, splat(0x01010101));
+            int32_t* at = codes + segment.first_quad * panel + v;
+            for (int quad = 0; quad < segment.quads; ++quad, at += panel) store(at, add(load(at), bytes));
+        }
+    }
+    return true;
+#else
+    return false;
+#endif
 }
 
 // Products.

@@ -123,6 +123,12 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
         if (!in_words) decode_bytes(at.codes + v * width, words, columns, p.call.w.bits);
         if (p.arithmetic.table.unit) find_bytes(at.codes + v * width, columns, p.arithmetic.table);
     }
+    if (integers.centers && p.arithmetic.digits == 1 && p.arithmetic.sums == Sums::dots &&
+        join_centers(at.codes, p.integer_plans[k], integers.centers, tile.first_group, p.call.w.bits,
+                     smaller(panel, p.call.w.rows - row))) {
+        integers.centers = nullptr;
+        ++integers.starts_at;
+    }
     if (in_words) {
         integers.codes = at.words;
         integers.ahead = codes_at(p.call.w, row, k) + ahead;

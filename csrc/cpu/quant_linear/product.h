@@ -326,7 +326,14 @@ METATE_FN void multiply_chunks(const Tile& t, const Chunk* chunks, int c) {
         for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
     }
     const int begin = chunks[c].begin / per_word;
-    const float *x = t.x + begin, *values = t.values + begin * panel;
+    // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
+    constexpr int bases = (rows + 2) / 3;
+    const float *x[bases], *values = t.values + begin * panel;
+#pragma GCC unroll 4
+    for (int i = 0; i < bases; ++i) {
+        x[i] = t.x + begin + 3 * i * stride;
+        asm("" : "+r"(x[i]));  // or compilers keep the distances of all rows in memory instead
+    }
     const auto add_columns = [&]<int n>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < n; ++j) {
@@ -336,13 +343,14 @@ METATE_FN void multiply_chunks(const Tile& t, const Chunk* chunks, int c) {
                 const vf first = load(value), second = load(value + width);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; ++r) {
-                    const vf a = splat(x[r * stride + q * chunk_words + j]);
+                    const vf a = splat(x[r / 3][r % 3 * stride + q * chunk_words + j]);
                     sum[q][r][0] = add_product<unit>(sum[q][r][0], a, first);
                     sum[q][r][1] = add_product<unit>(sum[q][r][1], a, second);
                 }
             }
         }
-        x += n;
+#pragma GCC unroll 4
+        for (int i = 0; i < bases; ++i) x[i] += n;
         values += n * panel;
     };
     const int columns = chunks[c].end - chunks[c].begin;

@@ -384,7 +384,22 @@ def section(record: dict[str, Any]) -> str:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """How much faster than the best rival of each case, in a line for each operator and dtype: README's table."""
+    """How much faster than the best rival of each case, in a line for each operator and dtype: README's tables."""
+    machines: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        machines.setdefault(_machine(record), []).append(record)
+    return "\n\n".join(f"{_origins(found)}\n\n{_spreads(found)}" for found in machines.values())
+
+
+def _origins(records: Sequence[dict[str, Any]]) -> str:
+    """One machine, the versions of all who took part on it, days, commands."""
+    versions = dict.fromkeys(version for record in records for version in _versions(record))
+    days = dict.fromkeys(record["time"][:10] for record in records)
+    commands = ", ".join(f"`{record['command']}`" for record in records)
+    return f"{_machine(records[0])}; {', '.join(versions)}; {', '.join(days)}: {commands}."
+
+
+def _spreads(records: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| | dtype | cases | times as fast as the best rival: least, median, most | of the limit, median |",
         "|---|---|---|---|---|",
@@ -399,19 +414,7 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
             limits = [row["of_limit"] for row in found if works(row)]
             limit = f"{statistics.median(limits):.0%}" if limits else ""
             lines.append(f"| {workload} | {dtype} | {len(found)} | {spread} | {limit} |")
-    return "\n".join([*_origins(records), "", *lines])
-
-
-def _origins(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line for each machine: versions of all who took part on it, days, commands."""
-    machines: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        machines.setdefault(_machine(record), []).append(record)
-    for machine, found in machines.items():
-        versions = dict.fromkeys(version for record in found for version in _versions(record))
-        days = dict.fromkeys(record["time"][:10] for record in found)
-        commands = ", ".join(f"`{record['command']}`" for record in found)
-        yield f"- {machine}; {', '.join(versions)}; {', '.join(days)}: {commands}."
+    return "\n".join(lines)
 
 
 def compared(record: dict[str, Any]) -> Iterator[tuple[tuple[str, str, str], Row, Row]]:

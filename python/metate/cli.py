@@ -233,6 +233,10 @@ def _name(dtype: torch.dtype) -> str:
 # bench
 
 
+# What holds a measurement to less than the machine: a record's command repeats it.
+HOLDS = ("METATE_ISA", "METATE_BACKEND", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS")
+
+
 @app.command()
 def bench(
     family: Annotated[
@@ -252,7 +256,8 @@ def bench(
     families = run.families()
     if family:
         _known("FAMILY", family, families)
-    effort, command = run.QUICK if quick else run.Effort(), ["metate bench", *filter(None, [family])]
+    held = [f"{name}={os.environ[name]}" for name in HOLDS if name in os.environ]
+    effort, command = run.QUICK if quick else run.Effort(), [*held, "metate bench", *filter(None, [family])]
     if quick:
         command.append("--quick")
     if largest is not None:

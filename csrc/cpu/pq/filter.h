@@ -122,16 +122,22 @@ struct Survivors {
     Asked asked;
     Best* best;
     int count;
+    uint32_t upper;  // of 4 bits: which rows have the upper half of their byte
     int64_t rows[together];
     uint8_t codes[bits == 4 ? most_columns<Form::nibbles> : 1][together];
 
-    METATE_FN void begin(const Scan& of, Asked by, Best& found) { scan = &of, asked = by, best = &found, count = 0; }
+    METATE_FN void begin(const Scan& of, Asked by, Best& found) {
+        scan = &of, asked = by, best = &found, count = 0, upper = 0;
+    }
     METATE_FN void sum_rows(float (&sum)[together]) const {
         const float* const table = scan->table(asked.q);
         if constexpr (bits == 4) {
             vf all = splat(0.0f);
-            for (int64_t m = 0; m < scan->M; ++m)
-                all = all + lookup(table16(table + 16 * m), load_wide(codes[m], width));
+            const vm in_upper = mask_of(upper);
+            for (int64_t m = 0; m < scan->M; ++m) {
+                const vi both = load_wide(codes[m], width);
+                all = all + lookup(table16(table + 16 * m), select(in_upper, shift_right(both, 4), both));
+            }
             store(sum, all);
         } else {
             const uint8_t* blocks[together];
@@ -158,8 +164,9 @@ struct Survivors {
         if constexpr (bits == 4) {
             constexpr int64_t half = block_codes / 2;
             const uint8_t* const block = scan->block(row) + row % half;
-            const int shift = row % block_codes < half ? 0 : 4;
-            for (int64_t m = 0; m < scan->M; ++m) codes[m][count] = static_cast<uint8_t>(block[m * half] >> shift);
+#pragma GCC unroll 8
+            for (int64_t m = 0; m < scan->M; ++m) codes[m][count] = block[m * half];
+            upper = (upper & ~(1u << count)) | static_cast<uint32_t>(row % block_codes / half) << count;
         }
         rows[count++] = row;
         if (count == together) flush();

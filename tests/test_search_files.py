@@ -3,6 +3,7 @@ harm."""
 
 import json
 import os
+import resource
 import signal
 import sys
 import tracemalloc
@@ -170,6 +171,22 @@ def test_a_save_that_is_killed_leaves_the_old_file(unnamed, tmp_path, monkeypatc
         step += 1
     assert step > 20 and load(path).ntotal == 50
     assert left <= 2 if unnamed and hasattr(os, "O_TMPFILE") else left > 2
+
+
+def test_a_disk_that_is_full_leaves_the_old_file(tmp_path):
+    old, new, path = FlatIndex(D), FlatIndex(D), tmp_path / "index"
+    old.add(X[:5])
+    new.add(X)
+    old.save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (X[:30].nbytes, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            new.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(path)
+    assert load(path).ntotal == 5 and [file.name for file in tmp_path.iterdir()] == ["index"]
 
 
 def test_the_file_of_a_save_under_way_is_left_alone(tmp_path, monkeypatch):

@@ -77,9 +77,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 if not os.fstat(file.fileno()).st_nlink:
                     os.link(f"/proc/self/fd/{file.fileno()}", name, src_dir_fd=folder, follow_symlinks=True)
                 os.replace(name, path)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
+                raise OSError(error.errno, error.strerror, str(path)) from None
             raise
         os.fsync(folder)
 

@@ -9,7 +9,7 @@ import torch
 import metate
 from metate.errors import FormatError
 from metate.models import Llama, LlamaConfig
-from metate.models.quantize import Recipe, quantize_llama
+from metate.models.quantize import Recipe, quantize_decoder
 from metate.nn import MoE, QuantGroupedLinear
 from metate.quant import quantize_nf4, quantize_rtn, save_quantized
 
@@ -138,5 +138,5 @@ def test_a_mixture_learns():
 def test_layerwise_quantisation_refuses_mixtures():
     sizes = {**SIZES, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
     del sizes["max_position_embeddings"]
-    with pytest.raises(ValueError, match=r"quantize_llama: model is a mixture of experts.*metate.quantize_model"):
-        quantize_llama(Llama(LlamaConfig(**sizes)), Recipe("nf4"))
+    with pytest.raises(ValueError, match=r"quantize_decoder: model is a mixture of experts.*metate.quantize_model"):
+        quantize_decoder(Llama(LlamaConfig(**sizes)), Recipe("nf4"))

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from metate import FormatError
 from metate.cli import app
 from metate.models import Llama, LlamaConfig
-from metate.models.quantize import METHODS, Recipe, calibration_tokens, quantize_checkpoint, quantize_llama
+from metate.models.quantize import METHODS, Recipe, calibration_tokens, quantize_checkpoint, quantize_decoder
 from metate.nn import QuantLinear
 from metate.quant import QuantizedWeight, quantize_rtn, save_quantized
 
@@ -54,7 +55,7 @@ def test_a_checkpoint_is_written_and_read_back(checkpoint, tmp_path, method):
 def test_rounding_is_rounding_whatever_text_is_given(checkpoint):
     """No scale is left in the weights that nothing before them takes out again."""
     model, dense = Llama.from_pretrained(checkpoint), Llama.from_pretrained(checkpoint)
-    quantize_llama(model, Recipe("rtn", 4, 64), calibration_tokens(checkpoint, TEXT, 256, 2, 64))
+    quantize_decoder(model, Recipe("rtn", 4, 64), calibration_tokens(checkpoint, TEXT, 256, 2, 64))
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             rounded = quantize_rtn(dense.get_submodule(name).weight, 4, 64)
@@ -73,7 +74,7 @@ def test_calibration_beats_rounding(checkpoint, method):
     errors = {}
     for name in ("rtn", method):
         model = copy.deepcopy(dense)
-        quantize_llama(model, Recipe(name, 4, 64), tokens)
+        quantize_decoder(model, Recipe(name, 4, 64), tokens)
         errors[name] = (model(tokens) - truth).square().mean()
     assert errors[method] < errors["rtn"]
 
@@ -85,20 +86,20 @@ def test_a_stopped_run_goes_on(checkpoint, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens, store=tmp_path, report=stop)
+        quantize_decoder(Llama.from_pretrained(checkpoint), recipe, tokens, store=tmp_path, report=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["layer-000"]
-    again = quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens, store=tmp_path)
-    whole = quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens)
+    again = quantize_decoder(Llama.from_pretrained(checkpoint), recipe, tokens, store=tmp_path)
+    whole = quantize_decoder(Llama.from_pretrained(checkpoint), recipe, tokens)
     for name, weight in whole.items():
         if isinstance(weight, QuantizedWeight):
             assert torch.equal(weight.dequantize(), again[name].dequantize())
     with pytest.raises(ValueError, match="of another recipe"):
-        quantize_llama(Llama.from_pretrained(checkpoint), Recipe("awq", 4, 64), tokens, store=tmp_path)
+        quantize_decoder(Llama.from_pretrained(checkpoint), Recipe("awq", 4, 64), tokens, store=tmp_path)
     with pytest.raises(ValueError, match="of another checkpoint or calibration text"):
-        quantize_llama(Llama.from_pretrained(checkpoint), recipe, tokens.flip(0), store=tmp_path)
+        quantize_decoder(Llama.from_pretrained(checkpoint), recipe, tokens.flip(0), store=tmp_path)
     other = Llama(CONFIG).initialize(torch.Generator().manual_seed(1))
     with pytest.raises(ValueError, match="of another checkpoint or calibration text"):
-        quantize_llama(other, recipe, tokens, store=tmp_path)
+        quantize_decoder(other, recipe, tokens, store=tmp_path)
 
 
 def test_biases_come_back_when_a_run_goes_on(tmp_path):
@@ -112,12 +113,12 @@ def test_biases_come_back_when_a_run_goes_on(tmp_path):
     tokens = torch.tensor([list(TEXT[:64].encode())])
     first, again = copy.deepcopy(dense), copy.deepcopy(dense)
     for model in (first, again):
-        quantize_llama(model, Recipe("awq", 4, 64), tokens, store=tmp_path)
+        quantize_decoder(model, Recipe("awq", 4, 64), tokens, store=tmp_path)
     assert not torch.equal(first.layers[0].self_attn.v_proj.bias, dense.layers[0].self_attn.v_proj.bias)
     assert torch.equal(first(tokens), again(tokens))
 
 
-def test_what_is_missing_is_named(checkpoint, tmp_path):
+def test_what_is_missing_is_named(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="calibration text for gptq"):
         quantize_checkpoint(checkpoint, Recipe("gptq"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -130,8 +131,9 @@ def test_what_is_missing_is_named(checkpoint, tmp_path):
     quantize_checkpoint(checkpoint, Recipe("nf4"), tmp_path / "once")
     with pytest.raises(ValueError, match="quantised already"):
         quantize_checkpoint(tmp_path / "once", Recipe("nf4"), tmp_path / "twice")
-    save_quantized(tmp_path, {}, config={"model_type": "gpt2"})
-    with pytest.raises(FormatError, match="expected 'llama'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(FormatError, match=r"expected 'llama'.*pip install"):
         quantize_checkpoint(tmp_path, Recipe("nf4"), tmp_path / "out")
 
 

@@ -363,7 +363,7 @@ def _bench_table(rows: list[dict[str, Any]]) -> Table:
 
 @app.command()
 def quantize(
-    model: Annotated[Path, typer.Argument(help="folder of a Hugging Face Llama checkpoint")],
+    model: Annotated[Path, typer.Argument(help="folder of a Hugging Face checkpoint of a causal language model")],
     out: Annotated[Path, typer.Option("--output", "-o", help="folder of the quantised checkpoint")],
     method: Annotated[str, typer.Option("--format", help="nf4, fp4, gptq, awq, rtn or hqq")] = "nf4",
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8; NF4, FP4 and AWQ have 4")] = 4,
@@ -373,6 +373,9 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option(help="a text file, which GPTQ and AWQ need", exists=True, dir_okay=False)
     ] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="round the scales of NF4 and FP4 to 8 bits themselves")
+    ] = False,
     samples: Annotated[int, typer.Option(help="windows of the calibration text", min=1)] = 64,
     length: Annotated[int, typer.Option(help="tokens of a window", min=1)] = 512,
 ) -> None:
@@ -380,7 +383,9 @@ def quantize(
     from metate.models.quantize import CALIBRATED, Recipe, quantize_checkpoint
 
     try:
-        recipe = Recipe(method, bits, (64 if method in ("nf4", "fp4") else 128) if group_size is None else group_size)
+        if group_size is None:
+            group_size = 64 if method in ("nf4", "fp4") else 128
+        recipe = Recipe(method, bits, group_size, double_quant)
         if method in CALIBRATED and calibration is None:
             raise ValueError(f"{method} needs a calibration text: --calibration FILE")
         text = calibration.read_text(errors="replace") if calibration else ""

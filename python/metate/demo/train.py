@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from metate.generate import PagedKVCache, Scheduler
 from metate.models import Llama, LlamaConfig
-from metate.models.quantize import Recipe, quantize_llama
+from metate.models.quantize import Recipe, quantize_decoder
 from metate.nn import GroupedLinear, LoraLinear, QuantLinear
 from metate.op import REGISTRY
 
@@ -288,7 +288,7 @@ def compress(console: Console, plan: Plan, text: Text, trained: Trainer) -> None
     models = {"float32": trained.model}
     for recipe in plan.recipes:
         models[recipe.method] = copy.deepcopy(trained.model)
-        quantize_llama(models[recipe.method], recipe, calibration)
+        quantize_decoder(models[recipe.method], recipe, calibration)
     compare(console, plan, text, trained.device, models)
     model = adapt(models[plan.recipes[0].method])
     trainer = Trainer(plan, model, trained.device)

@@ -1,4 +1,5 @@
-"""A Llama decoder to low-bit weights, layer by layer: each is calibrated on what the quantised ones before it put out.
+"""A decoder of any make to low-bit weights, layer by layer: each is calibrated on what the quantised ones before it
+put out.
 
 Embeddings, norms and the head stay as they are. Checkpoints come out in the formats' own layouts.
 """
@@ -9,20 +10,24 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metate.errors import fail
+from metate.errors import FormatError, fail
+from metate.models.chain import Chain, called_linears, decoder_layers, linears
+from metate.models.config import LlamaConfig
 from metate.models.experts import Weight
-from metate.models.llama import Layer, Llama, put_quantized
+from metate.models.folding import Group, Place, find_place, groups_of
+from metate.models.llama import Llama
 from metate.nn import QuantLinear
 from metate.quant import (
     Calibration,
     QuantizedWeight,
-    fold_scale,
     load_quantized,
     quantize_awq,
     quantize_fp4,
@@ -33,51 +38,51 @@ from metate.quant import (
     save_quantized,
     search_awq_scale,
 )  # fmt: skip
-from metate.quant.checkpoint import WRITERS
+from metate.quant.checkpoint import check_writable, read_configuration
 
 METHODS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "gptq": "gptq", "awq": "awq", "rtn": "gptq", "hqq": "metate"}
 CALIBRATED = ("gptq", "awq")
-_SHARED = (  # linear layers with the same input
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-_BEFORE = (
-    "input_layernorm",
-    "self_attn.v_proj",
-    "post_attention_layernorm",
-    "mlp.up_proj",
-)  # what AWQ's scales fold into
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+_SKIPPED = {"bitsandbytes": "llm_int8_skip_modules", "awq": "modules_to_not_convert"}  # where readers look for them
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are quantised: one of METHODS, bits (4 with NF4, FP4 and AWQ), columns that share a scale."""
+    """How weights are quantised: one of METHODS, bits (4 with NF4, FP4 and AWQ), columns that share a scale.
+
+    nested: files of NF4 and FP4 hold scales that are rounded to 8 bits themselves ("double quantisation").
+    """
 
     method: str
     bits: int = 4
     group_size: int = 128
+    nested: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise fail("quantize_llama", "method", repr(self.method), " or ".join(METHODS))
+            raise fail("quantize_decoder", "method", repr(self.method), " or ".join(METHODS))
         if self.method in ("nf4", "fp4", "awq") and self.bits != 4:
-            raise fail("quantize_llama", "bits", self.bits, f"4 with {self.method}")
+            raise fail("quantize_decoder", "bits", self.bits, f"4 with {self.method}")
+        if self.nested and METHODS[self.method] != "bitsandbytes":
+            raise fail("quantize_decoder", "nested", f"True with {self.method}", "nf4 or fp4")
 
 
-def quantize_llama(
-    model: Llama,
+def quantize_decoder(
+    model: nn.Module,
     recipe: Recipe,
     tokens: Tensor | None = None,
     *,
     store: Path | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Weight]:
-    """Replaces the linear layers of `model` by low-bit ones.
+    """Replaces the linear layers in the layers of a decoder by low-bit ones, and puts it into evaluation mode.
+
+    AWQ divides what comes before a linear layer by the scale of its inputs: a norm, or (rows of) a linear layer before.
+    Where no such place is found, as before the output of grouped-query attention or behind GELU, the inputs are not
+    scaled, and only the ranges of the weights cut. A linear layer that the model has but does not call stays dense.
 
     Args:
+        model: metate's Llama or a causal language model of transformers, with layers that follow one another in a
+            torch.nn.ModuleList, in float32.
         tokens: (samples, length) of calibration text; GPTQ and AWQ need them.
         store: a folder that keeps finished layers, so that a stopped run goes on from there.
         report: is told how many layers are done.
@@ -86,69 +91,86 @@ def quantize_llama(
         all weights by the names of a Hugging Face checkpoint, for `save_quantized(…, METHODS[recipe.method])`.
 
     Raises:
-        ValueError: the model has experts; tokens are missing; the store is of another model, text or recipe.
+        ValueError: the model has experts, or other than plain layers in sequence; tokens are missing; the store is of
+            another model, text or recipe.
     """
     _check_arguments(model, recipe, tokens)
+    model.eval()
     with torch.no_grad():
+        called = called_linears(model)
         samples = [] if tokens is None or recipe.method not in CALIBRATED else list(tokens)
-        hidden = [model.embed_tokens(sample[None]) for sample in samples]
-        source = _checksum([*samples, model.embed_tokens.weight])
-        for i, layer in enumerate(model.layers):
-            assert isinstance(layer, Layer)
+        chain = Chain(model, samples)
+        source = _checksum([*samples, *chain.hidden])
+        places: dict[Group, Place] = {}  # layers are mostly alike
+        for i, layer in enumerate(chain.layers):
             source = _checksum(layer.parameters(), source)
             finished = None if store is None else _finished(store, i, recipe, source)
             if finished is None:
-                finished = _quantize_layer(layer, recipe, _calibrate(model, layer, hidden))
+                finished = _quantize_layer(chain, i, recipe, called, places)
                 if store is not None:
                     _keep(store, i, recipe, source, finished)
             _put(layer, finished)
-            hidden = [layer(x, model.rotation(0, x.shape[1], x), None) for x in hidden]
+            chain.advance(i)
             report(i + 1)
     return _weights(model)
 
 
-def _check_arguments(model: Llama, recipe: Recipe, tokens: Tensor | None) -> None:
-    if model.config.num_experts:
-        expected = "a dense decoder; metate.quantize_model takes experts to low bits"
-        raise fail("quantize_llama", "model", "a mixture of experts", expected)
+def _check_arguments(model: nn.Module, recipe: Recipe, tokens: Tensor | None) -> None:
+    name, layers = decoder_layers(model)
+    if any(inner.endswith("experts") or "Expert" in type(module).__name__ for inner, module in layers.named_modules()):
+        expected = (
+            "a dense decoder; metate.quantize_model, for models of transformers "
+            "metate.compat.transformers.quantize_experts, takes experts to low bits"
+        )
+        raise fail("quantize_decoder", "model", "a mixture of experts", expected)
+    bare = next((i for i, layer in enumerate(layers) if not linears(layer)), None)
+    if bare is not None:
+        raise fail("quantize_decoder", "model", f"without linear layers in {name}.{bare}", "some in every layer")
     if recipe.method in CALIBRATED and (tokens is None or not tokens.numel()):
         raise fail(
-            "quantize_llama", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
+            "quantize_decoder", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
         )
 
 
-def _calibrate(model: Llama, layer: Layer, hidden: list[Tensor]) -> dict[str, Calibration]:
-    """Statistics of the inputs of every linear layer, by the first name of those that share them."""
+def _calibrate(chain: Chain, number: int, groups: Iterable[Group]) -> dict[str, Calibration]:
+    """Statistics of the inputs of every linear layer, those of a group together."""
     statistics: dict[str, Calibration] = {}
-    hooks = []
-    for first, *_ in _SHARED if hidden else ():
-        linear = layer.get_submodule(first)
-        assert isinstance(linear, nn.Linear)
-        calibration = statistics[first] = Calibration(linear.in_features, linear.weight.device)
+    layer = chain.layers[number]
+    dense = linears(layer)
+    with ExitStack() as stack:
+        for group in groups:
+            first = dense[group.names[0]]
+            calibration = Calibration(first.shape[1], first.device)
+            statistics |= dict.fromkeys(group.names, calibration)
 
-        def watch(module: nn.Module, args: tuple[Tensor, ...], calibration: Calibration = calibration) -> None:
-            calibration.add(args[0])
+            def watch(module: nn.Module, args: tuple[Tensor, ...], calibration: Calibration = calibration) -> None:
+                calibration.add(args[0])
 
-        hooks.append(linear.register_forward_pre_hook(watch))
-    for x in hidden:
-        layer(x, model.rotation(0, x.shape[1], x), None)
-    for hook in hooks:
-        hook.remove()
+            stack.callback(layer.get_submodule(group.names[0]).register_forward_pre_hook(watch).remove)
+        for _ in chain.run(number):
+            pass
     return statistics
 
 
-def _quantize_layer(layer: Layer, recipe: Recipe, statistics: dict[str, Calibration]) -> dict[str, Weight]:
-    scales = _fold(layer, recipe, statistics) if recipe.method == "awq" else {}
-    found: dict[str, Weight] = {}
-    for first, *others in _SHARED:
-        for name in (first, *others):
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            found[name] = _quantize(linear.weight, recipe, statistics.get(first), scales.get(first))
-            if linear.bias is not None:  # AWQ folds scales into some
-                found[f"{name}.bias"] = linear.bias.detach()
-    for name in _NORMS:
-        found[f"{name}.weight"] = layer.get_parameter(f"{name}.weight").detach()
+def _quantize_layer(
+    chain: Chain, number: int, recipe: Recipe, called: set[nn.Module], places: dict[Group, Place]
+) -> dict[str, Weight]:
+    layer = chain.layers[number]
+    statistics: dict[str, Calibration] = {}
+    scales: dict[str, Tensor] = {}
+    if recipe.method in CALIBRATED:
+        groups = groups_of(layer, lambda: list(chain.run(number, 1)))
+        statistics = _calibrate(chain, number, groups)
+        if recipe.method == "awq":
+            scales = _fold(chain, number, recipe, groups, statistics, places)
+    found: dict[str, Weight] = {
+        name: _quantize(weight, recipe, statistics.get(name), scales.get(name))
+        for name, weight in linears(layer).items()
+        if layer.get_submodule(name) in called
+    }
+    for name, parameter in layer.named_parameters():  # AWQ folds scales into some
+        if name.removesuffix(".weight") not in found:
+            found[name] = parameter.detach()
     return found
 
 
@@ -170,54 +192,72 @@ def _quantize(weight: Tensor, recipe: Recipe, calibration: Calibration | None, s
     return quantize_awq(weight, calibration, bits, group_size, scale=scale)[0]
 
 
-def _fold(layer: Layer, recipe: Recipe, statistics: dict[str, Calibration]) -> dict[str, Tensor]:
-    """Folds AWQ's scales into the layer, which goes on computing the same; the scales by the first name."""
+def _fold(
+    chain: Chain, number: int, recipe: Recipe, groups: list[Group], statistics: dict[str, Calibration],
+    places: dict[Group, Place],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Folds AWQ's scales into the layer, which goes on computing the same; the scales by linear layer."""
+    layer, dense = chain.layers[number], linears(chain.layers[number])
+
+    def run() -> Tensor:
+        return next(chain.run(number, 1)) - chain.hidden[0]
+
+    found: dict[Group, Place] = {}
+    for group in groups:  # before any is folded
+        known = places.get(group)
+        place = find_place(layer, group, run, () if known is None else (known,))
+        if place is not None:
+            found[group] = places[group] = place
     scales: dict[str, Tensor] = {}
-    for (first, *others), before in zip(_SHARED, _BEFORE, strict=True):
-        linears = [layer.get_submodule(name) for name in (first, *others)]
-        previous = layer.get_submodule(before)
-        weights = [linear.weight for linear in linears if isinstance(linear, nn.Linear)]
+    for group in groups:
+        weights = [dense[name] for name in group.names]
         scale = torch.ones_like(weights[0][0], dtype=torch.float32)
-        if isinstance(previous.weight, Tensor) and previous.weight.shape[0] == scale.numel():  # not of grouped heads
-            scale = search_awq_scale(weights, statistics[first], recipe.bits, recipe.group_size)
-            fold_scale(previous, scale)
+        if group in found:
+            scale = search_awq_scale(weights, statistics[group.names[0]], recipe.bits, recipe.group_size)
+            found[group].divide(layer, scale)
             for weight in weights:
                 weight.mul_(scale)
-        scales[first] = scale
+        scales |= dict.fromkeys(group.names, scale)
     return scales
 
 
-def _put(layer: Layer, finished: dict[str, Weight]) -> None:
+def _put(layer: nn.Module, finished: dict[str, Weight]) -> None:
     for name, weight in finished.items():
         if isinstance(weight, Tensor):
             layer.get_parameter(name).data.copy_(weight)
-        else:
-            put_quantized(layer, name, weight)
+    for name, weight in finished.items():
+        if isinstance(weight, QuantizedWeight):
+            linear: Any = layer.get_submodule(name)
+            layer.set_submodule(name, QuantLinear(weight, linear.bias).train(linear.training))
 
 
-def _weights(model: Llama) -> dict[str, Weight]:
-    """Every weight by the name that it has in a Hugging Face checkpoint."""
+def _weights(model: nn.Module) -> dict[str, Weight]:
+    """Every weight, once, by the name that it has in a Hugging Face checkpoint."""
     found: dict[str, Weight] = {}
     low_bit = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     for name, module in low_bit.items():
-        found[f"model.{name}"] = module.weight
+        found[_outer(model, name)] = module.weight
         if module.bias is not None:
-            found[f"model.{name}.bias"] = module.bias.detach()
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] not in low_bit:
-            found[name if name.startswith("lm_head") else f"model.{name}"] = parameter.detach()
+            found[_outer(model, f"{name}.bias")] = module.bias.detach()
+    seen: set[int] = set()  # tied weights are written once
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.rpartition(".")[0] not in low_bit and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[_outer(model, name)] = tensor.detach()
     return found
+
+
+def _outer(model: nn.Module, name: str) -> str:
+    """A name in the model as checkpoints have it."""
+    return f"model.{name}" if isinstance(model, Llama) and not name.startswith("lm_head") else name
 
 
 # Checkpoints.
 
 _BESIDE = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def quantize_checkpoint(
@@ -230,7 +270,9 @@ def quantize_checkpoint(
     length: int = 512,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """A Hugging Face Llama checkpoint in `folder` to a quantised one in `out`; a stopped run goes on where it was.
+    """A Hugging Face checkpoint in `folder` to a quantised one in `out`; a stopped run goes on where it was.
+
+    metate's own Llama runs what it can read, transformers (where it is installed) any other causal language model.
 
     Args:
         text: calibration text, for GPTQ and AWQ; `samples` windows of `length` tokens, evenly spread, are used.
@@ -242,31 +284,65 @@ def quantize_checkpoint(
     """
     if out.resolve() == folder.resolve():
         raise fail("quantize_checkpoint", "out", f"{out}, the checkpoint itself", "another folder")
-    model = Llama.from_pretrained(folder, dtype=torch.float32)
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
+    config = read_configuration(folder)
+    if config.get("quantization_config") is not None:
         raise fail("quantize_checkpoint", "folder", f"{folder}, quantised already", "a dense checkpoint")
-    if not model.config.num_experts:
-        _check_format(model, recipe)
-    total = len(model.layers)
-    tokens = calibration_tokens(folder, text, model.config.vocab_size, samples, length) if text else None
+    model = _dense_model(folder)
+    vocab_size = model.vocab_size if isinstance(model, Llama) else model.get_input_embeddings().num_embeddings
+    tokens = calibration_tokens(folder, text, vocab_size, samples, length) if text else None
     _check_arguments(model, recipe, tokens)
+    _check_format(model, recipe)
+    total = len(decoder_layers(model)[1])
     store = out / "unfinished"
     store.mkdir(parents=True, exist_ok=True)
-    weights = quantize_llama(model, recipe, tokens, store=store, report=lambda done: report(done, total))
-    config = json.loads((folder / "config.json").read_text())
-    half = {name: w.half() if isinstance(w, Tensor) else w for name, w in weights.items()}  # other readers never cast
-    save_quantized(out, half, METHODS[recipe.method], {**config, "torch_dtype": "float16"})
+    weights = quantize_decoder(model, recipe, tokens, store=store, report=lambda done: report(done, total))
+    _save(out, model, config, recipe, weights)
     for name in _BESIDE:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     shutil.rmtree(store)
 
 
-def _check_format(model: Llama, recipe: Recipe) -> None:
+def _dense_model(folder: Path) -> Any:
+    """A dense model in float32, of our own where it reads the checkpoint, else of transformers."""
+    try:
+        LlamaConfig.read(folder / "config.json")
+    except FormatError as unknown:
+        try:
+            from transformers import AutoModelForCausalLM
+        except ModuleNotFoundError:
+            raise FormatError(f"{unknown}; transformers reads other models: pip install 'transformers>=5'") from None
+        reader: Any = AutoModelForCausalLM
+        model, found = reader.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        wrong = [*found["missing_keys"], *found["mismatched_keys"]]
+        if wrong:
+            got = f"{folder}, without or in another shape {', '.join(map(str, wrong[:5]))}"
+            raise fail("quantize_checkpoint", "folder", got, "a whole checkpoint", error=FormatError) from None
+        return model
+    return Llama.from_pretrained(folder, dtype=torch.float32)
+
+
+def _check_format(model: nn.Module, recipe: Recipe) -> None:
     """Whether the format can hold weights of these shapes: better known now than when all are quantised."""
-    for shape in {linear.weight.shape for linear in model.layers[0].modules() if isinstance(linear, nn.Linear)}:
-        method = {"gptq": "rtn", "awq": "rtn"}.get(recipe.method, recipe.method)
-        WRITERS[METHODS[recipe.method]](_quantize(torch.zeros(shape), replace(recipe, method=method), None, None))
+    method = {"gptq": "rtn", "awq": "rtn"}.get(recipe.method, recipe.method)
+    plain = replace(recipe, method=method)
+    for shape in dict.fromkeys(tuple(weight.shape) for weight in linears(decoder_layers(model)[1]).values()):
+        check_writable(METHODS[recipe.method], _quantize(torch.zeros(shape), plain, None, None))
+
+
+def _save(out: Path, model: nn.Module, config: dict[str, Any], recipe: Recipe, weights: dict[str, Weight]) -> None:
+    dense = {name: w for name, w in weights.items() if isinstance(w, Tensor) and w.is_floating_point()}
+    fits = all(float(w.abs().max()) < torch.finfo(torch.float16).max for w in dense.values() if w.numel())
+    dtype = torch.float16 if fits else torch.float32
+    written = {**weights, **{name: w.to(dtype) for name, w in dense.items()}}  # other readers never cast
+    method = METHODS[recipe.method]
+    config = {**config, "dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}
+    skipped = [_outer(model, name) for name in linears(model)]
+    if method in _SKIPPED and skipped != ["lm_head"]:
+        config["quantization_config"] = {_SKIPPED[method]: skipped}
+    save_quantized(out, written, method, config, nested=recipe.nested)
 
 
 def calibration_tokens(folder: Path, text: str, vocab_size: int, samples: int, length: int) -> Tensor:
@@ -314,9 +390,9 @@ def _finished(store: Path, i: int, recipe: Recipe, source: int) -> dict[str, Wei
         return None
     config = json.loads((folder / "config.json").read_text())
     if config.get("recipe") != vars(recipe):
-        raise fail("quantize_llama", "store", f"{store} of another recipe", f"one of {recipe}; delete that folder")
+        raise fail("quantize_decoder", "store", f"{store} of another recipe", f"one of {recipe}; delete that folder")
     if config.get("source") != source:
         got = f"{store} of another checkpoint or calibration text"
-        raise fail("quantize_llama", "store", got, "one of these; delete that folder")
+        raise fail("quantize_decoder", "store", got, "one of these; delete that folder")
     found = load_quantized(folder)
     return {name: found[name] for name in found}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -98,6 +98,13 @@ class State4bit:
             return self.absmax
         coarse = self.nested_absmax.repeat_interleave(min(self.nested_size, self.absmax.numel()))
         return self.nested_map[self.absmax.int()] * coarse[: self.absmax.numel()] + self.nested_offset
+
+    def with_nested_scales(self) -> State4bit:
+        """The same codes, their plain absmax rounded to 8 bits."""
+        offset = self.absmax.mean()
+        table = dynamic_map().to(self.absmax.device)
+        fine, coarse = nearest_in_blocks(self.absmax - offset, _NESTED, table)
+        return replace(self, absmax=fine, nested_absmax=coarse, nested_map=table, nested_offset=offset.item())
 
     def lower(self) -> QuantizedWeight:
         """The canonical form. Blocks that cross rows are cut into groups that divide both rows and blocks."""
@@ -262,12 +269,7 @@ def quantize_4bit(weight: Tensor, quant_type: str, block_size: int = 64, nested:
         packed[part.start // 2 : -(-part.stop // 2)] = pairs[:, 0] << 4 | pairs[:, 1]
     rows, columns = weight.shape
     state = State4bit(packed, absmax, quant_type, block_size, (rows, columns), weight.dtype)
-    if not nested:
-        return state
-    offset = absmax.mean()
-    table = dynamic_map().to(weight.device)
-    fine, coarse = nearest_in_blocks(absmax - offset, _NESTED, table)
-    return State4bit(packed, fine, quant_type, block_size, state.shape, weight.dtype, coarse, table, offset.item())
+    return state.with_nested_scales() if nested else state
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, nested: bool = False) -> QuantizedWeight:
@@ -320,13 +322,14 @@ def quant_type(weight: QuantizedWeight) -> str:
     raise fail("quant.bitsandbytes", "weight", weight, "one of NF4 or FP4 codes", error=FormatError)
 
 
-def write(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The serialised tensors, not nested, of an NF4 or FP4 weight whose groups are parts of blocks of the flat one."""
+def write(weight: QuantizedWeight, nested: bool = False) -> dict[str, Tensor]:
+    """The serialised tensors of an NF4 or FP4 weight whose groups are parts of blocks of the flat one."""
     kind = quant_type(weight)
     if weight.permutation is not None or weight.scales.dtype != torch.float32 or weight.offsets is not None:
         raise fail("quant.bitsandbytes.write", "weight", weight, "float32 scales alone", error=FormatError)
     absmax, block_size = _blocks(weight)
-    return State4bit(_flat_codes(weight), absmax, kind, block_size, weight.shape).tensors()
+    state = State4bit(_flat_codes(weight), absmax, kind, block_size, weight.shape)
+    return (state.with_nested_scales() if nested else state).tensors()
 
 
 def _blocks(weight: QuantizedWeight) -> tuple[Tensor, int]:

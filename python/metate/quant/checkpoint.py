@@ -264,6 +264,8 @@ def save_quantized(
     weights: Mapping[str, QuantizedWeight | QuantizedExperts | Tensor],
     method: str = "metate",
     config: Mapping[str, Any] | None = None,
+    *,
+    nested: bool = False,
 ) -> None:
     """Writes model.safetensors and config.json, for `load_quantized` and for the readers of the method's own ecosystem.
 
@@ -272,14 +274,19 @@ def save_quantized(
         weights: module name -> QuantizedWeight or QuantizedExperts, tensor name -> dense tensor.
         method: "gptq", "awq", "bitsandbytes" (NF4, FP4), or "metate" for any weight; experts stacked in one have no
             place in the others.
-        config: other members of config.json.
+        config: other members of config.json; a quantization_config in it, of that.
+        nested: of bitsandbytes, scales are rounded to 8 bits ("double quantisation"), bit for bit as that does it; what
+            is read is W with such scales.
 
     Raises:
-        TypeError, ValueError: for what is no weight, or no method.
+        TypeError, ValueError: for what is no weight, or no method, or nested with another method.
         FormatError: for a weight that the method has no place for, as of rows that do not fill its words.
     """
     if method not in WRITERS:
         raise fail("save_quantized", "method", method, " or ".join(WRITERS))
+    if nested and method != "bitsandbytes":
+        raise fail("save_quantized", "nested", f"True with {method}", "bitsandbytes")
+    options = {"nested": True} if nested else {}
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if not isinstance(weight, (QuantizedWeight, QuantizedExperts, Tensor)):
@@ -288,7 +295,7 @@ def save_quantized(
         if isinstance(weight, QuantizedExperts) and method != "metate":
             raise fail("save_quantized", name, weight, f"a QuantizedWeight for {method}: one expert at a time")
         if not isinstance(weight, Tensor):
-            for part, tensor in WRITERS[method](weight).items():
+            for part, tensor in WRITERS[method](weight, **options).items():
                 inside = method == "bitsandbytes" and part != "weight"  # weight, weight.absmax, …
                 tensors[f"{name}.weight.{part}" if inside else f"{name}.{part}"] = tensor
         else:
@@ -301,11 +308,18 @@ def save_quantized(
     save_file(
         {n: t.detach().clone().contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    settings = {**(config or {}), "quantization_config": _describe(method, described)}
+    given = dict(config or {})
+    about = {**(given.get("quantization_config") or {}), **_describe(method, described, nested)}
+    settings = {**given, "quantization_config": about}
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
 
-def _describe(method: str, weights: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+def check_writable(method: str, weight: QuantizedWeight) -> None:
+    """FormatError where a method has no place for a weight."""
+    WRITERS[method](weight)
+
+
+def _describe(method: str, weights: Mapping[str, QuantizedWeight], nested: bool) -> dict[str, Any]:
     """The `quantization_config`; GPTQ modules unlike the first get an override."""
     if method == "bitsandbytes":
         first = next(iter(weights.values()), None)
@@ -314,7 +328,7 @@ def _describe(method: str, weights: Mapping[str, QuantizedWeight]) -> dict[str, 
             "quant_method": method,
             "load_in_4bit": True,
             "bnb_4bit_quant_type": kind,
-            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_use_double_quant": nested,
         }
     if method == "metate" or not weights:
         return {"quant_method": method}

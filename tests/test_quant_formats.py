@@ -412,6 +412,26 @@ def test_bitsandbytes_writes_blocks_of_rows_and_across_them(columns):
             assert torch.equal(written["weight"], fresh["weight"])
 
 
+@pytest.mark.parametrize("columns", [256, 96, 65])
+def test_bitsandbytes_writes_nested_scales(columns, tmp_path):
+    """As if the dense weight had been quantised so: codes do not depend on it."""
+    weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(columns))
+    for quantize in (quantize_nf4, quantize_fp4):
+        made = quantize(weight, 32)
+        save_quantized(tmp_path, {"m": made}, "bitsandbytes", nested=True)
+        config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+        assert config["bnb_4bit_use_double_quant"] is True
+        found = metate.load_quantized(tmp_path)["m"]
+        if columns % 32 == 0:
+            fresh = bitsandbytes.quantize_4bit(weight, bitsandbytes.quant_type(made), 32, nested=True)
+            for name, tensor in fresh.tensors().items():
+                assert torch.equal(bitsandbytes.write(made, nested=True)[name], tensor), name
+            assert same(found.dequantize(), fresh.lower().dequantize())
+        assert 0 < float((found.dequantize() - made.dequantize()).norm() / made.dequantize().norm()) < 0.02
+    with pytest.raises(ValueError, match="nested is True with gptq"):
+        save_quantized(tmp_path, {"m": quantize_rtn(weight)}, "gptq", nested=True)
+
+
 def test_bitsandbytes_writes_no_other_groups():
     made = quantize_nf4(torch.randn(6, 96), 32)
     other = dict(codebook=made.codebook, codes=made.codes)

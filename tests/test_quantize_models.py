@@ -161,8 +161,13 @@ def test_a_checkpoint_is_not_written_over_itself(checkpoint, tmp_path):
 
 
 def test_the_command_writes_a_checkpoint(checkpoint, tmp_path):
-    run = CliRunner().invoke(app, ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "nf4"])
+    arguments = ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "nf4", "--double-quant"]
+    run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0 and "wrote" in run.output
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_quant_type"] == "nf4" and config["bnb_4bit_use_double_quant"]
+    assert "model.layers.0.mlp.up_proj.weight.nested_absmax" in load_file(tmp_path / "model.safetensors")
+    run = CliRunner().invoke(app, [*arguments[:-2], "awq", "--double-quant"])
+    assert run.exit_code == 1 and "nf4 or fp4" in run.output
     run = CliRunner().invoke(app, ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "gptq"])
     assert run.exit_code == 1 and "calibration text" in run.output

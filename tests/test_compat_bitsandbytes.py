@@ -394,6 +394,112 @@ def test_parameters_from_a_checkpoint():
     torch.testing.assert_close(layer(x), metate.quant_linear(x, made.lower()), rtol=1e-5, atol=1e-6)
 
 
+# Codebooks, integer products, optimizers.
+
+
+def test_codebooks_have_the_library_s_bits():
+    made = [
+        F.create_dynamic_map(False), F.create_dynamic_map(True, 5), F.create_dynamic_map(True, 3, 6),
+        F.create_linear_map(), F.create_linear_map(False, 5), F.create_fp8_map(), F.create_fp8_map(False, 5, 3),
+        F.create_fp8_map(True, 2, 1, 4),
+    ]  # fmt: skip
+    assert all(table.shape == (256,) for table in made)
+    assert digest(*made) == "4ac226d668090593"
+    quantiles = F.create_normal_map()
+    torch.testing.assert_close(quantiles[quantiles != 0], form.codebook("nf4")[form.codebook("nf4") != 0])
+    assert torch.equal(F.create_normal_map(use_extra_value=False), -F.create_normal_map(use_extra_value=False).flip(0))
+    with pytest.raises(ValueError, match="total_bits"):
+        F.create_fp8_map(True, 5, 3)
+
+
+def test_integer_products():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator) for shape in ((2, 3, 300), (9, 300)))
+    product = F.int8_linear_matmul(a, b)
+    assert product.dtype == torch.int32 and torch.equal(product.long(), a.long() @ b.long().T)
+    x, w = torch.randn(6, 300, generator=generator), torch.randn(9, 300, generator=generator)
+    (xi, xs, _), (wi, ws, _) = F.int8_vectorwise_quant(x.half()), F.int8_vectorwise_quant(w.half())
+    y = F.int8_mm_dequant(F.int8_linear_matmul(xi, wi), xs, ws, bias=torch.ones(9))
+    assert y.dtype == torch.float16
+    truth = x @ w.T + 1
+    assert 0 < (y - truth).norm() < 0.02 * truth.norm()
+
+
+# Of bitsandbytes 0.50.2 on a CPU: codes of the first state, and three parameters, after five steps.
+STEPS = {
+    "AdamW8bit": ({}, "aaf73fc8dfa2111e", [-3.904953956604004, 0.5421088933944702, -1.7347766160964966]),
+    "PagedAdamW8bit": ({}, "aaf73fc8dfa2111e", [-3.904953956604004, 0.5421088933944702, -1.7347766160964966]),
+    "Lion8bit": (
+        {"weight_decay": 0.125},
+        "2c4ec8aae99ba7a0",
+        [-3.909412384033203, 0.5463406443595886, -1.7308603525161743],
+    ),
+    "SGD8bit": (
+        {"lr": 0.0625, "momentum": 0.5},
+        "90706b8e237c890b",
+        [-3.211130380630493, 0.43887120485305786, -1.809545636177063],
+    ),
+    "RMSprop8bit": ({}, "069d2c4990b7984c", [-3.5848045349121094, 0.11405588686466217, -1.9288043975830078]),
+    "Adagrad8bit": ({}, "611c5f04f18214fd", [-3.877699613571167, 0.5036851763725281, -1.7502466440200806]),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_optimizers_step_as_the_library_s(name):
+    options, codes, expected = STEPS[name]
+    small, parameter = torch.nn.Parameter(A[:2].clone()), torch.nn.Parameter(A.clone())
+    optimizer = getattr(bnb.optim, name)([parameter, small], **options)
+    for step in range(5):
+        if step == 3:  # goes on from a file
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = getattr(bnb.optim, name)([parameter, small], **options)
+            optimizer.load_state_dict(state)
+        for p, grads in ((parameter, A), (small, A[:2])):
+            p.grad = grads.roll(step + 1, 0) * grads.roll(step, 1) / 8
+        optimizer.step()
+    torch.testing.assert_close(parameter.flatten()[[0, 1000, 4000]], torch.tensor(expected), rtol=1e-6, atol=0)
+    assert digest(optimizer.state[parameter]["state1"]) == codes
+    assert optimizer.state[small]["state1"].dtype == torch.float32, "few elements keep 32 bits"
+
+
+def test_parameters_with_settings_of_their_own():
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    manager.initialize()
+    embedding, linear = bnb.nn.StableEmbedding(70, 64), torch.nn.Linear(64, 70)
+    optimizer = bnb.optim.Adam8bit([*embedding.parameters(), *linear.parameters()], lr=0.01)
+    manager.override_config(linear.weight, "lr", 0.0)
+    before = linear.weight.detach().clone()
+    losses = []
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(linear(embedding(torch.arange(70))), torch.arange(70))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(linear.weight, before)
+    assert optimizer.state[embedding.weight]["state1"].dtype == torch.float32
+    assert optimizer.state[linear.weight]["state1"].dtype == torch.uint8
+    manager.initialize()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: bnb.optim.AdamW8bit(p, lr=-1), "lr is -1"),
+        (lambda p: bnb.optim.AdamW(p, betas=(0.9, 1.0)), "betas"),
+        (lambda p: bnb.optim.AdamW(p, optim_bits=4), "optim_bits is 4"),
+        (lambda p: bnb.optim.Adam8bit(p, amsgrad=True), "amsgrad"),
+        (lambda p: bnb.optim.SGD(p, 0.1), "momentum"),
+        (lambda p: bnb.optim.RMSprop(p, centered=True), "centered"),
+        (lambda p: bnb.optim.Adagrad(p, lr_decay=0.1), "lr_decay"),
+    ],
+)
+def test_what_optimizers_do_not_have_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make([torch.nn.Parameter(torch.zeros(2))])
+
+
 # Standing in.
 
 

@@ -44,13 +44,16 @@ def codebook(quant_type: str) -> Tensor:
 
 
 @cache
-def dynamic_map() -> Tensor:
-    """The signed dynamic 8-bit type: 256 float32 values, ascending, denser towards 0."""
+def dynamic_map(signed: bool = True, exponent_bits: int = 7, bits: int = 8) -> Tensor:
+    """The dynamic type: 2**bits float32 values up to 1, ascending, denser towards 0, of `exponent_bits` decades."""
     values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += means.tolist() + (-means).tolist()
+    fraction_bits = bits - 1 - exponent_bits
+    decades = [(place, 2 ** (place + fraction_bits + (not signed))) for place in range(exponent_bits)]
+    decades.append((exponent_bits - 1, 2**fraction_bits - 1))  # codes without the bit that ends an exponent
+    for place, count in decades:
+        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
+        means = 10 ** (place - (exponent_bits - 1)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += means.tolist() + ((-means).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 

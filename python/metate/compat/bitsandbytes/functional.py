@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from metate.compat.bitsandbytes import maps
 from metate.errors import FormatError, fail
 from metate.low_bit import ROWS_OF_TILE, TILES, fit_tiles, rows_of, tiles_of
 from metate.ops.quant_linear import QuantizedWeight, quant_linear
@@ -20,6 +21,9 @@ from metate.quant.settings import Settings, parse_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = format.STATE
+
+create_dynamic_map, create_linear_map = maps.create_dynamic_map, maps.create_linear_map
+create_normal_map, create_fp8_map = maps.create_normal_map, maps.create_fp8_map
 
 
 class QuantState:
@@ -398,6 +402,26 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
     """Float32 rows of int8 ones and their absmax."""
     return A * stats.view(-1, 1) * (1 / 127)
+
+
+def int8_linear_matmul(
+    A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32
+) -> Tensor:  # fmt: skip
+    """A Bᵀ of int8 numbers, in int32: exact."""
+    if A.dtype != torch.int8 or B.dtype != torch.int8:
+        raise fail("int8_linear_matmul", "A, B", f"{A.dtype}, {B.dtype}", "int8")
+    result = torch._int_mm(A.reshape(-1, A.shape[-1]).contiguous(), B.contiguous().t())
+    result = result.view(*A.shape[:-1], B.shape[0])
+    return result if out is None else out.copy_(result)
+
+
+def int8_mm_dequant(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Float16 values of an int32 product, by the absmax of the rows of either side, and the bias added."""
+    result = A.view(-1, A.shape[-1]) * (row_stats.reshape(-1, 1) * col_stats.reshape(1, -1)) * (1 / 127**2)
+    result = (result if bias is None else result + bias).to(torch.float16)
+    return result if out is None else out.copy_(result)
 
 
 @dataclass

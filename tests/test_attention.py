@@ -349,7 +349,7 @@ WRONG = [
     (ValueError, r"k is of shape \(2, 7, 2, 9\).* D = 8", dict(k=torch.zeros(2, 7, 2, 9))),
     (ValueError, r"v is of shape \(2, 6, 2, 8\).* Sk = 7", dict(v=K[:, :6])),
     (ValueError, r"v is of shape \(1, 7, 2, 8\).* B = 2", dict(v=K[:1])),
-    (ValueError, "k has 3 heads, q has 4; q heads must be a multiple of k heads", dict(k=K3, v=K3)),
+    (ValueError, r"k has 3 heads, q has 4; .* multiple of k heads; axes are \(…, heads, head_dim\)", dict(k=K3, v=K3)),
     (ValueError, "head_dim is 0, expected 1 to 512", dict(q=Q[..., :0], k=K[..., :0])),
     (ValueError, "head_dim is 513, expected 1 to 512", dict(q=WIDE, k=WIDE, v=WIDE)),
     (ValueError, "scale is nan, expected a finite number", dict(scale=math.nan)),

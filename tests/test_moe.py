@@ -254,6 +254,8 @@ def test_shared_experts_that_do_not_fit_are_refused():
         metate.moe_mlp(x, route, *weights, shared=weights[:1])
     with pytest.raises(ValueError, match=r"moe_mlp: shared\[1\] is of shape \(1, 7, 6\)"):
         metate.moe_mlp(x, route, *weights, shared=(random(1, 12, 8), random(1, 7, 6)))
+    with pytest.raises(TypeError, match=r"moe_mlp: shared\[0\] is list, expected a torch.Tensor or"):
+        metate.moe_mlp(x, route, *weights, shared=([], random(1, 8, 6)))
 
 
 def in_one_call(call):
@@ -441,10 +443,17 @@ def test_errors_name_what_users_call():
         metate.moe_route(logits, 9)
     with pytest.raises(TypeError, match=r"metate.moe_route: noise is int, expected a torch.Tensor"):
         metate.moe_route(logits, 2, noise=1)
-    with pytest.raises(
-        ValueError, match=r"metate.moe_mlp: w_down is of shape \(4, 9, 6\), expected \(experts, 8, width"
+    for up, down, message in (
+        ((4, 12, 8), (4, 9, 6), r"w_down is of shape \(4, 9, 6\), expected \(4, 8, 6\) beside w_gate_up"),
+        ((4, 8, 12), (4, 6, 8), r"w_gate_up is of shape \(4, 8, 12\), expected \(4, 2 · width, 8\)"),
+        ((3, 12, 8), (3, 8, 6), r"w_gate_up is of shape \(3, 12, 8\), expected \(4, 2 · width, 8\)"),
+        ((4, 11, 8), (4, 8, 6), r"w_gate_up is of shape \(4, 11, 8\), expected \(4, 2 · width, 8\)"),
+        ((12, 8), (8, 6), r"w_gate_up is of shape \(12, 8\), expected \(4, 2 · width, 8\)"),
     ):
-        metate.moe_mlp(x, route, random(4, 12, 8), random(4, 9, 6))
+        with pytest.raises(ValueError, match=f"metate.moe_mlp: {message}"):
+            metate.moe_mlp(x, route, random(*up), random(*down))
+    with pytest.raises(TypeError, match=r"metate.moe_mlp: w_gate_up is ndarray, expected a torch.Tensor or metate.Qua"):
+        metate.moe_mlp(x, route, random(4, 12, 8).numpy(), random(4, 8, 6))
     with pytest.raises(TypeError, match=r"metate.gated_activation: alpha is 'a', expected a number"):
         metate.gated_activation(x, alpha="a")
     with pytest.raises(ValueError, match=r"metate.update_bias: counts is of shape \(3,\), expected \(4,\) like bias"):

@@ -91,7 +91,9 @@ def _validate_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             raise fail(op, name, size, f"1 to {MAX_HEAD_DIM}")
     heads, kv_heads = q.shape[2], k.shape[2]
     if (kv_heads == 0) != (heads == 0) or (kv_heads and heads % kv_heads):
-        raise ValueError(f"metate.{op}: k has {kv_heads} heads, q has {heads}; q heads must be a multiple of k heads")
+        # Those who come from layouts with heads before the sequence see the axes.
+        expected = "q heads must be a multiple of k heads; axes are (…, heads, head_dim)"
+        raise ValueError(f"metate.{op}: k has {kv_heads} heads, q has {heads}; {expected}")
 
 
 def _validate_packed(

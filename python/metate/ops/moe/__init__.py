@@ -247,18 +247,19 @@ def moe_mlp(
     parts, loras = (w_gate_up, w_down, bias_gate_up, bias_down), (lora_gate_up, lora_down)
     given = x, route, parts, loras, scaling, choices, int8_activations, backend
     if shared is not None:
-        every = _every_token(x, route, shared)
+        every = _every_token(x, route, shared, choices)
         return _experts(*given) + _experts(x, every, (*shared, None, None)[:4], (None, None), *given[4:])
     return _experts(*given)
 
 
-def _every_token(x: Tensor, route: Route, shared: Any) -> Route:
+def _every_token(x: Tensor, route: Route, shared: Any, choices: tuple[Any, ...]) -> Route:
     """All tokens to all shared experts."""
     if not isinstance(shared, (tuple, list)) or len(shared) not in (2, 4):
         got = f"{len(shared)} of them" if isinstance(shared, (tuple, list)) else type(shared).__name__
         raise fail("moe_mlp", "shared", got, "a tuple: w_gate_up, w_down and, if there are any, both biases")
-    _check_layer(x, route, shared[1], "shared[1]")
-    tokens, number = route.experts.shape[0], len(shared[0])
+    _check_tokens(x, route)
+    number = _check_weights(x, None, shared, choices, ("shared[0]", "shared[1]"))
+    tokens = route.experts.shape[0]
     experts = torch.arange(number, dtype=torch.int32, device=x.device).expand(tokens, number)
     ones = route.weights.new_ones(tokens, number)
     return Route(ones, experts, experts, ones, number, route.score, tokens * number)
@@ -280,7 +281,8 @@ def _one_by_one(
 ) -> Tensor:  # fmt: skip
     """A layer by its operators."""
     w_gate_up, w_down, bias_gate_up, bias_down = parts
-    _check_layer(x, route, w_down)
+    _check_tokens(x, route)
+    _check_weights(x, route.num_experts, parts, choices, ("w_gate_up", "w_down"))
     options: dict[str, Any] = dict(scaling=scaling, int8_activations=int8_activations, backend=backend)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     order, inverse, offsets = moe_sort(route.experts, route.num_experts, backend=backend)
@@ -314,13 +316,28 @@ def _stacked(w: Tensor | QuantizedExperts) -> tuple[Any, ...]:
     return (w, None, None, None, None, None, None, None), (0, 0, 0, 0), 0
 
 
-def _check_layer(x: Tensor, route: Route, w_down: Tensor | QuantizedExperts, name: str = "w_down") -> None:
+def _check_tokens(x: Tensor, route: Route) -> None:
     if not isinstance(route, Route):
         raise fail("moe_mlp", "route", type(route).__name__, "what metate.moe_route returns", error=TypeError)
     require_dense("moe_mlp", "x", x)
     tokens = route.experts.shape[0]
     if x.dim() < 2 or x.numel() != tokens * x.shape[-1]:
         raise fail("moe_mlp", "x", f"of shape {tuple(x.shape)}", f"(…, hidden) of the {tokens} tokens of the route")
-    if isinstance(w_down, (Tensor, QuantizedExperts)) and tuple(w_down.shape[1:2]) != tuple(x.shape[-1:]):
-        got = f"of shape {tuple(w_down.shape)}"
-        raise fail("moe_mlp", name, got, f"(experts, {x.shape[-1]}, width): as many rows as x has columns")
+
+
+def _check_weights(x: Tensor, experts: int | None, parts: Any, choices: tuple[Any, ...], names: tuple[str, str]) -> int:
+    """How many experts the first two parts are of, whose shapes must fit x, each other, and `experts` if given."""
+    for name, w in zip(names, parts, strict=False):
+        if not isinstance(w, QuantizedExperts):
+            require_dense("moe_mlp", name, w, "a torch.Tensor or metate.QuantizedExperts")
+    first, second = tuple(parts[0].shape), tuple(parts[1].shape)
+    number, hidden = (experts or first[0]) if first else 0, x.shape[-1]
+    halves = 1 if GATINGS[choices[1]] == "none" else 2
+    if len(first) != 3 or first[::2] != (number, hidden) or first[1] % halves:
+        columns = "width" if halves == 1 else "2 · width"
+        fitting = f"({number}, {columns}, {hidden}) for {number} experts and {hidden} columns of x"
+        raise fail("moe_mlp", names[0], f"of shape {first}", fitting)
+    if second != (number, hidden, first[1] // halves):
+        fitting = f"({number}, {hidden}, {first[1] // halves}) beside {names[0]} of shape {first}"
+        raise fail("moe_mlp", names[1], f"of shape {second}", fitting)
+    return number

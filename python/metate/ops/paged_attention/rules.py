@@ -63,7 +63,8 @@ def validate_attention(
         if not 1 <= size <= most:
             raise fail(op, name, f"of head dimension {size}", f"1 to {most}")
     if heads % kv_heads if kv_heads else heads:
-        raise fail(op, "q", f"of {heads} heads", f"a multiple of the {kv_heads} heads of k_cache")
+        layout = "(pages, page_size, kv_heads, head_dim)"
+        raise fail(op, "q", f"of {heads} heads", f"a multiple of the {kv_heads} heads of k_cache {layout}")
     if bits is not None and cu_seqlens_q is None and bits.shape[2] != -(-q.shape[1] // 32):
         expected = f"{-(-q.shape[1] // 32)} for {q.shape[1]} queries"
         raise fail(op, "tree_mask", f"of {bits.shape[2]} words a row", expected)

@@ -165,7 +165,7 @@ gpu-sanitize: gpu-python
 
 gpu-bench: $(GPU_BENCHES)
 $(GPU_BENCHES): gpu-bench-%: gpu-python
-	$(ON_GPU) $(MINUTES)m $(GPU_PYTHON) -m metate.cli bench $* --json $(RESULTS)/gpu-$*.json \
+	$(ON_GPU) $(MINUTES)m $(GPU_PYTHON) -m metate bench $* --json $(RESULTS)/gpu-$*.json \
 	  $(call log,bench-$*,$(RESULTS)/gpu-$*.json)
 
 clean:

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from metate import __version__, hardware, library
+from metate import verify as engine
 from metate.bench import run
 from metate.cli import app
 from metate.demo import mixture
@@ -88,6 +89,24 @@ def test_verify_a_seed():
     text = metate("verify", "--op", "merge_attention_states", "--backend", "reference", "--fuzz", "3", "--seed", "7")
     assert "seeds 7 to 9" in text
     assert "3 right, none wrong" in text
+
+
+def test_a_stopped_verification_tells_what_it_found(monkeypatch):
+    run_one, ran = engine.run, []
+
+    def some(check):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(check)
+        return run_one(check)
+
+    monkeypatch.setattr(engine, "run", some)
+    text = metate("verify", "--op", "merge_attention_states", "--backend", "reference", code=130)
+    assert "stopped after 3 of" in text and "3 right, none wrong" in text
+
+
+def test_the_package_is_the_command():
+    assert subprocess.check_output([sys.executable, "-m", "metate", "--version"], text=True).split()[0] == "metate"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_parity_of_lesser_instruction_sets(isa):
     """All that test_parity calls of the CPU's kernels, once more; a process reads METATE_ISA once."""
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment = {**alone, "METATE_ISA": isa, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "metate.cli", "verify", "--backend", "cpu"]
+    command = [sys.executable, "-m", "metate", "verify", "--backend", "cpu"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "none wrong" in done.stdout, done.stdout + done.stderr
 

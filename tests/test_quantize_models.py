@@ -160,6 +160,28 @@ def test_a_checkpoint_is_not_written_over_itself(checkpoint, tmp_path):
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
 
+def test_no_other_checkpoint_is_written_over(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    quantize_checkpoint(checkpoint, Recipe("nf4"), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match="out, which holds a checkpoint, expected a new folder"):
+        quantize_checkpoint(checkpoint, Recipe("fp4"), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "unfinished").mkdir()  # stopped between the last file and the end
+    quantize_checkpoint(checkpoint, Recipe("nf4"), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_file_is_no_folder(checkpoint, tmp_path):
+    """Said before anything is quantised."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out is .*file, a file"):
+        quantize_checkpoint(checkpoint, Recipe("nf4"), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"folder is .*model\.safetensors, a file"):
+        quantize_checkpoint(checkpoint / "model.safetensors", Recipe("nf4"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_writes_a_checkpoint(checkpoint, tmp_path):
     arguments = ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "nf4", "--double-quant"]
     run = CliRunner().invoke(app, arguments)
@@ -171,3 +193,13 @@ def test_the_command_writes_a_checkpoint(checkpoint, tmp_path):
     assert run.exit_code == 1 and "nf4 or fp4" in run.output
     run = CliRunner().invoke(app, ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "gptq"])
     assert run.exit_code == 1 and "calibration text" in run.output
+
+
+def test_a_stopped_command_says_how_it_goes_on(checkpoint, tmp_path, monkeypatch):
+    def stop(*args, **options):
+        (tmp_path / "unfinished").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metate.models.quantize.quantize_checkpoint", stop)
+    run = CliRunner().invoke(app, ["quantize", str(checkpoint), "-o", str(tmp_path)])
+    assert run.exit_code == 130 and "the same command goes on" in run.output

@@ -180,13 +180,23 @@ def _where(ops: list[Op], backend: str | None, device: str | None) -> list[tuple
 
 def show_checks(checks: list[engine.Check]) -> bool:
     """Runs the checks under a progress bar, then tells: a table, and for each failure the command that repeats it."""
-    results = []
-    with progress() as bar:
-        task = bar.add_task("verify", total=len(checks))
-        for check in checks:
-            bar.update(task, description=f"{check.op.name} [dim]{check.backend} {_name(check.dtype)}[/]")
-            results.append(engine.run(check))
-            bar.advance(task)
+    results: list[engine.Result] = []
+    try:
+        with progress() as bar:
+            task = bar.add_task("verify", total=len(checks))
+            for check in checks:
+                bar.update(task, description=f"{check.op.name} [dim]{check.backend} {_name(check.dtype)}[/]")
+                results.append(engine.run(check))
+                bar.advance(task)
+    except KeyboardInterrupt:
+        console.print(f"[yellow]stopped[/] after {len(results)} of {len(checks)} checks", highlight=False)
+        raise
+    finally:
+        _show_results(results)
+    return not any(result.status == "failed" for result in results)
+
+
+def _show_results(results: list[engine.Result]) -> None:
     console.print(_verify_table(results))
     failures = [result for result in results if result.status == "failed"]
     for result in failures:
@@ -199,7 +209,6 @@ def show_checks(checks: list[engine.Check]) -> bool:
     console.print(verdict + (f", {sum(refused.values())} refused:" if refused else ""))
     for reason, count in refused.most_common(5):
         console.print(f"  [dim]{count} × {escape(reason)}[/]", highlight=False)
-    return not failures
 
 
 def _verify_table(results: list[engine.Result]) -> Table:
@@ -397,8 +406,12 @@ def quantize(
 
             quantize_checkpoint(model, recipe, out, text, samples=samples, length=length, report=report)
     except (OSError, ValueError) as error:
-        console.print(f"[red]{escape(str(error))}[/]")
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if (out / "unfinished").is_dir():
+            console.print("[yellow]stopped[/]: the same command goes on where it was")
+        raise
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     console.print(f"wrote {out}: {size / 1e6:.1f} MB")
 
@@ -504,7 +517,3 @@ def _support(op: Op, backend: str, dtype: torch.dtype) -> str:
     if not refusals:
         return "✓"
     return f"✓, but not {refusals}" if None in answers else refusals
-
-
-if __name__ == "__main__":
-    app()

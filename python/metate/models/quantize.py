@@ -279,11 +279,12 @@ def quantize_checkpoint(
         report: is told how many of how many layers are done.
 
     Raises:
-        ValueError, OSError: naming what is wrong with folder, out or text; before anything is written.
+        ValueError, OSError: naming what is wrong with folder, out or text; before anything is written. A folder `out`
+            that holds a checkpoint, of anything, is left alone.
         FormatError (a ValueError): the checkpoint is damaged, or the format has no place for weights of these shapes.
     """
-    if out.resolve() == folder.resolve():
-        raise fail("quantize_checkpoint", "out", f"{out}, the checkpoint itself", "another folder")
+    store = out / "unfinished"
+    _check_folders(folder, out, store)
     config = read_configuration(folder)
     if config.get("quantization_config") is not None:
         raise fail("quantize_checkpoint", "folder", f"{folder}, quantised already", "a dense checkpoint")
@@ -293,7 +294,6 @@ def quantize_checkpoint(
     _check_arguments(model, recipe, tokens)
     _check_format(model, recipe)
     total = len(decoder_layers(model)[1])
-    store = out / "unfinished"
     store.mkdir(parents=True, exist_ok=True)
     weights = quantize_decoder(model, recipe, tokens, store=store, report=lambda done: report(done, total))
     _save(out, model, config, recipe, weights)
@@ -301,6 +301,18 @@ def quantize_checkpoint(
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     shutil.rmtree(store)
+
+
+def _check_folders(folder: Path, out: Path, store: Path) -> None:
+    if folder.is_file():
+        raise fail("quantize_checkpoint", "folder", f"{folder}, a file", "the folder of a checkpoint")
+    if out.exists() and not out.is_dir():
+        raise fail("quantize_checkpoint", "out", f"{out}, a file", "a folder, which is made where there is none")
+    if out.resolve() == folder.resolve():
+        raise fail("quantize_checkpoint", "out", f"{out}, the checkpoint itself", "another folder")
+    if not store.is_dir() and any((out / name).exists() for name in ("config.json", "model.safetensors")):
+        expected = "a new folder, or that of a stopped run; delete it, or choose another"
+        raise fail("quantize_checkpoint", "out", f"{out}, which holds a checkpoint", expected)
 
 
 def _dense_model(folder: Path) -> Any:

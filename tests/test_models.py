@@ -22,16 +22,22 @@ VARIANTS = {
 }
 
 
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
 def theirs(**changes):
+    return perturbed(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **changes)))
+
+
+def perturbed(model):
+    """In evaluation mode, with norms that are not all ones."""
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256,
-    }  # fmt: skip
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **changes)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0 if parameter.dim() > 1 else 0.7, 0.1)
-    return model
+    return model.eval()
 
 
 def tokens(length, batch=2):
@@ -55,6 +61,17 @@ def test_logits_equal_transformers(tmp_path, variant, shards, attention):
     x = tokens(130)
     with torch.no_grad():
         torch.testing.assert_close(Llama.from_pretrained(tmp_path, attention)(x), model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen3"])
+def test_logits_of_other_families(tmp_path, family):
+    changes = {"sliding_window": None} if family == "Mistral" else {"head_dim": 24}
+    config = getattr(transformers, f"{family}Config")(**SIZES, **changes)
+    model = perturbed(getattr(transformers, f"{family}ForCausalLM")(config))
+    model.save_pretrained(tmp_path)
+    x = tokens(70)
+    with torch.no_grad():
+        torch.testing.assert_close(Llama.from_pretrained(tmp_path)(x), model(x).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_equal_naive_attention(checkpoint):
@@ -136,6 +153,19 @@ def test_an_index_stays_in_its_folder(checkpoint, tmp_path):
     index.write_text("{}")
     with pytest.raises(FormatError, match=r"no \.safetensors and no \.gguf"):
         Llama.from_pretrained(tmp_path)
+
+
+def test_what_is_no_batch_of_tokens_is_named(checkpoint):
+    model = Llama.from_pretrained(checkpoint)
+    for wrong, error, message in (
+        (tokens(5)[0], ValueError, r"metate.Llama: tokens is of shape \(5,\), expected \(batch, seqlen\)"),
+        (tokens(5).float(), TypeError, "tokens is .*float32, expected int64 or int32"),
+        (tokens(5).tolist(), TypeError, "tokens is list, expected a torch.Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            model(wrong)
+    with pytest.raises(FileNotFoundError, match=r"path is org/name, expected a folder .* `hf download NAME"):
+        Llama.from_pretrained("org/name")
 
 
 def test_unknown_attention_is_named(checkpoint):

@@ -18,8 +18,10 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 
 _GGUF_QK_NORM = {"llama": "", "qwen3": "head", "qwen3moe": "head"}  # by architecture
 _UNSAID: dict[str, dict[str, Any]] = {  # model_type -> what its config.json leaves unsaid
-    "llama": {}, "mixtral": {"norm_topk_prob": True}, "qwen3_moe": {"qk_norm": "head"}, "olmoe": {"qk_norm": "all"},
+    "llama": {}, "mistral": {}, "qwen3": {"qk_norm": "head"},
+    "mixtral": {"norm_topk_prob": True}, "qwen3_moe": {"qk_norm": "head"}, "olmoe": {"qk_norm": "all"},
 }  # fmt: skip
+_MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class LlamaConfig:
 
     @staticmethod
     def read(path: str | Path) -> LlamaConfig:
-        """config.json of a Hugging Face Llama, Mixtral, Qwen3-MoE or OLMoE; FormatError names what is unknown here."""
+        """config.json of a Hugging Face Llama, Mistral, Mixtral, Qwen 3, Qwen3-MoE or OLMoE.
+
+        Raises:
+            FormatError: naming what is unknown here, or missing. FileNotFoundError: there is no such file.
+        """
         raw = json.loads(Path(path).read_text())
         family = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         if family not in _UNSAID:
@@ -89,7 +95,7 @@ class LlamaConfig:
             given.setdefault("num_key_value_heads", heads)
             given.setdefault("head_dim", raw["hidden_size"] // heads)
             given["rope_theta"], given["rope_scaling"] = _rope(raw)
-            if family != "llama":
+            if family in _MIXTURES:
                 given.update(_experts(raw))
             return LlamaConfig(**given)
         except (KeyError, TypeError, ZeroDivisionError) as error:

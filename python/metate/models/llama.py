@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metate import FormatError, QuantizedExperts, QuantizedWeight, load_quantized
 from metate import attention as metate_attention
-from metate.errors import fail
+from metate.errors import fail, require_dense
 from metate.generate import Batch, CacheLayout
 from metate.models.config import LLAMA3, LlamaConfig
 from metate.models.experts import Weight, inner_names, stacked_experts
@@ -168,7 +168,17 @@ class Llama(nn.Module):
         return self
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of every token; with a cache the tokens follow those it holds."""
+        """Logits (batch, seqlen, vocab_size) of tokens (batch, seqlen), int64 or int32; with a cache the tokens follow
+        those it holds.
+
+        Raises:
+            TypeError, ValueError: tokens are no integers, or of another shape; the cache has no room for them.
+        """
+        require_dense("Llama", "tokens", tokens)
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise fail("Llama", "tokens", tokens.dtype, "int64 or int32", error=TypeError)
+        if tokens.dim() != 2:
+            raise fail("Llama", "tokens", f"of shape {tuple(tokens.shape)}", "(batch, seqlen)")
         x = self.embed_tokens(tokens)
         begin = cache.used if cache is not None else 0
         rotation = self.rotation(begin, begin + tokens.shape[1], x)
@@ -222,8 +232,8 @@ class Llama(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str | Path, attention: str = "metate", dtype: torch.dtype | None = None) -> Llama:
-        """A Hugging Face Llama, Mixtral, Qwen3-MoE or OLMoE, also GPTQ, AWQ or bitsandbytes, or a GGUF file of Llama,
-        Mixtral, Qwen 3 or Qwen3-MoE.
+        """A Hugging Face Llama, Mistral, Mixtral, Qwen 3, Qwen3-MoE or OLMoE, also GPTQ, AWQ or bitsandbytes, or a GGUF
+        file of Llama, Mistral, Mixtral, Qwen 3 or Qwen3-MoE. Nothing is downloaded.
 
         Args:
             path: a folder, or a .gguf file.
@@ -233,6 +243,9 @@ class Llama(nn.Module):
             FormatError: the files do not hold such a model. FileNotFoundError: there are none.
         """
         path = Path(path)
+        if not path.exists():
+            here = "a folder or a .gguf file that is here; `hf download NAME --local-dir FOLDER` brings one"
+            raise FileNotFoundError(f"metate.Llama.from_pretrained: path is {path}, expected {here}")
         found: Mapping[str, Weight] = load_quantized(path)
         if isinstance(found, GGUFFile):
             found = GGUFModel(found)

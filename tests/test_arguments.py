@@ -113,6 +113,7 @@ def test_nested_tensors_are_refused(layout):
 
 
 WRONG = {
+    "backend": (lambda x: metate.topk_distances(x, x, 2, backend="gpu"), "topk_distances: backend is 'gpu', expected"),
     "metric": (lambda x: metate.topk_distances(x, x, 2, metric=["l2"]), "topk_distances: metric is"),
     "M": (lambda x: metate.pq_interleave(x.to(torch.uint8), None, 4), "pq_interleave: M is None"),
     "seed": (lambda x: metate.kmeans(x, 2, seed=1.5), "kmeans: seed is 1.5"),

@@ -31,7 +31,7 @@ from metate import accuracy, backends, flops, library
 from metate.accuracy import computes
 from metate.axes import Axes
 from metate.backends import State, current, on, traced, use, within
-from metate.errors import fail, require_dense
+from metate.errors import fail, require_choice, require_dense
 from metate.scalars import PLAIN, plain
 
 Case = dict[str, Any]  # axis sizes and flags, as in {"B": 1, "Sq": 63, "causal": True}
@@ -149,6 +149,7 @@ class Op:
         The whole cost of a call without gradients is here and in the kernel: microseconds count.
         """
         if backend is not None:
+            require_choice(self.public, "backend", backend, backends.BACKENDS)
             with use(backend):
                 return self.call(args, first_only)
         if is_dynamo_compiling():

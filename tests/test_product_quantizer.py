@@ -30,6 +30,14 @@ def test_straight_through():
     torch.testing.assert_close(quantizer.codebooks.grad, expected)
 
 
+@pytest.mark.parametrize("assignment", ["straight-through", "soft"])
+def test_no_vectors(assignment):
+    quantizer, x = made(assignment=assignment)
+    none = x[:, :0]
+    assert quantizer(none).shape == none.shape and quantizer.encode(none).shape == (3, 0, 2)
+    assert quantizer.decode(quantizer.encode(none)).shape == none.shape
+
+
 def test_soft_assignment():
     quantizer, x = made(assignment="soft", temperature=0.5)
     books = quantizer.codebooks

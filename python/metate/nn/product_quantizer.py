@@ -80,7 +80,8 @@ class ProductQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """The packed codes (…, ⌈M·bits/8⌉), uint8."""
-        return pq_encode(self._rows(x), self._books).view(*x.shape[:-1], -1)
+        codes = pq_encode(self._rows(x), self._books)
+        return codes.view(*x.shape[:-1], codes.shape[1])
 
     def decode(self, codes: Tensor) -> Tensor:
         """The vectors (…, dim) of codes."""

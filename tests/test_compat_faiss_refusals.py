@@ -76,6 +76,7 @@ def test_refusals():
         (lambda: faiss.index_factory(D, "PQ2x4,Refine(PQ3x4)"), RuntimeError),
         (lambda: faiss.index_factory(D, "IVF3(HNSW),Flat"), RuntimeError),
         (lambda: faiss.IndexFlat(D, faiss.METRIC_Canberra), NotImplementedError),
+        (lambda: faiss.IndexIVFFlat(faiss.IndexFlatL2(D + 1), D, 3), RuntimeError),
         (lambda: faiss.index_factory(D, "IDMap,Flat").add(X), RuntimeError),
         (lambda: faiss.IndexPQ(D, 2, 4, faiss.METRIC_L1), ValueError),
         (lambda: faiss.IndexPQFastScan(D, 2, 4, faiss.METRIC_L2, 40), RuntimeError),

@@ -16,7 +16,7 @@ from conftest import bounded_memory, damaged, overwrite, survives
 from test_search import KINDS, D, Q, X, everything, filled
 
 from metate import FormatError
-from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, files, load
+from metate.search import FlatIndex, IVFFlatIndex, IVFPQIndex, files, load, write_faiss
 
 MALFORMED = int(os.environ.get("METATE_TEST_MALFORMED", "2000"))  # files of all 30 kinds; a million in the long target
 
@@ -250,6 +250,16 @@ def test_hostile_headers_are_refused(case, tmp_path):
     path.write_bytes(_with_header(path.read_bytes(), HOSTILE[case]))
     with pytest.raises(FormatError, match=r"metate\.search\.load: "):
         load(path)
+
+
+def test_files_of_others_are_told_apart(tmp_path):
+    index = FlatIndex(D)
+    index.add(X)
+    write_faiss(index, tmp_path / "faiss")
+    (tmp_path / "text").write_text("a text of more than 8 bytes")
+    for name in ("faiss", "text"):
+        with pytest.raises(FormatError, match=r"expected a file that index\.save wrote; those of faiss are for"):
+            load(tmp_path / name)
 
 
 VALUES = [

@@ -48,6 +48,9 @@ _CHUNK = 1 << 24  # bytes that a checksum reads at a time
 _UNFINISHED = ".saving"  # how the name of a file ends that is not in its place yet
 
 
+_SAVED = "a file that index.save wrote; those of faiss are for metate.search.read_faiss"
+
+
 def _complain(what: str, got: object, expected: str) -> FormatError:
     error = fail("search.load", what, str(got)[:100], expected, error=FormatError)
     assert isinstance(error, FormatError)
@@ -226,13 +229,13 @@ def _open(path: Path, mmap: bool) -> _File:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER):
-            raise _complain("header", f"{length} bytes in a file of {size}", f"at most {min(size, _HEADER)}")
+            raise _complain("header", f"{length} bytes in a file of {size}", _SAVED)
         header = _json(file.read(length), "header")
     entries, begin = dict(header), 8 + length
     metadata = entries.pop("__metadata__", None)
     text = metadata.get(_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
-        raise _complain("metadata", "without metate.search", "a file that index.save wrote")
+        raise _complain("metadata", "without metate.search", _SAVED)
     places = _places(entries, begin, size)
     # Mapped for reading alone: a mapping that may be written must fit memory, even where nobody writes.
     data = tensor_of("search.load", "path", np.memmap(path, np.uint8, "r") if mmap else np.fromfile(path, np.uint8))

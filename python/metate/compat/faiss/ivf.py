@@ -66,6 +66,8 @@ class IndexIVF(Elementary):
                 f"metate.compat.faiss: quantizer is {type(quantizer).__name__}, expected IndexFlat or IndexPQ, or an "
                 "IndexIDMap2 of one"
             )
+        if quantizer.d != d:
+            raise RuntimeError(f"{type(self).__name__}: quantizer has {quantizer.d} dimensions, expected {d}")
         self.quantizer, self.nlist, self.nprobe, self.max_codes = quantizer, int(nlist), 1, 0
         self.direct_map = DirectMap()
         self.own_fields, self.parallel_mode = True, 0  # work is divided in one way, which parallel_mode does not change

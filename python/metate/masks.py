@@ -104,7 +104,7 @@ class AttentionMask:
             raise fail(op, "parents", got, "a list of integers", error=TypeError) from None
         _count("tree", "prefix", prefix)
         n = len(parents)
-        visible = torch.zeros(n, prefix + n, dtype=torch.bool)
+        visible = torch.zeros(n, prefix + n, dtype=torch.bool, device="cpu")
         visible[:, :prefix] = True
         for i, parent in enumerate(parents):
             if not -1 <= parent < i:

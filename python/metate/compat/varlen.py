@@ -64,7 +64,7 @@ def _forward(
         block_table=block_table, seqused_k=seqused_k,
     )  # fmt: skip
     unused = q.new_empty(0)
-    return out, lse, torch.zeros(2, dtype=torch.uint64), unused, unused
+    return out, lse, torch.zeros(2, dtype=torch.uint64, device="cpu"), unused, unused
 
 
 def _forward_into(out: Tensor, *args: Any, **options: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -194,19 +194,23 @@ class PagedKVCache:
         """One forward pass over the last tokens that were appended to each of several sequences."""
         tables, lengths = self.manager.tables([part.sequence for part in parts])
         seq_lens = torch.frombuffer(lengths, dtype=torch.int32)
-        counts = torch.tensor([len(part.tokens) for part in parts], dtype=torch.int32)
+        counts = _integers(len(part.tokens) for part in parts).to(torch.int32)
         ends = counts.cumsum(0, dtype=torch.int32)
         total = int(ends[-1])
         # Of a token: its place in the batch, less the sequence's end in it, plus the sequence's length.
-        positions = torch.arange(total) + (seq_lens - ends).repeat_interleave(counts, output_size=total)
+        positions = torch.arange(total, device="cpu") + (seq_lens - ends).repeat_interleave(counts, output_size=total)
         rows = [i for part, end in zip(parts, ends.tolist(), strict=True) for i in range(end - part.wanted, end)]
         tensors = (
-            torch.tensor([token for part in parts for token in part.tokens], dtype=torch.int64),
+            _integers(token for part in parts for token in part.tokens),
             positions,
             torch.cat((ends.new_zeros(1), ends)),
             torch.frombuffer(tables, dtype=torch.int32).view(len(parts), -1),
             seq_lens,
-            torch.tensor([slot for part in parts for slot in part.slots]),
-            torch.tensor(rows, dtype=torch.int64),
+            _integers(slot for part in parts for slot in part.slots),
+            _integers(rows),
         )
         return Batch(self, *(x.to(self.layout.device) for x in tensors))
+
+
+def _integers(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int64, device="cpu")

@@ -20,10 +20,12 @@ def allowed(constraint: Constraint, tokens: Sequence[int], vocab_size: int) -> T
     given = constraint(tokens)
     if given is None:
         return None
-    mask = torch.as_tensor(given).detach().cpu().reshape(-1)
+    mask = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
+    mask = mask.detach().cpu().reshape(-1)
     words = -(-vocab_size // 32)
     if mask.dtype == torch.int32 and len(mask) >= words:  # model and grammar may round the vocabulary up differently
-        mask = (mask[:words, None] >> torch.arange(32, dtype=torch.int32) & 1).flatten()[:vocab_size].bool()
+        places = torch.arange(32, dtype=torch.int32, device="cpu")
+        mask = (mask[:words, None] >> places & 1).flatten()[:vocab_size].bool()
     if mask.dtype != torch.bool or len(mask) != vocab_size:
         got = f"{mask.dtype} of {len(mask)} elements"
         raise fail("generate", "the mask of constraint", got, f"bool of {vocab_size}, or int32 of {words} words")
@@ -63,10 +65,11 @@ class MatcherConstraint:
                 raise ValueError(f"metate.MatcherConstraint: the matcher refuses token {token} after {self.text}")
             self.text.append(token)
         if self.ended():
-            return torch.zeros(self.words, dtype=torch.int32)
+            return torch.zeros(self.words, dtype=torch.int32, device="cpu")
         if self.fill is None:
             return torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.int32)
-        bitmask = torch.full((1, self.words), -1, dtype=torch.int32)  # what it leaves untouched is allowed
+        # What it leaves untouched is allowed.
+        bitmask = torch.full((1, self.words), -1, dtype=torch.int32, device="cpu")
         self.fill(bitmask)
         return bitmask[0]
 

@@ -67,7 +67,8 @@ class Uniforms:
         """One to draw with, one to accept with."""
         chunk, i = divmod(place, _CHUNK)
         if chunk != self.chunk:
-            places, zero = torch.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK), torch.zeros(_CHUNK, dtype=torch.int64)
+            places = torch.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK, device="cpu")
+            zero = torch.zeros_like(places)
             words = philox((places, zero, zero, zero + self.stream), self.seed)
             first, second = (((a >> 5 << 26) + (b >> 6)).double() * 2.0**-53 for a, b in (words[:2], words[2:]))
             self.chunk, self.numbers = chunk, (first.tolist(), second.tolist())

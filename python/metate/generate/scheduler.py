@@ -436,7 +436,7 @@ class Scheduler:
         logits = logits.float()
         masks = [mask for work in wanted for mask in work.masks]
         if any(mask is not None for mask in masks):
-            anything = torch.ones(logits.shape[1], dtype=torch.bool)
+            anything = torch.ones(logits.shape[1], dtype=torch.bool, device="cpu")
             legal = torch.stack([anything if mask is None else mask for mask in masks])
             logits = logits.masked_fill(~legal.to(logits.device), -math.inf)
         best, first = logits.max(-1)

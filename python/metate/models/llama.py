@@ -294,9 +294,10 @@ def put_quantized(model: nn.Module, name: str, weight: QuantizedWeight | Quantiz
 
 def frequencies(config: LlamaConfig) -> Tensor:
     """Radians a position of every pair of dimensions; Llama 3.1 slows those of long wavelength."""
-    plain = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    plain = config.rope_theta ** (-even / config.head_dim)
     if config.rope_factors:
-        return plain / torch.tensor(config.rope_factors)
+        return plain / torch.tensor(config.rope_factors, dtype=torch.float32, device="cpu")
     if not config.rope_scaling:
         return plain
     factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3)

@@ -341,7 +341,7 @@ def _check_format(model: nn.Module, recipe: Recipe) -> None:
     method = {"gptq": "rtn", "awq": "rtn"}.get(recipe.method, recipe.method)
     plain = replace(recipe, method=method)
     for shape in dict.fromkeys(tuple(weight.shape) for weight in linears(decoder_layers(model)[1]).values()):
-        check_writable(METHODS[recipe.method], _quantize(torch.zeros(shape), plain, None, None))
+        check_writable(METHODS[recipe.method], _quantize(torch.zeros(shape, dtype=torch.float32), plain, None, None))
 
 
 def _save(out: Path, model: nn.Module, config: dict[str, Any], recipe: Recipe, weights: dict[str, Weight]) -> None:
@@ -371,7 +371,7 @@ def calibration_tokens(folder: Path, text: str, vocab_size: int, samples: int, l
         raise fail("quantize_checkpoint", "folder", f"{folder} without tokenizer.json", "one with its tokenizer")
     if len(ids) < length:
         raise fail("quantize_checkpoint", "text", f"{len(ids)} tokens", f"at least {length}")
-    starts = torch.linspace(0, len(ids) - length, samples).long().tolist()
+    starts = torch.linspace(0, len(ids) - length, samples, dtype=torch.float32).long().tolist()
     return torch.tensor([ids[start : start + length] for start in starts])
 
 

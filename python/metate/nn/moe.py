@@ -157,7 +157,7 @@ class SharedExpert(nn.Module):
 
 def _columns(intermediate_size: int, activation: Mapping[str, Any]) -> int:
     """Of gate and up together; a try says what is wrong with the activation before anything computes with it."""
-    gated_activation(torch.zeros(1, 2, device="cpu"), **activation, backend="reference")
+    gated_activation(torch.zeros(1, 2, dtype=torch.float32, device="cpu"), **activation, backend="reference")
     return intermediate_size if activation.get("gating") == "none" else 2 * intermediate_size
 
 
@@ -203,14 +203,16 @@ class MoE(nn.Module):
         self.top_k, self.routing = top_k, routing
         # A try, of which the caller's random numbers know nothing, says what is wrong with the routing.
         tried = {**routing, "generator": torch.Generator("cpu")}
-        moe_route(torch.zeros(1, num_experts, device="cpu"), top_k, noise=None, **tried, backend="reference")
+        logits = torch.zeros(1, num_experts, dtype=torch.float32, device="cpu")
+        moe_route(logits, top_k, noise=None, **tried, backend="reference")
         self.router = Router(hidden_size, num_experts, router_bias, device, dtype)
         self.noise = Router(hidden_size, num_experts, False, device, dtype) if noisy else None
         self.experts = Experts(hidden_size, intermediate_size, num_experts, bias, device, dtype, **gate)
         self.shared: nn.Module | None = None
         if shared_size:
             self.shared = SharedExpert(hidden_size, shared_size, bias, shared_gate, device, dtype, **gate)
-        self.register_buffer("correction_bias", torch.zeros(num_experts, device=device) if correction else None)
+        zeros = torch.zeros(num_experts, dtype=torch.float32, device=device) if correction else None
+        self.register_buffer("correction_bias", zeros)
         self.route: Route | None = None
 
     def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:

@@ -51,7 +51,7 @@ class ProductQuantizer(nn.Module):
             raise fail(op, "temperature", temperature, "above 0")
         self.dim, self.M, self.bits = dim, M, bits
         self.assignment, self.temperature = assignment, temperature
-        self.codebooks = nn.Parameter(torch.empty(M, 1 << bits, dim // M, device=device))
+        self.codebooks = nn.Parameter(torch.empty(M, 1 << bits, dim // M, dtype=torch.float32, device=device))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -48,6 +48,11 @@ def tensor_of(op: str, argument: str, x: Any) -> Tensor:
     return torch.from_numpy(x)
 
 
+def empty_results(*shape: int) -> tuple[Tensor, Tensor]:
+    """Distances and ids of a search, on the CPU, to be written."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu"), torch.empty(shape, dtype=torch.int64, device="cpu")
+
+
 def bytes_of(x: Tensor) -> memoryview:
     """The memory of a tensor, which is copied where it is not in one piece or not the CPU's."""
     return x.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

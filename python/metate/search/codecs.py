@@ -139,7 +139,8 @@ class Product:
 
     def bias(self, model: Model, codes: Tensor, centroids: Tensor | None) -> Tensor:
         assert centroids is not None
-        r, bias = pq_decode(codes, model["codebooks"]), torch.empty(len(codes), device=codes.device)
+        r = pq_decode(codes, model["codebooks"])
+        bias = torch.empty(len(codes), dtype=torch.float32, device=codes.device)
         if codes.device.type == "cpu" and library.row_bias(r.numpy(), centroids.contiguous().numpy(), bias.numpy()):
             return bias
         return (r.double() * (r.double() + 2 * centroids.double())).sum(1).float()

@@ -197,7 +197,7 @@ def _bias(index: Index, centroids: Tensor, codes: Tensor, length: Integers) -> T
         index.codec.bias(index._state.model, c, centroids[h])
         for c, h in zip(codes.split(_AT_ONCE), home.split(_AT_ONCE), strict=True)
     ]
-    return torch.cat([torch.empty(0), *parts])
+    return torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *parts])
 
 
 def to_tree(index: Index) -> nodes.Node:
@@ -259,7 +259,7 @@ def _scalar(state: State, codec: Vectors) -> tuple[int, nodes.Floats]:
 def _rows(state: State, name: str) -> Tensor:
     """The living rows of a column, list by list."""
     column = state.lists.columns[name]
-    none = torch.empty((0, *column.shape[1:]), dtype=column.dtype)
+    none = torch.empty((0, *column.shape[1:]), dtype=column.dtype, device="cpu")
     return torch.cat([none, *(block.cpu() for block in state.lists.packed_blocks(name))])
 
 

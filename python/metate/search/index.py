@@ -14,8 +14,9 @@ from torch import Tensor
 from metate import library
 from metate.backends import is_plain
 from metate.errors import fail
+from metate.op import below_autocast
 from metate.ops.pq.declaration import topk_op
-from metate.ops.pq.kmeans import fit_centroids
+from metate.ops.pq.kmeans import fit_centroids, sample_rows
 from metate.search.arrays import Array, Vectors, tensor_of
 from metate.search.base import Adding, Grown, State
 from metate.search.codecs import Model, Product
@@ -68,11 +69,11 @@ class Index(Searching):
         with self._lock:
             if self._state.lists.total:
                 raise fail(op, "the index", f"holding {self.ntotal} vectors", "empty: reset() it", error=RuntimeError)
-            rows = torch.arange(len(vectors))
+            rows = torch.arange(len(vectors), device="cpu")
             if len(rows) > _SAMPLE * max(least, 256):
-                generator = torch.Generator().manual_seed(self.seed)
-                rows = torch.randperm(len(rows), generator=generator)[: _SAMPLE * max(least, 256)].sort().values
-            self._state = State(self._fit(vectors.take(rows), known, progress), self._no_rows())
+                rows = sample_rows(len(rows), _SAMPLE * max(least, 256), torch.Generator("cpu").manual_seed(self.seed))
+            with below_autocast():
+                self._state = State(self._fit(vectors.take(rows), known, progress), self._no_rows())
 
     def _given_centroids(self, op: str, centroids: Any) -> Tensor:
         if self.nlist is None:
@@ -80,7 +81,7 @@ class Index(Searching):
         vectors = Vectors(op, "centroids", centroids, self.dim, self.device)
         if len(vectors) != self.nlist:
             raise fail(op, "centroids", f"{len(vectors)} of them", f"{self.nlist}, one for each list")
-        return vectors.take(torch.arange(self.nlist))
+        return vectors.take(torch.arange(self.nlist, device="cpu"))
 
     def _fit(self, x: Tensor, known: Model, progress: bool | None) -> dict[str, Tensor]:
         """What training finds beside what is known."""
@@ -206,7 +207,8 @@ class Index(Searching):
             columns = model.get("centroids"), codebooks, rows, lists.columns.get("ids"), row_bias
             extents = torch.from_numpy(lists.start), torch.from_numpy(lists.room)
             residual = isinstance(self.codec, Product) and self.codec.residual
-            like = torch.empty(1, 1), torch.empty(1, 1), *[None] * 5, 1, 0, False
+            one = torch.empty(1, 1, dtype=torch.float32, device="cpu")
+            like = one, one, *[None] * 5, 1, 0, False
             if old.run is not None or topk_op.plan(like)[0] == "cpu":
                 run = library.prepared_add((*columns, *extents, self._metric_number, residual))
         self._adding = Adding(lists.columns, lists.start, model, run)

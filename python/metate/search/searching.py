@@ -12,10 +12,11 @@ from torch import Tensor
 from metate import library
 from metate.backends import is_plain
 from metate.errors import fail
+from metate.op import below_autocast
 from metate.ops.pq import topk_distances
 from metate.ops.pq.declaration import ivf_op
 from metate.scalars import is_whole, plain
-from metate.search.arrays import FLOAT32, Array, Vectors, tensor_of
+from metate.search.arrays import FLOAT32, Array, Vectors, empty_results, tensor_of
 from metate.search.base import Base, State
 from metate.search.codecs import Probe, Product
 from metate.search.codecs import Vectors as Raw
@@ -80,7 +81,7 @@ class Searching(Base):
             for _, x in vectors.blocks(self._at_once(most))
         ]
         if not found:
-            found = [(torch.empty(0, most), torch.empty(0, most, dtype=torch.int64))]
+            found = [empty_results(0, most)]
         distances, ids = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
         return vectors.results(*((distances, ids) if most == k else self._padded(distances, ids, k)))
 
@@ -200,8 +201,7 @@ class Searching(Base):
                 counts.append(len(near))
                 distances.append(near)
                 ids.append(found)
-        lims = torch.tensor([0, *counts]).cumsum(0)
-        none = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        lims, none = torch.tensor([0, *counts], device="cpu").cumsum(0), empty_results(0)
         vectors.single = False  # lists of results have no row to be taken out
         return vectors.results(lims, torch.cat([none[0], *distances]), torch.cat([none[1], *ids]))
 
@@ -211,12 +211,12 @@ class Searching(Base):
         """For every query, those within: more and more are asked for until the last one is outside."""
         x = self._scaled(x)
         codec, ids = self.refine or self.codec, state.lists.ids_column()
-        results: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(x)
-        open_, k = torch.arange(len(x)), 64
+        results = [empty_results(0)] * len(x)
+        open_, k = torch.arange(len(x), device="cpu"), 64
         while len(open_):
             distances, found = self._scan(state, x[open_.to(x.device)], k, nprobe, keep, ids, codec)
             inside = (distances > radius if self.largest else distances < radius) & (found >= 0)
-            full = inside[:, -1].cpu() if k < state.lists.total else torch.zeros(len(open_), dtype=torch.bool)
+            full = inside[:, -1].cpu() & (k < state.lists.total)
             for at in (~full).nonzero()[:, 0].tolist():
                 results[int(open_[at])] = distances[at][inside[at]], found[at][inside[at]]
             open_, k = open_[full], min(8 * k, max(state.lists.total, 1))
@@ -249,7 +249,8 @@ class Searching(Base):
         x = self.codec.decode(state.model, columns)
         if isinstance(self.codec, Product) and self.codec.residual and len(rows):
             x = x + state.model["centroids"][torch.from_numpy(state.lists.list_of(rows)).to(self.device)]
-        return x @ state.model["rotation"] if self.opq else x
+        with below_autocast():
+            return x @ state.model["rotation"] if self.opq else x
 
 
 def _prepared(*args: Any) -> Callable[..., bool] | None:

@@ -27,7 +27,7 @@ def train_codebooks(
     From points taken at random, as for lists: k-means++ spends centroids on outliers, which are nobody's neighbours; or
     from the 2**bits points of the rows `begin`. `among` (n, D), where the vectors lie: they count by closeness there.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     levels, width = 1 << bits, x.shape[1] // M
     if len(x) > most * levels:
         rows = sample_rows(len(x), most * levels, generator).to(x.device)

@@ -193,7 +193,7 @@ def given(*pairs: tuple[Any, Any]) -> tuple[Any, ...]:
         if array is not None:
             if array.shape != found.shape:
                 raise AssertionError(f"results are of shape {found.shape}, expected room for them, not {array.shape}")
-            array[...] = torch.as_tensor(found) if isinstance(array, Tensor) else found
+            array[...] = torch.as_tensor(found, device=array.device) if isinstance(array, Tensor) else found
     return tuple(found if array is None else array for found, array in pairs)
 
 

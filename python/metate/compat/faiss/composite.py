@@ -415,7 +415,7 @@ class IndexRefineFlat(IndexRefine):
     def __init__(self, base_index: Index, vectors: Any = None) -> None:
         flat = IndexFlat(base_index.d, base_index.metric_type)
         if vectors is not None:
-            flat.add(torch.as_tensor(vectors))
+            flat.add(torch.as_tensor(vectors, device="cpu"))
         super().__init__(base_index, flat)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from metate.compat.faiss.parameters import Floats, Vector
 from metate.compat.faiss.quantizer import Bytes, as_array
 from metate.compat.faiss.selectors import Booleans, Integers, SearchParametersIVF
+from metate.search.arrays import empty_results
 from metate.search.codecs import Probe, Product
 from metate.search.faiss_index import sq_bytes, sq_rows
 from metate.search.filters import keep_bitmap
@@ -224,7 +225,7 @@ def of_residuals(
         if product:
             distances = distances + (queries * c).sum(2).reshape(-1, 1)
         found.append(_best_of_lists(distances.reshape(len(c), -1), ids.reshape(len(c), -1), k, product))
-    none = torch.empty(0, k), torch.empty(0, k, dtype=torch.int64)
+    none = empty_results(0, k)
     return tuple(torch.cat(parts) for parts in zip(none, *found, strict=True))  # type: ignore[return-value]
 
 

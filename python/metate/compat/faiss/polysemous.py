@@ -16,6 +16,7 @@ from metate.compat.faiss.parameters import Only
 from metate.compat.faiss.quantizer import ProductQuantizer, as_array, like
 from metate.compat.faiss.statistics import indexPQ_stats
 from metate.ops.pq import pq_distance_tables, pq_encode, pq_scan, unpack_codes
+from metate.search.arrays import empty_results
 
 if TYPE_CHECKING:
     from metate.compat.faiss.indexes import IndexPQ
@@ -156,7 +157,7 @@ def _polysemous(
     most = most or 8 * pq.M + 1
     own, rows, tables = pq_encode(queries, pq._books).numpy(), codes.numpy(), pq_distance_tables(queries, pq._books)
     weights = np.minimum(np.arange(256), 1) if generalized else bits_apart(np.arange(256), np.zeros(1, np.int64))
-    distances, ids = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    distances, ids = empty_results(len(queries), k)
     for q in range(len(queries)):
         near = weights.astype(np.uint8)[rows ^ own[q]].sum(1, dtype=np.int64) < most
         indexPQ_stats.n_hamming_pass += int(near.sum())

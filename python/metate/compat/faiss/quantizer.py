@@ -49,7 +49,7 @@ class ProductQuantizer:
         self.d, self.M, self.nbits = d, M, nbits
         self.dsub, self.ksub, self.code_size = d // M, 1 << nbits, (M * nbits + 7) // 8
         self.cp, self.verbose = ClusteringParameters(), False
-        self._books = torch.zeros(M, self.ksub, d // M)
+        self._books = torch.zeros(M, self.ksub, d // M, dtype=torch.float32, device="cpu")
         self.sdc_table = np.zeros(0, np.float32)
 
     @property

@@ -10,6 +10,7 @@ import torch
 
 from metate.compat.faiss.parameters import Only
 from metate.compat.faiss.quantizer import ProductQuantizer, as_array, like, normalize_L2
+from metate.op import below_autocast
 from metate.search.training import train_rotation
 
 Floats = npt.NDArray[np.float32]
@@ -154,13 +155,14 @@ class OPQMatrix(LinearTransform):
     def train(self, x: Any) -> None:
         points = torch.from_numpy(as_array(x))
         if len(points) > self.max_train_points:
-            at = torch.randperm(len(points), generator=torch.Generator().manual_seed(1234))[: self.max_train_points]
-            points = points[at]
-        project = torch.eye(self.d_in)
+            generator = torch.Generator("cpu").manual_seed(1234)
+            points = points[torch.randperm(len(points), generator=generator, device="cpu")[: self.max_train_points]]
+        project = torch.eye(self.d_in, dtype=torch.float32, device="cpu")
         if self.d_out < self.d_in:
             centred = (points - points.mean(0)).double()
             project = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, : self.d_out].T.float()
         quantizer: ProductQuantizer | None = self.pq
         bits = 8 if quantizer is None else quantizer.nbits
         bits = min(bits, max(4, len(points).bit_length() - 1))
-        self.set((train_rotation(points @ project.T, self.M, bits, 1234, self.niter) @ project).numpy())
+        with below_autocast():
+            self.set((train_rotation(points @ project.T, self.M, bits, 1234, self.niter) @ project).numpy())

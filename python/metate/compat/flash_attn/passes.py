@@ -128,7 +128,7 @@ def gradients(
 
 
 def _rng_state(options: dict[str, Any]) -> Tensor:
-    return torch.tensor([options["seed"], 0])
+    return torch.tensor([options["seed"], 0], device="cpu")
 
 
 def _seed(function: str, dropout_p: float, rng_state: Tensor | None) -> int:

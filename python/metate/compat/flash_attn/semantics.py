@@ -62,7 +62,7 @@ def attention_options(
         "softcap": _softcap(softcap),
         "alibi_slopes": alibi_slopes,
         "deterministic": deterministic,
-        "seed": int(torch.randint(2**62, ()).item()) if dropout_p else 0,
+        "seed": int(torch.randint(2**62, (), device="cpu").item()) if dropout_p else 0,
     }
 
 

@@ -216,7 +216,7 @@ def check_quant_matmul(x: Tensor, *rest: Any) -> None:
 def _check_permutation(op: str, permutation: Tensor | None) -> None:
     if permutation is None or permutation.device.type != "cpu":
         return
-    order = torch.arange(permutation.shape[1], dtype=torch.int32)
+    order = torch.arange(permutation.shape[1], dtype=torch.int32, device=permutation.device)
     if not (permutation.sort(1).values == order).all():
         raise fail(op, "permutation", "not one", f"every number from 0 to {permutation.shape[1] - 1} once an expert")
 

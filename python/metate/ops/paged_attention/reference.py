@@ -21,7 +21,7 @@ def decode(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def quantise(x: Tensor, dtype: torch.dtype, scaled: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of heads (…, D), in float32 whatever x is: every kernel computes the same bits."""
     x = x.float()
-    scale = torch.ones(x.shape[:-1], device=x.device)
+    scale = x.new_ones(x.shape[:-1])
     if scaled:
         scale = x.abs().amax(-1) / STEPS[dtype] if x.shape[-1] else torch.zeros_like(scale)
     y = torch.where(scale[..., None] != 0, x / scale[..., None], 0)

@@ -143,7 +143,7 @@ def _check_pages(table: Tensor, k_cache: Tensor, seq_lens: Tensor) -> None:
     least, most = least_and_most(table)
     if least >= 0 and most < pages:
         return
-    first = torch.arange(table.shape[1]) * k_cache.shape[1]
+    first = torch.arange(table.shape[1], device=table.device) * k_cache.shape[1]
     wrong = ((table < 0) | (table >= pages)) & (first < seq_lens[:, None])
     if wrong.any():
         b, p = (int(i) for i in wrong.nonzero()[0])

@@ -65,7 +65,7 @@ def fit_centroids(
     _check(x, k, init, iterations, most, weights)
     if not is_whole(seed, -(2**63), 2**64 - 1):
         raise fail("kmeans", "seed", repr(seed)[:60], "an integer of 64 bits", error=TypeError)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     points, weights = x.detach(), None if weights is None else weights.detach()
     if most is not None and x.shape[0] > k * most:
         rows = sample_rows(x.shape[0], k * most, generator).to(x.device)
@@ -80,7 +80,7 @@ def fit_centroids(
             objective += objective[-1:] * (iterations - len(objective))
             break
         centroids = _shaped(_move(weighted, weights, nearest, k, k), unit, integers)
-    return centroids, torch.tensor(objective, dtype=torch.float64)
+    return centroids, torch.tensor(objective, dtype=torch.float64, device="cpu")
 
 
 def fit_codebooks(
@@ -163,7 +163,7 @@ def _shaped(centroids: Tensor, unit: bool, integers: bool) -> Tensor:
 
 def sample_rows(n: int, count: int, generator: torch.Generator) -> Tensor:
     """Different numbers below n, in ascending order, that they are read fast."""
-    return torch.randperm(n, generator=generator)[:count].sort().values
+    return torch.randperm(n, generator=generator, device="cpu")[:count].sort().values
 
 
 def _assign(x: Tensor, centroids: Tensor, product: bool) -> tuple[Tensor, Tensor]:
@@ -179,15 +179,16 @@ def _plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """
     if x.shape[0] > _PER_CANDIDATE * k:
         x = x[sample_rows(x.shape[0], _PER_CANDIDATE * k, generator).to(x.device)]
-    chosen = torch.randint(0, x.shape[0], (1,), generator=generator)
+    chosen = torch.randint(0, x.shape[0], (1,), generator=generator, device="cpu")
     nearest = _assign(x, x[chosen.to(x.device)], False)[0]
     while len(chosen) < k:
         chances = nearest.double().cumsum(0)
         last = chances[-1].item()
         if last == 0:  # fewer different points than centroids: any will do
-            chosen = torch.cat([chosen, torch.randint(0, x.shape[0], (k - len(chosen),), generator=generator)])
+            size = (k - len(chosen),)
+            chosen = torch.cat([chosen, torch.randint(0, x.shape[0], size, generator=generator, device="cpu")])
             break
-        draws = torch.rand(2, _PROPOSALS, generator=generator, dtype=torch.float64)
+        draws = torch.rand(2, _PROPOSALS, generator=generator, dtype=torch.float64, device="cpu")
         places = torch.searchsorted(chances, (draws[0] * last).to(x.device), right=True).clamp_(max=x.shape[0] - 1)
         kept = _kept(x[places], nearest[places], draws[1])[: k - len(chosen)]
         places = places[kept.to(x.device)]
@@ -205,7 +206,7 @@ def _kept(proposals: Tensor, before: Tensor, draws: Tensor) -> Tensor:
         if bar < nearest[i]:
             kept.append(i)
             nearest = torch.minimum(nearest, gaps[i])
-    return torch.tensor(kept)
+    return torch.tensor(kept, dtype=torch.int64, device="cpu")
 
 
 def _move(x: Tensor, weights: Tensor | None, nearest: Tensor, k: int, together: int) -> Tensor:

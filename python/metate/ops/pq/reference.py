@@ -53,7 +53,7 @@ def pq_scan(
             last = _rows(None if ranges is None else ranges[q], keep, n, tables.device)
             columns = unpack_codes(codes[last[0]], M, bits).T.contiguous()
         rows, place = last
-        total = torch.zeros(rows.shape[0], device=tables.device)
+        total = torch.zeros(rows.shape[0], dtype=torch.float32, device=tables.device)
         for entries, column in zip(table, columns, strict=True):
             total += entries[column]
         if row_bias is not None:
@@ -113,8 +113,10 @@ def ivf_search_of(floor: Any) -> Callable[..., tuple[Tensor, Tensor]]:
 def _rows(ranges: Tensor | None, keep: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rows that a query compares with, and the number of the range that each is in."""
     spans = [(0, n)] if ranges is None else [(max(a, 0), max(a, 0, min(b, n))) for a, b in ranges.tolist()]
-    rows = torch.cat([torch.arange(first, last, device=device) for first, last in spans] or [torch.arange(0)])
-    lengths = torch.tensor([last - first for first, last in spans], dtype=torch.int64)
+    rows = torch.cat(
+        [torch.arange(first, last, device=device) for first, last in spans] or [torch.arange(0, device=device)]
+    )
+    lengths = torch.tensor([last - first for first, last in spans], dtype=torch.int64, device="cpu")
     place = torch.repeat_interleave(lengths).to(device)
     if keep is not None:
         kept = (keep[rows >> 3] >> (rows & 7).to(torch.uint8)) & 1 == 1

@@ -67,7 +67,7 @@ def check_permutation(op: str) -> Callable[..., None]:
         version = None if permutation.is_inference() else permutation._version
         if version is not None and _seen.get(permutation) == version:
             return
-        order = torch.arange(permutation.shape[0], dtype=torch.int32)
+        order = torch.arange(permutation.shape[0], dtype=torch.int32, device=permutation.device)
         if not torch.equal(permutation.sort().values, order):
             raise fail(op, "permutation", "not one", f"every number from 0 to {permutation.shape[0] - 1} once")
         if version is not None:

@@ -12,19 +12,18 @@ from .tiles import (
     allowed_pairs,
     bend,
     block_is_live,
+    block_of_keys,
+    block_of_queries,
     distance,
     edge_is_live,
     head_of,
     kept,
     load_rows,
     load_values,
-    locate,
-    make_span,
     pair,
     probability,
     row_offset,
     row_products,
-    slots,
     sound_rows,
     store_rows,
     unit_of,
@@ -90,11 +89,8 @@ def keys_kernel(q, k, v, grad_out, peaks, rests, delta, dk, dv, q_strides, k_str
                 threshold, dropout_scale, CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr,
                 DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                 SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK_N)
-    kv_head = tl.program_id(0) // per_head
-    sequence, n0 = locate(tl.program_id(0) % per_head, cu_seqlens_k, sequences, tokens_k, BLOCK_N)
-    span = make_span(sequence, kv_head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
-    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    n0, span = block_of_keys(cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, BLOCK_N)
+    sequence, batch, kv_head, first_q, size_q, first_k, size_k, _, _, _ = span
     if (n0 < 0) | (n0 >= size_k):
         return
     window = ((size_k - size_q) * bottom_right, left, right)
@@ -180,11 +176,8 @@ def queries_kernel(q, k, v, grad_out, peaks, rests, delta, dq, dslope_rows, q_st
                    DROPOUT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_V: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
-    per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
-    head = tl.program_id(0) // per_head
-    sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
-    span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
-    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    m0, span = block_of_queries(cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, BLOCK_M)
+    _, batch, head, first_q, size_q, first_k, size_k, _, _, _ = span
     if (m0 < 0) | (m0 >= size_q):
         return
     window = ((size_k - size_q) * bottom_right, left, right)

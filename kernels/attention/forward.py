@@ -1,5 +1,5 @@
 """FlashAttention-2 forward: each program owns a block of queries and walks over the keys it can see, keeping a running
-maximum and sum of the softmax; column sums of the probabilities from the same tiles."""
+maximum and sum of the softmax."""
 
 import triton
 import triton.language as tl
@@ -12,16 +12,14 @@ from .tiles import (
     allowed_pairs,
     bend,
     block_is_live,
+    block_of_queries,
     edge_is_live,
     exponential,
     head_of,
     kept,
     load_rows,
-    locate,
-    make_span,
     row_offset,
     row_products,
-    slots,
     sound_rows,
     store_rows,
     unit_of,
@@ -59,12 +57,8 @@ def forward_kernel(q, k, v, out, lse, q_strides, k_strides, v_strides, bias, slo
                    CAP: tl.constexpr, NATURAL: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
                    VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, SHORT: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
-    head = tl.program_id(0) // per_head
-    # Backwards: under a causal mask the last queries have the most work, and short programs should finish last.
-    sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
-    span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
-    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    m0, span = block_of_queries(cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, BLOCK_M)
+    _, batch, head, first_q, size_q, first_k, size_k, _, _, _ = span
     if (m0 < 0) | (m0 >= size_q):
         return
     window = ((size_k - size_q) * bottom_right, left, right)

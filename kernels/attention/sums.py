@@ -16,17 +16,17 @@ from .tiles import (
     allowed_pairs,
     bend,
     block_is_live,
+    block_of_keys,
+    block_of_queries,
     edge_is_live,
     exponential,
     head_of,
     load_rows,
     load_values,
-    locate,
     make_span,
     probability,
     row_offset,
     row_products,
-    slots,
     unit_of,
 )
 
@@ -51,11 +51,8 @@ def rows_kernel(q, k, lse, limit, sinks, peaks, rests, q_strides, k_strides, bia
                 BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """probability = exp(s - peak - rest), in the scores' unit: each program owns a block of queries. A peak is 0 where
     |lse| <= limit, a rest +inf where a row sees no key. Tiles lie as in `columns_kernel`."""
-    per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK_M)
-    head = tl.program_id(0) // per_head
-    sequence, m0 = locate(per_head - 1 - tl.program_id(0) % per_head, cu_seqlens_q, sequences, tokens_q, BLOCK_M)
-    span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
-    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    m0, span = block_of_queries(cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, BLOCK_M)
+    _, batch, head, first_q, size_q, first_k, size_k, _, _, _ = span
     if (m0 < 0) | (m0 >= size_q):
         return
     window = ((size_k - size_q) * bottom_right, left, right)
@@ -117,11 +114,8 @@ def columns_kernel(q, k, peaks, rests, sums, q_strides, k_strides, bias, slopes,
                    BLOCK_D: tl.constexpr, SHORT: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr):  # fmt: skip
     """sums[b, h, j] = Σ_i probability_ij: each program owns a block of keys."""
-    per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK_N)
-    head = tl.program_id(0) // per_head
-    sequence, n0 = locate(tl.program_id(0) % per_head, cu_seqlens_k, sequences, tokens_k, BLOCK_N)
-    span = make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
-    _, batch, _, first_q, size_q, first_k, size_k, _, _, _ = span
+    n0, span = block_of_keys(cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, BLOCK_N)
+    _, batch, head, first_q, size_q, first_k, size_k, _, _, _ = span
     if (n0 < 0) | (n0 >= size_k):
         return
     window = ((size_k - size_q) * bottom_right, left, right)

@@ -73,6 +73,28 @@ def make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, he
 
 
 @triton.jit
+def block_of_queries(cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, BLOCK: tl.constexpr):
+    """The first query of this program's block, -1 or beyond its sequence where it has none, and its span.
+
+    Backwards: under a causal mask the last queries have the most work, and short programs should finish last.
+    """
+    per_head = slots(cu_seqlens_q, sequences, tokens_q, BLOCK)
+    place = per_head - 1 - tl.program_id(0) % per_head
+    sequence, first = locate(place, cu_seqlens_q, sequences, tokens_q, BLOCK)
+    head = tl.program_id(0) // per_head
+    return first, make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
+
+
+@triton.jit
+def block_of_keys(cu_seqlens_q, cu_seqlens_k, sequences, tokens_q, tokens_k, heads, BLOCK: tl.constexpr):
+    """The same for a block of keys."""
+    per_head = slots(cu_seqlens_k, sequences, tokens_k, BLOCK)
+    sequence, first = locate(tl.program_id(0) % per_head, cu_seqlens_k, sequences, tokens_k, BLOCK)
+    head = tl.program_id(0) // per_head
+    return first, make_span(sequence, head, cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, heads)
+
+
+@triton.jit
 def head_of(tensor, strides, batch, first, head):
     """Pointer to the first token of a sequence in one head of a (batch, token, head, dim) tensor."""
     return tensor + batch.to(tl.int64) * strides[0] + first.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]

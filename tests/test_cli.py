@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -103,6 +104,12 @@ def test_a_stopped_verification_tells_what_it_found(monkeypatch):
     monkeypatch.setattr(engine, "run", some)
     text = metate("verify", "--op", "merge_attention_states", "--backend", "reference", code=130)
     assert "stopped after 3 of" in text and "3 right, none wrong" in text
+
+
+def test_letters_that_the_output_lacks_end_nothing():
+    command = [sys.executable, "-m", "metate", "verify", "--op", "merge_attention_states", "--case", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and "? 1" in run.stdout and "none wrong" in run.stdout
 
 
 def test_the_package_is_the_command():

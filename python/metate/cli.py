@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +46,8 @@ def _version(wanted: bool) -> None:
 def main(
     version: Annotated[bool, typer.Option("--version", help="the version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    pass
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a ✓ that its encoding lacks would end an hour's measurement
 
 
 def progress() -> Progress:

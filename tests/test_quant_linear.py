@@ -122,6 +122,21 @@ def test_one_long_row_is_that_of_many(activation, dtype, form, bits, group):
         assert same_bits(metate.quant_linear(x[row : row + 1], w, activation=activation), whole[row : row + 1])
 
 
+@pytest.mark.parametrize("in_tiles", [False, True])
+@pytest.mark.parametrize(
+    "form,group", [("whole", 64), ("symmetric", 32), ("zeros", 128), ("far", 64), ("far", 4096), ("shifted", 96)]
+)
+def test_rows_of_whole_chunks_do_not_depend_on_their_number(form, group, in_tiles):
+    """In 8 bits few rows look codes up as they are multiplied, and many find those of a span looked up."""
+    w = weight(N=80, K=1184, group=group, form=form)
+    w = w.in_tiles() if in_tiles else w
+    x = random(300, 1184).bfloat16()
+    whole = metate.quant_linear(x, w, activation="int8")
+    assert error(whole, x, w) < 2e-2
+    for rows in (*range(1, 10), 16, 17, 24, 65, 257):
+        assert same_bits(metate.quant_linear(x[:rows], w, activation="int8"), whole[:rows]), rows
+
+
 @pytest.mark.parametrize("activation", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form,group,K", [("codebook", 64, 1472), ("zeros", 128, 1408), ("zeros", 32, 391)])

@@ -1,7 +1,8 @@
 // Products in whole numbers: x as multiples of a step, cut into digits of 8 bits, times codes as bytes.
 //
 // A segment is a run of columns that share a group of W and a step of x. Its sums are exact, whatever the instructions
-// and the order; they are scaled once. One digit is a call with int8 activations; three are 16-bit floats, of which
+// and the order. They meet their step first, and what a group has gathered in a block its scale: total = fma(sum over
+// segments of value · step, scale, total). One digit is a call with int8 activations; three are 16-bit floats, of which
 // numbers down to 2^-14 of the segment's largest keep all their bits. Where the numbers of a segment are alike in size,
 // the lowest digit would say less than the dtype of x can: it is 0, and blocks of such segments do without it.
 #pragma once
@@ -34,6 +35,7 @@ struct Segment {
     int offset;             // quads of the block's segments before this one
     int begin, end;         // columns within the block
     int64_t group;
+    bool is_last;  // of its group in the block
 };
 
 // How the sums of a segment are formed.
@@ -93,7 +95,8 @@ inline int segments_of(Segment* to, const LowBitMatrix& w, int64_t k, bool int8_
     int n = 0, quads = 0;
     for (int c = 0; c < count; ++n) {
         Segment& segment = to[n];
-        segment = {chunks[c].begin / unit * unit / 4, 0, quads, chunks[c].begin, chunks[c].end, chunks[c].group};
+        segment = {chunks[c].begin / unit * unit / 4, 0, quads, chunks[c].begin, chunks[c].end, chunks[c].group, true};
+        if (n > 0) to[n - 1].is_last = to[n - 1].group != segment.group;
         while (++c < count && !int8_activations && chunks[c].group == segment.group) segment.end = chunks[c].end;
         segment.quads = static_cast<int>(ceil_div(segment.end, unit)) * unit / 4 - segment.first_quad;
         quads += segment.quads;
@@ -102,13 +105,15 @@ inline int segments_of(Segment* to, const LowBitMatrix& w, int64_t k, bool int8_
 }
 
 // A line of dwords for every block and row of x: the digits of its segments, highest digit first, a quad a dword; and
-// for each segment the sums of its digits (in the low halves), what its sums start from, its step and the sum of its
-// numbers as floats; at the end, the number of digits that are not 0 throughout the block.
+// for each segment the sums of its digits (in the low halves), what its sums start from, its step and, as floats, the
+// sum of its numbers and those of its group before it; at the end, the number of digits that are not 0 throughout the
+// block.
 //
 // Codes are not centered: where all have one center, sums start from -center times those of the digits, the first two
 // digits together and the last. Where centers differ, from the sums of the digits, for each center to multiply; of one
 // digit, also from -common_center times those, for codes that were moved to that center.
 constexpr int common_center = 128;
+constexpr int segment_terms = 4, step_term = 2, total_term = 3;  // of a segment, after two that its sums start from
 
 struct IntegerRows {
     int32_t* lines;
@@ -116,12 +121,11 @@ struct IntegerRows {
     int digits;
 
     METATE_FN int64_t sums_at() const { return most_quads * digits; }
-    METATE_FN int64_t starts_at() const { return sums_at() + most_segments * digits; }
-    METATE_FN int64_t steps_at() const { return starts_at() + most_segments * 2; }
-    METATE_FN int64_t totals_at() const { return steps_at() + most_segments; }
-    METATE_FN int64_t used_at() const { return totals_at() + most_segments; }
+    METATE_FN int64_t terms_at() const { return sums_at() + most_segments * digits; }
+    METATE_FN int64_t used_at() const { return terms_at() + most_segments * segment_terms; }
     METATE_FN int64_t stride() const { return round_up(used_at() + 1, 16); }
-    METATE_FN int32_t* line(int64_t k, int64_t row) const { return lines + (k * rows + row) * stride(); }
+    METATE_FN int64_t block_stride() const { return rows * stride(); }
+    METATE_FN int32_t* line(int64_t k, int64_t row) const { return lines + k * block_stride() + row * stride(); }
 };
 
 // Activations.
@@ -267,10 +271,11 @@ METATE_FN bool pack_chunk(int32_t* line, const IntegerRows& to, const float* x, 
     }
     const float total = sum(to_float(sums)), step = size / 127;
     line[to.sums_at() + number] = static_cast<int32_t>(total) & 0xffff;
-    line[to.starts_at() + number * 2] = static_cast<int32_t>(total) * center;
-    line[to.starts_at() + number * 2 + 1] = static_cast<int32_t>(total) * -common_center;
-    line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
-    line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
+    int32_t* const term = line + to.terms_at() + number * segment_terms;
+    term[0] = static_cast<int32_t>(total) * center;
+    term[1] = static_cast<int32_t>(total) * -common_center;
+    term[step_term] = bit_cast<int32_t>(step * unit);
+    term[total_term] = bit_cast<int32_t>(total * step);
     return true;
 }
 
@@ -288,15 +293,16 @@ void pack_segment(int32_t* line, const IntegerRows& to, const float* x, const Se
     const float total = write_digits<digits>(line + segment.offset * digits, line + to.sums_at() + number * digits, q,
                                              segment, order, arithmetic.radix);
     int32_t* const sums = line + to.sums_at() + number * digits;
+    int32_t* const term = line + to.terms_at() + number * segment_terms;
     for (int part = 0, d = 0; d < digits; ++part) {
         int32_t start = static_cast<int16_t>(sums[d++]);
         if (part == 0 && d < digits)
             start = start * static_cast<int32_t>(arithmetic.radix) + static_cast<int16_t>(sums[d++]);
-        line[to.starts_at() + number * 2 + part] = start * center;
-        if (digits == 1) line[to.starts_at() + number * 2 + 1] = start * -common_center;
+        term[part] = start * center;
+        if (digits == 1) term[1] = start * -common_center;
     }
-    line[to.steps_at() + number] = bit_cast<int32_t>(step * unit);
-    line[to.totals_at() + number] = bit_cast<int32_t>(total * step);
+    term[step_term] = bit_cast<int32_t>(step * unit);
+    term[total_term] = bit_cast<int32_t>(total * step);
 }
 
 // The segments of every block, and the groups that their scales come from.
@@ -331,6 +337,11 @@ void pack_integers(const IntegerRows& to, const IntegerPlan* plans, const QuantL
                     default:
                         pack_segment<3>(line, to, x, segment, i, order, arithmetic, factor, enough_for<T>);
                 }
+            }
+            int32_t* total = line + to.terms_at() + total_term;
+            for (int i = 1; i < plans[k].count; ++i, total += segment_terms) {
+                const float sum = bit_cast<float>(total[0]) + bit_cast<float>(total[segment_terms]);
+                if (!plans[k].segments[i - 1].is_last) total[segment_terms] = bit_cast<int32_t>(sum);
             }
         }
     });
@@ -421,6 +432,30 @@ inline void load_centers(int32_t* to, int64_t stride, const LowBitMatrix& w, int
     }
 }
 
+// Centers of n groups, as load_centers stores them, of `halves` of a panel, become what is added to each of a quad's
+// codes instead, so that all have one center: common_center - center. False where a byte could not hold the sum; then
+// nothing is written.
+inline bool to_moves([[maybe_unused]] int32_t* centers, [[maybe_unused]] int64_t n, [[maybe_unused]] int halves,
+                     [[maybe_unused]] int64_t bits) {
+#if defined(METATE_HAS_VNNI_FORMS)
+    const vi common = splat(common_center), many = splat(257 - (1 << bits));
+    vm all = first(width);
+    const int begin = halves & 1 ? 0 : width, end = halves & 2 ? panel : width;
+    for (int v = begin; v < end; v += width) {
+        for (int64_t g = 0; g < n; ++g)
+            all = static_cast<vm>(all & below_unsigned(add(load(centers + g * panel + v), common), many));
+    }
+    if (bits_of(all) != bits_of(first(width))) return false;
+    for (int v = begin; v < end; v += width) {
+        for (int32_t* at = centers + v; at < centers + n * panel; at += panel)
+            store(at, multiply(add(load(at), common), splat(0x01010101)));
+    }
+    return true;
+#else
+    return false;
+#endif
+}
+
 // Codes of a block with their own centers become bytes with one: code + common_center - center. False where a byte
 // could not hold that, or quads have columns of two segments; then nothing is written.
 inline bool join_centers([[maybe_unused]] int32_t* codes, [[maybe_unused]] const IntegerPlan& plan,
@@ -457,16 +492,20 @@ inline bool join_centers([[maybe_unused]] int32_t* codes, [[maybe_unused]] const
 
 struct IntegerTile {
     const int32_t* x;  // lines `stride` dwords apart
-    int64_t stride, sums_at, starts_at, steps_at, totals_at, used_at;
+    int64_t stride, sums_at, terms_at, used_at;
+    int start;             // which of the terms sums of one digit start from
     const int32_t* codes;  // (quad, lane) at quad · panel + lane; or transposed words of 4-bit codes, half by half
     const Segment* segments;
     int count;
-    const int32_t* centers;  // like the scales, where codes have their own
+    const int32_t* centers;  // like the scales, where codes have their own; or
+    bool are_moves;          // to_moves() of them
     const float *scales, *corrections;
     int64_t first_group;
     float radix;
-    float* total;          // rows `panel` floats apart
-    const uint8_t* ahead;  // what to fetch beside products in words: lines `row_bytes` apart
+    float *total, *earlier;  // of the span, and of those before it: rows `panel` floats apart
+    bool begins, ends;       // the span, where that is done here
+    int fetched;             // lines of codes, beside each segment with dwords of tiles
+    const uint8_t* ahead;    // what to fetch beside products in words: lines `row_bytes` apart
     int64_t row_bytes;
 };
 
@@ -492,7 +531,7 @@ METATE_FN vi quad_at(const int32_t* codes, int q, int half) {
 // What the sums of row r of a segment start from: all digits but the last of three, or that one.
 template <bool own_centers>
 METATE_FN vi start_of(const IntegerTile& t, int s, int r, int part, vi center) {
-    const vi start = splat(t.x[r * t.stride + t.starts_at + 2 * s + part]);
+    const vi start = splat(t.x[r * t.stride + t.terms_at + segment_terms * s + t.start + part]);
     return own_centers ? multiply(center, start) : start;
 }
 
@@ -502,15 +541,9 @@ template <int rows, int digits, Sums kind, bool in_words, int used, bool own_cen
 __attribute__((noinline)) void multiply_segments(const IntegerTile& tile) {
     constexpr int chains = rows * used * 2;
     constexpr int together = kind != Sums::dots || chains > 6 ? 1 : chains > 3 ? 2 : 4;
-    constexpr bool are_kept = together * chains + 2 * rows <= (width == 16 ? 24 : 10);  // totals, in registers
     constexpr int last = used > 1 ? 1 : 0;  // of the digits whose sums are joined as whole numbers
     const IntegerTile t = tile;             // which no store to the totals can change
-    vf totals[are_kept ? rows : 1][2];
-#pragma GCC unroll 12
-    for (int r = 0; are_kept && r < rows; ++r) {
-        totals[r][0] = load(t.total + r * panel);
-        totals[r][1] = load(t.total + r * panel + width);
-    }
+    vf part[rows][2] = {};                  // of a group
     const uint8_t* ahead = t.ahead;
     for (int s = 0; s < t.count; ++s) {
         const Segment segment = t.segments[s];
@@ -560,11 +593,9 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& tile) {
         constexpr int least = in_words ? 2 : 1, most = together > least ? together : least;
         for (; left >= most; left -= most) add_quads.template operator()<most>();
         for (; most > least && left > 0; left -= least) add_quads.template operator()<least>();
-        const vf scale[2] = {load(t.scales + at), load(t.scales + at + width)};
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
-            const int32_t* const line = t.x + r * t.stride;
-            vf step = splat(bit_cast<float>(line[t.steps_at + s]));
+            vf step = splat(bit_cast<float>(t.x[r * t.stride + t.terms_at + segment_terms * s + step_term]));
             if (used < digits) step = step * splat(t.radix);
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
@@ -579,19 +610,22 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& tile) {
                     whole = add(multiply_words(whole, splat(0x00010001)), start_of<own_centers>(t, s, r, 0, center[v]));
                 vf value = to_float(whole);
                 if (used == 3) value = fma(value, splat(t.radix), to_float(sum[0][used - 1][r][v]));
-                float* const total = t.total + r * panel + v * width;
-                vf result = fma(value * step, scale[v], are_kept ? totals[r][v] : load(total));
-                if (t.corrections)
-                    result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at + v * width),
-                                 result);
-                are_kept ? static_cast<void>(totals[r][v] = result) : store(total, result);
+                part[r][v] = fma(value, step, part[r][v]);
             }
         }
-    }
+        if (digits < 3 && !segment.is_last) continue;  // of three digits, every one is
 #pragma GCC unroll 12
-    for (int r = 0; are_kept && r < rows; ++r) {
-        store(t.total + r * panel, totals[r][0]);
-        store(t.total + r * panel + width, totals[r][1]);
+        for (int r = 0; r < rows; ++r) {
+            const vf x_sum = splat(bit_cast<float>(t.x[r * t.stride + t.terms_at + segment_terms * s + total_term]));
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                float* const total = t.total + r * panel + v * width;
+                vf result = fma(part[r][v], load(t.scales + at + v * width), load(total));
+                if (t.corrections) result = fma(x_sum, load(t.corrections + at + v * width), result);
+                store(total, result);
+                part[r][v] = splat(0.0f);
+            }
+        }
     }
 }
 

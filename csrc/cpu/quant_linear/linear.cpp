@@ -2,83 +2,10 @@
 #include "../strided.h"
 #include "exact.h"
 #include "low_rank.h"
-#include "problem.h"
+#include "panels.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
-
-// Of pairs that 4-bit codes stand for.
-vi table_of([[maybe_unused]] const Problem& p) {
-#if defined(METATE_HAS_BF16_DOT)
-    if (p.pairs) return pair_table(p.values.entries);
-#endif
-#if defined(METATE_HAS_WORD_SHUFFLES)
-    return whole_table(p.values.entries);
-#else
-    return splat(0);
-#endif
-}
-
-// A whole block of `width` rows as pairs; `centers` as in spread_centers, or null.
-void decode_square_of(const Problem& p, int64_t row, int64_t k, const int32_t* centers, float* to) {
-    const LowBitMatrix& w = p.call.w;
-    const int64_t pitch = w.in_tiles() ? rows_of_tile * 4 : w.row_bytes(), ahead = bytes_ahead(w, k);
-    const auto as = w.in_tiles() ? centers ? decode_square<true, true> : decode_square<true, false>
-                  : centers      ? decode_square<false, true>
-                                 : decode_square<false, false>;
-    as(to, codes_at(w, row, k), pitch, ahead, table_of(p), centers);
-}
-
-void decode_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, float* to) {
-    const LowBitMatrix& w = p.call.w;
-    const int64_t columns = smaller(block, w.columns - k * block);
-    for (int v = 0; v < 2 && row + v * width < w.rows; ++v) {
-        float* const values = to + v * width;
-        const int64_t first = row + v * width, passed = p.plans[k].first_group - at.first_group[panel_number];
-        const int64_t offset = (panel_number * p.window + passed) * panel + v * width;
-        const bool has_centers = p.whole_pairs && at.centers;
-        int32_t centers[block / unit_columns * width];
-        if (has_centers) spread_centers(centers, p.plans[k], at.centers + offset);
-        if (p.x.unit != Unit::floats && w.bits == 4 && columns == block && first + width <= w.rows) {
-            decode_square_of(p, first, k, has_centers ? centers : nullptr, values);
-        } else {
-            transpose_words(at.words, w, first, k, bytes_ahead(w, k));
-            if (p.x.unit == Unit::floats)
-                decode(values, panel, at.words, columns, w.bits, p.values);
-            else if (w.bits == 4)
-                decode_pairs(values, panel, at.words, columns, table_of(p));
-            else
-                decode_byte_pairs(values, at.words, columns, p.values.center);
-            if (has_centers) add_centers(values, centers, columns);
-        }
-        if (!p.sums_scaled)
-            scale_values(values, at.scales + offset, at.corrections ? at.corrections + offset : nullptr,
-                         has_own_centers(w), panel, k * block, columns, w.group_size);
-    }
-}
-
-template <class T>
-void write_panel(const QuantLinear& call, const float* totals, int64_t row, int64_t first_x, int64_t rows) {
-    const int64_t n = smaller(panel, call.w.rows - row);
-    float bias[panel] = {};
-    for (int64_t i = 0; i < n && call.bias; ++i) {
-        const int64_t at = (row + i) * call.bias.stride[0];
-        bias[i] = call.bias.dtype == DType::f32 ? static_cast<const float*>(call.bias.data)[at]
-                                                : to_float(static_cast<const T*>(call.bias.data)[at]);
-    }
-    const vf first = load(bias), second = load(bias + width);
-    T* out = static_cast<T*>(call.out.data) + first_x * call.out.stride[0] + row;
-    for (int64_t r = 0; r < rows; ++r, totals += panel, out += call.out.stride[0]) {
-        const vf line[] = {load(totals) + first, load(totals + width) + second};
-        if (n == panel) {
-            store(out, line[0]);
-            store(out + width, line[1]);
-        } else {
-            store(out, line[0], smaller(n, width));
-            if (n > width) store(out + width, line[1], n - width);
-        }
-    }
-}
 
 // Without what changes from block to block.
 IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_number, const Tile& tile) {
@@ -86,19 +13,23 @@ IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_nu
     return {nullptr,
             x.stride(),
             x.sums_at(),
-            x.starts_at(),
-            x.steps_at(),
-            x.totals_at(),
+            x.terms_at(),
             x.used_at(),
+            0,
             at.codes,
             nullptr,
             0,
             at.centers ? at.centers + panel_number * p.window * panel : nullptr,
+            false,
             tile.scales,
             tile.corrections,
             tile.first_group,
             p.arithmetic.radix,
             tile.total,
+            tile.earlier,
+            tile.begins,
+            tile.ends,
+            0,
             nullptr,
             0};
 }
@@ -127,7 +58,7 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
         join_centers(at.codes, p.integer_plans[k], integers.centers, tile.first_group, p.call.w.bits,
                      smaller(panel, p.call.w.rows - row))) {
         integers.centers = nullptr;
-        ++integers.starts_at;
+        integers.start = 1;
     }
     if (in_words) {
         integers.codes = at.words;
@@ -152,19 +83,21 @@ void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number,
                   : multiply<Unit::floats, false>(p.x, k, x_row, rows, tile);
 }
 
-// Moves the first n totals of a span to the earlier ones.
-void end_span(const Workspace& at, int64_t n) {
-    for (int64_t i = 0; i < n; i += width) {
-        store(at.earlier + i, load(at.earlier + i) + load(at.totals + i));
-        store(at.totals + i, splat(0.0f));
-    }
+void clear(float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += width) store(to + i, splat(0.0f));
+}
+void clear(const Workspace& at, int64_t n) {
+    clear(at.totals, n);
+    clear(at.earlier, n);
 }
 
-void clear(const Workspace& at, int64_t n) {
-    for (int64_t i = 0; i < n; i += width) {
-        store(at.totals + i, splat(0.0f));
-        store(at.earlier + i, splat(0.0f));
-    }
+// Moves n totals of a span to the earlier ones.
+void end_span(float* earlier, float* totals, int64_t n) {
+    for (int64_t i = 0; i < n; i += width) store(earlier + i, load(earlier + i) + load(totals + i));
+    clear(totals, n);
+}
+void end_span(const Workspace& at, int64_t n) {
+    end_span(at.earlier, at.totals, n);
 }
 
 // The earlier totals of `rows` rows of x with `count` panels become results.
@@ -209,27 +142,6 @@ void enter_blocks(Tile& tile, const Problem& p, int64_t k, int64_t end, int64_t 
     tile.first_group = first_group;
     tile.begins = k % span == 0;
     tile.ends = end % span == 0 || end == p.blocks;
-}
-
-// `count` panels from number `first` on.
-template <class T>
-void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
-    for (int64_t x_row = 0; x_row < p.x.rows; x_row += p.rows_at_once) {
-        const int64_t rows = smaller(p.rows_at_once, p.x.rows - x_row);
-        clear(at, count * rows * panel);
-        for (int64_t i = 0; i < count; ++i) at.first_group[i] = -1;
-        for (int64_t k = 0; k < p.blocks; k += p.blocks_together) {
-            const int64_t end = smaller(k + p.blocks_together, p.blocks);
-            for (int64_t i = 0; i < count; ++i) {
-                load_window(p, at, i, (first + i) * panel, k, end, 3);
-                Tile tile = tile_of(p, at, i, rows);
-                enter_blocks(tile, p, k, end, at.first_group[i]);
-                multiply_panel(p, at, i, (first + i) * panel, k, x_row, rows, tile);
-            }
-            if (p.in_digits() && (end % span == 0 || end == p.blocks)) end_span(at, count * rows * panel);
-        }
-        finish<T>(p, at, first, count, x_row, rows);
-    }
 }
 
 // Panel number `number`, whose codes are read row by row, in whole numbers.
@@ -317,9 +229,14 @@ void scale_unit(const Problem& p, const Workspace& at, const float* sums, const 
             total = splat(0.0f);
         }
         const int count = p.segments_of(k);
+        const int32_t* const of_x = p.arithmetic.digits ? p.terms_of(k) : nullptr;
+        vf part = splat(0.0f);
         for (int c = 0; c < count; ++c) {
+            part = of_x ? fma(sum[c], splat(bit_cast<float>(of_x[segment_terms * c + step_term])), part) : sum[c];
+            if (of_x && !p.integer_plans[k].segments[c].is_last) continue;
             const int64_t scale = p.group_of(k, c) * panel;
-            total = fma(sum[c], load(scales + scale), total);
+            total = fma(part, load(scales + scale), total);
+            part = splat(0.0f);
             if (corrections && p.is_corrected_by(k, c))
                 total = fma(splat(p.x_sum_of(k, c)), load(corrections + scale), total);
         }
@@ -366,14 +283,13 @@ void multiply_tiles(const Problem& p, Tile tile, int64_t k, int64_t first, int64
 }
 
 #if defined(METATE_HAS_VNNI_FORMS)
-void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t first, int64_t end, int64_t blocks,
-                     PanelWords words, int64_t halves, Ahead& ahead) {
-    tile.x = p.integers.line(k, first);
+void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t rows, int64_t blocks, PanelWords words,
+                     int64_t halves, Ahead& ahead) {
     const auto multiply = [&]<int digits>() {
-        const int beside = halves_of_digits(static_cast<int>(end - first), digits);
+        const int beside = halves_of_digits(static_cast<int>(rows), digits);
         for (int64_t v = 0; v < halves; v += beside) {
-            multiply_digits<digits>(end - first, tile, p.integer_plans + k, blocks,
-                                    p.integers.line(1, 0) - p.integers.lines, words, p.arithmetic.table, ahead);
+            multiply_digits<digits>(rows, tile, p.integer_plans + k, blocks, p.integers.block_stride(), words,
+                                    p.arithmetic.table, ahead);
             words.halves[0] = words.halves[1];
             tile.scales += width;
             if (tile.corrections) tile.corrections += width;
@@ -384,29 +300,40 @@ void multiply_digits(const Problem& p, IntegerTile tile, int64_t k, int64_t firs
     p.arithmetic.digits == 3 ? multiply.template operator()<3>() : multiply.template operator()<1>();
 }
 #else
-void multiply_digits(const Problem&, const IntegerTile&, int64_t, int64_t, int64_t, int64_t, const PanelWords&, int64_t,
+void multiply_digits(const Problem&, const IntegerTile&, int64_t, int64_t, int64_t, const PanelWords&, int64_t,
                      Ahead&) {}
-constexpr int64_t most_digit_rows(int) {
-    return most_tiled_rows;
-}
+constexpr int most_digit_rows = 1;
 #endif
 
 // The tile of some blocks with all rows of x, about as many at a time; the codes are at hand for those after the first.
 void multiply_tiles(const Problem& p, const Workspace& at, const Tile& tile, int64_t row, int64_t k, int halves,
                     vi pairs, Ahead& ahead) {
     const LowBitMatrix& w = p.call.w;
-    const int64_t parts = ceil_div(p.x.rows, p.in_digits() ? most_digit_rows(p.arithmetic.digits) : most_tiled_rows);
+    const int64_t rows = p.x.rows;
     const PanelWords words = words_of(w, row, k, tile.blocks, halves, at.room);
     IntegerTile integers = integer_tile(p, at, 0, tile);
-    if (integers.centers) integers.centers += row % panel;
+    if (integers.centers) {
+        integers.centers += row % panel;
+        integers.are_moves = at.have_moves[0];
+        integers.start = integers.are_moves;
+    }
+    integers.begins = integers.ends = false;
+    const bool in_dwords = p.can_span && rows > most_digit_rows && (!integers.centers || integers.are_moves);
+    const int64_t most = !p.in_digits() ? most_tiled_rows : in_dwords ? span_rows : most_digit_rows;
+    const int64_t parts = ceil_div(rows, most);
     Ahead here = at_hand(words, tile.blocks);
     for (int64_t i = 0; i < parts; ++i) {
-        const int64_t first = p.x.rows * i / parts, end = p.x.rows * (i + 1) / parts;
-        Ahead& later = i == 0 ? ahead : here;
+        const int64_t first = rows * i / parts, end = rows * (i + 1) / parts;
+        Ahead& later = i == 0 || in_dwords ? ahead : here;
         IntegerTile part = integers;
         part.total += first * panel;
-        if (p.in_digits())
-            multiply_digits(p, part, k, first, end, tile.blocks, words, smaller(halves, ceil_div(w.rows - row, width)),
+        part.fetched = static_cast<int>(lines_of_segment * (i + 1) / parts - lines_of_segment * i / parts);
+        part.x = p.integers.line(k, first);
+        if (in_dwords)
+            multiply_dwords(end - first, part, words, p.integer_plans + k, tile.blocks, p.integers.block_stride(),
+                            p.arithmetic.table, later);
+        else if (p.in_digits())
+            multiply_digits(p, part, k, end - first, tile.blocks, words, smaller(halves, ceil_div(w.rows - row, width)),
                             later);
         else if (p.pairs)
             multiply_tiles<Unit::pairs, Values::table>(p, tile, k, first, end, words, pairs, later);
@@ -414,6 +341,55 @@ void multiply_tiles(const Problem& p, const Workspace& at, const Tile& tile, int
             multiply_tiles<Unit::floats, Values::table>(p, tile, k, first, end, words, pairs, later);
         else
             multiply_tiles<Unit::floats, Values::whole>(p, tile, k, first, end, words, pairs, later);
+    }
+}
+
+// The codes of a panel from block k on with many rows of x, in whole numbers; `next` are those to be read after them.
+void multiply_span(const Problem& p, const Workspace& at, int64_t panel_number, const Tile& tile, int64_t row,
+                   int64_t k, int64_t x_row, int64_t rows, const uint8_t* next) {
+    const LowBitMatrix& w = p.call.w;
+    const int64_t beside = w.in_tiles() ? rows_of_tile : 1;
+    IntegerTile integers = integer_tile(p, at, panel_number, tile);
+    if (integers.centers && !at.have_moves[panel_number]) [[unlikely]] {
+        if (tile.begins) clear(tile.total, rows * panel);
+        for (int64_t i = 0; i < tile.blocks; ++i) multiply_codes(p, at, panel_number, row, k + i, x_row, rows, tile);
+        if (tile.ends) end_span(tile.earlier, tile.total, rows * panel);
+        return;
+    }
+    integers.x = p.integers.line(k, x_row);
+    integers.start = integers.centers != nullptr;
+    decode_span(at.codes, words_of(w, row, k, tile.blocks, 2, at.room), p.integer_plans + k, tile.blocks,
+                integers.centers, tile.first_group, p.arithmetic.table);
+    multiply_bytes(integers, p.integer_plans + k, tile.blocks, p.integers.block_stride(), rows,
+                   Ahead(next, tile.blocks * block / 2 * beside, w.row_bytes() * beside));
+}
+
+// `count` panels from number `first` on.
+template <class T>
+void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
+    for (int64_t x_row = 0; x_row < p.x.rows; x_row += p.rows_at_once) {
+        const int64_t rows = smaller(p.rows_at_once, p.x.rows - x_row);
+        clear(at, count * rows * panel);
+        for (int64_t i = 0; i < count; ++i) at.first_group[i] = -1;
+        for (int64_t k = 0; k < p.blocks; k += p.blocks_together) {
+            const int64_t end = smaller(k + p.blocks_together, p.blocks);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t row = (first + i) * panel;
+                load_window(p, at, i, row, k, end, 3);
+                Tile tile = tile_of(p, at, i, rows);
+                enter_blocks(tile, p, k, end, at.first_group[i]);
+                if (p.takes_spans) {
+                    const bool is_last = i + 1 == count;
+                    multiply_span(p, at, i, tile, row, k, x_row, rows,
+                                  codes_at(p.call.w, is_last ? first * panel : row + panel, is_last ? end : k));
+                } else {
+                    multiply_panel(p, at, i, row, k, x_row, rows, tile);
+                }
+            }
+            if (p.in_digits() && !p.takes_spans && (end % span == 0 || end == p.blocks))
+                end_span(at, count * rows * panel);
+        }
+        finish<T>(p, at, first, count, x_row, rows);
     }
 }
 
@@ -426,7 +402,8 @@ void compute_tiles(const Problem& p, const Workspace& at, int64_t first, int64_t
     const int halves = p.in_digits() && !w.in_tiles() ? 2 : halves_beside(p.x.rows);
     const bool is_stream = w.in_tiles() && halves * width == rows_of_tile;  // read from end to end
     const int64_t step = w.in_tiles() || halves > 1 ? span : span / 2;      // codes of few rows do not wait for many
-    Ahead ahead(codes_at(w, first, 0), codes_at(w, last, 0), after);
+    const int64_t further = p.can_span && p.x.rows > span_rows ? bytes_of_span - bytes_of_stream : 0;
+    Ahead ahead(codes_at(w, first, 0) + further, codes_at(w, last, 0), after);
     for (int64_t row = first, next = 0; row < last; row = next) {
         next = row + halves * width;
         const int64_t v = row % panel / width;

@@ -1,7 +1,7 @@
 // One product of x with low-bit weights: how it is cut and planned, what workers hold, and the scales of a panel.
 #pragma once
 
-#include "tiles.h"
+#include "spans.h"
 #include "whole_pairs.h"
 
 namespace metate::cpu::METATE_ISA {
@@ -12,22 +12,23 @@ constexpr int64_t small_group = 16;  // below, weights are scaled instead of sum
 constexpr int64_t operations_to_pack = 6;  // a number of x
 static_assert(blocks_at_once >= span * few_rows);
 
-constexpr int64_t most_panels = 4;  // of a piece; of many rows of x 2, or totals push x out of the second-level cache
+constexpr int64_t most_panels = 4;  // of a piece; of many rows of floats 2, or totals push x out of the second cache
 
 // How the result is cut: pieces of `panels` panels of W's rows.
 struct Cut {
     int64_t panels, pieces;
 };
 
-inline Cut cut_of(int64_t rows, int64_t n) {
-    const int64_t all = ceil_div(n, panel), most = rows >= 64 ? 2 : most_panels, spread = ceil_div(all, 32);
+inline Cut cut_of(int64_t rows, int64_t n, bool in_bytes) {
+    const int64_t all = ceil_div(n, panel), spread = ceil_div(all, 32);
+    const int64_t most = rows >= 64 && !in_bytes ? 2 : most_panels;
     const int64_t panels = smaller(most, spread > 1 ? spread : 1);
     return {panels, ceil_div(all, panels)};
 }
 
 // Of x, up to which codes are looked up again for every few rows: decoded once, they would leave the first-level cache.
 METATE_FN constexpr int64_t most_rows_in_tiles(bool pairs, int digits) {
-    return (pairs ? 16 : digits == 1 ? 8 : digits == 0 && width == 16 ? 4 : 1) * most_tiled_rows;
+    return (pairs ? 16 : digits == 1 ? 2 : digits == 0 && width == 16 ? 4 : 1) * most_tiled_rows;
 }
 
 // What a worker needs for one piece.
@@ -37,7 +38,8 @@ struct Workspace {
     float *totals, *earlier;      // of the present span of blocks, and of those before it
     float *scales, *corrections;  // of `window` groups for each panel
     int32_t *codes, *centers;     // of products in whole numbers, like the values and the scales
-    int64_t* first_group;         // of each panel's window, -1: nothing loaded
+    bool* have_moves;             // of each panel's window: its centers are moves
+    int64_t* first_group;         // the same, -1: nothing loaded
     int32_t* quarter_sums;        // where codes are read row by row: of products in whole numbers,
     float* chunk_sums;            // and in floats
     float* turn_sums;             // of one row of x: of two strips
@@ -87,6 +89,7 @@ struct Problem {
     UnitTerms* units;
     bool sums_scaled, can_dot, can_sum;
     bool can_tile, takes_tiles;   // few rows
+    bool can_span, takes_spans;   // many rows of whole numbers of one digit
     bool dots_rows, sums_chunks;  // by rows of codes: in whole numbers, in floats
     bool can_turn, takes_turns;   // one row of x
 
@@ -96,7 +99,7 @@ struct Problem {
           pairs(takes_pairs(call, values)),
           arithmetic(pairs ? Arithmetic{} : arithmetic_of(call, values, small_group)),
           whole_pairs(call.x.size[0] >= many_rows && can_take_whole_pairs(call.w, arithmetic)),
-          cut(cut_of(call.x.size[0], call.w.rows)),
+          cut(cut_of(call.x.size[0], call.w.rows, arithmetic.digits == 1)),
           plans(nullptr),
           integer_plans(nullptr),
           blocks(ceil_div(call.w.columns, block)),
@@ -105,15 +108,17 @@ struct Problem {
           can_tile(can_take_tiles(call.w, arithmetic)),
           takes_tiles(can_tile && call.x.size[0] >= (can_dot ? 2 : 1) &&
                       call.x.size[0] <= most_rows_in_tiles(pairs, arithmetic.digits)),
+          can_span(can_tile && arithmetic.digits == 1),
+          takes_spans(can_span && !takes_tiles && call.x.size[0] > few_rows),
           dots_rows(can_dot && !takes_tiles && call.x.size[0] <= few_rows),
           sums_chunks(can_sum && call.x.size[0] <= few_rows) {
         const int64_t groups_of_block = smaller(block, (block - 2) / call.w.group_size + 2);
         const bool are_many = call.x.size[0] >= many_rows && !in_digits() && call.w.group_size >= small_group;
-        blocks_together = are_many ? span : 1;
+        blocks_together = are_many ? span : can_span ? blocks_in_bytes : 1;
         rows_at_once = in_digits() ? 256 : 512;
         const int64_t run = span * block, group = call.w.group_size;
         const int64_t groups_of_span = run % group ? (run - 2) / group + 2 : run / group;
-        window = round_up(are_many || takes_tiles ? groups_of_span : groups_of_block, width);
+        window = round_up(are_many || takes_tiles || can_span ? groups_of_span : groups_of_block, width);
         most_groups = larger(most_panels * window, can_tile ? round_up(groups_of_span, width) : 0);
         units = nullptr;
         can_turn = (can_dot || can_sum) && !pairs && can_take_turns(call.w, arithmetic);
@@ -137,9 +142,11 @@ struct Problem {
     int64_t group_of(int64_t k, int c) const {
         return arithmetic.digits ? integer_plans[k].segments[c].group : plans[k].chunks[c].group;
     }
+    // What sums of segments are multiplied by.
+    const int32_t* terms_of(int64_t k) const { return integers.line(k, 0) + integers.terms_at(); }
     // What corrections are multiplied by.
     float x_sum_of(int64_t k, int c) const {
-        return arithmetic.digits ? bit_cast<float>(integers.line(k, 0)[integers.totals_at() + c]) : x.sums_of(k, 0)[c];
+        return arithmetic.digits ? bit_cast<float>(terms_of(k)[segment_terms * c + total_term]) : x.sums_of(k, 0)[c];
     }
     bool is_corrected_by(int64_t k, int c) const { return arithmetic.digits || plans[k].chunks[c].is_last; }
     bool is_corrected() const {
@@ -150,12 +157,13 @@ struct Problem {
         Workspace at{};
         at.words = arena.take<int32_t>(2 * most_words);
         at.values = in_digits() ? nullptr : arena.take<float>(blocks_together * x.words() * panel);
-        at.codes = arithmetic.digits ? arena.take<int32_t>(block / 4 * panel) : nullptr;
+        at.codes = arithmetic.digits ? arena.take<int32_t>(blocks_in_bytes * block / 4 * panel) : nullptr;
         at.totals = arena.take<float>(most_panels * smaller(rows_at_once, x.rows) * panel);
         at.earlier = arena.take<float>(most_panels * smaller(rows_at_once, x.rows) * panel);
         at.scales = arena.take<float>(most_groups * panel);
         at.corrections = is_corrected() ? arena.take<float>(most_groups * panel) : nullptr;
         at.centers = arithmetic.digits && has_own_centers(call.w) ? arena.take<int32_t>(most_groups * panel) : nullptr;
+        at.have_moves = arena.take<bool>(most_panels);
         at.first_group = arena.take<int64_t>(most_panels);
         at.room = can_tile ? arena.take<int32_t>(2 * span * words_of_block) : nullptr;
         at.turn_sums = can_turn ? arena.take<float>(2 * turn_sums) : nullptr;
@@ -195,6 +203,8 @@ inline void load_window(const Problem& p, const Workspace& at, int64_t panel_num
         if (at.centers && !p.takes_turns)
             load_centers(at.centers + offset + v * width, panel, w, row + v * width, first, groups);
     }
+    at.have_moves[panel_number] = at.centers && p.can_span && (p.takes_tiles || p.takes_spans) &&
+                                  to_moves(at.centers + offset, groups, row + width < w.rows ? halves : 1, w.bits);
     if (halves == 3) fetch_levels(w, row + panel, first);  // after the loads, which would wait for it
 }
 

@@ -45,7 +45,7 @@ inline void set_terms(const SpreadRows& to, const IntegerRows& from, int count, 
         int32_t digit_sums[3] = {};  // of the higher two, and of the last
         for (int d = 0; d < to.digits; ++d)
             digit_sums[to.digits == 1 ? 1 : d] = static_cast<int16_t>(line[from.sums_at() + s * to.digits + d]);
-        const float step = bit_cast<float>(line[from.steps_at() + s]);
+        const float step = bit_cast<float>(line[from.terms_at() + segment_terms * s + step_term]);
         to.terms_of(k, row)[s] = {-center * (digit_sums[0] * 256 + digit_sums[1]), -center * digit_sums[2],
                                   to.used[k] < to.digits ? step * radix : step};
     }
@@ -235,7 +235,7 @@ METATE_FN void add_row(const QuarterSums from, int64_t k, const IntegerTile t, c
         whole[part] = splat(0);
     }
     float* const total = t.total + m * panel + v * width;
-    vf result = load(total);
+    vf result = load(total), of_group = splat(0.0f);
     const auto add_segment = [&](int s) __attribute__((always_inline)) {
         const int64_t at = (t.segments[s].group - t.first_group) * panel + v * width;
         vf value;
@@ -243,9 +243,13 @@ METATE_FN void add_row(const QuarterSums from, int64_t k, const IntegerTile t, c
             value = centered_sum<digits, used>(whole, load(t.centers + at), line + t.sums_at + s * digits, t.radix);
         else
             value = centered_sum<used>(whole, terms[s], t.radix);
-        result = fma(value * splat(terms[s].step), load(t.scales + at), result);
+        of_group = fma(value, splat(terms[s].step), of_group);
+        if (!t.segments[s].is_last) return;
+        result = fma(of_group, load(t.scales + at), result);
+        of_group = splat(0.0f);
         if (t.corrections)
-            result = fma(splat(bit_cast<float>(line[t.totals_at + s])), load(t.corrections + at), result);
+            result = fma(splat(bit_cast<float>(line[t.terms_at + segment_terms * s + total_term])),
+                         load(t.corrections + at), result);
     };
     int s = 0;
 #pragma GCC unroll 4

@@ -52,7 +52,6 @@ METATE_FN constexpr int blocks_of_unit(int digits) {
 struct UnitTerms {
     int32_t high[width], low[width];
     int32_t digit_sums[3][width], groups[width], first_group;
-    float steps[width];
     bool has_last;  // of the digits
 };
 
@@ -78,7 +77,6 @@ inline void set_unit(UnitTerms& to, const SpreadRows& x, const IntegerRows& from
         to.low[lane] = term.low;
         to.groups[lane] = static_cast<int32_t>(plans[k].segments[s].group) - to.first_group;
         for (int d = 0; d < x.digits; ++d) to.digit_sums[d][lane] = line[from.sums_at() + s * x.digits + d];
-        to.steps[lane] = bit_cast<float>(line[from.steps_at() + s]);
         to.has_last |= x.digits == 3 && x.used[k] == 3;
     }
 }
@@ -115,9 +113,9 @@ METATE_FN vi center_of(const TurnCodes& w, const UnitTerms& terms) {
     return bit_and(sub(splat(-w.zero), spread), splat(0xffff));
 }
 
-// What centered_sum() finds, times the step.
+// What centered_sum() finds.
 template <int digits>
-METATE_FN vf stepped_sum(vi high, vi low, const TurnCodes& w, const UnitTerms& terms, float radix) {
+METATE_FN vf whole_sum(vi high, vi low, const TurnCodes& w, const UnitTerms& terms, float radix) {
     vi high_term = load(terms.high), low_term = load(terms.low);
     if (w.zeros) {
         const vi center = center_of(w, terms);
@@ -130,7 +128,7 @@ METATE_FN vf stepped_sum(vi high, vi low, const TurnCodes& w, const UnitTerms& t
     vf value = to_float(add(high, high_term));
     if (digits == 3)
         value = terms.has_last ? fma(value, splat(radix), to_float(add(low, low_term))) : value * splat(radix);
-    return value * load(terms.steps);
+    return value;
 }
 
 // A unit of one row whose numbers have one digit, and of x what stands beside it.
@@ -150,7 +148,7 @@ METATE_FN void sum_unit(float* to, const TurnCodes& w, int64_t read, const vi (&
         for (int half = 0; half < 2; ++half)
             vnni_add_dot(sums[i], has_table ? lookup_bytes(entries, both[half]) : both[half], x[i][half]);
     }
-    store(to, stepped_sum<1>(sum_parts(sums), splat(0), w, terms, 0));
+    store(to, whole_sum<1>(sum_parts(sums), splat(0), w, terms, 0));
 }
 
 // Sums of some blocks of `rows` rows, which share what is loaded of x: a unit of a row a vector, the rows of a unit one
@@ -205,7 +203,7 @@ __attribute__((noinline)) void sum_row_as(float* to, const TurnCodes& w, const i
             const auto halve = [](vi a, vi b) { return add(join_even_parts(a, b), join_odd_parts(a, b)); };
             return halve(halve(x[0], x[1]), halve(x[2], x[3]));
         };
-        store(to, stepped_sum<digits>(joined(high), terms->has_last ? joined(low) : splat(0), w, *terms, radix));
+        store(to, whole_sum<digits>(joined(high), terms->has_last ? joined(low) : splat(0), w, *terms, radix));
     }
 }
 

@@ -184,13 +184,13 @@ METATE_FN void multiply_tiles(int64_t n, const Tile& tile, const PanelWords& wor
 enum class Found {
     centered,      // themselves, less a center that all have
     own_centered,  // less one for every row and group
+    moved,         // the same, moved to one that all have
     bytes,         // those of a table
+    decoded,       // themselves: they are such bytes already
 };
 
-// Of x, at once, with so many digits; and halves of a panel beside each other. More than fill the registers are split.
-METATE_FN constexpr int most_digit_rows(int digits) {
-    return digits == 3 ? 4 : static_cast<int>(most_tiled_rows);
-}
+// Of x, at once; and halves of a panel beside each other. More than fill the registers are split.
+constexpr int most_digit_rows = 4;
 METATE_FN constexpr int halves_of_digits(int rows, int digits) {
     return digits == 3 ? 1 : halves_beside(rows);
 }
@@ -209,19 +209,24 @@ METATE_FN void multiply_digit_tile(const IntegerTile& t, const PanelWords& words
         asm("" : "+r"(x[r]));  // as in multiply_tile_blocks
     }
     vi sum[used][together][rows][halves];
+    vf part[rows][halves] = {};  // of a group
+    vi move[halves] = {};
     int64_t at = 0, digit_at[used];
     const auto begin = [&](int s) __attribute__((always_inline)) {
         const Segment& segment = t.segments[s];
         at = (segment.group - t.first_group) * panel;
         vi center[halves] = {};
 #pragma GCC unroll 2
-        for (int v = 0; found == Found::own_centered && v < halves; ++v) center[v] = load(t.centers + at + v * width);
+        for (int v = 0; v < halves; ++v) {
+            if (found == Found::own_centered) center[v] = load(t.centers + at + v * width);
+            if (found == Found::moved) move[v] = load(t.centers + at + v * width);
+        }
 #pragma GCC unroll 3
         for (int d = 0; d < used; ++d) {
             digit_at[d] = segment.offset * digits + d * segment.quads - segment.first_quad;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
-                const vi start = d < last ? splat(0) : splat(x[r][t.starts_at + 2 * s + d - last]);
+                const vi start = d < last ? splat(0) : splat(x[r][t.terms_at + segment_terms * s + t.start + d - last]);
 #pragma GCC unroll 2
                 for (int v = 0; v < halves; ++v) {
 #pragma GCC unroll 2
@@ -232,12 +237,9 @@ METATE_FN void multiply_digit_tile(const IntegerTile& t, const PanelWords& words
         }
     };
     const auto end = [&](int s) __attribute__((always_inline)) {
-        vf scale[halves], correction[halves];
-#pragma GCC unroll 2
-        for (int v = 0; v < halves; ++v) scale[v] = load(t.scales + at + v * width);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            vf step = splat(bit_cast<float>(x[r][t.steps_at + s]));
+            vf step = splat(bit_cast<float>(x[r][t.terms_at + segment_terms * s + step_term]));
             if (used < digits) step = step * splat(t.radix);
 #pragma GCC unroll 2
             for (int v = 0; v < halves; ++v) {
@@ -246,20 +248,27 @@ METATE_FN void multiply_digit_tile(const IntegerTile& t, const PanelWords& words
                 if (last) whole = add(shift_left(sum[0][0][r][v], 8), whole);
                 vf value = to_float(whole);
                 if (used == 3) value = fma(value, splat(t.radix), to_float(sum[used - 1][0][r][v]));
-                float* const total = t.total + r * panel + v * width;
-                store(total, fma(value * step, scale[v], load(total)));
+                part[r][v] = fma(value, step, part[r][v]);
             }
         }
-        if (!t.corrections) return;
-#pragma GCC unroll 2
-        for (int v = 0; v < halves; ++v) correction[v] = load(t.corrections + at + v * width);
+        if (digits < 3 && !t.segments[s].is_last) return;  // of three digits, every one is
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            const vf x_sum = splat(bit_cast<float>(x[r][t.totals_at + s]));
 #pragma GCC unroll 2
             for (int v = 0; v < halves; ++v) {
                 float* const total = t.total + r * panel + v * width;
-                store(total, fma(x_sum, correction[v], load(total)));
+                store(total, fma(part[r][v], load(t.scales + at + v * width), load(total)));
+                part[r][v] = splat(0.0f);
+            }
+        }
+        if (!t.corrections) return;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+            const vf x_sum = splat(bit_cast<float>(x[r][t.terms_at + segment_terms * s + total_term]));
+#pragma GCC unroll 2
+            for (int v = 0; v < halves; ++v) {
+                float* const total = t.total + r * panel + v * width;
+                store(total, fma(x_sum, load(t.corrections + at + v * width), load(total)));
             }
         }
     };
@@ -275,6 +284,7 @@ METATE_FN void multiply_digit_tile(const IntegerTile& t, const PanelWords& words
                 const vi word = load(words.halves[v] + q / 2 * rows_of_tile);
                 codes[v] = bit_and(q % 2 ? shift_right(word, 4) : word, mask);
                 if (found == Found::bytes) codes[v] = lookup_bytes(entries, codes[v]);
+                if (found == Found::moved) codes[v] = add(codes[v], move[v]);
                 if (q % 2) ahead.fetch();
             }
 #pragma GCC unroll 3
@@ -312,7 +322,7 @@ __attribute__((noinline)) void multiply_digits_as(IntegerTile t, const IntegerPl
     later = ahead;
 }
 
-template <int digits, int rows = most_digit_rows(digits)>
+template <int digits, int rows = most_digit_rows>
 METATE_FN void multiply_digits(int64_t n, const IntegerTile& tile, const IntegerPlan* plan, int64_t blocks,
                                int64_t apart, const PanelWords& words, const ByteTable& table, Ahead& ahead) {
     if constexpr (rows > 1) {
@@ -320,6 +330,9 @@ METATE_FN void multiply_digits(int64_t n, const IntegerTile& tile, const Integer
     }
     if (table.unit)
         multiply_digits_as<rows, digits, Found::bytes>(tile, plan, blocks, apart, words, table, ahead);
+    else if (digits == 1 && tile.are_moves)
+        multiply_digits_as<rows, digits, digits == 1 ? Found::moved : Found::own_centered>(tile, plan, blocks, apart,
+                                                                                           words, table, ahead);
     else if (tile.centers)
         multiply_digits_as<rows, digits, Found::own_centered>(tile, plan, blocks, apart, words, table, ahead);
     else

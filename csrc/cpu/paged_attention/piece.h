@@ -21,7 +21,7 @@ constexpr int max_heads = 8;
 // How far ahead rows are asked for that are read in their order: by more than the keys that are read in turn, or the
 // last of them would be read before they are asked for. What is asked for much earlier leaves the first cache level
 // before it is read, for lack of room, and is fetched twice.
-constexpr int64_t lead_bytes = 24576, short_lead_bytes = 8192;
+constexpr int64_t lead = 24576 / Prefetch::batch_bytes, short_lead = 8192 / Prefetch::batch_bytes;
 constexpr int64_t most_cached = 64 << 20;  // bytes of keys and values, of which a last cache may hold a good part
 static_assert(split_keys % tile_keys == 0 && piece_rows % 4 == 0 && packed_rows % 16 == 0);
 
@@ -120,6 +120,10 @@ inline bool fill_pages(const Shape& s, const Piece& piece) {
     return cache.stride[1] == piece.heads * cache.size[3];
 }
 
+METATE_FN int64_t lead_of(const Shape& s, const Piece& piece) {
+    return fill_pages(s, piece) ? lead : short_lead;
+}
+
 // How much of a sequence is a piece: never by the number of workers or what else is in the batch. Few rows take some
 // heads together, which lie side by side; very many are pieces enough without a split of the keys.
 struct Cut {
@@ -132,12 +136,13 @@ Cut cut_of(const Shape& s, const Sequence& seq) {
     const int64_t keys = blocks > 2 ? round_up(larger(seq.keys, 1), split_keys) : 4 * split_keys;
     return {1, round_up(ceil_div(rows, blocks), 4), keys, true};
 }
-// Where the rows of a tile lie: of the piece's first head, and the bytes to the next head; and the memory that those of
-// all heads are.
+// Where the rows of a tile lie: of the piece's first head, and the bytes to the next head; and what is asked for of
+// those of all heads, in the order of memory.
 struct Rows {
     const uint8_t* at[tile_keys];
     int64_t next_head;
-    Run *runs, *end;
+    const uint8_t** batches;
+    int64_t count;  // of batches
 };
 
 // The keys of a tile.
@@ -155,7 +160,7 @@ struct Scratch {
     uint8_t* rows;             // room for rows whose elements do not stand side by side
     Tile* tile;
     Row* row;
-    Run* runs;
+    const uint8_t** batches;
     Prefetch* ahead;
     float* lanes;          // q, as multiply_keys_by_lanes takes it
     float *keys, *values;  // packed, of a block
@@ -244,6 +249,12 @@ inline Shape shape_of(const PagedAttention& a) {
     return s;
 }
 
+// At most, of the keys of a tile, or its values, and of their scales.
+inline int64_t most_batches(const Shape& s) {
+    const int64_t bytes = larger(s.a.k_cache.size[3], s.a.v_cache.size[3]) * bytes_of(s.a.k_cache.dtype);
+    return tile_keys * s.heads * (ceil_div(bytes, Prefetch::batch_bytes) + 2);
+}
+
 inline Scratch take_scratch(const Shape& s, Arena& arena) {
     const int64_t rows = round_up(larger(s.heads * piece_rows, s.packs ? packed_rows : 0), width);
     const int64_t tiles = s.packs ? s.tiles : 1;
@@ -258,13 +269,13 @@ inline Scratch take_scratch(const Shape& s, Arena& arena) {
     my.v_scale = arena.take<float>(larger(s.heads, tiles) * tile_keys);
     my.rows = arena.take<uint8_t>(tile_keys * max_key_dim * 4);
     my.tile = arena.take<Tile>(2 * tiles);
-    const int64_t most_runs = tile_keys * s.heads;  // of the keys of a tile, or its values
-    Run* runs = arena.take<Run>(4 * tiles * most_runs);
+    const int64_t most = most_batches(s);
+    const uint8_t** batches = arena.take<const uint8_t*>(4 * tiles * most);
     for (int64_t i = 0; arena.base && i < 2 * tiles; ++i) {
-        my.tile[i].k.runs = my.tile[i].k.end = runs + 2 * i * most_runs;
-        my.tile[i].v.runs = my.tile[i].v.end = runs + (2 * i + 1) * most_runs;
+        my.tile[i].k.batches = batches + 2 * i * most;
+        my.tile[i].v.batches = batches + (2 * i + 1) * most;
     }
-    my.runs = arena.take<Run>(2 * tiles * most_runs);
+    my.batches = arena.take<const uint8_t*>(Prefetch::last + 2 * tiles * most);
     my.row = arena.take<Row>(rows);
     my.ahead = arena.take<Prefetch>(1);
     if (s.packs) my.keys = arena.take<float>(tiles * tile_keys * s.q_stride);
@@ -313,26 +324,27 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
 
 // Tiles.
 
-// Rows and heads that lie beside each other are one run.
+// Adds to what is asked for: of each key of a tile that is seen, what lies at(key), `bytes` for each head.
+template <class At>
+METATE_FN void ask_for(const Piece& piece, const Tile& tile, int64_t next_head, int64_t bytes, Rows& rows,
+                       const At& at) {
+    const int64_t heads = next_head == bytes ? 1 : piece.heads, length = heads == 1 ? piece.heads * bytes : bytes;
+    const uint8_t *end = nullptr, *next = nullptr, **to = rows.batches + rows.count;
+    for (uint64_t left = tile.some; left; left &= left - 1) {
+        const uint8_t* p = at(__builtin_ctzll(left));
+        for (int64_t h = 0; h < heads; ++h, p += next_head) {
+            if (p != end) next = p;
+            for (end = p + length; next < end; next += Prefetch::batch_bytes) *to++ = next;
+        }
+    }
+    rows.count = to - rows.batches;
+}
+
 METATE_FN void place_rows(const View<4>& cache, const Piece& piece, const Tile& tile, Rows& rows) {
     for (int64_t j = 0; j < tile_keys; ++j) rows.at[j] = row_of(cache, tile.slot[j], piece.head);
     rows.next_head = cache.stride[2] * bytes_of(cache.dtype);
-    const int64_t bytes = cache.size[3] * bytes_of(cache.dtype);
-    const bool beside = cache.stride[3] == 1 && cache.stride[2] == cache.size[3];
-    const int64_t heads = beside ? 1 : piece.heads, length = beside ? piece.heads * bytes : bytes;
-    Run* to = rows.runs;
-    const uint8_t* end = nullptr;
-    for (uint64_t left = tile.some; left; left &= left - 1) {
-        for (int64_t h = 0; h < heads; ++h) {
-            const uint8_t* at = rows.at[__builtin_ctzll(left)] + h * rows.next_head;
-            if (at == end)
-                to[-1].end += length;
-            else
-                *to++ = {at, at + length};
-            end = at + length;
-        }
-    }
-    rows.end = to;
+    ask_for(piece, tile, rows.next_head, cache.size[3] * bytes_of(cache.dtype), rows,
+            [&](int j) { return rows.at[j]; });
 }
 
 // Of the keys of a piece those that some row sees, and those that all rows see.
@@ -360,8 +372,7 @@ inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, cons
     tile.key = key;
     tile.count = smaller(range.end - key, tile_keys);
     tile.some = 0;
-    tile.k.end = tile.k.runs;
-    tile.v.end = tile.v.runs;
+    tile.k.count = tile.v.count = 0;
     if (tile.count <= 0) return;
     const bool all = range.all_begin <= key && key + tile_keys <= range.all_end;
     for (int64_t r = 0; r < piece.rows; ++r)
@@ -380,18 +391,17 @@ inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, cons
     for (int64_t j = 0; j < tile_keys; ++j) {
         if (!(tile.some >> j & 1)) tile.slot[j] = tile.slot[seen];
     }
-    place_rows(s.a.k_cache, piece, tile, tile.k);
-    place_rows(s.a.v_cache, piece, tile, tile.v);
-    if (!s.a.k_scale) return;
-    const View<3>* const caches[] = {&s.a.k_scale, &s.a.v_scale};
-    for (const View<3>* scales : caches) {
-        uintptr_t last = 0;
-        for (int64_t j = 0; j < tile.count; ++j) {
-            const auto line = reinterpret_cast<uintptr_t>(scale_at(*scales, tile.slot[j], piece.head)) / 64;
-            if (line != last) __builtin_prefetch(reinterpret_cast<const void*>(line * 64));
-            last = line;
+    if (s.a.k_scale) {
+        constexpr auto bytes = static_cast<int64_t>(sizeof(float));
+        const View<3>* const both[] = {&s.a.k_scale, &s.a.v_scale};  // which are read together, after the keys
+        for (const View<3>* scales : both) {
+            ask_for(piece, tile, scales->stride[2] * bytes, bytes, tile.k, [&](int j) {
+                return reinterpret_cast<const uint8_t*>(scale_at(*scales, tile.slot[j], piece.head));
+            });
         }
     }
+    place_rows(s.a.k_cache, piece, tile, tile.k);
+    place_rows(s.a.v_cache, piece, tile, tile.v);
 }
 
 // The first keys of another piece, to be asked for: those that its first row sees.
@@ -514,17 +524,6 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
     }
 }
 
-// Copies what some runs have from byte `first` to byte `last`; returns the end.
-inline Run* cut(const Rows& rows, int64_t first, int64_t last, Run* to) {
-    for (const Run* run = rows.runs; run != rows.end && last > 0; ++run) {
-        const int64_t bytes = run->end - run->at;
-        if (first < bytes) *to++ = {run->at + larger(first, 0), run->at + smaller(last, bytes)};
-        first -= bytes;
-        last -= bytes;
-    }
-    return to;
-}
-
 // Tiles one after the other, or blocks of them, of which keys are read, then values. What is packed is asked for at
 // once, while what comes before it is computed.
 struct Stream {
@@ -534,19 +533,23 @@ struct Stream {
 
     // Starts to ask, in `steps` steps, for what is read after the keys of a tile, or after its values.
     void advance(const Shape& s, const Piece& piece, bool after_values, int64_t steps, const Scratch& my) const {
-        Run* end = my.runs;
+        const auto add = [&](const Rows& rows, int64_t first, int64_t last) {
+            my.ahead->add(rows.batches + smaller(first, rows.count),
+                          smaller(last, rows.count) - smaller(first, rows.count));
+        };
+        my.ahead->clear();
         if (in_order(s, piece)) {
-            const int64_t lead = fill_pages(s, piece) ? lead_bytes : short_lead_bytes;
-            end = cut(after_values ? tile->v : tile->k, lead, INT64_MAX, end);
-            end = cut(after_values || !has_values ? next->k : tile->v, 0, lead, end);
-            return my.ahead->begin(my.runs, end, steps);
+            const int64_t n = lead_of(s, piece);
+            add(after_values ? tile->v : tile->k, n, INT64_MAX);
+            add(after_values || !has_values ? next->k : tile->v, 0, n);
+        } else {
+            for (int64_t t = 0; t < tiles && (after_values || !has_values); ++t) {
+                add(next[t].k, 0, INT64_MAX);
+                if (piece.packed && has_values) add(next[t].v, 0, INT64_MAX);
+            }
+            if (!after_values && has_values) add(tile->v, 0, INT64_MAX);
         }
-        for (int64_t t = 0; t < tiles && (after_values || !has_values); ++t) {
-            end = cut(next[t].k, 0, INT64_MAX, end);
-            if (piece.packed && has_values) end = cut(next[t].v, 0, INT64_MAX, end);
-        }
-        if (!after_values && has_values) end = cut(tile->v, 0, INT64_MAX, end);
-        my.ahead->begin(my.runs, end, steps);
+        my.ahead->begin(steps);
     }
 };
 
@@ -563,6 +566,9 @@ void for_tiles(const Shape& s, const Sequence& seq, const Piece& piece, const Pi
     };
     const int64_t begin = range.begin / keys * keys;
     place(begin, tile);
+    const Rows& asked = tile->k;
+    my.ahead->start(my.batches, asked.batches,
+                    in_order(s, piece) ? smaller(lead_of(s, piece), asked.count) : asked.count);
     for (int64_t key = begin; key < range.end; key += keys) {
         place(key + keys, next);
         if (key + keys >= range.end && following) place_first_tile(s, *following, *next);

@@ -504,6 +504,7 @@ struct IntegerTile {
     float radix;
     float *total, *earlier;  // of the span, and of those before it: rows `panel` floats apart
     bool begins, ends;       // the span, where that is done here
+    bool are_groups;         // every segment is all of its group
     int fetched;             // lines of codes, beside each segment with dwords of tiles
     const uint8_t* ahead;    // what to fetch beside products in words: lines `row_bytes` apart
     int64_t row_bytes;
@@ -544,6 +545,15 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& tile) {
     constexpr int last = used > 1 ? 1 : 0;  // of the digits whose sums are joined as whole numbers
     const IntegerTile t = tile;             // which no store to the totals can change
     vf part[rows][2] = {};                  // of a group
+    const auto scale = [&](vf gathered, int s, int64_t at, int r, int v) __attribute__((always_inline)) {
+        float* const total = t.total + r * panel + v * width;
+        vf result = fma(gathered, load(t.scales + at + v * width), load(total));
+        if (t.corrections) {
+            const float x_sum = bit_cast<float>(t.x[r * t.stride + t.terms_at + segment_terms * s + total_term]);
+            result = fma(splat(x_sum), load(t.corrections + at + v * width), result);
+        }
+        store(total, result);
+    };
     const uint8_t* ahead = t.ahead;
     for (int s = 0; s < t.count; ++s) {
         const Segment segment = t.segments[s];
@@ -610,19 +620,18 @@ __attribute__((noinline)) void multiply_segments(const IntegerTile& tile) {
                     whole = add(multiply_words(whole, splat(0x00010001)), start_of<own_centers>(t, s, r, 0, center[v]));
                 vf value = to_float(whole);
                 if (used == 3) value = fma(value, splat(t.radix), to_float(sum[0][used - 1][r][v]));
-                part[r][v] = fma(value, step, part[r][v]);
+                if (digits == 3 || t.are_groups)
+                    scale(value * step, s, at, r, v);
+                else
+                    part[r][v] = fma(value, step, part[r][v]);
             }
         }
-        if (digits < 3 && !segment.is_last) continue;  // of three digits, every one is
+        if (digits == 3 || t.are_groups || !segment.is_last) continue;
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
-            const vf x_sum = splat(bit_cast<float>(t.x[r * t.stride + t.terms_at + segment_terms * s + total_term]));
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
-                float* const total = t.total + r * panel + v * width;
-                vf result = fma(part[r][v], load(t.scales + at + v * width), load(total));
-                if (t.corrections) result = fma(x_sum, load(t.corrections + at + v * width), result);
-                store(total, result);
+                scale(part[r][v], s, at, r, v);
                 part[r][v] = splat(0.0f);
             }
         }

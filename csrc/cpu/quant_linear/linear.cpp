@@ -29,6 +29,7 @@ IntegerTile integer_tile(const Problem& p, const Workspace& at, int64_t panel_nu
             tile.earlier,
             tile.begins,
             tile.ends,
+            p.call.w.group_size <= longest && longest % p.call.w.group_size == 0,
             0,
             nullptr,
             0};

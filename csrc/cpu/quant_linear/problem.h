@@ -28,7 +28,7 @@ inline Cut cut_of(int64_t rows, int64_t n, bool in_bytes) {
 
 // Of x, up to which codes are looked up again for every few rows: decoded once, they would leave the first-level cache.
 METATE_FN constexpr int64_t most_rows_in_tiles(bool pairs, int digits) {
-    return (pairs ? 16 : digits == 1 ? 2 : digits == 0 && width == 16 ? 4 : 1) * most_tiled_rows;
+    return (pairs ? 16 : digits == 1 ? 5 : digits == 0 && width == 16 ? 4 : 1) * most_tiled_rows;
 }
 
 // What a worker needs for one piece.
@@ -203,7 +203,8 @@ inline void load_window(const Problem& p, const Workspace& at, int64_t panel_num
         if (at.centers && !p.takes_turns)
             load_centers(at.centers + offset + v * width, panel, w, row + v * width, first, groups);
     }
-    at.have_moves[panel_number] = at.centers && p.can_span && (p.takes_tiles || p.takes_spans) &&
+    // One or two rows multiply their starts by centers in less time than codes move.
+    at.have_moves[panel_number] = at.centers && p.can_span && p.x.rows > 2 && (p.takes_tiles || p.takes_spans) &&
                                   to_moves(at.centers + offset, groups, row + width < w.rows ? halves : 1, w.bits);
     if (halves == 3) fetch_levels(w, row + panel, first);  // after the loads, which would wait for it
 }

@@ -74,7 +74,7 @@ struct SegmentCodes {
 };
 
 // Some blocks with a few rows of x, whose lines are `apart` dwords apart from one block to the next.
-template <int rows, Found found, int start>
+template <int rows, Found found, int start, bool are_groups>
 [[gnu::noinline]] void multiply_span_tile(const IntegerTile& tile, const PanelWords& words, const IntegerPlan* plan,
                                           int64_t blocks, int64_t apart, const ByteTable& table, Ahead& later) {
     constexpr int quads = longest / 4, together = rows > 4 ? 1 : 2;
@@ -90,8 +90,9 @@ template <int rows, Found found, int start>
         x[i] = t.x + 3 * i * stride;
         asm("" : "+r"(x[i]));
     }
-    vf part[rows][2] = {};  // of a group
-    if (t.begins) store_totals(t.total, part);
+    vf part[rows][2] = {};  // of a group, or of all where segments are groups
+    if (t.begins && !are_groups) store_totals(t.total, part);
+    if (!t.begins && are_groups) load_totals(part, t.total);
     for (const IntegerPlan* const end = plan + blocks; plan < end; ++plan) {
         const int32_t *digits[bases], *terms[bases];
 #pragma GCC unroll 4
@@ -121,6 +122,7 @@ template <int rows, Found found, int start>
                 }
             }
             codes.end();
+            const int64_t at = (segment->group - t.first_group) * panel;
             for (int i = 0; found != Found::decoded && i < t.fetched; ++i) ahead.fetch();
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
@@ -128,11 +130,17 @@ template <int rows, Found found, int start>
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v) {
                     const vi whole = together > 1 ? add(sum[0][r][v], sum[together - 1][r][v]) : sum[0][r][v];
-                    part[r][v] = fma(to_float(whole), step, part[r][v]);
+                    if (!are_groups) {
+                        part[r][v] = fma(to_float(whole), step, part[r][v]);
+                        continue;
+                    }
+                    part[r][v] = fma(to_float(whole) * step, load(t.scales + at + v * width), part[r][v]);
+                    if (t.corrections)
+                        part[r][v] = fma(splat(bit_cast<float>(terms[r / 3][r % 3 * stride + total_term])),
+                                         load(t.corrections + at + v * width), part[r][v]);
                 }
             }
-            if (segment->is_last) {
-                const int64_t at = (segment->group - t.first_group) * panel;
+            if (!are_groups && segment->is_last) {
                 float* total = t.total;
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; ++r, total += panel) {
@@ -152,8 +160,9 @@ template <int rows, Found found, int start>
         }
     }
     later = ahead;
+    if (are_groups && !t.ends) store_totals(t.total, part);
     if (!t.ends) return;
-    load_totals(part, t.total);
+    if (!are_groups) load_totals(part, t.total);
     add_totals(t.earlier, part);
 }
 
@@ -165,7 +174,8 @@ METATE_FN void multiply_span_rows(int64_t n, const IntegerTile& tile, const Pane
         if (n < rows)
             return multiply_span_rows<found, start, rows - 1>(n, tile, words, plan, blocks, apart, table, ahead);
     }
-    multiply_span_tile<rows, found, start>(tile, words, plan, blocks, apart, table, ahead);
+    tile.are_groups ? multiply_span_tile<rows, found, start, true>(tile, words, plan, blocks, apart, table, ahead)
+                    : multiply_span_tile<rows, found, start, false>(tile, words, plan, blocks, apart, table, ahead);
 }
 
 // The same with dwords of tiles.

@@ -116,6 +116,7 @@ def grouped_linear(
             added (Hu et al. 2022).
         int8_activations: round every chunk of at most 32 columns of a row to 8 bits before it meets a low-bit w, as
             `quant_linear` does with activation="int8": a relative error of about 8e-3, and no gradients.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         (rows, out_features), dtype of x. A row depends on no other row, bit for bit. Gradients reach x, dense w, bias,

@@ -168,6 +168,7 @@ def moe_route(
         drop: which choices an expert drops: those behind its capacity in order of position, first choices before
             second ones, or those of least weight ("probability").
         generator: of the random numbers.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Returns:
         Route. Of equal scores the lower expert number is chosen. Gradients reach logits through the weights.

@@ -259,6 +259,7 @@ def append_kv(
             finite everywhere gives a scale that is not finite.
         rotary_cos, rotary_sin: (max_positions, R / 2) float32, positions: (tokens) int32 or int64: rotates the first R
             columns of every head of k, in pairs (2i, 2i + 1) if interleaved, (i, i + R / 2) if not.
+        backend: "cpu", "cuda", "triton" or "reference"; None takes the first that accepts the call.
 
     Raises:
         ValueError: before anything is written, for a slot or position out of range, or a slot given twice (CPU).

@@ -372,5 +372,21 @@ def test_explain_says_why():
     assert explanation.backend and set(explanation.refusals) < {"cpu", "cuda", "triton", "reference"}
     with metate.use("reference"):
         assert metate.explain(metate.attention, q, q, q).backend == "reference"
+
+
+def test_explain_says_what_is_not_built(monkeypatch):
+    op, q = REGISTRY["attention"], torch.randn(1, 4, 2, 8)
+    monkeypatch.setattr(op, "_implementations", {"cpu": {"reference": op.fallback}})
+    monkeypatch.setattr(op, "_plans", {})
+    monkeypatch.setattr(op, "_direct", ())
+    monkeypatch.setattr(library, "load", lambda: {"cpu": library.Module(None, "not built: run `pip install .`")})
+    explanation = metate.explain(metate.attention, q, q, q)
+    assert explanation.backend == "reference" and explanation.refusals["cpu"] == "not built: run `pip install .`"
+    assert "not available for cpu tensors" in explanation.refusals["triton"]
+    with pytest.raises(NotImplementedError, match=r"runs this call .cpu: not built: run `pip install"):
+        metate.attention(q, q, q, backend="cpu")
+
+
+def test_use_names_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"metate.use: backend is 'gpu', expected 'cpu'"), metate.use("gpu"):
         pass

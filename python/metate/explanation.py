@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from metate import backends
+from metate import backends, library
 from metate.backends import BACKENDS, State, within
 from metate.errors import fail
 from metate.op import Args, Captured, Op
@@ -44,7 +44,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     available = op.implementations(device)
     for name in BACKENDS:
         if name not in available:
-            refusals[name] = f"not available for {device} tensors here"
+            refusals[name] = library.unavailable(name, device)
         elif (reason := op.refusal(name, call)) is not None:
             refusals[name] = reason
     for name in available:

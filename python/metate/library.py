@@ -141,6 +141,17 @@ def load() -> dict[str, Module]:
     return {backend: _load(backend) for backend in ("cpu", "cuda")}
 
 
+def missing(device: str) -> str:
+    """Why there are no compiled kernels for tensors of a device type; "" where there are, or never were any."""
+    return load()[device].missing if device in load() else ""
+
+
+def unavailable(backend: str, device: str) -> str:
+    """Why a backend has nothing for tensors of a device type."""
+    why = missing(device) if backend == device else ""
+    return why or f"not available for {device} tensors here; `metate info` says why"
+
+
 def _load(backend: str) -> Module:
     name = f"metate._{backend}"
     if importlib.util.find_spec(name) is None:

@@ -300,14 +300,13 @@ class Op:
                 return name, backend
             reasons[name] = reason
         if forced is not None and forced not in available:
-            reasons[forced] = f"not available for {device} tensors here; `metate info` says why"
+            reasons[forced] = library.unavailable(forced, device)
         raise NotImplementedError(f"metate.{self.public}: no backend runs this call ({_join(reasons)})")
 
     def _warn_of_reference(self, device: str, refusals: Mapping[str, str]) -> None:
         """Where it stands in for a kernel; on a CPU it is what computes what the kernel refuses, as float64."""
         if device not in self.implementations(device):
-            missing = library.load()[device].missing if device in ("cpu", "cuda") else ""
-            refusals = {device: missing or "no kernel of this operator", **refusals}
+            refusals = {device: library.missing(device) or "no kernel of this operator", **refusals}
         elif device == "cpu":
             return
         _warn(f"metate.{self.public} runs on its slow reference: {_join(refusals)}; see `metate info`")

@@ -199,6 +199,16 @@ def test_a_stopped_bench_keeps_what_it_has_measured(monkeypatch, tmp_path):
     assert len(record["rows"]) == len(measured) and record["command"].endswith("(stopped)")
 
 
+def test_records_of_families_stand_side_by_side(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metate.cli.run_bench", lambda command, families, effort, path: places.append(path) or True)
+    places = []
+    for family in ("attention", "moe"):
+        metate("bench", family)
+    metate("bench")
+    assert [path.name for path in places] == ["attention.json", "moe.json", "bench.json"]
+
+
 def test_bench_names_what_it_does_not_know():
     shown = metate("bench", "--help")
     assert all(family in shown for family in run.families())

@@ -257,7 +257,7 @@ def bench(
     ] = None,
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", help="where the record goes, HTML and PNG beside it; default: metate-bench/bench.json"),
+        typer.Option("--json", help="where the record goes, HTML and PNG beside it; default: metate-bench/FAMILY.json"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="small shapes, few repetitions, nothing to compile")] = False,
     largest: Annotated[float | None, typer.Option(help="only cases of at most so many operations, say 1e9")] = None,
@@ -275,14 +275,15 @@ def bench(
     if largest is not None:
         effort = dataclasses.replace(effort, largest=largest)
         command.append(f"--largest {largest:g}".replace("e+", "e"))
-    if not run_bench(" ".join(command), [family] if family else list(families), effort, json_path or _results()):
+    path = json_path or _results(family or "bench")
+    if not run_bench(" ".join(command), [family] if family else list(families), effort, path):
         raise typer.Exit(1)
 
 
-def _results() -> Path:
-    """In a checkout its bench/results/latest, else a folder here."""
+def _results(name: str) -> Path:
+    """In a checkout its bench/results/latest, else a folder here: no family's record takes the place of another's."""
     folder = Path("bench/results/latest") if Path("bench/run.py").exists() else Path("metate-bench")
-    return folder / "bench.json"
+    return folder / f"{name}.json"
 
 
 def run_bench(command: str, families: list[str], effort: Any, path: Path) -> bool:
@@ -449,7 +450,7 @@ def demo(
     ops, dtypes = list(REGISTRY.values()), [torch.float32, torch.bfloat16]
     right = show_checks([check for check in engine.parity(ops, dtypes, _where(ops, None, None)) if check.number < 8])
     console.rule("bench", align="left")
-    right &= run_bench("metate demo", ["attention"], run.QUICK, _results())
+    right &= run_bench("metate demo", ["attention"], run.QUICK, _results("demo"))
     console.rule("train", align="left")
     if not (play(console) and right):
         raise typer.Exit(1)

@@ -1,6 +1,7 @@
 """transformers loads GPTQ, AWQ and bitsandbytes checkpoints on our kernels; the dequantised model is the truth."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 
@@ -195,6 +196,19 @@ def test_quantises_a_dense_checkpoint(options, tmp_path):
             expected = quantize_nf4(weight, nested=True)
         assert torch.equal(loaded.get_submodule(name).dequantize(), expected.dequantize())
     assert (loaded(TOKENS).logits - model(TOKENS).logits).norm() < 0.2 * model(TOKENS).logits.norm()
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_parameters_are_counted_without_the_package(options, tmp_path):
+    """transformers' Trainer asks at every step, and transformers itself imports bitsandbytes to answer."""
+    dense = llama()
+    dense.save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=hf.BitsAndBytesConfig(**options), dtype=torch.float32)
+    for model_of_it in (model, copy.deepcopy(model)):
+        assert model_of_it.num_parameters() == dense.num_parameters()
+        assert model_of_it.num_parameters(exclude_embeddings=True) == dense.num_parameters(exclude_embeddings=True)
+    model.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == 0
 
 
 def test_dequantises_and_refuses_to_save(tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,7 @@ class _Quantizer(HfQuantizer):
             if weight is not None:
                 bias = None if layer.bias is None else layer.bias.requires_grad_(False)
                 model.set_submodule(name, QuantLinear(weight, bias).train(layer.training))
+        model.__dict__["num_parameters"] = MethodType(num_parameters, model)
         return model
 
     def is_dense(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -107,6 +109,18 @@ class _Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """transformers' of that name (which its Trainer calls), without bitsandbytes' package; low-bit weights count."""
+    excluded: set[int] = set()
+    if exclude_embeddings:
+        excluded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = sum(
+        p.numel() for p in model.parameters() if id(p) not in excluded and (p.requires_grad or not only_trainable)
+    )
+    low_bit = [m for m in model.modules() if isinstance(m, QuantLinear) and not only_trainable]
+    return found + sum(layer.in_features * layer.out_features for layer in low_bit)
 
 
 class _GPTQ(_Quantizer):

@@ -8,6 +8,7 @@ import torch
 from conftest import outputs, run, same_bits
 
 import metate
+from metate import quant
 from metate.compat import faiss
 from metate.models import Llama, LlamaConfig
 from metate.nn import MoE, ProductQuantizer
@@ -133,3 +134,48 @@ def test_layers(setting):
     again = ProductQuantizer(16, 4, 4)
     again.fit(x)
     assert torch.equal(again.encode(x), codes)
+
+
+QUANTISERS = {
+    "nf4": (lambda w, c: quant.quantize_nf4(w), "bitsandbytes"),
+    "fp4, nested": (lambda w, c: quant.quantize_fp4(w, nested=True), "bitsandbytes"),
+    "rtn": (lambda w, c: quant.quantize_rtn(w, 4, 16, symmetric=False), "gptq"),
+    "hqq": (lambda w, c: quant.quantize_hqq(w, 4, 16), "metate"),
+    "fp8": (lambda w, c: quant.quantize_fp8(w, (16, 16)), "metate"),
+    "gptq": (lambda w, c: quant.quantize_gptq(w, c, 4, 16, act_order=True, static_groups=True), "gptq"),
+    "awq": (lambda w, c: quant.quantize_awq(w, c, 4, 16)[0], "awq"),
+}
+
+
+def use_quantiser(name, folder):
+    """A weight to low bits, to a file and back; both as dense ones."""
+    quantise, method = QUANTISERS[name]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=generator, dtype=torch.float32, device="cpu")
+    inputs = torch.randn(40, 64, generator=generator, dtype=torch.float32, device="cpu")
+    found = quantise(weight, quant.Calibration(64).add(inputs))
+    quant.save_quantized(folder, {"a": found}, method)
+    read = quant.load_quantized(folder)["a"]
+    return [found.dequantize(), read.dequantize(), metate.quant_linear(inputs, read)]
+
+
+@setting
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_quantisers(name, setting, tmp_path):
+    with setting():
+        got = use_quantiser(name, tmp_path)
+    expected = use_quantiser(name, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(got[:2], expected[:2], strict=True))
+    if setting is not SETTINGS["autocast"]:
+        assert torch.equal(got[2], expected[2])
+
+
+def test_codebooks_are_those_of_any_caller(tmp_path):
+    """Whatever is set where they are first wanted: they are kept."""
+    with default(device="meta"), torch.inference_mode():
+        for name in ("nf4", "fp4, nested", "fp8"):
+            QUANTISERS[name][0](torch.randn(16, 64, device="cpu"), None)
+    x = torch.randn(3, 64, requires_grad=True)
+    for name in ("nf4", "fp4, nested", "fp8"):
+        metate.quant_linear(x, QUANTISERS[name][0](torch.randn(16, 64), None)).sum().backward()
+    assert x.grad.isfinite().all()

@@ -54,7 +54,7 @@ def _packed_rows(words: Tensor) -> Tensor:
     """(K, M) words of gemm -> (8 M, ⌈K / 2⌉): two inputs a byte, row by row."""
     words = torch.nn.functional.pad(words, (0, 0, 0, words.shape[0] % 2))
     low, high = words[0::2], words[1::2]
-    packed = torch.empty(words.shape[1], 8, low.shape[0], dtype=torch.uint8)
+    packed = torch.empty(words.shape[1], 8, low.shape[0], dtype=torch.uint8, device=words.device)
     for column in range(8):
         shift = 4 * _ORDER.index(column)
         packed[:, column] = (low >> shift & 15 | (high >> shift & 15) << 4).to(torch.uint8).t()
@@ -134,7 +134,7 @@ def write(weight: QuantizedWeight) -> dict[str, Tensor]:
         raise fail("quant.awq.write", "weight", weight, expected, error=FormatError)
     zeros = weight.zeros if weight.zeros is not None else torch.zeros_like(weight.scales, dtype=torch.uint8)
     codes = weight.in_rows().codes
-    qweight = torch.empty(columns, rows // 8, dtype=torch.int32)
+    qweight = torch.empty(columns, rows // 8, dtype=torch.int32, device=codes.device)
     for part in blocks(rows, columns, 8):
         qweight[:, part.start // 8 : part.stop // 8] = _words(unpack_codes(codes[part], 4, columns))
     return {

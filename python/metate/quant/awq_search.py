@@ -17,7 +17,7 @@ from metate.memory import allocate
 from metate.quant.calibration import Calibration, check_calibration
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.rtn import affine
-from metate.quant.settings import blocks
+from metate.quant.settings import blocks, in_own_dtypes
 
 _STEPS = 20  # exponents of the scale that are tried
 _ROWS = 1024  # of all layers of the same inputs, by which scales are judged
@@ -25,6 +25,7 @@ _CUTS = 10  # ranges that are tried, from the whole one down to a half
 _LEAST = 1e-4
 
 
+@in_own_dtypes
 def search_awq_scale(
     weights: Sequence[Tensor],
     calibration: Calibration,
@@ -74,7 +75,7 @@ def _scales(magnitude: Tensor, share: Tensor) -> Iterator[Tensor]:
 
 def _mean_share(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """Mean over all rows of a column's magnitude, relative to the largest of its group."""
-    total, rows = torch.zeros(weights[0].shape[1], device=weights[0].device), 0
+    total, rows = torch.zeros(weights[0].shape[1], dtype=torch.float32, device=weights[0].device), 0
     for weight in weights:
         groups = grouped(weight.detach().float().abs(), group_size)
         share = groups / (groups.amax(2, keepdim=True) + 1e-6)
@@ -95,6 +96,7 @@ def _loss(weights: Sequence[Tensor], scale: Tensor, hessian: Tensor, grid: Grid,
     return loss
 
 
+@in_own_dtypes
 def quantize_awq(
     weight: Tensor,
     calibration: Calibration,

@@ -6,7 +6,6 @@ scales; Dettmers et al. 2022 (LLM.int8()). Codes and states have the bits that t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch import Tensor
 from metate.errors import FormatError, fail, require_dense
 from metate.low_bit import QuantizedWeight, pack_codes, unpack_codes
 from metate.memory import allocate
-from metate.quant.settings import Settings, as_bytes, blocks, complain, parse_json, take
+from metate.quant.settings import Settings, as_bytes, blocks, complain, json_bytes, on_cpu, parse_json, take
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE = "quant_state.bitsandbytes__"
@@ -37,6 +36,7 @@ _CODES = {
 
 
 @cache
+@on_cpu
 def codebook(quant_type: str) -> Tensor:
     """The 16 values of "nf4" or "fp4" in [-1, 1], float32, in the order of the codes."""
     values = torch.tensor(_CODES[quant_type], dtype=torch.float32)
@@ -44,6 +44,7 @@ def codebook(quant_type: str) -> Tensor:
 
 
 @cache
+@on_cpu
 def dynamic_map(signed: bool = True, exponent_bits: int = 7, bits: int = 8) -> Tensor:
     """The dynamic type: 2**bits float32 values up to 1, ascending, denser towards 0, of `exponent_bits` decades."""
     values = [0.0, 1.0]
@@ -150,7 +151,7 @@ class State4bit:
             found |= {"nested_absmax": self.nested_absmax, "nested_quant_map": self.nested_map}
             members |= {"nested_blocksize": self.nested_size, "nested_dtype": "float32"}
             members["nested_offset"] = self.nested_offset
-        found[STATE + self.quant_type] = torch.tensor(list(json.dumps(members).encode()), dtype=torch.uint8)
+        found[STATE + self.quant_type] = json_bytes(members)
         return found
 
     @staticmethod

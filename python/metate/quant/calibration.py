@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metate.errors import fail
+from metate.quant.settings import in_own_dtypes
 
 
 class Calibration:
@@ -18,9 +19,10 @@ class Calibration:
         if type(in_features) is not int or in_features < 1:
             raise fail("Calibration", "in_features", repr(in_features), "an integer, 1 or more")
         self.count = 0
-        self._moments = torch.zeros(in_features, in_features, device=device)
-        self._magnitudes = torch.zeros(in_features, device=device)
+        self._moments = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._magnitudes = torch.zeros(in_features, dtype=torch.float32, device=device)
 
+    @in_own_dtypes
     def add(self, x: Tensor) -> Calibration:
         """Inputs (…, in_features), floating."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -48,6 +50,7 @@ class Calibration:
         """E|x|, (K)."""
         return self._magnitudes / max(1, self.count)
 
+    @in_own_dtypes
     def output_error(self, difference: Tensor) -> float:
         """E ‖ΔW x‖², for a difference of two weights (N, K)."""
         delta = difference.float()

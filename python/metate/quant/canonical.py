@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from metate.low_bit import FLOATS, QuantizedWeight
 from metate.ops.moe import QuantizedExperts
-from metate.quant.settings import Settings, complain, parse_json, take
+from metate.quant.settings import Settings, complain, json_bytes, parse_json, take
 
 MARK = "quantized_weight"
 FIELDS = {
@@ -50,4 +49,4 @@ def numbers_of(weight: QuantizedWeight | QuantizedExperts) -> Tensor:
         "shape": list(weight.shape), "bits": weight.bits, "group_size": weight.group_size, "zero": weight.zero,
         "super_groups": weight.super_groups,
     }  # fmt: skip
-    return torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)
+    return json_bytes(numbers)

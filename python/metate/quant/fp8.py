@@ -12,7 +12,7 @@ from metate.errors import fail
 from metate.low_bit import FLOATS, QuantizedWeight
 from metate.memory import allocate
 from metate.quant.grid import checked
-from metate.quant.settings import Settings, as_bytes, blocks, complain, take
+from metate.quant.settings import Settings, as_bytes, blocks, complain, on_cpu, take
 from metate.scalars import is_whole, plain
 
 _LARGEST = 448.0
@@ -20,6 +20,7 @@ _BLOCK = (128, 128)
 
 
 @cache
+@on_cpu
 def codebook() -> Tensor:
     """The value of every byte, float32."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -75,7 +76,7 @@ def quantize_fp8(weight: Tensor, block: tuple[int, int] = _BLOCK) -> QuantizedWe
     rows, columns = weight.shape
     height, width = min(height, rows), min(width, columns)
     codes = allocate((rows, columns), torch.uint8, weight.device)
-    scales = torch.empty(-(-rows // height), -(-columns // width), device=weight.device)
+    scales = torch.empty(-(-rows // height), -(-columns // width), dtype=torch.float32, device=weight.device)
     for part in blocks(rows, columns, height):
         values = weight[part].detach().float()
         padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -values.shape[0] % height))

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from metate.quant.settings import on_cpu
+
 # How many values a coordinate takes, how many coordinates a point has, and of each point, the first coordinate running
 # fastest, a bit that says whether it is in the grid: deflated, in base 85. The format numbers points in this order.
 _GRIDS = {
@@ -56,6 +58,7 @@ _GRIDS = {
 
 
 @cache
+@on_cpu
 def points(grid: str) -> Tensor:
     """(points, coordinates) uint8: the places of the coordinates in the list of values that they take."""
     values, coordinates, text = _GRIDS[grid]

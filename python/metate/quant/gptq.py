@@ -111,9 +111,9 @@ def _groups(
     if int(index.min()) < 0 or int(index.max()) >= groups:
         raise complain("g_idx", f"from {int(index.min())} to {int(index.max())}", f"0 to {groups - 1}")
     ordered, order = index.long().sort(stable=True)
-    permutation = None if torch.equal(order, torch.arange(columns)) else order
+    permutation = None if torch.equal(order, torch.arange(columns, device=index.device)) else order
     group_size = min(given or -(-columns // groups), columns)
-    expected = torch.arange(columns) // group_size
+    expected = torch.arange(columns, device=index.device) // group_size
     if torch.equal(ordered, expected) and groups == -(-columns // group_size):
         return group_size, permutation, None
     starts = [0, *((ordered[1:] != ordered[:-1]).nonzero().flatten() + 1).tolist()]  # groups of unequal length
@@ -180,7 +180,7 @@ def write(weight: QuantizedWeight, version: str = "gptq") -> dict[str, Tensor]:
     if int(zeros.min()) < 0 or int(zeros.max()) >= 2**bits:
         raise _unwritable("zeros", f"{int(zeros.min())} to {int(zeros.max())}", f"0 to {2**bits - 1}")
     stored = (zeros - int(version == "gptq")).remainder(2**bits).to(torch.uint8)
-    group = torch.arange(columns, dtype=torch.int32) // weight.group_size
+    group = torch.arange(columns, dtype=torch.int32, device=weight.scales.device) // weight.group_size
     codes = weight.in_rows().codes
     if weight.permutation is not None:
         order = weight.permutation.long()

@@ -17,11 +17,13 @@ from metate.low_bit import QuantizedWeight, pack_codes
 from metate.quant.calibration import Calibration, check_calibration
 from metate.quant.grid import Grid, checked, grouped
 from metate.quant.rtn import affine
+from metate.quant.settings import in_own_dtypes
 
 _BLOCK = 128  # columns whose errors are spread at once over the rest
 _ATTEMPTS = 6  # each with ten times the damping
 
 
+@in_own_dtypes
 def quantize_gptq(
     weight: Tensor,
     calibration: Calibration,

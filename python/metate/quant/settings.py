@@ -7,16 +7,41 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from metate.errors import FormatError, fail
+from metate.op import below_autocast
 
 _BLOCK = 1 << 20  # weights that a conversion unpacks at a time
+_Given, _Made = ParamSpec("_Given"), TypeVar("_Made")
+
+
+def on_cpu(make: Callable[_Given, Tensor]) -> Callable[_Given, Tensor]:
+    """Of tensors that are kept: made on the CPU for any use, whatever device and mode are set at the first."""
+
+    @wraps(make)
+    def made(*args: _Given.args, **kwargs: _Given.kwargs) -> Tensor:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return made
+
+
+def in_own_dtypes(run: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Autocast changes no dtype in it."""
+
+    @wraps(run)
+    def ran(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        with below_autocast():
+            return run(*args, **kwargs)
+
+    return ran
 
 
 def complain(argument: str, got: object, expected: str, op: str = "load_quantized") -> FormatError:
@@ -124,11 +149,16 @@ def blocks(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def json_bytes(members: Mapping[str, Any]) -> Tensor:
+    """A JSON object as a tensor of bytes, as safetensors files hold one beside a weight."""
+    return torch.tensor(list(json.dumps(members).encode()), dtype=torch.uint8, device="cpu")
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The little-endian bytes of a tensor, the last dimension grown accordingly."""
     tensor = tensor.contiguous()
     if tensor.stride(-1) != 1:  # of one element, and then contiguous with any stride
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.view(torch.uint8)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from metate.errors import FormatError, fail
 from metate.low_bit import ROWS_OF_TILE, TILES, fit_tiles, rows_of, tiles_of
 from metate.ops.quant_linear import QuantizedWeight, quant_linear
 from metate.quant import bitsandbytes as format
-from metate.quant.settings import Settings, parse_json
+from metate.quant.settings import Settings, json_bytes, parse_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PREFIX = format.STATE
@@ -123,7 +122,7 @@ class QuantState:
         offset = second = None
         if "nested_absmax" in given:
             numbers.text("nested_dtype", "float32", "float32")
-            offset = torch.tensor(numbers.number("nested_offset"), device=device)
+            offset = torch.tensor(numbers.number("nested_offset"), dtype=torch.float32, device=device)
             second = cls(
                 given["nested_absmax"].to(device), code=given["nested_quant_map"].to(device),
                 blocksize=numbers.integer("nested_blocksize", None, 1, 2**31), dtype=torch.float32,
@@ -149,8 +148,8 @@ class QuantState:
         if not packed or self.quant_type is None:
             return members
         tensors = {name: value for name, value in members.items() if isinstance(value, Tensor)}
-        text = json.dumps({name: value for name, value in members.items() if name not in tensors})
-        return {**tensors, _PREFIX + self.quant_type: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+        others = {name: value for name, value in members.items() if name not in tensors}
+        return {**tensors, _PREFIX + self.quant_type: json_bytes(others)}
 
     def to(self, device: torch.device | str | None) -> None:
         """Moves it, in place."""

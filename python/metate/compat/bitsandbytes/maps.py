@@ -19,7 +19,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
     """Evenly spaced values; with `add_zero`, or of fewer than 8 bits, 0 is one of them."""
     with_zero = signed and (add_zero or total_bits < 8)
-    values = torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - with_zero)
+    values = torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - with_zero, dtype=torch.float32)
     half = values.numel() // 2
     return torch.cat([values[:half], values.new_zeros(_SIZE - values.numel()), values[half:]])
 
@@ -27,12 +27,13 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
     """Quantiles of the normal distribution from that of `offset` on, one more of them above 0 than below."""
     sides = [_quantiles(offset, 9 if use_extra_value else 8), _quantiles(offset, 8)]
-    values = torch.tensor(_sorted_with_zeros([*sides[0], *(-value for value in sides[1])]))
+    values = torch.tensor(_sorted_with_zeros([*sides[0], *(-value for value in sides[1])]), dtype=torch.float32)
     return values / values.max()
 
 
 def _quantiles(offset: float, count: int) -> list[float]:
-    quantiles: Tensor = torch.special.ndtri(torch.linspace(offset, 0.5, count)[:-1].double())
+    shares = torch.linspace(offset, 0.5, count, dtype=torch.float32, device="cpu")
+    quantiles: Tensor = torch.special.ndtri(shares[:-1].double())
     return quantiles.tolist()
 
 

@@ -166,7 +166,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             state[f"state{place}"] = torch.zeros_like(p, dtype=torch.uint8 if small else torch.float32)
             if small:
                 state[f"qmap{place}"] = format.dynamic_map(place == 1).to(p.device)
-                state[f"absmax{place}"] = torch.zeros(-(-p.numel() // _BLOCK), device=p.device)
+                state[f"absmax{place}"] = torch.zeros(-(-p.numel() // _BLOCK), dtype=torch.float32, device=p.device)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, the tensors of every parameter in a dict of their own."""

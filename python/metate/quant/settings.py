@@ -19,7 +19,8 @@ from metate.errors import FormatError, fail
 from metate.op import below_autocast
 
 _BLOCK = 1 << 20  # weights that a conversion unpacks at a time
-_Given, _Made = ParamSpec("_Given"), TypeVar("_Made")
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 
 def on_cpu(make: Callable[_Given, Tensor]) -> Callable[_Given, Tensor]:

@@ -91,7 +91,9 @@ constexpr bool has_dots = has_bf16_dots<S> || is_whole<S>;
 template <class S>
 constexpr int elements_of_word = has_dots<S> ? 2 : 1;
 template <class S>
-constexpr int block_of = __is_same(S, pairs<e4m3>) ? 2 * block : block;  // elements of a row that are read at a time
+constexpr bool is_wide = __is_same(S, pairs<e4m3>) || __is_same(S, whole<int8_t>);
+template <class S>
+constexpr int block_of = is_wide<S> ? 2 * block : block;  // elements of a row that are read at a time
 template <class S>
 constexpr int vectors_of_block = block_of<S> / width / elements_of_word<S>;  // of a row of keys
 template <class S>
@@ -136,12 +138,24 @@ METATE_FN vi add_product(vi sum, vi a, vi b) {
     vnni_add_word_dot(sum, a, b);
     return sum;
 }
-METATE_FN vi load_codes(const uint8_t* p, int64_t n, whole<int8_t>) {
-    return load_words(reinterpret_cast<const int8_t*>(p), n);
-}
-METATE_FN vi load_codes(const uint8_t* p, int64_t n, whole<nibbles>) {
+METATE_FN void take_codes(const uint8_t* p, int64_t n, vi (&x)[1], whole<nibbles>) {
     const vi codes = load_wide(p, smaller((n + 1) / 2, width));
-    return sub_words(bit_and(bit_or(codes, shift_left(codes, 12)), splat(0x000f000f)), splat(0x00080008));
+    x[0] = sub_words(bit_and(bit_or(codes, shift_left(codes, 12)), splat(0x000f000f)), splat(0x00080008));
+}
+// Bytes as words: the even ones, then the odd ones.
+METATE_FN void widen_bytes(vi codes, vi& even, vi& odd) {
+    const vi sign = splat(0x00800080);
+    even = sub_words(exor(bit_and(codes, splat(0x00ff00ff)), sign), sign);
+    odd = sub_words(exor(shift_right_words(codes, 8), sign), sign);
+}
+METATE_FN void take_codes(const uint8_t* p, int64_t n, vi (&x)[2], whole<int8_t>) {
+    widen_bytes(load_bytes(p, n), x[0], x[1]);
+}
+METATE_FN void take_codes(const uint8_t* first, const uint8_t* second, int64_t n, vi (&x)[4], whole<int8_t>) {
+    vi low = load_bytes(first, n), high = load_bytes(second, n);
+    zip_parts(low, high);
+    widen_bytes(low, x[0], x[1]);
+    widen_bytes(high, x[2], x[3]);
 }
 #endif
 
@@ -197,7 +211,7 @@ METATE_FN void take_pairs(const uint8_t* p, int64_t n, vi (&x)[1], pairs<nibbles
 template <class S>
 METATE_FN void take_key(const uint8_t* p, int64_t n, Words<S> (&x)[vectors_of_block<S>]) {
     if constexpr (is_whole<S>)
-        x[0] = load_codes(p, n, S{});
+        take_codes(p, n, x, S{});
     else if constexpr (is_pairs<S>)
         take_pairs(p, n, x, S{});
     else if constexpr (has_dots<S>)
@@ -211,6 +225,8 @@ template <class S>
 METATE_FN void take_values(const uint8_t* first, const uint8_t* second, int64_t n, Words<S> (&x)[block_of<S> / width]) {
     if constexpr (__is_same(S, pairs<e4m3>)) {
         take_pairs(first, second, n, x, S{});
+    } else if constexpr (__is_same(S, whole<int8_t>)) {
+        take_codes(first, second, n, x, S{});
     } else if constexpr (has_dots<S>) {
         Words<S> key[1];
         take_key<S>(first, n, key);
@@ -229,12 +245,14 @@ template <class S>
 METATE_FN constexpr int64_t place(int64_t i) {
     const int64_t inside = i % block_of<S>, before = i - inside;
     if (__is_same(S, pairs<e4m3>)) return before + inside / 8 % 2 * block + inside / 16 * 8 + i % 8;
+    if (__is_same(S, whole<int8_t>)) return before + inside % 2 * block + inside / 2;
     return in_pairs<S> && !has_dots<S> ? before + inside % 2 * width + inside / 2 : i;
 }
 // Which column stands at place i of a row of values.
 template <class S>
 METATE_FN constexpr int64_t column_of(int64_t i) {
     const int64_t inside = i % block_of<S>, before = i - inside, vector = inside / width, lane = i % width;
+    if (__is_same(S, whole<int8_t>)) return before + lane / 4 * 16 + vector / 2 * 8 + lane % 4 * 2 + vector % 2;
     if (has_dots<S>) return before + lane / 4 * (block_of<S> / 4) + vector * 4 + lane % 4;
     return in_pairs<S> ? before + 2 * lane + vector : i;
 }

@@ -309,6 +309,19 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
         for (; i < s.d; ++i) memcpy(line + place<S>(i), from + i * q.stride[3], sizeof(T));
         return;
     }
+#if defined(METATE_HAS_VNNI_FORMS)
+    if constexpr (__is_same(S, whole<int8_t>)) {
+        memset(to, 0, static_cast<size_t>(s.q_stride) * sizeof(float));
+        for (; q.stride[3] == 1 && i + block <= s.d; i += block) {
+            vf even = load(from + i), odd = load(from + i + width);
+            separate(even, odd);
+            store(to + place<S>(i), even);
+            store(to + place<S>(i + 1), odd);
+        }
+        for (; i < s.d; ++i) to[place<S>(i)] = to_float(from[i * q.stride[3]]);
+        return;
+    }
+#endif
     for (; !in_pairs<S> && q.stride[3] == 1 && i + width <= s.d; i += width) store(to + i, load(from + i));
     if (q.stride[3] == 1 && in_pairs<T> && in_pairs<S>) {
         for (; i + block <= s.d; i += block) {
@@ -549,7 +562,7 @@ struct Stream {
             }
             if (!after_values && has_values) add(tile->v, 0, INT64_MAX);
         }
-        my.ahead->begin(steps);
+        my.ahead->begin(steps, in_order(s, piece));
     }
 };
 

@@ -13,7 +13,7 @@ constexpr int group_keys = 16;  // rows of a cache that are written out in produ
 constexpr int64_t line_floats = 16, p_stride = tile_keys + line_floats;
 
 // Asks for what will be read next, a batch of lines at a time between products. A core forgets requests while it waits
-// for as many lines as it can, so that each batch is asked for three times (Zen 5: shuffled pages of 32 KB, read with
+// for as many lines as it can, so that a batch may be asked for three times (Zen 5: shuffled pages of 32 KB, read with
 // eight multiplications a line, came at 0.74 of the speed of linear memory when asked for once, at 0.87 so). It asks
 // the first cache level, though the second may have to keep them: asked alone, that one brought up to a third fewer a
 // second.
@@ -40,8 +40,9 @@ class Prefetch {
         __builtin_memcpy(end_, batches, static_cast<size_t>(count) * sizeof *batches);
         end_ += count;
     }
-    // `steps` calls of fetch() are to ask for everything.
-    void begin(int64_t steps) {
+    // `steps` calls of fetch() are to ask for everything, again and again or, where arithmetic takes longer, once.
+    void begin(int64_t steps, bool repeatedly) {
+        repeatedly_ = repeatedly;
         due_ = 0;
         pace_ = ceil_div(unit * (end_ - next_), larger(steps, 1));
     }
@@ -53,11 +54,10 @@ class Prefetch {
                 pace_ = due_ = 0;
                 return;
             }
-            const uint8_t* const batches[] = {next_[0], next_[-again], next_[-last]};
-#pragma GCC unroll 3
-            for (int n = 0; n < 3; ++n) {
-#pragma GCC unroll 4
-                for (int i = 0; i < batch_lines; ++i) __builtin_prefetch(batches[n] + i * 64);
+            ask(next_[0]);
+            if (width == 16 && repeatedly_) {
+                ask(next_[-again]);
+                ask(next_[-last]);
             }
             ++next_;
             due_ -= unit;
@@ -65,9 +65,14 @@ class Prefetch {
     }
 
   private:
+    static METATE_FN void ask(const uint8_t* batch) {
+#pragma GCC unroll 4
+        for (int i = 0; i < batch_lines; ++i) __builtin_prefetch(batch + i * 64);
+    }
     static constexpr int64_t unit = 1024;  // of a batch
     const uint8_t **room_, **next_, **end_;
     int64_t due_, pace_;
+    bool repeatedly_;
 };
 
 // Rows of one head: of key j at[j], `offset` bytes on.

@@ -562,7 +562,7 @@ struct Stream {
             }
             if (!after_values && has_values) add(tile->v, 0, INT64_MAX);
         }
-        my.ahead->begin(steps, in_order(s, piece));
+        my.ahead->begin(steps);
     }
 };
 

@@ -40,12 +40,12 @@ class Prefetch {
         __builtin_memcpy(end_, batches, static_cast<size_t>(count) * sizeof *batches);
         end_ += count;
     }
-    // `steps` calls of fetch() are to ask for everything, again and again or, where arithmetic takes longer, once.
-    void begin(int64_t steps, bool repeatedly) {
-        repeatedly_ = repeatedly;
+    // `steps` calls of fetch() are to ask for everything.
+    void begin(int64_t steps) {
         due_ = 0;
         pace_ = ceil_div(unit * (end_ - next_), larger(steps, 1));
     }
+    template <bool repeatedly = false>
     METATE_FN void fetch() {
         due_ += pace_;
         if (due_ < unit) return;
@@ -55,7 +55,7 @@ class Prefetch {
                 return;
             }
             ask(next_[0]);
-            if (width == 16 && repeatedly_) {
+            if constexpr (repeatedly) {
                 ask(next_[-again]);
                 ask(next_[-last]);
             }
@@ -72,8 +72,11 @@ class Prefetch {
     static constexpr int64_t unit = 1024;  // of a batch
     const uint8_t **room_, **next_, **end_;
     int64_t due_, pace_;
-    bool repeatedly_;
 };
+
+// Whether products ask for each batch three times: those of floats alone wait for memory enough to gain by it.
+template <class S, int rows>
+constexpr bool asks_again = width == 16 && rows <= 4 && !quantised<S> && !is_whole<S> && !is_pairs<S>;
 
 // Rows of one head: of key j at[j], `offset` bytes on.
 struct Lines {
@@ -137,12 +140,12 @@ __attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_hea
                 };
                 int64_t at = 0;
                 for (; at + columns * beside <= d; at += columns * beside) {
-                    ahead.fetch();
+                    ahead.template fetch<asks_again<S, rows>>();
 #pragma GCC unroll 2
                     for (int i = 0; i < beside; ++i) step(at + i * columns, columns);
                 }
                 for (; at < d; at += columns) {
-                    ahead.fetch();
+                    ahead.template fetch<asks_again<S, rows>>();
                     step(at, smaller(d - at, columns));
                 }
 #pragma GCC unroll 16
@@ -240,7 +243,7 @@ METATE_FN void multiply_columns(const uint8_t* const* values, int64_t offset, in
         }
     }
     const auto add_key = [&](int i, bool has_next) __attribute__((always_inline)) {
-        ahead.fetch();
+        ahead.template fetch<asks_again<S, rows>>();
         const uint8_t *v = values[i] + offset, *next = row_of_zeros;
         if (each == 2 && has_next) next = values[i + 1] + offset;
         Words<S> weight[rows];

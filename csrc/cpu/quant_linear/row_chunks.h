@@ -1,5 +1,5 @@
-// Few rows of x times 4-bit codes as they lie, in floats: the chunks of a row of W fill the lanes, and only their sums are
-// transposed. The same sums in the same order as product.h.
+// Few rows of x times 4-bit codes as they lie, in floats: the chunks of a row of W fill the lanes, and only their sums
+// are transposed. The same sums in the same order as product.h.
 #pragma once
 
 #include "product.h"

@@ -302,11 +302,6 @@ METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {
 METATE_FN void vnni_add_word_dot(vi& sum, vi a, vi b) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
-// The first n <= 2·width signed bytes as words, zeros after them.
-METATE_FN vi load_words(const int8_t* p, int64_t n) {
-    const __mmask32 some = n >= 2 * width ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
-    return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, p));
-}
 METATE_FN vi sub_words(vi a, vi b) {
     return _mm512_sub_epi16(a, b);
 }

@@ -165,10 +165,14 @@ def test_gptq_beats_rounding(layer, calibration, bits, group_size, symmetric):
     assert plain < rounded
     if group_size == 100:
         return
-    for options in ({}, {"static_groups": True}, {"static_groups": True, "mse": True}):
+    errors = []
+    for options in ({"mse": True}, {"static_groups": True}, {"static_groups": True, "mse": True}):
         made = quantize_gptq(layer[0], calibration, bits, group_size, symmetric=symmetric, act_order=True, **options)
-        assert (made.permutation is None) == ("static_groups" in options)
+        assert (made.permutation is None) == ("static_groups" in options or group_size == -1)
         assert output_error(layer, made) < 0.5 * plain, options  # the large inputs first
+        errors.append(output_error(layer, made))
+    if group_size > 0:
+        assert errors[0] < errors[2], "groups of like inputs are better than groups of neighbours"
 
 
 def test_gptq_needs_inputs(layer):

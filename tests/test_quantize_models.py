@@ -79,6 +79,28 @@ def test_calibration_beats_rounding(checkpoint, method):
     assert errors[method] < errors["rtn"]
 
 
+def test_groups_by_the_size_of_inputs(checkpoint, tmp_path):
+    """Written as readers of GPTQ know it: "desc_act", and every column's group in g_idx."""
+    recipe = Recipe("gptq", 4, 32, desc_act=True)
+    quantize_checkpoint(checkpoint, recipe, tmp_path, TEXT, samples=4, length=64)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["desc_act"] and config["checkpoint_format"] == "gptq" and "dynamic" not in config
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in (name for name in tensors if name.endswith("g_idx")):
+        index = tensors[name]
+        assert (index.bincount() == 32).all() and not torch.equal(index, index.sort().values)
+        shared = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
+        assert torch.equal(index, tensors[shared]), "readers that fuse these layers keep one order"
+        assert (tensors[name.replace("g_idx", "qzeros")] == 0x77777777).all(), "8, stored minus one"
+    model, dense = Llama.from_pretrained(tmp_path, dtype=torch.float32), Llama.from_pretrained(checkpoint)
+    again = quantize_decoder(dense, recipe, calibration_tokens(checkpoint, TEXT, 256, 4, 64))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            assert torch.equal(module.dequantize(), again[f"model.{name}"].dequantize()), name
+    with pytest.raises(ValueError, match="desc_act is True with awq, expected gptq"):
+        Recipe("awq", desc_act=True)
+
+
 def test_a_stopped_run_goes_on(checkpoint, tmp_path):
     recipe, tokens = Recipe("gptq", 4, 64), calibration_tokens(checkpoint, TEXT, 256, 2, 64)
 
@@ -191,6 +213,8 @@ def test_the_command_writes_a_checkpoint(checkpoint, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight.nested_absmax" in load_file(tmp_path / "model.safetensors")
     run = CliRunner().invoke(app, [*arguments[:-2], "awq", "--double-quant"])
     assert run.exit_code == 1 and "nf4 or fp4" in run.output
+    run = CliRunner().invoke(app, [*arguments[:-1], "--desc-act"])
+    assert run.exit_code == 1 and "desc_act is True with nf4" in run.output
     run = CliRunner().invoke(app, ["quantize", str(checkpoint), "-o", str(tmp_path), "--format", "gptq"])
     assert run.exit_code == 1 and "calibration text" in run.output
 

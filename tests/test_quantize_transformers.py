@@ -115,13 +115,14 @@ def test_places_of_scales_are_found(family, expected):
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [*((family, "awq") for family in CONFIGS), ("gpt2", "gptq"), ("phi3", "gptq"), ("gemma2", "nf4"), ("opt", "nf4"),
-     ("mamba", "hqq")],
+    [*((family, "awq") for family in CONFIGS), ("gpt2", "gptq"), ("phi3", "gptq"), ("qwen2", "gptq desc_act"),
+     ("gemma2", "nf4"), ("opt", "nf4"), ("mamba", "hqq")],
 )  # fmt: skip
 def test_transformers_reads_what_is_written(family, method, tmp_path):
     dense = model_of(family)
     dense.save_pretrained(tmp_path / "dense")
-    recipe = Recipe(method, 4, 32, nested=method == "nf4")
+    method, *desc_act = method.split()
+    recipe = Recipe(method, 4, 32, nested=method == "nf4", desc_act=bool(desc_act))
     quantize_checkpoint(tmp_path / "dense", recipe, tmp_path / "out", TEXT, samples=4, length=48)
     found = load_quantized(tmp_path / "out")
     with route.quantised():

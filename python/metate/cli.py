@@ -389,6 +389,9 @@ def quantize(
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="round the scales of NF4 and FP4 to 8 bits themselves")
     ] = False,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="groups of GPTQ by the size of inputs, not of neighbours: better, slower")
+    ] = False,
     samples: Annotated[int, typer.Option(help="windows of the calibration text", min=1)] = 64,
     length: Annotated[int, typer.Option(help="tokens of a window", min=1)] = 512,
 ) -> None:
@@ -398,7 +401,7 @@ def quantize(
     try:
         if group_size is None:
             group_size = 64 if method in ("nf4", "fp4") else 128
-        recipe = Recipe(method, bits, group_size, double_quant)
+        recipe = Recipe(method, bits, group_size, double_quant, desc_act)
         if method in CALIBRATED and calibration is None:
             raise ValueError(f"{method} needs a calibration text: --calibration FILE")
         text = calibration.read_text(errors="replace") if calibration else ""

@@ -50,12 +50,15 @@ class Recipe:
     """How weights are quantised: one of METHODS, bits (4 with NF4, FP4 and AWQ), columns that share a scale.
 
     nested: files of NF4 and FP4 hold scales that are rounded to 8 bits themselves ("double quantisation").
+    desc_act: GPTQ's groups are of columns with inputs of like size, the largest first ("activation order"), not of
+        neighbours: nearer to the model, at the price of a gather of every layer's inputs.
     """
 
     method: str
     bits: int = 4
     group_size: int = 128
     nested: bool = False
+    desc_act: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -64,6 +67,8 @@ class Recipe:
             raise fail("quantize_decoder", "bits", self.bits, f"4 with {self.method}")
         if self.nested and METHODS[self.method] != "bitsandbytes":
             raise fail("quantize_decoder", "nested", f"True with {self.method}", "nf4 or fp4")
+        if self.desc_act and self.method != "gptq":
+            raise fail("quantize_decoder", "desc_act", f"True with {self.method}", "gptq")
 
 
 def quantize_decoder(
@@ -186,7 +191,8 @@ def _quantize(weight: Tensor, recipe: Recipe, calibration: Calibration | None, s
         return quantize_rtn(weight, bits, group_size)
     assert calibration is not None
     if recipe.method == "gptq":
-        return quantize_gptq(weight, calibration, bits, group_size, act_order=True, static_groups=True, mse=True)
+        neighbours = not recipe.desc_act
+        return quantize_gptq(weight, calibration, bits, group_size, act_order=True, static_groups=neighbours, mse=True)
     if scale is not None:
         weight = weight / scale  # AWQ multiplies by it again; what came before has it folded in
     return quantize_awq(weight, calibration, bits, group_size, scale=scale)[0]
@@ -339,7 +345,7 @@ def _dense_model(folder: Path) -> Any:
 def _check_format(model: nn.Module, recipe: Recipe) -> None:
     """Whether the format can hold weights of these shapes: better known now than when all are quantised."""
     method = {"gptq": "rtn", "awq": "rtn"}.get(recipe.method, recipe.method)
-    plain = replace(recipe, method=method)
+    plain = replace(recipe, method=method, desc_act=False)
     for shape in dict.fromkeys(tuple(weight.shape) for weight in linears(decoder_layers(model)[1]).values()):
         check_writable(METHODS[recipe.method], _quantize(torch.zeros(shape, dtype=torch.float32), plain, None, None))
 

@@ -68,7 +68,7 @@ def quantize_gptq(
         values, hessian = values[:, order], hessian[order][:, order]
         group = group[order] if static_groups else group
     codes, scales, zeros = _solve(values.t(), hessian, _inverse_factor(hessian, damp), attempts, group.tolist())
-    if order is not None and static_groups:
+    if order is not None and (static_groups or group_size >= values.shape[1]):  # one group has any order
         codes, order = codes[order.argsort()], None
     rows, columns = weight.shape
     packed = pack_codes(codes.t().contiguous(), bits)

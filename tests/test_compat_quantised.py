@@ -14,7 +14,7 @@ import transformers as hf
 from transformers.quantizers import auto
 
 from metate.compat import transformers as route
-from metate.nn import QuantLinear
+from metate.nn import QuantLinear, dequantize_model
 from metate.quant import bitsandbytes as bnb
 from metate.quant import quantize_hqq, quantize_nf4, quantize_rtn, save_quantized
 from metate.quant.checkpoint import load_quantized
@@ -267,6 +267,34 @@ def test_peft_s_lora_trains_on_top(kind, tmp_path):
     assert losses[-1] < losses[0] - 0.5
     after = dict(model.get_base_model().named_buffers())
     assert all(torch.equal(t, after[n if n in after else _inside(n)]) for n, t in before.items())
+
+
+@pytest.mark.parametrize("kind", ["gptq desc_act", "awq", "nf4", "metate"])
+def test_peft_merges_into_the_loaded_model(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    from metate.compat import peft as adapters
+
+    method, quantise = CHECKPOINTS[kind]
+    write(tmp_path, method, quantise)
+    model = load(tmp_path).eval()
+    plain = model(TOKENS).logits
+    adapters.enable()
+    try:
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval()
+        adapted = model(TOKENS).logits
+        model.merge_adapter()
+        rounded = model(TOKENS).logits
+        assert (rounded - adapted).norm() < 0.5 * (plain - adapted).norm()
+        model.unmerge_adapter()
+        assert torch.equal(model(TOKENS).logits, adapted)
+        exact = dequantize_model(copy.deepcopy(model)).merge_and_unload()
+        torch.testing.assert_close(exact(TOKENS).logits, adapted, rtol=1e-3, atol=1e-4)
+        merged = model.merge_and_unload()
+        assert torch.equal(merged(TOKENS).logits, rounded)
+        assert sum(type(module) is QuantLinear for module in merged.modules()) == 14
+    finally:
+        adapters.disable()
 
 
 def _inside(name):

@@ -11,7 +11,7 @@ from torch import nn
 import metate
 from metate import quantize_model
 from metate.nn import LoraLinear, QuantLinear, dequantize_model
-from metate.quant import load_quantized, quantize_hqq, quantize_nf4, quantize_rtn, save_quantized
+from metate.quant import load_quantized, quantize_hqq, quantize_nf4, quantize_rtn, requantize, save_quantized
 
 N, K = 24, 40
 
@@ -381,6 +381,93 @@ def test_peft_merges_into_dense_layers():
     merged = dequantize_model(model).merge_and_unload()
     assert type(merged[0]) is nn.Linear
     torch.testing.assert_close(merged(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def adapters():
+    """PEFT, which knows low-bit layers."""
+    peft = pytest.importorskip("peft")
+    from metate.compat import peft as adapters
+
+    adapters.enable()
+    yield peft
+    adapters.disable()
+
+
+@FORMATS
+def test_peft_merges_into_low_bits(name, adapters):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(name), nn.ReLU(), nn.Linear(N, 8))
+    before = copy.deepcopy(model[0].state_dict())
+    config = adapters.LoraConfig(r=4, lora_alpha=64, target_modules=["0", "2"], init_lora_weights=False)
+    model = adapters.get_peft_model(model, config).eval()
+    low_bit, x = model.base_model.model[0], torch.randn(5, K)
+    plain, truth = (
+        low_bit.base_layer.dequantize(),
+        low_bit.base_layer.dequantize() + low_bit.get_delta_weight("default"),
+    )
+    adapted = low_bit(x)
+    with pytest.warns(UserWarning, match=r"rounds their sum.*dequantize_model"):
+        model.merge_adapter()
+    assert type(low_bit.base_layer) is QuantLinear and low_bit.merged
+    merged = low_bit.base_layer.dequantize()
+    assert (merged - truth).norm() < (1.0 if name == "two levels" else 0.3) * (
+        plain - truth
+    ).norm()  # super scales stay
+    assert torch.equal(merged, requantize(WEIGHTS[name], truth).dequantize())
+    torch.testing.assert_close(low_bit(x), nn.functional.linear(x, merged, low_bit.base_layer.bias))
+    model.unmerge_adapter()
+    state = low_bit.base_layer.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in before.items()), "to the bit"
+    assert torch.equal(low_bit(x), adapted)
+    with model.disable_adapter():
+        assert torch.equal(low_bit(x), nn.Sequential(layer(name))(x))
+    whole = model.merge_and_unload()
+    assert type(whole[0]) is QuantLinear and torch.equal(whole[0].dequantize(), merged)
+
+
+def test_peft_merges_several_adapters_and_their_biases(adapters):
+    frozen = QuantLinear(WEIGHTS["int4"], torch.linspace(-1, 1, N, dtype=torch.bfloat16))
+    config = adapters.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, lora_bias=True)
+    model = adapters.get_peft_model(nn.Sequential(frozen, nn.Linear(N, 2)), config)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    low_bit, weight, bias = model.base_model.model[0], frozen.dequantize(), frozen.bias.clone()
+    shift = sum(low_bit.lora_B[name].bias * low_bit.scaling[name] for name in ("default", "second"))
+    parts = [low_bit.get_delta_weight(name) for name in ("default", "second")]
+    model.merge_adapter()
+    assert low_bit.merged_adapters == ["default", "second"] and frozen.bias.dtype == torch.bfloat16
+    assert torch.equal(frozen.dequantize(), requantize(WEIGHTS["int4"], weight + parts[0] + parts[1]).dequantize())
+    torch.testing.assert_close(frozen.bias, (bias + shift).bfloat16(), rtol=1e-2, atol=1e-2)
+    model.unmerge_adapter()
+    assert torch.equal(frozen.dequantize(), weight) and not low_bit.merged
+    nn.init.constant_(low_bit.lora_A["second"].weight, torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter()
+    assert torch.equal(frozen.dequantize(), weight) and low_bit.merged_adapters == []
+    assert not torch.isnan(frozen.bias).any()
+
+
+def test_what_merging_needs_is_said():
+    """Without the layers of metate.compat.peft."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(layer()), config)
+    for safe in (False, True):
+        with pytest.raises(AttributeError, match=r"compat\.peft\.enable\(\).*dequantize_model"):
+            model.merge_and_unload(safe_merge=safe)
+    assert not hasattr(WEIGHTS["nf4"], "data")
+
+
+@FORMATS
+def test_takes_another_weight(name):
+    module, x = layer("nf4"), torch.randn(3, K)
+    module.weight = WEIGHTS[name]
+    assert torch.equal(module(x), layer(name)(x)) and module.state_dict().keys() == layer(name).state_dict().keys()
+    with pytest.raises(TypeError, match=r"nn\.QuantLinear: weight is Tensor, expected a metate\.QuantizedWeight"):
+        module.weight = torch.ones(N, K)
+    with pytest.raises(ValueError, match="of shape"):
+        module.weight = quantize_nf4(torch.ones(N, K + 1))
 
 
 def test_options_reach_the_quantiser():

@@ -1,5 +1,7 @@
 """Quantisers: each does what its paper says, GPTQ and AWQ beat rounding to nearest, and wrong arguments are named."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from metate.quant import (
     Calibration,
+    bitsandbytes,
     fold_scale,
     quantize_awq,
     quantize_fp8,
@@ -15,8 +18,10 @@ from metate.quant import (
     quantize_int8,
     quantize_nf4,
     quantize_rtn,
+    requantize,
     search_awq_scale,
 )
+from metate.quant.gguf_blocks import TYPES, lower
 from metate.quant.grid import Grid
 
 
@@ -316,3 +321,65 @@ def test_weights_of_other_dtypes_and_strides(layer, dtype):
 def test_wrong_arguments_are_named(layer, calibration, call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(layer[0], calibration)
+
+
+# Other values in the same format.
+
+FORMATS = {
+    "nf4": quantize_nf4,
+    "nf4 in rows of odd length": lambda w: quantize_nf4(w[:, :99]),
+    "4 bits": lambda w: quantize_rtn(w, 4, 32),
+    "4 bits with zeros": lambda w: quantize_rtn(w, 4, 50, symmetric=False),
+    "3 bits": lambda w: quantize_rtn(w, 3, -1),
+    "int8": lambda w: bitsandbytes.lower_int8(bitsandbytes.quantize_int8(w)),
+    "hqq": lambda w: quantize_hqq(w, 4, 50),
+    "fp8": lambda w: quantize_fp8(w, (32, 64)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_values_in_the_same_format(name, layer):
+    quantise = FORMATS[name]
+    weight = quantise(layer[0])
+    dense = weight.dequantize()
+    assert torch.equal(requantize(weight, dense).dequantize(), dense), "what a weight holds it goes on holding"
+    other = dense + 0.4 * dense.std() * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    other[3] *= 2  # beyond the range
+    made = requantize(weight, other)
+    for field, tensor in weight.tensors.items():
+        assert made.tensors[field].shape == tensor.shape and made.tensors[field].dtype == tensor.dtype
+    best = quantise(other).dequantize()
+    assert (made.dequantize() - other).norm() < 1.05 * (best - other).norm()
+    assert (made.dequantize()[3] - other[3]).norm() < 1.05 * (best[3] - other[3]).norm()
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: TYPES[kind].name)
+def test_other_values_in_gguf_blocks(kind):
+    block, g = TYPES[kind], torch.Generator().manual_seed(kind)
+    weight = lower(block, torch.randint(0, 256, (24, 2, block.size), generator=g, dtype=torch.uint8))
+    sane = {name: torch.rand_like(t) + 0.5 for name, t in weight.tensors.items()
+            if name != "codebook" and t.is_floating_point()}  # fmt: skip
+    weight = dataclasses.replace(weight, **sane)
+    dense = weight.dequantize()
+    assert torch.equal(requantize(weight, dense).dequantize(), dense)
+    other = dense + 0.3 * dense.std() * torch.randn_like(dense)
+    made = requantize(weight, other)
+    assert made.nbytes == weight.nbytes and (made.dequantize() - other).norm() < (dense - other).norm()
+
+
+def test_other_values_keep_the_order_of_columns(layer, calibration):
+    weight = quantize_gptq(layer[0], calibration, 4, 32, act_order=True)
+    made = requantize(weight, layer[0])
+    assert made.permutation is weight.permutation
+    assert (made.dequantize() - layer[0]).norm() < 0.12 * layer[0].norm()
+    rows = quantize_rtn(layer[0], 4, 32)
+    assert torch.equal(requantize(rows.in_tiles(), layer[0]).codes, requantize(rows, layer[0]).codes)
+
+
+def test_other_values_that_do_not_fit_are_refused(layer):
+    weight = quantize_nf4(layer[0])
+    for values, message in ((layer[0][:3], "values is shape"), (layer[0] * torch.nan, "not finite")):
+        with pytest.raises(ValueError, match=message):
+            requantize(weight, values)
+    with pytest.raises(TypeError, match="weight is Tensor"):
+        requantize(layer[0], layer[0])

@@ -283,6 +283,14 @@ class LowBitTensors:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     @property
+    def data(self) -> Tensor:
+        """Nothing, as `hasattr` says: of a tensor it would be what PEFT merges an adapter into."""
+        raise AttributeError(
+            f"metate.{type(self).__name__}: low-bit weights have no data to add to; to merge PEFT's adapters call "
+            "metate.compat.peft.enable() before PEFT adapts the model, or metate.nn.dequantize_model before merging"
+        )
+
+    @property
     def learns(self) -> bool:
         """Whether something that makes the weights asks for a gradient."""
         return any(tensor.requires_grad for tensor in self.tensors.values())

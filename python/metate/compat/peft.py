@@ -1,4 +1,5 @@
-"""PEFT's LoRA on low-bit experts: `target_parameters` names them as it names dense ones.
+"""PEFT's LoRA on low-bit layers: `target_parameters` names low-bit experts as it names dense ones, and adapters of
+experts and linear layers merge into low bits.
 
 PEFT adapts a stacked parameter by a wrapper of the module that has it, which adds W + ΔW at every call. Low-bit experts
 are layers and no parameters: while PEFT looks for what to adapt, parameters without memory stand in their places, and
@@ -8,6 +9,7 @@ and shapes of those of dense experts: what learned on low-bit ones goes on top o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,12 +18,15 @@ import torch
 from peft.tuners import tuners_utils
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import Tensor, nn
 
-from metate.errors import fail
 from metate.nn.low_bit import LowBit
+from metate.nn.model import dequantize_model
 from metate.nn.moe import GroupedLinear
-from metate.ops.moe import grouped_linear
+from metate.nn.quant_linear import QuantLinear
+from metate.ops.moe import QuantizedExperts, grouped_linear
+from metate.quant import requantize
 
 __all__ = ["disable", "enable"]
 
@@ -29,23 +34,24 @@ _before: dict[str, Any] = {}
 
 
 def enable() -> None:
-    """Lets `peft.LoraConfig(target_parameters=…)` adapt low-bit experts, those of
-    `metate.compat.transformers.quantize_experts` and of `metate.nn.MoE`.
+    """Lets PEFT's LoRA merge into low-bit layers, and `peft.LoraConfig(target_parameters=…)` adapt low-bit experts,
+    those of `metate.compat.transformers.quantize_experts` and of `metate.nn.MoE`; in models that it adapts from now on.
 
-    Adapters train, are saved and loaded, switched and added up. `merge_and_unload` wants dense experts:
-    `metate.nn.dequantize_model(model)` first. Models adapted so stay it when this is disabled.
+    Adapters train, are saved and loaded, switched, added up, merged and unmerged. Merging rounds W + ΔW to the format
+    that W has, as `metate.quant.requantize` does it, with a warning: what is smaller than half a step may be lost.
+    `metate.nn.dequantize_model(model)` first merges without rounding. Unmerging brings W back to the bit, which is kept
+    until then. Models adapted so stay it when this is disabled.
     """
-    if not _before:
-        _before.update(inject=tuners_utils.BaseTuner._inject_parameters, dispatch=lora_model.dispatch_default)
-        tuners_utils.BaseTuner._inject_parameters = _inject_parameters
-        lora_model.dispatch_default = _dispatch
+    for place, name, ours in _PATCHES:
+        _before.setdefault(name, getattr(place, name))
+        setattr(place, name, ours)
 
 
 def disable() -> None:
     """Puts PEFT's own functions back."""
-    if _before:
-        tuners_utils.BaseTuner._inject_parameters = _before.pop("inject")
-        lora_model.dispatch_default = _before.pop("dispatch")
+    for place, name, _ in _PATCHES:
+        if name in _before:
+            setattr(place, name, _before.pop(name))
 
 
 def _inject_parameters(tuner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,15 +61,101 @@ def _inject_parameters(tuner: Any, *args: Any, **kwargs: Any) -> Any:
             names = [name for name, child in module._modules.items() if isinstance(child, GroupedLinear)]
             if names:
                 stack.enter_context(_as_parameters(module, names))
-        return _before["inject"](tuner, *args, **kwargs)
+        return _before["_inject_parameters"](tuner, *args, **kwargs)
 
 
 def _dispatch(
     target: nn.Module, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any
 ) -> Any:
-    if parameter_name is None:
-        return _before["dispatch"](target, adapter_name, config=config, **kwargs)
-    return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+    if parameter_name is not None:
+        return ParamWrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+    if isinstance(target, QuantLinear):
+        config.fan_in_fan_out = False  # W is (out_features, in_features), also in the place of a Conv1D
+        return Linear(target, adapter_name, config=config, **kwargs)
+    return _before["dispatch_default"](target, adapter_name, config=config, **kwargs)
+
+
+def _check_merge_allowed(tuner: Any) -> None:
+    """PEFT refuses models of GPTQ, for the layers of its package cannot merge; ours can."""
+    model, name = tuner.model.__dict__, "quantization_method"
+    hidden = name in model and not any(isinstance(module, GPTQLoraLinear) for module in tuner.model.modules())
+    kept = model.pop(name) if hidden else None
+    try:
+        _before["_check_merge_allowed"](tuner)
+    finally:
+        if hidden:
+            model[name] = kept
+
+
+_PATCHES: tuple[tuple[Any, str, Any], ...] = (
+    (tuners_utils.BaseTuner, "_inject_parameters", _inject_parameters),
+    (lora_model, "dispatch_default", _dispatch),
+    (lora_model.LoraModel, "_check_merge_allowed", _check_merge_allowed),
+)
+
+
+class _Merging:
+    """A layer of adapters over a low-bit one, whose weight as it was before the first merge is kept."""
+
+    merged_adapters: list[str]
+    _unmerged: Any = None
+
+    @contextmanager
+    def _rounding(self, layer: Any) -> Iterator[list[Tensor]]:
+        """Into the list goes what W, dense, has become; the layer rounds it, or takes back what is kept."""
+        was, found = list(self.merged_adapters), list[Tensor]()
+        try:
+            yield found
+        except BaseException:
+            self.merged_adapters[:] = was
+            raise
+        if not self.merged_adapters:
+            if was:
+                layer.weight, self._unmerged = self._unmerged.to(layer.weight.device), None
+        elif self.merged_adapters != was:
+            warnings.warn(
+                "metate: merging adapters into low-bit weights rounds their sum to the same format; "
+                "metate.nn.dequantize_model(model) before merging keeps it whole",
+                stacklevel=2,
+            )
+            before = layer.weight
+            self._unmerged = before if self._unmerged is None else self._unmerged
+            if isinstance(before, QuantizedExperts):
+                layer.weight = QuantizedExperts.stack([*map(requantize, before, found[0])])
+            else:
+                layer.weight = requantize(before, found[0])
+
+
+class Linear(_Merging, lora.Linear):  # type: ignore[misc]
+    """PEFT's, on a QuantLinear."""
+
+    base_layer: Any
+
+    @contextmanager
+    def _on_dense(self) -> Iterator[None]:
+        """For what PEFT does to weight and bias themselves."""
+        layer: Any = self.base_layer
+        if not isinstance(layer, LowBit):  # dequantised in the meantime
+            yield
+            return
+        with self._rounding(layer) as found:
+            dense: Any = dequantize_model(layer)
+            self.base_layer = dense
+            try:
+                yield
+            finally:
+                self.base_layer = layer
+            if layer.bias is not None:
+                layer.bias.data = dense.bias.data.to(layer.bias.dtype)
+            found.append(dense.weight.detach())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with self._on_dense():
+            super().merge(True, adapter_names)  # low bits have no code for NaN
+
+    def unmerge(self) -> None:
+        with self._on_dense():
+            super().unmerge()
 
 
 @contextmanager
@@ -86,7 +178,11 @@ def _parameter(experts: nn.Module, layer: Any) -> Tensor:
     weight = layer.weight
     if isinstance(layer, LowBit):
         weight = torch.empty((), device=weight.device).expand(weight.shape)
-    return weight.mT if getattr(experts, "is_transposed", False) else weight  # type: ignore[no-any-return]
+    return weight.mT if _turned(experts) else weight  # type: ignore[no-any-return]
+
+
+def _turned(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "is_transposed", False))
 
 
 class _Adapted(nn.Module):
@@ -104,7 +200,7 @@ class _Adapted(nn.Module):
         return out
 
 
-class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
+class ParamWrapper(_Merging, lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a class of this name
     """PEFT's, for layers of experts too."""
 
     def _layer(self) -> Any:
@@ -140,24 +236,31 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # PEFT asks for a 
             modules[self.parameter_name] = layer
 
     @contextmanager
-    def _merging(self) -> Iterator[None]:
+    def _on_dense(self) -> Iterator[None]:
         """For what PEFT does to the parameter itself."""
         layer, experts, name = self._layer(), self.get_base_layer(), self.parameter_name
         if layer is None:
             yield
             return
-        if isinstance(layer, LowBit):
-            expected = "dense, for a low-bit weight has no room for an adapter: metate.nn.dequantize_model(model) first"
-            raise fail("compat.peft", name, layer, expected, error=NotImplementedError)
-        with _as_parameters(experts, [name]):
-            yield
-            merged = experts._parameters[name].data
-        layer.weight.data = merged.mT if getattr(experts, "is_transposed", False) else merged
+        with ExitStack() as stack:
+            found = stack.enter_context(self._rounding(layer)) if isinstance(layer, LowBit) else None
+            with _as_parameters(experts, [name]):
+                if found is not None:
+                    dense = layer.dequantize()
+                    experts._parameters[name].data = dense.mT if _turned(experts) else dense
+                yield
+                merged = experts._parameters[name].data
+            merged = merged.mT if _turned(experts) else merged
+            if found is None:
+                layer.weight.data = merged
+            else:
+                found.append(merged)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        with self._merging():
-            super().merge(*args, **kwargs)
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        safe_merge |= isinstance(self._layer(), LowBit)
+        with self._on_dense():
+            super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        with self._merging():
+        with self._on_dense():
             super().unmerge()

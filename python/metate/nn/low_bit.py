@@ -34,6 +34,9 @@ _PARTS = (*canonical.FIELDS, canonical.MARK)
 class LowBit(nn.Module):
     """A module whose `weight` is a QuantizedWeight, or QuantizedExperts, on its buffers."""
 
+    bias: Any
+    _kind: Any
+
     def _take(self, weight: Any, bias: Tensor | None) -> None:
         """Makes the weight's tensors buffers; the bias too, unless it is a Parameter."""
         weight = weight.in_tiles()
@@ -65,6 +68,16 @@ class LowBit(nn.Module):
                 tensors: dict[str, Any] = {field: buffers[field] for field in self._fields}
                 built = self._weight = self._kind(**self._numbers, **tensors)
         return built
+
+    @weight.setter
+    def weight(self, weight: Any) -> None:
+        """Another weight of the same shape, in any format."""
+        layer = f"nn.{type(self).__name__}"
+        if type(weight) is not self._kind:
+            raise fail(layer, "weight", type(weight).__name__, f"a metate.{self._kind.__name__}", error=TypeError)
+        if weight.shape != self._numbers["shape"]:
+            raise fail(layer, "weight", weight, f"of shape {self._numbers['shape']}")
+        self._take(weight, self.bias)
 
     def _arrange(self) -> None:
         numbers, codes = self._numbers, self._buffers["codes"]

@@ -104,7 +104,7 @@ def _dense(layer: LowBit, dtype: torch.dtype) -> nn.Module:
     kind: Any = GroupedLinear if experts else nn.Linear
     dense: Any = kind(*experts, in_features, out_features, False, device="meta")
     dense.weight = nn.Parameter(layer.dequantize(dtype))
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    bias: Tensor | None = layer.bias
     dense.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
     made: nn.Module = dense.train(layer.training)
     return made

@@ -13,7 +13,7 @@ from metate.ops.moe import QuantizedExperts
 from metate.ops.quant_linear import QuantizedWeight, quant_linear
 
 
-class QuantLinear(LowBit, nn.Linear):  # type: ignore[override]
+class QuantLinear(LowBit, nn.Linear):
     """x Wᵀ + bias from the codes of W, with gradients to x and to the bias; W itself is frozen.
 
     The tensors of W are buffers under the names of its fields. `state_dict` adds the numbers as `quantized_weight`, so

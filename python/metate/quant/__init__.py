@@ -9,6 +9,7 @@ from metate.quant.fp8 import quantize_fp8
 from metate.quant.gguf import GGUFFile
 from metate.quant.gptq_solver import quantize_gptq
 from metate.quant.hqq import quantize_hqq
+from metate.quant.requantize import requantize
 from metate.quant.rtn import quantize_rtn
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "quantize_int8",
     "quantize_nf4",
     "quantize_rtn",
+    "requantize",
     "save_quantized",
     "search_awq_scale",
 ]

@@ -6,8 +6,6 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-constexpr int64_t ahead = 1024;  // bytes of each row of the weight on their way to the second cache, for few rows
-
 template <class T>
 constexpr int square_columns = width * per_lane<T>;
 template <class T, class Word>
@@ -40,31 +38,48 @@ METATE_FN vf word(const vf (&square)[width], int i) {
     return as_float(i % 2 ? bit_and(pair, splat(-0x10000)) : shift_left(pair, 16));
 }
 
+// Rows of the weight, one line of the cache after another: memory is fastest where it is read from end to end, in
+// whatever order products take what was read.
+struct Lines {
+    const char* row;
+    int64_t bytes, stride;  // of a row
+    int64_t at = 0;
+
+    METATE_FN void fetch() {
+        __builtin_prefetch(row + at);
+        at += 64;
+        if (at < bytes) return;
+        at = 0;
+        row += stride;
+    }
+};
+
+// `next`: as many lines as the square has are fetched, one at a time.
 template <class T, class Word, int rows>
-METATE_FN void add_square(vf (&sum)[rows], const vf (&square)[width], const Word* x, int64_t pitch) {
+METATE_FN void add_square(vf (&sum)[rows], const vf (&square)[width], const Word* x, int64_t pitch, Lines& next) {
+    constexpr int lines = larger(width * width * static_cast<int>(sizeof(float)) / 64, 1);
 #pragma GCC unroll 32
     for (int i = 0; i < square_words<T, Word>; ++i) {
+        if (i % (square_words<T, Word> / lines) == 0) next.fetch();
         const vf value = word<T, Word>(square, i);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) sum[r] = add_product(sum[r], spread(x + r * pitch + i), value);
     }
 }
 
-// `width` columns of the result of few rows; `next`: the weight of the columns after them, or null.
+// `width` columns of the result of few rows. `next`: the weight of the columns after them.
 template <int rows, class T, class Word>
-void multiply_few(const Problem<T, Word>& p, const Word* x, const T* w, int64_t n, const T* next, vf (&total)[rows]) {
-    constexpr int64_t size = sizeof(T), step = square_columns<T>, far = ahead / size, line = 64 / size;
+void multiply_few(const Problem<T, Word>& p, const Word* x, const T* w, int64_t n, Lines next, vf (&total)[rows]) {
+    constexpr int64_t step = square_columns<T>;
     static_assert(short_chain * elements_of<Word> % step == 0);
     const int64_t stride = p.call.w.stride[1], columns = p.columns(), chain = p.chain();
     vf sum[rows];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) total[r] = sum[r] = splat(0.0f);
     for (int64_t k = 0; k < columns; k += step, x += square_words<T, Word>) {
-        const T* const soon = k + far < columns ? w + k + far : next ? next + (k + far - columns) : nullptr;
-        for (int64_t i = 0; soon && k % line == 0 && i < n; ++i) __builtin_prefetch(soon + i * stride, 0, 2);
         vf square[width];
         load_square(square, w + k, stride, n, columns - k);
-        add_square<T>(sum, square, x, p.pitch);
+        add_square<T>(sum, square, x, p.pitch, next);
         if (((k + step) & (chain - 1)) > 0 && k + step < columns) continue;  // a power of two
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
@@ -81,13 +96,14 @@ void compute_few(const Problem<T, Word>& p, const Span& span, int64_t n, int64_t
         constexpr int fewer = rows > 4 ? rows - 2 : rows - 1;
         if (span.rows <= fewer) return compute_few<fewer>(p, span, n, end, after);
     }
+    const int64_t size = sizeof(T), bytes = p.columns() * size, stride = p.call.w.stride[1] * size;
     for (; n < end; n += width) {
         const int64_t count = smaller(width, end - n);
-        const T* const next = n + width >= end     ? after
-                            : n + 2 * width <= end ? p.weight(span.expert, n + width, 0)
-                                                   : nullptr;
+        const T* const now = p.weight(span.expert, n, 0);
+        const T* const next = n + width < end ? p.weight(span.expert, n + width, 0) : after ? after : now;
         vf total[rows];
-        multiply_few<rows>(p, p.words_of(span), p.weight(span.expert, n, 0), count, next, total);
+        multiply_few<rows>(p, p.words_of(span), now, count, Lines{reinterpret_cast<const char*>(next), bytes, stride},
+                           total);
         const vf bias = bias_at<T>(p.call, span.expert, n, count);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; ++r)

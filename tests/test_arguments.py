@@ -123,6 +123,35 @@ WRONG = {
     "noise": (lambda x: metate.moe_route(x, 2, noise=x.to("meta")), "moe_route: noise is"),
     "capacity": (lambda x: metate.moe_route(x, 2, capacity_factor=2**70), "moe_route: capacity_factor is"),
     "top_k": (lambda x: metate.moe_route(x, torch.tensor([1, 2])), "moe_route: top_k is tensor"),
+    "routing's backend": (lambda x: metate.moe_route(x, 2, backend="gpu"), "moe_route: backend is 'gpu', expected"),
+    "sequences": (
+        lambda x: metate.moe_route(x, 2).load_balance_loss(sequences="2"),
+        "load_balance_loss: sequences is '2', expected a divisor",
+    ),
+    "counts": (
+        lambda x: metate.moe_route(x, 2).load_balance_loss(counts=torch.ones(8).to_sparse()),
+        "load_balance_loss: counts is torch.sparse_coo, expected a dense",
+    ),
+    "lora": (
+        lambda x: metate.grouped_linear(
+            x, x[None], torch.tensor([0, 8], dtype=torch.int32), lora=(torch.ones(1, 2, 8), torch.ones(1, 1, 2))
+        ),
+        r"grouped_linear: lora\[1\] is of shape \(1, 1, 2\), expected \(1, 8, 2\) beside w",
+    ),
+    "bias of a layer": (
+        lambda x: metate.moe_mlp(
+            x, metate.moe_route(x, 2), torch.ones(8, 6, 8), torch.ones(8, 8, 3), bias_gate_up=torch.ones(8, 5)
+        ),
+        r"moe_mlp: bias_gate_up is of shape \(8, 5\), expected \(num_experts, out_features\) with out_features = 6",
+    ),
+    "rows of low-bit experts": (
+        lambda x: metate.grouped_linear(x, metate.QuantizedExperts.quantize(x[None], quantize_rtn), x[0]),
+        "grouped_linear: offsets is float32, expected int32",
+    ),
+    "flag": (
+        lambda x: metate.paged_attention(x[None], *[x[None, None]] * 2, x[:1].int(), x[0, :1].int(), return_lse="no"),
+        "paged_attention: return_lse is 'no', expected True or False",
+    ),
     "rate": (lambda x: metate.update_bias(x[0], x[0], rate=1j), "update_bias: rate is 1j"),
     "dtype": (lambda x: metate.dequantize(quantize_rtn(x), "float16"), "dequantize: dtype is 'float16'"),
     "out": (lambda x: metate.dequantize(quantize_rtn(x), out=x.numpy()), "dequantize: out is ndarray"),

@@ -89,4 +89,48 @@ def test_gradients_and_errors():
         module(x, cos, sin, torch.arange(9)[None], cache=cache)
     with pytest.raises(ValueError, match=r"qk_rope_head_dim is 7"):
         LatentAttention(8, 1, qk_rope_head_dim=7)
+    with pytest.raises(ValueError, match=r"nn.LatentAttention: num_heads is 0, expected an integer"):
+        LatentAttention(8, 0)
     assert metate.nn.LatentAttention is LatentAttention
+
+
+@pytest.mark.parametrize(
+    "kind,message,wrong",
+    [
+        (TypeError, "x is NoneType", dict(x=None)),
+        (ValueError, rf"x is of shape \(2, 3, 5\), expected \(batch, seqlen, {HIDDEN}\)", dict(x=torch.zeros(2, 3, 5))),
+        (TypeError, "x is torch.float64, expected torch.float32 like the module",
+         dict(x=torch.zeros(2, 3, HIDDEN).double())),
+        (ValueError, rf"rotary_cos is of shape \(20, 1\), expected \(max_positions, {ROPE // 2}\)",
+         dict(rotary_cos=torch.zeros(20, 1))),
+        (ValueError, "rotary_sin is of shape", dict(rotary_sin=torch.zeros(19, ROPE // 2))),
+        (TypeError, "positions is torch.float32", dict(positions=torch.zeros(2, 3))),
+        (ValueError, r"positions is of shape \(2,\)", dict(positions=torch.zeros(2, dtype=torch.int64))),
+        (ValueError, "positions is -1 to 2, expected 0 to", dict(positions=torch.tensor([-1, 0, 2]))),
+        (ValueError, "cache is of shape", dict(cache=torch.zeros(2, 16, 1, 3), slot_mapping=torch.arange(6))),
+        (ValueError, "slot_mapping is 0 to 99", dict(cache=torch.zeros(2, 16, 1, RANK + ROPE),
+                                                     slot_mapping=torch.tensor([0, 1, 2, 3, 4, 99]))),
+        (TypeError, "cu_seqlens is int64", dict(x=torch.zeros(3, HIDDEN), positions=torch.arange(3),
+                                                cu_seqlens=torch.tensor([0, 3]))),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(kind, message, wrong):
+    module, (cos, sin) = layer(q_lora_rank=24), angles()
+    right = dict(x=torch.zeros(2, 3, HIDDEN), rotary_cos=cos, rotary_sin=sin, positions=torch.arange(3))
+    with pytest.raises(kind, match=f"metate.nn.LatentAttention: {message}"):
+        module(**{**right, **wrong})
+
+
+def test_wrong_arguments_of_decoding_are_named():
+    module, (cos, sin) = layer(q_lora_rank=24), angles()
+    cache, one = torch.zeros(2, 16, 1, RANK + ROPE), torch.tensor([0])
+    table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    right = dict(x=torch.zeros(1, HIDDEN), positions=one, cache=cache, block_table=table, seq_lens=lens,
+                 slot_mapping=one)  # fmt: skip
+    module.decode(rotary_cos=cos, rotary_sin=sin, **right)
+    for name, value, got in (
+        ("cache", cache.double(), "float64"), ("block_table", table + 2, "2"), ("seq_lens", lens + 30, "31"),
+        ("x", torch.zeros(1, 2, HIDDEN), "of shape"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=rf"metate.nn.LatentAttention: {name}.* is {got}"):
+            module.decode(rotary_cos=cos, rotary_sin=sin, **{**right, name: value})

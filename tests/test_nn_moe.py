@@ -147,6 +147,44 @@ def test_compiles_whole_for_any_number_of_tokens():
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(policy="expert_choice"), dict(policy="sinkhorn"), dict(top_k=1, policy="switch", capacity_factor=0.75),
+     dict(top_k=2, policy="gshard"), dict(noisy=True)],
+    ids=str,
+)  # fmt: skip
+def test_every_policy_compiles_whole(options):
+    """And in a graph takes the same choices: of random ones, from the same generator."""
+    moe = MoE(HIDDEN, INNER, EXPERTS, **{"top_k": 3, **options})
+    torch._dynamo.reset()
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (7, 20, 33):
+        x, results = torch.randn(tokens, HIDDEN, requires_grad=True), []
+        for layer in (compiled, moe):
+            torch.manual_seed(tokens)
+            y = layer(x)
+            (y.sum() + moe.route.load_balance_loss()).backward()
+            results.append((y.detach(), moe.route.experts, x.grad.clone()))
+            x.grad = None
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "kind,message,x",
+    [
+        (TypeError, "x is list", [1.0]),
+        (ValueError, r"x is of shape \(2, 19\), expected \(…, 12\)", torch.zeros(2, 19)),
+        (ValueError, r"x is of shape \(12,\), expected \(…, 12\)", torch.zeros(12)),
+        (TypeError, "x is torch.float64, expected torch.float32 like the module", torch.zeros(2, 12).double()),
+        (ValueError, "x is on meta, expected cpu", torch.zeros(2, 12, device="meta")),
+    ],
+)
+def test_wrong_inputs_are_named(kind, message, x):
+    with pytest.raises(kind, match=f"metate.nn.MoE: {message}"):
+        build()(x)
+
+
 METHODS = {
     "nf4": {}, "int4": {"group_size": 8, "symmetric": False}, "int8": {}, "hqq": {"group_size": 16},
     "fp8": {"block": (8, 16)},
@@ -310,6 +348,9 @@ def test_wrong_arguments_are_named():
         (ValueError, "moe_route: groups is 2, expected 1: policy 'sinkhorn'", dict(policy="sinkhorn", groups=2)),
         (ValueError, "moe_route: logits is of 5 experts", dict(groups=2)),
         (ValueError, "nn.MoE: hidden_size is 0", dict(hidden_size=0)),
+        (ValueError, "nn.MoE: num_experts is 1180591620717411303424", dict(num_experts=2**70)),
+        (TypeError, "nn.MoE: bias is 'yes', expected True or False", dict(bias="yes")),
+        (TypeError, "moe_route: renormalise is {}, expected True or False", dict(renormalise={})),
         (TypeError, "unexpected keyword argument 'renormalize'", dict(renormalize=True)),
     ],
 )

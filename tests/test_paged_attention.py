@@ -422,6 +422,16 @@ def test_cascade_names_its_own_arguments():
         prefix = prefix_table, torch.tensor([length], dtype=torch.int32)
         with pytest.raises(ValueError, match=rf"metate.cascade_attention: {message} .*expected"):
             metate.cascade_attention(q, k_cache, v_cache, *prefix, groups, table, lens)
+    right = dict(q=q, k_cache=k_cache, v_cache=v_cache, prefix_table=table[:1, :1], cu_groups=groups, block_table=table,
+                 prefix_lens=torch.tensor([16], dtype=torch.int32), seq_lens=lens)  # fmt: skip
+    metate.cascade_attention(**right)
+    for name, wrong in dict(
+        q=q[0], k_cache=k_cache.double(), prefix_table=table[:1, :1] + 99, prefix_lens=lens[:1].to("meta"),
+        block_table=table + 99, seq_lens=torch.cat([lens, lens]), alibi_slopes="steep", sinks=[1.0], left_pad=3,
+        return_lse="no",
+    ).items():  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=rf"metate.cascade_attention: {name}.* is .*expected"):
+            metate.cascade_attention(**{**right, name: wrong})
 
 
 @pytest.mark.parametrize("name,shape", [("alibi_slopes", (3, 4)), ("alibi_slopes", (1, 2, 4)), ("sinks", (2, 4))])

@@ -3,7 +3,7 @@
 An entry is a list of alternatives separated by " or ", each a list of terms separated by blanks. A term is a name (`D`,
 bound by the first argument that has it), a number, a name with an exact divisor (`K/2`), with a ceiling divisor
 (`Sk//32`, or `Sk//block_n` for a scalar given to `check`), with an addend (`sequences+1`), or any of these followed by
-`?`: the size or 1, which broadcasts.
+`?`: the size or 1, which broadcasts. Readers are told words instead of letters: (batch, seqlen_k, kv_heads, head_dim).
 """
 
 from __future__ import annotations
@@ -20,16 +20,32 @@ _TERM = re.compile(r"(?P<name>\w+)(?:(?P<op>//|/|\+)(?P<by>\w+))?(?P<broadcast>\
 
 
 class Axes:
-    """The axes of one operator's tensors. `given`: how users name an argument, where that is another name."""
+    """The axes of one operator's tensors. `given`: how users name an argument, where that is another name; `words`: how
+    they name an axis."""
 
-    def __init__(self, op: str, axes: Mapping[str, str], given: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, op: str, axes: Mapping[str, str], given: Mapping[str, str] | None = None,
+        words: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.op = op
-        self.given = dict(given or {})
-        self.text = dict(axes)
+        self.given, self.words = dict(given or {}), dict(words or {})
         self.alternatives = {
             name: [[_parse(term) for term in option.split()] for option in text.split(" or ")]
             for name, text in axes.items()
         }
+
+    def text(self, name: str) -> str:
+        """The shape of an argument in words."""
+        options = (", ".join(self._word(*term) for term in option) for option in self.alternatives[name])
+        return " or ".join(f"({option})" for option in options)
+
+    def _word(self, axis: str, operator: str | None, by: str | None, broadcast: bool = False) -> str:
+        word = self.words.get(axis, axis)
+        if operator == "//":
+            word = f"⌈{word} / {by}⌉"
+        elif operator:
+            word = f"{word} {operator} {by}"
+        return f"{word} or 1" if broadcast else word
 
     def check(self, tensors: Mapping[str, Tensor | None], scalars: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The size of every named axis. ValueError naming the argument whose shape disagrees with those before it."""
@@ -41,16 +57,15 @@ class Axes:
         return sizes
 
     def _match(self, name: str, tensor: Tensor, options: list[Any], sizes: dict[str, Any]) -> None:
-        name, text = self.given.get(name, name), self.text[name]
-        fitting = [option for option in options if len(option) == tensor.dim()]
-        if not fitting:
-            raise fail(self.op, name, f"of shape {tuple(tensor.shape)}", f"axes ({text})")
         problem = ""
-        for option in fitting:
-            problem = self._disagreement(option, tensor, sizes)
-            if not problem:
-                return
-        raise fail(self.op, name, f"of shape {tuple(tensor.shape)}", f"axes ({text}) with {problem}")
+        for option in options:
+            if len(option) == tensor.dim():
+                differs = self._disagreement(option, tensor, sizes)
+                if not differs:
+                    return
+                problem = problem or differs
+        expected = f"{self.text(name)} with {problem}" if problem else self.text(name)
+        raise fail(self.op, self.given.get(name, name), f"of shape {tuple(tensor.shape)}", expected)
 
     def _disagreement(self, option: list[Any], tensor: Tensor, sizes: dict[str, Any]) -> str:
         bound: dict[str, Any] = {}
@@ -66,7 +81,7 @@ class Axes:
                     continue
                 expected = _size(known, operator, int(by) if by and by.isdigit() else max(sizes.get(by, 1), 1))
             if size != expected:
-                return f"{axis}{operator or ''}{by or ''} = {expected}"
+                return f"{self._word(axis, operator, by)} = {expected}"
         sizes.update(bound)
         return ""
 

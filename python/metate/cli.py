@@ -495,10 +495,10 @@ def operators_page() -> str:
 
 
 def _operator_lines(op: Op) -> list[str]:
-    lines = ["| argument | axes | dtypes |", "|---|---|---|"]
-    for name, axes in op.axes.items():
+    lines = ["| argument | shape | dtypes |", "|---|---|---|"]
+    for name in op.axes:
         dtypes = ", ".join(f"that of `{d}`" if isinstance(d, str) else _name(d) for d in op.dtypes[name])
-        lines.append(f"| `{name}` | `{axes}` | {dtypes} |")
+        lines.append(f"| `{name}` | {op.shape_of(name)} | {dtypes} |")
     scalars = ", ".join(f"`{name}`" for name in op.parameters[op.arity :])
     outputs = [f"`{name}` ({f'that of `{d}`' if isinstance(d, str) else _name(d)})" for name, d in op.outputs.items()]
     stored = f", to the dtype of `{op.storage}` where it has floats" if op.storage else ""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -43,14 +43,33 @@ def require_choice(op: str, argument: str, value: object, allowed: Collection[st
         raise fail(op, argument, repr(value)[:60], " or ".join(map(repr, allowed)))
 
 
+def require_flag(op: str, argument: str, value: object) -> bool:
+    """The value as a bool; TypeError where it is none, for anything else would count as True."""
+    found = plain(value)
+    if not isinstance(found, (bool, int)):
+        raise fail(op, argument, repr(value)[:60], "True or False", error=TypeError)
+    return bool(found)
+
+
+def renamed(error: Exception, op: str, function: str, names: Mapping[str, str]) -> Exception:
+    """What `op` found wrong, told of the function that users called and of its arguments; other errors as they are."""
+    head, own, rest = str(error).partition(f"metate.{op}: ")
+    argument = _ARGUMENT.match(rest)
+    if head or not own or not argument:
+        return error
+    name = argument.group()
+    return type(error)(f"metate.{function}: {names.get(name, name)}{rest[len(name) :]}")
+
+
 def require_number(op: str, argument: str, value: object) -> float:
     """The value as a float; TypeError where it is no number, ValueError where it is not finite."""
     number = plain(value)
     if not isinstance(number, (int, float)):
         raise fail(op, argument, repr(value)[:60], "a number", error=TypeError)
-    if abs(number) > _MOST or not math.isfinite(number):
+    if not -_MOST <= number <= _MOST:  # compilers take no isfinite of a number that they do not know
         raise fail(op, argument, repr(value)[:60], "a finite number")
     return float(number)
 
 
+_ARGUMENT = re.compile(r"\w+")
 _MOST = torch.finfo(torch.float64).max

@@ -105,6 +105,7 @@ class Op:
     writes: bool = False  # the outputs are arguments that kernels write in place; `reference` returns their new values
     public: str = ""  # the function that users call, where it has another name: errors name it
     given: Mapping[str, str] = field(default_factory=dict)  # argument -> how users name it, where they do otherwise
+    words: Mapping[str, str] = field(default_factory=dict)  # axis -> how users name it, for errors and docs
     made_of: Callable[[Any], Backend] | None = None  # module -> the operator by others of its family there, for Triton
 
     def __post_init__(self) -> None:
@@ -130,7 +131,7 @@ class Op:
             self.differentiable(self._no_gradient, lambda ctx, inputs, output: None)
         self.parameters = tuple(inspect.signature(self.reference).parameters)
         self.arity = len(self.axes)
-        self._axes = Axes(self.public, self.axes, self.given)
+        self._axes = Axes(self.public, self.axes, self.given, self.words)
         self._kinds = {name: str(kind) for name, kind in self.reference.__annotations__.items()}
         self._written = [i for i, name in enumerate(self.parameters) if self.writes and name in self.outputs]
         self._contents = [self.parameters.index(name) for name in self.contents[0].split()]
@@ -443,6 +444,10 @@ class Op:
             return None
         out = tuple(o.to(d).contiguous() for o, d in zip(out, self._out_dtypes(args), strict=True))
         return out if len(out) > 1 else out[0]
+
+    def shape_of(self, name: str) -> str:
+        """The shape that an argument must have, in words."""
+        return self._axes.text(name)
 
     def written(self, args: Args) -> list[Tensor]:
         """The arguments that a call writes."""

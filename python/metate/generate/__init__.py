@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from metate.errors import fail
-from metate.generate.cache import Batch, CacheLayout, Model, PagedKVCache, Part, positive
+from metate.errors import fail, require_flag
+from metate.generate.cache import Batch, CacheLayout, Model, PagedKVCache, Part, positive, require_model
 from metate.generate.constraint import Constraint, MatcherConstraint
 from metate.generate.draft import Draft, ModelDraft, NgramDraft, Wish
 from metate.generate.sampling import Sampling, Speculated
@@ -100,9 +100,8 @@ def generate(
         ValueError, TypeError: naming the argument. CacheFull (a RuntimeError): others hold the blocks of `cache`.
     """
     texts = _prompts(prompts)
-    if not hasattr(model, "cache_layout"):
-        expected = "metate.models.Llama, or what has the members of metate.generate.Model"
-        raise fail("generate", "model", type(model).__name__, expected, error=TypeError)
+    require_model("generate", model)
+    stream = require_flag("generate", "stream", stream)
     page_size = positive("generate", "page_size", page_size)
     max_new_tokens = positive("generate", "max_new_tokens", max_new_tokens)
     max_sequences = min(positive("Scheduler", "max_sequences", max_sequences), max(len(texts), 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metate import library
-from metate.errors import fail
+from metate.errors import fail, require_flag
 from metate.memory import allocate
 from metate.ops.paged_attention import append_kv, paged_attention
 
@@ -35,14 +35,27 @@ class CacheLayout:
 
 
 def positive(op: str, name: str, given: object) -> int:
-    """A whole number from 1 on, numpy's too."""
+    """A whole number from 1 to 2^31 - 1, numpy's too."""
     try:
         number = operator.index(given)  # type: ignore[arg-type]
     except TypeError:
         raise fail(op, name, repr(given)[:60], "an integer, at least 1", error=TypeError) from None
-    if number < 1:
-        raise fail(op, name, number, "at least 1")
+    if not 1 <= number < 2**31:
+        raise fail(op, name, number, "at least 1" if number < 1 else "less than 2^31")
     return number
+
+
+def require_model(op: str, model: object, name: str = "model") -> None:
+    """TypeError where it is none that can be served."""
+    if not (hasattr(model, "cache_layout") and hasattr(model, "forward_paged")):
+        expected = "metate.models.Llama, or what has the members of metate.generate.Model"
+        raise fail(op, name, type(model).__name__, expected, error=TypeError)
+
+
+def require_cache_dtype(op: str, dtype: object) -> None:
+    if dtype is not None and not (isinstance(dtype, str) and dtype in COMPRESSED):
+        got, expected = repr(dtype)[:60], f"None (that of the model) or one of {list(COMPRESSED)}"
+        raise fail(op, "dtype", got, expected)
 
 
 class Model(Protocol):
@@ -138,8 +151,13 @@ class PagedKVCache:
             raise fail("PagedKVCache", "layout", type(layout).__name__, "a CacheLayout, as model.cache_layout",
                        error=TypeError)  # fmt: skip
         blocks, page_size = positive("PagedKVCache", "blocks", blocks), positive("PagedKVCache", "page_size", page_size)
-        if dtype is not None and not (isinstance(dtype, str) and dtype in COMPRESSED):
-            raise fail("PagedKVCache", "dtype", repr(dtype), f"None (that of the model) or one of {list(COMPRESSED)}")
+        require_cache_dtype("PagedKVCache", dtype)
+        prefix_cache = require_flag("PagedKVCache", "prefix_cache", prefix_cache)
+        if on_evict is not None and not callable(on_evict):
+            got = type(on_evict).__name__
+            raise fail(
+                "PagedKVCache", "on_evict", got, "a function of a block and its tokens, or None", error=TypeError
+            )
         stored, share = COMPRESSED[dtype] if dtype else (layout.dtype, 1)
         for name in ("head_dim", "value_dim"):
             if getattr(layout, name) % share:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from metate import library
 from metate.errors import fail
-from metate.generate.cache import Model, PagedKVCache, Part, positive
+from metate.generate.cache import Model, PagedKVCache, Part, positive, require_cache_dtype, require_model
 from metate.generate.sampling import DRAFT, Sampling, Speculated, Uniforms, draw, probabilities
 
 
@@ -49,7 +49,8 @@ class NgramDraft:
     """
 
     def __init__(self, tokens: int = 8, longest: int = 5, shortest: int = 2) -> None:
-        if not 1 <= shortest <= longest:
+        shortest, longest = positive("NgramDraft", "shortest", shortest), positive("NgramDraft", "longest", longest)
+        if shortest > longest:
             raise fail("NgramDraft", "shortest", shortest, f"1 to longest, {longest}")
         self.tokens, self.lengths = positive("NgramDraft", "tokens", tokens), range(longest, shortest - 1, -1)
         self.seen: dict[int, tuple[int, dict[tuple[int, ...], int]]] = {}
@@ -97,6 +98,8 @@ class ModelDraft:
     """
 
     def __init__(self, model: Model, tokens: int = 4, dtype: str | None = None) -> None:
+        require_model("ModelDraft", model)
+        require_cache_dtype("ModelDraft", dtype)
         self.model, self.tokens, self.dtype = model, positive("ModelDraft", "tokens", tokens), dtype
         self.fed: dict[int, _Fed] = {}
 
@@ -172,8 +175,8 @@ def draft_of(given: Draft | Model | str | None) -> Draft | None:
     """The draft that a caller means: "ngram", a model, or a draft itself."""
     if given is None or hasattr(given, "propose"):
         return given  # type: ignore[return-value]
-    if given == "ngram":
+    if isinstance(given, str) and given == "ngram":
         return NgramDraft()
     if hasattr(given, "forward_paged"):
         return ModelDraft(given)  # type: ignore[arg-type]
-    raise fail("generate", "draft", repr(given), 'None, "ngram", a model, or a Draft')
+    raise fail("generate", "draft", repr(given)[:60], 'None, "ngram", a model, or a Draft')

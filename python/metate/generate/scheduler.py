@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from metate import library
-from metate.errors import fail
-from metate.generate.cache import Model, PagedKVCache, Part, positive
+from metate.errors import fail, require_flag
+from metate.generate.cache import Model, PagedKVCache, Part, positive, require_model
 from metate.generate.constraint import Constraint, allowed
 from metate.generate.draft import Draft, Wish, draft_of
 from metate.generate.sampling import TEXT, Sampling, Speculated, Uniforms, choose, probabilities
+from metate.scalars import is_whole, plain
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,9 @@ class Scheduler:
     ) -> None:
         if not isinstance(cache, PagedKVCache):
             raise fail("Scheduler", "cache", type(cache).__name__, "a metate.generate.PagedKVCache", error=TypeError)
+        require_model("Scheduler", model)
+        if not is_whole(seed := plain(seed), 0, 2**64 - 1):
+            raise fail("Scheduler", "seed", repr(seed)[:60], "an integer from 0 to 2^64 - 1")
         max_sequences = positive("Scheduler", "max_sequences", max_sequences)
         token_budget = positive("Scheduler", "token_budget", token_budget)
         if token_budget < max_sequences:
@@ -199,6 +203,9 @@ class Scheduler:
         stops = [_numbers("stop", each) for each in stop]
         if not all(stops):
             raise fail("generate", "stop", "an empty sequence", "sequences of at least one token")
+        if constraint is not None and not callable(constraint):
+            raise fail("generate", "constraint", repr(constraint)[:60], "a function of tokens", error=TypeError)
+        return_logprobs = require_flag("generate", "return_logprobs", return_logprobs)
         seed = (self.seed + self.added) % 2**64 if seed is None else seed
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         request = _Request(

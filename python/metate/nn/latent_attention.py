@@ -9,9 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metate.errors import fail
+from metate.errors import fail, renamed, require_dense, require_flag, require_number
+from metate.nn.arguments import require_input
 from metate.ops.attention import attention, attention_varlen
 from metate.ops.paged_attention import append_kv, paged_attention
+from metate.ops.paged_attention.rules import least_and_most
+from metate.scalars import is_whole, plain
+
+_OP = "nn.LatentAttention"
+_REFUSALS = (TypeError, ValueError, NotImplementedError)
+_NAMES = {"k_cache": "cache", "v_cache": "cache", "cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens",
+          "q": "x", "k": "x"}  # fmt: skip
 
 
 class LatentAttention(nn.Module):
@@ -33,7 +41,7 @@ class LatentAttention(nn.Module):
     Source: DeepSeek-AI 2024, DeepSeek-V2, section 2.1.
 
     Raises:
-        ValueError: qk_rope_head_dim is odd.
+        TypeError, ValueError: naming the argument, what came and what was expected; of calls, too.
     """
 
     def __init__(
@@ -52,8 +60,16 @@ class LatentAttention(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        sizes = dict(hidden_size=hidden_size, num_heads=num_heads, kv_lora_rank=kv_lora_rank, v_head_dim=v_head_dim,
+                     qk_nope_head_dim=qk_nope_head_dim, qk_rope_head_dim=qk_rope_head_dim)  # fmt: skip
+        for name, size in (sizes if q_lora_rank is None else {**sizes, "q_lora_rank": q_lora_rank}).items():
+            if not is_whole(plain(size), 1, 2**31 - 1):
+                raise fail(_OP, name, repr(size)[:60], "an integer, 1 or more")
         if qk_rope_head_dim % 2:
-            raise fail("nn.LatentAttention", "qk_rope_head_dim", qk_rope_head_dim, "an even number (rotary positions)")
+            raise fail(_OP, "qk_rope_head_dim", qk_rope_head_dim, "an even number (rotary positions)")
+        eps, scale = require_number(_OP, "eps", eps), None if scale is None else require_number(_OP, "scale", scale)
+        interleaved, bias = require_flag(_OP, "interleaved", interleaved), require_flag(_OP, "bias", bias)
+        self.hidden_size = hidden_size
         self.num_heads, self.kv_lora_rank, self.q_lora_rank = num_heads, kv_lora_rank, q_lora_rank
         self.nope, self.rope, self.v_head_dim = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 if scale is None else scale
@@ -93,6 +109,9 @@ class LatentAttention(nn.Module):
         Returns:
             Like x.
         """
+        self._check(
+            x, "(batch, seqlen, {})" if cu_seqlens is None else "(tokens, {})", rotary_cos, rotary_sin, positions
+        )
         q, latent = self._project(x, rotary_cos, rotary_sin, positions)
         if cache is not None:
             self._append(cache, slot_mapping, latent)
@@ -106,7 +125,10 @@ class LatentAttention(nn.Module):
         if cu_seqlens is None:
             out = attention(q, k, values, causal=True, scale=self.scale)
         else:
-            out = attention_varlen(q, k, values, cu_seqlens, cu_seqlens, causal=True, scale=self.scale)
+            try:
+                out = attention_varlen(q, k, values, cu_seqlens, cu_seqlens, causal=True, scale=self.scale)
+            except _REFUSALS as error:
+                raise renamed(error, "attention_varlen", _OP, _NAMES) from None
         result: Tensor = self.o_proj(out.flatten(-2))
         return result
 
@@ -135,17 +157,43 @@ class LatentAttention(nn.Module):
         Returns:
             Like x.
         """
+        self._check(x, "(batch, {})" if cu_seqlens_q is None else "(tokens, {})", rotary_cos, rotary_sin, positions)
         q, latent = self._project(x, rotary_cos, rotary_sin, positions)
         self._append(cache, slot_mapping, latent)
         up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         to_latent, to_values = up[:, : self.nope], up[:, self.nope :]
         absorbed = torch.einsum("thn,hnr->thr", q[..., : self.nope], to_latent)
-        out = paged_attention(
-            torch.cat([absorbed, q[..., self.nope :]], -1), cache, cache[..., : self.kv_lora_rank], block_table,
-            seq_lens, cu_seqlens_q=cu_seqlens_q, causal=True, scale=self.scale,
-        )  # fmt: skip
+        q = torch.cat([absorbed, q[..., self.nope :]], -1)
+        try:
+            out = paged_attention(
+                q, cache, cache[..., : self.kv_lora_rank], block_table, seq_lens, cu_seqlens_q=cu_seqlens_q,
+                causal=True, scale=self.scale,
+            )  # fmt: skip
+        except _REFUSALS as error:
+            raise renamed(error, "paged_attention", _OP, {**_NAMES, "cu_seqlens_q": "cu_seqlens_q"}) from None
         result: Tensor = self.o_proj(torch.einsum("thr,hvr->thv", out, to_values).flatten(-2))
         return result
+
+    def _check(self, x: Tensor, shape: str, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+        require_input(_OP, x, shape, self.hidden_size, self.kv_a_proj_with_mqa)
+        for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+            require_dense(_OP, name, table)
+            if table.dim() != 2 or table.shape[1] != self.rope // 2 or table.shape != cos.shape:
+                got, expected = f"of shape {tuple(table.shape)}", f"(max_positions, {self.rope // 2})"
+                raise fail(_OP, name, got, f"{expected}, rotary_cos and rotary_sin alike")
+            if not table.is_floating_point() or table.device != x.device:
+                got = f"{table.dtype} on {table.device}"
+                raise fail(_OP, name, got, f"floats on {x.device} like x", error=TypeError)
+        require_dense(_OP, "positions", positions)
+        if positions.dtype not in (torch.int32, torch.int64) or positions.device != x.device:
+            got = f"{positions.dtype} on {positions.device}"
+            raise fail(_OP, "positions", got, f"int32 or int64 on {x.device} like x", error=TypeError)
+        if positions.shape not in (x.shape[:-1], x.shape[1:-1]):
+            raise fail(_OP, "positions", f"of shape {tuple(positions.shape)}", f"{tuple(x.shape[:-1])}, that of x")
+        if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
+            least, most = least_and_most(positions)
+            if least < 0 or most >= cos.shape[0]:
+                raise fail(_OP, "positions", f"{least} to {most}", f"0 to {cos.shape[0] - 1}, the rows of rotary_cos")
 
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (…, heads, nope + rope) and what a cache holds of each token (…, kv_lora_rank + rope)."""
@@ -163,6 +211,9 @@ class LatentAttention(nn.Module):
 
     def _append(self, cache: Tensor, slot_mapping: Tensor | None, latent: Tensor) -> None:
         if slot_mapping is None:
-            raise fail("nn.LatentAttention", "slot_mapping", None, "the slots of the new tokens beside a cache")
-        with torch.no_grad():
-            append_kv(latent.detach().reshape(-1, 1, latent.shape[-1]), None, cache, None, slot_mapping)
+            raise fail(_OP, "slot_mapping", None, "the slots of the new tokens beside a cache")
+        try:
+            with torch.no_grad():
+                append_kv(latent.detach().reshape(-1, 1, latent.shape[-1]), None, cache, None, slot_mapping)
+        except _REFUSALS as error:
+            raise renamed(error, "append_kv", _OP, _NAMES) from None

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from metate.backends import is_plain
-from metate.errors import fail
+from metate.errors import fail, require_flag
 from metate.memory import in_large_pages
+from metate.nn.arguments import require_input
 from metate.ops.moe import (
     Route,
     activation_scalars,
@@ -195,12 +196,15 @@ class MoE(nn.Module):
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size),
                             ("num_experts", num_experts), ("top_k", top_k), ("shared_size", shared_size)):  # fmt: skip
-            if not is_whole(plain(value), int(name != "shared_size")):
-                raise fail("nn.MoE", name, repr(value), "an integer, 1 or more (shared_size: or 0)")
+            if not is_whole(plain(value), int(name != "shared_size"), 2**31 - 1):
+                raise fail("nn.MoE", name, repr(value)[:60], "an integer, 1 or more (shared_size: or 0)")
+        for name, value in (("bias", bias), ("router_bias", router_bias), ("shared_gate", shared_gate),
+                            ("correction", correction), ("noisy", noisy)):  # fmt: skip
+            require_flag("nn.MoE", name, value)
         if top_k > num_experts:
             raise fail("nn.MoE", "top_k", top_k, f"1 to num_experts, {num_experts}")
         gate: Any = dict(activation=activation, gating=gating, limit=limit, alpha=alpha, shift=shift)
-        self.top_k, self.routing = top_k, routing
+        self.hidden_size, self.top_k, self.routing = hidden_size, top_k, routing
         # A try, of which the caller's random numbers know nothing, says what is wrong with the routing.
         tried = {**routing, "generator": torch.Generator("cpu")}
         logits = torch.zeros(1, num_experts, dtype=torch.float32, device="cpu")
@@ -221,6 +225,7 @@ class MoE(nn.Module):
         experts (…, top_k): where the tokens go, as `route.chosen` of an earlier call: then neither groups nor a
         correction bias chooses.
         """
+        require_input("nn.MoE", x, "(…, {})", self.hidden_size, self.router)
         noise = F.softplus(self.noise(x)) if self.noise is not None and self.training else None
         bias: Tensor | None = self.correction_bias  # type: ignore[assignment]
         choice = {"bias": bias, "experts": experts, **self.routing}

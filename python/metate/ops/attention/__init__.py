@@ -135,7 +135,7 @@ def attention_varlen(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require_dense("attention_varlen", name, tensor)
         if tensor.dim() != 3:
-            raise fail("attention_varlen", name, f"of shape {tuple(tensor.shape)}", "axes (tokens, heads, head_dim)")
+            raise fail("attention_varlen", name, f"of shape {tuple(tensor.shape)}", "(tokens, heads, head_dim)")
     for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         require_dense("attention_varlen", name, starts, "an int32 torch.Tensor")
     mask = _NO_MASK if mask is None else mask

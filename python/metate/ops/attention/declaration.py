@@ -18,6 +18,10 @@ from metate.ops.attention import reference, rules
 _Dtypes = dict[str, tuple[str | torch.dtype, ...]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WIDE = (torch.float32, torch.float64)
+_WORDS = {
+    "B": "batch", "Sq": "seqlen_q", "Sk": "seqlen_k", "S": "seqlen", "Hq": "heads", "Hkv": "kv_heads", "H": "heads",
+    "D": "head_dim", "Dv": "value_dim",
+}  # fmt: skip
 _MASKS = {
     "intervals": "B? Hq? Sq 2",
     "blocks": "B? Hq? Sq//block_m Sk//block_n",
@@ -208,6 +212,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 attention_op = Op(
     "attention",
     reference.attention,
+    words=_WORDS,
     axes={**_QKV, **_SCORES, "sinks": "Hq", **_MASKS},
     dtypes={**_QKV_DTYPES, **_SCORE_DTYPES, "sinks": _WIDE, **_MASK_DTYPES},
     outputs={"out": "q", "lse": torch.float32},
@@ -240,6 +245,7 @@ def _delta_case(B: int, S: int, H: int, Dv: int, grad_lse: bool) -> Case:
 delta_op = Op(
     "attention_delta",
     reference.attention_delta,
+    words=_WORDS,
     axes={"out": "B S H Dv", "grad_out": "B S H Dv", "grad_lse": "B H S"},
     dtypes={"out": FLOATS, "grad_out": ("out",), "grad_lse": _WIDE},
     outputs={"delta": torch.float32},
@@ -276,6 +282,7 @@ delta_op = Op(
 backward_op = Op(
     "attention_backward",
     reference.attention_backward,
+    words=_WORDS,
     axes={
         "grad_out": "B Sq Hq Dv",
         **_QKV,
@@ -314,6 +321,7 @@ backward_op = Op(
 column_sums_op = Op(
     "attention_column_sums",
     reference.attention_column_sums,
+    words=_WORDS,
     axes={"q": _QKV["q"], "k": _QKV["k"], "lse": "B Hq Sq", **_SCORES, "sinks": "Hq", **_MASKS},
     dtypes={"q": FLOATS, "k": ("q",), "lse": _WIDE, **_SCORE_DTYPES, "sinks": _WIDE, **_MASK_DTYPES},
     outputs={"sums": torch.float32},
@@ -353,6 +361,7 @@ def _merge_case(n: int, B: int, S: int, H: int, Dv: int) -> Case:
 merge_op = Op(
     "merge_attention_states",
     reference.merge_attention_states,
+    words=_WORDS,
     axes={"outs": "n B S H Dv", "lses": "n B H S"},
     dtypes={"outs": FLOATS, "lses": _WIDE},
     outputs={"out": "outs", "lse": torch.float32},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail, require_choice, require_dense, require_number
+from metate.errors import fail, renamed, require_choice, require_dense, require_flag, require_number
 from metate.ops.moe import grouped
 from metate.ops.moe.declaration import activation_op, permute_op, sort_op, unpermute_op
 from metate.ops.moe.experts import QuantizedExperts
@@ -125,6 +125,7 @@ def grouped_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
+    require_flag("grouped_linear", "int8_activations", int8_activations)
     if isinstance(w, QuantizedExperts):
         require_dense("grouped_linear", "x", x)
         if x.shape[-1:] != (w.shape[2],):
@@ -139,11 +140,30 @@ def grouped_linear(
     if lora is None:
         return out
     scaling = require_number("grouped_linear", "scaling", scaling)
+    _check_lora(lora, tuple(w.shape))
+    low = _thin(0, lora, (x, lora[0], offsets, None, order, k), backend)
+    return out + scaling * _thin(1, lora, (low, lora[1], offsets, None, None, 1), backend)
+
+
+def _check_lora(lora: Lora, shape: tuple[int, ...]) -> None:
+    """A (experts, rank, in_features) and B (experts, out_features, rank) beside a weight of `shape`."""
     if not isinstance(lora, (tuple, list)) or len(lora) != 2:
         raise fail("grouped_linear", "lora", type(lora).__name__, "two tensors, A and B", error=TypeError)
-    low = grouped.linear_op.call((x, lora[0], offsets, None, order, k), backend=backend)
-    update: Tensor = grouped.linear_op.call((low, lora[1], offsets, None, None, 1), backend=backend)
-    return out + scaling * update
+    for i, part in enumerate(lora):
+        require_dense("grouped_linear", f"lora[{i}]", part)
+    rank = lora[0].shape[1] if lora[0].dim() > 1 else "rank"
+    for i, expected in enumerate(((shape[0], rank, shape[2]), (shape[0], shape[1], rank))):
+        if tuple(lora[i].shape) != expected:
+            fitting = f"({', '.join(map(str, expected))}) beside w of shape {shape}"
+            raise fail("grouped_linear", f"lora[{i}]", f"of shape {tuple(lora[i].shape)}", fitting)
+
+
+def _thin(part: int, lora: Lora, args: tuple[Any, ...], backend: str | None) -> Tensor:
+    """A product with one of two adapters."""
+    try:
+        return grouped.linear_op.call(args, backend=backend)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise renamed(error, "grouped_linear", "grouped_linear", {"w": f"lora[{part}]"}) from None
 
 
 def gated_activation(
@@ -245,6 +265,7 @@ def moe_mlp(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     choices = activation_scalars(activation, gating, limit, alpha, shift)
+    require_flag("moe_mlp", "int8_activations", int8_activations)
     parts, loras = (w_gate_up, w_down, bias_gate_up, bias_down), (lora_gate_up, lora_down)
     given = x, route, parts, loras, scaling, choices, int8_activations, backend
     if shared is not None:
@@ -269,7 +290,7 @@ def _every_token(x: Tensor, route: Route, shared: Any, choices: tuple[Any, ...])
 def _experts(*given: Any) -> Tensor:
     """In one call, where none of its operators must be seen; the arguments of `_one_by_one`."""
     x, route, parts, loras, _, choices, int8_activations, backend = given
-    if type(route) is not Route or loras != (None, None):
+    if type(route) is not Route or any(lora is not None for lora in loras):
         return _one_by_one(*given)
     routed = route.experts, route.weights, route.num_experts, route.rows
     args = layer_arguments(x, routed, parts, choices, int8_activations)
@@ -290,11 +311,22 @@ def _one_by_one(
     if route.rows < order.shape[0]:
         order = order[: route.rows]
     k = inverse.shape[1]
-    hidden = grouped_linear(tokens, w_gate_up, offsets, bias_gate_up, order=order, k=k, lora=loras[0], **options)
+    options.update(order=order, k=k)
+    hidden = _part("gate_up", tokens, w_gate_up, offsets, bias_gate_up, lora=loras[0], **options)
     hidden = activation_op.call((hidden, *choices), backend=backend)
-    y = grouped_linear(hidden, w_down, offsets, bias_down, lora=loras[1], **options)
+    options.update(order=None, k=1)
+    y = _part("down", hidden, w_down, offsets, bias_down, lora=loras[1], **options)
     out = moe_unpermute(y, inverse, route.weights, backend=backend)
     return out if x.dim() == 2 else out.view(x.shape)
+
+
+def _part(name: str, x: Tensor, w: Any, offsets: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """One product of a layer; what is wrong with it is told of the layer's arguments."""
+    try:
+        return grouped_linear(x, w, offsets, bias, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        names = {"w": f"w_{name}", "bias": f"bias_{name}", "lora": f"lora_{name}"}
+        raise renamed(error, "grouped_linear", "moe_mlp", names) from None
 
 
 def layer_arguments(

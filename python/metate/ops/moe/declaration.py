@@ -15,6 +15,10 @@ from metate.ops.moe import reference, rules
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX = (torch.int32,)
 _WIDE = (torch.float32, torch.float64)
+WORDS = {
+    "T": "tokens", "R": "rows", "E": "num_experts", "D": "hidden", "N": "out_features", "K": "in_features",
+    "C": "columns", "I": "width",
+}  # fmt: skip
 _TOGETHER = "together"  # the batch axis, of size 1, of operators whose result depends on every row
 
 
@@ -87,6 +91,7 @@ def _topk_backward_inputs(case: Case, dtype: torch.dtype, generator: torch.Gener
 topk_op = Op(
     "moe_topk",
     reference.moe_topk,
+    words=WORDS,
     axes={"logits": "T E", "bias": "E"},
     dtypes={"logits": FLOATS, "bias": _WIDE},
     outputs={"weights": torch.float32, "experts": torch.int32},
@@ -104,6 +109,7 @@ topk_op = Op(
 topk_backward_op = Op(
     "moe_topk_backward",
     reference.moe_topk_backward,
+    words=WORDS,
     axes={"grad": "T k", "logits": "T E", "experts": "T k"},
     dtypes={"grad": _WIDE, "logits": FLOATS, "experts": INDEX},
     outputs={"d_logits": "logits"},
@@ -182,6 +188,7 @@ def _moved(case: Case) -> float:
 sort_op = Op(
     "moe_sort",
     reference.moe_sort,
+    words=WORDS,
     axes={"experts": "T k"},
     dtypes={"experts": INDEX},
     outputs={"order": torch.int32, "inverse": torch.int32, "offsets": torch.int32},
@@ -209,6 +216,7 @@ sort_op = Op(
 permute_op = Op(
     "moe_permute",
     reference.moe_permute,
+    words=WORDS,
     axes={"x": "T D", "order": "R"},
     dtypes={"x": FLOATS, "order": INDEX},
     outputs={"out": "x"},
@@ -226,6 +234,7 @@ permute_op = Op(
 unpermute_op = Op(
     "moe_unpermute",
     reference.moe_unpermute,
+    words=WORDS,
     axes={"y": "R D", "inverse": "T k", "weights": "T k"},
     dtypes={"y": FLOATS, "inverse": INDEX, "weights": ("y", *_WIDE)},
     outputs={"out": "y"},
@@ -246,6 +255,7 @@ unpermute_op = Op(
 unpermute_backward_op = Op(
     "moe_unpermute_backward",
     reference.moe_unpermute_backward,
+    words=WORDS,
     axes={"dout": "T D", "y": "R D", "inverse": "T k", "weights": "T k"},
     dtypes={"dout": FLOATS, "y": ("dout",), "inverse": INDEX, "weights": ("y", *_WIDE)},
     outputs={"dy": "y", "d_weights": torch.float32},
@@ -307,6 +317,7 @@ def _activation_backward_inputs(case: Case, dtype: torch.dtype, generator: torch
 activation_op = Op(
     "gated_activation",
     reference.gated_activation,
+    words=WORDS,
     axes={"x": "R C"},
     dtypes={"x": FLOATS},
     outputs={"out": "x"},
@@ -323,6 +334,7 @@ activation_op = Op(
 activation_backward_op = Op(
     "gated_activation_backward",
     reference.gated_activation_backward,
+    words=WORDS,
     axes={"grad": "R I", "x": "R C"},
     dtypes={"grad": FLOATS, "x": ("grad",)},
     outputs={"dx": "x"},

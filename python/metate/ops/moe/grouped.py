@@ -12,7 +12,7 @@ from metate.low_bit import TILES, reading_rows
 from metate.masks import lengths_of
 from metate.op import REGISTRY, Case, Domain, Op, loop_vmap
 from metate.ops.moe import reference, rules
-from metate.ops.moe.declaration import FLOATS, INDEX, expert_numbers, normal
+from metate.ops.moe.declaration import FLOATS, INDEX, WORDS, expert_numbers, normal
 
 # Cases. `gathered`: rows are tokens by an order; otherwise they stand sorted, `head` rows of no expert first.
 
@@ -84,6 +84,7 @@ def _sizes(named: Case) -> Case:
 linear_op = Op(
     "grouped_linear",
     reference.grouped_linear,
+    words=WORDS,
     axes={"x": "T K", "w": "E N K", "offsets": "E+1", "bias": "E N", "order": "R"},
     dtypes={"x": FLOATS, "w": ("x",), "offsets": INDEX, "bias": ("x", torch.float32), "order": INDEX},
     outputs={"out": "x"},
@@ -103,6 +104,7 @@ linear_op = Op(
 outer_op = Op(
     "grouped_outer",
     reference.grouped_outer,
+    words=WORDS,
     axes={"a": "R N", "b": "T K", "offsets": "E+1", "order": "R"},
     dtypes={"a": FLOATS, "b": ("a",), "offsets": INDEX, "order": INDEX},
     outputs={"out": "a"},
@@ -195,6 +197,7 @@ _LINEAR = tuple(reference.quant_grouped_linear.__annotations__)[:-1]
 _MATMUL = tuple(reference.quant_grouped_matmul.__annotations__)[:-1]
 
 _PRODUCT: dict[str, Any] = dict(  # of low-bit experts, with activations as they are or rounded
+    words=WORDS,
     axes={"x": "T K", **_WEIGHT, "permutation": "E K", "bias": "E N", "expert_offsets": "E+1", "order": "R"},
     dtypes={"x": FLOATS, **_WEIGHT_DTYPES, "bias": ("x", torch.float32), "expert_offsets": INDEX, "order": INDEX},
     outputs={"out": "x"},
@@ -209,6 +212,7 @@ _PRODUCT: dict[str, Any] = dict(  # of low-bit experts, with activations as they
     contents=("expert_offsets order permutation", rules.check_quant_linear),
     contents_in_kernel=True,
     public="grouped_linear",
+    given={"expert_offsets": "offsets", **{name: f"w.{name}" for name in (*_WEIGHT, "permutation")}},
 )
 
 quant_linear_op = Op(
@@ -229,6 +233,7 @@ quant_int8_op = Op(
 quant_matmul_op = Op(
     "quant_grouped_matmul",
     reference.quant_grouped_matmul,
+    words=WORDS,
     axes={"x": "R N", **_WEIGHT, "permutation": "E in_features", "expert_offsets": "E+1"},
     dtypes={"x": FLOATS, **_WEIGHT_DTYPES, "expert_offsets": INDEX},
     outputs={"out": "x"},

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.backends import use
-from metate.errors import fail, require_choice, require_dense, require_number
+from metate.backends import BACKENDS, use
+from metate.errors import fail, require_choice, require_dense, require_flag, require_number
 from metate.ops.moe import reference
 from metate.ops.moe.declaration import FLOATS, topk_op
 from metate.ops.moe.rules import within
@@ -72,19 +72,19 @@ class Route:
             counts: (num_experts): choices counted over more tokens than these, such as the sum of `counts()` over all
                 processes: the loss of the global batch (Qiu et al. 2025).
         """
-        if kind not in ("switch", "gshard"):
-            raise fail("load_balance_loss", "kind", repr(kind), "'switch' or 'gshard'")
-        tokens = self.chosen.shape[0]
-        if sequences < 1 or tokens % sequences:
-            raise fail("load_balance_loss", "sequences", sequences, f"a divisor of the {tokens} tokens")
+        require_choice("load_balance_loss", "kind", kind, ("switch", "gshard"))
+        sequences, tokens, device = plain(sequences), self.chosen.shape[0], self.chosen.device
+        if not is_whole(sequences, 1) or tokens % sequences:
+            raise fail("load_balance_loss", "sequences", repr(sequences)[:60], f"a divisor of the {tokens} tokens")
         chosen = self.chosen if kind == "switch" else self.chosen[:, :1]
         if counts is None:
             parts = [_counts(part, self.num_experts) for part in chosen.view(sequences, -1, chosen.shape[1])]
             loads = torch.stack(parts)
         else:
-            if not isinstance(counts, Tensor) or tuple(counts.shape) != (self.num_experts,):
-                got = f"of shape {tuple(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
-                raise fail("load_balance_loss", "counts", got, f"a tensor ({self.num_experts},)")
+            require_dense("load_balance_loss", "counts", counts)
+            if counts.shape != (self.num_experts,) or counts.is_complex() or counts.device != device:
+                got = f"{counts.dtype} of shape {tuple(counts.shape)} on {counts.device}"
+                raise fail("load_balance_loss", "counts", got, f"real numbers ({self.num_experts},) on {device}")
             loads = counts.to(self.weights.dtype).expand(sequences, -1)
         shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
         means = self.probabilities().unflatten(0, (sequences, -1)).mean(1)
@@ -177,15 +177,18 @@ def moe_route(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected; also for what
             given experts, or a policy with a choice of its own ("expert_choice", …), would not look at.
     """
+    if backend is not None:
+        require_choice("moe_route", "backend", backend, BACKENDS)
     top_k, scaling, capacity_factor = plain(top_k), plain(scaling), plain(capacity_factor)
     _check(logits, score, group_rule, policy, capacity_factor, drop)
+    require_flag("moe_route", "renormalise", renormalise)
     choice = policy if experts is None else _GIVEN
     if choice in _UNUSED:
         _check_policy(choice, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups, policy=policy,
                       group_rule=group_rule, renormalise=renormalise, scaling=scaling, drop=drop)  # fmt: skip
     if noise is not None:
         _check_noise(noise, logits)
-        logits = logits + noise * _random(torch.randn, logits, generator)
+        logits = logits + noise * _random(logits, generator, normal=True)
     flat = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     with nullcontext() if backend is None else use(backend):
         if policy == "mixture_of_depths":
@@ -210,7 +213,7 @@ def moe_route(
 def _second_by_chance(weights: Tensor, experts: Tensor, number: int, generator: torch.Generator | None) -> Tensor:
     """The second choice with a probability of twice its weight, else the number of no expert."""
     second = 2 * weights[:, 1] / (weights.sum(-1) + reference.TINY)
-    taken = _random(torch.rand, second, generator) < second
+    taken = _random(second, generator) < second
     return torch.stack([experts[:, 0], experts[:, 1].where(taken, number)], 1)
 
 
@@ -253,9 +256,7 @@ def _check_policy(choice: str, top_k: int, experts: int, **given: Any) -> None:
             raise fail("moe_route", name, got, f"{default!r}: {why} does not look at it")
     if choice != "mixture_of_depths" and not is_whole(top_k, 1, experts):
         raise fail("moe_route", "top_k", repr(top_k), f"1 to {experts}")
-    scaling = given["scaling"]
-    if not (isinstance(scaling, (int, float)) and math.isfinite(scaling)):
-        raise fail("moe_route", "scaling", repr(scaling), "a finite number")
+    require_number("moe_route", "scaling", given["scaling"])
 
 
 def _check_noise(noise: Tensor, logits: Tensor) -> None:
@@ -269,9 +270,13 @@ def _check_noise(noise: Tensor, logits: Tensor) -> None:
         raise fail("moe_route", "noise", got, expected)
 
 
-def _random(draw: object, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    numbers: Tensor = draw(like.shape, generator=generator, dtype=like.dtype, device=like.device)  # type: ignore[operator]
-    return numbers
+def _random(like: Tensor, generator: torch.Generator | None, normal: bool = False) -> Tensor:
+    """As many numbers as those of a tensor; from torch's own generator in a way that compilers take."""
+    if generator is None:
+        draw_like = torch.randn_like if normal else torch.rand_like
+        return draw_like(like, memory_format=torch.contiguous_format)
+    draw = torch.randn if normal else torch.rand
+    return draw(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _counts(experts: Tensor, number: int) -> Tensor:
@@ -334,12 +339,15 @@ def _sinkhorn(logits: Tensor, top_k: int) -> Tensor:
     """The choice by logits normalised over experts and tokens by turns."""
     with torch.no_grad():
         wide = logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
-        log_p = wide.clone()
+        log_p, done = wide.clone(), torch.zeros((), dtype=torch.bool, device=wide.device)
         for _ in range(_ITERATIONS):
             before = log_p
             log_p = log_p - torch.logsumexp(log_p, 0, keepdim=True) if log_p.shape[0] else log_p
             log_p = log_p - torch.logsumexp(log_p, 1, keepdim=True)
-            if torch.allclose(before, log_p, atol=1e-4):
+            close = torch.isclose(before, log_p, atol=1e-4).all()
+            if torch.compiler.is_compiling():  # a graph goes on to the end, and keeps what it would have stopped with
+                log_p, done = torch.where(done, before, log_p), done | close
+            elif close:
                 break
         return log_p.argsort(dim=-1, descending=True, stable=True)[:, :top_k].int()
 

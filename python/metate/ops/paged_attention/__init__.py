@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metate.errors import fail, require_dense
+from metate.errors import fail, renamed, require_dense, require_flag
 from metate.masks import AttentionMask, window_sides
 from metate.op import REGISTRY
 from metate.ops.paged_attention.declaration import append_op, paged_attention_op
@@ -87,7 +87,9 @@ def paged_attention(
             numbers and lengths are not looked at.
     """
     packed = cu_seqlens_q is not None
-    dims = _check_dims(q, packed)
+    dims = _check_dims("paged_attention", q, packed)
+    if not type(return_lse) is type(return_column_sums) is bool:
+        _check_flags("paged_attention", return_lse, return_column_sums)
     left, right = window_sides("paged_attention", window, causal)
     bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
     rest = (
@@ -139,14 +141,15 @@ def cascade_attention(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     packed = cu_seqlens_q is not None
-    dims = _check_dims(q, packed)
+    dims = _check_dims("cascade_attention", q, packed)
+    _check_flags("cascade_attention", return_lse, return_column_sums)
     left, right = window_sides("cascade_attention", window, causal)
     x = q if packed or dims == 4 else q.unsqueeze(1)
-    _check_groups(cu_groups, prefix_table, prefix_lens, k_cache)
+    _check_groups(q, cu_groups, prefix_table, prefix_lens, k_cache)
     groups = prefix_lens.shape[0]
-    _check_own(seq_lens, cu_seqlens_q, left_pad, groups, x.shape[1], tree_mask is not None)
+    _check_own(x, seq_lens, cu_seqlens_q, left_pad, groups, tree_mask is not None)
     batch = seq_lens.shape[0]
-    _check_all_have_groups(cu_groups, batch if packed else x.shape[0])
+    _check_all_have_groups(cu_groups, batch)
     _check_heads(batch, alibi_slopes, sinks)
     numbers = torch.arange(batch + 1, dtype=torch.int32, device=seq_lens.device)
     owner = group = _owners(cu_groups, numbers[:-1])
@@ -164,11 +167,12 @@ def cascade_attention(
         alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, return_lse=True, backend=backend,
     )  # fmt: skip
     own = partial(
-        attend, x, block_table=block_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q, window=(left, right),
-        left_pad=None if left_pad is None else (left_pad - prefix_lens).clamp(min=0)[group], tree_mask=tree_mask,
+        _part, {}, attend, x, block_table=block_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q,
+        window=(left, right), tree_mask=tree_mask,
+        left_pad=None if left_pad is None else (left_pad - prefix_lens).clamp(min=0)[group],
     )  # fmt: skip
     prefix = partial(
-        attend, x if packed else x.flatten(0, 1), block_table=prefix_table, seq_lens=prefix_lens,
+        _part, _PREFIX, attend, x if packed else x.flatten(0, 1), block_table=prefix_table, seq_lens=prefix_lens,
         cu_seqlens_q=cu_groups * x.shape[1] if cu_seqlens_q is None else cu_seqlens_q[cu_groups.long()],
         window=(left, -1), left_pad=left_pad, positions=positions,
     )  # fmt: skip
@@ -183,6 +187,17 @@ def cascade_attention(
         out, lse = out.squeeze(1), lse.squeeze(2)
     found = (out, *([lse] if return_lse else []), *sums)
     return found if len(found) > 1 else out
+
+
+_PREFIX = {"block_table": "prefix_table", "seq_lens": "prefix_lens"}
+
+
+def _part(names: dict[str, str], attend: Attend, *args: Any, **options: Any) -> Any:
+    """Own keys or the prefixes; what is wrong is told of the arguments as they came."""
+    try:
+        return attend(*args, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise renamed(error, "paged_attention", "cascade_attention", names) from None
 
 
 def _merge_both(
@@ -285,24 +300,37 @@ def _with_four_dims(q: Tensor, rest: tuple[Any, ...], packed: bool, first_only: 
     return found[0].squeeze(one), found[1].squeeze(of_lse), found[2]
 
 
-def _check_dims(q: Tensor, packed: bool) -> int:
+def _check_flags(op: str, return_lse: bool, return_column_sums: bool) -> None:
+    require_flag(op, "return_lse", return_lse)
+    require_flag(op, "return_column_sums", return_column_sums)
+
+
+def _check_dims(op: str, q: Tensor, packed: bool) -> int:
     """How many dimensions q has."""
-    require_dense("paged_attention", "q", q)
+    require_dense(op, "q", q)
     dims = q.dim()
     if dims != 3 and (packed or dims != 4):
         expected = (
             "(tokens, heads, head_dim)" if packed else "(batch, heads, head_dim) or (batch, queries, heads, head_dim)"
         )
-        raise fail("paged_attention", "q", f"of shape {tuple(q.shape)}", expected)
+        raise fail(op, "q", f"of shape {tuple(q.shape)}", expected)
     return dims
 
 
-def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, k_cache: Tensor) -> None:
+def _require_numbers(op: str, name: str, x: object, q: Tensor) -> None:
+    """int32 beside q."""
+    require_dense(op, name, x, "an int32 tensor")
+    assert isinstance(x, Tensor)
+    if x.dtype != torch.int32:
+        raise fail(op, name, x.dtype, "an int32 tensor; convert it with .to()", error=TypeError)
+    if x.device != q.device:
+        raise fail(op, name, f"on {x.device}", f"{q.device} like q; move it with .to()")
+
+
+def _check_groups(q: Tensor, cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, k_cache: Tensor) -> None:
     op = "cascade_attention"
     for name, x in (("cu_groups", cu_groups), ("prefix_table", prefix_table), ("prefix_lens", prefix_lens)):
-        require_dense(op, name, x)
-        if x.dtype != torch.int32:
-            raise fail(op, name, x.dtype, "int32; convert it with .to()", error=TypeError)
+        _require_numbers(op, name, x, q)
     if cu_groups.dim() != 1 or prefix_lens.shape != (cu_groups.shape[0] - 1,):
         got = f"of shape {tuple(prefix_lens.shape)} beside cu_groups of shape {tuple(cu_groups.shape)}"
         raise fail(op, "prefix_lens", got, "(groups) beside (groups + 1)")
@@ -317,6 +345,9 @@ def _check_groups(cu_groups: Tensor, prefix_table: Tensor, prefix_lens: Tensor, 
 
 
 def _check_heads(batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if x is not None:
+            require_dense("cascade_attention", name, x)
     if isinstance(sinks, Tensor) and sinks.dim() != 1:
         raise fail("cascade_attention", "sinks", f"of shape {tuple(sinks.shape)}", "(heads)")
     if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() != 1:
@@ -335,18 +366,18 @@ def _check_all_have_groups(cu_groups: Tensor, batch: int) -> None:
 
 
 def _check_own(
-    seq_lens: Tensor, cu_seqlens_q: Tensor | None, left_pad: Tensor | None, groups: int, queries: int, is_tree: bool
+    q: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None, left_pad: Tensor | None, groups: int, is_tree: bool
 ) -> None:
     """Queries before the keys of their own sequence would see all of the prefix. One query alone may do so."""
-    op = "cascade_attention"
+    op, queries = "cascade_attention", q.shape[1]
     for name, x in (("seq_lens", seq_lens), ("cu_seqlens_q", cu_seqlens_q), ("left_pad", left_pad)):
         if x is None and name != "seq_lens":
             continue
-        if not isinstance(x, Tensor) or x.dtype != torch.int32:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise fail(op, name, got, "an int32 tensor", error=TypeError)
+        _require_numbers(op, name, x, q)
+        assert x is not None
         batch = seq_lens.numel()
-        sizes = {"cu_seqlens_q": {batch + 1}, "left_pad": {groups, batch}}.get(name, {x.numel()})
+        own = batch if cu_seqlens_q is not None else q.shape[0]
+        sizes = {"seq_lens": {own}, "cu_seqlens_q": {batch + 1}, "left_pad": {groups, batch}}[name]
         if x.dim() != 1 or x.shape[0] not in sizes:
             raise fail(op, name, f"of shape {tuple(x.shape)}", " or ".join(f"({size},)" for size in sorted(sizes)))
     if seq_lens.device.type != "cpu" or torch.compiler.is_compiling():

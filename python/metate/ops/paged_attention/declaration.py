@@ -16,6 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STORED = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn, "scaled fp8": torch.float8_e4m3fn}
 _WIDE = (torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
+_WORDS = {"B": "batch", "Sq": "queries", "Hq": "heads", "Hkv": "kv_heads", "D": "head_dim", "Dv": "value_dim"}
 _CACHE = {
     "k_cache": "pages page_size Hkv D or pages page_size Hkv D/2",
     "v_cache": "pages page_size Hkv Dv or pages page_size Hkv Dv/2",
@@ -186,6 +187,7 @@ def _sizes(named: Case) -> Case:
 paged_attention_op = Op(
     "paged_attention",
     reference.paged_attention,
+    words=_WORDS,
     axes={
         "q": "B? Sq Hq D",
         **_CACHE,
@@ -306,6 +308,7 @@ def _append_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -
 append_op = Op(
     "append_kv",
     reference.append_kv,
+    words=_WORDS | {"R": "rotary_dim / 2"},
     axes={
         "k": "tokens Hkv D",
         "v": "tokens Hkv Dv",

@@ -16,6 +16,7 @@ SINGLE = (torch.float32,)
 _WIDE = (torch.float32, torch.float64)
 _BYTES = (torch.uint8,)
 _SEARCH = {"ranges": (torch.int64,), "ids": (torch.int64,), "keep": _BYTES}
+_WORDS = {"Q": "queries", "P": "probes", "D": "dim", "L": "levels", "n": "rows"}
 _NO_ORDER = "the order of distances has none; train through metate.pq_distance_tables and metate.pq_decode"
 
 
@@ -94,6 +95,7 @@ def _domain(make: Any, cases: list[Case]) -> Domain:
 tables_op = Op(
     "pq_distance_tables",
     reference.pq_distance_tables,
+    words=_WORDS,
     axes={"queries": "rows D", "codebooks": "M L d"},
     dtypes={"queries": _WIDE, "codebooks": ("queries",)},
     outputs={"tables": torch.float32},
@@ -112,6 +114,7 @@ tables_op.differentiable(rules.backward_tables, rules.save)
 encode_op = Op(
     "pq_encode",
     reference.pq_encode,
+    words=_WORDS,
     axes={"x": "rows D", "codebooks": "M L d"},
     dtypes={"x": SINGLE, "codebooks": SINGLE},
     outputs={"codes": torch.uint8},
@@ -129,6 +132,7 @@ encode_op = Op(
 decode_op = Op(
     "pq_decode",
     reference.pq_decode,
+    words=_WORDS,
     axes={"codebooks": "M L d", "codes": "rows code_size"},
     dtypes={"codebooks": _WIDE, "codes": _BYTES},
     outputs={"out": "codebooks"},
@@ -211,6 +215,7 @@ def _scan_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
 scan_op = Op(
     "pq_scan",
     reference.pq_scan,
+    words=_WORDS,
     axes={
         "tables": "Q M L", "codes": "n code_size or n//32 M block_bytes", "ranges": "Q P 2", "bias": "Q P",
         "row_bias": "n", "ids": "n", "keep": "n//8",
@@ -289,6 +294,7 @@ def _topk_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> 
 topk_op = Op(
     "topk_distances",
     reference.topk_distances,
+    words=_WORDS,
     axes={"queries": "Q D", "base": "n D", "ranges": "Q P 2", "scale": "D", "offset": "D", "ids": "n", "keep": "n//8"},
     dtypes={
         "queries": SINGLE, "base": (torch.float32, torch.bfloat16, torch.float16, torch.int8), **_SEARCH,
@@ -382,6 +388,7 @@ ivf_op = Op(
     "ivf_search",
     reference.ivf_search_of(reference),
     made_of=reference.ivf_search_of,
+    words=_WORDS,
     axes={
         "queries": "Q D", "centroids": "lists D", "extents": "lists 2", "rows": "n width or n//32 M block_bytes",
         "codebooks": "M L d", "row_bias": "n", "scale": "D", "offset": "D", "ids": "n", "keep": "n//8",

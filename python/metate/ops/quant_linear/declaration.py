@@ -13,6 +13,7 @@ from metate.op import Case, Domain, Op
 from metate.ops.quant_linear import reference, rules
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WORDS = {"M": "rows", "N": "out_features", "K": "in_features"}
 WEIGHT = {
     "codes": "N row_bytes", "scales": "N groups", "super_scales": "N supers", "zeros": "N groups",
     "offsets": "N groups", "super_offsets": "N supers", "codebook": "levels",
@@ -173,6 +174,7 @@ def _domain(make: Any, sweep: list[Case]) -> Domain:
 linear_op = Op(
     "quant_linear",
     reference.quant_linear,
+    words=WORDS,
     axes=_LINEAR_AXES,
     dtypes=_LINEAR_DTYPES,
     outputs={"out": "x"},
@@ -191,6 +193,7 @@ linear_op = Op(
 int8_op = Op(
     "quant_linear_int8",
     reference.quant_linear_int8,
+    words=WORDS,
     axes=_LINEAR_AXES,
     dtypes=_LINEAR_DTYPES,
     outputs={"out": "x"},
@@ -214,6 +217,7 @@ int8_op = Op(
 matmul_op = Op(
     "quant_matmul",
     reference.quant_matmul,
+    words=WORDS,
     axes={"x": "M N", **WEIGHT, "permutation": "in_features"},
     dtypes={"x": FLOATS, **WEIGHT_DTYPES},
     outputs={"out": "x"},
@@ -236,6 +240,7 @@ matmul_op = Op(
 dequantize_op = Op(
     "dequantize",
     reference.dequantize,
+    words=WORDS,
     axes={"out": "N K", **WEIGHT, "permutation": "K"},
     dtypes={"out": FLOATS, **WEIGHT_DTYPES},
     outputs={"out": "out"},

@@ -276,6 +276,7 @@ def _flops(case: Case) -> float:
 linear_op = Op(
     "lora_linear",
     reference.lora_linear,
+    words=declaration.WORDS,
     axes={"x": "M K", **declaration.WEIGHT, "permutation": "K", "bias": "N", **_PAIR},
     dtypes={"x": FLOATS, **declaration.WEIGHT_DTYPES, "bias": _NARROW, **_PAIR_DTYPES},
     outputs={"out": "x"},
@@ -294,6 +295,7 @@ linear_op = Op(
 matmul_op = Op(
     "lora_matmul",
     reference.lora_matmul,
+    words=declaration.WORDS,
     axes={"x": "M N", **declaration.WEIGHT, "permutation": "in_features", **_PAIR, "A": "adapters rank in_features"},
     dtypes={"x": FLOATS, **declaration.WEIGHT_DTYPES, **_PAIR_DTYPES},
     outputs={"out": "x"},
@@ -313,6 +315,7 @@ matmul_op = Op(
 shrink_op = Op(
     "lora_shrink",
     reference.lora_shrink,
+    words=declaration.WORDS,
     axes={"x": "M K", "A": _PAIR["A"], "adapter_ids": "M"},
     dtypes={"x": FLOATS, "A": _NARROW, "adapter_ids": _IDS},
     outputs={"out": torch.float32},
@@ -329,6 +332,7 @@ shrink_op = Op(
 outer_op = Op(
     "lora_outer",
     reference.lora_outer,
+    words=declaration.WORDS,
     axes={"x": "M K", "low": "M rank", "adapter_ids": "M"},
     dtypes={"x": FLOATS, "low": _SUMS, "adapter_ids": _IDS},
     outputs={"out": torch.float32},

@@ -158,9 +158,13 @@ def test_generates_with_a_static_cache(name):
     assert torch.equal(eager.generate(**given, **options), metate.generate(**given, **options))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
-def test_continuous_batching_generates_the_tokens_of_eager(name):
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_continuous_batching_generates_the_tokens_of_eager(name, monkeypatch):
+    """Where transformers' pages may be read in place, which those of sliding windows may not, they are."""
     eager, metate = models(name)
+    read = []
+    attend = route.paged_attention
+    monkeypatch.setattr(route, "paged_attention", lambda *a, **k: read.append(a) or attend(*a, **k))
     prompts = [torch.randint(2, 90, (length,)).tolist() for length in (5, 3, 20)]
     greedy = hf.GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=96, pad_token_id=0)
     want = [eager.generate(torch.tensor([p]), generation_config=greedy)[0, len(p) :].tolist() for p in prompts]
@@ -168,6 +172,7 @@ def test_continuous_batching_generates_the_tokens_of_eager(name):
     batch = metate.generate_batch(inputs=prompts, generation_config=greedy, continuous_batching_config=room)
     assert metate.config._attn_implementation == "metate"
     assert [batch[f"req_{i}"].generated_tokens for i in range(3)] == want
+    assert bool(read) == (name == "llama")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

@@ -41,6 +41,7 @@ __all__ = [
 
 _NAME = "metate"
 _PACKAGE = "transformers", "transformers>=5"
+_DECODES = "ensure_decode_fast_path_is_available"
 _FAR = 2**30  # beyond any position
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 _UNSERVED = ("indices", "block_indices", "sinks")  # arguments of some models that change the result
@@ -67,6 +68,9 @@ def enable() -> None:
         asks = module.is_flash_attention_requested
         if not isinstance(asks, _AlsoMetate):
             module.is_flash_attention_requested = _AlsoMetate(asks)
+        refuses = getattr(module, _DECODES, None)
+        if refuses is not None and not hasattr(refuses, "original"):
+            setattr(module, _DECODES, _keeping_pages(refuses))
     model: Any = PreTrainedModel
     if not hasattr(model.get_correct_attn_implementation, "original"):
         model.get_correct_attn_implementation = _refusing(model.get_correct_attn_implementation)
@@ -83,6 +87,9 @@ def disable() -> None:
         asks = module.is_flash_attention_requested
         if isinstance(asks, _AlsoMetate):
             module.is_flash_attention_requested = asks.original
+        refuses = getattr(module, _DECODES, None)
+        if refuses is not None:
+            setattr(module, _DECODES, getattr(refuses, "original", refuses))
     model: Any = PreTrainedModel
     choose = model.get_correct_attn_implementation
     model.get_correct_attn_implementation = getattr(choose, "original", choose)
@@ -108,6 +115,23 @@ class _AlsoMetate:
         if name == _NAME and version is None:
             return True
         return self.original(config, requested_attention_implementation, version)
+
+
+def _keeping_pages(original: Callable[..., None]) -> Callable[..., None]:
+    """transformers' check of whether a step of one token each may read its pages in place, as metate does anywhere."""
+
+    @wraps(original)
+    def ensure(config: Any, cb_config: Any, *args: Any, **kwargs: Any) -> None:
+        wanted = cb_config.max_blocks_per_request
+        if wanted and config._attn_implementation == _NAME:
+            kinds = module.group_layers_by_attn_type(config)
+            if all(module.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table for kind in kinds):
+                return
+        original(config, cb_config, *args, **kwargs)
+
+    module: Any = sys.modules[original.__module__]
+    ensure.original = original  # type: ignore[attr-defined]
+    return ensure
 
 
 def _refusing(original: Callable[..., str]) -> Callable[..., str]:
@@ -284,7 +308,9 @@ def _continuous(
     lengths = cu_seqlens_k.diff()[:entries]
     last = lengths.long() - 1
     slots = table.gather(1, (last.clamp(min=0) // page_size)[:, None])[:, 0].long() * page_size + last % page_size
-    append_kv(k[:entries], v[:entries], k_cache, v_cache, torch.where(last >= 0, slots, -1))
+    slots = torch.where(last >= 0, slots, -1)
+    for new, pages in ((k, k_cache), (v, v_cache)):  # one by one: they are views of one memory, by turns page for page
+        append_kv(new[:entries], None, pages, None, slots)
     out = paged_attention(q[:entries], k_cache, v_cache, table, lengths, **options)
     return pad(out, (0, 0, 0, 0, 0, q.shape[0] - entries))[None]
 

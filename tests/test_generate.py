@@ -319,6 +319,42 @@ def test_forced_tokens_that_do_not_fit_beside_others_wait(model):
     assert found[1][:27] + found[1][28:] == [*range(27), 1]
 
 
+class RightGuesses:
+    """Of texts that are known before."""
+
+    tokens = 8
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def begin(self, model, cache):
+        pass
+
+    def propose(self, wishes):
+        done = {wish.request: len(wish.tokens) - wish.prompt for wish in wishes}
+        return {
+            wish.request: [Speculated(t) for t in self.texts[wish.request][done[wish.request] :][: wish.count]]
+            for wish in wishes
+        }
+
+    def forget(self, request):
+        pass
+
+
+@pytest.mark.parametrize("blocks", [35, 41, 50])
+def test_blocks_that_guesses_hold_make_no_room_for_others(model, monkeypatch, blocks):
+    """They did, and the one who waited was let in and put back for ever within one step."""
+    texts = [[2, 3], [4, 5], [6, 7], [8] * 10]
+    expected = alone(model, texts)
+    admit, tries = Scheduler._admit, iter(range(100))
+    monkeypatch.setattr(Scheduler, "_admit", lambda self, budget: (next(tries), admit(self, budget))[1])
+    scheduler = Scheduler(model, PagedKVCache(model.cache_layout, blocks, 1), draft=RightGuesses(expected))
+    for text in texts:
+        scheduler.add(text, max_new_tokens=16)
+    assert list(run(scheduler).values()) == expected
+    assert scheduler.totals.right > 20
+
+
 def test_first_come_first_served(model):
     scheduler = Scheduler(model, PagedKVCache(model.cache_layout, 100, 4), max_sequences=2, token_budget=16)
     for text in prompts(6):

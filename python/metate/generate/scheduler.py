@@ -368,9 +368,9 @@ class Scheduler:
                 return
 
     def _owed(self, request: _Request) -> int:
-        """Blocks that a running request needs for the tokens it has, and one more to grow."""
+        """Blocks that a running request needs for the tokens it has, and one more to grow; guesses may hold more."""
         size = self.cache.page_size
-        return -(-len(request.tokens) // size) - -(-self.cache.manager.length(request.number) // size) + 1
+        return max(-(-len(request.tokens) // size) - -(-self.cache.manager.length(request.number) // size), 0) + 1
 
     def _fits(self, owed: int) -> bool:
         """Whether there is room for the first who waits beside what is owed to those who run."""

@@ -12,8 +12,8 @@
 //
 // Sums are float32, or exact in whole numbers: 16-bit floats may be rounded to multiples of a power of two that leave
 // the largest |x| of at most 128 columns 22 bits, or 14 where that moves them by less than their dtype has rounded them
-// (in the root mean square). With bfloat16 x, entries of a codebook may be rounded to bfloat16. A row of the result
-// depends on that row of x alone, not on how many rows there are.
+// (in the root mean square). With bfloat16 x, entries of a codebook may be rounded to bfloat16, and W in a product x W.
+// A row of the result depends on that row of x alone, not on how many rows there are.
 //
 // With int8_activations, x is rounded first: a chunk is a run of stored columns that ends at every 32nd column and at
 // every group's end; with `largest` the largest |x| of the row in it, x becomes round(x · (127 / largest)) · (largest

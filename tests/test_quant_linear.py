@@ -16,7 +16,7 @@ from torch import Tensor
 import metate
 from metate import QuantizedWeight, library
 from metate.low_bit import pack_codes
-from metate.ops.quant_linear.declaration import int8_op, linear_op
+from metate.ops.quant_linear.declaration import int8_op, linear_op, matmul_op
 
 LINEAR = [(device, backend) for op, device, backend in (p.values for p in BACKENDS) if op.name == "quant_linear"]
 everywhere = pytest.mark.parametrize("device,backend", LINEAR, ids=lambda value: value)
@@ -264,6 +264,28 @@ def test_gradients_reach_x_bias_and_what_else_learns(form):
     torch.nn.functional.linear(x_dense, dense, bias_dense).square().sum().backward()
     for a, b in ((x, x_dense), (bias, bias_dense), (scales, scales_dense)):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "N,K,bits,group,flags",
+    [
+        (2093, 200, 4, 64, {"form": "codebook"}),
+        (2080, 416, 4, 32, {"form": "zeros", "tiles": True, "scales": "float16"}),
+        (1345, 330, 4, 48, {"form": "offsets", "super_groups": 3}),
+        (1100, 330, 4, 36, {"form": "zeros", "permuted": True}),
+        (1041, 90, 4, 5000, {"form": "symmetric"}),
+        (1029, 150, 3, 50, {"form": "zeros"}),
+        (1037, 300, 8, 128, {"form": "codebook"}),
+    ],
+)
+def test_gradients_through_tall_weights_round_no_more_than_torch(N, K, bits, group, flags, dtype):
+    """And a row of them does not depend on how many there are."""
+    args = matmul_op.example(dict(M=19, N=N, K=K, bits=bits, group=group, **flags), dtype)
+    out = matmul_op(*args)
+    matmul_op.assert_close(out, args)
+    for rows in (1, 2, 5, 18):
+        assert same_bits(matmul_op(args[0][:rows], *args[1:]), out[:rows]), rows
 
 
 def test_no_dense_weight_is_ever_made():

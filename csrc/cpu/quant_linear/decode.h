@@ -339,14 +339,28 @@ METATE_FN void correct_square(float* to, const float* scales, int64_t stride, co
         store(to + i * stride, scales ? fma(square[i], load(scales + i * stride), splat(0.0f)) : square[i]);
 }
 
-// Scales of `width` rows for n groups from `group` on, a vector a group, `stride` floats apart; and what a column's x
-// is to be multiplied by besides: corrections = (center - zero - zeros) · scale + offset, where there are such; or, if
-// they come `before` the scales, center - zero - zeros.
-inline void load_scales(float* scales, float* corrections, bool before, int64_t stride, const LowBitMatrix& w,
-                        float center, int64_t row, int64_t group, int64_t n) {
+// Scales of n <= width groups of some rows from `group` on, a vector a row; and what a column's x is to be multiplied
+// by besides: corrections = (center - zero - zeros) · scale + offset, where there are such; or, if they come `before`
+// the scales, center - zero - zeros. Zeros for rows and groups that are not there.
+inline void load_scale_rows(vf (&scale)[width], vf (&correction)[width], bool is_corrected, bool before,
+                            const LowBitMatrix& w, float center, int64_t row, int64_t group, int64_t n) {
     const int64_t rows = smaller(w.rows - row, width);
     const float shift = w.codebook ? 0 : center - static_cast<float>(w.zero);
-    const bool is_plain = rows == width && w.scales.stride[1] == 1 && w.scales.dtype != DType::i8 &&
+    for (int i = 0; i < width; ++i) scale[i] = correction[i] = splat(0.0f);
+    load_levels(scale, w.scales, w.super_scales, w.super_groups, row, rows, group, n);
+    if (w.offsets) load_levels(correction, w.offsets, w.super_offsets, w.super_groups, row, rows, group, n);
+    for (int i = 0; i < rows && is_corrected; ++i) {
+        const vf zeros = w.zeros ? to_float(zeros_of(w, row + i, group, n)) : splat(0.0f);
+        correction[i] = before ? splat(shift) - zeros : fma(splat(shift) - zeros, scale[i], correction[i]);
+    }
+}
+
+// The same of any number of groups, a vector a group, `stride` floats apart; `corrections` are null where there are
+// none.
+inline void load_scales(float* scales, float* corrections, bool before, int64_t stride, const LowBitMatrix& w,
+                        float center, int64_t row, int64_t group, int64_t n) {
+    const float shift = w.codebook ? 0 : center - static_cast<float>(w.zero);
+    const bool is_plain = w.rows - row >= width && w.scales.stride[1] == 1 && w.scales.dtype != DType::i8 &&
                           (!corrections || (!w.offsets && w.zeros.stride[1] == 1));
     for (int64_t g = 0; g < n; g += width) {
         if (is_plain && n - g >= width) {
@@ -357,19 +371,14 @@ inline void load_scales(float* scales, float* corrections, bool before, int64_t 
                                group + g);
             continue;
         }
-        vf scale[width], offset[width];
-        for (int i = 0; i < width; ++i) scale[i] = offset[i] = splat(0.0f);
-        load_levels(scale, w.scales, w.super_scales, w.super_groups, row, rows, group + g, n - g);
-        if (w.offsets) load_levels(offset, w.offsets, w.super_offsets, w.super_groups, row, rows, group + g, n - g);
-        for (int i = 0; i < rows && corrections; ++i) {
-            const vf zeros = w.zeros ? to_float(zeros_of(w, row + i, group + g, smaller(n - g, width))) : splat(0.0f);
-            offset[i] = before ? splat(shift) - zeros : fma(splat(shift) - zeros, scale[i], offset[i]);
-        }
+        const int64_t groups = smaller(n - g, width);
+        vf scale[width], correction[width];
+        load_scale_rows(scale, correction, corrections != nullptr, before, w, center, row, group + g, groups);
         transpose(scale);
-        if (corrections) transpose(offset);
-        for (int j = 0; j < smaller(n - g, width); ++j) {
+        if (corrections) transpose(correction);
+        for (int64_t j = 0; j < groups; ++j) {
             store(scales + (g + j) * stride, scale[j]);
-            if (corrections) store(corrections + (g + j) * stride, offset[j]);
+            if (corrections) store(corrections + (g + j) * stride, correction[j]);
         }
     }
 }

@@ -571,6 +571,28 @@ METATE_FN vi zip(const bf16* a, const bf16* b, int64_t n) {
 METATE_FN vi pair_table(const float* p) {
     return twice(narrow_bf16(_mm512_loadu_ps(p)));
 }
+// Words of two rows of codes of 4 bits, for lookup_row_pairs: lane c of number i gets word 4 i + c / 4 of each.
+struct RowPairWords {
+    alignas(64) uint16_t at[8][32];
+};
+constexpr RowPairWords row_pair_words = [] {
+    RowPairWords words{};
+    for (uint16_t i = 0; i < 8; ++i) {
+        for (uint16_t c = 0; c < 16; ++c) {
+            words.at[i][2 * c] = static_cast<uint16_t>(4 * i + c / 4);
+            words.at[i][2 * c + 1] = static_cast<uint16_t>(32 + 4 * i + c / 4);
+        }
+    }
+    return words;
+}();
+// Codes 16 i … 16 i + 15 of rows a and b, looked up in tables of their own, which narrow_pairs has made one: lane c is
+// a pair of column c.
+METATE_FN vi lookup_row_pairs(vi tables, vi a, vi b, int64_t i) {
+    const vi shifts = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0, 4, 4, 8, 8, 12, 12));
+    const vi words = _mm512_permutex2var_epi16(a, _mm512_load_si512(row_pair_words.at[i]), b);
+    const vi codes = bit_and(_mm512_srlv_epi16(words, shifts), splat(0x000f000f));
+    return _mm512_permutexvar_epi16(bit_or(codes, splat(0x00100000)), tables);
+}
 // Zeros where the first or second elements of pairs are not to count.
 METATE_FN vi keep_elements(vi pairs, bool first, bool second) {
     return _mm512_and_si512(pairs, splat(static_cast<int32_t>((first ? 0xffffu : 0) | (second ? 0xffff0000u : 0))));

@@ -177,11 +177,8 @@ def moe_route(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected; also for what
             given experts, or a policy with a choice of its own ("expert_choice", …), would not look at.
     """
-    if backend is not None:
-        require_choice("moe_route", "backend", backend, BACKENDS)
     top_k, scaling, capacity_factor = plain(top_k), plain(scaling), plain(capacity_factor)
-    _check(logits, score, group_rule, policy, capacity_factor, drop)
-    require_flag("moe_route", "renormalise", renormalise)
+    _check(logits, score, group_rule, policy, capacity_factor, drop, renormalise, backend)
     choice = policy if experts is None else _GIVEN
     if choice in _UNUSED:
         _check_policy(choice, top_k, logits.shape[-1], bias=bias, groups=groups, top_groups=top_groups, policy=policy,
@@ -229,8 +226,14 @@ def _dropped(
     return Route(weights, experts, chosen, logits, number, score, experts.numel())
 
 
-def _check(logits: Tensor, score: str, group_rule: str, policy: str, capacity_factor: float | None, drop: str) -> None:
+def _check(
+    logits: Tensor, score: str, group_rule: str, policy: str, capacity_factor: float | None, drop: str,
+    renormalise: bool, backend: str | None,
+) -> None:  # fmt: skip
     require_dense("moe_route", "logits", logits)
+    require_flag("moe_route", "renormalise", renormalise)
+    if backend is not None:
+        require_choice("moe_route", "backend", backend, BACKENDS)
     if logits.dtype not in FLOATS:
         got = str(logits.dtype).removeprefix("torch.")
         raise fail("moe_route", "logits", got, "float32, bfloat16, float16 or float64", error=TypeError)

@@ -87,9 +87,7 @@ def paged_attention(
             numbers and lengths are not looked at.
     """
     packed = cu_seqlens_q is not None
-    dims = _check_dims("paged_attention", q, packed)
-    if not type(return_lse) is type(return_column_sums) is bool:
-        _check_flags("paged_attention", return_lse, return_column_sums)
+    dims = _check_dims("paged_attention", q, packed, return_lse, return_column_sums)
     left, right = window_sides("paged_attention", window, causal)
     bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
     rest = (
@@ -141,8 +139,7 @@ def cascade_attention(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was expected.
     """
     packed = cu_seqlens_q is not None
-    dims = _check_dims("cascade_attention", q, packed)
-    _check_flags("cascade_attention", return_lse, return_column_sums)
+    dims = _check_dims("cascade_attention", q, packed, return_lse, return_column_sums)
     left, right = window_sides("cascade_attention", window, causal)
     x = q if packed or dims == 4 else q.unsqueeze(1)
     _check_groups(q, cu_groups, prefix_table, prefix_lens, k_cache)
@@ -300,13 +297,11 @@ def _with_four_dims(q: Tensor, rest: tuple[Any, ...], packed: bool, first_only: 
     return found[0].squeeze(one), found[1].squeeze(of_lse), found[2]
 
 
-def _check_flags(op: str, return_lse: bool, return_column_sums: bool) -> None:
-    require_flag(op, "return_lse", return_lse)
-    require_flag(op, "return_column_sums", return_column_sums)
-
-
-def _check_dims(op: str, q: Tensor, packed: bool) -> int:
+def _check_dims(op: str, q: Tensor, packed: bool, return_lse: bool, return_column_sums: bool) -> int:
     """How many dimensions q has."""
+    if not type(return_lse) is type(return_column_sums) is bool:
+        require_flag(op, "return_lse", return_lse)
+        require_flag(op, "return_column_sums", return_column_sums)
     require_dense(op, "q", q)
     dims = q.dim()
     if dims != 3 and (packed or dims != 4):

@@ -307,7 +307,7 @@ def test_int8_activations_of_experts_are_those_of_quant_linear():
     torch.testing.assert_close(rounded, expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(NotImplementedError, match=r"metate.grouped_linear: no gradient: .*int8_activations"):
         metate.moe_mlp(x.requires_grad_(), route, w1, w2, int8_activations=True).sum().backward()
-    with pytest.raises(ValueError, match=r"grouped_linear: int8_activations is True, expected False beside a dense w"):
+    with pytest.raises(ValueError, match=r"moe_mlp: int8_activations is True, expected False beside a dense w"):
         metate.moe_mlp(x.detach(), route, *dense, int8_activations=True)
 
 
@@ -458,7 +458,7 @@ def test_errors_name_what_users_call():
         metate.gated_activation(x, alpha="a")
     with pytest.raises(ValueError, match=r"metate.update_bias: counts is of shape \(3,\), expected \(4,\) like bias"):
         metate.update_bias(torch.zeros(4), torch.zeros(3))
-    with pytest.raises(ValueError, match="load_balance_loss: counts is of shape"):
+    with pytest.raises(ValueError, match=r"load_balance_loss: counts is .* of shape \(3,\)"):
         route.load_balance_loss(counts=torch.zeros(3))
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 
 pytest.importorskip("transformers")
 
@@ -12,11 +14,13 @@ import transformers as hf
 
 from metate import FormatError
 from metate.compat import transformers as route
+from metate.models import Llama
+from metate.models.apart import apart, take_apart
 from metate.models.chain import Chain, decoder_layers, dense_weight, linears
 from metate.models.folding import Place, find_place, groups_of
 from metate.models.quantize import Recipe, quantize_checkpoint, quantize_decoder
-from metate.nn import QuantLinear
-from metate.quant import QuantizedWeight, load_quantized
+from metate.nn import QuantGroupedLinear, QuantLinear
+from metate.quant import QuantizedWeight, load_quantized, quantize_rtn, save_quantized
 
 SIZES = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,8 +49,29 @@ CONFIGS = {
     "phi3": lambda: hf.Phi3Config(**MULTI_HEAD),
     "gpt2": lambda: hf.GPT2Config(**GPT),
     "opt": lambda: hf.OPTConfig(**OPT),
+    "falcon": lambda: hf.FalconConfig(
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        alibi=False,
+        bias=True,
+    ),
     "mamba": lambda: hf.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, time_step_rank=32),
 }
+MIXTURE = {**SIZES, "num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32}
+MIXTURES = {
+    "mixtral": lambda: hf.MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(**MIXTURE, shared_expert_intermediate_size=64, decoder_sparse_step=2),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**MIXTURE),
+    "olmoe": lambda: hf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(
+        **{**MIXTURE, **MULTI_HEAD, "head_dim": 32}, n_routed_experts=4, first_k_dense_replace=1, n_group=2,
+        topk_group=1, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32,
+    ),
+}  # fmt: skip
 TEXT = "def f(x):\n    return [x + 1 for x in range(10)]\n" * 60
 TOKENS = torch.tensor([list(TEXT[start : start + 48].encode()) for start in (0, 40, 100, 150)])
 
@@ -54,7 +79,7 @@ TOKENS = torch.tensor([list(TEXT[start : start + 48].encode()) for start in (0, 
 def model_of(family):
     """Weights as trained models have them: inputs of very different size, biases and norms that are not plain."""
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32).eval()
+    model = hf.AutoModelForCausalLM.from_config({**CONFIGS, **MIXTURES}[family](), dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and "norm" in name and name.endswith("weight"):
@@ -115,8 +140,8 @@ def test_places_of_scales_are_found(family, expected):
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [*((family, "awq") for family in CONFIGS), ("gpt2", "gptq"), ("phi3", "gptq"), ("qwen2", "gptq desc_act"),
-     ("gemma2", "nf4"), ("opt", "nf4"), ("mamba", "hqq")],
+    [*((family, "awq") for family in CONFIGS), ("gpt2", "gptq"), ("falcon", "nf4"), ("phi3", "gptq"),
+     ("qwen2", "gptq desc_act"), ("gemma2", "nf4"), ("opt", "nf4"), ("mamba", "hqq")],
 )  # fmt: skip
 def test_transformers_reads_what_is_written(family, method, tmp_path):
     dense = model_of(family)
@@ -146,6 +171,91 @@ def test_transformers_reads_what_is_written(family, method, tmp_path):
     assert 0 < (logits - truth).norm() < 0.25 * truth.norm()
 
 
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("mixtral", "gptq desc_act"), ("mixtral", "nf4"), ("qwen2_moe", "gptq"), ("qwen2_moe", "nf4"),
+     ("qwen3_moe", "hqq"), ("olmoe", "rtn"), ("deepseek_v3", "gptq"), ("deepseek_v3", "nf4")],
+)  # fmt: skip
+def test_experts_are_written_one_by_one(family, method, tmp_path):
+    dense = model_of(family)
+    dense.save_pretrained(tmp_path / "dense")
+    method, *desc_act = method.split()
+    recipe = Recipe(method, 4, 32, desc_act=bool(desc_act))
+    quantize_checkpoint(tmp_path / "dense", recipe, tmp_path / "out", TEXT, samples=4, length=48)
+    found = load_quantized(tmp_path / "out")
+    with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:  # where transformers wrote them one by one
+        shapes = {name.removesuffix(".weight"): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    assert {name.removesuffix(".weight") for name in found} == shapes.keys()
+    low_bit = {name for name in found if isinstance(found[name], QuantizedWeight)}
+    assert low_bit == {
+        name for name, shape in shapes.items()
+        if len(shape) == 2 and not name.endswith(("gate", "embed_tokens", "lm_head"))
+    }  # fmt: skip
+    with route.quantised():
+        model, info = hf.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, output_loading_info=True
+        )  # fmt: skip
+    assert not any(info.values()), info
+    layers = [module for module in model.modules() if isinstance(module, QuantGroupedLinear)]
+    assert len(layers) == 2 * (1 if family in ("qwen2_moe", "deepseek_v3") else 2)
+    values = {name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in found.items()}
+    save_quantized(tmp_path / "values", {n if n not in low_bit else f"{n}.weight": w for n, w in values.items()})
+    shutil.copy(tmp_path / "dense" / "config.json", tmp_path / "values")
+    same = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "values", dtype=torch.float32)
+    with torch.no_grad():
+        truth, expected, logits = (m(TOKENS).logits for m in (dense, same, model))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert 0 < (logits - truth).norm() < 0.3 * truth.norm()
+    if family in ("mixtral", "qwen3_moe", "olmoe"):
+        ours = Llama.from_pretrained(tmp_path / "out", dtype=torch.float32)(TOKENS)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_experts_apart_compute_the_same():
+    for family in MIXTURES:
+        dense = model_of(family)
+        model = take_apart(copy.deepcopy(dense))
+        assert len(apart(model)) == (1 if family in ("qwen2_moe", "deepseek_v3") else 2)
+        with torch.no_grad():
+            torch.testing.assert_close(model(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_calibrated_on_their_own_tokens(monkeypatch):
+    """Or on all, where those are few."""
+    model, seen = model_of("qwen3_moe"), []
+
+    def count(weight, recipe, calibration, scale):
+        seen.append(calibration.count)
+        return quantize_rtn(weight, 4, 32)
+
+    def route_tokens(router, args, output):
+        logits, scores, chosen = output
+        chosen = torch.tensor([0, 1]).repeat(len(chosen), 1)
+        chosen[:10, 1] = 2
+        return logits, scores, chosen
+
+    monkeypatch.setattr("metate.models.quantize._quantize", count)
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(route_tokens)
+    quantize_decoder(model, Recipe("gptq", 4, 32), TOKENS)
+    attention = [192] * 4  # 4 texts of 48 tokens
+    few = [192, 192, 40]  # 40 are fewer than the 64 inputs of gate and up, and more than the 32 of down
+    assert seen == 2 * [*attention, 192, 192, 192, 152, 152, 152, *few, 192, 192, 192]
+
+
+def test_calibration_beats_rounding_of_experts():
+    dense = model_of("mixtral")
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            layer.post_attention_layernorm.weight *= torch.logspace(-1, 1, 64)[torch.randperm(64)]
+        truth, errors = dense(TOKENS).logits, {}
+        for method, desc_act in (("rtn", False), ("gptq", False), ("gptq", True)):
+            model = copy.deepcopy(dense)
+            quantize_decoder(model, Recipe(method, 4, 32, desc_act=desc_act), TOKENS)
+            errors[method, desc_act] = float((model(TOKENS).logits - truth).square().mean())
+    assert errors["gptq", True] < errors["gptq", False] < 0.5 * errors["rtn", False], errors
+
+
 def test_calibration_beats_rounding():
     dense = model_of("gpt2")
     with torch.no_grad():
@@ -173,9 +283,13 @@ class Shares(hf.MistralForCausalLM):
 
 
 def test_what_is_not_served_is_named(tmp_path):
-    mixture = hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_local_experts=2))
+    stacked = hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1))
+    with pytest.raises(ValueError, match=r"checkpoints have GptOssExperts in one piece.*quantize_experts"):
+        quantize_decoder(stacked, Recipe("nf4"))
     with pytest.raises(ValueError, match=r"mixture of experts.*quantize_experts"):
-        quantize_decoder(mixture, Recipe("nf4"))
+        quantize_decoder(hf.JetMoeForCausalLM(hf.JetMoeConfig(**SIZES, num_local_experts=2)), Recipe("nf4"))
+    with pytest.raises(ValueError, match=r"mixture of experts for awq.*gptq and the others"):
+        quantize_decoder(model_of("mixtral"), Recipe("awq", 4, 32), TOKENS)
     with pytest.raises(ValueError, match="handed what other layers compute"):
         quantize_decoder(Shares(CONFIGS["mistral"]()), Recipe("gptq", 4, 32), TOKENS)
     with pytest.raises(ValueError, match=r"layers in a torch\.nn\.ModuleList"):

@@ -8,6 +8,7 @@ hands, lowers them, and leaves a placeholder. After loading the layer makes way 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,8 +26,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from metate.compat.experts import use_experts
 from metate.errors import fail
-from metate.nn import QuantLinear, dequantize_model
+from metate.models.apart import apart, stacked_parts, take_apart, together
+from metate.models.chain import dense_weight
+from metate.nn import QuantGroupedLinear, QuantLinear, dequantize_model
 from metate.ops.quant_linear import QuantizedWeight
 from metate.quant import GGUFFile, awq, bitsandbytes, canonical, gptq, load_quantized
 from metate.quant.checkpoint import read_configuration
@@ -45,10 +49,13 @@ class _Quantizer(HfQuantizer):
 
     serialized_names: dict[str, list[str]]
     requires_calibration = True
+    one_by_one = False  # experts
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or ()
-        self._refuse_stacked_experts(model, files)
+        self.one_by_one = self._has_low_bit_experts(files)
+        if self.one_by_one:
+            take_apart(model)
         config = read_configuration(Path(files[0]).parent) if files else {}
         # The classes of transformers drop members that they do not know, "dynamic" of GPTQ among them.
         raw = config.get("quantization_config") or self.quantization_config.to_dict()
@@ -56,23 +63,21 @@ class _Quantizer(HfQuantizer):
         kept = model._keep_in_fp32_modules
         self.skipped = self.get_modules_to_not_convert(model, self._skipped(), None if kept is None else list(kept))
 
-    def _refuse_stacked_experts(self, model: PreTrainedModel, files: Iterable[str]) -> None:
-        """Low-bit experts come one by one: a model that stacks them would keep those that it was made with."""
-        modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
-        if "experts" not in modules or isinstance(modules["experts"], nn.ModuleList):
-            return
+    def _has_low_bit_experts(self, files: Iterable[str]) -> bool:
+        """Whether a checkpoint has low-bit experts, one by one, which models stack."""
         low_bit = {tail for tails in self.serialized_names.values() for tail in tails} - {"weight"}
         for file in files:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     found = re.search(r"\.experts\.\d+\.\w+\.(.+)", name)
                     if found and found[1] in low_bit:
-                        expected = (
-                            f"dense experts for {type(model).__name__}; metate.models.Llama.from_pretrained reads these"
-                        )
-                        raise fail(
-                            "compat.transformers", "checkpoint", f"with {name}", expected, error=NotImplementedError
-                        )
+                        return True
+        return False
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Experts that stand apart are not stacked as they are read."""
+        kept = [c for c in weight_conversions if not self.one_by_one or stacked_parts(c) is None]
+        return super().update_weight_conversions(kept, model)  # type: ignore[no-any-return, no-untyped-call]
 
     def _skipped(self) -> list[str] | None:
         return getattr(self.quantization_config, "modules_to_not_convert", None)
@@ -83,6 +88,10 @@ class _Quantizer(HfQuantizer):
             if weight is not None:
                 bias = None if layer.bias is None else layer.bias.requires_grad_(False)
                 model.set_submodule(name, QuantLinear(weight, bias).train(layer.training))
+        for name, experts in apart(model).items():
+            model.set_submodule(name, together(experts))
+        if self.one_by_one:
+            use_experts(model)
         model.__dict__["num_parameters"] = MethodType(num_parameters, model)
         return model
 
@@ -119,8 +128,8 @@ def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude
     found = sum(
         p.numel() for p in model.parameters() if id(p) not in excluded and (p.requires_grad or not only_trainable)
     )
-    low_bit = [m for m in model.modules() if isinstance(m, QuantLinear) and not only_trainable]
-    return found + sum(layer.in_features * layer.out_features for layer in low_bit)
+    low_bit = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantGroupedLinear)) and not only_trainable]
+    return int(found + sum(math.prod(layer.weight.shape) for layer in low_bit))
 
 
 class _GPTQ(_Quantizer):
@@ -328,7 +337,7 @@ def _module(model: PreTrainedModel, name: str) -> nn.Module | None:
 
 
 def _is_linear(layer: Any) -> bool:
-    return type(layer) in (nn.Linear, Conv1D)
+    return dense_weight(layer) is not None
 
 
 _QUANTIZERS = {

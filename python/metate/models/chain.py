@@ -13,16 +13,21 @@ from torch import Tensor, nn
 from metate.errors import fail
 from metate.nn import Linear
 
+_TURNED = {  # linear layers of transformers' own classes -> whether they keep W turned
+    ("transformers.pytorch_utils", "Conv1D"): True,
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): False,
+}  # fmt: skip
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with beside the hidden state
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
     """W, (out_features, in_features), of a linear layer; of transformers' Conv1D, which keeps it turned, a view."""
     kind = type(module)
-    weight: Any = module.weight if hasattr(module, "weight") else None
-    if kind in (nn.Linear, Linear):
-        return weight  # type: ignore[no-any-return]
-    return weight.t() if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") else None
+    turned = False if kind in (nn.Linear, Linear) else _TURNED.get((kind.__module__, kind.__name__))
+    if turned is None:
+        return None
+    weight: Any = module.weight
+    return weight.t() if turned else weight  # type: ignore[no-any-return]
 
 
 def linears(module: nn.Module) -> dict[str, Tensor]:

@@ -48,12 +48,12 @@ def stacked_experts(found: Mapping[str, Any], config: LlamaConfig) -> Iterator[t
                 rows = [[found[experts.pop((layer, p, i))] for p in parts] for i in range(config.num_experts)]
             except KeyError as error:
                 raise FormatError(f"metate.Llama: the checkpoint lacks an expert: {error}") from error
-            yield f"{layer}.mlp.experts.{stack}.weight", _stacked(rows)
+            yield f"{layer}.mlp.experts.{stack}.weight", stacked_weights(rows)
     if experts:
         raise FormatError(f"metate.Llama: the checkpoint has too much: {', '.join(list(experts.values())[:5])}")
 
 
-def _stacked(experts: Sequence[Sequence[Any]]) -> QuantizedExperts | Tensor:
+def stacked_weights(experts: Sequence[Sequence[Any]]) -> QuantizedExperts | Tensor:
     """One weight for every expert, the parts of each below one another. Low-bit ones of unlike forms become dense."""
     parts = [part for expert in experts for part in expert]
     if all(isinstance(part, QuantizedWeight) and _alike(part, parts[0]) for part in parts) and all(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metate.errors import FormatError, fail
+from metate.models.apart import Apart, Expert, apart, checkpoint_names, everyone, gates, take_apart
 from metate.models.chain import Chain, called_linears, decoder_layers, linears
 from metate.models.config import LlamaConfig
 from metate.models.experts import Weight
@@ -85,6 +86,9 @@ def quantize_decoder(
     Where no such place is found, as before the output of grouped-query attention or behind GELU, the inputs are not
     scaled, and only the ranges of the weights cut. A linear layer that the model has but does not call stays dense.
 
+    Experts of transformers become linear layers of their own. GPTQ calibrates each on the tokens that are routed to it,
+    or on all, where those are fewer than its inputs. What chooses or weighs experts stays dense.
+
     Args:
         model: metate's Llama or a causal language model of transformers, with layers that follow one another in a
             torch.nn.ModuleList, in float32.
@@ -96,13 +100,13 @@ def quantize_decoder(
         all weights by the names of a Hugging Face checkpoint, for `save_quantized(…, METHODS[recipe.method])`.
 
     Raises:
-        ValueError: the model has experts, or other than plain layers in sequence; tokens are missing; the store is of
-            another model, text or recipe.
+        ValueError: the model has experts that are no linear layers in its checkpoints, or any with AWQ, or other than
+            plain layers in sequence; tokens are missing; the store is of another model, text or recipe.
     """
-    _check_arguments(model, recipe, tokens)
+    _prepare(model, recipe, tokens)
     model.eval()
     with torch.no_grad():
-        called = called_linears(model)
+        chosen = _chosen(model)
         samples = [] if tokens is None or recipe.method not in CALIBRATED else list(tokens)
         chain = Chain(model, samples)
         source = _checksum([*samples, *chain.hidden])
@@ -111,7 +115,7 @@ def quantize_decoder(
             source = _checksum(layer.parameters(), source)
             finished = None if store is None else _finished(store, i, recipe, source)
             if finished is None:
-                finished = _quantize_layer(chain, i, recipe, called, places)
+                finished = _quantize_layer(chain, i, recipe, chosen, places)
                 if store is not None:
                     _keep(store, i, recipe, source, finished)
             _put(layer, finished)
@@ -120,12 +124,17 @@ def quantize_decoder(
     return _weights(model)
 
 
-def _check_arguments(model: nn.Module, recipe: Recipe, tokens: Tensor | None) -> None:
+def _prepare(model: nn.Module, recipe: Recipe, tokens: Tensor | None) -> None:
+    """Takes experts apart, and says what is not served."""
+    take_apart(model)
     name, layers = decoder_layers(model)
-    if any(inner.endswith("experts") or "Expert" in type(module).__name__ for inner, module in layers.named_modules()):
+    if recipe.method == "awq" and apart(layers):
+        got = "a mixture of experts for awq, whose scale of one expert's inputs would change those of all others"
+        raise fail("quantize_decoder", "model", got, "a dense decoder; gptq and the others take experts")
+    if any(_is_mixture(inner, module) for inner, module in layers.named_modules()):
         expected = (
-            "a dense decoder; metate.quantize_model, for models of transformers "
-            "metate.compat.transformers.quantize_experts, takes experts to low bits"
+            "a dense decoder, or experts of transformers' interface; metate.quantize_model, for models of transformers "
+            "metate.compat.transformers.quantize_experts, takes others to low bits"
         )
         raise fail("quantize_decoder", "model", "a mixture of experts", expected)
     bare = next((i for i, layer in enumerate(layers) if not linears(layer)), None)
@@ -135,6 +144,19 @@ def _check_arguments(model: nn.Module, recipe: Recipe, tokens: Tensor | None) ->
         raise fail(
             "quantize_decoder", "tokens", "none", f"calibration text for {recipe.method}: (samples, length) tokens"
         )
+
+
+def _is_mixture(name: str, module: nn.Module) -> bool:
+    """Whether a module has experts that do not stand apart."""
+    if isinstance(module, (Apart, Expert)):
+        return False
+    return name.rpartition(".")[2] == "experts" or "Expert" in type(module).__name__
+
+
+def _chosen(model: nn.Module) -> set[nn.Module]:
+    """The linear layers to quantise."""
+    with everyone(model):
+        return called_linears(model).difference(gates(model).values())
 
 
 def _calibrate(chain: Chain, number: int, groups: Iterable[Group]) -> dict[str, Calibration]:
@@ -157,21 +179,33 @@ def _calibrate(chain: Chain, number: int, groups: Iterable[Group]) -> dict[str, 
     return statistics
 
 
+def _is_thin(statistics: Mapping[str, Calibration], group: Group) -> bool:
+    """Whether inputs were fewer than a weight has columns: GPTQ would fit their noise."""
+    calibration = statistics[group.names[0]]
+    return calibration.count < calibration.in_features
+
+
 def _quantize_layer(
-    chain: Chain, number: int, recipe: Recipe, called: set[nn.Module], places: dict[Group, Place]
+    chain: Chain, number: int, recipe: Recipe, chosen: set[nn.Module], places: dict[Group, Place]
 ) -> dict[str, Weight]:
     layer = chain.layers[number]
     statistics: dict[str, Calibration] = {}
     scales: dict[str, Tensor] = {}
     if recipe.method in CALIBRATED:
-        groups = groups_of(layer, lambda: list(chain.run(number, 1)))
+        with everyone(layer):
+            groups = groups_of(layer, lambda: list(chain.run(number, 1)))
         statistics = _calibrate(chain, number, groups)
+        experts = tuple(apart(layer))
+        few = [group for group in groups if group.names[0].startswith(experts) and _is_thin(statistics, group)]
+        if few:
+            with everyone(layer):
+                statistics |= _calibrate(chain, number, few)
         if recipe.method == "awq":
             scales = _fold(chain, number, recipe, groups, statistics, places)
     found: dict[str, Weight] = {
         name: _quantize(weight, recipe, statistics.get(name), scales.get(name))
         for name, weight in linears(layer).items()
-        if layer.get_submodule(name) in called
+        if layer.get_submodule(name) in chosen
     }
     for name, parameter in layer.named_parameters():  # AWQ folds scales into some
         if name.removesuffix(".weight") not in found:
@@ -242,20 +276,27 @@ def _weights(model: nn.Module) -> dict[str, Weight]:
     found: dict[str, Weight] = {}
     low_bit = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     for name, module in low_bit.items():
-        found[_outer(model, name)] = module.weight
+        found[f"{name}.weight"] = module.weight
         if module.bias is not None:
-            found[_outer(model, f"{name}.bias")] = module.bias.detach()
+            found[f"{name}.bias"] = module.bias.detach()
     seen: set[int] = set()  # tied weights are written once
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.rpartition(".")[0] not in low_bit and id(tensor) not in seen:
             seen.add(id(tensor))
-            found[_outer(model, name)] = tensor.detach()
-    return found
+            found[name] = tensor.detach()
+    names = _outer(model, found)
+    return {
+        names[name] if isinstance(weight, Tensor) else names[name].removesuffix(".weight"): weight
+        for name, weight in found.items()
+    }
 
 
-def _outer(model: nn.Module, name: str) -> str:
-    """A name in the model as checkpoints have it."""
-    return f"model.{name}" if isinstance(model, Llama) and not name.startswith("lm_head") else name
+def _outer(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Names in the model -> as checkpoints have them."""
+    if apart(model):
+        return checkpoint_names(model, names)
+    prefix = "model." if isinstance(model, Llama) else ""
+    return {name: name if name.startswith("lm_head") else prefix + name for name in names}
 
 
 # Checkpoints.
@@ -297,7 +338,7 @@ def quantize_checkpoint(
     model = _dense_model(folder)
     vocab_size = model.vocab_size if isinstance(model, Llama) else model.get_input_embeddings().num_embeddings
     tokens = calibration_tokens(folder, text, vocab_size, samples, length) if text else None
-    _check_arguments(model, recipe, tokens)
+    _prepare(model, recipe, tokens)
     _check_format(model, recipe)
     total = len(decoder_layers(model)[1])
     store.mkdir(parents=True, exist_ok=True)
@@ -322,9 +363,10 @@ def _check_folders(folder: Path, out: Path, store: Path) -> None:
 
 
 def _dense_model(folder: Path) -> Any:
-    """A dense model in float32, of our own where it reads the checkpoint, else of transformers."""
+    """A dense model in float32, of our own where it reads the checkpoint and has no experts, else of transformers."""
     try:
-        LlamaConfig.read(folder / "config.json")
+        if LlamaConfig.read(folder / "config.json").num_experts:
+            raise FormatError("metate.quantize_checkpoint: folder is of a mixture of experts, expected a dense decoder")
     except FormatError as unknown:
         try:
             from transformers import AutoModelForCausalLM
@@ -346,7 +388,9 @@ def _check_format(model: nn.Module, recipe: Recipe) -> None:
     """Whether the format can hold weights of these shapes: better known now than when all are quantised."""
     method = {"gptq": "rtn", "awq": "rtn"}.get(recipe.method, recipe.method)
     plain = replace(recipe, method=method, desc_act=False)
-    for shape in dict.fromkeys(tuple(weight.shape) for weight in linears(decoder_layers(model)[1]).values()):
+    layers, chosen = decoder_layers(model)[1], _chosen(model)
+    weights = {name: weight for name, weight in linears(layers).items() if layers.get_submodule(name) in chosen}
+    for shape in dict.fromkeys(tuple(weight.shape) for weight in weights.values()):
         check_writable(METHODS[recipe.method], _quantize(torch.zeros(shape, dtype=torch.float32), plain, None, None))
 
 
@@ -354,10 +398,13 @@ def _save(out: Path, model: nn.Module, config: dict[str, Any], recipe: Recipe, w
     dense = {name: w for name, w in weights.items() if isinstance(w, Tensor) and w.is_floating_point()}
     fits = all(float(w.abs().max()) < torch.finfo(torch.float16).max for w in dense.values() if w.numel())
     dtype = torch.float16 if fits else torch.float32
-    written = {**weights, **{name: w.to(dtype) for name, w in dense.items()}}  # other readers never cast
+    wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # what corrects routers' choices
+    cast = {name: w for name, w in dense.items() if not any(part in name for part in wide)}
+    written = {**weights, **{name: w.to(dtype) for name, w in cast.items()}}  # other readers never cast
     method = METHODS[recipe.method]
     config = {**config, "dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}
-    skipped = [_outer(model, name) for name in linears(model)]
+    dense_layers = dict.fromkeys([*linears(model), *gates(model)])
+    skipped = [name.removesuffix(".weight") for name in _outer(model, [f"{n}.weight" for n in dense_layers]).values()]
     if method in _SKIPPED and skipped != ["lm_head"]:
         config["quantization_config"] = {_SKIPPED[method]: skipped}
     save_quantized(out, written, method, config, nested=recipe.nested)

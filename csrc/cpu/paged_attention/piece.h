@@ -145,11 +145,18 @@ struct Rows {
     int64_t count;  // of batches
 };
 
+// Neighbouring keys of a tile that some row sees, in one page.
+struct Span {
+    int64_t first, count;
+};
+
 // The keys of a tile.
 struct Tile {
     int64_t key, count;
     uint64_t some, mask[packed_rows];  // the keys that some row sees, that a row sees
     Slot slot[tile_keys];
+    Span span[tile_keys];
+    int64_t spans;
     Rows k, v;
 };
 
@@ -337,27 +344,70 @@ void load_query(const Shape& s, const Sequence& seq, const Row& row, float* to) 
 
 // Tiles.
 
-// Adds to what is asked for: of each key of a tile that is seen, what lies at(key), `bytes` for each head.
+// Adds to what is asked for: of the keys of a tile that are seen, what lies at(key), `bytes` for each head. What
+// follows in memory is one run, whose batches are written many at a time.
 template <class At>
-METATE_FN void ask_for(const Piece& piece, const Tile& tile, int64_t next_head, int64_t bytes, Rows& rows,
-                       const At& at) {
+METATE_FN void ask_for(const Piece& piece, const Tile& tile, int64_t next_key, int64_t next_head, int64_t bytes,
+                       Rows& rows, const At& at) {
     const int64_t heads = next_head == bytes ? 1 : piece.heads, length = heads == 1 ? piece.heads * bytes : bytes;
-    const uint8_t *end = nullptr, *next = nullptr, **to = rows.batches + rows.count;
-    for (uint64_t left = tile.some; left; left &= left - 1) {
-        const uint8_t* p = at(__builtin_ctzll(left));
-        for (int64_t h = 0; h < heads; ++h, p += next_head) {
-            if (p != end) next = p;
-            for (end = p + length; next < end; next += Prefetch::batch_bytes) *to++ = next;
+    const uint8_t *begin = nullptr, *end = nullptr, **to = rows.batches + rows.count;
+    const auto close_run = [&] {
+        const int64_t count = ceil_div(end - begin, Prefetch::batch_bytes);
+        for (int64_t i = 0; i < count; ++i) to[i] = begin + i * Prefetch::batch_bytes;
+        to += count;
+    };
+    const auto add = [&](const uint8_t* p, int64_t size) {
+        if (p != end) {
+            close_run();
+            begin = p;
+        }
+        end = p + size;
+    };
+    for (int64_t i = 0; i < tile.spans; ++i) {
+        const Span span = tile.span[i];
+        const uint8_t* p = at(span.first);
+        const bool whole = heads == 1 && next_key == length;
+        if (whole) add(p, span.count * length);
+        for (int64_t j = 0; !whole && j < span.count; ++j, p += next_key) {
+            for (int64_t h = 0; h < heads; ++h) add(p + h * next_head, length);
         }
     }
+    close_run();
     rows.count = to - rows.batches;
 }
 
+// A key that no query sees takes the place of one that is seen: its row may be read, and its weight is 0.
 METATE_FN void place_rows(const View<4>& cache, const Piece& piece, const Tile& tile, Rows& rows) {
-    for (int64_t j = 0; j < tile_keys; ++j) rows.at[j] = row_of(cache, tile.slot[j], piece.head);
-    rows.next_head = cache.stride[2] * bytes_of(cache.dtype);
-    ask_for(piece, tile, rows.next_head, cache.size[3] * bytes_of(cache.dtype), rows,
-            [&](int j) { return rows.at[j]; });
+    const int64_t bytes = bytes_of(cache.dtype), next_key = cache.stride[1] * bytes;
+    const uint8_t* const seen = row_of(cache, tile.slot[tile.span[0].first], piece.head);
+    if (~tile.some) {
+        for (const uint8_t*& at : rows.at) at = seen;
+    }
+    for (int64_t i = 0; i < tile.spans; ++i) {
+        const Span span = tile.span[i];
+        const uint8_t* const at = row_of(cache, tile.slot[span.first], piece.head);
+        for (int64_t j = 0; j < span.count; ++j) rows.at[span.first + j] = at + j * next_key;
+    }
+    rows.next_head = cache.stride[2] * bytes;
+    ask_for(piece, tile, next_key, rows.next_head, cache.size[3] * bytes, rows, [&](int64_t j) { return rows.at[j]; });
+}
+
+// Finds the pages of the keys that are seen.
+inline void place_keys(const Shape& s, const Sequence& seq, Tile& tile) {
+    const int64_t page_size = s.a.k_cache.size[1];
+    const auto* table = static_cast<const int32_t*>(s.a.block_table.data) + seq.number * s.a.block_table.stride[0];
+    tile.spans = 0;
+    for (uint64_t left = tile.some; left;) {
+        const int64_t first = __builtin_ctzll(left), page = (tile.key + first) / page_size;
+        const int64_t row = tile.key + first - page * page_size, number = table[page * s.a.block_table.stride[1]];
+        const uint64_t unseen = ~(left >> first);
+        const int64_t count = smaller(unseen ? __builtin_ctzll(unseen) : tile_keys, page_size - row);
+        for (int64_t i = 0; i < count; ++i) tile.slot[first + i] = {number, row + i};
+        tile.span[tile.spans++] = {first, count};
+        left = first + count < tile_keys ? left & ~uint64_t{0} << (first + count) : 0;
+    }
+    for (uint64_t left = ~tile.some; left; left &= left - 1)
+        tile.slot[__builtin_ctzll(left)] = tile.slot[tile.span[0].first];
 }
 
 // Of the keys of a piece those that some row sees, and those that all rows see.
@@ -379,7 +429,6 @@ inline Range range_of(const Sequence& seq, const Row* row, const Piece& piece) {
     return range;
 }
 
-// A key that no query sees takes the place of one that is seen: its row may be read, and its weight is 0.
 inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, const Piece& piece, const Range& range,
                        int64_t key, Tile& tile) {
     tile.key = key;
@@ -391,24 +440,12 @@ inline void place_tile(const Shape& s, const Sequence& seq, const Row* row, cons
     for (int64_t r = 0; r < piece.rows; ++r)
         tile.some |= tile.mask[r] = all ? ~uint64_t{0} : visible(s, seq, row[r], key);
     if (!tile.some) return;
-    const int64_t page_size = s.a.k_cache.size[1], seen = __builtin_ctzll(tile.some);
-    const auto* table = static_cast<const int32_t*>(s.a.block_table.data) + seq.number * s.a.block_table.stride[0];
-    int64_t page = (key + seen) / page_size, at = (key + seen) % page_size;
-    for (int64_t j = seen; j < tile.count; ++j, ++at) {
-        if (at == page_size) {
-            at = 0;
-            ++page;
-        }
-        if (tile.some >> j & 1) tile.slot[j] = {table[page * s.a.block_table.stride[1]], at};
-    }
-    for (int64_t j = 0; j < tile_keys; ++j) {
-        if (!(tile.some >> j & 1)) tile.slot[j] = tile.slot[seen];
-    }
+    place_keys(s, seq, tile);
     if (s.a.k_scale) {
         constexpr auto bytes = static_cast<int64_t>(sizeof(float));
         const View<3>* const both[] = {&s.a.k_scale, &s.a.v_scale};  // which are read together, after the keys
         for (const View<3>* scales : both) {
-            ask_for(piece, tile, scales->stride[2] * bytes, bytes, tile.k, [&](int j) {
+            ask_for(piece, tile, scales->stride[1] * bytes, scales->stride[2] * bytes, bytes, tile.k, [&](int64_t j) {
                 return reinterpret_cast<const uint8_t*>(scale_at(*scales, tile.slot[j], piece.head));
             });
         }

@@ -105,6 +105,17 @@ struct Tiles {
     }
 };
 
+// The lines of `width` rows of a piece of the result, which would be waited for while they are written.
+template <class T>
+METATE_FN void fetch_results(const GroupedLinear& call, const Span& span, int64_t row, int64_t n, int64_t columns) {
+    const View<2>& out = call.out;
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t r = row; r < smaller(row + width, span.rows); ++r) {
+        const T* const to = static_cast<const T*>(out.data) + (span.first + r) * out.stride[0] + n * out.stride[1];
+        for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(to + c * out.stride[1], 1);
+    }
+}
+
 // Rows … end - 1 of a span, `width` at most.
 template <class T>
 void write_square(const GroupedLinear& call, const Span& span, const float* totals, int64_t pitch, int64_t row,
@@ -133,6 +144,7 @@ template <class T, class Word>
 void compute_tiles(const Problem<T, Word>& p, const Span& span, int64_t n, const T* after, const Workspace<Word>& at) {
     const Tiles<T, Word> tiles(p, span.expert, n, after);
     const int64_t panels = ceil_div(span.rows, panel), pitch = panels * panel;
+    const int64_t columns = smaller(piece_rows, p.call.out.size[1] - n);
     for (int64_t i = 0; i < piece_rows * pitch; i += width) store(at.totals + i, splat(0.0f));
     Tile<T, Word> next = tiles.tile(0, at.tiles[0], panels);
     next.look_up();
@@ -140,6 +152,7 @@ void compute_tiles(const Problem<T, Word>& p, const Span& span, int64_t n, const
     for (int64_t i = 0; i < tiles.count; ++i) {
         next = tiles.tile(i + 1, at.tiles[(i + 1) % 2], panels);
         next.look_up();
+        if (i + 1 == tiles.count) fetch_results<T>(p.call, span, 0, n, columns);
         const int64_t words = tiles.column(i) / elements_of<Word>;
         for (int64_t j = 0; j < panels; ++j)
             multiply_panel(
@@ -150,12 +163,14 @@ void compute_tiles(const Problem<T, Word>& p, const Span& span, int64_t n, const
                 next);
         while (next.rows > 0) next.copy();
     }
-    for (int64_t c = 0; c < smaller(piece_rows, p.call.out.size[1] - n); c += width)
-        for (int64_t j = 0; j < panels; ++j) {
-            const int64_t first = p.first_of(span, j), end = p.first_of(span, j + 1);
-            for (int64_t r = 0; r < end - first; r += width)
-                write_square<T>(p.call, span, at.totals + c * pitch + j * panel + r, pitch, first + r, end, n + c);
+    for (int64_t j = 0; j < panels; ++j) {
+        const int64_t first = p.first_of(span, j), end = p.first_of(span, j + 1);
+        for (int64_t r = first; r < end; r += width) {
+            fetch_results<T>(p.call, span, smaller(r + width, end), n, columns);
+            for (int64_t c = 0; c < columns; c += width)
+                write_square<T>(p.call, span, at.totals + c * pitch + j * panel + r - first, pitch, r, end, n + c);
         }
+    }
 }
 
 // Many rows with a weight that lies transposed, or anyhow.

@@ -321,14 +321,14 @@ void multiply_tiles(const Problem& p, const Workspace& at, const Tile& tile, int
     integers.begins = integers.ends = false;
     const bool in_dwords = p.can_span && rows > most_digit_rows && (!integers.centers || integers.are_moves);
     const int64_t most = !p.in_digits() ? most_tiled_rows : in_dwords ? span_rows : most_digit_rows;
-    const int64_t parts = ceil_div(rows, most);
+    const Parts parts(rows, ceil_div(rows, most)), lines(lines_of_segment, parts.count);
     Ahead here = at_hand(words, tile.blocks);
-    for (int64_t i = 0; i < parts; ++i) {
-        const int64_t first = rows * i / parts, end = rows * (i + 1) / parts;
+    for (int64_t i = 0, first = 0, end = 0; i < parts.count; ++i, first = end) {
+        end = first + parts[i];
         Ahead& later = i == 0 || in_dwords ? ahead : here;
         IntegerTile part = integers;
         part.total += first * panel;
-        part.fetched = static_cast<int>(lines_of_segment * (i + 1) / parts - lines_of_segment * i / parts);
+        part.fetched = static_cast<int>(lines[i]);
         part.x = p.integers.line(k, first);
         if (in_dwords)
             multiply_dwords(end - first, part, words, p.integer_plans + k, tile.blocks, p.integers.block_stride(),

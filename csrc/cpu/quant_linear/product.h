@@ -313,11 +313,31 @@ METATE_FN void scale_by_steps(vf (&sum)[rows][2], const Tile& t, int64_t c, cons
     }
 }
 
+// Where the rows of a tile of x and the words of W have been read up to. Three rows to a pointer: with the stride once
+// and twice as index, every address is one addressing mode.
+template <int rows>
+struct Reader {
+    static constexpr int bases = (rows + 2) / 3;
+    const float *x[bases], *values;
+
+    METATE_FN explicit Reader(const Tile& t) : values(t.values) {
+#pragma GCC unroll 4
+        for (int i = 0; i < bases; ++i) x[i] = t.x + 3 * i * t.stride;
+    }
+    METATE_FN void advance(int words) {
+#pragma GCC unroll 4
+        for (int i = 0; i < bases; ++i) {
+            x[i] += words;
+            asm("" : "+r"(x[i]));  // or compilers keep the distances of all rows and words in memory instead
+        }
+        values += words * panel;
+    }
+};
+
 // `together` whole chunks from number c on: few rows have too few chains of additions to keep the processor busy.
 template <Unit unit, int rows, bool scaled, int together>
-METATE_FN void multiply_chunks(const Tile& t, const Chunk* chunks, int c) {
-    constexpr int per_word = columns_in<unit>;
-    const int chunk_words = t.most_columns / per_word;
+METATE_FN void multiply_chunks(vf (&total)[rows][2], const Tile& t, Reader<rows>& from, const Chunk* chunks, int c) {
+    const int chunk_words = t.most_columns / columns_in<unit>;
     const int64_t stride = t.stride;
     vf sum[together][rows][2];
 #pragma GCC unroll 4
@@ -325,49 +345,38 @@ METATE_FN void multiply_chunks(const Tile& t, const Chunk* chunks, int c) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) sum[q][r][0] = sum[q][r][1] = splat(0.0f);
     }
-    const int begin = chunks[c].begin / per_word;
-    // Three rows to a pointer: with the stride once and twice as index, every address is one addressing mode.
-    constexpr int bases = (rows + 2) / 3;
-    const float *x[bases], *values = t.values + begin * panel;
-#pragma GCC unroll 4
-    for (int i = 0; i < bases; ++i) {
-        x[i] = t.x + begin + 3 * i * stride;
-        asm("" : "+r"(x[i]));  // or compilers keep the distances of all rows in memory instead
-    }
     const auto add_columns = [&]<int n>() __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int j = 0; j < n; ++j) {
 #pragma GCC unroll 4
             for (int q = 0; q < together; ++q) {
-                const float* const value = values + (q * chunk_words + j) * panel;
+                const float* const value = from.values + q * chunk_words * panel;
                 const vf first = load(value), second = load(value + width);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; ++r) {
-                    const vf a = splat(x[r / 3][r % 3 * stride + q * chunk_words + j]);
+                    const vf a = splat(from.x[r / 3][r % 3 * stride + q * chunk_words]);
                     sum[q][r][0] = add_product<unit>(sum[q][r][0], a, first);
                     sum[q][r][1] = add_product<unit>(sum[q][r][1], a, second);
                 }
             }
+            from.advance(1);
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < bases; ++i) x[i] += n;
-        values += n * panel;
     };
+    const Reader<rows> begin = from;
     const int columns = chunks[c].end - chunks[c].begin;
     const int words = unit == Unit::floats ? columns : static_cast<int>(ceil_div(columns, unit_columns)) * 4;
     int left = words;
+    if (width < 16) asm("" : "+m"(total));  // to memory: with the sums they would not fit the registers
     for (; left >= 4; left -= 4) add_columns.template operator()<4>();
     for (; left > 0; --left) add_columns.template operator()<1>();
-    vf total[rows][2];
-    load_totals(total, t.total);
+    if (together > 1) from.advance((together - 1) * chunk_words);
 #pragma GCC unroll 4
     for (int q = 0; q < together; ++q) {
         if constexpr (unit == Unit::whole_pairs)
-            scale_by_steps<unit>(sum[q], t, c + q, t.x + begin + q * chunk_words,
-                                 t.values + (begin + q * chunk_words) * panel, words);
+            scale_by_steps<unit>(sum[q], t, c + q, begin.x[0] + q * chunk_words, begin.values + q * chunk_words * panel,
+                                 words);
         add_sums<scaled>(total, t, chunks[c + q], c + q, sum[q]);
     }
-    store_totals(t.total, total);
 }
 
 // Whether the n chunks from number c on are whole.
@@ -379,30 +388,26 @@ template <Unit unit, int rows, bool scaled>
 __attribute__((noinline)) void multiply_tile(const Tile& tile) {
     constexpr int together = rows > 2 ? 1 : 4 / rows;
     Tile t = tile;  // which no store to the totals can change
+    Reader<rows> from(t);
     vf total[rows][2] = {};
-    if (t.begins) store_totals(t.total, total);
+    if (!t.begins) load_totals(total, t.total);
     for (const BlockPlan* const end = t.plan + t.blocks; t.plan < end; ++t.plan) {
         const BlockPlan plan = *t.plan;
         for (int c = 0; c < plan.count;) {
             if (together > 1 && are_whole(plan, c, together, t.most_columns)) {
-                multiply_chunks<unit, rows, scaled, together>(t, plan.chunks, c);
+                multiply_chunks<unit, rows, scaled, together>(total, t, from, plan.chunks, c);
                 c += together;
             } else {
-                multiply_chunks<unit, rows, scaled, 1>(t, plan.chunks, c++);
+                multiply_chunks<unit, rows, scaled, 1>(total, t, from, plan.chunks, c++);
             }
         }
-        t.x += block / columns_in<unit>;
-        t.values += block / columns_in<unit> * panel;
         if (t.sums) t.sums += t.block_sums;
         if constexpr (unit == Unit::whole_pairs) {
-            t.last += block / 2;
             t.steps += t.block_sums;
             t.has_last += t.block_rows;
         }
     }
-    if (!t.ends) return;
-    load_totals(total, t.total);
-    add_totals(t.earlier, total);
+    t.ends ? add_totals(t.earlier, total) : store_totals(t.total, total);
 }
 
 template <Unit unit, bool scaled, int rows = tile_rows>
@@ -413,24 +418,38 @@ METATE_FN void multiply_rows(int64_t n, const Tile& tile) {
     multiply_tile<unit, rows, scaled>(tile);
 }
 
+// n things in so many parts of about the same size: a division for all of them, where one for each would take as long
+// as some dozens of products.
+struct Parts {
+    int64_t count, least, more;  // the first `more` parts have one more than the least
+    METATE_FN Parts(int64_t n, int64_t parts) : count(parts), least(n / parts), more(n % parts) {}
+    METATE_FN int64_t operator[](int64_t i) const { return least + (i < more); }
+};
+
 // All rows of x from `row` on with one panel from block k on. Tiles of about the same height: two of 4 are better than
 // 6 and 2.
 template <Unit unit, bool scaled>
 inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, Tile tile) {
-    const int64_t tiles = ceil_div(rows, tile_rows);
-    for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t first = rows * i / tiles, end = rows * (i + 1) / tiles;
-        tile.x = x.line(k, row + first);
-        tile.sums = x.sums ? x.sums_of(k, row + first) : nullptr;
+    const Parts tiles(rows, ceil_div(rows, tile_rows));
+    tile.x = x.line(k, row);
+    tile.sums = x.sums ? x.sums_of(k, row) : nullptr;
+    if constexpr (unit == Unit::whole_pairs) {
+        tile.last = x.last_line(k, row);
+        tile.steps = x.steps + x.chunks_at(k, row);
+        tile.has_last = x.has_last + k * x.rows + row;
+    }
+    for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t n = tiles[i];
+        multiply_rows<unit, scaled>(n, tile);
+        tile.x += n * tile.stride;
+        if (tile.sums) tile.sums += n * tile.sums_stride;
         if constexpr (unit == Unit::whole_pairs) {
-            tile.last = x.last_line(k, row + first);
-            tile.steps = x.steps + x.chunks_at(k, row + first);
-            tile.has_last = x.has_last + k * x.rows + row + first;
+            tile.last += n * tile.stride;
+            tile.steps += n * tile.sums_stride;
+            tile.has_last += n;
         }
-        Tile part = tile;
-        part.total += first * panel;
-        if (tile.ends) part.earlier += first * panel;
-        multiply_rows<unit, scaled>(end - first, part);
+        tile.total += n * panel;
+        if (tile.ends) tile.earlier += n * panel;
     }
 }
 

@@ -190,17 +190,15 @@ inline void multiply_dwords(int64_t n, const IntegerTile& tile, const PanelWords
 // n rows of x; as many codes as these are fetched meanwhile.
 inline void multiply_bytes(IntegerTile tile, const IntegerPlan* plan, int64_t blocks, int64_t apart, int64_t n,
                            Ahead ahead) {
-    const int64_t parts = ceil_div(n, span_rows), lines = blocks * (block / longest) * lines_of_segment;
-    const IntegerTile all = tile;
-    for (int64_t i = 0; i < parts; ++i) {
-        for (int64_t line = lines * i / parts; line < lines * (i + 1) / parts; ++line) ahead.fetch();
-        const int64_t first = n * i / parts, rows = n * (i + 1) / parts - first;
-        tile.x = all.x + first * tile.stride;
-        tile.total = all.total + first * panel;
-        tile.earlier = all.earlier + first * panel;
-        const auto multiply =
-            tile.start ? multiply_span_rows<Found::decoded, 1> : multiply_span_rows<Found::decoded, 0>;
-        multiply(rows, tile, {}, plan, blocks, apart, {}, ahead);
+    const Parts parts(n, ceil_div(n, span_rows));
+    const Parts lines(blocks * (block / longest) * lines_of_segment, parts.count);
+    const auto multiply = tile.start ? multiply_span_rows<Found::decoded, 1> : multiply_span_rows<Found::decoded, 0>;
+    for (int64_t i = 0; i < parts.count; ++i) {
+        for (int64_t line = 0; line < lines[i]; ++line) ahead.fetch();
+        multiply(parts[i], tile, {}, plan, blocks, apart, {}, ahead);
+        tile.x += parts[i] * tile.stride;
+        tile.total += parts[i] * panel;
+        tile.earlier += parts[i] * panel;
     }
 }
 

@@ -367,7 +367,7 @@ WRONG = [
     (ValueError, "bias is of shape .* seqlen_k = 7", dict(bias=torch.zeros(1, 1, 1, 6))),
     (ValueError, "alibi_slopes is of shape", dict(alibi_slopes=torch.zeros(3, 4))),
     (TypeError, "bias is bool, expected numbers, .* as mask", dict(bias=torch.ones(5, 7, dtype=torch.bool))),
-    (TypeError, "mask is torch.float32, expected a bool tensor", dict(mask=torch.zeros(5, 7))),
+    (TypeError, "mask is float32, expected a bool tensor", dict(mask=torch.zeros(5, 7))),
     (ValueError, "mask is of shape .*, expected broadcastable to", dict(mask=torch.ones(1, 2, 4, 5, 7) > 0)),
     (ValueError, r"block_size\[0\] is 0", dict(mask=AttentionMask.block_sparse(torch.ones(5, 1), (0, 8)))),
     (ValueError, "backend is 'gpu', expected 'cpu'", dict(backend="gpu")),
@@ -468,7 +468,7 @@ SEQLENS = torch.tensor([3, 4])
     "error,message,make",
     [
         (TypeError, "lengths: seqlens_k is list", lambda: AttentionMask.lengths([3], 4)),
-        (ValueError, "lengths: seqlens_k is torch.float32", lambda: AttentionMask.lengths(torch.tensor([3.5]), 4)),
+        (ValueError, "lengths: seqlens_k is float32", lambda: AttentionMask.lengths(torch.tensor([3.5]), 4)),
         (ValueError, "lengths: starts is of shape", lambda: AttentionMask.lengths(SEQLENS, 4, SEQLENS[:1])),
         (TypeError, "documents: document_ids is list", lambda: AttentionMask.documents([0, 1])),
         (ValueError, r"documents: document_ids is of shape \(\)", lambda: AttentionMask.documents(torch.tensor(1))),

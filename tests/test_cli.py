@@ -92,6 +92,24 @@ def test_verify_a_seed():
     assert "3 right, none wrong" in text
 
 
+def test_verify_as_json():
+    command = [sys.executable, "-m", "metate", "verify", "--json", "--op", "merge_attention_states", "--fuzz", "2"]
+    run = subprocess.run([*command, "--seed", "7"], capture_output=True, text=True)
+    found = json.loads(run.stdout)
+    assert run.returncode == 0 and "seeds 7 to 8" in run.stderr
+    assert (found["passed"] + found["refused"], found["failed"]) == (len(found["checks"]), 0)
+    assert {check["seed"] for check in found["checks"]} == {7, 8} and found["passed"] >= 2
+    first = found["checks"][0]
+    assert first["op"] == "merge_attention_states" and first["command"].startswith("metate verify --op merge_")
+
+
+def test_verify_as_json_tells_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(engine, "run", lambda check: engine.Result(check, "failed", "off by 2"))
+    arguments = ["--op", "merge_attention_states", "--dtype", "float32", "--backend", "cpu", "--case", "1"]
+    found = json.loads(metate("verify", "--json", *arguments, code=1))
+    assert found["failed"] == 1 and found["checks"][0]["detail"] == "off by 2" and found["checks"][0]["case"] == 1
+
+
 def test_a_stopped_verification_tells_what_it_found(monkeypatch):
     run_one, ran = engine.run, []
 

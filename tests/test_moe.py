@@ -143,7 +143,7 @@ def test_a_given_choice_is_checked():
     logits, experts = random(6, 4), torch.zeros(6, 2, dtype=torch.int32)
     for wrong, error in (
         ([[0, 1]], r"TypeError.*experts is list, expected a torch.Tensor"),
-        (experts.float(), r"TypeError.*experts is torch.float32, expected integers"),
+        (experts.float(), r"TypeError.*experts is float32, expected integers"),
         (experts[:5], r"ValueError.*experts is of shape \(5, 2\), expected \(…, 2\) for the 6 tokens of logits"),
         (experts + 4, r"ValueError.*experts is 4, expected 0 to 3"),
         (experts - 1, r"ValueError.*experts is -1, expected 0 to 3"),

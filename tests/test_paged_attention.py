@@ -213,7 +213,7 @@ MALFORMED = {
     "slot below -1": (changed(CALL, slot_mapping=SLOTS - 2), "slot_mapping is -2 to 30"),
     "slot twice": (changed(CALL, slot_mapping=SLOTS.clamp(max=31)), "slot_mapping is 31 twice"),
     "other dtype": (changed(CALL, v_cache=CALL[3].to(torch.uint8)), "v_cache is"),
-    "no scale": (changed(CALL, k_scale=None), "k_scale is None, expected .*float32 beside a cache of torch.int8"),
+    "no scale": (changed(CALL, k_scale=None), "k_scale is None, expected .*float32 beside a cache of int8"),
     "expanded": (changed(CALL, v_cache=CALL[3][:1].expand_as(CALL[3])), "v_cache is expanded"),
     "position": (changed(ROTATED, positions=ROTATED[9] + 30), "positions is .*expected 0 to 49"),
     "angles without positions": (changed(ROTATED, positions=None), "rotary_cos is given without"),

@@ -293,10 +293,10 @@ def test_weights_of_other_dtypes_and_strides(layer, dtype):
         (lambda w, c: quantize_rtn(w, 9), "bits is 9"),
         (lambda w, c: quantize_rtn(w, 4, 0), "group_size is 0"),
         (lambda w, c: quantize_rtn(w, scale_dtype=torch.int8), "scale_dtype is"),
-        (lambda w, c: quantize_rtn(w.int()), "weight is torch.int32"),
+        (lambda w, c: quantize_rtn(w.int()), "weight is int32"),
         (lambda w, c: quantize_rtn(w[:0]), "neither of them 0"),
         (lambda w, c: quantize_nf4(w, 48), "quantize_nf4: block_size is 48"),
-        (lambda w, c: quantize_nf4(w.double()), "weight is torch.float64"),
+        (lambda w, c: quantize_nf4(w.double()), "weight is float64"),
         (lambda w, c: quantize_nf4(w[:, :0]), "neither of them 0"),
         (lambda w, c: quantize_int8(w[0]), "quantize_int8: weight is shape"),
         (lambda w, c: quantize_fp8(w, (0, 1)), r"block is \(0, 1\)"),
@@ -315,7 +315,7 @@ def test_weights_of_other_dtypes_and_strides(layer, dtype):
         (lambda w, c: quantize_awq(w, c, scale=torch.zeros(192)), "all positive"),
         (lambda w, c: Calibration(None), "Calibration: in_features is None"),
         (lambda w, c: Calibration(4).add(torch.ones(2, 3)), "x is shape"),
-        (lambda w, c: Calibration(4).add(torch.ones(2, 4).int()), "x is torch.int32"),
+        (lambda w, c: Calibration(4).add(torch.ones(2, 4).int()), "x is int32"),
     ],
 )
 def test_wrong_arguments_are_named(layer, calibration, call, message):

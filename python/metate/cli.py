@@ -32,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-console = Console()
+console, errors = Console(), Console(stderr=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -50,14 +50,14 @@ def main(
         sys.stdout.reconfigure(errors="replace")  # a ✓ that its encoding lacks would end an hour's measurement
 
 
-def progress() -> Progress:
+def progress(where: Console = console) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=where,
         transient=True,
     )
 
@@ -139,6 +139,7 @@ def verify(
     seed: Annotated[
         int | None, typer.Option(help="first seed of --fuzz; alone: draw this one", min=0, max=2**62)
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Compare every operator with its float64 reference on this machine; exit code 1 where one is wrong."""
     ops = [_known("--op", op, REGISTRY)] if op else list(REGISTRY.values())
@@ -150,13 +151,13 @@ def verify(
     where = _where(ops, backend, device)
     if fuzz or seed is not None:
         first = random.SystemRandom().randrange(2**31) if seed is None else seed
-        console.print(f"seeds {first} to {first + max(fuzz, 1) - 1}", highlight=False)
+        (errors if as_json else console).print(f"seeds {first} to {first + max(fuzz, 1) - 1}", highlight=False)
         checks = list(engine.fuzz(ops, dtypes, where, max(fuzz, 1), first))
     else:
         checks = [check for check in engine.parity(ops, dtypes, where) if case in (None, check.number)]
     if not checks:
         raise typer.BadParameter("no operator has such a case on this machine")
-    if not show_checks(checks):
+    if not show_checks(checks, as_json):
         raise typer.Exit(1)
 
 
@@ -181,22 +182,40 @@ def _where(ops: list[Op], backend: str | None, device: str | None) -> list[tuple
     return sorted(found, key=lambda pair: (pair[0], BACKENDS.index(pair[1])))
 
 
-def show_checks(checks: list[engine.Check]) -> bool:
-    """Runs the checks under a progress bar, then tells: a table, and for each failure the command that repeats it."""
+def show_checks(checks: list[engine.Check], as_json: bool = False) -> bool:
+    """Runs the checks under a progress bar, then tells: a table, and for each failure the command that repeats it; or
+    all of it as JSON."""
     results: list[engine.Result] = []
+    where = errors if as_json else console
     try:
-        with progress() as bar:
+        with progress(where) as bar:
             task = bar.add_task("verify", total=len(checks))
             for check in checks:
                 bar.update(task, description=f"{check.op.name} [dim]{check.backend} {_name(check.dtype)}[/]")
                 results.append(engine.run(check))
                 bar.advance(task)
     except KeyboardInterrupt:
-        console.print(f"[yellow]stopped[/] after {len(results)} of {len(checks)} checks", highlight=False)
+        where.print(f"[yellow]stopped[/] after {len(results)} of {len(checks)} checks", highlight=False)
         raise
     finally:
-        _show_results(results)
+        if as_json:
+            print(json.dumps(_verified(results), indent=1))
+        else:
+            _show_results(results)
     return not any(result.status == "failed" for result in results)
+
+
+def _verified(results: list[engine.Result]) -> dict[str, Any]:
+    counts = Counter(result.status for result in results)
+    checks = [
+        {
+            "op": check.op.name, "device": check.device, "backend": check.backend, "dtype": _name(check.dtype),
+            "seed" if check.drawn else "case": check.number, "status": result.status, "detail": result.detail,
+            "seconds": result.seconds, "command": check.reproduction,
+        }
+        for result, check in ((result, result.check) for result in results)
+    ]  # fmt: skip
+    return {**{status: counts[status] for status in ("passed", "failed", "refused")}, "checks": checks}
 
 
 def _show_results(results: list[engine.Result]) -> None:

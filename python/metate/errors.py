@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Collection, Mapping
 
@@ -17,8 +18,14 @@ class FormatError(ValueError):
 
 
 def fail(op: str, argument: str, got: object, expected: str, *, error: type[Exception] = ValueError) -> Exception:
-    """The exception to raise: `metate.attention: q is float8, expected float32, bfloat16 or float16`."""
-    return error(f"metate.{op}: {argument} is {got}, expected {expected}")
+    """The exception to raise: `metate.attention: q is float8, expected float32, bfloat16 or float16`.
+
+    A dtype shows its bare name, however it came.
+    """
+    return error(_DTYPE.sub("", f"metate.{op}: {argument} is {got}, expected {expected}"))
+
+
+_DTYPE = re.compile(r"\btorch\.(?=bool\b|b?float\d|u?int\d|complex\d)")
 
 
 def require_package(route: str, name: str, wanted: str) -> None:

@@ -395,7 +395,7 @@ class QuantizedWeight(LowBitTensors):
             got = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
             raise _fail(name, got, "a dense torch.Tensor")
         if tensor.dtype not in dtypes:
-            raise _fail(name, _short(tensor.dtype), " or ".join(map(_short, dtypes)))
+            raise _fail(name, tensor.dtype, " or ".join(map(str, dtypes)))
         if tuple(tensor.shape) != shape:
             raise _fail(name, f"shape {tuple(tensor.shape)}", f"{shape} for {self._summary()}")
         if tensor.device != self.codes.device:
@@ -483,10 +483,6 @@ class QuantizedWeight(LowBitTensors):
 
 def _is_low(x: Tensor | None) -> bool:
     return x is not None and x.dtype in FLOATS
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _fail(field: str, got: object, expected: str) -> Exception:

@@ -422,10 +422,9 @@ class Op:
                 return  # its own turn comes, and ends the call
             allowed.append(named[rule].dtype if isinstance(rule, str) else rule)
         if tensor.dtype not in allowed:
-            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(allowed))
-            got = str(tensor.dtype).removeprefix("torch.")
+            expected = " or ".join(map(str, dict.fromkeys(allowed)))
             given = self.given.get(name, name)
-            raise fail(self.public, given, got, f"{expected}; convert it with .to()", error=TypeError)
+            raise fail(self.public, given, tensor.dtype, f"{expected}; convert it with .to()", error=TypeError)
 
     # The reference at a chosen precision: as truth, as fallback, as error budget.
 

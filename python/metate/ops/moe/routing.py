@@ -235,8 +235,7 @@ def _check(
     if backend is not None:
         require_choice("moe_route", "backend", backend, BACKENDS)
     if logits.dtype not in FLOATS:
-        got = str(logits.dtype).removeprefix("torch.")
-        raise fail("moe_route", "logits", got, "float32, bfloat16, float16 or float64", error=TypeError)
+        raise fail("moe_route", "logits", logits.dtype, "float32, bfloat16, float16 or float64", error=TypeError)
     if logits.dim() < 2 or not logits.shape[-1]:
         raise fail("moe_route", "logits", f"of shape {tuple(logits.shape)}", "(…, num_experts)")
     choices = (("score", score, SCORES), ("group_rule", group_rule, ("max", "sum")), ("policy", policy, POLICIES),

@@ -120,7 +120,7 @@ def _check(x: Tensor, k: int, init: str | Tensor, iterations: int, most: int | N
     if x.is_meta:
         raise fail(op, "x", "a meta tensor", "one with contents", error=NotImplementedError)
     if x.dtype != torch.float32:
-        raise fail(op, "x", str(x.dtype).removeprefix("torch."), "float32; convert it with .to()", error=TypeError)
+        raise fail(op, "x", x.dtype, "float32; convert it with .to()", error=TypeError)
     if x.dim() != 2:
         raise fail(op, "x", f"of shape {tuple(x.shape)}", "(points, columns)")
     if not is_whole(k, 1, x.shape[0]):

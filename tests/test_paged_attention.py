@@ -189,6 +189,19 @@ def test_a_tree_shows_ancestors_and_everything_older():
     torch.testing.assert_close(got, expected)
 
 
+def test_a_tree_of_too_few_tokens_is_refused():
+    """Bits do not tell how many there were."""
+    k_cache, v_cache, table, lens = paged([20, 33], 16, 2, 24, 16)
+    q, starts = torch.randn(2, 5, 4, 24), torch.tensor([0, 3, 10], dtype=torch.int32)
+    for columns in (4, 6):
+        with pytest.raises(ValueError, match=rf"tree_mask is of shape .*{columns}\), expected 5 columns"):
+            metate.paged_attention(q, k_cache, v_cache, table, lens, tree_mask=torch.ones(5, columns) > 0)
+    with pytest.raises(ValueError, match=r"tree_mask is of shape \(10, 6\), expected 7 columns or more"):
+        metate.paged_attention(
+            q.flatten(0, 1), k_cache, v_cache, table, lens, cu_seqlens_q=starts, tree_mask=torch.ones(10, 6) > 0
+        )
+
+
 def test_quantised_rows_are_the_nearest_codes():
     x = torch.randn(50, 3, 64) * torch.logspace(-20, 20, 50)[:, None, None]
     for dtype, levels in ((torch.int8, 127), (torch.uint8, 7)):

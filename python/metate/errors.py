@@ -52,8 +52,10 @@ def require_choice(op: str, argument: str, value: object, allowed: Collection[st
 
 def require_flag(op: str, argument: str, value: object) -> bool:
     """The value as a bool; TypeError where it is none, for anything else would count as True."""
+    if type(value) is bool:
+        return value
     found = plain(value)
-    if not isinstance(found, (bool, int)):
+    if not isinstance(found, int):
         raise fail(op, argument, repr(value)[:60], "True or False", error=TypeError)
     return bool(found)
 

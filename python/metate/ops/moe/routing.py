@@ -119,6 +119,9 @@ def update_bias(bias: Tensor, counts: Tensor, rate: float = 1e-3) -> None:
         raise fail("update_bias", "bias", bias.dtype, "float32, bfloat16, float16 or float64", error=TypeError)
     if counts.shape != bias.shape:
         raise fail("update_bias", "counts", f"of shape {tuple(counts.shape)}", f"{tuple(bias.shape)} like bias")
+    if counts.is_complex() or counts.device != bias.device:
+        got = f"{counts.dtype} on {counts.device}"
+        raise fail("update_bias", "counts", got, f"real numbers on {bias.device} like bias", error=TypeError)
     rate = require_number("update_bias", "rate", rate)
     with torch.no_grad():
         counts = counts.to(bias.dtype)

@@ -89,7 +89,7 @@ def paged_attention(
     packed = cu_seqlens_q is not None
     dims = _check_dims("paged_attention", q, packed, return_lse, return_column_sums)
     left, right = window_sides("paged_attention", window, causal)
-    bits = None if tree_mask is None else _tree_bits(tree_mask, packed)
+    bits = None if tree_mask is None else _tree_bits(tree_mask, q, cu_seqlens_q)
     rest = (
         k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, cu_seqlens_q, left_pad,
         alibi_slopes if alibi_slopes is None else _widen(q, alibi_slopes),
@@ -384,6 +384,12 @@ def _check_own(
         raise fail(op, f"seq_lens[{b}]", int(seq_lens[b]), f"at least {int(n[b])}, the keys of its queries")
 
 
+def _longest(cu_seqlens_q: Any) -> int:
+    """The most queries of a sequence, where looking costs little: on a CPU."""
+    known = isinstance(cu_seqlens_q, Tensor) and cu_seqlens_q.device.type == "cpu" and cu_seqlens_q.numel() > 1
+    return int(cu_seqlens_q.diff().max()) if known and not torch.compiler.is_compiling() else 0
+
+
 def _widen(q: Tensor, x: Tensor | None) -> Tensor | None:
     """Slopes and sinks in the dtype of the softmax."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -391,8 +397,9 @@ def _widen(q: Tensor, x: Tensor | None) -> Tensor | None:
     return x.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _tree_bits(mask: Tensor, packed: bool) -> Tensor:
+def _tree_bits(mask: Tensor, q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
     """(B or 1, rows, words) int32 from a bool mask; packed: (1, tokens, words)."""
+    packed = cu_seqlens_q is not None
     if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.int32):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise fail("paged_attention", "tree_mask", got, "a bool tensor, or int32 words of 32 bits", error=TypeError)
@@ -402,6 +409,10 @@ def _tree_bits(mask: Tensor, packed: bool) -> Tensor:
     mask = mask if mask.dim() == 3 else mask[None]
     if mask.dtype == torch.int32:
         return mask
+    queries = _longest(cu_seqlens_q) if packed else q.shape[1] if q.dim() == 4 else 1
+    if mask.shape[2] < queries or (mask.shape[2] > queries and not packed):  # bits would not show it
+        expected = f"{queries} columns{' or more' if packed else ''}, one for each query of a sequence"
+        raise fail("paged_attention", "tree_mask", f"of shape {tuple(mask.shape[int(packed) :])}", expected)
     bits = AttentionMask.dense(mask[:, None]).bits
     assert bits is not None
     return bits[:, 0]

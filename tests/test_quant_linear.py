@@ -314,7 +314,7 @@ WRONG = [
     (TypeError, "weight is Tensor, expected a metate.QuantizedWeight", dict(weight=X)),
     (ValueError, r"x is of shape \(2, 199\), expected \(…, 200\)", dict(x=X[:, 1:])),
     (TypeError, "x is int32, expected float32 or bfloat16", dict(x=X.int())),
-    (ValueError, r"bias is of shape \(3,\).* N = 40", dict(bias=torch.zeros(3))),
+    (ValueError, r"bias is of shape \(3,\).* out_features = 40", dict(bias=torch.zeros(3))),
     (TypeError, "bias is float64, expected float32", dict(bias=torch.zeros(40).double())),
     (ValueError, "activation is 'int4', expected None or 'int8'", dict(activation="int4")),
     (ValueError, "backend is 'gpu'", dict(backend="gpu")),
@@ -408,7 +408,7 @@ def test_scaling_counts_and_adapters_without_rows_get_zeros():
     [
         (ValueError, "adapter_ids is None, expected an adapter for every row of x: there are 3", {}),
         (ValueError, "adapter_ids is 3 for a row, expected 0 to 2, or -1", dict(adapter_ids=torch.tensor([0, 2**40]))),
-        (ValueError, r"B is of shape \(3, 39, 20\).* N = 40", dict(B=torch.zeros(3, 39, 20))),
+        (ValueError, r"B is of shape \(3, 39, 20\).* out_features = 40", dict(B=torch.zeros(3, 39, 20))),
         (ValueError, r"A is of shape \(0, 20, 200\), expected one adapter", dict(A=X[:0].new_zeros(0, 20, 200))),
         (TypeError, "A is bfloat16, expected float32", dict(A=torch.zeros(3, 20, 200, dtype=torch.bfloat16))),
         (TypeError, "B is NoneType, expected a torch.Tensor", dict(B=None)),

@@ -191,6 +191,10 @@ def test_losses_are_their_formulas():
     torch.testing.assert_close(3 * route.load_balance_loss(), load_balancing_loss_func((logits,), 7, 3))
     first = torch.softmax(logits, -1).argmax(-1).bincount(minlength=7) / 60
     torch.testing.assert_close(route.load_balance_loss("gshard"), 7 * (first * torch.softmax(logits, -1).mean(0)).sum())
+    double = logits.detach().double()
+    shares = metate.moe_route(double, 3).counts().double() / 180
+    exact = 7 * (shares * torch.softmax(double, -1).mean(0)).sum()
+    torch.testing.assert_close(metate.moe_route(double, 3).load_balance_loss(), exact, rtol=1e-14, atol=0)
     halves = [metate.moe_route(half, 3).load_balance_loss() for half in logits.chunk(2)]
     torch.testing.assert_close(route.load_balance_loss(sequences=2), sum(halves) / 2)
     torch.testing.assert_close(route.load_balance_loss(counts=route.counts()), route.load_balance_loss())

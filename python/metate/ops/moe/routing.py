@@ -79,7 +79,7 @@ class Route:
         chosen = self.chosen if kind == "switch" else self.chosen[:, :1]
         if counts is None:
             parts = [_counts(part, self.num_experts) for part in chosen.view(sequences, -1, chosen.shape[1])]
-            loads = torch.stack(parts)
+            loads = torch.stack(parts).to(self.weights.dtype)
         else:
             require_dense("load_balance_loss", "counts", counts)
             if counts.shape != (self.num_experts,) or counts.is_complex() or counts.device != device:
@@ -88,7 +88,7 @@ class Route:
             loads = counts.to(self.weights.dtype).expand(sequences, -1)
         shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
         means = self.probabilities().unflatten(0, (sequences, -1)).mean(1)
-        loss: Tensor = self.num_experts * (shares.to(means.dtype) * means).sum(-1).mean()
+        loss: Tensor = self.num_experts * (shares * means).sum(-1).mean()
         return loss
 
     def z_loss(self) -> Tensor:

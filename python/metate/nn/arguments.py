@@ -18,7 +18,7 @@ def require_input(op: str, x: Tensor, shape: str, hidden_size: int, layer: nn.Mo
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return
-    if x.device != weight.device:
+    if x.device != weight.device and not weight.is_meta:  # those of an offloaded layer come when it is called
         raise fail(op, "x", f"on {x.device}", f"{weight.device} like the module; move it with .to()")
     if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
         raise fail(op, "x", x.dtype, f"{weight.dtype} like the module; convert it with .to()", error=TypeError)

@@ -185,6 +185,15 @@ def test_wrong_inputs_are_named(kind, message, x):
         build()(x)
 
 
+def test_offloaded_layers_come_when_they_are_called():
+    """Until then accelerate keeps their weights on meta."""
+    accelerate = pytest.importorskip("accelerate")
+    moe, x = build(shared_size=8), torch.randn(3, HIDDEN)
+    expected = moe(x)
+    accelerate.cpu_offload(moe, execution_device="cpu")
+    assert moe.router.weight.is_meta and torch.equal(moe(x), expected)
+
+
 METHODS = {
     "nf4": {}, "int4": {"group_size": 8, "symmetric": False}, "int8": {}, "hqq": {"group_size": 16},
     "fp8": {"block": (8, 16)},

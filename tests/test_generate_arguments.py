@@ -1,5 +1,7 @@
 """What `metate.generate` refuses by name, before it computes anything."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,11 @@ def test_schedulers_and_caches_name_what_is_wrong(model):
     cache = PagedKVCache(model.cache_layout, 4)
     for kind, message, call in (
         (TypeError, "Scheduler: model is str", lambda: Scheduler("llama", cache)),
+        (
+            ValueError,
+            "Scheduler: cache is one of CacheLayout.layers=3.*expected one of the model's cache_layout",
+            lambda: Scheduler(model, PagedKVCache(replace(model.cache_layout, layers=3), 4)),
+        ),
         (ValueError, "Scheduler: seed is -1", lambda: Scheduler(model, cache, seed=-1)),
         (
             TypeError,

@@ -191,6 +191,10 @@ def test_losses_are_their_formulas():
     torch.testing.assert_close(3 * route.load_balance_loss(), load_balancing_loss_func((logits,), 7, 3))
     first = torch.softmax(logits, -1).argmax(-1).bincount(minlength=7) / 60
     torch.testing.assert_close(route.load_balance_loss("gshard"), 7 * (first * torch.softmax(logits, -1).mean(0)).sum())
+    nothing = metate.moe_route(logits[:0], 3)
+    for loss in (nothing.load_balance_loss(), nothing.load_balance_loss(sequences=2), nothing.z_loss(),
+                 nothing.load_balance_loss(counts=route.counts()), nothing.importance_loss()):  # fmt: skip
+        assert loss.requires_grad and float(loss) == 0, "a process without tokens adds nothing"
     double = logits.detach().double()
     shares = metate.moe_route(double, 3).counts().double() / 180
     exact = 7 * (shares * torch.softmax(double, -1).mean(0)).sum()

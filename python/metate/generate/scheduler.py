@@ -21,6 +21,8 @@ from metate.generate.draft import Draft, Wish, draft_of
 from metate.generate.sampling import TEXT, Sampling, Speculated, Uniforms, choose, probabilities
 from metate.scalars import is_whole, plain
 
+_KEPT = ("layers", "kv_heads", "head_dim", "value_dim", "dtype")  # of each token, as cache and model must agree
+
 
 @dataclass(frozen=True)
 class Event:
@@ -154,6 +156,9 @@ class Scheduler:
         require_model("Scheduler", model)
         if not is_whole(seed := plain(seed), 0, 2**64 - 1):
             raise fail("Scheduler", "seed", repr(seed)[:60], "an integer from 0 to 2^64 - 1")
+        if any(getattr(cache.layout, name) != getattr(model.cache_layout, name) for name in _KEPT):
+            expected = f"one of the model's cache_layout, {model.cache_layout}"
+            raise fail("Scheduler", "cache", f"one of {cache.layout}", expected)
         max_sequences = positive("Scheduler", "max_sequences", max_sequences)
         token_budget = positive("Scheduler", "token_budget", token_budget)
         if token_budget < max_sequences:

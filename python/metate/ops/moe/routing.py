@@ -62,7 +62,8 @@ class Route:
         return scores / scores.sum(-1, keepdim=True)
 
     def load_balance_loss(self, kind: str = "switch", *, sequences: int = 1, counts: Tensor | None = None) -> Tensor:
-        """num_experts · Σ_e share of choices · mean probability: 1 where all is balanced, num_experts at worst.
+        """num_experts · Σ_e share of choices · mean probability: 1 where all is balanced, num_experts at worst, 0 of no
+        tokens.
 
         Args:
             kind: "switch" counts all choices (Fedus et al. 2022, and k times less than transformers' for top-k);
@@ -78,7 +79,7 @@ class Route:
             raise fail("load_balance_loss", "sequences", repr(sequences)[:60], f"a divisor of the {tokens} tokens")
         chosen = self.chosen if kind == "switch" else self.chosen[:, :1]
         if counts is None:
-            parts = [_counts(part, self.num_experts) for part in chosen.view(sequences, -1, chosen.shape[1])]
+            parts = [_counts(part, self.num_experts) for part in chosen.unflatten(0, (sequences, tokens // sequences))]
             loads = torch.stack(parts).to(self.weights.dtype)
         else:
             require_dense("load_balance_loss", "counts", counts)
@@ -87,13 +88,13 @@ class Route:
                 raise fail("load_balance_loss", "counts", got, f"real numbers ({self.num_experts},) on {device}")
             loads = counts.to(self.weights.dtype).expand(sequences, -1)
         shares = loads / loads.sum(-1, keepdim=True).clamp(min=1)
-        means = self.probabilities().unflatten(0, (sequences, -1)).mean(1)
+        means = _mean(self.probabilities().unflatten(0, (sequences, tokens // sequences)), 1)
         loss: Tensor = self.num_experts * (shares * means).sum(-1).mean()
         return loss
 
     def z_loss(self) -> Tensor:
         """mean log²Σexp(logits): keeps logits small (Zoph et al. 2022, ST-MoE)."""
-        return torch.logsumexp(self.logits.to(self.weights.dtype), -1).square().mean()
+        return _mean(torch.logsumexp(self.logits.to(self.weights.dtype), -1).square(), 0)
 
     def importance_loss(self) -> Tensor:
         """The squared coefficient of variation of the weights that experts get (Shazeer et al. 2017)."""
@@ -282,6 +283,11 @@ def _random(like: Tensor, generator: torch.Generator | None, normal: bool = Fals
         return draw_like(like, memory_format=torch.contiguous_format)
     draw = torch.randn if normal else torch.rand
     return draw(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _mean(x: Tensor, dim: int) -> Tensor:
+    """Zero where there is nothing: a process without tokens adds no loss."""
+    return x.sum(dim) / max(x.shape[dim], 1)
 
 
 def _counts(experts: Tensor, number: int) -> Tensor:

@@ -6,17 +6,6 @@
 namespace metate::cpu::METATE_ISA {
 namespace {
 
-// The largest of each row, lane by lane; NaN counts for nothing.
-vf largest_of_rows(vf (&rows)[width]) {
-    transpose(rows);
-#pragma GCC unroll 4
-    for (int step = width / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < step; ++i) rows[i] = max(rows[i], rows[i + step]);
-    }
-    return rows[0];
-}
-
 // Weights at the place of logits from j on, as floats or as pairs of bfloat16.
 template <bool as_pairs, int n>
 METATE_FN void store_weights(float* x, int j, const vf (&y)[n]) {
@@ -131,7 +120,7 @@ void add_seen_values(const Shape& s, const Piece& piece, int64_t h, int64_t r, c
             seen[j] = values.at[is_seen ? j : static_cast<size_t>(__builtin_ctzll(mask))];
             if (!is_seen) memset(reinterpret_cast<uint8_t*>(weight) + j * bytes, 0, bytes);
         }
-        if constexpr (is_whole<W>) step = to_whole<S>(weight, tile_keys);
+        if constexpr (is_whole<W>) to_whole<S>(weight, 0, 1, tile_keys, &step);
         const Result to{piece.state.o + (h * piece.pitch() + r) * s.o_stride, 0, 0, 0, factor, &step};
         multiply_values<W, 1, 0>({seen, values.offset}, 0, 1, tile.count, weight, 0, s.dv, to, *my.ahead);
     });
@@ -150,10 +139,9 @@ void add_values(const Shape& s, const Piece& piece, const Tile& tile, const Scra
                 if (tile.mask[r]) add_seen_values<S>(s, piece, h, r, tile, my.p + row * p_stride, my.factor + row, my);
             }
         }
-        if constexpr (has_integers<S>) {
-            for (int64_t row = h * pitch; s.integers && row < h * pitch + piece.rows; ++row)
-                my.p_step[row] = to_whole<S>(my.p + row * p_stride, tile_keys);
-        }
+    }
+    if constexpr (has_integers<S>) {
+        if (s.integers) to_whole<S>(my.p, p_stride, piece.heads * pitch, tile_keys, my.p_step);
     }
     const int64_t heads = in_order(s, piece) && s.a.v_cache.stride[3] == 1 && !done ? piece.heads : 1;
     for (int64_t h = 0; h < piece.heads; h += heads) {

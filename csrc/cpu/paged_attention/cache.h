@@ -146,7 +146,7 @@ METATE_FN void take_codes(const uint8_t* p, int64_t n, vi (&x)[1], whole<nibbles
 METATE_FN void widen_bytes(vi codes, vi& even, vi& odd) {
     const vi sign = splat(0x00800080);
     even = sub_words(exor(bit_and(codes, splat(0x00ff00ff)), sign), sign);
-    odd = sub_words(exor(shift_right_words(codes, 8), sign), sign);
+    odd = shift_right_signed_words(codes, 8);
 }
 METATE_FN void take_codes(const uint8_t* p, int64_t n, vi (&x)[2], whole<int8_t>) {
     widen_bytes(load_bytes(p, n), x[0], x[1]);

@@ -18,10 +18,10 @@ template <class S>
 constexpr bool has_integers = false;
 #endif
 
-// Turns `count` numbers, a multiple of width, into words in their place, and returns one times their step: NaN, and so
-// are all products, where one is not finite.
+// Turns `rows` rows of `count` numbers, a multiple of width, into words in their place. Of each row, one times its step
+// goes to `steps`: NaN, and so are all products, where a number is not finite.
 template <class S>
-float to_whole(float* x, int64_t count);
+void to_whole(float* x, int64_t stride, int64_t rows, int64_t count, float* steps);
 
 #if defined(METATE_HAS_VNNI_FORMS)
 constexpr float levels = 28672;  // with codes up to 128, sums over max_key_dim numbers fit 32 bits
@@ -29,17 +29,30 @@ static_assert(128 * 28672ll * max_key_dim < INT32_MAX);
 constexpr float least_magnitude = 0x1p-110f;  // of a row: the inverse of its step is finite
 
 template <class S>
-float to_whole(float* x, int64_t count) {
-    vf most = splat(least_magnitude), poison = splat(0.0f);
-    for (int64_t i = 0; i < count; i += width) {
-        most = max(abs(load(x + i)), most);
-        poison = fma(load(x + i), splat(0.0f), poison);
+void to_whole(float* x, int64_t stride, int64_t rows, int64_t count, float* steps) {
+    for (; rows > 0; rows -= width, x += width * stride, steps += width) {
+        const int64_t n = smaller(rows, width);
+        vf most[width], poison[width];
+        for (int64_t r = 0; r < width; ++r) {
+            most[r] = splat(least_magnitude);
+            poison[r] = splat(0.0f);
+            for (int64_t i = 0; r < n && i < count; i += width) {
+                const vf y = load(x + r * stride + i);
+                most[r] = max(abs(y), most[r]);
+                poison[r] = fma(y, splat(0.0f), poison[r]);
+            }
+        }
+        const vf size = largest_of_rows(most);
+        const vm finite = equal(sum_rows(poison), splat(0.0f));
+        store(steps, select(finite, size / splat(levels), splat(__builtin_nanf(""))), n);
+        float inverse[width];
+        store(inverse, splat(levels) / size);
+        for (int64_t r = 0; r < n; ++r) {
+            float* const row = x + r * stride;
+            for (int64_t i = 0; i < count; i += width)
+                store_words(reinterpret_cast<uint16_t*>(row) + i, to_int(load(row + i) * splat(inverse[r])));
+        }
     }
-    const float size = largest(most);
-    const vf inverse = splat(levels / size);
-    for (int64_t i = 0; i < count; i += width)
-        store_words(reinterpret_cast<uint16_t*>(x) + i, to_int(load(x + i) * inverse));
-    return sum(poison) == 0.0f ? size / levels : __builtin_nanf("");
 }
 #endif
 

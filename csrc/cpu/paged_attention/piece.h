@@ -568,8 +568,7 @@ void begin_piece(const Shape& s, const Sequence& seq, const Piece& piece, const 
         if (each == 1) spread_queries<1>(s, q, piece.rows, lanes);
         if (each == 2) spread_queries<2>(s, q, piece.rows, lanes);
         if constexpr (has_integers<S>) {
-            for (int64_t r = 0; whole_numbers && r < pitch; ++r)
-                my.q_step[h * pitch + r] = to_whole<S>(q + r * s.q_stride, s.q_stride);
+            if (whole_numbers) to_whole<S>(q, s.q_stride, pitch, s.q_stride, my.q_step + h * pitch);
         }
     }
 }

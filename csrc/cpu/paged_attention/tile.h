@@ -12,6 +12,17 @@ constexpr int group_keys = 16;  // rows of a cache that are written out in produ
 // From row to row of a tile's logits, and of the weights that take their place.
 constexpr int64_t line_floats = 16, p_stride = tile_keys + line_floats;
 
+// The largest of each row, lane by lane; NaN counts for nothing.
+vf largest_of_rows(vf (&rows)[width]) {
+    transpose(rows);
+#pragma GCC unroll 4
+    for (int step = width / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < step; ++i) rows[i] = max(rows[i], rows[i + step]);
+    }
+    return rows[0];
+}
+
 // Asks for what will be read next, a batch of lines at a time between products. A core forgets requests while it waits
 // for as many lines as it can, so that a batch may be asked for three times (Zen 5: shuffled pages of 32 KB, read with
 // eight multiplications a line, came at 0.74 of the speed of linear memory when asked for once, at 0.87 so). It asks

@@ -302,6 +302,9 @@ METATE_FN void vnni_add_dot(vi& sum, vi a, vi b) {
 METATE_FN void vnni_add_word_dot(vi& sum, vi a, vi b) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
+METATE_FN vi shift_right_signed_words(vi a, unsigned n) {
+    return _mm512_srai_epi16(a, n);
+}
 METATE_FN vi sub_words(vi a, vi b) {
     return _mm512_sub_epi16(a, b);
 }

@@ -122,14 +122,8 @@ METATE_FN vi word_of(vf x, const Pair*) {
 }
 #endif
 
-// A chain of the weight in each lane, and where the next ones are.
-template <class T>
-struct Region {
-    const T *from, *next;
-};
-
-// Chain c of row r of a region stands in lane r · spread + c. Lanes without a chain and rows that there are not read
-// what is there anyway.
+// Chain c of row r of a region of the weight stands in lane r · spread + c. Lanes without a chain and rows that there
+// are not read what is there anyway.
 struct Places {
     int64_t at[width];
 
@@ -142,11 +136,11 @@ struct Places {
 };
 
 template <int spread, int rows, class T, class Word>
-METATE_FN void multiply_region(const Region<T>& region, const Places& places, const Word* x, int64_t pitch,
+METATE_FN void multiply_region(const T* region, const Places& places, const Word* x, int64_t pitch, Lines next,
                                vf (&sum)[rows]) {
     constexpr int64_t unit = width * elements_of<Word>, squares = depth / width;
-    constexpr int64_t line = 64 / sizeof(T), lines = depth * elements_of<Word> / line;  // of a chain
-    constexpr int64_t every = squares / lines;                                          // products to a line
+    constexpr int64_t lines = depth * elements_of<Word> * static_cast<int64_t>(sizeof(T)) / 64;  // of a chain
+    constexpr int64_t every = squares / lines;                                                   // products to a line
     static_assert(every * lines == squares);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) sum[r] = splat(0.0f);
@@ -154,13 +148,12 @@ METATE_FN void multiply_region(const Region<T>& region, const Places& places, co
         vf square[width];
 #pragma GCC unroll 16
         for (int lane = 0; lane < width; ++lane)
-            square[lane] = load_words(region.from + places.at[lane] + i * unit, unit, x);
+            square[lane] = load_words(region + places.at[lane] + i * unit, unit, x);
         transpose(square);
 #pragma GCC unroll 16
         for (int j = 0; j < width; ++j) {
             // One at a time: a burst of them would hold up the loads behind it.
-            const int64_t step = i * width + j, number = step / every;
-            if (step % every == 0) __builtin_prefetch(region.next + places.at[number / lines] + number % lines * line);
+            if ((i * width + j) % every == 0) next.fetch();
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 const float* const words = reinterpret_cast<const float*>(x + r * pitch + j * spread);
@@ -187,9 +180,9 @@ void compute_lanes(const Problem<T, Word>& p, const Span& span, int64_t n, int64
     const Lanes& lanes = p.lanes;
     const int64_t stride = p.call.w.stride[1], columns = lanes.used * p.chain();  // of a part
     const Places whole(lanes, at_once, stride, p.chain()), rest(lanes, (end - n) % at_once, stride, p.chain());
-    const auto place = [&](int64_t row, int64_t part) {
-        const T* const first = row < end ? p.weight(span.expert, row, 0) : after ? after : p.weight(span.expert, n, 0);
-        return first + part * columns;
+    const int64_t size = sizeof(T), bytes = p.columns() * size;
+    const auto row_at = [&](int64_t row) {
+        return row < end ? p.weight(span.expert, row, 0) : after ? after : p.weight(span.expert, n, 0);
     };
     for (; n < end; n += width) {
         const int64_t count = smaller(width, end - n);
@@ -198,10 +191,12 @@ void compute_lanes(const Problem<T, Word>& p, const Span& span, int64_t n, int64
             const int64_t there = smaller(at_once, count - i);
             for (int64_t part = 0; part < lanes.parts; ++part) {
                 const bool is_last = part + 1 == lanes.parts;
-                const T* const next = is_last ? place(n + i + at_once, 0) : place(n + i, part + 1);
+                const char* const row = reinterpret_cast<const char*>(row_at(is_last ? n + i + at_once : n + i));
                 vf sum[rows];
-                multiply_region<spread>(Region<T>{place(n + i, part), next}, there < at_once ? rest : whole,
-                                        p.words_of(span) + part * p.chain_words() * spread, p.pitch, sum);
+                multiply_region<spread>(row_at(n + i) + part * columns, there < at_once ? rest : whole,
+                                        p.words_of(span) + part * p.chain_words() * spread, p.pitch,
+                                        Lines{row, bytes, stride * size, is_last ? 0 : (part + 1) * columns * size},
+                                        sum);
                 const int64_t chains = smaller(lanes.used, lanes.chains - part * lanes.used);
                 for (int r = 0; r < rows; ++r) add_lanes(totals[r] + i, sum[r], there, spread, chains);
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,6 +83,8 @@ def test_declaration_is_complete(op):
     assert any(isinstance(v, int) and v > 1 and v % 2 for case in cases for v in case.values()), "no odd size"
     assert op.domain.sweep and all(op.flops(case) > 0 for case in op.domain.sweep), "no cost"
     assert op.sharding(op, op.example(cases[1], torch.float32)), "no sharding rule"
+    told = " ".join(map(op.shape_of, op.axes))
+    assert not re.search(r"\b([A-LN-Z]|[A-Z][a-z]{1,2})\b", told), f"errors would tell of letters: {told}"  # M: of PQ
 
 
 @pytest.mark.parametrize("op", OPS)

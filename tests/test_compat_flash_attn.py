@@ -280,6 +280,7 @@ def test_varlen_in_pages(name):
         ({"cache_seqlens": torch.tensor([5, -1], dtype=torch.int32)}, "cache_seqlens is -1, expected at least 0"),
         ({"alibi_slopes": torch.ones(3)}, "alibi_slopes"),
         ({"window_size": (-5, 0)}, "window"),
+        ({"window_size": (1.5, 0)}, "window_size"),
         ({"softmax_scale": float("nan")}, "scale is nan"),
         ({"cache_leftpad": torch.tensor([-3, 0], dtype=torch.int32)}, "left_pad is -3"),
     ],
@@ -290,7 +291,7 @@ def test_a_kvcache_call_that_fails_writes_nothing(wrong, message):
     before = [cache.clone() for cache in caches]
     right = {"cache_seqlens": 5, "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)}
     for _ in range(2):  # behind a call that is right, too
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             fa.flash_attn_with_kvcache(draw(2, 1, 4, 16), *caches, new, new, **{**right, **wrong})
         assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
         fa.flash_attn_with_kvcache(draw(2, 1, 4, 16), *[cache.clone() for cache in caches], new, new, **right)

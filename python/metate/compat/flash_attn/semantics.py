@@ -23,7 +23,7 @@ __all__ = ["attend", "attend_packed", "attend_pages", "attention_options", "cach
 
 def window_sides(window: Any) -> tuple[int, int]:
     try:
-        left, right = (int(side) for side in window)
+        left, right = (operator.index(side) for side in window)
     except (TypeError, ValueError):
         raise TypeError(f"flash_attn: window_size is {window!r}, expected two integers (left, right)") from None
     return left, right

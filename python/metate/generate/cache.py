@@ -45,11 +45,11 @@ def positive(op: str, name: str, given: object) -> int:
     return number
 
 
-def require_model(op: str, model: object, name: str = "model") -> None:
+def require_model(op: str, model: object) -> None:
     """TypeError where it is none that can be served."""
     if not (hasattr(model, "cache_layout") and hasattr(model, "forward_paged")):
         expected = "metate.models.Llama, or what has the members of metate.generate.Model"
-        raise fail(op, name, type(model).__name__, expected, error=TypeError)
+        raise fail(op, "model", type(model).__name__, expected, error=TypeError)
 
 
 def require_cache_dtype(op: str, dtype: object) -> None:
@@ -154,10 +154,8 @@ class PagedKVCache:
         require_cache_dtype("PagedKVCache", dtype)
         prefix_cache = require_flag("PagedKVCache", "prefix_cache", prefix_cache)
         if on_evict is not None and not callable(on_evict):
-            got = type(on_evict).__name__
-            raise fail(
-                "PagedKVCache", "on_evict", got, "a function of a block and its tokens, or None", error=TypeError
-            )
+            got, expected = type(on_evict).__name__, "a function of a block and its tokens, or None"
+            raise fail("PagedKVCache", "on_evict", got, expected, error=TypeError)
         stored, share = COMPRESSED[dtype] if dtype else (layout.dtype, 1)
         for name in ("head_dim", "value_dim"):
             if getattr(layout, name) % share:

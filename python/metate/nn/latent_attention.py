@@ -109,9 +109,8 @@ class LatentAttention(nn.Module):
         Returns:
             Like x.
         """
-        self._check(
-            x, "(batch, seqlen, {})" if cu_seqlens is None else "(tokens, {})", rotary_cos, rotary_sin, positions
-        )
+        shape = "(batch, seqlen, {})" if cu_seqlens is None else "(tokens, {})"
+        self._check(x, shape, rotary_cos, rotary_sin, positions)
         q, latent = self._project(x, rotary_cos, rotary_sin, positions)
         if cache is not None:
             self._append(cache, slot_mapping, latent)

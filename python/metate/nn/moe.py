@@ -225,7 +225,13 @@ class MoE(nn.Module):
         experts (…, top_k): where the tokens go, as `route.chosen` of an earlier call: then neither groups nor a
         correction bias chooses.
         """
-        require_input("nn.MoE", x, "(…, {})", self.hidden_size, self.router)
+        try:
+            return self._mix(x, experts)
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            require_input("nn.MoE", x, "(…, {})", self.hidden_size, self.router)  # microseconds: only now
+            raise
+
+    def _mix(self, x: Tensor, experts: Tensor | None) -> Tensor:
         noise = F.softplus(self.noise(x)) if self.noise is not None and self.training else None
         bias: Tensor | None = self.correction_bias  # type: ignore[assignment]
         choice = {"bias": bias, "experts": experts, **self.routing}

@@ -69,19 +69,23 @@ void multiply_codes(const Problem& p, const Workspace& at, int64_t panel_number,
     multiply_integers(p.arithmetic, integers, rows, in_words);
 }
 
-void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number, int64_t row, int64_t k, int64_t x_row,
-                    int64_t rows, Tile tile) {
+// The blocks of a tile from number k on; `next` are the codes to be read after theirs.
+void multiply_panel(const Problem& p, const Workspace& at, int64_t panel_number, const Tile& tile, int64_t row,
+                    int64_t k, int64_t x_row, int64_t rows, const uint8_t* next) {
     if (p.in_digits()) return multiply_codes(p, at, panel_number, row, k, x_row, rows, tile);
+    const int64_t beside = p.call.w.in_tiles() ? rows_of_tile : 1, bytes = tile.blocks * block / 8 * p.call.w.bits;
+    const Ahead ahead(next, bytes * beside, p.call.w.row_bytes() * beside);
+    const int64_t lines = panel / beside * ahead.lines;
     for (int64_t i = 0; i < tile.blocks; ++i)
         decode_panel(p, at, panel_number, row, k + i, at.values + i * p.x.words() * panel);
 #if defined(METATE_HAS_BF16_DOT)
-    if (p.pairs) return multiply<Unit::pairs, true>(p.x, k, x_row, rows, tile);
+    if (p.pairs) return multiply<Unit::pairs, true>(p.x, k, x_row, rows, tile, ahead, lines);
 #endif
 #if defined(METATE_HAS_VNNI_FORMS)
-    if (p.whole_pairs) return multiply<Unit::whole_pairs, true>(p.x, k, x_row, rows, tile);
+    if (p.whole_pairs) return multiply<Unit::whole_pairs, true>(p.x, k, x_row, rows, tile, ahead, lines);
 #endif
-    p.sums_scaled ? multiply<Unit::floats, true>(p.x, k, x_row, rows, tile)
-                  : multiply<Unit::floats, false>(p.x, k, x_row, rows, tile);
+    p.sums_scaled ? multiply<Unit::floats, true>(p.x, k, x_row, rows, tile, ahead, lines)
+                  : multiply<Unit::floats, false>(p.x, k, x_row, rows, tile, ahead, lines);
 }
 
 void clear(float* to, int64_t n) {
@@ -345,7 +349,7 @@ void multiply_tiles(const Problem& p, const Workspace& at, const Tile& tile, int
     }
 }
 
-// The codes of a panel from block k on with many rows of x, in whole numbers; `next` are those to be read after them.
+// The same with many rows of x, in whole numbers.
 void multiply_span(const Problem& p, const Workspace& at, int64_t panel_number, const Tile& tile, int64_t row,
                    int64_t k, int64_t x_row, int64_t rows, const uint8_t* next) {
     const LowBitMatrix& w = p.call.w;
@@ -370,7 +374,8 @@ template <class T>
 void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_t count) {
     for (int64_t x_row = 0; x_row < p.x.rows; x_row += p.rows_at_once) {
         const int64_t rows = smaller(p.rows_at_once, p.x.rows - x_row);
-        clear(at, count * rows * panel);
+        if (p.in_digits()) clear(at.totals, count * rows * panel);
+        clear(at.earlier, count * rows * panel);
         for (int64_t i = 0; i < count; ++i) at.first_group[i] = -1;
         for (int64_t k = 0; k < p.blocks; k += p.blocks_together) {
             const int64_t end = smaller(k + p.blocks_together, p.blocks);
@@ -379,13 +384,11 @@ void compute_panels(const Problem& p, const Workspace& at, int64_t first, int64_
                 load_window(p, at, i, row, k, end, 3);
                 Tile tile = tile_of(p, at, i, rows);
                 enter_blocks(tile, p, k, end, at.first_group[i]);
-                if (p.takes_spans) {
-                    const bool is_last = i + 1 == count;
-                    multiply_span(p, at, i, tile, row, k, x_row, rows,
-                                  codes_at(p.call.w, is_last ? first * panel : row + panel, is_last ? end : k));
-                } else {
-                    multiply_panel(p, at, i, row, k, x_row, rows, tile);
-                }
+                const bool is_last = i + 1 == count;
+                const uint8_t* const next =
+                    codes_at(p.call.w, is_last ? first * panel : row + panel, is_last ? end : k);
+                const auto multiply = p.takes_spans ? multiply_span : multiply_panel;
+                multiply(p, at, i, tile, row, k, x_row, rows, next);
             }
             if (p.in_digits() && !p.takes_spans && (end % span == 0 || end == p.blocks))
                 end_span(at, count * rows * panel);

@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-#include "decode.h"
+#include "read_ahead.h"
 
 namespace metate::cpu::METATE_ISA {
 namespace {
@@ -427,10 +427,11 @@ struct Parts {
 };
 
 // All rows of x from `row` on with one panel from block k on. Tiles of about the same height: two of 4 are better than
-// 6 and 2.
+// 6 and 2. Meanwhile so many lines are fetched `ahead`.
 template <Unit unit, bool scaled>
-inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, Tile tile) {
-    const Parts tiles(rows, ceil_div(rows, tile_rows));
+inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, Tile tile,
+                     Ahead ahead = {nullptr, int64_t{0}, int64_t{0}}, int64_t lines = 0) {
+    const Parts tiles(rows, ceil_div(rows, tile_rows)), lines_of_tile(lines, tiles.count);
     tile.x = x.line(k, row);
     tile.sums = x.sums ? x.sums_of(k, row) : nullptr;
     if constexpr (unit == Unit::whole_pairs) {
@@ -440,6 +441,7 @@ inline void multiply(const PackedRows& x, int64_t k, int64_t row, int64_t rows, 
     }
     for (int64_t i = 0; i < tiles.count; ++i) {
         const int64_t n = tiles[i];
+        for (int64_t line = 0; line < lines_of_tile[i]; ++line) ahead.fetch();
         multiply_rows<unit, scaled>(n, tile);
         tile.x += n * tile.stride;
         if (tile.sums) tile.sums += n * tile.sums_stride;

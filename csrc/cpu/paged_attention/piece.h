@@ -209,10 +209,10 @@ METATE_FN void with_products(const Shape& s, const Piece& piece, const Run& run)
     piece.packed ? with_packed_products<S>(run) : with_row_products<S>(s, run);
 }
 
-// Calls run<few>() for products of `rows` rows: how many values are read in turn; 0 where rows are not read in order.
-// Fewer are read nearer to their order and cost more arithmetic: from memory that is faster, from a cache slower.
-// Results are the same: sums of whole numbers, which become floats after `few` values, take 16 in either case, and rows
-// of codes are short.
+// Calls run<few>() for products of `rows` rows: how many values are read in turn, and about half as many keys; 0 where
+// rows are not read in order. Fewer are read nearer to their order and cost more arithmetic: from memory that is
+// faster, from a cache slower. Results are the same: sums of whole numbers, which become floats after `few` values,
+// take 16 in either case, and rows of codes are short.
 template <class W, int rows, class Run>
 METATE_FN void with_order(const Shape& s, const Piece& piece, const Run& run) {
     constexpr bool is_codes = quantised<W> || is_whole<W> || is_pairs<W>;

@@ -108,59 +108,77 @@ constexpr int64_t lane_words = 4, most_lane_words = 128;
 
 // c(h, r)[key] = q(h, r) · k_key,h for `heads` heads, whose keys are next_head bytes apart, `rows` rows of words and
 // `count` keys: pointers to rows, readable up to a multiple of width. All heads of a few keys come before the next
-// keys: so each load of the innermost loop walks on from line to line. Steps from row to row would be taken for a
-// pattern, and what lies behind a page be fetched.
-template <class S, int rows>
+// keys, `beside` heads at a time: so each load of the innermost loop walks on from line to line. Steps from row to row
+// would be taken for a pattern, and what lies behind a page be fetched.
+template <class S, int rows, int beside>
 __attribute__((noinline)) void multiply_keys(const Lines& keys, int64_t next_head, int64_t heads, int64_t count,
                                              Matrix q, int64_t d, Matrix c, Prefetch& shared) {
-    constexpr int together = width / rows, columns = block_of<S>;  // keys whose sums fill the accumulators
-    constexpr int blocks = 128 / columns;                          // of a row, written out
+    constexpr int together = width / rows / beside, columns = block_of<S>;  // keys whose sums fill the accumulators
+    constexpr int blocks = 128 / columns;                                   // of a row of one head, written out
     Prefetch ahead = shared;
     for (int64_t first = 0; first < count; first += together) {
         const uint8_t* key[together];
 #pragma GCC unroll 16
         for (int k = 0; k < together; ++k) key[k] = keys.at[first + k] + keys.offset;
-        for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t h = 0; h < heads; h += beside) {
             Sum<S> sums[width];
 #pragma GCC unroll 16
             for (int i = 0; i < width; ++i) sums[i] = Sum<S>{};
-            const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
-                constexpr int vectors = vectors_of_block<S>;
-                ahead.template fetch<asks_again<S, rows>>();
-                Words<S> x[rows][vectors];
-#pragma GCC unroll 8
-                for (int r = 0; r < rows; ++r) {
-                    const float* line = q.at + h * q.head + r * q.row + at / elements_of_word<S>;
 #pragma GCC unroll 2
-                    for (int v = 0; v < vectors; ++v) x[r][v] = as_words<S>(load(line + v * width));
-                }
+            for (int b = 0; b < beside; ++b) {
+                const float* x_of = q.at + (h + b) * q.head;
+                const auto step = [&](int64_t at, int64_t n) __attribute__((always_inline)) {
+                    constexpr int vectors = vectors_of_block<S>;
+                    Words<S> x[rows][vectors];
+#pragma GCC unroll 8
+                    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+                        for (int v = 0; v < vectors; ++v)
+                            x[r][v] = as_words<S>(load(x_of + r * q.row + at / elements_of_word<S> + v * width));
+                    }
 #pragma GCC unroll 16
-                for (int k = 0; k < together; ++k) {
-                    Words<S> y[vectors];
-                    take_key<S>(key[k] + bytes_before<S>(at), n, y);
+                    for (int k = 0; k < together; ++k) {
+                        Words<S> y[vectors];
+                        take_key<S>(key[k] + bytes_before<S>(at), n, y);
 #pragma GCC unroll 2
-                    for (int v = 0; v < vectors; ++v) {
+                        for (int v = 0; v < vectors; ++v) {
 #pragma GCC unroll 8
-                        for (int r = 0; r < rows; ++r) {
-                            Sum<S>& sum = sums[r * together + k];
-                            sum = add_product(sum, y[v], x[r][v]);
+                            for (int r = 0; r < rows; ++r) {
+                                Sum<S>& sum = sums[(b * rows + r) * together + k];
+                                sum = add_product(sum, y[v], x[r][v]);
+                            }
                         }
                     }
-                }
-            };
-            int64_t at = 0;
-            for (; at + blocks * columns <= d; at += blocks * columns) {
+                };
+                int64_t at = 0;
+                for (; beside == 1 && at + blocks * columns <= d; at += blocks * columns) {
 #pragma GCC unroll 4
-                for (int i = 0; i < blocks; ++i) step(at + i * columns, columns);
-            }
-            for (; at < d; at += columns) step(at, smaller(d - at, columns));
+                    for (int i = 0; i < blocks; ++i) {
+                        ahead.template fetch<asks_again<S, rows>>();
+                        step(at + i * columns, columns);
+                    }
+                }
+                for (; at + columns * beside <= d; at += columns * beside) {
+                    ahead.template fetch<asks_again<S, rows>>();
+#pragma GCC unroll 2
+                    for (int i = 0; i < beside; ++i) step(at + i * columns, columns);
+                }
+                for (; at < d; at += columns) {
+                    ahead.template fetch<asks_again<S, rows>>();
+                    step(at, smaller(d - at, columns));
+                }
 #pragma GCC unroll 16
-            for (int k = 0; k < together; ++k) key[k] += next_head;
+                for (int k = 0; k < together; ++k) key[k] += next_head;
+            }
             float line[width];
             store(line, value_of(sum_rows(sums)));
+#pragma GCC unroll 2
+            for (int b = 0; b < beside; ++b) {
+                float* to = c.at + (h + b) * c.head + first;
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r)
-                __builtin_memcpy(c.at + h * c.head + r * c.row + first, line + r * together, together * sizeof(float));
+                for (int r = 0; r < rows; ++r, to += c.row)
+                    __builtin_memcpy(to, line + (b * rows + r) * together, together * sizeof(float));
+            }
         }
     }
     shared = ahead;

@@ -65,7 +65,14 @@ void multiply_tile_keys(const Shape& s, const Piece& piece, const Stream& stream
                     const int64_t row = h * pitch + r;
                     const Matrix q{my.q + row * s.q_stride, pitch * s.q_stride, s.q_stride};
                     const Matrix to{my.p + row * p_stride + first, pitch * p_stride, p_stride};
-                    multiply_keys<W, n>(keys, tile.k.next_head, together, count, q, s.d, to, *my.ahead);
+                    with_order<W, n>(s, piece, [&]<int few>() {
+                        if constexpr (few == 4) {
+                            if (together % 2 == 0)
+                                return multiply_keys<W, n, 2>(keys, tile.k.next_head, together, count, q, s.d, to,
+                                                              *my.ahead);
+                        }
+                        multiply_keys<W, n, 1>(keys, tile.k.next_head, together, count, q, s.d, to, *my.ahead);
+                    });
                 });
             });
         }

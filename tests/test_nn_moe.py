@@ -176,7 +176,7 @@ def test_every_policy_compiles_whole(options):
         (TypeError, "x is list", [1.0]),
         (ValueError, r"x is of shape \(2, 19\), expected \(…, 12\)", torch.zeros(2, 19)),
         (ValueError, r"x is of shape \(12,\), expected \(…, 12\)", torch.zeros(12)),
-        (TypeError, "x is torch.float64, expected torch.float32 like the module", torch.zeros(2, 12).double()),
+        (TypeError, "x is float64, expected float32 like the module", torch.zeros(2, 12).double()),
         (ValueError, "x is on meta, expected cpu", torch.zeros(2, 12, device="meta")),
     ],
 )
